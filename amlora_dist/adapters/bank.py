@@ -1,0 +1,56 @@
+"""What a bank holds in memory: adapters in the order of their tasks, and the router that weighs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from amlora_dist.digests import tensors_digest
+
+
+@dataclass(slots=True)
+class Adapter:
+    """The LoRA of one stage, and its recipe.
+
+    ``a[m]`` is (rank, d_in) and ``b[m]`` (d_out, rank) for each adapted module path ``m``; ``recipe[m]`` holds, in
+    fp32, the weights of the earlier adapters for this task, shape (earlier adapters,). Row t of the mixture is
+    ``(*recipe, 1)`` (docs/method.md).
+    """
+
+    task: str
+    rank: int
+    alpha: float
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    recipe: dict[str, Tensor] = field(default_factory=dict)
+    selector: dict[str, Tensor] = field(default_factory=dict)
+    """Dense layers of the literal router, by ``<module path>.weight`` and ``.bias``; empty for other routers."""
+
+    @property
+    def scale(self) -> float:
+        """LoRA's alpha / r."""
+        return self.alpha / self.rank
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything training produced, by name: ``a.<module>``, ``b.<module>``, ``recipe.<module>``, ``selector.*``."""
+        named = {f"a.{m}": t for m, t in self.a.items()} | {f"b.{m}": t for m, t in self.b.items()}
+        named |= {f"recipe.{m}": t for m, t in self.recipe.items()}
+        return named | {f"selector.{name}": t for name, t in self.selector.items()}
+
+    def digest(self) -> str:
+        """sha256 over task, rank, alpha and all tensors."""
+        return tensors_digest(self.tensors(), task=self.task, rank=self.rank, alpha=self.alpha)
+
+
+def rows(adapters: list[Adapter], module: str) -> Tensor:
+    """G of one module, shape (tasks, adapters), fp32: row t is ``(*recipe of t, 1, 0, ...)``."""
+    count = len(adapters)
+    out = torch.zeros(count, count)
+    for t, adapter in enumerate(adapters):
+        out[t, t] = 1.0
+        weights = adapter.recipe.get(module)
+        if weights is not None and t:
+            out[t, :t] = weights.float()
+    return out

@@ -1,0 +1,218 @@
+"""How the gate travels: with the call of the model, its KV cache and its encoder outputs, never in a module.
+
+A call of the model enters a ``MixtureCall`` into a ``ContextVar``; mixture layers read it there. Threads have contexts
+of their own, nested calls restore the outer one, and recomputation under gradient checkpointing enters the call that it
+recomputes. Between calls the gate stays with what the caller holds: the KV cache, or the encoder outputs.
+
+Shapes in names: B batch, L tokens, D hidden size, T tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from amlora_dist.errors import UserError
+
+OnRoute = Callable[[Tensor | None, Tensor | None], None]
+"""Receives features (B, D) and task gate (B, T) of a call, once per routing."""
+
+
+class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pass early, not an error)
+    """Raised inside the transformer once the features are pooled, by a call that wants nothing else."""
+
+
+@dataclass(slots=True, eq=False)
+class MixtureCall:
+    """One call of the model: the gate, or what it takes to compute it when the routing layer is reached.
+
+    ``bypass`` makes mixture layers plain linear layers; ``stop`` ends the pass after the routing layer.
+    """
+
+    owner: object
+    task_gate: Tensor | None = None
+    gates_of: Callable[[Tensor], Tensor | None] | None = None
+    mask: Tensor | None = None
+    skip_tokens: int = 2
+    on_route: OnRoute | None = None
+    features: Tensor | None = None
+    want_features: bool = False
+    bypass: bool = False
+    stop: bool = False
+
+    def gate(self) -> Tensor:
+        """The task gate (B, T), fp32.
+
+        Raises:
+            UserError: if a mixture layer runs before the gate exists.
+        """
+        if self.task_gate is None:
+            raise UserError("a mixture layer ran before the routing layer: adapted layers must lie above it")
+        return self.task_gate
+
+    def see(self, hidden_BLD: Tensor) -> None:
+        """Called with the hidden states that enter the routing layer: pools the features and computes the gate."""
+        if not self.want_features or self.features is not None:
+            return
+        with torch.no_grad():
+            features = pool_features(hidden_BLD, self.mask, self.skip_tokens)
+        if self.stop:
+            self.features = features
+            raise FeaturesReady
+        self.receive(features)
+
+    def receive(self, features_BD: Tensor) -> None:
+        """Take the features and compute the gate from them, unless the call brought one."""
+        self.features = features_BD
+        with torch.no_grad():
+            if self.task_gate is None and self.gates_of is not None:
+                self.task_gate = self.gates_of(features_BD)
+        if self.on_route is not None:
+            self.on_route(features_BD, self.task_gate)
+
+
+_CALL: ContextVar[MixtureCall | None] = ContextVar("amlora_call", default=None)
+
+
+def active_call() -> MixtureCall | None:
+    """The call that this thread is in, or None."""
+    return _CALL.get()
+
+
+def current_call(path: str) -> MixtureCall:
+    """The call that this thread is in.
+
+    Raises:
+        UserError: outside of a call of the model.
+    """
+    call = _CALL.get()
+    if call is None:
+        raise UserError(
+            f"{path}: a mixture layer ran outside of a call of its model, so it has no gate; "
+            "call the model itself, not its inner modules, or pass task_gate to the layer"
+        )
+    return call
+
+
+@contextlib.contextmanager
+def entered(call: MixtureCall | None) -> Iterator[None]:
+    """Make ``call`` the current one of this thread."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+class TravellingCheckpoint:
+    """A model's gradient checkpointing function, whose recomputation runs in the call of its forward pass.
+
+    Backward runs after the call has ended, on accelerators in another thread. Non-reentrant, because the reentrant
+    kind has no contexts and no gradient for parameters of blocks whose input needs none.
+    """
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``torch.utils.checkpoint.checkpoint``."""
+        call = _CALL.get()
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), entered(call)
+
+        return self.inner(function, *args, **(kwargs | {"use_reentrant": False, "context_fn": contexts}))
+
+
+def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) -> Tensor:
+    """Mean hidden state of the prompt, (B, D) fp32.
+
+    Pools the positions where ``mask_BL`` is set (None: all), without the first ``skip_tokens`` of them: a model parks
+    attention on its first tokens. A prompt of no more than ``skip_tokens`` tokens pools them all, an empty one is 0.
+    A mask shorter than the sequence leaves out what follows it (generated tokens).
+    """
+    batch, length = hidden_BLD.shape[:2]
+    if mask_BL is None:
+        kept = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
+        return kept.float().mean(dim=1)
+    if mask_BL.dim() != 2 or mask_BL.shape[0] != batch or mask_BL.shape[1] > length:
+        raise UserError(
+            f"prompt_mask: found shape {tuple(mask_BL.shape)}, expected ({batch}, at most {length}) as the input tokens"
+        )
+    mask_BL = mask_BL.to(device=hidden_BLD.device, dtype=torch.bool)
+    if mask_BL.shape[1] < length:
+        mask_BL = torch.nn.functional.pad(mask_BL, (0, length - mask_BL.shape[1]))
+    place = mask_BL.cumsum(dim=1)
+    later_BL = mask_BL & (place > skip_tokens)
+    long_enough = place[:, -1:] > skip_tokens
+    use_BL = torch.where(long_enough, later_BL, mask_BL)
+    # Filled, not multiplied by 0: what stands at padding may be infinite.
+    total_BD = hidden_BLD.float().masked_fill(~use_BL[..., None], 0.0).sum(dim=1)
+    return total_BD / use_BL.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class GateCarrier:
+    """Mixed into the class of a KV cache: the gate follows every operation on the cache's rows."""
+
+    task_gate: Tensor | None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search picks rows."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._pick(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.task_gate is not None:
+            self.task_gate = self.task_gate.repeat_interleave(repeats, dim=0)
+
+    def reset(self) -> None:
+        """An emptied cache serves another prompt, with another gate."""
+        super().reset()  # type: ignore[misc]
+        self.task_gate = None
+
+    def _pick(self, indices: Tensor) -> None:
+        if self.task_gate is not None:
+            self.task_gate = self.task_gate[indices.to(self.task_gate.device)]
+
+
+@functools.cache
+def _carrier_class(kind: type[Cache]) -> type[Cache]:
+    return type(f"Gated{kind.__name__}", (GateCarrier, kind), {})
+
+
+def attach_gate(cache: Cache, task_gate: Tensor) -> None:
+    """Let ``cache`` carry ``task_gate`` (B, T). Changes the object's class, so that copies carry it too."""
+    if not isinstance(cache, GateCarrier):
+        cache.__class__ = _carrier_class(type(cache))
+    cache.task_gate = task_gate  # type: ignore[attr-defined]
+
+
+def carried_gate(cache: object, *, required: bool = True) -> Tensor | None:
+    """The gate that a KV cache carries; None for an empty cache.
+
+    Raises:
+        UserError: if it is ``required`` and the cache holds tokens but no gate, which no call of this model leaves.
+    """
+    if isinstance(cache, GateCarrier) and cache.task_gate is not None:
+        return cache.task_gate
+    if cache is None or not required or (isinstance(cache, Cache) and int(cache.get_seq_length()) == 0):
+        return None
+    raise UserError(
+        "past_key_values holds tokens but no gate: it was not filled by this model (or was rebuilt from its tensors); "
+        "prefill it with this model, or pass task_gate"
+    )

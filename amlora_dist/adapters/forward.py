@@ -1,0 +1,214 @@
+"""The wrapped ``forward`` and ``generate`` of a model with a bank: they open the call and find its gate.
+
+The gate of a call is, first come first served: the argument ``task_gate``; what the KV cache or the encoder outputs
+carry; what the router makes of the features, pooled in the same pass from the input of the routing layer. If adapted
+layers lie below the routing layer, a partial pass through the plain model up to that layer goes before
+(``adapters.layers: all``; its cost is k layers of forward without gradient per routed call, decoding is not affected).
+
+Shapes in names: B batch, T tasks, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from amlora_dist.adapters.call import (
+    FeaturesReady,
+    MixtureCall,
+    OnRoute,
+    TravellingCheckpoint,
+    active_call,
+    attach_gate,
+    carried_gate,
+    entered,
+)
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.adapters.router import Router
+
+GATE_KEY = "task_gate"
+"""Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
+TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
+EXTRA = ("prompt_mask", "task_gate", "on_route")
+
+
+@dataclass(slots=True, eq=False)
+class Routing:
+    """How one model finds its gates; changed between calls only.
+
+    ``router`` None: every call brings its gate, or (``literal``) the mixture layers make their own.
+    ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early, for a
+    model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered.
+    """
+
+    router: Router | None
+    skip_tokens: int
+    partial_pass: bool
+    literal: bool
+    whole_passes: bool = False
+    checkpointed: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether gates come from hidden states."""
+        return self.router is not None and self.router.needs_features
+
+
+class RoutedForward:
+    """Stands in for the ``forward`` of a model, or of its encoder (``encoder``).
+
+    ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
+
+    Takes three arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
+    ``task_gate`` (B, T); ``on_route``, called with (features, task gate) when the routing layer is reached.
+    """
+
+    def __init__(
+        self, inner: Callable[..., Any], routing: Routing, *, encoder: bool = False, trunk: RoutedForward | None = None
+    ) -> None:
+        self.inner = inner
+        self.routing = routing
+        self.encoder = encoder
+        self.trunk = trunk
+        signature = inspect.signature(inner)
+        self._names = list(signature.parameters)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in EXTRA]
+        self.__signature__ = signature.replace(parameters=[*named, *more, *rest])  # generate() reads it
+
+    def __call__(
+        self,
+        *args: Any,
+        prompt_mask: Tensor | None = None,
+        task_gate: Tensor | None = None,
+        on_route: OnRoute | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward, inside a call that has or finds its gate."""
+        kwargs.update(zip(self._names, args, strict=False))
+        call = active_call()
+        if self.encoder and call is not None and call.owner is self.routing:
+            return self._carrying(self.inner(**kwargs), call)
+        call = self._open(kwargs, prompt_mask, task_gate, on_route)
+        for module in self.routing.checkpointed:
+            if module.gradient_checkpointing and not isinstance(
+                module._gradient_checkpointing_func, TravellingCheckpoint
+            ):
+                module._gradient_checkpointing_func = TravellingCheckpoint(module._gradient_checkpointing_func)
+        with entered(call):
+            output = self.inner(**kwargs)
+        return self._carrying(output, call, kwargs.get("past_key_values"))
+
+    def _open(
+        self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None
+    ) -> MixtureCall:
+        routing, router = self.routing, self.routing.router
+        call = MixtureCall(routing, task_gate, skip_tokens=routing.skip_tokens)
+        if routing.literal:
+            return call
+        carried = None if self.encoder else self._carried(kwargs, task_gate)
+        if carried is not None:
+            call.task_gate = carried if task_gate is None else task_gate
+            return call
+        call.on_route, call.mask = on_route, self.prompt_mask(kwargs, prompt_mask)
+        if task_gate is None:
+            if router is None:
+                raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
+            if router.needs_features:
+                call.gates_of = lambda features: router.gates(features, features.shape[0])
+            else:
+                call.task_gate = router.gates(None, _batch(kwargs))
+        call.want_features = call.gates_of is not None or on_route is not None
+        if call.want_features and routing.partial_pass:
+            call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes))
+        return call
+
+    def features(self, kwargs: dict[str, Any], mask: Tensor | None, *, stop: bool) -> Tensor:
+        """Features (B, D) by a pass of the plain model, without gradient; ``stop``: it ends at the routing layer."""
+        trunk = self if self.trunk is None else self.trunk
+        inputs = {name: kwargs[name] for name in TRUNK_INPUTS if name in trunk._names and kwargs.get(name) is not None}
+        if not stop and "logits_to_keep" in trunk._names:
+            inputs["logits_to_keep"] = 1
+        call = MixtureCall(self.routing, mask=mask, skip_tokens=self.routing.skip_tokens, bypass=True, stop=stop)
+        call.want_features = True
+        with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
+            trunk.inner(**inputs)
+        if call.features is None:
+            raise UserError("the routing layer was not reached: the model skipped it")
+        return call.features
+
+    @staticmethod
+    def prompt_mask(kwargs: dict[str, Any], prompt_mask: Tensor | None) -> Tensor | None:
+        """Prompt tokens that are not padding, (B, prompt tokens); None: all tokens."""
+        attention = kwargs.get("attention_mask")
+        if not isinstance(attention, Tensor) or attention.dim() != 2:
+            return prompt_mask
+        if prompt_mask is None:
+            return attention
+        return prompt_mask.bool() & attention[:, : prompt_mask.shape[1]].bool()
+
+    def _carried(self, kwargs: dict[str, Any], task_gate: Tensor | None) -> Tensor | None:
+        """The gate that this call's encoder outputs or KV cache bring along; None if it has to be found."""
+        encoded, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
+        if isinstance(encoded, ModelOutput) and encoded.get(GATE_KEY) is not None:
+            return encoded[GATE_KEY]
+        carried = carried_gate(cache, required=task_gate is None)
+        if encoded is not None and carried is None and task_gate is None and self.routing.needs_features:
+            raise UserError(
+                "encoder_outputs carry no gate: they do not come from this model's encoder "
+                "(or were rebuilt from its tensors); encode with this model, or pass task_gate"
+            )
+        return carried
+
+    def _carrying(self, output: Any, call: MixtureCall, cache: object = None) -> Any:
+        """``output``, with the gate in what its caller keeps."""
+        gate = call.task_gate
+        if gate is None:
+            return output
+        if self.encoder:
+            if isinstance(output, ModelOutput):
+                output[GATE_KEY] = gate
+            return output
+        entries = output.values() if isinstance(output, ModelOutput) else output
+        for item in (cache, *(entries if isinstance(output, (ModelOutput, tuple)) else ())):
+            if isinstance(item, Cache):
+                attach_gate(item, gate)
+        return output
+
+
+class RoutedGenerate:
+    """Stands in for a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
+    pass over prompt and answer, the answer does not move the gate."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate."""
+        if kwargs.get("prompt_mask") is None and kwargs.get("task_gate") is None:
+            prompt = next((t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+            mask = kwargs.get("attention_mask")
+            if mask is None and prompt is not None:
+                mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            kwargs["prompt_mask"] = mask
+        return self.inner(inputs, *args, **kwargs)
+
+
+def _batch(kwargs: dict[str, Any]) -> int:
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
+        if isinstance(kwargs.get(name), Tensor):
+            return int(kwargs[name].shape[0])
+    raise UserError("the call has neither input_ids nor inputs_embeds")

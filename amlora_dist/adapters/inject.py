@@ -1,0 +1,286 @@
+"""Put a bank into a transformers model, and take the new adapter out again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.call import active_call
+from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
+from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
+from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, linear_sizes, routing_stack
+from amlora_dist.digests import value_digest
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.adapters.router import Router
+    from amlora_dist.adapters.settings import LiteralSettings
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+@dataclass(kw_only=True, slots=True)
+class NewAdapter:
+    """What a stage learns: one adapter on top of the bank."""
+
+    task: str
+    rank: int
+    alpha: float
+    seed: int = 0
+    """Start of the random numbers of ``a``; every module draws from a generator of its own."""
+    init: dict[str, tuple[Tensor, Tensor]] | None = None
+    """Start values (a, b) by module path; default: LoRA's (a uniform, b zero)."""
+    recipe_init: dict[str, Tensor] | None = None
+    """Start values (earlier adapters,) by module path; default: zeros."""
+    learn_recipe: bool = True
+    """Learn the weights of earlier adapters; otherwise ``recipe_init`` is a constant row."""
+
+
+class Mixture:
+    """A model with a bank in it: the handle that ``inject`` returns. Not a module; the model owns all parameters."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: list[Target],
+        adapters: list[Adapter],
+        new: NewAdapter | None,
+        modules: dict[str, MixtureLinear],
+        routing: Routing,
+        router_layer: int,
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.new = new
+        self.modules = modules
+        self.routing = routing
+        self.router_layer = router_layer
+        self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
+        self.device = next(iter(modules.values())).mix_bits.device
+        self._undo: list[Callable[[], None]] = []
+        self._wrap(router_layer)
+
+    @property
+    def router(self) -> Router | None:
+        """What weighs the adapters; None if every call brings its gate."""
+        return self.routing.router
+
+    def set_router(self, router: Router | None) -> None:
+        """Use ``router`` from the next call on. Between calls only: a KV cache keeps the gate it has."""
+        if router is not None:
+            if list(router.tasks) != self.task_names:
+                raise UserError(f"router: its tasks are {list(router.tasks)}, the bank's are {self.task_names}")
+            router.to(self.device)
+        self.routing.router = router
+
+    def set_recipe(self, values: dict[str, Tensor]) -> None:
+        """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
+        for path, value in values.items():
+            recipe = self.modules[path].recipe
+            if recipe is None:
+                raise UserError(f"{path}: no recipe is being learned here")
+            with torch.no_grad():
+                recipe.copy_(value)
+
+    def one_hot(self, task: int, batch: int) -> Tensor:
+        """The gate that gives the whole batch row ``task``, (B, T) fp32. Stages train at the last row."""
+        gate = torch.zeros(batch, len(self.task_names), device=self.device)
+        gate[:, task] = 1.0
+        return gate
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What a stage learns, by names that checkpoints use: ``a.<module path>``, ``b.``, ``recipe.``, ``selector.``.
+
+        Grouped by kind, in the model's order of modules.
+        """
+        named: dict[str, nn.Parameter] = {}
+        for kind, attribute in (("a", "new_a"), ("b", "new_b"), ("recipe", "recipe")):
+            for path, module in self.modules.items():
+                parameter = getattr(module, attribute)
+                if parameter is not None:
+                    named[f"{kind}.{path}"] = parameter
+        for path, module in self.modules.items():
+            if module.selector is not None:
+                for name, parameter in module.selector.named_parameters():
+                    if parameter.requires_grad:
+                        named[f"selector.{path}.{name}"] = parameter
+        return named
+
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """The old adapters' wide weights, by ``old_a.<module path>`` and ``old_b.<module path>``."""
+        return {
+            f"{kind}.{path}": getattr(module, kind)
+            for kind in ("old_a", "old_b")
+            for path, module in self.modules.items()
+            if getattr(module, kind) is not None
+        }
+
+    def extract_new(self, gather: Gather | None = None) -> Adapter:
+        """A copy, on the CPU, of the adapter in progress.
+
+        ``gather`` is a context manager that makes given parameters whole (ZeRO-3); it is entered for one parameter at
+        a time, on every rank.
+        """
+        if self.new is None:
+            raise UserError("no adapter is in progress in this model")
+        copies: dict[str, Tensor] = {}
+        for name, parameter in self.trainable().items():
+            with gather([parameter]) if gather is not None else contextlib.nullcontext():
+                copies[name] = parameter.detach().cpu().clone()
+        adapter = Adapter(self.new.task, self.new.rank, self.new.alpha, {}, {})
+        homes = {"a": adapter.a, "b": adapter.b, "recipe": adapter.recipe, "selector": adapter.selector}
+        for name, tensor in copies.items():
+            kind, path = name.split(".", 1)
+            homes[kind][path] = tensor.float() if kind == "recipe" else tensor
+        if not self.new.learn_recipe and self.new.recipe_init is not None:
+            adapter.recipe = {path: self.new.recipe_init[path].detach().cpu().float().clone() for path in self.modules}
+        return adapter
+
+    def routing_features(self, *, prompt_mask: Tensor | None = None, full_forward: bool = False, **inputs: Any) -> Tensor:
+        """Features of a batch, (B, D) fp32, from the plain model without adapters.
+
+        The pass ends at the routing layer. With ``full_forward`` it runs to the end: under ZeRO-3 an aborted pass
+        leaves parameters gathered. ``inputs`` as for the model (of an encoder-decoder: as for its encoder).
+        """
+        forward = self._forward
+        stop = not (full_forward or self.routing.whole_passes)
+        return forward.features(inputs, forward.prompt_mask(inputs, prompt_mask), stop=stop)
+
+    def remove(self) -> None:
+        """Give the model back as it was."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _wrap(self, router_layer: int) -> None:
+        """Wrap the model's entry points and hook the routing layer."""
+        model, routing = self.model, self.routing
+
+        def read_hidden(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = active_call()
+            if call is not None and call.owner is routing:
+                call.see(args[0] if args else kwargs["hidden_states"])
+
+        stack = routing_stack(model)
+        hook = stack.layers[router_layer].register_forward_pre_hook(read_hidden, with_kwargs=True)
+        self._undo.append(hook.remove)
+        trunk = None
+        if model.config.is_encoder_decoder:
+            encoder = model.get_encoder()
+            trunk = RoutedForward(encoder.forward, routing, encoder=True)
+            self._replace(encoder, "forward", trunk)
+        self._forward = RoutedForward(model.forward, routing, trunk=trunk)
+        self._replace(model, "forward", self._forward)
+        if trunk is None and hasattr(model, "generate"):
+            self._replace(model, "generate", RoutedGenerate(model.generate))
+        self._replace(model, "_amlora_mixture", self)
+        routing.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def _replace(self, owner: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of the instance; ``remove`` puts back what the instance had, if anything."""
+        had = owner.__dict__.get(name)
+        # Not nn.Module's own __setattr__: these are no modules, parameters or buffers.
+        object.__setattr__(owner, name, value)
+
+        def undo() -> None:
+            if had is None:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, had)
+
+        self._undo.append(undo)
+
+
+def inject(
+    model: PreTrainedModel,
+    targets: list[Target],
+    adapters: list[Adapter],
+    *,
+    new: NewAdapter | None = None,
+    router: Router | None = None,
+    literal: LiteralSettings | None = None,
+    router_layer: int | None = None,
+    skip_tokens: int = 2,
+) -> Mixture:
+    """Replace the ``targets`` of ``model`` by mixture layers and let the model's calls carry gates.
+
+    All parameters that the model had are frozen. Weights go to the device of the layer they adapt and take its dtype;
+    sizes are never read off weights, so that a base partitioned by ZeRO-3 works.
+
+    Args:
+        adapters: the bank, in the order of its tasks.
+        new: the adapter that a stage learns on top; None for inference.
+        router: gives calls their gate; None if each call brings ``task_gate``.
+        literal: let every mixture layer make its own gate with the paper's selector instead.
+        router_layer: k, features are hidden states after k layers; default: the middle of the depth.
+        skip_tokens: first prompt tokens that features leave out.
+
+    Raises:
+        UserError: if an adapter does not fit the targets, or the model has a mixture already.
+    """
+    if getattr(model, "_amlora_mixture", None) is not None:
+        raise UserError("this model has a mixture already; remove() it first, or load the model anew")
+    if not adapters and new is None:
+        raise UserError("nothing to inject: the bank is empty and no adapter is to be learned")
+    k = default_router_layer(model) if router_layer is None else router_layer
+    check_router_layer(model, k)
+    for adapter in adapters:
+        _check_fit(adapter, targets)
+    model.requires_grad_(False)
+    modules: dict[str, MixtureLinear] = {}
+    for target in targets:
+        base = model.get_submodule(target.path)
+        learned = _new_weights(new, target, len(adapters)) if new is not None else None
+        modules[target.path] = MixtureLinear(base, target.path, adapters, learned)
+    for path, module in modules.items():
+        model.set_submodule(path, module)
+    first_part = routing_stack(model).part
+    below = any(target.part == first_part and target.layer < k for target in targets)
+    routing = Routing(None, skip_tokens, partial_pass=below, literal=literal is not None)
+    mixture = Mixture(model, targets, adapters, new, modules, routing, k)
+    mixture.set_router(router)
+    return mixture
+
+
+def _check_fit(adapter: Adapter, targets: list[Target]) -> None:
+    paths = {target.path for target in targets}
+    odd = sorted(paths ^ set(adapter.a)) or sorted(paths ^ set(adapter.b))
+    if odd:
+        raise UserError(
+            f"adapter {adapter.task!r} was trained on other layers than adapters.targets and adapters.layers select: "
+            f"{len(odd)} differ, the first is {odd[0]}"
+        )
+    for target in targets:
+        expected = (adapter.rank, target.in_features), (target.out_features, adapter.rank)
+        found = tuple(adapter.a[target.path].shape), tuple(adapter.b[target.path].shape)
+        if found != expected:
+            raise UserError(
+                f"adapter {adapter.task!r}, {target.path}: found A and B of shapes {found[0]} and {found[1]}, "
+                f"expected {expected[0]} and {expected[1]}: it belongs to another base model"
+            )
+
+
+def _new_weights(new: NewAdapter, target: Target, earlier: int) -> NewWeights:
+    if new.init is not None:
+        a, b = (tensor.detach().clone() for tensor in new.init[target.path])
+    else:
+        # LoRA's own start: A as nn.Linear starts its weight (kaiming uniform, a = sqrt 5), B zero.
+        generator = torch.Generator().manual_seed(int(value_digest([new.seed, new.task, target.path])[:15], 16))
+        bound = 1 / math.sqrt(target.in_features)
+        a = torch.empty(new.rank, target.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(target.out_features, new.rank)
+    recipe = None
+    if earlier:
+        start = (new.recipe_init or {}).get(target.path)
+        recipe = torch.zeros(earlier) if start is None else start.detach().clone().float()
+    return NewWeights(a, b, new.alpha / new.rank, recipe, new.learn_recipe)

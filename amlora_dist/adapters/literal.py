@@ -1,0 +1,224 @@
+"""The paper's attentional selector as it can be reconstructed, with every open point a switch (``LiteralSettings``).
+
+For one adapted linear layer and adapters 1..n with outputs u_i = scale_i B_i z_i, z_i = A_i x::
+
+    a_i = phi(w_i . u_i + bias_i)     a_0 = phi(bias_0)      (slot 0: the zero adapter, which adds nothing)
+    g   = map(a_0, ..., a_n)
+
+Folded into rank space: w_i . u_i = (scale_i B_i^T w_i) . z_i, so that no tensor of tokens x adapters x d_out exists.
+
+Shapes: B inputs, S tokens, N adapters, R sum of their ranks, O d_out; slots are N + 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from amlora_dist.adapters.sparsity import UNNORMALISED, gate_map
+from amlora_dist.errors import BankError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from amlora_dist.adapters.settings import LiteralSettings
+
+PRIOR_FLOOR = 1e-12
+"""Exact zeros of a prior are raised to this, so that the sorting maps see finite scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a selector says of one call; S is 1 where the gate is one for the whole sequence.
+
+    Args:
+        gates: (B, S, N + 1), fp32, zero adapter in slot 0: what the penalties read.
+        weights: (B, S, N), what the adapters' outputs are multiplied with: the gates without slot 0, and with 1 added
+            to the current adapter's while it is learned if ``residual`` is set.
+        scores: (B, S, N + 1), a_i after phi and before any prior: what the penalty ``logits`` reads.
+        pooled: (B, N), w_i . u_i averaged over the prompt's tokens, for sequence-level gates, else ``None``. A KV cache
+            must carry it (and reorder, repeat, select it with its rows) and hand it to the next call.
+    """
+
+    gates: Tensor
+    weights: Tensor
+    scores: Tensor
+    pooled: Tensor | None
+
+
+class LiteralSelector(nn.Module):
+    """One dense layer per adapter, on that adapter's own output, and the zero adapter's bias, for one adapted layer.
+
+    Earlier adapters' dense layers and the current one's are separate parameters, so that each can be frozen or trained
+    as a whole (ZeRO shards whole parameters). The zero adapter's bias belongs to no task and is trained in every stage.
+    All arithmetic is fp32, whatever the parameters' dtype.
+
+    Args:
+        out_features: O.
+        settings: the switches.
+        state: ``weight`` (n, O) and ``bias`` (n + 1,) of the bank so far, slot 0 first; ``None`` for an empty bank.
+        new: add a dense layer for an adapter in progress. Without, everything is frozen (serving).
+        generator: draws the new dense layer (CPU), its own stream.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        BankError: a state whose shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        settings: LiteralSettings,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        new: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        weight, bias = _checked(state, out_features)
+        if not (new or weight is not None):
+            raise ValueError("a selector without adapters")
+        self.settings = settings
+        self.out_features = out_features
+        self.old = 0 if weight is None else len(weight)
+        self.adapters = self.old + int(new)
+        start = _start_bias(settings)
+        zero = torch.full((1,), start) if bias is None else bias[:1]
+        retrain = new and not settings.freeze_old
+
+        def parameter(values: Tensor, trained: bool) -> nn.Parameter:
+            return nn.Parameter(values.detach().clone().to(device, dtype), requires_grad=trained)
+
+        self.zero_bias = parameter(zero, new)
+        self.old_weight = self.old_bias = self.new_weight = self.new_bias = None
+        if weight is not None and bias is not None:
+            self.old_weight, self.old_bias = parameter(weight, retrain), parameter(bias[1:], retrain)
+        if new:
+            # nn.Linear's own start, U(-1/sqrt(d), 1/sqrt(d)).
+            drawn = torch.empty(1, out_features).uniform_(-1.0, 1.0, generator=generator) / out_features**0.5
+            self.new_weight, self.new_bias = parameter(drawn, True), parameter(torch.full((1,), start), True)
+        self._phi: Callable[[Tensor], Tensor] = _activation(settings.activation)
+        self._map = gate_map(settings.map, settings.top_k)
+
+    def forward(
+        self,
+        z_BSR: Tensor,
+        b_OR: Tensor,
+        scaled_expand_NR: Tensor,
+        *,
+        prompt_mask_BS: Tensor | None = None,
+        pooled_BN: Tensor | None = None,
+        prior_BN: Tensor | None = None,
+    ) -> Selection:
+        """Gates of one layer in one call.
+
+        Args:
+            z_BSR: x A^T of all adapters side by side, in the bank's order, the new one last.
+            b_OR: their B side by side.
+            scaled_expand_NR: row i holds alpha_i / r_i in adapter i's columns and 0 elsewhere.
+            prompt_mask_BS: 1 on the prompt's tokens; sequence-level gates average over them (``None``: over all).
+                In a decoder that is not its own prompt it must mark the start token alone: answers may not be pooled.
+            pooled_BN: the ``Selection.pooled`` of the call that read the prompt; sequence-level gates then follow from
+                it and the tokens at hand do not count.
+            prior_BN: probabilities of the adapters, rows of sum at most 1. Their logarithms are added to the scores,
+                as n/(n+1) of the mass with 1/(n+1) for the zero adapter, so that a uniform prior changes nothing; the
+                gates of unnormalised maps are multiplied with them instead, in proportion to the uniform prior.
+
+        Raises:
+            ValueError: a mask or carried gate of another batch, or one given to token-level gates.
+        """
+        sequence = self.settings.granularity == "sequence"
+        if not sequence and pooled_BN is not None:
+            raise ValueError("token-level gates carry nothing between calls")
+        weight_NO, bias_N = self._dense()
+        if pooled_BN is None:
+            key_NR = scaled_expand_NR.float() * (weight_NO @ b_OR.float())
+            raw_BSN = z_BSR.float() @ key_NR.T
+            pooled_BN = _pool(raw_BSN, prompt_mask_BS) if sequence else None
+        elif len(pooled_BN) != len(z_BSR):
+            raise ValueError(f"the carried gate has {len(pooled_BN)} rows, the call has {len(z_BSR)}")
+        raw_BSN = raw_BSN if pooled_BN is None else pooled_BN.float()[:, None, :]
+        zero_BS1 = self.zero_bias.float().expand(*raw_BSN.shape[:2], 1)
+        scores = self._phi(torch.cat([zero_BS1, raw_BSN + bias_N], dim=-1))
+        gates = self._gates(scores, prior_BN)
+        weights = gates[..., 1:]
+        if self.settings.residual and self.new_weight is not None:
+            own = torch.zeros(self.adapters, device=weights.device)
+            own[-1] = 1.0
+            weights = weights + own
+        return Selection(gates, weights, scores, pooled_BN)
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        weights = [w.float() for w in (self.old_weight, self.new_weight) if w is not None]
+        biases = [b.float() for b in (self.old_bias, self.new_bias) if b is not None]
+        return torch.cat(weights), torch.cat(biases)
+
+    def _gates(self, scores: Tensor, prior_BN: Tensor | None) -> Tensor:
+        if prior_BN is None:
+            return self._map(scores)
+        prior = prior_BN.to(scores)[:, None, :]
+        if self.settings.map in UNNORMALISED:
+            gates = self._map(scores)
+            return torch.cat([gates[..., :1], gates[..., 1:] * prior * self.adapters], dim=-1)
+        ratio = (prior * self.adapters).clamp(min=PRIOR_FLOOR).log().expand(-1, scores.shape[1], -1)
+        return self._map(torch.cat([scores[..., :1], scores[..., 1:] + ratio], dim=-1))
+
+    def tensors(
+        self, gather: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]] | None = None
+    ) -> dict[str, Tensor]:
+        """``weight`` (N, O) and ``bias`` (N + 1,) of the whole bank, CPU copies in fp32: ``state`` of the next stage.
+
+        Earlier dense layers are among them because a stage may have retrained them: the last adapter's selector is the
+        bank's.
+
+        Args:
+            gather: context manager that makes the given parameters whole (ZeRO-3), used one by one.
+        """
+
+        def copy(parameter: nn.Parameter) -> Tensor:
+            with gather([parameter]) if gather else contextlib.nullcontext():
+                return parameter.detach().to("cpu", torch.float32, copy=True)
+
+        weights = [copy(w) for w in (self.old_weight, self.new_weight) if w is not None]
+        biases = [copy(b) for b in (self.zero_bias, self.old_bias, self.new_bias) if b is not None]
+        return {"weight": torch.cat(weights), "bias": torch.cat(biases)}
+
+
+def _pool(raw_BSN: Tensor, mask_BS: Tensor | None) -> Tensor:
+    if mask_BS is None:
+        return raw_BSN.mean(dim=1)
+    if mask_BS.shape != raw_BSN.shape[:2]:
+        raise ValueError(f"prompt mask {tuple(mask_BS.shape)} for tokens {tuple(raw_BSN.shape[:2])}")
+    mask_BS1 = mask_BS.to(raw_BSN)[..., None]
+    return (raw_BSN * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1).clamp(min=1)
+
+
+def _start_bias(settings: LiteralSettings) -> float:
+    """0, the uniform gate; but 1 where 0 is a saddle (u_i = 0 and a gate of 0) or a dead ReLU, which never start."""
+    return 1.0 if settings.map in UNNORMALISED or settings.activation == "relu" else 0.0
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    phis: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda a: a}
+    return phis[name]
+
+
+def _checked(state: Mapping[str, Tensor] | None, out_features: int) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if set(state) != {"weight", "bias"}:
+        raise BankError(f"selector: tensors {sorted(state)}, expected bias and weight")
+    weight, bias = state["weight"], state["bias"]
+    if weight.dim() != 2 or weight.shape[1] != out_features or bias.shape != (len(weight) + 1,) or not len(weight):
+        raise BankError(
+            f"selector: weight {tuple(weight.shape)} and bias {tuple(bias.shape)},"
+            f" expected (n, {out_features}) and (n + 1,) for n adapters"
+        )
+    return weight, bias

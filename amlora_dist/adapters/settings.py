@@ -1,0 +1,85 @@
+"""Settings of the mixture: which layers, which rank, which router, which gate. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT_KEYS = ConfigDict(extra="forbid")
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class AdapterSettings:
+    """The LoRA that each stage trains."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """r: rows of A, columns of B."""
+    alpha: float = Field(default=32.0, gt=0)
+    """LoRA's scale is alpha / r, as in Hu et al. 2021."""
+    targets: Literal["auto"] | list[str] = "auto"
+    """Names of linear layers (last part of the module path); ``auto`` takes PEFT's default for the architecture."""
+    layers: str = Field(default="above_router", pattern=r"^(above_router|all|last:[1-9][0-9]*)$")
+    """Which decoder layers are adapted: ``above_router``, ``last:K`` or ``all`` (then routing needs a partial pass)."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class GateSettings:
+    """How the router's scores become gates. Read by scoring and serving only, never by training."""
+
+    threshold: float = Field(default=0.1, ge=0, lt=1)
+    """lambda_g: scores below ``threshold`` x the largest (``relative``) or below ``threshold`` (``absolute``) are 0."""
+    form: Literal["relative", "absolute"] = "relative"
+    """``relative``: relu(p - lambda_g max p), rescaled to sum 1. ``absolute``: max(p - lambda_g, 0), the rest abstains."""
+    temperature: Literal["calibrated"] | float = "calibrated"
+    """T of softmax(scores / T); ``calibrated`` takes the one that the held-out training rows prefer."""
+    abstention: bool = False
+    """Give the zero adapter a share by relative Mahalanobis distance."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class LiteralSettings:
+    """What the paper leaves open in its selector (METHOD in docs/method.md); used by ``router.kind: literal``."""
+
+    activation: Literal["tanh", "relu", "identity"] = "tanh"
+    map: Literal["softmax", "entmax15", "sparsemax", "relu", "abs_sigmoid", "top_k"] = "softmax"
+    """From scores to gates; ``relu`` and ``abs_sigmoid`` (|2 sigmoid - 1|) do not make them sum to 1."""
+    top_k: int = Field(default=1, ge=1)
+    granularity: Literal["token", "sequence"] = "token"
+    residual: bool = False
+    """Give the current adapter weight 1 while it is learned, beside its gate."""
+    freeze_old: bool = False
+    """Keep the dense layers of earlier tasks as they were; otherwise they are retrained."""
+    training: Literal["joint", "two_stage"] = "joint"
+    """``two_stage``: the adapter first, at weight 1; then the selector alone."""
+    penalty: Literal["none", "literal", "non_zero_slot", "old_only", "logits", "unnormalised"] = "literal"
+    """Reading of the L1 term. ``literal`` is what the paper writes and is without effect: softmax sums to 1."""
+    prior: bool = False
+    """Add the log posterior of the closed-form router to the scores (``literal + prior``)."""
+
+    def __post_init__(self) -> None:
+        if self.penalty == "unnormalised" and self.map not in ("relu", "abs_sigmoid"):
+            raise ValueError(
+                f"penalty 'unnormalised' needs a map that does not sum to 1 ('relu' or 'abs_sigmoid'), not {self.map!r}:"
+                " otherwise it is 'non_zero_slot'"
+            )
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class RouterSettings:
+    """What weighs the adapters for an input."""
+
+    kind: Literal["posterior", "literal", "uniform", "permuted"] = "posterior"
+    layer: int | None = Field(default=None, ge=0)
+    """k: hidden states after this many layers are the features; default: the middle of the depth."""
+    shrinkage: float = Field(default=0.1, ge=0, le=1)
+    """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I."""
+    skip_tokens: int = Field(default=2, ge=0)
+    """First prompt tokens left out of the mean (attention sink); a prompt no longer than this pools all."""
+    holdout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the training rows kept out of the statistics to calibrate the temperature."""
+    recipes: bool = True
+    """Learn weights of the earlier adapters for a new task (forward transfer)."""
+    gate: GateSettings = Field(default_factory=GateSettings)
+    literal: LiteralSettings = Field(default_factory=LiteralSettings)

@@ -1,0 +1,350 @@
+"""Sufficient statistics of each task's features, and the attention keys that follow from them in closed form.
+
+One Gaussian per task with a shared covariance (linear discriminant analysis). Everything is fp64. A task's statistics
+depend on its own rows only, so a bank grows by adding them and no stage touches those of another.
+
+Shapes: n rows of one task, d features, k rows of a factor (at most d, and at most n plus one for each merged part),
+T tasks, G temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amlora_dist.errors import BankError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+TEMPERATURES: tuple[float, ...] = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+"""The fixed grid on which every stage stores the likelihood of its held-out rows."""
+
+
+def _no_likelihoods() -> Tensor:
+    return torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatistics:
+    """What the router needs of one task, from its training rows without the held-out ones.
+
+    ``factor`` is thin: ``factor^T factor`` is the within-task scatter sum_j (f_j - mean)(f_j - mean)^T exactly
+    (the R of a QR decomposition, so no row of features can be read off it).
+
+    ``holdout_nll[g]`` is ``sum_j -log softmax((W f_j + b) / TEMPERATURES[g])[this task]`` over the ``holdout_count``
+    rows that **this** stage kept out of the statistics, under the keys of the bank **as of this stage** (this task
+    and the earlier ones). It is computed once, when the stage ends, and never again, for the rows are not kept:
+    later tasks, whose rows these ones may be confused with, are counted by the later stages' own held-out rows.
+    """
+
+    task: str
+    count: int
+    mean: Tensor
+    factor: Tensor
+    holdout_nll: Tensor = field(default_factory=_no_likelihoods)
+    holdout_count: int = 0
+
+    @classmethod
+    def from_features(cls, task: str, features: Tensor) -> TaskStatistics:
+        """Statistics of the given rows; one rank's share may be empty.
+
+        Args:
+            task: name.
+            features: ``(n, d)``, any float dtype, every row counted once.
+
+        Raises:
+            UserError: features that are not finite.
+        """
+        if features.dim() != 2:
+            raise ValueError(f"features of task {task!r}: shape {tuple(features.shape)}, expected (rows, features)")
+        rows = features.detach().to("cpu", torch.float64)
+        bad = (~torch.isfinite(rows).all(dim=1)).sum().item()
+        if bad:
+            raise UserError(
+                f"task {task!r}: the router's features are NaN or infinite in {bad} of {len(rows)} rows;"
+                " the base model overflows below router.layer (use dtype: fp32 or bf16)"
+            )
+        count, width = rows.shape
+        if not count:
+            return cls(task, 0, rows.new_zeros(width), rows.new_zeros(0, width))
+        mean = rows.mean(dim=0)
+        return cls(task, count, mean, thin_factor(rows - mean))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file of its own; the task's name goes beside it."""
+        return {
+            "count": torch.tensor(self.count),
+            "mean": self.mean.contiguous(),
+            "factor": self.factor.contiguous(),
+            "holdout_nll": self.holdout_nll.contiguous(),
+            "holdout_count": torch.tensor(self.holdout_count),
+            "temperatures": torch.tensor(TEMPERATURES, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, task: str, tensors: Mapping[str, Tensor]) -> TaskStatistics:
+        """Inverse of ``tensors``.
+
+        Raises:
+            BankError: a tensor is missing, of a wrong shape, not finite, or was stored over another grid.
+        """
+        where = f"statistics of task {task!r}"
+        missing = {"count", "mean", "factor", "holdout_nll", "holdout_count", "temperatures"} - set(tensors)
+        if missing:
+            raise BankError(f"{where}: no tensor {', '.join(sorted(missing))}")
+        if tensors["temperatures"].tolist() != list(TEMPERATURES):
+            raise BankError(f"{where}: held-out likelihoods over another temperature grid than this version's")
+        mean, factor, nll = (tensors[name].double() for name in ("mean", "factor", "holdout_nll"))
+        if mean.dim() != 1 or factor.dim() != 2 or factor.shape[1] != len(mean) or nll.shape != (len(TEMPERATURES),):
+            raise BankError(f"{where}: shapes mean {tuple(mean.shape)}, factor {tuple(factor.shape)} do not fit")
+        if not all(bool(torch.isfinite(t).all()) for t in (mean, factor, nll)):
+            raise BankError(f"{where}: holds NaN or infinity")
+        count, holdout_count = (int(tensors[name].item()) for name in ("count", "holdout_count"))
+        if count < 1 or holdout_count < 0:
+            raise BankError(f"{where}: count {count}, holdout_count {holdout_count}")
+        return cls(task, count, mean, factor, nll, holdout_count)
+
+
+def thin_factor(rows: Tensor) -> Tensor:
+    """R with ``R^T R = rows^T rows``, shape (min(n, d), d), signs fixed so that it does not depend on the rows' order."""
+    upper: Tensor = torch.linalg.qr(rows, mode="r").R
+    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(upper)
+    return upper * signs[:, None]
+
+
+def merge(parts: Sequence[TaskStatistics]) -> TaskStatistics:
+    """One task's statistics from those of disjoint shares of its rows (one per rank), in any order.
+
+    Sums only: N = sum n_i, mean = sum n_i m_i / N, S = sum S_i + sum n_i (m_i - mean)(m_i - mean)^T
+    (Chan, Golub and LeVeque 1979), and held-out likelihoods add up. Equal to one rank's to rounding.
+
+    Raises:
+        ValueError: no parts, or parts of several tasks or widths.
+    """
+    if not parts or len({part.task for part in parts}) != 1 or len({len(part.mean) for part in parts}) != 1:
+        raise ValueError("merge takes the parts of one task, at least one, over the same features")
+    count = sum(part.count for part in parts)
+    filled = [part for part in parts if part.count]
+    nll = torch.stack([part.holdout_nll for part in parts]).sum(dim=0)
+    held = sum(part.holdout_count for part in parts)
+    first = parts[0]
+    if not filled:
+        return TaskStatistics(first.task, 0, first.mean, first.factor, nll, held)
+    mean = torch.stack([part.mean * part.count for part in filled]).sum(dim=0) / count
+    if len(filled) == 1:
+        return TaskStatistics(first.task, count, filled[0].mean, filled[0].factor, nll, held)
+    shifts = torch.stack([(part.mean - mean) * math.sqrt(part.count) for part in filled])
+    stacked = torch.cat([part.factor for part in filled] + [shifts])
+    return TaskStatistics(first.task, count, mean, thin_factor(stacked), nll, held)
+
+
+class Covariance:
+    """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I of all tasks together, as something to solve with.
+
+    S is the pooled within-task scatter and N the number of rows. With fewer factor rows than features the solve goes
+    through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d matrix; otherwise through
+    the Cholesky factor of the dense Sigma. Features without any spread (one row per task) have Sigma = I.
+
+    Raises:
+        UserError: Sigma is singular (shrinkage 0 with too few rows).
+    """
+
+    def __init__(self, statistics: Sequence[TaskStatistics], shrinkage: float) -> None:
+        check(statistics)
+        width = len(statistics[0].mean)
+        total = sum(s.count for s in statistics)
+        trace = sum(float(s.factor.square().sum()) for s in statistics)
+        self.low_rank = False
+        power = sum(s.count * float(s.mean.square().sum()) for s in statistics)
+        if trace <= 1e-24 * power:  # equal rows leave rounding errors, not a covariance
+            self.ridge, self.weight = 1.0, 0.0
+        else:
+            self.ridge, self.weight = shrinkage * trace / (total * width), (1 - shrinkage) / total
+        if self.weight == 0.0:
+            return
+        rank = sum(len(s.factor) for s in statistics)
+        if self.ridge > 0 and rank < width:
+            self.low_rank = True
+            self.stack = torch.cat([s.factor for s in statistics])
+            system = self.stack @ self.stack.T
+            system.diagonal().add_(self.ridge / self.weight)
+        else:
+            system = torch.zeros(width, width, dtype=torch.float64)
+            for s in statistics:
+                system.addmm_(s.factor.T, s.factor, alpha=self.weight)
+            system.diagonal().add_(self.ridge)
+        self.chol, info = torch.linalg.cholesky_ex(system)
+        if int(info):
+            raise UserError(
+                f"router.shrinkage: {shrinkage} leaves the covariance of {width} features singular with {total} rows"
+                " over all tasks; take a value above 0 (0.1 is the default)"
+            )
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows`` (m, d) -> (m, d), each Sigma^-1 row."""
+        if self.weight == 0.0:
+            return rows / self.ridge
+        if not self.low_rank:
+            return torch.cholesky_solve(rows.T, self.chol).T.contiguous()
+        inner = torch.cholesky_solve(self.stack @ rows.T, self.chol)
+        return ((rows - inner.T @ self.stack) / self.ridge).contiguous()
+
+
+def check(statistics: Sequence[TaskStatistics]) -> None:
+    """Refuse what keys cannot be made of: no task, an empty one, tasks over other features."""
+    if not statistics:
+        raise ValueError("keys need the statistics of at least one task")
+    for s in statistics:
+        if s.count < 1:
+            raise UserError(f"task {s.task!r}: no rows are left for the router's statistics; lower router.holdout")
+        if len(s.mean) != len(statistics[0].mean):
+            raise UserError(
+                f"task {s.task!r}: statistics over {len(s.mean)} features, those of {statistics[0].task!r} over"
+                f" {len(statistics[0].mean)}; all stages of a bank need one base model and one router.layer"
+            )
+
+
+def keys(statistics: Sequence[TaskStatistics], shrinkage: float) -> tuple[Tensor, Tensor]:
+    """w_t = Sigma^-1 mu_t and b_t = -1/2 mu_t . w_t, so that softmax(W f + b) is the posterior of equal priors.
+
+    Args:
+        statistics: one per task, in the bank's order.
+        shrinkage: in [0, 1]; 1 gives nearest mean.
+
+    Returns:
+        W (T, d) and b (T,), fp64.
+    """
+    covariance = Covariance(statistics, shrinkage)
+    means = torch.stack([s.mean for s in statistics])
+    weights = covariance.solve(means)
+    return weights, -0.5 * (means * weights).sum(dim=1)
+
+
+def posterior(features: Tensor, weights: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    """softmax((W f + b) / T), features (n, d) -> (n, T) in the dtype of the keys.
+
+    The scores of different tasks share a large part and differ by little, hence fp64 keys even for bf16 features.
+    """
+    return torch.softmax((features.to(weights) @ weights.T + bias) / temperature, dim=-1)
+
+
+def holdout_nll(features: Tensor, task: int, weights: Tensor, bias: Tensor) -> Tensor:
+    """Negative log-likelihood of one task's held-out rows, summed over them, for each of ``TEMPERATURES``.
+
+    Args:
+        features: ``(n, d)`` rows of the task at index ``task`` that are not in its statistics.
+        task: index into the keys.
+        weights: W (T, d) of the bank as of this stage.
+        bias: b (T,).
+
+    Returns:
+        (G,) fp64 sums, for ``TaskStatistics.holdout_nll``; zeros for one task, which is certain at any temperature.
+    """
+    scores = features.to(weights) @ weights.T + bias
+    sums = [-torch.log_softmax(scores / temperature, dim=-1)[:, task].sum() for temperature in TEMPERATURES]
+    return torch.stack(sums).cpu()
+
+
+def calibrate(statistics: Sequence[TaskStatistics]) -> float:
+    """The temperature of the grid with the least sum of stored held-out likelihoods; 1 for one task or no held-out row.
+
+    Equal sums are decided by the distance from 1, on a log scale.
+    """
+    total = torch.stack([s.holdout_nll for s in statistics]).sum(dim=0)
+    if len(statistics) < 2 or not any(s.holdout_count for s in statistics):
+        return 1.0
+    order = sorted(range(len(TEMPERATURES)), key=lambda g: (float(total[g]), abs(math.log(TEMPERATURES[g]))))
+    return TEMPERATURES[order[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Relative Mahalanobis distance (Ren et al. 2021) in the few numbers that serving needs.
+
+    RMD_t(f) = (f - mu_t)^T Sigma^-1 (f - mu_t) - (f - mu_0)^T Sigma_0^-1 (f - mu_0), where the background Gaussian has
+    the mean mu_0 of all rows and Sigma_0 = Sigma + (1 - shrinkage) x between-task scatter / N. Because Sigma_0 differs
+    from Sigma by rank T only, Sigma^-1 - Sigma_0^-1 = V^T V with V (T, d), and
+
+    RMD_t(f) = |V f|^2 - 2 (w_t . f + b_t) + 2 (w_0 . f + b_0),   w_0 = Sigma_0^-1 mu_0, b_0 = -1/2 mu_0 . w_0.
+
+    ``mean`` and ``std`` (T,) are those of RMD_t over f ~ N(mu_t, temperature x Sigma): the calibrated temperature is
+    the factor by which held-out rows scatter more than Sigma says. With one task RMD is 0 and nothing is ever far.
+    """
+
+    factor: Tensor
+    key: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in ("factor", "key", "bias", "mean", "std")}
+
+    def distance(self, features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        """RMD to each task, features (n, d) -> (n, T)."""
+        rows = features.to(weights)
+        common = (rows @ self.factor.T).square().sum(dim=-1) + 2 * (rows @ self.key + self.bias)
+        return common[:, None] - 2 * (rows @ weights.T + bias)
+
+    def excess(self, features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        """How many standard deviations beyond what its nearest task expects, features (n, d) -> (n,)."""
+        return ((self.distance(features, weights, bias) - self.mean) / self.std).amin(dim=-1)
+
+
+def background(statistics: Sequence[TaskStatistics], shrinkage: float, temperature: float) -> Background:
+    """What abstention needs, from the same statistics as the keys; see ``Background``."""
+    covariance = Covariance(statistics, shrinkage)
+    means = torch.stack([s.mean for s in statistics])
+    shares = torch.tensor([s.count for s in statistics], dtype=torch.float64)
+    shares = shares / shares.sum()
+    centre = shares @ means
+    between = (shares * (1 - shrinkage)).sqrt()[:, None] * (means - centre)
+    solved = covariance.solve(between)
+    inner = between @ solved.T
+    eye = torch.eye(len(means), dtype=torch.float64)
+    chol = torch.linalg.cholesky(eye + inner)
+    factor = torch.linalg.solve_triangular(chol, solved, upper=False)
+    key = covariance.solve(centre[None])[0] - factor.T @ (factor @ centre)
+    # Moments of RMD_t, a quadratic form of a Gaussian, through V: V Sigma V^T = L^-1 K L^-T with K = inner.
+    half = torch.linalg.solve_triangular(chol, inner, upper=False)
+    spread = torch.linalg.solve_triangular(chol, half.T, upper=False)
+    shifts = means - centre
+    far = (shifts * covariance.solve(shifts)).sum(dim=1)
+    seen = shifts @ factor.T
+    inside = seen.square().sum(dim=1)
+    mean = temperature * spread.diagonal().sum() - (far - inside)
+    slope = (far - 2 * inside + ((seen @ spread) * seen).sum(dim=1)).clamp(min=0)
+    variance = 2 * temperature**2 * spread.square().sum() + 4 * temperature * slope
+    floor = torch.finfo(torch.float64).eps
+    return Background(factor, key, -0.5 * centre @ key, mean, variance.clamp(min=floor).sqrt())
+
+
+def key_drift(
+    old: tuple[Tensor, Tensor, float], new: tuple[Tensor, Tensor, float], features: Tensor
+) -> tuple[float, float]:
+    """How far routing among the old tasks moved when later tasks changed the keys.
+
+    Args:
+        old: W (T, d), b (T,) and temperature before.
+        new: the same after, for T or more tasks of which the first T are the old ones.
+        features: ``(n, d)`` rows to route, such as the old tasks' test rows.
+
+    Returns:
+        Mean total variation between the two posteriors over the old tasks, and the share of rows whose first choice
+        among them is another one. Both 0 for no rows.
+    """
+    tasks = len(old[1])
+    if len(new[1]) < tasks:
+        raise ValueError(f"keys of {len(new[1])} tasks cannot follow keys of {tasks}")
+    if not len(features):
+        return 0.0, 0.0
+    before = posterior(features, *old)
+    after = posterior(features, new[0][:tasks], new[1][:tasks], new[2])
+    moved = 0.5 * (before - after).abs().sum(dim=-1).mean()
+    return moved.item(), (before.argmax(dim=-1) != after.argmax(dim=-1)).double().mean().item()

@@ -1,0 +1,216 @@
+"""Which linear layers of a model are adapted, and the layer whose input the router reads.
+
+Sizes come from ``in_features``/``out_features`` (``nx``/``nf`` of transformers' Conv1D), never from ``weight.shape``:
+under ZeRO-3 a partitioned weight is empty. Everything here works on a model on the meta device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.adapters.settings import AdapterSettings
+
+log = logging.getLogger(__name__)
+
+Part = Literal["encoder", "decoder"]
+
+QUERY_VALUE = ["q_proj", "v_proj"]
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    "bart": QUERY_VALUE,
+    "bloom": ["query_key_value"],
+    "chatglm": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "falcon": ["query_key_value"],
+    "gemma": QUERY_VALUE,
+    "gemma2": QUERY_VALUE,
+    "gemma3_text": QUERY_VALUE,
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neo": QUERY_VALUE,
+    "gpt_neox": ["query_key_value"],
+    "gptj": QUERY_VALUE,
+    "llama": QUERY_VALUE,
+    "llama4": QUERY_VALUE,
+    "mistral": QUERY_VALUE,
+    "mixtral": QUERY_VALUE,
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "opt": QUERY_VALUE,
+    "phi": [*QUERY_VALUE, "fc1", "fc2"],
+    "qwen2": QUERY_VALUE,
+    "qwen3": QUERY_VALUE,
+    "stablelm": QUERY_VALUE,
+    "t5": ["q", "v"],
+}
+"""``targets: auto`` by ``config.model_type``: PEFT's own defaults for LoRA (a test compares the two tables)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear layer to adapt. ``layer`` counts from 0 within its ``part`` of the model."""
+
+    path: str
+    in_features: int
+    out_features: int
+    layer: int
+    part: Part = "decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """The repeated blocks of one part of the model: ``path`` of their ModuleList, and the list itself."""
+
+    path: str
+    layers: nn.ModuleList
+    part: Part
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear layer; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def layer_stacks(model: PreTrainedModel) -> list[LayerStack]:
+    """The decoder's stack, or of an encoder-decoder model the encoder's and then the decoder's.
+
+    Raises:
+        UserError: if a part has no list of layers.
+    """
+    parts: list[tuple[Part, nn.Module]] = [("decoder", model.get_decoder())]
+    if model.config.is_encoder_decoder:
+        parts.insert(0, ("encoder", model.get_encoder()))
+    return [_stack_of(model, root, part) for part, root in parts]
+
+
+def _stack_of(model: PreTrainedModel, root: nn.Module, part: Part) -> LayerStack:
+    prefix = next((path for path, module in model.named_modules() if module is root), "")
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in root.named_modules():
+        nested = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists[path] = module
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__}: no list of layers in its {part}; "
+            "supported are transformers' causal and encoder-decoder language models"
+        )
+    path, layers = max(lists.items(), key=lambda item: len(item[1]))
+    return LayerStack(".".join(name for name in (prefix, path) if name), layers, part)
+
+
+def routing_stack(model: PreTrainedModel) -> LayerStack:
+    """The stack whose hidden states the router reads: the encoder's if there is one, else the decoder's."""
+    return layer_stacks(model)[0]
+
+
+def default_router_layer(model: PreTrainedModel) -> int:
+    """k: the middle of the depth of the stack that the router reads."""
+    return len(routing_stack(model).layers) // 2
+
+
+def check_router_layer(model: PreTrainedModel, router_layer: int) -> None:
+    """Raise UserError unless hidden states exist after ``router_layer`` layers and a layer follows them."""
+    depth = len(routing_stack(model).layers)
+    if not 0 <= router_layer < depth:
+        raise UserError(
+            f"router.layer: found {router_layer}, expected 0 to {depth - 1} "
+            f"(the {routing_stack(model).part} of this model has {depth} layers)"
+        )
+
+
+def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer: int) -> list[Target]:
+    """The linear layers that ``settings`` selects, in the model's own order.
+
+    ``layers: above_router`` takes the layers with index >= ``router_layer`` (their input is the hidden state after
+    ``router_layer`` layers or a later one), and of an encoder-decoder model also the whole decoder; ``last:K`` takes
+    the last K layers of each part. Experts of a mixture of experts are left alone: each sees only some of the tokens.
+
+    Raises:
+        UserError: if nothing matches, or one of the named targets does not; the message lists what could.
+    """
+    check_router_layer(model, router_layer)
+    stacks = layer_stacks(model)
+    names = _target_names(model, settings, stacks)
+    found: list[Target] = []
+    linear: Counter[str] = Counter()
+    matched: set[str] = set()
+    experts = False
+    for stack in stacks:
+        # The router reads the first stack; a decoder behind an encoder runs after it as a whole.
+        first = _first_layer(settings.layers, stack, router_layer, read_by_router=stack is stacks[0])
+        for index, layer in enumerate(stack.layers):
+            for inner, module in layer.named_modules():
+                experts = experts or "experts" in inner.split(".")
+                sizes = linear_sizes(module)
+                if sizes is None or "experts" in inner.split("."):
+                    continue
+                linear[inner.rsplit(".", 1)[-1]] += 1
+                name = next((n for n in names if inner == n or inner.endswith(f".{n}")), None)
+                if name is None:
+                    continue
+                matched.add(name)
+                if index >= first:
+                    found.append(Target(f"{stack.path}.{index}.{inner}", *sizes, index, stack.part))
+    missing = [name for name in names if name not in matched]
+    if missing or not found:
+        raise UserError(_no_match(model, settings, missing or names, linear))
+    if experts:
+        log.info("%s: the experts of its mixture-of-experts layers are left alone", model.config.model_type)
+    return found
+
+
+def _target_names(model: PreTrainedModel, settings: AdapterSettings, stacks: list[LayerStack]) -> list[str]:
+    if settings.targets != "auto":
+        return list(dict.fromkeys(settings.targets))
+    kind = model.config.model_type
+    if kind in DEFAULT_TARGETS:
+        return DEFAULT_TARGETS[kind]
+    # Most later architectures name their projections as Llama does; anything else has to be named.
+    paths = {path.rsplit(".", 1)[-1] for stack in stacks for path, _ in stack.layers.named_modules()}
+    if paths.issuperset(QUERY_VALUE):
+        log.info("adapters.targets: auto takes %s for model type %s", ", ".join(QUERY_VALUE), kind)
+        return QUERY_VALUE
+    return []
+
+
+def _first_layer(layers: str, stack: LayerStack, router_layer: int, read_by_router: bool) -> int:
+    depth = len(stack.layers)
+    if layers == "all":
+        return 0
+    if layers == "above_router":
+        return router_layer if read_by_router else 0
+    count = int(layers.removeprefix("last:"))
+    if count > depth:
+        raise UserError(f"adapters.layers: found {layers}, expected at most last:{depth} (the {stack.part}'s depth)")
+    return depth - count
+
+
+def _no_match(model: PreTrainedModel, settings: AdapterSettings, names: list[str], linear: Counter[str]) -> str:
+    could = ", ".join(f"{name} ({count})" for name, count in sorted(linear.items())) or "none"
+    if not names:
+        return (
+            f"adapters.targets: auto knows no default for model type {model.config.model_type!r}; "
+            f"name some of its linear layers instead: {could}"
+        )
+    hints = [get_close_matches(name, linear, n=1) for name in names]
+    hint = "".join(f"; did you mean {close[0]!r}?" for close in hints if close)
+    return (
+        f"adapters.targets: {', '.join(repr(name) for name in names)} matches no linear layer of "
+        f"{type(model).__name__} with adapters.layers {settings.layers!r}{hint}; its linear layers are: {could}"
+    )

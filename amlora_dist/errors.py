@@ -1,0 +1,66 @@
+"""What can go wrong, by whom it can be mended; the command line maps each class to its exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class AmloraError(Exception):
+    """Base of every error this project raises on purpose; the message is meant to be read by a person."""
+
+    exit_code = 1
+
+
+class UserError(AmloraError):
+    """Something the caller can mend: a file, a key, a value. The message names all three and the mend."""
+
+    exit_code = 2
+
+
+class HeldError(AmloraError):
+    """Another driver holds the run id (or the fingerprint)."""
+
+    exit_code = 3
+
+
+class TrainingError(AmloraError):
+    """A stage failed for good, after the retries its failure policy allows."""
+
+    exit_code = 4
+
+
+class BankError(UserError):
+    """A bank, checkpoint or manifest is damaged, hostile, or of a schema this code does not know."""
+
+
+class LeaseLostError(AmloraError):
+    """This driver was paused or cut off and another one took its run; nothing it writes counts any more."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong in a file.
+
+    ``where`` is the path of the key inside the file (``training.epochs``), ``found`` what stands there,
+    ``expected`` what should, ``hint`` the mend ("did you mean ...").
+    """
+
+    where: str
+    found: str
+    expected: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: found {self.found}, expected {self.expected}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class FaultsError(UserError):
+    """Every fault found in one file, at once."""
+
+    def __init__(self, file: str, faults: list[Fault]) -> None:
+        self.file, self.faults = file, faults
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        super().__init__(f"{file}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n{lines}")

@@ -1,0 +1,264 @@
+"""Score one task: greedy answers without task identity, and the ranking of the task's own labels beside them.
+
+Batches are formed once from all examples, by length, and dealt out to the ranks: which rows share a forward pass does
+not depend on the number of ranks, so neither do the results. Every rank makes the same number of passes (ZeRO-3 hangs
+otherwise): where batches run short a rank scores a dummy row, which counts nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.text_metrics import METRICS
+from amlora_dist.tasks.batches import Example, Side, collate_prompts
+
+ZERO_ROW = -1
+"""Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model answered to one row, and how it counts."""
+
+    row: int
+    """1-based number of the row in its source."""
+    answer: str
+    """The right answer."""
+    output: str
+    """Greedy output up to the end token, over the whole vocabulary, without task identity."""
+    ended: bool
+    """Whether the end token came before the limit of new tokens; otherwise the output would have gone on."""
+    correct: float
+    """The task's metric on ``output``, 0 to 1; a labelled task's output that did not end is wrong."""
+    ranked: int | None = None
+    """Index of the label with the highest summed log-likelihood; None for free text."""
+    ranked_correct: bool | None = None
+    loglikelihoods: list[float] | None = None
+    """Summed log-likelihood of each label, nats."""
+    gates: list[float] | None = None
+    """The router's weight of each task; None where the gate was given or there is no router."""
+
+
+def score_task(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokenizer: Any,
+    pad_id: int,
+    eos_id: int,
+    batch_size: int,
+    labels: Sequence[Sequence[int]] | None = None,
+    metric: str = "accuracy",
+    max_new_tokens: int | None = None,
+    task_gate_row: int | None = None,
+    tasks: int = 0,
+    encoder_decoder: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    forward: Forward | None = None,
+    all_done: Callable[[bool], bool] | None = None,
+) -> list[Prediction]:
+    """Score this rank's share of ``examples``; `merge` joins the shares.
+
+    Args:
+        labels: token ids of the task's labels without EOS, in the order of ``Example.label``; None for free text.
+        metric: a name of `METRICS`.
+        max_new_tokens: longest free-text answer, with EOS; labelled tasks decode one token more than their longest
+            label, so that every output that could be a label has room to end.
+        task_gate_row: give every prompt the row of this task (the oracle), or `ZERO_ROW`, instead of the router's gate.
+        tasks: rows of the bank; 0 means a plain transformer, which gets no routing arguments.
+        forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine).
+        all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
+            soon as its rows have ended, and several processes decode a fixed number of tokens.
+
+    Raises:
+        UserError: an unknown metric, unusable labels, or prompts without room for an answer.
+    """
+    if metric not in METRICS:
+        raise UserError(f"metric: found {metric!r}, expected one of {', '.join(METRICS)}")
+    if labels is None and max_new_tokens is None:
+        raise UserError("max_answer_tokens: found nothing, expected a limit for the answers of a free-text task")
+    if not examples:
+        return []
+    plan = plan_labels(labels, eos_id) if labels is not None else None
+    steps = max(map(len, labels)) + 1 if labels is not None else int(max_new_tokens or 0)
+    longest = max(len(example.prompt) for example in examples)
+    decoder = Decoder(model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=encoder_decoder, forward=forward)
+    decoder.check_room(longest, steps)
+    if all_done is None and world == 1:
+        all_done = bool
+    predictions: list[Prediction] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for indices, counts in deal(examples, batch_size, rank, world):
+                batch = [examples[i] for i in indices]
+                scored = _score_batch(
+                    decoder,
+                    batch,
+                    plan,
+                    steps=steps,
+                    passes=contexts_per_pass(longest, batch_size, plan) if plan else 0,
+                    routing=_Routing(tasks, task_gate_row),
+                    device=device,
+                    all_done=all_done,
+                )
+                if counts:
+                    predictions += _predictions(batch, scored, tokenizer, metric)
+    finally:
+        model.train(was_training)
+    return sorted(predictions, key=lambda prediction: prediction.row)
+
+
+def deal(examples: Sequence[Example], batch_size: int, rank: int, world: int) -> list[tuple[list[int], bool]]:
+    """This rank's batches, as indices into ``examples`` and whether they count.
+
+    Longest prompts first (what does not fit in memory shows at once); batch i belongs to rank ``i % world``, and the
+    last round is filled up with one-row batches that do not count.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    missing = -len(batches) % world
+    dealt = [(batch, True) for batch in batches] + [([order[-1]], False)] * missing
+    return dealt[rank::world]
+
+
+def merge(shares: Iterable[Sequence[Prediction]]) -> list[Prediction]:
+    """All ranks' predictions in the order of their rows."""
+    return sorted((p for share in shares for p in share), key=lambda prediction: prediction.row)
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
+    """``accuracy`` (mean of the task's metric on greedy outputs), ``ranked_accuracy`` and ``rows``; scores are 0 to 1.
+
+    What is undefined (no rows, no labels) is None.
+    """
+    ranked = [p.ranked_correct for p in predictions if p.ranked_correct is not None]
+    return {
+        "accuracy": math.fsum(p.correct for p in predictions) / len(predictions) if predictions else None,
+        "ranked_accuracy": sum(ranked) / len(ranked) if ranked else None,
+        "rows": len(predictions),
+    }
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """One JSON object a line; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `write_predictions` wrote.
+
+    Raises:
+        UserError: a line is not a prediction; the message names the file and the line.
+    """
+    predictions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            predictions.append(Prediction(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a prediction ({error})") from error
+    return predictions
+
+
+@dataclass(slots=True)
+class _Routing:
+    """The routing arguments of a forward call, and what the router answered."""
+
+    tasks: int
+    row: int | None
+    gates: Tensor | None = None
+    """(B, T), once the router has been asked."""
+
+    def arguments(self, prompt_mask: Tensor) -> dict[str, Any]:
+        if not self.tasks:
+            return {}
+        if self.row is None:
+            return {"prompt_mask": prompt_mask, "on_route": self._note}
+        gate = torch.zeros(prompt_mask.shape[0], self.tasks, device=prompt_mask.device)
+        if self.row != ZERO_ROW:
+            gate[:, self.row] = 1.0
+        return {"prompt_mask": prompt_mask, "task_gate": gate}
+
+    def _note(self, _features_BD: Tensor | None, gate_BT: Tensor | None) -> None:
+        self.gates = gate_BT
+
+
+@dataclass(slots=True)
+class _Scored:
+    """Raw results of one batch."""
+
+    outputs: list[tuple[list[int], bool]]
+    scores: list[list[float]] | None
+    gates: list[list[float]] | None
+
+
+def _score_batch(
+    decoder: Decoder,
+    batch: Sequence[Example],
+    plan: LabelPlan | None,
+    *,
+    steps: int,
+    passes: int,
+    routing: _Routing,
+    device: torch.device | str,
+    all_done: Callable[[bool], bool] | None,
+) -> _Scored:
+    # Causal answers follow the last column; encoders with absolute positions count from the first.
+    side: Side = "right" if decoder.encoder_decoder else "left"
+    tensors = {k: t.to(device) for k, t in collate_prompts(batch, pad_id=decoder.pad_id, side=side).items()}
+    state = decoder.prefill(
+        tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"])
+    )
+    scores = None
+    if plan is not None:
+        scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
+    outputs = decoder.greedy(state, steps, all_done)
+    return _Scored(outputs, scores, None if routing.gates is None else routing.gates.float().tolist())
+
+
+def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metric: str) -> list[Prediction]:
+    texts = [
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        for tokens, _ in scored.outputs
+    ]
+    made = []
+    for index, (example, text) in enumerate(zip(batch, texts, strict=True)):
+        ended = scored.outputs[index][1]
+        scores = scored.scores[index] if scored.scores else None
+        ranked = scores.index(max(scores)) if scores else None
+        counts = ended or scores is None
+        made.append(
+            Prediction(
+                row=example.row,
+                answer=example.answer,
+                output=text,
+                ended=ended,
+                correct=METRICS[metric](text, example.answer) if counts else 0.0,
+                ranked=ranked,
+                ranked_correct=None if ranked is None else ranked == example.label,
+                loglikelihoods=scores,
+                gates=scored.gates[index] if scored.gates else None,
+            )
+        )
+    return made

@@ -1,0 +1,22 @@
+"""Settings of scoring. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
+class EvaluationSettings:
+    """Which cells of the accuracy matrix are scored, and how."""
+
+    cells: Literal["seen+next", "all", "last"] = "seen+next"
+    split: Literal["test", "dev"] = "test"
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts per forward pass of one worker."""
+    untrained: bool = True
+    """Score the base model before stage 1 (row R[0,i]; forward transfer needs it)."""
+    oracle: bool = True
+    """Score the last bank once more with the true task's row, as the upper bound of routing."""

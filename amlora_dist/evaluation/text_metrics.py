@@ -1,0 +1,88 @@
+"""Scores of one output against one answer, 0 to 1: label match, exact match, token F1, ROUGE-L.
+
+Every function takes ``(output, answer)`` and is pure.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def normalise_label(text: str) -> str:
+    """Case, Unicode composition and runs of white space do not count; everything else does.
+
+    A label's punctuation and articles can be all that sets it apart, so they stay.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def normalise_answer(text: str) -> str:
+    """SQuAD's normalisation (Rajpurkar et al. 2016, evaluate-v1.1): lower case, no ASCII punctuation, no English
+    articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def label_match(output: str, answer: str) -> float:
+    """1 if the output is the label's words and nothing else (`normalise_label`)."""
+    return float(normalise_label(output) == normalise_label(answer))
+
+
+def exact_match(output: str, answer: str) -> float:
+    """1 if output and answer are equal after SQuAD's normalisation."""
+    return float(normalise_answer(output) == normalise_answer(answer))
+
+
+def token_f1(output: str, answer: str) -> float:
+    """SQuAD's F1 over the multiset of normalised words: 2 P R / (P + R).
+
+    If either side has no words, the score is 1 when both have none and 0 otherwise (SQuAD 2.0).
+    """
+    found, wanted = normalise_answer(output).split(), normalise_answer(answer).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum((Counter(found) & Counter(wanted)).values())
+    return _f_measure(shared, len(found), len(wanted))
+
+
+def rouge_l(output: str, answer: str) -> float:
+    """ROUGE-L (Lin 2004) as F-measure with beta 1: F of LCS/|output| and LCS/|answer| over lower-case words.
+
+    Words are runs of letters and digits of any script, without stemming. No words on either side: as `token_f1`.
+    """
+    found, wanted = _WORD.findall(output.lower()), _WORD.findall(answer.lower())
+    if not found or not wanted:
+        return float(found == wanted)
+    return _f_measure(longest_common_subsequence(found, wanted), len(found), len(wanted))
+
+
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, in O(|first| |second|) time and O(|second|) memory."""
+    above = [0] * (len(second) + 1)
+    for word in first:
+        row = [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(above[column + 1], row[column]))
+        above = row
+    return above[-1]
+
+
+def _f_measure(shared: int, found: int, wanted: int) -> float:
+    """2 P R / (P + R) with P = shared / found, R = shared / wanted, which is 2 shared / (found + wanted)."""
+    return 2 * shared / (found + wanted)
+
+
+METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "accuracy": label_match,
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+}
+"""The metric names of a task specification. ``accuracy`` is for labelled tasks, the others for free text."""

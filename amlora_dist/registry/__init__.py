@@ -1,0 +1,1 @@
+"""Banks as versioned objects: their folder format, and the store (MLflow) that keeps versions, runs and claims."""

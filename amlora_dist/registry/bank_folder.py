@@ -1,0 +1,277 @@
+"""A bank as a folder: safetensors and JSON only, adapters in PEFT's own format, every check on the way in and out.
+
+::
+
+    manifest.json                              registry/manifest.py
+    adapters/<k>-<task>/adapter_config.json    PEFT's
+    adapters/<k>-<task>/adapter_model.safetensors
+    adapters/<k>-<task>/recipe.safetensors     weights of the earlier adapters, and the literal router's dense layers
+    router.safetensors                         what serving needs
+    statistics/<k>-<task>.safetensors          what only continuation needs; may be absent
+    MLmodel, README.md                         for MLflow and for people
+
+The adapter as PEFT loads it leaves the recipe out; a task's whole row is what ``registry/exports.py`` writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from amlora_dist.adapters.bank import Adapter
+from amlora_dist.digests import tensors_digest
+from amlora_dist.errors import BankError
+from amlora_dist.registry import card
+from amlora_dist.registry.adapter_folder import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    check_digest,
+    peft_config,
+    read_adapter,
+    write_adapter,
+)
+from amlora_dist.registry.manifest import (
+    FILE,
+    ROUTER_FILE,
+    AdapterEntry,
+    Manifest,
+    StatisticsEntry,
+    Stored,
+    read_manifest,
+    replace,
+)
+from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
+
+log = logging.getLogger(__name__)
+
+_KNOWN = {
+    "README.md", "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
+    ".gitattributes", ".DS_Store",
+}  # fmt: skip
+_REFUSED = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz",
+    ".py", ".pyc", ".so", ".dll", ".sh",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Bank:
+    """A bank in memory."""
+
+    manifest: Manifest
+    adapters: list[Adapter]
+    router: dict[str, Tensor]
+    """The router's tensors by name; with ``router_settings`` what ``router_from`` takes."""
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Statistics by task; only those whose file was there."""
+
+    @property
+    def router_settings(self) -> dict[str, Any]:
+        """Settings of the router, JSON values."""
+        return self.manifest.router.settings
+
+
+def adapter_entry(
+    adapter: Adapter, index: int, *, training_fingerprint: str, parent: str | None, stored: Stored | None = None
+) -> AdapterEntry:
+    """The manifest's line for an adapter; ``parent`` is ``Manifest.parent_digest`` of the bank it was trained on."""
+    adapter = dataclasses.replace(adapter, alpha=float(adapter.alpha))
+    return AdapterEntry(
+        index=index,
+        task=adapter.task,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=sorted(adapter.a),
+        digest=adapter.digest(),
+        training_fingerprint=training_fingerprint,
+        parent=parent,
+        stored=stored,
+    )
+
+
+def statistics_entry(
+    index: int, task: str, tensors: Mapping[str, Tensor], stored: Stored | None = None
+) -> StatisticsEntry:
+    """The manifest's line for the statistics of one task."""
+    return StatisticsEntry(index=index, task=task, digest=tensors_digest(tensors), stored=stored)
+
+
+def router_digest(tensors: Mapping[str, Tensor], kind: str, settings: Mapping[str, Any]) -> str:
+    """sha256 over the router's tensors, kind and settings."""
+    return tensors_digest(tensors, kind=kind, settings=dict(settings))
+
+
+def write_bank(
+    folder: Path,
+    manifest: Manifest,
+    adapters: list[Adapter],
+    router: Mapping[str, Tensor],
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Manifest:
+    """Write a whole bank: all of it beside ``folder`` first, read back, then renamed into place.
+
+    An existing ``folder`` is replaced. The router's digest in ``manifest`` is computed here, so a draft may hold any.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BankError: what is given does not agree with the manifest, or could not be read back.
+    """
+    settings = manifest.router.settings
+    entry = dataclasses.replace(manifest.router, digest=router_digest(router, manifest.router.kind, settings))
+    manifest = replace(manifest, router=entry)
+    _check_given(manifest, adapters)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_frame(aside, manifest)
+        for line, adapter in zip(manifest.adapters, adapters, strict=True):
+            write_adapter(aside / line.folder, adapter)
+        write_tensors(aside / ROUTER_FILE, router)
+        for part in manifest.statistics:
+            if part.task in (statistics or {}):
+                write_tensors(aside / part.file, (statistics or {})[part.task])
+        read_bank(aside)
+        swap_in(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return manifest
+
+
+def write_frame(folder: Path, manifest: Manifest) -> None:
+    """Write what follows from the manifest alone: ``manifest.json``, PEFT's configurations, MLmodel, README.md."""
+    for line in manifest.adapters:
+        config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
+        write_text(folder / line.folder / CONFIG_FILE, config)
+    write_text(folder / "MLmodel", card.mlmodel())
+    write_text(folder / "README.md", card.readme(manifest))
+    write_text(folder / FILE, manifest.to_json())
+
+
+def read_bank(folder: Path, *, statistics: bool = True) -> Bank:
+    """Read a whole bank from a folder, without MLflow.
+
+    Args:
+        folder: as ``write_bank`` or ``Store.pull`` left it.
+        statistics: read the statistics too, as far as their files are there.
+
+    Raises:
+        BankError: anything missing, damaged, unexpected or leading out of the folder; the message names the file,
+            the key, what was found and what was expected.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    adapters = [read_adapter(folder, manifest, line) for line in manifest.adapters]
+    _check_widths(folder, adapters)
+    found: dict[str, dict[str, Tensor]] = {}
+    for part in manifest.statistics if statistics else []:
+        if (folder / part.file).exists():
+            found[part.task] = read_statistics(folder, part)
+    return Bank(manifest=manifest, adapters=adapters, router=read_router(folder, manifest), statistics=found)
+
+
+def read_router(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the router's tensors and compare their digest."""
+    tensors = read_tensors(folder / ROUTER_FILE)
+    found = router_digest(tensors, manifest.router.kind, manifest.router.settings)
+    check_digest(folder / ROUTER_FILE, found, manifest.router.digest)
+    return tensors
+
+
+def read_statistics(folder: Path, part: StatisticsEntry) -> dict[str, Tensor]:
+    """Read the statistics of one task and compare their digest."""
+    tensors = read_tensors(folder / part.file)
+    check_digest(folder / part.file, tensors_digest(tensors), part.digest)
+    return tensors
+
+
+def check_publishable(bank: Bank) -> None:
+    """Refuse what loads but was never trained or gathered: an adapter that adds nothing.
+
+    Under ZeRO-3 an adapter saved without gathering is empty or zero although training looked fine (peft#2892).
+
+    Raises:
+        BankError: every B of an adapter is zero, or the bank has no adapter.
+    """
+    if not bank.adapters:
+        raise BankError("a bank without adapters is not published; train at least one stage")
+    for line, adapter in zip(bank.manifest.adapters, bank.adapters, strict=True):
+        silent = [module for module, b in adapter.b.items() if not bool(b.any())]
+        if len(silent) == len(adapter.b):
+            raise BankError(
+                f"{line.folder}: every B is zero, expected a trained adapter; it was saved before training or without "
+                "gathering (ZeRO-3): train the stage again"
+            )
+        if silent:
+            log.warning("%s: B is zero in %d of %d modules: %s", line.folder, len(silent), len(adapter.b), silent[:3])
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse links that lead out, tensors and pickles that the manifest does not know; warn of other strangers.
+
+    Raises:
+        BankError: names the file.
+    """
+    root = folder.resolve()
+    expected = {FILE, ROUTER_FILE} | {part.file for part in manifest.statistics}
+    expected |= {f"{line.folder}/{name}" for line in manifest.adapters for name in (*ADAPTER_FILES, CONFIG_FILE)}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.resolve().is_relative_to(root):
+            raise BankError(f"{path}: a link that leads out of the bank, to {path.resolve()}; fetch the bank again")
+        if path.is_dir() or name in expected:
+            continue
+        if path.suffix.lower() in _REFUSED or not path.is_file():
+            raise BankError(
+                f"{path}: found a file that the manifest does not name, expected only what it names; "
+                "remove it (banks hold no code and no pickle) or fetch the bank again"
+            )
+        if path.name not in _KNOWN:
+            log.warning("%s: not part of the bank, ignored", path)
+
+
+def swap_in(aside: Path, folder: Path) -> None:
+    """Rename ``aside`` to ``folder``; what stood there moves out of the way first and is then deleted."""
+    if not folder.exists():
+        aside.replace(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.replace(old / folder.name)
+    aside.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_given(manifest: Manifest, adapters: list[Adapter]) -> None:
+    if len(adapters) != len(manifest.adapters):
+        raise BankError(f"{len(adapters)} adapters given, the manifest has {len(manifest.adapters)}")
+    for line, adapter in zip(manifest.adapters, adapters, strict=True):
+        found = adapter_entry(adapter, line.index, training_fingerprint=line.training_fingerprint, parent=line.parent)
+        if found.digest != line.digest:
+            raise BankError(
+                f"{line.folder}: digest: found {found.digest}, the manifest has {line.digest}; "
+                "the adapter is not the one its entry was made for"
+            )
+
+
+def _check_widths(folder: Path, adapters: list[Adapter]) -> None:
+    """All adapters of one module must have its d_in and d_out."""
+    seen: dict[str, tuple[int, int, str]] = {}
+    for adapter in adapters:
+        for module, a in adapter.a.items():
+            widths = (a.shape[1], adapter.b[module].shape[0])
+            known = seen.setdefault(module, (*widths, adapter.task))
+            if known[:2] != widths:
+                raise BankError(
+                    f"{folder}: {module}: adapter {adapter.task} is (d_in, d_out) {widths}, adapter {known[2]} is "
+                    f"{known[:2]}; they belong to different base models"
+                )

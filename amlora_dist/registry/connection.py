@@ -1,0 +1,196 @@
+"""How MLflow is reached: an embedded SQLite store below ``AMLORA_HOME``, any other database, or a tracking server.
+
+MLflow is imported by ``connect``, never at import time. Several processes share one SQLite file: it is put in WAL
+mode, its first use (MLflow creates the tables) is guarded by a file lock, and a call that meets "database is locked"
+is repeated until its deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from amlora_dist.errors import AmloraError, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_USE_DEADLINE_S = 300.0
+CALL_DEADLINE_S = 120.0
+KNOCK_DEADLINE_S = 20.0
+_TRANSIENT = {"TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_LOCKED = ("database is locked", "database table is locked")
+
+
+class StoreError(AmloraError):
+    """MLflow answered with an error that repeating the call does not mend."""
+
+
+@dataclass(slots=True)
+class Connection:
+    """An MLflow client, where new experiments keep artifacts, and the rule for repeating a call."""
+
+    client: MlflowClient
+    uri: str
+    artifacts: str | None
+    """Root of artifact folders for stores without a server; None: the tracking server decides."""
+
+    def call(
+        self, what: str, function: Callable[..., T], *args: Any, deadline_s: float = CALL_DEADLINE_S, **keys: Any
+    ) -> T:
+        """Call MLflow; repeat with growing pauses while the store says that it is busy.
+
+        The store rolls back what it answers with "locked" to, so repeating is safe; over HTTP an answer can be lost
+        after the work was done, which is why every write of this project finds what it made before it makes it again.
+
+        Raises:
+            StoreError: still busy at the deadline, or an error that stays.
+            mlflow.exceptions.MlflowException: passed on when it says that something exists already or does not exist.
+        """
+        from mlflow.exceptions import MlflowException
+
+        start, pause = time.monotonic(), 0.05
+        while True:
+            try:
+                return function(*args, **keys)
+            except MlflowException as error:
+                if is_code(error, "RESOURCE_ALREADY_EXISTS") or is_code(error, "RESOURCE_DOES_NOT_EXIST"):
+                    raise
+                reason = str(error)
+                if not (error.error_code in _TRANSIENT or any(words in reason for words in _LOCKED)):
+                    raise StoreError(f"MLflow at {self.uri}: {what}: {reason}") from error
+                waited = time.monotonic() - start
+                if waited > deadline_s:
+                    raise StoreError(
+                        f"MLflow at {self.uri}: {what}: still busy after {waited:.0f} s ({reason[:200]}); "
+                        "use a tracking server for many runs at once (mlflow.tracking_uri)"
+                    ) from error
+            except OSError as error:  # the artifact store: a full disk, a connection cut off
+                raise StoreError(f"MLflow at {self.uri}: {what}: {error}") from error
+            log.debug("MLflow busy: %s, again in %.2f s", what, pause)
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 2.0)
+
+    def pages(self, search: Callable[..., Any], text: str | None) -> list[Any]:
+        """All results of a registry search, page by page."""
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            page = self.call("search the registry", search, filter_string=text, max_results=500, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+
+def is_code(error: Exception, code: str) -> bool:
+    """Whether an MLflow exception carries this error code."""
+    return getattr(error, "error_code", None) == code
+
+
+def connect(home: Path, tracking_uri: str | None) -> Connection:
+    """Open MLflow.
+
+    Args:
+        home: ``AMLORA_HOME``; the embedded store is ``home/mlflow.db`` with artifacts below ``home/artifacts``.
+        tracking_uri: None for the embedded store, else a server (``http://...``) or a database URI.
+
+    Raises:
+        UserError: the URI's scheme is one that cannot work, or the server does not answer.
+        StoreError: another process has prepared the SQLite file for longer than the deadline.
+    """
+    home = home.resolve()
+    uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
+    if not tracking_uri and any(sign in str(home) for sign in "?#%"):
+        raise UserError(
+            f"AMLORA_HOME: {home} holds one of ? # %, which a database URI cannot carry; use another folder"
+        )
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+        raise UserError(
+            f"mlflow.tracking_uri: found {uri!r}; MLflow keeps no registry in plain files. Give http(s)://HOST:PORT, "
+            "sqlite:////ABSOLUTE/FILE.db, or leave it out for the embedded store"
+        )
+    _quiet()
+    if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
+        path, sign, options = uri.removeprefix("sqlite:///").partition("?")
+        uri = f"sqlite:///{Path(path).absolute()}{sign}{options}"
+    if uri.startswith(("http:", "https:")):
+        _knock(uri)
+    client = _open_sqlite(uri) if uri.startswith("sqlite:") else _client(uri)
+    if uri.startswith(("http:", "https:", "databricks")):
+        return Connection(client, uri, artifacts=None)
+    return Connection(client, uri, artifacts=str(home / "artifacts"))
+
+
+def _client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.search_experiments(max_results=1)  # opens both; a database migrates here
+        client.search_registered_models(max_results=1)
+    except MlflowException as error:
+        raise UserError(
+            f"mlflow.tracking_uri: cannot use {uri}: {error}; mend the store or give another URI"
+        ) from error
+    return client
+
+
+def _knock(uri: str) -> None:
+    """Fail at once when nobody listens: MLflow's own client would try for two minutes."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=KNOCK_DEADLINE_S):
+            pass
+    except urllib.error.HTTPError:
+        return  # an answer, if only of a proxy; MLflow's client says more
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"mlflow.tracking_uri: {uri} does not answer within {KNOCK_DEADLINE_S:.0f} s ({error}); "
+            "start the server, or change the URI"
+        ) from error
+
+
+def _open_sqlite(uri: str) -> MlflowClient:
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{file}.lock", timeout=FIRST_USE_DEADLINE_S):
+            with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
+                mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                log.warning(
+                    "%s: SQLite journal mode is %s, not WAL (a network disk?); writers will wait longer", file, mode
+                )
+            return _client(uri)
+    except Timeout as error:
+        raise StoreError(
+            f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"
+        ) from error
+    except sqlite3.Error as error:
+        raise UserError(f"mlflow.tracking_uri: {file}: {error}; it is no SQLite file, or cannot be written") from error
+
+
+def _quiet() -> None:
+    """Keep MLflow's own chatter (table creation, progress bars, usage statistics) out of a user's terminal."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # "database is locked" is logged there with a traceback before it is raised; connection.call repeats and reports
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -1,0 +1,321 @@
+"""``manifest.json`` of a bank version, schema version 1: what it holds, how it was made, where each part is stored.
+
+The manifest is read strictly: unknown keys, an unknown schema version, a path that leaves the folder, a bad name or
+a digest that is not sha256 are refused, and the manifest's own digest covers all of it. Paths inside a bank are
+never taken from the file: they follow from index and task name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from amlora_dist.digests import value_digest
+from amlora_dist.errors import BankError
+
+SCHEMA_VERSION = 1
+FILE = "manifest.json"
+ROUTER_FILE = "router.safetensors"
+MAX_BYTES = 16 << 20
+ALL = "all"
+"""Written instead of an adapter's targets when it has every one of ``target_modules``."""
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_SCALARS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def check_task_name(name: str) -> str:
+    """Letters, digits and ``_ . - + / space``; ``/`` separates a family from a task (``helpdesk/email``)."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+/ -]{0,119}", name):
+        raise ValueError("a task name: 1 to 120 letters, digits or _.+-/ and space, starting with a letter or digit")
+    if any(part in {"", ".", ".."} for part in name.split("/")):
+        raise ValueError("a task name without empty or dotted parts between its slashes")
+    return name
+
+
+def check_relative_path(path: str) -> str:
+    """A POSIX path that stays below its root: not absolute, no ``..``, no backslash, no drive, no control character."""
+    parts = path.split("/")
+    if any(part in {"", ".", ".."} for part in parts) or re.search(r"[\\:\x00-\x1f\x7f]", path) or len(path) > 500:
+        raise ValueError(
+            "a relative path with forward slashes and without '..', backslashes, ':' or control characters"
+        )
+    return path
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TaskName = Annotated[str, AfterValidator(check_task_name)]
+RelativePath = Annotated[str, AfterValidator(check_relative_path)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,119}$")]
+RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")]
+ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=300)]
+
+
+def slug(task: str) -> str:
+    """The task's name as part of a file name: ``helpdesk/email`` becomes ``helpdesk-email``."""
+    return _UNSAFE.sub("-", task)
+
+
+def adapter_folder(index: int, task: str) -> str:
+    """Folder of adapter ``index`` (1-based), relative to the bank: ``adapters/2-helpdesk-email``."""
+    return f"adapters/{index}-{slug(task)}"
+
+
+def statistics_file(index: int, task: str) -> str:
+    """File of the statistics of task ``index`` (1-based), relative to the bank."""
+    return f"statistics/{index}-{slug(task)}.safetensors"
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class BaseEntry:
+    """The base model, which is never stored: ``digest`` is over its files, ``revision`` only says where to look."""
+
+    source: Annotated[str, Field(min_length=1, max_length=500)]
+    revision: str | None = None
+    digest: Digest
+    architecture: Annotated[str, Field(min_length=1, max_length=100)]
+    """transformers' ``model_type`` (``llama``, ``t5``)."""
+    encoder_decoder: bool = False
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Stored:
+    """Where MLflow keeps a part: an artifact path of a run, and the registered model it was first published in."""
+
+    version_of: ModelName
+    run: RunKey
+    artifact_path: RelativePath
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class AdapterEntry:
+    """One adapter: ``digest`` is ``Adapter.digest()``, over name, rank, alpha and every tensor."""
+
+    index: Annotated[int, Field(ge=1, le=100_000)]
+    task: TaskName
+    rank: Annotated[int, Field(ge=1, le=65_536)]
+    alpha: Annotated[float, Field(gt=0)]
+    targets: Annotated[list[ModulePath], Field(min_length=1)]
+    digest: Digest
+    training_fingerprint: Digest
+    parent: Digest | None = None
+    """``parent_digest`` of the bank it was trained on; none for a stage that starts from an empty bank."""
+    stored: Stored | None = None
+    """None: in this folder only (never published)."""
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the bank's folder."""
+        return adapter_folder(self.index, self.task)
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class RouterEntry:
+    """The router: what serving needs. ``digest`` is over tensors, names and settings, whatever wrote the file."""
+
+    kind: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+    settings: dict[str, Any]
+    digest: Digest
+    file: Annotated[str, Field(pattern=rf"^{re.escape(ROUTER_FILE)}$")] = ROUTER_FILE
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class StatisticsEntry:
+    """What only the continuation of a bank needs of one task (mean, count, scatter), stored once per stage."""
+
+    index: Annotated[int, Field(ge=1, le=100_000)]
+    task: TaskName
+    digest: Digest
+    stored: Stored | None = None
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the bank's folder."""
+        return statistics_file(self.index, self.task)
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class AccuracyMatrix:
+    """R so far: ``accuracy[t][i]`` is the score on ``tasks[i]`` after stage t; row 0 untrained, ``None`` not scored."""
+
+    tasks: list[TaskName] = Field(default_factory=list)
+    accuracy: list[list[float | None]] = Field(default_factory=list)
+    ranked_accuracy: list[list[float | None]] = Field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy", "ranked_accuracy"):
+            for number, row in enumerate(getattr(self, name)):
+                if len(row) != len(self.tasks):
+                    raise ValueError(f"{len(self.tasks)} scores in row {number} of {name}, one for each task")
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Lineage:
+    """Where the bank comes from."""
+
+    parent: str | None = None
+    """``models:/NAME/VERSION`` or folder of the bank that the run started from."""
+    parent_digest: Digest | None = None
+    """``manifest digest`` of that bank."""
+    reused_from: str | None = None
+    """``models:/NAME/VERSION`` whose training was reused for the last stage."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Manifest:
+    """Everything a reader must know of a bank. Holds no time stamps: equal runs write equal manifests."""
+
+    base: BaseEntry
+    bank_template: str
+    """The Jinja template for inference without a task."""
+    method: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,60}$")]
+    adapters: list[AdapterEntry]
+    router: RouterEntry
+    fan_in_fan_out: bool = False
+    """True when the adapted layers are transformers' Conv1D, whose weight is (d_in, d_out)."""
+    statistics: list[StatisticsEntry] = Field(default_factory=list)
+    training_configuration: dict[str, Any] = Field(default_factory=dict)
+    """The resolved configuration of the run."""
+    accuracy_matrix: AccuracyMatrix = Field(default_factory=AccuracyMatrix)
+    lineage: Lineage = Field(default_factory=Lineage)
+    library_versions: dict[str, str] = Field(default_factory=dict)
+    run_id: Annotated[str, Field(max_length=120)] = ""
+    stage: Annotated[int, Field(ge=0)] = 0
+    epoch: Annotated[int, Field(ge=0)] = 0
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if [entry.index for entry in self.adapters] != list(range(1, len(self.adapters) + 1)):
+            raise ValueError("adapters numbered 1, 2, 3, ... in their order")
+        for name in ("adapters", "statistics"):
+            tasks = [entry.task for entry in getattr(self, name)]
+            if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+                raise ValueError(f"each task once in {name}, not {twice} twice")
+        indices = [entry.index for entry in self.statistics]
+        if indices != sorted(set(indices)):
+            raise ValueError("statistics in rising order of their index")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of the adapters."""
+        return [entry.task for entry in self.adapters]
+
+    @property
+    def targets(self) -> list[str]:
+        """Every adapted module, sorted."""
+        return sorted({module for entry in self.adapters for module in entry.targets})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON values, without the digest; target modules that all adapters share are written once."""
+        mapping: dict[str, Any] = TypeAdapter(Manifest).dump_python(self, mode="json")
+        mapping["target_modules"] = self.targets
+        for line in mapping["adapters"]:
+            if line["targets"] == self.targets:
+                line["targets"] = ALL
+        return mapping
+
+    def digest(self) -> str:
+        """sha256 over all of it: the bank's identity, accuracy and storage included."""
+        return value_digest(self.to_mapping())
+
+    def parent_digest(self) -> str:
+        """sha256 over base and adapters alone: what a following stage is trained on, wherever it is stored."""
+        return value_digest({"base": self.base.digest, "adapters": [entry.digest for entry in self.adapters]})
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return (
+            json.dumps(self.to_mapping() | {"digest": self.digest()}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        )
+
+
+def replace(manifest: Manifest, **changes: Any) -> Manifest:
+    """A copy with changes, checked again."""
+    return dataclasses.replace(manifest, **changes)
+
+
+def parse_manifest(text: str, file: str = FILE) -> Manifest:
+    """Read the text of a ``manifest.json``.
+
+    Raises:
+        BankError: not JSON, another schema version, unknown or missing keys, bad values (all of them are named with
+            their key, value and what is expected), or a digest that does not agree with the content.
+    """
+    try:
+        data = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BankError(f"{file}: not JSON ({error}); fetch the bank again") from error
+    if not isinstance(data, dict):
+        raise BankError(f"{file}: found {_short(data)}, expected a JSON object; fetch the bank again")
+    schema = data.get("schema_version")
+    if schema != SCHEMA_VERSION or isinstance(schema, bool):
+        raise BankError(
+            f"{file}: schema_version: found {_short(schema)}, expected {SCHEMA_VERSION}; "
+            "a newer bank needs a newer amlora-dist"
+        )
+    digest = data.pop("digest", None)
+    _spread_targets(data)
+    manifest = _validated(data, file)
+    if digest != manifest.digest():
+        raise BankError(
+            f"{file}: digest: found {_short(digest)}, expected {manifest.digest()}; "
+            "the manifest was changed after it was written: fetch the bank again"
+        )
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``folder/manifest.json``; errors as in ``parse_manifest``."""
+    file = folder / FILE
+    if not folder.is_dir():
+        raise BankError(f"{folder}: no such folder; give the folder of a bank, or pull one with: amlora pull")
+    if not file.is_file() or file.is_symlink():
+        raise BankError(f"{file}: missing or not a plain file; this is not the folder of a bank")
+    if file.stat().st_size > MAX_BYTES:
+        raise BankError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_BYTES}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BankError(f"{file}: not UTF-8 ({error}); fetch the bank again") from error
+    return parse_manifest(text, str(file))
+
+
+def _spread_targets(data: dict[str, Any]) -> None:
+    """Undo the short form of ``to_mapping``; what is not as it should be is left for the validation to name."""
+    modules = data.pop("target_modules", None)
+    lines = data.get("adapters")
+    for line in lines if isinstance(lines, list) else []:
+        if isinstance(line, dict) and line.get("targets") == ALL:
+            line["targets"] = modules
+
+
+def _validated(data: dict[str, Any], file: str) -> Manifest:
+    try:
+        return TypeAdapter(Manifest).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        lines = [
+            f"  - {'.'.join(str(part) for part in fault['loc']) or 'the whole'}: "
+            f"found {_short(fault.get('input'))}, {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise BankError(
+            f"{file}: {len(lines)} fault{'s' if len(lines) != 1 else ''}\n"
+            + "\n".join(lines)
+            + "\nfetch the bank again"
+        ) from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,267 @@
+"""The journal of runs in MLflow: one run for a sequence, one nested run for each stage, found again by their tags."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amlora_dist.errors import UserError
+from amlora_dist.registry import tags
+from amlora_dist.registry.connection import Connection, StoreError, is_code
+
+_METRICS_PER_CALL = 500
+_PARENT = "mlflow.parentRunId"
+_NAME = "mlflow.runName"
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A run of MLflow."""
+
+    run: str
+    """MLflow's id."""
+    name: str
+    status: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    """Last value of each."""
+
+
+class Runs:
+    """Runs, metrics and artifacts; ``Store`` adds versions."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._client = connection.client
+        self._call = connection.call
+
+    # ---- runs -------------------------------------------------------------------------------------------------
+
+    def parent_run(self, registered_model: str, run_id: str, config: Mapping[str, Any]) -> str:
+        """The MLflow run of a sequence: found again by its tag and set to RUNNING, or created.
+
+        The resolved configuration is stored as ``config.json`` (again on resumption: tasks may have been appended)
+        and, for MLflow's tables, flattened into parameters, which MLflow keeps as they were first written.
+
+        Raises:
+            UserError: the registered model belongs to another run id.
+        """
+        self._own(registered_model, run_id)
+        experiment = self._experiment(registered_model)
+        wanted = {tags.KIND: "sequence", tags.RUN_ID: run_id}
+        run = self._find_or_create(experiment, run_id, wanted, params=_flat(config))
+        self.log_json(run, "config.json", dict(config))
+        return run
+
+    def stage_run(self, parent: str, stage: str, fingerprint: str) -> str:
+        """The MLflow run of one stage, nested below ``parent``: found again by fingerprint, or created.
+
+        Args:
+            parent: what ``parent_run`` returned.
+            stage: its name, as people read it ("2 agnews").
+            fingerprint: training fingerprint.
+        """
+        above = self._call("read a run", self._client.get_run, parent)
+        wanted = {
+            tags.KIND: "stage",
+            tags.RUN_ID: above.data.tags.get(tags.RUN_ID, ""),
+            tags.STAGE: stage,
+            tags.TRAINING_FINGERPRINT: fingerprint,
+            _PARENT: parent,
+        }
+        return self._find_or_create(above.info.experiment_id, stage, wanted)
+
+    def find_runs(self, wanted: Mapping[str, str], *, registered_model: str | None = None) -> list[RunInfo]:
+        """Runs that carry all of these tags, the oldest first; of one registered model's experiment or of all."""
+        if registered_model is None:
+            found = self._call("list experiments", self._client.search_experiments)
+            experiments = [experiment.experiment_id for experiment in found]
+        else:
+            found_one = self._call("find an experiment", self._client.get_experiment_by_name, registered_model)
+            experiments = [found_one.experiment_id] if found_one else []
+        return self._search_runs(experiments, wanted) if experiments else []
+
+    def end_run(self, run: str, status: str) -> None:
+        """Close a run: FINISHED, FAILED or KILLED."""
+        self._call("end a run", self._client.set_terminated, run, status=status)
+
+    def set_tags(self, run: str, values: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        from mlflow.entities import RunTag
+
+        pairs = [RunTag(key, value) for key, value in values.items()]
+        self._call("tag a run", self._client.log_batch, run, tags=pairs)
+
+    # ---- metrics and artifacts --------------------------------------------------------------------------------
+
+    def log_metrics_batch(self, run: str, metrics: Iterable[tuple[str, float, int, int]]) -> None:
+        """Write metrics in few calls; each is (key, value, step, milliseconds since 1970)."""
+        from mlflow.entities import Metric
+
+        rows = [Metric(key, value, timestamp, step) for key, value, step, timestamp in metrics]
+        for start in range(0, len(rows), _METRICS_PER_CALL):
+            part = rows[start : start + _METRICS_PER_CALL]
+            self._call("write metrics", self._client.log_batch, run, metrics=part)
+
+    def metric_history(self, run: str, key: str) -> list[tuple[int, float, int]]:
+        """(step, value, milliseconds) of a metric, by step."""
+        history = self._call("read metrics", self._client.get_metric_history, run, key)
+        return sorted((m.step, m.value, m.timestamp) for m in history)
+
+    def log_artifacts(self, run: str, folder: Path, artifact_path: str | None = None) -> None:
+        """Upload a folder's files below ``artifact_path``."""
+        self._call("upload artifacts", self._client.log_artifacts, run, str(folder), artifact_path)
+
+    def log_json(self, run: str, artifact_path: str, value: Any) -> None:
+        """Write a JSON value as an artifact; what was there is replaced."""
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        self._call("write an artifact", self._client.log_text, run, text, artifact_path)
+
+    def load_json(self, run: str, artifact_path: str) -> Any:
+        """Read a JSON artifact; None when there is none."""
+        with tempfile.TemporaryDirectory() as aside:
+            file = self.download(run, artifact_path, Path(aside))
+            return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+
+    def download(self, run: str, artifact_path: str, folder: Path) -> Path | None:
+        """Fetch one artifact (a file, or a folder with all below it) to ``folder/artifact_path``; None: not there."""
+        from mlflow.exceptions import MlflowException
+
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not self.has_artifact(run, artifact_path):
+                return None
+            fetched = self._call(
+                f"fetch {artifact_path} of run {run}", self._client.download_artifacts, run, artifact_path, str(folder)
+            )
+        except MlflowException as error:
+            if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
+                return None
+            raise
+        return Path(fetched)
+
+    def has_artifact(self, run: str, artifact_path: str) -> bool:
+        """Whether a run has an artifact file (or folder) of this path."""
+        from mlflow.exceptions import MlflowException
+
+        above = artifact_path.rpartition("/")[0]
+        try:
+            found = self._call("list artifacts", self._client.list_artifacts, run, above or None)
+        except MlflowException as error:
+            if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
+                return False
+            raise
+        return any(entry.path == artifact_path for entry in found)
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _own(self, registered_model: str, run_id: str) -> None:
+        """Create the registered model for this run id, or see that it is its own."""
+        from mlflow.exceptions import MlflowException
+
+        check_model_name(registered_model)
+        try:
+            self._call(
+                "create a registered model",
+                self._client.create_registered_model,
+                registered_model,
+                tags={tags.RUN_ID: run_id},
+            )
+        except MlflowException as error:
+            if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
+                raise
+            model = self._call("read a registered model", self._client.get_registered_model, registered_model)
+            owner = model.tags.get(tags.RUN_ID)
+            if owner != run_id:
+                whose = f"run {owner!r}" if owner else "something that is no run of this project"
+                raise UserError(
+                    f"registered_model: {registered_model!r} belongs to {whose}, this is run {run_id!r}; "
+                    "runs never share one: choose another registered_model or go on with that run id"
+                ) from error
+
+    def _experiment(self, name: str) -> str:
+        """Id of the experiment of a registered model, created on first use."""
+        from mlflow.exceptions import MlflowException
+
+        root = self.connection.artifacts
+        try:
+            location = f"{root}/{name.replace(' ', '_')}" if root else None
+            return str(
+                self._call("create an experiment", self._client.create_experiment, name, artifact_location=location)
+            )
+        except MlflowException as error:
+            if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
+                raise
+        found = self._call("find an experiment", self._client.get_experiment_by_name, name)
+        if found is None or found.lifecycle_stage != "active":
+            raise StoreError(
+                f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore) or choose another "
+                "registered_model"
+            )
+        return str(found.experiment_id)
+
+    def _find_or_create(
+        self, experiment: str, name: str, wanted: Mapping[str, str], params: Mapping[str, str] | None = None
+    ) -> str:
+        from mlflow.entities import Param
+
+        if found := self._search_runs([experiment], wanted):
+            self._call("reopen a run", self._client.update_run, found[0].run, status="RUNNING")
+            return found[0].run
+        created = self._call("create a run", self._client.create_run, experiment, tags={**wanted, _NAME: name})
+        run = str(created.info.run_id)
+        pairs = [Param(key, value) for key, value in (params or {}).items()]
+        for start in range(0, len(pairs), 100):
+            self._call("write parameters", self._client.log_batch, run, params=pairs[start : start + 100])
+        return run
+
+    def _search_runs(self, experiments: list[str], wanted: Mapping[str, str]) -> list[RunInfo]:
+        text = " and ".join(f"tags.`{key}` = '{_quoted(value)}'" for key, value in wanted.items())
+        found, token = [], None
+        while True:
+            page = self._call(
+                "search runs",
+                self._client.search_runs,
+                experiments,
+                text,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            found += [
+                RunInfo(r.info.run_id, r.info.run_name or "", r.info.status, dict(r.data.tags), dict(r.data.metrics))
+                for r in page
+            ]
+            token = page.token
+            if not token:
+                return found
+
+
+def check_model_name(name: str) -> None:
+    """Refuse names of registered models that MLflow, a file name or a search filter could not carry."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,119}", name) or name.startswith(tags.PREFIX):
+        raise UserError(
+            f"registered_model: found {name!r}, expected 1 to 120 letters, digits, '_', '.', '-' or spaces, starting "
+            f"with a letter or digit and not with {tags.PREFIX!r}"
+        )
+
+
+def _quoted(value: str) -> str:
+    if "'" in value:
+        raise UserError(f"found {value!r}, expected a text without quotes: MLflow cannot search for it")
+    return value
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``; values cut to what MLflow's tables show."""
+    if isinstance(value, Mapping):
+        pairs: dict[str, str] = {}
+        for key, inner in value.items():
+            pairs |= _flat(inner, f"{path}.{key}" if path else str(key))
+        return pairs
+    text = value if isinstance(value, str) else json.dumps(value)
+    return {re.sub(r"[^A-Za-z0-9_. /-]", "_", path)[:250]: text[:500]}

@@ -1,0 +1,37 @@
+"""Keys of the tags this project writes into MLflow, and names that mean something there. Imports nothing."""
+
+from __future__ import annotations
+
+PREFIX = "amlora."
+
+# runs and versions
+KIND = "amlora.kind"
+"""``sequence`` for the run of a whole sequence, ``stage`` for the run of one stage."""
+RUN_ID = "amlora.run_id"
+"""The durable run's id; on registered models too, because runs never share one."""
+STAGE = "amlora.stage"
+TASK = "amlora.task"
+EPOCH = "amlora.epoch"
+TRAINING_FINGERPRINT = "amlora.training_fingerprint"
+SCORING_FINGERPRINT = "amlora.scoring_fingerprint"
+ARTIFACT_PATH = "amlora.artifact_path"
+"""Folder of a version among the artifacts of its run."""
+MANIFEST_DIGEST = "amlora.manifest_digest"
+REUSED_FROM = "amlora.reused_from"
+"""``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
+
+# lease entries
+LEASE_PREFIX = "amlora.lease."
+"""Registered models with this prefix are claims, never banks; listings of banks leave them out."""
+HOLDER = "amlora.holder"
+TOKEN = "amlora.token"
+BEAT = "amlora.beat"
+RELEASED = "amlora.released"
+COUNTED = "amlora.counted"
+
+# aliases
+CURRENT = "current"
+"""The newest version that counts, moved as the last step of publishing. MLflow reserves the alias ``latest`` for the
+highest version number, stale or not, and lets nobody set it; ``Store.resolve`` reads ``latest`` as this one."""
+CHAMPION = "champion"
+LATEST = "latest"

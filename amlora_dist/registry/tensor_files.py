@@ -1,0 +1,74 @@
+"""safetensors files of a bank: written aside and renamed, read with every check, errors that name file and tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from amlora_dist.errors import BankError
+
+DTYPES = {"F64", "F32", "F16", "BF16", "I64"}
+"""What a bank may hold; anything else is damage or not ours."""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text under another name, then rename."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write bytes under another name, then rename: a reader sees the old file or the new one, never half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name; views are copied, so that no two names share storage."""
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(file, save(copies, metadata={"format": "pt"}))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read every tensor of a file.
+
+    Raises:
+        BankError: missing, empty, truncated or otherwise no safetensors file; a dtype a bank never holds; NaN or
+            infinity in a tensor.
+    """
+    if not file.is_file():
+        raise BankError(f"{file}: missing; fetch the bank again (amlora pull)")
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                dtype = opened.get_slice(name).get_dtype()
+                if dtype not in DTYPES:
+                    raise BankError(
+                        f"{file}: {name}: dtype: found {dtype}, expected one of {', '.join(sorted(DTYPES))}"
+                    )
+                tensors[name] = opened.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BankError(
+            f"{file}: not a whole safetensors file of {file.stat().st_size} bytes ({error}); fetch the bank again"
+        ) from error
+    for name, tensor in tensors.items():
+        check_finite(file, name, tensor)
+    return tensors
+
+
+def check_finite(file: Path | str, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise BankError(
+            f"{file}: {name}: found NaN or infinity in {count} of {tensor.numel()} values, expected finite values; "
+            "training has diverged (lower training.learning_rate) or the file is damaged"
+        )

@@ -1,0 +1,166 @@
+"""YAML as a careful reader takes it: no key twice, ``1e-3`` a number, ``no`` a word, and the line of every key.
+
+PyYAML follows YAML 1.1, in which ``1e-3`` is text, ``no`` is false, ``1:30`` is 90 and the second of two equal keys
+silently wins. Here scalars resolve as in YAML 1.2 and doubled keys are faults.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from amlora_dist.errors import Fault, FaultsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a document: keys of mappings and, from 0, places in lists."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    # ``add_implicit_resolver`` files a pattern under the first letters it can match; "" stands for an empty scalar.
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
+    )
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    text = str(node.value)
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+@dataclass(slots=True)
+class Document:
+    """A YAML file whose top is a mapping."""
+
+    name: str
+    """The file, for messages."""
+    data: dict[str, Any]
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    """Line of each key and list item, from 1."""
+    faults: list[Fault] = field(default_factory=list)
+    """Doubled keys and keys that are no text: the rest of the file can still be checked."""
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        FaultsError: the file is missing, unreadable, not UTF-8, not YAML (with the line) or not a mapping.
+    """
+    name = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = f"nothing readable ({(error.strerror or str(error)).lower()})"
+        raise FaultsError(name, [Fault("file", reason, "a YAML file")]) from None
+    except UnicodeDecodeError as error:
+        raise FaultsError(name, [Fault("file", f"byte {error.start} that is not UTF-8", "UTF-8 text")]) from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[KeyPath, int] = {}
+        faults = list(_walk(node, (), lines, ())) if node is not None else []
+        data = loader.construct_document(node) if node is not None and not _cyclic(faults) else None
+    except yaml.YAMLError as error:
+        raise FaultsError(name, [_syntax_fault(error)]) from None
+    finally:
+        loader.dispose()
+    if _cyclic(faults):
+        raise FaultsError(name, faults)
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise FaultsError(name, [Fault("file", found, "keys with values, such as `name: demo`")])
+    return Document(name=name, data=data, lines=lines, faults=faults)
+
+
+def parse_value(text: str) -> Any:
+    """One value in YAML: ``2``, ``1e-3``, ``true``, ``[a, b]``, ``{task: dbpedia}``; empty text is null.
+
+    Raises:
+        ValueError: the text is not YAML, or holds a key twice.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        faults = list(_walk(node, (), {}, ()))
+        if faults:
+            raise ValueError(f"{faults[0].where}: {faults[0].found}")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(_syntax_fault(error).found) from None
+    finally:
+        loader.dispose()
+
+
+def dotted(path: KeyPath) -> str:
+    """``tasks[1].name`` for ``("tasks", 1, "name")``."""
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: tuple[int, ...]) -> Iterator[Fault]:
+    """Fill ``lines`` and yield the faults of keys; ``above`` holds the nodes on the way down."""
+    lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in above:
+        yield Fault(dotted(path), "an alias of what it stands in", "values without circles", _CYCLE)
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _walk(item, (*path, index), lines, (*above, id(node)))
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        where = (*path, str(key.value))
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.tag != "tag:yaml.org,2002:str":
+            yield Fault(dotted(where), "a key that is no text", "a name", f"line {line}; put it in quotes")
+            continue
+        if key.value in seen:
+            hint = f"lines {seen[key.value]} and {line}; remove one"
+            yield Fault(dotted(where), "the key twice", "each key once", hint)
+        seen[key.value] = line
+        lines[where] = line
+        yield from _walk(value, where, lines, (*above, id(node)))
+
+
+_CYCLE = "aliases must not lead back"
+
+
+def _cyclic(faults: list[Fault]) -> bool:
+    return any(fault.hint == _CYCLE for fault in faults)
+
+
+def _syntax_fault(error: yaml.YAMLError) -> Fault:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return Fault("file", " ".join(str(error).split()), "YAML")
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
+    return Fault(where, error.problem or error.context or "text that is not YAML", "YAML")

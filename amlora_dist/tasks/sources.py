@@ -1,0 +1,293 @@
+"""Rows of a task: read, checked, sampled, and named by a digest of what is used.
+
+A row counts the same whether it came from the Hub, a local file or a mirror: its text is put together from the same
+fields, and its label is the verbaliser. Rows are kept in an order of their own content, so that neither the order in
+a file nor the place it came from changes a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amlora_dist.digests import value_digest
+from amlora_dist.errors import Fault, FaultsError, UserError
+from amlora_dist.tasks.prompts import compile_template, render
+from amlora_dist.tasks.readers import RawRow, read_split
+from amlora_dist.tasks.task import (
+    SPLITS,
+    TaskDefaults,
+    TaskSpec,
+    TextField,
+    meant,
+    mirror_folder,
+    plain_value,
+    with_defaults,
+)
+
+MISSING_LABEL = "no label"
+UNKNOWN_LABEL = "an unknown label"
+EMPTY_TEXT = "an empty text"
+DUPLICATE = "a text that also stands in"
+NAMED_ROWS = 12
+"""Row numbers that a message names before it only counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. ``number`` counts from 1 in its source; ``fields`` are the parts of ``text`` without markers."""
+
+    number: int
+    fields: dict[str, str]
+    text: str
+    label: str | None
+    """The label's first value in the data; None for free text."""
+    target: str
+    """What the model should answer: the label's text, or the free-text answer."""
+
+    @property
+    def key(self) -> str:
+        """sha256 of text and target: the row, wherever it stands."""
+        return _sha(self.text, self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    split: str
+    number: int
+    reason: str
+    file: str = ""
+
+
+@dataclass(slots=True)
+class TaskData:
+    """The rows of a task that are used, by split, and those that are not."""
+
+    spec: TaskSpec
+    rows: dict[str, list[Row]]
+    bad: list[BadRow] = field(default_factory=list)
+
+    def digest(self, split: str) -> str:
+        """sha256 over the used rows of a split: after limits and filters, without regard to order or origin."""
+        return value_digest(sorted(row.key for row in self.rows[split]))
+
+
+def load_task(
+    spec: TaskSpec,
+    *,
+    defaults: TaskDefaults | None = None,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> TaskData:
+    """Read the rows of a task.
+
+    With a row limit N, at most N rows are kept, spread over the labels as evenly as the data allow. Which ones depends
+    on ``seed`` and the rows' content alone; a smaller limit keeps a subset of a larger one.
+
+    Args:
+        spec: a task from ``resolve_task``, or one whose open settings ``defaults`` fill in.
+        seed: of the sample, unless the task pins its own.
+        data_dir: local mirrors that stand in for Hub data sets: ``<data_dir>/<task>/<split>.jsonl`` with ``text`` and
+            ``label`` (the verbaliser) in each row.
+        splits: which to return. All are read, because duplicates between them are looked for.
+
+    Raises:
+        FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``.
+        UserError: missing files or columns, a split without rows.
+    """
+    spec = with_defaults(spec, defaults or TaskDefaults())
+    mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
+    maker = _RowMaker(spec, mirrored=mirror is not None)
+    found: dict[str, list[tuple[Row, str]]] = {}
+    bad: list[BadRow] = []
+    for split in SPLITS:
+        raws = read_split(spec, split, mirror=mirror)
+        if raws is not None:
+            found[split] = _good_rows(raws, split, maker, bad)
+    if "dev" not in found:
+        found["train"], found["dev"] = _held_out(found["train"], spec.splits.dev_rows)
+    for split, others in (("train", ("test", "dev")), ("dev", ("test",))):
+        _drop_duplicates(found, split, others, bad)
+    if bad and spec.on_bad_row != "skip":
+        raise FaultsError(f"task {spec.name!r}", _bad_row_faults(bad))
+    sample_seed = seed if spec.seed is None else spec.seed
+    used = {}
+    for split in splits:
+        limit = getattr(spec, f"max_{split}")
+        used[split] = sample([row for row, _ in found[split]], limit, seed=sample_seed)
+        if not used[split]:
+            raise UserError(f"task {spec.name!r}: split {split!r} has no usable row ({spec.origin or 'no file'})")
+    return TaskData(spec=spec, rows=used, bad=bad)
+
+
+def sample(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:
+    """At most ``limit`` rows, as even over the targets as they allow, in an order that depends on content alone."""
+    ordered = sorted(rows, key=lambda row: row.key)
+    if limit is None or len(rows) <= limit:
+        return ordered
+    by_target: dict[str | None, list[Row]] = {}
+    for row in sorted(ordered, key=lambda row: _sha(str(seed), row.key)):
+        by_target.setdefault(row.label, []).append(row)
+    # Rounds over the labels: the k-th row of each label comes before any (k+1)-th; hashes of the seed break the
+    # last round's tie, so that no label is favoured by its name.
+    rounds = [
+        (place, _sha(str(seed), str(label)), row) for label, own in by_target.items() for place, row in enumerate(own)
+    ]
+    kept = [row for _, _, row in sorted(rounds, key=lambda item: item[:2])[:limit]]
+    return sorted(kept, key=lambda row: row.key)
+
+
+class _RowMaker:
+    """Makes a row of what a reader gives, or says why it cannot."""
+
+    def __init__(self, spec: TaskSpec, *, mirrored: bool) -> None:
+        self.spec = spec
+        self.mirrored = mirrored
+        self.parts = spec.columns.text
+        self.names = [
+            part.column or part.marker.lower() or f"field{number}" for number, part in enumerate(self.parts, start=1)
+        ]
+        self.templates = [
+            None if part.value is None else compile_template(part.value, where=f"{spec.origin}: columns.text")
+            for part in self.parts
+        ]
+        self.texts = {}
+        self.values: dict[str, str] = {}
+        for label in spec.labels or []:
+            first = next(one.value for one in spec.labels or [] if one.text == label.text)
+            self.texts[label.text if mirrored else label.value] = label.text
+            self.values[label.text] = first
+
+    def row(self, raw: RawRow) -> Row | str:
+        fields = self._mirrored_fields(raw.values) if self.mirrored else self._fields(raw.values)
+        text = self._join(fields)
+        if not any(fields.values()):
+            return EMPTY_TEXT
+        answer = self._answer(raw.values)
+        if answer is None or not plain_value(answer):
+            return MISSING_LABEL
+        if self.spec.free_text:
+            return Row(raw.number, fields, text, None, plain_value(answer))
+        target = self.texts.get(plain_value(answer))
+        if target is None:
+            hint = meant(plain_value(answer), list(self.texts))
+            return f"{UNKNOWN_LABEL} ({plain_value(answer)[:40]!r}{hint})"
+        return Row(raw.number, fields, text, self.values[target], target)
+
+    def _answer(self, values: dict[str, Any]) -> Any:
+        if self.mirrored:
+            return values.get("label")
+        return values.get(self.spec.columns.label or self.spec.columns.answer or "")
+
+    def _fields(self, values: dict[str, Any]) -> dict[str, str]:
+        out = {}
+        shown = {name: "" if value is None else value for name, value in values.items()}
+        for name, part, template in zip(self.names, self.parts, self.templates, strict=True):
+            if template is None:
+                value = shown.get(part.column or "", "")
+            else:
+                value = render(template, shown, where=f"{self.spec.origin}: columns.text")
+            out[name] = str(value).strip()
+        return out
+
+    def _mirrored_fields(self, values: dict[str, Any]) -> dict[str, str]:
+        """Take a mirror's text apart at the markers it was written with; whole where they are not there."""
+        rest = str(values.get("text") or "").strip()
+        out: dict[str, str] = {}
+        for place, (name, part) in enumerate(zip(self.names, self.parts, strict=True)):
+            if part.marker and rest.startswith(f"{part.marker}:"):
+                rest = rest[len(part.marker) + 1 :].lstrip()
+            elif part.marker and place:
+                return {self.names[-1]: str(values["text"]).strip()}
+            cut = _next_part(rest, self.parts[place + 1 :])
+            out[name], rest = rest[:cut].strip(), rest[cut:].strip()
+        return out
+
+    def _join(self, fields: dict[str, str]) -> str:
+        lines = []
+        for name, part in zip(self.names, self.parts, strict=True):
+            value = fields.get(name, "")
+            shown = part.marker and (part.neutral or self.spec.field_markers == "keep")
+            if value:
+                lines.append(f"{part.marker}: {value}" if shown else value)
+        return "\n".join(lines)
+
+
+def _next_part(text: str, following: Sequence[TextField]) -> int:
+    """Where the part after this one begins; the length of ``text`` where it does not."""
+    if not following:
+        return len(text)
+    mark = f"\n{following[0].marker}:" if following[0].marker else "\n"
+    place = text.find(mark)
+    return len(text) if place < 0 else place
+
+
+def _good_rows(raws: Iterator[RawRow], split: str, maker: _RowMaker, bad: list[BadRow]) -> list[tuple[Row, str]]:
+    """Usable rows of a split with the file of each; the others are added to ``bad``."""
+    rows = []
+    for raw in raws:
+        row = raw.fault or maker.row(raw)
+        if isinstance(row, str):
+            bad.append(BadRow(split, raw.number, row, raw.file))
+        else:
+            rows.append((row, raw.file))
+    return rows
+
+
+def _held_out(train: list[tuple[Row, str]], count: int) -> tuple[list[tuple[Row, str]], list[tuple[Row, str]]]:
+    """Hold a dev split out of training rows: at most ``count`` and at most a fifth, the same for every seed.
+
+    All copies of a text go to one side, so the cut itself makes no duplicate.
+    """
+    first = {row.text: (row, file) for row, file in reversed(train)}
+    most = max(1, min(count, len(first) // 5))
+    chosen = {row.text for row in sample([row for row, _ in first.values()], most, seed=0)}
+    return [one for one in train if one[0].text not in chosen], [first[text] for text in sorted(chosen)]
+
+
+def _drop_duplicates(
+    found: dict[str, list[tuple[Row, str]]], split: str, others: tuple[str, ...], bad: list[BadRow]
+) -> None:
+    """Take rows out of ``split`` whose text also stands in an evaluation split."""
+    seen = {row.text: other for other in reversed(others) for row, _ in found[other]}
+    kept = []
+    for row, file in found[split]:
+        if row.text in seen:
+            bad.append(BadRow(split, row.number, f"{DUPLICATE} {seen[row.text]}", file))
+        else:
+            kept.append((row, file))
+    found[split] = kept
+
+
+def _bad_row_faults(bad: list[BadRow]) -> list[Fault]:
+    """One fault for each file and reason, with the first row numbers and the count."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for one in bad:
+        groups.setdefault((one.split, one.file, one.reason), []).append(one.number)
+    faults = []
+    for (split, file, reason), numbers in groups.items():
+        named = ", ".join(str(number) for number in numbers[:NAMED_ROWS])
+        more = f" and {len(numbers) - NAMED_ROWS} more" if len(numbers) > NAMED_ROWS else ""
+        plural = "s" if len(numbers) > 1 else ""
+        faults.append(
+            Fault(
+                f"{split} ({file}), row{plural} {named}{more}",
+                reason,
+                "text and a known label, in one split only",
+                "mend the rows, or set on_bad_row: skip",
+            )
+        )
+    return faults
+
+
+def _sha(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

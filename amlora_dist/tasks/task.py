@@ -1,0 +1,352 @@
+"""A task as data: where its rows are, which columns count, how a prompt is made of them, what the answers are.
+
+One YAML of about 25 lines is one task (``specs/*.yaml``). This module reads and checks such files and finds tasks by
+name; ``sources`` reads their rows, ``prompts`` renders them. Nothing here imports torch, transformers or datasets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.schema import check, did_you_mean
+from amlora_dist.strict_yaml import Document, read_document
+
+STRICT_KEYS = ConfigDict(extra="forbid")
+SPECS = Path(__file__).with_name("specs")
+SPLITS = ("train", "dev", "test")
+
+PromptStyle = Literal["question", "options", "bare", "named"]
+Metric = Literal["accuracy", "exact_match", "rouge_l", "token_f1"]
+Limit = Annotated[int, Field(ge=1)]
+
+
+def plain_value(value: object) -> str:
+    """A label as data files hold it (``1``, ``1.0``, ``true``, ``" World "``) in the one form that is compared."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _text_field(value: object) -> object:
+    return {"column": value} if isinstance(value, str) else value
+
+
+def _text_fields(value: object) -> object:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _label(value: object) -> object:
+    return {"value": value, "text": plain_value(value)} if isinstance(value, (str, int, float)) else value
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class TextField:
+    """One part of a row's text. The parts stand below each other, one line each at least."""
+
+    column: str | None = None
+    """The column it is read from."""
+    value: str | None = None
+    """Instead of ``column``: a Jinja expression over all columns of the row."""
+    marker: str = ""
+    """Word in front of the part, followed by a colon: ``Title`` gives ``Title: ...``."""
+    neutral: bool = False
+    """The marker says nothing about the task (``sentence 1``) and stays under ``field_markers: strip``."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TextField:
+        if (self.column is None) == (self.value is None):
+            raise ValueError("give either `column` or `value`")
+        return self
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class Columns:
+    """Which columns of the source make a row."""
+
+    text: Annotated[
+        list[Annotated[TextField, BeforeValidator(_text_field)]], BeforeValidator(_text_fields), Field(min_length=1)
+    ]
+    """A column name, or the parts of the text in order."""
+    label: str | None = None
+    """Column of the label, for tasks with ``labels``."""
+    answer: str | None = None
+    """Column of the free-text answer, for tasks without ``labels``."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class Label:
+    """One class."""
+
+    value: Annotated[str, BeforeValidator(plain_value)]
+    """As it stands in the data; two values may share a text."""
+    text: Annotated[str, BeforeValidator(plain_value), Field(min_length=1)]
+    """The verbaliser: what the model answers, of one or many tokens."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class SourceSpec:
+    """Where the rows are."""
+
+    kind: Literal["hub", "files", "builtin"]
+    repository: str | None = None
+    """Hub data set id, ``owner/name``."""
+    revision: str | None = None
+    """Commit or reference of the Hub data set; never left open."""
+    config: str | None = None
+    """Configuration (subset) of the Hub data set."""
+    format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
+    """Of local files; ``auto`` goes by the file's suffix."""
+    max_read: Limit | None = None
+    """Rows read of each split at most, evenly spaced over it: keeps sets of millions of rows affordable."""
+    mirror: str | None = None
+    """Folder below ``data_dir`` that stands in for a Hub data set; default: the task's name."""
+
+    @model_validator(mode="after")
+    def _hub_is_pinned(self) -> SourceSpec:
+        if self.kind == "hub" and not (self.repository and self.revision):
+            raise ValueError("a Hub source needs `repository` and a pinned `revision`")
+        return self
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class Splits:
+    """Names of Hub splits, or paths / globs of local files (relative to the task's YAML)."""
+
+    train: str
+    test: str
+    dev: str | None = None
+    """Left out: ``dev_rows`` rows are held out of ``train``, chosen by their content."""
+    dev_rows: int = Field(default=200, ge=1)
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class PromptSettings:
+    """What stands around the text."""
+
+    question: str | None = None
+    """The natural question that follows the text; without one, style ``question`` equals ``bare``."""
+    paraphrases: list[str] = Field(default_factory=list)
+    """Other wordings of the question, for scoring with prompts that training never saw."""
+    template: str | None = None
+    """A Jinja template of the task's own, in place of the four styles."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class TaskDefaults:
+    """The ``task_defaults:`` section of a run: what holds for every task that does not say otherwise."""
+
+    max_train: Limit | None = None
+    """At most this many training rows; a label-balanced sample that depends on seed and rows, not on their order."""
+    max_dev: Limit | None = None
+    max_test: Limit | None = None
+    prompt_style: PromptStyle = "question"
+    """``named`` gives the task away and makes routing trivial; reports say so."""
+    field_markers: Literal["strip", "keep"] = "strip"
+    """``strip`` takes ``Title:``, ``Text:``, ``Question:`` away, which tell tasks apart; ``keep`` is flagged."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of the prompt; the text is cut to fit, never the question."""
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class TaskSpec:
+    """One task. The settings at the end override the run's ``task_defaults``; ``resolve_task`` fills them in."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)?$", max_length=80)
+    version: int = Field(ge=1)
+    """Raised whenever rows, labels or prompts of the task change."""
+    kind: str
+    """What sort of work it is, in a word or two; shown by the ``named`` prompt style."""
+    description: str = ""
+    source: SourceSpec
+    splits: Splits
+    columns: Columns
+    prompt: PromptSettings = Field(default_factory=PromptSettings)
+    labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | None = None
+    """Left out: answers are free text."""
+    metric: Metric | None = None
+    """Default: ``accuracy`` with labels, ``exact_match`` without."""
+    max_answer_tokens: int = Field(default=32, ge=1)
+    """Of free text; labels bring their own length."""
+    seed: int | None = None
+    """Of the sample that row limits take; default: the run's seed."""
+    max_train: Limit | None = None
+    max_dev: Limit | None = None
+    max_test: Limit | None = None
+    prompt_style: PromptStyle | None = None
+    field_markers: Literal["strip", "keep"] | None = None
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    on_bad_row: Literal["error", "skip"] | None = None
+    origin: str = ""
+    """File the task was read from, for messages."""
+
+    @model_validator(mode="after")
+    def _labels_and_metric_agree(self) -> TaskSpec:
+        if self.metric is None:
+            self.metric = "exact_match" if self.labels is None else "accuracy"
+        if self.labels is None:
+            if self.metric == "accuracy":
+                raise ValueError("metric `accuracy` needs `labels`; free text has exact_match, rouge_l or token_f1")
+            if self.columns.answer is None or self.columns.label is not None:
+                raise ValueError("a task without `labels` needs `columns.answer` (and no `columns.label`)")
+            return self
+        if self.metric != "accuracy":
+            raise ValueError(f"a task with `labels` has metric `accuracy`, found {self.metric!r}")
+        if self.columns.label is None or self.columns.answer is not None:
+            raise ValueError("a task with `labels` needs `columns.label` (and no `columns.answer`)")
+        values = [label.value for label in self.labels]
+        if doubled := sorted({value for value in values if values.count(value) > 1}):
+            raise ValueError(f"label values stand twice: {', '.join(doubled)}")
+        if len(self.label_texts) < 2:
+            raise ValueError("labels need at least two different texts")
+        return self
+
+    @property
+    def free_text(self) -> bool:
+        """Answers are free text, not labels."""
+        return self.labels is None
+
+    @property
+    def label_texts(self) -> list[str]:
+        """The different verbalisers, in order; empty for free text."""
+        return list(dict.fromkeys(label.text for label in self.labels or []))
+
+    @property
+    def leaks(self) -> list[str]:
+        """Settings of this task that tell a router which task a prompt belongs to; reports name them."""
+        found = ["prompt_style: named"] if self.prompt_style == "named" and self.prompt.template is None else []
+        stripped = any(part.marker and not part.neutral for part in self.columns.text)
+        return found + (["field_markers: keep"] if self.field_markers == "keep" and stripped else [])
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-able form without ``origin``; ``read_mapping`` takes it back."""
+        mapping: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude={"origin"}, exclude_none=True)
+        return mapping
+
+
+_ADAPTER: TypeAdapter[TaskSpec] = TypeAdapter(TaskSpec)
+_OVERRIDES = [field.name for field in dataclasses.fields(TaskDefaults)]
+
+
+@cache
+def _builtin_files() -> dict[str, Path]:
+    return {path.relative_to(SPECS).with_suffix("").as_posix(): path for path in sorted(SPECS.rglob("*.yaml"))}
+
+
+def builtin_tasks() -> list[TaskSpec]:
+    """The tasks that come with the package, by name."""
+    return [read_mapping(read_document(path).data, origin=path) for path in _builtin_files().values()]
+
+
+def resolve_task(
+    ref: str | dict[str, Any], *, data_dir: Path | None = None, base_dir: Path, defaults: TaskDefaults
+) -> TaskSpec:
+    """Find a task and fill in what the run's defaults say.
+
+    Args:
+        ref: a built-in name (``dbpedia``, ``helpdesk/email_route``), the path of a YAML file (relative to
+            ``base_dir``), or a mapping ``{task: name or path, ...}`` whose other keys override the file's; a mapping
+            without ``task`` is a whole task.
+        data_dir: folder of local mirrors; a Hub task whose folder is missing there is an error at once.
+        base_dir: folder of the run's YAML.
+        defaults: the run's ``task_defaults``.
+
+    Raises:
+        UserError: unknown name (with what was probably meant), missing mirror.
+        FaultsError: unreadable file; every key that is unknown, doubled or has a wrong value.
+    """
+    overrides = dict(ref) if isinstance(ref, dict) else {}
+    name = overrides.pop("task", None) if isinstance(ref, dict) else ref
+    if name is None:
+        spec = read_mapping(overrides, origin=base_dir / "(task in the run's file)")
+    else:
+        path = _find(str(name), base_dir)
+        document = read_document(path)
+        spec = _overridden(document, overrides, path)
+    spec = with_defaults(spec, defaults)
+    if data_dir is not None and spec.source.kind == "hub":
+        mirror_folder(spec, data_dir)
+    return spec
+
+
+def with_defaults(spec: TaskSpec, defaults: TaskDefaults) -> TaskSpec:
+    """A copy of the task in which the settings that it leaves open are the run's."""
+    open_keys = [key for key in _OVERRIDES if getattr(spec, key) is None]
+    return dataclasses.replace(spec, **{key: getattr(defaults, key) for key in open_keys})
+
+
+def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
+    """Folder that stands in for a Hub data set. Raises UserError where there is none."""
+    name = spec.source.mirror or spec.name
+    folder = data_dir / name
+    if not folder.is_dir():
+        there = [path.parent.relative_to(data_dir).as_posix() for path in sorted(data_dir.glob("**/test.jsonl"))]
+        raise UserError(
+            f"data_dir {data_dir}: no folder {name!r} for task {spec.name!r}{meant(name, there)}; "
+            f"it holds {', '.join(there) or 'no task'}"
+        )
+    return folder
+
+
+def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:
+    """A checked task from a mapping; relative paths of local files become absolute beside ``origin``.
+
+    Raises:
+        FaultsError: every fault of the mapping at once.
+    """
+    spec, faults = check(TaskSpec, {**mapping, "origin": str(origin)})
+    if spec is None:
+        raise FaultsError(str(origin), list(faults.values()))
+    if spec.source.kind == "files":
+        for split in SPLITS:
+            if (path := getattr(spec.splits, split)) is not None:
+                setattr(spec.splits, split, str((origin.parent / Path(path).expanduser()).absolute()))
+    return spec
+
+
+def meant(word: str, known: list[str]) -> str:
+    """``" (did you mean 'x'?)"`` or nothing, for the end of a clause."""
+    hint = did_you_mean(word, known)
+    return f" ({hint})" if hint else ""
+
+
+def _overridden(document: Document, overrides: dict[str, Any], path: Path) -> TaskSpec:
+    if document.faults:
+        raise FaultsError(document.name, document.faults)
+    mapping = _merged(document.data, overrides)
+    source = mapping.get("source")
+    if "name" in overrides and isinstance(source, dict):
+        # A task under another name (the same data with other labels or prompts, say) keeps its mirror.
+        mapping["source"] = {"mirror": document.data.get("name"), **source}
+    return read_mapping(mapping, origin=path)
+
+
+def _find(ref: str, base_dir: Path) -> Path:
+    files = _builtin_files()
+    if ref in files:
+        return files[ref]
+    if ref.endswith((".yaml", ".yml")):
+        path = base_dir / Path(ref).expanduser()
+        if not path.is_file():
+            raise UserError(f"task file {path} does not exist")
+        return path
+    tails = {name.rpartition("/")[2]: name for name in files}
+    near = meant(ref, [*files, *tails])
+    for tail, name in tails.items():
+        near = near.replace(f"{tail!r}", f"{name!r}")
+    raise UserError(f"unknown task {ref!r}{near}; known: {', '.join(files)}; or give the path of a task's .yaml file")
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in overrides.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out

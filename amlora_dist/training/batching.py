@@ -1,0 +1,112 @@
+"""Which rows a rank sees at a step, and the loss of a global batch: independent of world size and micro-batches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq, epoch_order
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a global batch is cut: ``world`` ranks of ``accumulation`` micro-batches of at most ``micro`` examples."""
+
+    batch_size: int
+    world: int
+    micro: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, batch_size: int, world: int, micro_batch_size: int | None) -> Layout:
+        share = math.ceil(batch_size / world)
+        micro = min(micro_batch_size or share, share)
+        return cls(batch_size, world, micro, math.ceil(share / micro))
+
+
+class Schedule:
+    """The rows of every optimizer step: seed, stage and epoch decide the order, nothing else."""
+
+    def __init__(self, count: int, *, batch_size: int, epochs: int, seed: int, stage: str) -> None:
+        self.count, self.batch_size, self.seed, self.stage = count, batch_size, seed, stage
+        self.steps_per_epoch = math.ceil(count / batch_size)
+        self.steps = self.steps_per_epoch * epochs
+        self._epoch, self._order = -1, [0]
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of the examples of 0-based ``step``; the last step of an epoch may have fewer."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(self.count, seed=self.seed, stage=self.stage, epoch=epoch)
+            self._epoch = epoch
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def micro_batches(rows: Sequence[Example], rank: int, layout: Layout) -> list[tuple[list[Example], bool]]:
+    """This rank's micro-batches of a global batch and whether they count; always ``layout.accumulation`` of them.
+
+    Where rows run short a rank computes on one row at weight 0: under ZeRO every rank must make equally many passes.
+    """
+    by_length = sorted(rows, key=lambda e: (len(e.prompt) + len(e.target), e.row))
+    mine = by_length[rank :: layout.world]
+    parts = [mine[i * layout.micro : (i + 1) * layout.micro] for i in range(layout.accumulation)]
+    return [(part, True) if part else ([by_length[0]], False) for part in parts]
+
+
+def prompt_positions(model: nn.Module, attention_mask_BL: Tensor, *, encoder_decoder: bool) -> dict[str, Tensor]:
+    """``position_ids`` that count the tokens behind left padding, for architectures that take them."""
+    if encoder_decoder or "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask_BL.cumsum(-1) - 1).clamp(min=0)}
+
+
+class LossComputer:
+    """Sum of the target tokens' cross-entropy of one micro-batch, in nats.
+
+    Logits are computed at the targets only (they stand at the right end of left-padded rows) where the architecture
+    can be told so: the output layer of a small model is a quarter of its arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, *, pad_id: int, encoder_decoder: bool, device: torch.device) -> None:
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._model, self._pad, self._encoder_decoder, self._device = model, pad_id, encoder_decoder, device
+
+    def __call__(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> Tensor:
+        """Summed loss, a scalar with gradient; ``gate_T`` (tasks,) weighs the adapters for every row."""
+        make = collate_seq2seq if self._encoder_decoder else collate
+        side = "right" if self._encoder_decoder else "left"
+        batch = {k: t.to(self._device) for k, t in make(examples, pad_id=self._pad, side=side).items()}  # type: ignore[arg-type]
+        labels_BL = batch.pop("labels")
+        inputs: dict[str, Any] = dict(batch) | {"use_cache": False}
+        if gate_T is not None:
+            inputs["task_gate"] = gate_T.to(self._device).expand(len(examples), -1)
+        if self._encoder_decoder:
+            inputs["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels_BL)  # type: ignore[operator]
+            logits = forward(**inputs).logits
+        else:
+            keep = max(len(example.target) for example in examples) + 1
+            inputs |= prompt_positions(self._model, batch["attention_mask"], encoder_decoder=False)
+            if self._keeps_logits:
+                inputs["logits_to_keep"] = keep
+            logits = forward(**inputs).logits[:, -keep:-1]
+            labels_BL = labels_BL[:, -(keep - 1) :]
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+
+def target_tokens(rows: Sequence[Example]) -> int:
+    """Tokens that the loss is taken over, end-of-sequence included."""
+    return sum(len(example.target) for example in rows)
+
+
+def all_tokens(rows: Sequence[Example]) -> int:
+    """Prompt and target tokens, without padding."""
+    return sum(len(example.prompt) + len(example.target) for example in rows)

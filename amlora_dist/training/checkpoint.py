@@ -1,0 +1,124 @@
+"""Checkpoints of one stage: small, by parameter name, independent of world size and ZeRO stage.
+
+A checkpoint is a folder ``step-00000050`` of ``state.safetensors`` (fp32 master weights and Adam's moments of what
+trains) and ``progress.json``; it counts when ``COMMIT``, written last, agrees with their digests. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from amlora_dist.crash_points import reach
+from amlora_dist.digests import file_digest
+from amlora_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+KEEP = 2
+"""Committed checkpoints kept: the newest, and one to fall back on when the newest turns out damaged."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a stage stands after ``step`` optimizer steps."""
+
+    fingerprint: str
+    step: int
+    losses: list[float] = field(default_factory=list)
+    """Loss of every step so far, in nats per target token."""
+    tokens: int = 0
+    """Tokens seen so far over all ranks, prompt and target, without padding."""
+    seconds: float = 0.0
+    """Training time so far, over all attempts that counted."""
+    recipe_from: str | None = None
+    """Task whose row the recipe started from; None if it started at zero."""
+    trained_with: dict[str, Any] = field(default_factory=dict)
+    """World size, ZeRO stage and versions: recorded, not part of the fingerprint."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename into place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; make room or mend the permissions, then run again") from error
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progress) -> Path:
+    """Write one checkpoint under ``folder``, commit it, and drop all but the newest ``KEEP``.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{progress.step:08d}"
+    aside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(dict(state), aside / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"cannot write a checkpoint under {folder}: {error}; make room, then run again") from error
+    write_text(aside / "progress.json", json.dumps(asdict(progress)))
+    reach("checkpoint_written")
+    shutil.rmtree(target, ignore_errors=True)
+    aside.replace(target)
+    write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
+    reach("checkpoint_committed")
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest_checkpoint(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], Progress] | None:
+    """The newest committed checkpoint of this fingerprint, or None. Says why it passes over the others."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        reason = _fault(candidate)
+        if reason is None:
+            progress = Progress(**json.loads((candidate / "progress.json").read_text(encoding="utf-8")))
+            if progress.fingerprint == fingerprint:
+                return load_file(candidate / "state.safetensors"), progress
+            reason = f"it belongs to fingerprint {progress.fingerprint[:12]}"
+        log.warning("passing over checkpoint %s: %s", candidate, reason)
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in ("progress.json", "state.safetensors")}
+
+
+def _fault(folder: Path) -> str | None:
+    """Why the folder does not count as a checkpoint; None when it does."""
+    mark = folder / "COMMIT"
+    if not mark.is_file():
+        return "it has no commit marker"
+    try:
+        commit = json.loads(mark.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return "its commit marker is not JSON"
+    if not isinstance(commit, dict) or commit.get("format") != FORMAT:
+        return f"its format is not {FORMAT}"
+    try:
+        if commit.get("files") != _digests(folder):
+            return "its files differ from the digests in the commit marker"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    return None

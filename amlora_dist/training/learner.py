@@ -1,0 +1,140 @@
+"""The optimizer loop of one stage: steps, losses, checkpoints, and a clean end when asked to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.crash_points import reach
+from amlora_dist.errors import AmloraError, TrainingError
+from amlora_dist.tasks.batches import Example
+from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
+from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
+from amlora_dist.training.optimizer import rate_factor
+from amlora_dist.training.settings import TrainingSettings
+from amlora_dist.training.zero import Engine
+
+STOP_FILE = "STOP"
+"""When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
+
+
+class StoppedError(AmloraError):
+    """Training was asked to stop and has written a checkpoint."""
+
+    exit_code = 143
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite; nothing of that step was kept."""
+
+
+class Learner:
+    """Runs the steps of one stage on one rank."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loss: LossComputer,
+        examples: Sequence[Example],
+        settings: TrainingSettings,
+        *,
+        layout: Layout,
+        seed: int,
+        stage: str,
+        folder: Path,
+        fingerprint: str,
+        gate: Tensor | None,
+        extra_loss: Callable[[], Tensor | None],
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
+        self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
+        self.gate, self.extra_loss, self.report = gate, extra_loss, report
+        self.schedule = Schedule(
+            len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
+        )
+
+    def resume(self) -> Progress | None:
+        """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
+        found = newest_checkpoint(self.folder / "checkpoints", self.fingerprint)
+        steps = self.engine.ranks.gather(-1 if found is None else found[1].step)
+        if found is None or len(set(steps)) != 1:
+            if set(steps) != {-1}:
+                raise TrainingError(f"stage {self.stage!r}: ranks see different checkpoints ({steps}): storage not shared")
+            return None
+        state, progress = found
+        self.engine.import_state(state, progress.step)
+        self.report({"kind": "resumed", "step": progress.step})
+        return progress
+
+    def run(self, progress: Progress) -> Progress:
+        """Train from ``progress`` to the end.
+
+        Raises:
+            StoppedError: the stop file appeared; a checkpoint is written.
+            NonFiniteLossError: at the first step whose loss is not finite.
+        """
+        began, before = time.monotonic(), progress.seconds
+        for step in range(progress.step, self.schedule.steps):
+            loss, stop = self._step(step)
+            if not math.isfinite(loss):
+                rows = [self.examples[i].row for i in self.schedule.rows(step)]
+                raise NonFiniteLossError(
+                    f"stage {self.stage!r}: the loss is not finite at step {step + 1} (rows"
+                    f" {', '.join(map(str, rows))} of the training split); lower training.learning_rate, keep"
+                    " training.clip above 0, or look at those rows"
+                )
+            progress.step = step + 1
+            progress.losses.append(loss)
+            progress.tokens += all_tokens([self.examples[i] for i in self.schedule.rows(step)])
+            progress.seconds = before + time.monotonic() - began
+            self.report(
+                {
+                    "kind": "step",
+                    "step": progress.step,
+                    "steps": self.schedule.steps,
+                    "loss": loss,
+                    "tokens": progress.tokens,
+                    "seconds": progress.seconds,
+                }
+            )
+            reach("step_done")
+            last = progress.step == self.schedule.steps
+            if stop or last or progress.step % self.settings.checkpoint_every == 0:
+                self._checkpoint(progress)
+            if stop and not last:
+                raise StoppedError(f"stage {self.stage!r} stopped after step {progress.step}; a checkpoint is written")
+        return progress
+
+    def _step(self, step: int) -> tuple[float, bool]:
+        """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop."""
+        ranks = self.engine.ranks
+        batch = [self.examples[i] for i in self.schedule.rows(step)]
+        tokens = target_tokens(batch)
+        total = torch.zeros(2, device=self.engine.device)
+        for part, counts in micro_batches(batch, ranks.rank, self.layout):
+            loss = self.loss(self.engine.forward, part, self.gate) / tokens
+            if not counts:
+                loss = loss * 0.0
+            extra = self.extra_loss()
+            total[0] += loss.detach()
+            if extra is not None:
+                loss = loss + extra / (ranks.world * self.layout.accumulation)
+            self.engine.backward(loss)
+        if ranks.rank == 0 and (self.folder / STOP_FILE).exists():
+            total[1] = 1.0
+        loss_sum, stop = ranks.sum(total).tolist()
+        if math.isfinite(loss_sum):
+            self.engine.step(rate_factor(step, self.schedule.steps, self.settings))
+        return loss_sum, stop > 0
+
+    def _checkpoint(self, progress: Progress) -> None:
+        state = self.engine.export_state()
+        if self.engine.ranks.rank == 0:
+            save_checkpoint(self.folder / "checkpoints", state, progress)

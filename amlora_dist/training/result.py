@@ -1,0 +1,93 @@
+"""What a stage leaves behind: its adapter, the router's statistics of its task, and how it was trained.
+
+A folder of ``adapter.safetensors``, ``statistics.safetensors`` and ``training.json``; it counts when ``COMMIT``,
+written last, names the digests of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.digests import file_digest
+from amlora_dist.errors import BankError, UserError
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.statistics import TaskStatistics
+
+FILES = ("adapter.safetensors", "statistics.safetensors", "training.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The adapter of one stage with all that goes with it."""
+
+    adapter: Adapter
+    statistics: TaskStatistics
+    training: dict[str, Any]
+    """Losses, tokens, seconds, and what the stage was trained with (world size, ZeRO stage, versions)."""
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder was committed and its files are those that were."""
+    try:
+        expected = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
+        return bool(expected == {name: file_digest(folder / name) for name in FILES})
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write aside, commit, rename.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    from safetensors.torch import save_file
+
+    adapter = result.adapter
+    about = {"task": adapter.task, "rank": adapter.rank, "alpha": adapter.alpha, "digest": adapter.digest()}
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_file({k: t.contiguous() for k, t in adapter.tensors().items()}, aside / FILES[0])
+        save_file(result.statistics.tensors(), aside / FILES[1])
+        (aside / FILES[2]).write_text(json.dumps({"adapter": about, **result.training}), encoding="utf-8")
+        (aside / "COMMIT").write_text(json.dumps({name: file_digest(aside / name) for name in FILES}), encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"cannot write the trained adapter to {folder}: {error}; make room, then run again") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.replace(folder)
+
+
+def read_result(folder: Path) -> Result:
+    """Read what ``write_result`` wrote.
+
+    Raises:
+        BankError: the folder is not whole, or its adapter differs from its digest.
+    """
+    from safetensors.torch import load_file
+
+    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.statistics import TaskStatistics
+
+    if not is_whole(folder):
+        raise BankError(f"{folder}: not a whole training result (no commit marker that agrees with its files)")
+    training = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+    about = training.pop("adapter")
+    parts: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "recipe": {}, "selector": {}}
+    for name, tensor in load_file(folder / FILES[0]).items():
+        kind, _, module = name.partition(".")
+        parts[kind][module] = tensor
+    adapter = Adapter(task=about["task"], rank=about["rank"], alpha=about["alpha"], **parts)
+    if adapter.digest() != about["digest"]:
+        raise BankError(f"{folder}: the adapter's digest is {adapter.digest()}, its record says {about['digest']}")
+    statistics = TaskStatistics.from_tensors(adapter.task, load_file(folder / FILES[1]))
+    return Result(adapter, statistics, training)

@@ -1,0 +1,57 @@
+"""Settings of one training stage. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+
+STRICT_KEYS = ConfigDict(extra="forbid")
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class TrainingSettings:
+    """How one stage learns its adapter. Batch sizes are global: they do not depend on the number of workers."""
+
+    epochs: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """Examples per optimizer step over all workers."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per forward pass of one worker; default: the whole share of the worker."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    recipe_learning_rate: float = Field(default=3e-2, gt=0)
+    """Learning rate of the weights on earlier adapters."""
+    l1: float = Field(default=0.1, ge=0)
+    """lambda: the L1 coefficient on the recipe, a proximal step inside the optimizer's own."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient over all trainable parameters; 0 turns clipping off."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints."""
+    gradient_checkpointing: bool = False
+    probe_rows: int = Field(default=32, ge=1)
+    """Training rows on which a stage probes the earlier tasks' rows for the start of its recipe."""
+
+
+DeepSpeedSection = dict[str, Any]
+"""DeepSpeed's own JSON schema passed through, with ``zero_stage`` as a short form."""
+
+
+@plain_dataclass(frozen=True, slots=True)
+class StageSettings:
+    """The part of a run's configuration that a stage may read."""
+
+    method: str
+    seed: int
+    dtype: Literal["fp32", "bf16"]
+    attention: str
+    adapters: AdapterSettings
+    router: RouterSettings
+    training: TrainingSettings

@@ -1,0 +1,401 @@
+"""One stage on one rank: train an adapter on top of frozen ones, then score. Reads from top to bottom as the story.
+
+The same code runs on every worker of a Ray Train group under DeepSpeed, and with ``distributed=False`` in a single
+process without either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
+from amlora_dist.adapters.statistics import TaskStatistics, holdout_nll, keys, merge
+from amlora_dist.adapters.targets import default_router_layer, find_targets
+from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
+from amlora_dist.crash_points import reach
+from amlora_dist.digests import named_seed
+from amlora_dist.errors import TrainingError
+from amlora_dist.evaluation.scoring import ZERO_ROW, deal, merge as merge_shares, score_task, summarise, write_predictions
+from amlora_dist.methods import method_for
+from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_tokens
+from amlora_dist.tasks.prompts import template_for
+from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
+from amlora_dist.training.checkpoint import Progress, write_text
+from amlora_dist.training.learner import Learner, StoppedError
+from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.work import Cell, StageWork
+from amlora_dist.training.zero import (
+    Alone,
+    DeepSpeedEngine,
+    Engine,
+    Group,
+    PlainEngine,
+    Ranks,
+    deepspeed_config,
+    inference_model,
+    join_process_group,
+    local_part,
+    partitioned_loading,
+)
+
+__all__ = ["StoppedError", "run_stage"]
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+"""Receives JSON-able progress events; called on rank 0 only."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATISTICS_BATCH = 16
+
+
+def run_stage(work: StageWork, *, distributed: bool, report: Report, device: torch.device) -> None:
+    """Do what ``work`` says and is not done yet; safe to call again after any interruption.
+
+    Raises:
+        StoppedError: asked to stop; a checkpoint has been written.
+        TrainingError: the loss is not finite.
+        UserError: other data than the driver's, no target module, a full disk.
+    """
+    if distributed:
+        join_process_group()
+    _Stage(work, distributed, report, device).run()
+
+
+class _Stage:
+    def __init__(self, work: StageWork, distributed: bool, report: Report, device: torch.device) -> None:
+        self.work, self.distributed, self.device = work, distributed, device
+        self.settings = work.settings
+        self.ranks: Ranks = Group() if distributed else Alone()
+        self._report = report
+        self.base: BaseModel = work.base_model()
+        self.tokenizer: Any = load_tokenizer(self.base.path)
+        self.method = method_for(self.settings)
+        self.layout = Layout.of(
+            self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
+        )
+        self.config = self._deepspeed_config() if distributed else None
+
+    def run(self) -> None:
+        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
+        for parent, result in zip(self.work.parents, parents, strict=True):
+            if result.adapter.digest() != parent.digest:
+                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
+        model = self._load_base()
+        if self.work.is_trained:
+            parents.append(read_result(self.work.trained))
+            mixture = self._inject(model, [p.adapter for p in parents], new=None)
+            mixture.model = inference_model(model, self.config).to(self.device) if self.config else model.to(self.device)
+            statistics = [p.statistics for p in parents]
+        else:
+            mixture, statistics = self._train(model, parents)
+        mixture.set_router(self.method.router(statistics))
+        for cell in self.work.cells:
+            if not cell.done:
+                self._score(mixture, cell)
+                reach("scores_written")
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def _train(self, model: Any, parents: list[Result]) -> tuple[Mixture, list[TaskStatistics]]:
+        work, settings = self.work, self.settings
+        adapters = [parent.adapter for parent in parents]
+        mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
+        engine = self._engine(mixture)
+        trainable = {id(p) for p in mixture.trainable().values()}
+        self._announce(mixture)
+        before = weights_checksum(engine.model, trainable)
+
+        examples = self._examples(work.task, "train")
+        statistics = self._statistics(mixture, examples, [parent.statistics for parent in parents], engine)
+        loss = LossComputer(
+            model, pad_id=self.tokenizer.pad_token_id, encoder_decoder=self.base.encoder_decoder, device=self.device
+        )
+        learner = Learner(
+            engine,
+            loss,
+            examples,
+            settings.training,
+            layout=self.layout,
+            seed=settings.seed,
+            stage=work.task,
+            folder=work.path,
+            fingerprint=work.fingerprint,
+            gate=self.method.training_gate(len(mixture.task_names)),
+            extra_loss=lambda: self.method.extra_loss(mixture),
+            report=self.report,
+        )
+        progress = learner.resume()
+        if progress is None:
+            progress = Progress(fingerprint=work.fingerprint, step=0)
+            if self.method.learns_recipe(work.index) and adapters:
+                progress.recipe_from = self._start_recipe(mixture, engine, loss, examples, adapters)
+        progress.trained_with = self._trained_with()
+        progress = learner.run(progress)
+        reach("training_ended")
+        if weights_checksum(engine.model, trainable) != before:
+            raise TrainingError(f"stage {work.task!r}: the base model or an old adapter changed while training")
+        adapter = mixture.extract_new(gather=engine.whole)
+        reach("adapter_gathered")
+        if self.ranks.rank == 0:
+            write_result(work.trained, Result(adapter, statistics[-1], asdict(progress)))
+        self.ranks.gather(None)  # nobody goes on before the result is there
+        return mixture, statistics
+
+    def _new_adapter(self, adapters: list[Adapter]) -> NewAdapter:
+        start = self.method.start_from(adapters)
+        s = self.settings
+        return NewAdapter(
+            task=self.work.task,
+            rank=s.adapters.rank,
+            alpha=s.adapters.alpha,
+            seed=named_seed(s.seed, "adapter", self.work.task),
+            init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
+            learn_recipe=self.method.learns_recipe(self.work.index),
+        )
+
+    def _engine(self, mixture: Mixture) -> Engine:
+        trainable = mixture.trainable()
+        groups = parameter_groups(trainable, self.settings.training)
+        betas = self.settings.training.betas
+        if self.config is None:
+            return PlainEngine(
+                mixture.model, trainable, groups, betas=betas, clip=self.settings.training.clip, device=self.device
+            )
+        return DeepSpeedEngine(mixture.model, trainable, groups, config=self.config, betas=betas)
+
+    def _announce(self, mixture: Mixture) -> None:
+        """Say exactly what will train, and refuse to train anything else."""
+        named = mixture.trainable()
+        wanted = {id(parameter) for parameter in named.values()}
+        stray = [n for n, p in mixture.model.named_parameters() if p.requires_grad and id(p) not in wanted]
+        if stray or not wanted:
+            raise TrainingError(f"stage {self.work.task!r}: parameters outside the new adapter would train: {stray}")
+        kinds: dict[str, int] = {}
+        for name, parameter in named.items():
+            kind = name.split(".", 1)[0]
+            kinds[kind] = kinds.get(kind, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
+        modules = sorted({name.split(".", 1)[1] for name in named if name.startswith("a.")})
+        self.report({"kind": "trainable", "parameters": kinds, "modules": modules})
+
+    def _start_recipe(
+        self, mixture: Mixture, engine: Engine, loss: LossComputer, examples: Sequence[Example], adapters: list[Adapter]
+    ) -> str | None:
+        """Start the recipe at the old row that explains the new task best, if any beats the base model."""
+        probe = examples[: self.settings.training.probe_rows]
+        tasks = len(mixture.task_names)
+        losses = [self._probe(engine, loss, probe, gate) for gate in torch.eye(tasks)[: tasks - 1]]
+        nothing = self._probe(engine, loss, probe, torch.zeros(tasks))
+        best = min(range(len(losses)), key=losses.__getitem__)
+        self.report({"kind": "probe", "losses": dict(zip(mixture.task_names, losses, strict=False)), "base": nothing})
+        if losses[best] >= nothing:
+            return None
+        state = engine.export_state()
+        for module in adapters[0].a:
+            state[f"master.recipe.{module}"] = rows(adapters, module)[best].clone()
+        engine.import_state(state, 0)
+        return adapters[best].task
+
+    def _probe(self, engine: Engine, loss: LossComputer, probe: Sequence[Example], gate: Tensor) -> float:
+        """Mean loss over the probe's rows, nats per row, with every row gated by ``gate`` (tasks,)."""
+        total = torch.zeros(1, device=self.device)
+        with torch.no_grad():
+            for indices, counts in deal(probe, STATISTICS_BATCH, self.ranks.rank, self.ranks.world):
+                part = loss(engine.model, [probe[i] for i in indices], gate)
+                total += part if counts else 0.0 * part
+        return float(self.ranks.sum(total)) / len(probe)
+
+    def _statistics(
+        self, mixture: Mixture, examples: Sequence[Example], earlier: list[TaskStatistics], engine: Engine
+    ) -> list[TaskStatistics]:
+        """Statistics of the frozen features of this task's prompts, reduced over ranks, every row counted once."""
+        router = self.settings.router
+        held = set(_held_out(len(examples), router.holdout, named_seed(self.settings.seed, "holdout", self.work.task)))
+        kept = [e for i, e in enumerate(examples) if i not in held]
+        mine = self._features(mixture, kept, engine.whole_forward)
+        parts = self.ranks.gather(TaskStatistics.from_features(self.work.task, mine))
+        own = merge(parts)
+        if held:
+            features = self._features(mixture, [examples[i] for i in sorted(held)], engine.whole_forward)
+            weights, bias = keys([*earlier, own], router.shrinkage)
+            nll = torch.stack(self.ranks.gather(holdout_nll(features, len(earlier), weights, bias))).sum(dim=0)
+            own = replace(own, holdout_nll=nll, holdout_count=len(held))
+        self.report({"kind": "statistics", "rows": own.count, "held_out": own.holdout_count})
+        return [*earlier, own]
+
+    def _features(self, mixture: Mixture, examples: Sequence[Example], whole: bool) -> Tensor:
+        """This rank's rows of features, (rows, D) fp32 on the CPU."""
+        side = "right" if self.base.encoder_decoder else "left"
+        out: list[Tensor] = []
+        with torch.no_grad():
+            for indices, counts in deal(examples, STATISTICS_BATCH, self.ranks.rank, self.ranks.world):
+                batch = collate_prompts(
+                    [examples[i] for i in indices], pad_id=self.tokenizer.pad_token_id, side=side  # type: ignore[arg-type]
+                )
+                batch |= prompt_positions(
+                    mixture.model, batch["attention_mask"], encoder_decoder=self.base.encoder_decoder
+                )
+                features = mixture.routing_features(
+                    full_forward=whole, **{name: tensor.to(self.device) for name, tensor in batch.items()}
+                )
+                out.append(features.cpu() if counts else features[:0].cpu())
+        return torch.cat(out)
+
+    # -- scoring ------------------------------------------------------------------------------------------------
+
+    def _score(self, mixture: Mixture, cell: Cell) -> None:
+        spec = self.work.spec(cell.task)
+        examples = self._examples(cell.task, cell.split)
+        labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
+        row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(mixture, cell)}[cell.mode]
+        began = time.monotonic()
+        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(examples)})
+        share = score_task(
+            mixture.model,
+            examples,
+            tokenizer=self.tokenizer,
+            pad_id=self.tokenizer.pad_token_id,
+            eos_id=self.tokenizer.eos_token_id,
+            batch_size=self.work.evaluation_batch_size,
+            labels=labels,
+            metric=str(spec.metric),
+            max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
+            task_gate_row=row,
+            tasks=len(mixture.task_names),
+            encoder_decoder=self.base.encoder_decoder,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            device=self.device,
+            all_done=self._all_done,
+        )
+        predictions = merge_shares(self.ranks.gather(share))
+        if self.ranks.rank == 0:
+            summary = summarise(predictions) | {"seconds": time.monotonic() - began, **asdict(cell)}
+            folder = Path(cell.folder)
+            write_predictions(folder / "predictions.jsonl", predictions)
+            write_text(folder / "summary.json", json.dumps(summary))
+        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, **summarise(predictions)})
+
+    def _all_done(self, done: bool) -> bool:
+        return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world
+
+    # -- what both need -----------------------------------------------------------------------------------------
+
+    def report(self, event: dict[str, Any]) -> None:
+        if self.ranks.rank == 0:
+            self._report(event)
+
+    def _examples(self, task: str, split: str) -> list[Example]:
+        spec = self.work.spec(task)
+        data = self.work.data(task, (split,))
+        template = template_for(spec, spec.prompt_style)  # type: ignore[arg-type]
+        return encode(
+            data.rows[split],
+            spec,
+            template,
+            self.tokenizer,
+            max_length=int(spec.max_length or 512),
+            encoder_decoder=self.base.encoder_decoder,
+        )
+
+    def _load_base(self) -> Any:
+        with partitioned_loading(self.config):
+            model = load_model(self.base, dtype=DTYPES[self.settings.dtype], attention=self.settings.attention)
+        if self.settings.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
+        layer = self.settings.router.layer
+        layer = default_router_layer(model) if layer is None else layer
+        targets = find_targets(model, self.settings.adapters, layer)
+        literal = self.settings.router.literal if self.settings.router.kind == "literal" else None
+        return inject(
+            model,
+            targets,
+            adapters,
+            new=new,
+            router=None,
+            router_layer=layer,
+            skip_tokens=self.settings.router.skip_tokens,
+            literal=literal,
+        )
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return deepspeed_config(
+            self.work.deepspeed,
+            dtype=DTYPES[self.settings.dtype],
+            micro=self.layout.micro,
+            accumulation=self.layout.accumulation,
+            world=self.ranks.world,
+            clip=self.settings.training.clip,
+        )
+
+    def _trained_with(self) -> dict[str, Any]:
+        """Recorded beside the fingerprint, not part of it."""
+        import transformers
+
+        stage = self.config["zero_optimization"]["stage"] if self.config else None
+        return {
+            "workers": self.ranks.world if self.distributed else 0,
+            "zero_stage": stage,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:
+    """Checksum of the bits of all parameters but some, as this rank holds them: two sums modulo 2^64.
+
+    The second weighs every element by its place, so that exchanged values show too. A changed bit changes the first
+    sum; it is no defence against an adversary, and reads 135 M parameters in a tenth of a second.
+    """
+    plain = weighted = 0
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters(), start=1):
+            if id(parameter) in leave_out:
+                continue
+            part = local_part(parameter).detach().contiguous().view(-1)
+            size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+            for piece in part.view(size).split(1 << 22):
+                bits = piece.to(torch.int64)
+                plain += int(bits.sum())
+                weighted += number * int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum())
+    return plain % (1 << 64), weighted % (1 << 64)
+
+
+def _held_out(count: int, share: float, seed: int) -> list[int]:
+    """Which rows stay out of the statistics, to calibrate the temperature; never all."""
+    size = min(int(round(count * share)), count - 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[: max(size, 0)].tolist()
+
+
+def _position(mixture: Mixture, cell: Cell) -> int | None:
+    return mixture.task_names.index(cell.task) if cell.mode == "oracle" else None
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Any:
+    """Use ``count`` threads inside (None: leave it)."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

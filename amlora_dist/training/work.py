@@ -1,0 +1,112 @@
+"""What a stage is told to do, as plain data: it travels to the workers and lies beside the stage's results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from amlora_dist.base_model import BaseModel
+from amlora_dist.errors import UserError
+from amlora_dist.tasks.sources import TaskData, load_task
+from amlora_dist.tasks.task import TaskSpec, read_mapping
+from amlora_dist.training.result import is_whole
+from amlora_dist.training.settings import StageSettings
+
+Mode = Literal["untrained", "router", "oracle"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter of the bank below the stage: its digest, and the folder of ``training.result`` that holds it."""
+
+    task: str
+    digest: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One score to compute: a task and split under one way of gating."""
+
+    task: str
+    split: str
+    mode: Mode
+    fingerprint: str
+    folder: str
+    """Where predictions and summary go; whole when ``summary.json`` is there."""
+
+    @property
+    def done(self) -> bool:
+        return (Path(self.folder) / "summary.json").is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """One stage: train an adapter on top of its parents (unless it is there already), then score cells."""
+
+    fingerprint: str
+    index: int
+    """1-based place of the stage in its sequence."""
+    task: str
+    folder: str
+    """Absolute; ``trained/``, ``checkpoints/`` and ``progress.jsonl`` go here."""
+    settings: StageSettings
+    base: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    """Specifications by name, of the task to learn and of all that are scored."""
+    data_seed: int
+    data_dir: str | None
+    parents: list[Parent]
+    cells: list[Cell]
+    deepspeed: dict[str, Any]
+    evaluation_batch_size: int
+    data_digests: dict[str, str] = field(default_factory=dict)
+    """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def trained(self) -> Path:
+        """The result of training; whole when ``COMMIT`` is there."""
+        return self.path / "trained"
+
+    @property
+    def is_trained(self) -> bool:
+        return is_whole(self.trained)
+
+    def base_model(self) -> BaseModel:
+        return BaseModel(**{**self.base, "path": Path(self.base["path"])})
+
+    def spec(self, task: str) -> TaskSpec:
+        return read_mapping(self.tasks[task], origin=Path(f"task {task}"))
+
+    def data(self, task: str, splits: tuple[str, ...]) -> TaskData:
+        """The rows of a task, which must be those the driver saw.
+
+        Raises:
+            UserError: this node reads other rows than the driver did.
+        """
+        spec = self.spec(task)
+        data_dir = Path(self.data_dir) if self.data_dir else None
+        data = load_task(spec, seed=self.data_seed, data_dir=data_dir, splits=splits)
+        for split in splits:
+            expected = self.data_digests.get(f"{task}/{split}")
+            if expected is not None and data.digest(split) != expected:
+                raise UserError(
+                    f"task {task!r}, split {split}: this node reads other rows (digest {data.digest(split)[:12]}) than"
+                    f" the driver did ({expected[:12]}); data_dir must be the same files on every node"
+                )
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StageWork:
+        return TypeAdapter(cls).validate_json(text)

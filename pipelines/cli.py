@@ -1,0 +1,233 @@
+"""``amlora``: run, validate and show sequences of tasks.
+
+Exit codes: 0 done, 2 something the caller can mend, 3 the run id is held by another driver, 4 training failed after
+its retries, 130 interrupted, 143 terminated; 1 is a fault of this program. Commands import what they need when they
+run, so that help and validation are quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amlora_dist.errors import AmloraError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType, TracebackType
+
+app = typer.Typer(
+    name="amlora",
+    help="Teach one language model task after task without forgetting, on a Ray cluster, with banks in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
+
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(help="Name of the durable run; the same id goes on where it was. Default: name and time."),
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
+    with _answered(verbose=verbose):
+        from amlora_dist.config import validate_config
+        from pipelines.progress import progress_for
+        from pipelines.quiet import standard_output_kept
+
+        settings, _ = validate_config(config, overrides)
+        run_id = _checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        progress = progress_for()
+        with standard_output_kept(), contextlib.closing(progress):
+            from pipelines.sequence import run_sequence
+
+            progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
+            result = run_sequence(settings, run_id=run_id, progress=progress, verbose=verbose)
+        _print_result(result, as_json=as_json)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List every fault of CONFIG at once, without loading a model or data; --json prints it resolved."""
+    with _answered(verbose=verbose):
+        from amlora_dist.config import to_mapping, validate_config
+
+        settings, specs = validate_config(config, overrides)
+        if as_json:
+            _print_json(to_mapping(settings))
+            return
+        rows = settings.task_defaults.max_train
+        typer.echo(f"{config}: valid")
+        typer.echo(f"  model   {settings.model.source}, dtype {settings.dtype}")
+        typer.echo(f"  method  {settings.method}, router {settings.router.kind}, rank {settings.adapters.rank}")
+        zero = f"ZeRO {settings.zero_stage}" if settings.workers else "in the driver's process"
+        where = f"{settings.workers} workers, {zero}" if settings.workers else zero
+        typer.echo(f"  stages  {len(specs)}, {settings.training.epochs} epochs each, {where}")
+        for number, spec in enumerate(specs, start=1):
+            limit = spec.max_train or rows
+            at_most = f"at most {limit} training rows" if limit else "all training rows"
+            answers = "free text" if spec.free_text else f"{len(spec.label_texts)} labels"
+            typer.echo(f"    {number}. {spec.name}: {answers}, {at_most}, prompt style {spec.prompt_style}")
+
+
+@app.command()
+def show(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Run id.", show_default=False)],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print the result of a run again, as far as it has come."""
+    with _answered(verbose=verbose):
+        from pipelines.quiet import standard_output_kept
+
+        with standard_output_kept():
+            from pipelines.sequence import load_result
+
+            result = load_result(_checked_run_id(run_id))
+        _print_result(result, as_json=as_json)
+
+
+@app.command()
+def tasks(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A task's name or YAML.", show_default=False)
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Local rows in place of the Hub's.")] = None,
+    style: Annotated[str | None, typer.Option("--style", help="question, options, bare or named.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """List the built-in tasks, or show one with a prompt as the model sees it."""
+    with _answered(verbose=verbose):
+        from pipelines.task_pages import show_task, show_tasks
+
+        if name is None:
+            show_tasks(data_dir)
+        else:
+            show_task(name, data_dir=data_dir, style=style)
+
+
+@app.command()
+def doctor(
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow to look at; default: the store in AMLORA_HOME.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Look at versions, memory, disk and stores, and say what to mend; exit code 2 where something is bad."""
+    with _answered(verbose=verbose):
+        from pipelines.doctor import examine
+        from pipelines.quiet import standard_output_kept
+
+        checks = examine(tracking_uri)
+        bad = 0
+        while True:
+            with standard_output_kept():
+                check = next(checks, None)
+            if check is None:
+                break
+            bad += check.state == "bad"
+            mend = f"  -> {check.mend}" if check.mend else ""
+            typer.echo(f"{check.state:4}  {check.name:20} {check.found}{mend}")
+        if bad:
+            raise UserError(f"{bad} thing{'s' if bad > 1 else ''} to mend, marked bad above")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.excepthook = _unexpected
+    signal.signal(signal.SIGTERM, _terminate)
+    typer.main.get_command(app)(prog_name="amlora")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: unwinds like KeyboardInterrupt, so that locks and workers are let go."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+@contextlib.contextmanager
+def _answered(*, verbose: bool) -> Iterator[None]:
+    """One clear message on standard error for what can go wrong, and its exit code."""
+    from pipelines.quiet import set_up
+
+    set_up(verbose=verbose)
+    if verbose:
+        sys.excepthook = sys.__excepthook__
+    try:
+        yield
+    except AmloraError as error:
+        if verbose:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with the same run id goes on from here", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except _TerminatedError:
+        raise typer.Exit(TERMINATED) from None
+    except SystemExit as leaving:
+        # Ray replaces our handler of SIGTERM by one that exits with the number of the signal.
+        if leaving.code == signal.SIGTERM:
+            raise typer.Exit(TERMINATED) from None
+        raise
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of this program, in one line; -v shows where."""
+    frames = traceback.extract_tb(trace)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    print(f"error: unexpected {kind.__name__}: {error}{where}; run it again with -v to see more", file=sys.stderr)
+
+
+def _checked_run_id(run_id: str) -> str:
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run_id):
+        raise UserError(f"--run-id: found {run_id!r}, expected at most 100 letters, digits and _ . -")
+    return run_id
+
+
+def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    from pipelines.display import console_for, show_result
+
+    show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

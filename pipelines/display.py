@@ -1,0 +1,144 @@
+"""The result of a run as tables: accuracy matrix, metrics, stages, and where MLflow keeps it.
+
+A result is the mapping that ``amlora run --json`` prints (README, "Results").
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import TextIO
+
+    from rich.console import RenderableType
+
+PIPE_WIDTH = 200
+"""Columns of text where the output is no terminal: wide enough not to wrap what a script may read."""
+
+METRICS = {
+    "average_performance": "mean of the last row",
+    "backward_transfer": "mean change of earlier tasks since they were learned",
+    "forward_transfer_gem": "mean gain on the next task before it is learned, over the untrained model",
+    "forward_transfer_single": "mean gain over learning each task alone",
+    "forgetting": "mean loss of earlier tasks from their best",
+}
+
+_CELL_WIDTH = 8
+
+
+def console_for(stream: TextIO | None = None) -> Console:
+    """A console on ``stream`` (default: standard output); in a pipe wide, without colours and control characters."""
+    stream = stream or sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def show_result(result: dict[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:
+    """Print a run's result; ``tracking_uri`` is where MLflow keeps it."""
+    console.print(Group(*_parts(result, console.width, tracking_uri)))
+
+
+def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iterator[RenderableType]:
+    facts = (f"method {result['method']}", f"seed {result['seed']}", f"{len(result['tasks'])} tasks")
+    yield Text.assemble("\nrun ", (str(result["run_id"]), "bold"), f": {', '.join(facts)}\n")
+    yield from matrix_tables(result, width)
+    yield _metrics_table(result["metrics"])
+    yield _stages_table(result["stages"])
+    versions = [stage["version"] for stage in result["stages"] if stage.get("version") is not None]
+    if versions:
+        yield Text(f"\nmodel    models:/{result['registered_model']}/{versions[-1]}")
+    if tracking_uri:
+        yield Text(f"{'' if versions else chr(10)}MLflow   {tracking_uri}")
+        if not tracking_uri.startswith(("http://", "https://")):
+            yield Text(f"open it  mlflow ui --backend-store-uri {tracking_uri}", no_wrap=True)
+
+
+def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:
+    """The accuracy matrix: tasks as columns, what has been learned as rows; several tables where they do not fit."""
+    tasks = list(result["tasks"])
+    rows = _matrix_rows(result)
+    label_width = max(len(label) for label, _ in rows)
+    headings = _short_names(tasks)
+    cell = max(_CELL_WIDTH, min(16, max(len(name) for name in headings) + 2))
+    fitting = max(1, (width - label_width - 4) // (cell + 1))
+    for start in range(0, len(tasks), fitting):
+        stop = min(start + fitting, len(tasks))
+        title = "accuracy" if len(tasks) <= fitting else f"accuracy, tasks {start + 1} to {stop}"
+        table = _table(title)
+        table.add_column("", no_wrap=True)
+        for name in headings[start:stop]:
+            table.add_column(name, justify="right", overflow="fold", min_width=5)
+        for label, values in rows:
+            style = "dim" if label in ("untrained", "oracle") else ""
+            table.add_row(label, *(_cell(values, column) for column in range(start, stop)), style=style)
+        yield table
+
+
+def _matrix_rows(result: dict[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
+    stages = _short_names(list(result["tasks"]))
+    rows: list[tuple[str, Sequence[float | None]]] = []
+    if result.get("untrained"):
+        rows.append(("untrained", result["untrained"]))
+    for number, values in enumerate(result["accuracy_matrix"], start=1):
+        rows.append((f"after {number} {stages[number - 1]}", values))
+    if result.get("oracle"):
+        rows.append(("oracle", result["oracle"]))
+    return rows or [("nothing yet", [])]
+
+
+def _short_names(tasks: list[str]) -> list[str]:
+    """Names without a folder that all share (``helpdesk/``)."""
+    folders = {name.rpartition("/")[0] for name in tasks}
+    return [name.rpartition("/")[2] for name in tasks] if len(folders) == 1 else tasks
+
+
+def _cell(values: Sequence[float | None], column: int) -> str:
+    value = values[column] if column < len(values) else None
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _metrics_table(metrics: dict[str, Any]) -> Table:
+    table = _table("\nmetrics", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for name, value in metrics.items():
+        shown = value if isinstance(value, str) else "undefined" if value is None else f"{value:.3f}"
+        table.add_row(name.replace("_", " "), shown, METRICS.get(name, ""))
+    return table
+
+
+def _stages_table(stages: list[dict[str, Any]]) -> Table:
+    table = _table("\nstages")
+    table.add_column("", justify="right")
+    table.add_column("task", overflow="fold")
+    for heading in ("version", "reused", "train s", "score s", "other s", "tokens", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fingerprint", no_wrap=True)
+    for number, stage in enumerate(stages, start=1):
+        table.add_row(
+            str(number),
+            str(stage["task"]),
+            _figure(stage.get("version"), ""),
+            "yes" if stage.get("reused") else "no",
+            *(_figure(stage.get(key), ".1f") for key in ("train_seconds", "score_seconds", "other_seconds")),
+            _figure(stage.get("tokens"), ",.0f"),
+            _figure(stage.get("tokens_per_second"), ",.0f"),
+            str(stage.get("fingerprint") or "-")[:12],
+        )
+    return table
+
+
+def _table(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=show_header
+    )
+
+
+def _figure(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form if isinstance(value, (int, float)) else "")

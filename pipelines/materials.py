@@ -1,0 +1,125 @@
+"""What a run is made of before anything trains: its tasks' rows, its base model, and everything wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.base_model import BaseModel, resolve_base
+from amlora_dist.config import RunConfig
+from amlora_dist.errors import UserError
+from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
+from amlora_dist.tasks.prompts import template_for
+from amlora_dist.tasks.sources import TaskData, load_task
+from amlora_dist.tasks.task import TaskSpec, resolve_task
+from amlora_dist.training.settings import StageSettings
+
+if TYPE_CHECKING:
+    from amlora_dist.methods.base import Method
+
+
+@dataclass(slots=True)
+class Materials:
+    """Tasks with their rows, and the base model, all checked."""
+
+    config: RunConfig
+    base: BaseModel
+    specs: dict[str, TaskSpec]
+    data: dict[str, TaskData]
+    dtype: str
+
+    def stage_settings(self) -> StageSettings:
+        """The part of the configuration that stages read."""
+        c = self.config
+        return StageSettings(
+            method=c.method,
+            seed=c.seed,
+            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            attention=c.model.attention,
+            adapters=c.adapters,
+            router=c.router,
+            training=c.training,
+        )
+
+    def prompt(self, task: str) -> dict[str, Any]:
+        """What turns this task's rows into token ids, for fingerprints."""
+        spec = self.specs[task]
+        template = template_for(spec, spec.prompt_style)
+        return prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
+
+    def training_fingerprint(
+        self, method: Method, stage: int, task: str, adapters: list[str], statistics: list[str]
+    ) -> str:
+        """Of the stage that learns ``task`` on top of adapters with these digests."""
+        return training_fingerprint(
+            base_digest=self.base.digest,
+            parent_adapters=adapters,
+            parent_statistics=statistics,
+            task=task,
+            rows_digest=self.data[task].digest("train"),
+            prompt=self.prompt(task),
+            method=self.config.method,
+            seed=self.config.seed,
+            reads=method.reads(stage),
+        )
+
+    def scoring_fingerprint(self, bank: list[str], mode: str, task: str) -> str:
+        """Of one cell, under a bank whose stages have these training fingerprints."""
+        spec, split = self.specs[task], self.config.evaluation.split
+        router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)} if mode == "router" else {}
+        return scoring_fingerprint(
+            bank=[self.base.digest] if mode == "untrained" else bank,
+            mode=mode,
+            router=router,
+            task=task,
+            split=split,
+            rows_digest=self.data[task].digest(split),
+            prompt=self.prompt(task),
+            metric=str(spec.metric),
+            labels=spec.label_texts,
+            dtype=self.dtype,
+        )
+
+
+def gather_materials(config: RunConfig, home: Path) -> Materials:
+    """Read and check everything that can be checked before a process is started.
+
+    Raises:
+        UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the mend.
+    """
+    specs: dict[str, TaskSpec] = {}
+    data: dict[str, TaskData] = {}
+    splits = ("train", config.evaluation.split)
+    for ref in config.tasks:
+        spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
+        if spec.name in specs:
+            raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
+        specs[spec.name] = spec
+        data[spec.name] = load_task(spec, seed=config.seed, data_dir=config.data_dir, splits=splits)
+    base = resolve_base(config.model, home)
+    check_targets(config, base)
+    return Materials(config, base, specs, data, _dtype(config.dtype))
+
+
+def check_targets(config: RunConfig, base: BaseModel) -> None:
+    """See that the adapters have layers to adapt, on a model without weights.
+
+    Raises:
+        UserError: nothing matches; lists what could.
+    """
+    from amlora_dist.adapters.targets import check_router_layer, default_router_layer, find_targets
+    from amlora_dist.base_model import meta_model
+
+    model = meta_model(base)
+    layer = default_router_layer(model) if config.router.layer is None else config.router.layer
+    check_router_layer(model, layer)
+    find_targets(model, config.adapters, layer)
+
+
+def _dtype(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

@@ -1,0 +1,267 @@
+"""What a finished stage becomes in MLflow: a bank version, its metrics, its scores and predictions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import amlora_dist
+from amlora_dist.methods import method_for
+from amlora_dist.registry import tags
+from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_bank
+from amlora_dist.registry.manifest import (
+    AccuracyMatrix,
+    BaseEntry,
+    Lineage,
+    Manifest,
+    RouterEntry,
+    Stored,
+    adapter_folder,
+    read_manifest,
+    statistics_file,
+)
+from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.training.result import Result, is_whole, read_result, write_result
+from amlora_dist.training.work import Cell, Parent
+from pipelines.results import STAGE_FILE, Matrices
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.claims import Lease
+    from amlora_dist.registry.store import Store
+    from amlora_dist.registry.versions import Version
+    from pipelines.materials import Materials
+
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt"}
+"""Architectures whose linear layers keep their weight as (d_in, d_out)."""
+
+
+@dataclass(slots=True)
+class StageRecord:
+    """What a run says of one of its stages."""
+
+    index: int
+    task: str
+    fingerprint: str
+    reused: bool = False
+    version: int | None = None
+    run: str = ""
+    """MLflow's id of the stage's run."""
+    train_seconds: float = 0.0
+    score_seconds: float = 0.0
+    other_seconds: float = 0.0
+    tokens: int = 0
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, result: Result, cells: Sequence[Cell], known: dict[str, dict[str, Any]]) -> None:
+        """Fill in what training and scoring gave."""
+        self.training = result.training
+        self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
+        for cell in cells:
+            score = known.get(cell.fingerprint)
+            if score is None:
+                score = json.loads((Path(cell.folder) / "summary.json").read_text(encoding="utf-8"))
+                score.pop("folder", None)
+            self.scores.append(score | {"mode": cell.mode, "task": cell.task})
+            self.score_seconds += score["seconds"]
+
+    def public(self) -> dict[str, Any]:
+        """The stage's entry in the result."""
+        rate = self.tokens / self.train_seconds if self.train_seconds else None
+        return {
+            "task": self.task,
+            "fingerprint": self.fingerprint,
+            "reused": self.reused,
+            "version": self.version,
+            "train_seconds": self.train_seconds,
+            "score_seconds": self.score_seconds,
+            "other_seconds": self.other_seconds,
+            "tokens": self.tokens,
+            "tokens_per_second": rate,
+            "recipe_from": self.training.get("recipe_from"),
+        }
+
+
+class Publication:
+    """Writes one run's versions, under its lease."""
+
+    def __init__(
+        self,
+        store: Store,
+        lease: Lease,
+        registered_model: str,
+        run_id: str,
+        parent_run: str,
+        mapping: dict[str, Any],
+        materials: Materials,
+    ) -> None:
+        self.store, self.lease, self.registered_model, self.run_id = store, lease, registered_model, run_id
+        self.parent_run, self.mapping, self.materials = parent_run, mapping, materials
+        self._manifests: dict[str, Manifest] = {}
+
+    def publish(
+        self,
+        record: StageRecord,
+        parents: Sequence[Parent],
+        rows: Matrices,
+        original: Version | None,
+        below: Version | None,
+        storage: Path,
+    ) -> Version:
+        """Publish the bank after a stage; ``original`` is the version of another run that it is taken over from."""
+        results = [read_result(Path(parent.folder)) for parent in parents]
+        placement = self.store.placement(self.registered_model, record.run, self.lease.epoch)
+        before = self.manifest_of(below, storage) if below is not None else None
+        index = len(parents)
+        adapter, statistics = results[-1].adapter, results[-1].statistics
+        stored, stored_statistics = self._stored(placement, original, index, record.task, storage)
+        earlier = list(before.adapters) if before else []
+        earlier_statistics = list(before.statistics) if before else []
+        entry = adapter_entry(
+            adapter,
+            index,
+            training_fingerprint=record.fingerprint,
+            parent=before.parent_digest() if before else None,
+            stored=stored,
+        )
+        router = method_for(self.materials.stage_settings()).router([r.statistics for r in results])
+        tensors = {} if router is None else router.tensors()
+        kind = self.materials.config.router.kind if router is None else router.kind
+        settings = asdict(self.materials.config.router.literal) if router is None else router.settings()
+        base = self.materials.base
+        manifest = Manifest(
+            base=BaseEntry(
+                source=base.source,
+                revision=base.revision,
+                digest=base.digest,
+                architecture=base.model_type,
+                encoder_decoder=base.encoder_decoder,
+            ),
+            bank_template=BANK_TEMPLATE,
+            method=self.materials.config.method,
+            adapters=[*earlier, entry],
+            router=RouterEntry(kind=kind, settings=settings, digest="0" * 64),
+            fan_in_fan_out=base.model_type in CONV1D_MODELS,
+            statistics=[
+                *earlier_statistics,
+                statistics_entry(index, record.task, statistics.tensors(), stored_statistics),
+            ],
+            training_configuration=self.mapping,
+            accuracy_matrix=AccuracyMatrix(
+                tasks=list(self.materials.specs), accuracy=rows.accuracy, ranked_accuracy=rows.ranked_accuracy
+            ),
+            lineage=Lineage(
+                parent=below.uri if below is not None else None,
+                reused_from=original.uri if original is not None else None,
+            ),
+            library_versions=_library_versions(),
+            run_id=self.run_id,
+            stage=record.index,
+            epoch=self.lease.epoch,
+        )
+        folder = storage / "publishing" / f"{self.run_id}-{record.index}-{self.lease.epoch}"
+        manifest = write_bank(
+            folder,
+            manifest,
+            [r.adapter for r in results],
+            tensors,
+            {parent.task: r.statistics.tensors() for parent, r in zip(parents, results, strict=True)},
+        )
+        values = {
+            tags.RUN_ID: self.run_id,
+            tags.TASK: record.task,
+            tags.STAGE: str(record.index),
+            tags.TRAINING_FINGERPRINT: record.fingerprint,
+        }
+        common: dict[str, Any] = {
+            "stage_run": record.run, "tags": values, "epoch": self.lease.epoch, "guard": self.lease.check
+        }  # fmt: skip
+        if original is None:
+            version = self.store.publish(self.registered_model, folder, **common)
+        else:
+            version = self.store.reuse(self.registered_model, original, folder, **common)
+        self._manifests[version.uri] = manifest
+        shutil.rmtree(folder, ignore_errors=True)
+        return version
+
+    def _stored(
+        self, placement: Any, original: Version | None, index: int, task: str, storage: Path
+    ) -> tuple[Stored | None, Stored | None]:
+        """Where the new adapter and its statistics are kept: with this version, or where another run has them."""
+        if original is None:
+            return placement.of(adapter_folder(index, task)), placement.of(statistics_file(index, task))
+        theirs = self.manifest_of(original, storage)
+        return theirs.adapters[-1].stored, theirs.statistics[-1].stored
+
+    def manifest_of(self, version: Version, storage: Path) -> Manifest:
+        """The manifest of a published version."""
+        if version.uri not in self._manifests:
+            self._manifests[version.uri] = read_manifest(self._pulled(version, storage))
+        return self._manifests[version.uri]
+
+    def materialise(self, version: Version, storage: Path) -> list[Parent]:
+        """The adapters of a published version as folders that workers can read; fetched once."""
+        bank = read_bank(self._pulled(version, storage))
+        out = []
+        for entry, adapter in zip(bank.manifest.adapters, bank.adapters, strict=True):
+            folder = storage / "adapters" / entry.digest
+            if not is_whole(folder):
+                from amlora_dist.adapters.statistics import TaskStatistics
+
+                statistics = TaskStatistics.from_tensors(entry.task, bank.statistics[entry.task])
+                training = {"fingerprint": entry.training_fingerprint, "seconds": 0.0, "tokens": 0, "losses": []}
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                write_result(folder, Result(adapter, statistics, training))
+            out.append(Parent(entry.task, entry.digest, str(folder)))
+        return out
+
+    def _pulled(self, version: Version, storage: Path) -> Path:
+        digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]
+        dest = storage / "banks" / f"{version.registered_model}-{version.number}-{digest}"
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        return self.store.pull_version(version, dest)
+
+    def upload_scores(self, record: StageRecord, cells: Sequence[Cell], storage: Path) -> None:
+        """Scores, and the predictions behind each, as artifacts of the stage's run."""
+        self.lease.check()
+        aside = storage / "publishing" / f"scores-{self.run_id}-{record.index}"
+        shutil.rmtree(aside, ignore_errors=True)
+        for cell in cells:
+            file = Path(cell.folder) / "predictions.jsonl"
+            if file.is_file():
+                target = aside / f"{cell.mode}-{cell.task.replace('/', '.')}.jsonl"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+        if aside.is_dir():
+            self.store.log_artifacts(record.run, aside, "predictions")
+            shutil.rmtree(aside, ignore_errors=True)
+        self.store.log_json(record.run, STAGE_FILE, {"scores": record.scores, "training": record.training})
+
+    def log_stage(self, record: StageRecord) -> None:
+        """Loss curve, speed and scores as metrics of the stage's run, which is closed."""
+        now = int(time.time() * 1000)
+        rows = [("loss", loss, step, now) for step, loss in enumerate(record.training.get("losses", []), start=1)]
+        figures = record.public()
+        for key in ("train_seconds", "score_seconds", "other_seconds", "tokens_per_second"):
+            if figures[key] is not None:
+                rows.append((key, float(figures[key]), record.index, now))
+        for score in record.scores:
+            for key in ("accuracy", "ranked_accuracy"):
+                if score.get(key) is not None:
+                    name = f"{key}/{score['mode']}/{score['task']}"
+                    rows.append((name, float(score[key]), record.index, now))
+        self.lease.check()
+        self.store.log_metrics_batch(record.run, rows)
+        self.store.end_run(record.run, "FINISHED")
+
+
+def _library_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "deepspeed", "ray", "mlflow", "safetensors")
+    return {"amlora-dist": amlora_dist.__version__} | {name: version(name) for name in names}

@@ -1,0 +1,75 @@
+"""From stages to the accuracy matrix, its metrics, and the JSON object that ``amlora run --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.evaluation import metrics
+
+if TYPE_CHECKING:
+    from pipelines.publication import StageRecord
+
+FILE = "result.json"
+"""Artifact of the sequence's MLflow run: the result so far."""
+STAGE_FILE = "stage.json"
+"""Artifact of a stage's MLflow run: its scores and how it was trained."""
+
+Row = list[float | None]
+METRICS = ("average_performance", "backward_transfer", "forward_transfer_gem", "forward_transfer_single", "forgetting")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """R by two scores: row 0 untrained, then one row a stage; None where not scored."""
+
+    accuracy: list[Row]
+    ranked_accuracy: list[Row]
+    oracle: Row | None
+
+
+def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
+    """The accuracy matrices of the stages so far, one column a task."""
+
+    def rows(score: str) -> list[Row]:
+        untrained = _row(tasks, [s for stage in stages for s in stage.scores], "untrained", score)
+        return [untrained, *(_row(tasks, stage.scores, "router", score) for stage in stages)]
+
+    oracle = _row(tasks, stages[-1].scores, "oracle", "accuracy") if stages else []
+    return Matrices(rows("accuracy"), rows("ranked_accuracy"), oracle if any(v is not None for v in oracle) else None)
+
+
+def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> Row:
+    found = {one["task"]: one[score] for one in scores if one["mode"] == mode}
+    return [found.get(task) for task in tasks]
+
+
+def result(
+    *,
+    run_id: str,
+    registered_model: str,
+    method: str,
+    seed: int,
+    tasks: Sequence[str],
+    stages: Sequence[StageRecord],
+    tracking_uri: str,
+) -> dict[str, Any]:
+    """The result object; what is undefined is None."""
+    found = matrices(tasks, stages)
+    complete = metrics.summary(found.accuracy) if stages else {}
+    untrained = found.accuracy[0]
+    return {
+        "run_id": run_id,
+        "registered_model": registered_model,
+        "method": method,
+        "seed": seed,
+        "tasks": list(tasks),
+        "accuracy_matrix": found.accuracy[1:],
+        "ranked_accuracy_matrix": found.ranked_accuracy[1:],
+        "untrained": untrained if any(value is not None for value in untrained) else None,
+        "oracle": found.oracle,
+        "metrics": {name: complete.get(name) for name in METRICS},
+        "stages": [stage.public() for stage in stages],
+        "tracking_uri": tracking_uri,
+    }

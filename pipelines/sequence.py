@@ -1,0 +1,396 @@
+"""The durable run of a sequence: stages one after another, with MLflow as the journal.
+
+A stage is done when, and only when, a version that counts carries its training fingerprint in this run's registered
+model. Whatever dies, the same command goes on from there: finished stages are taken as they are, a stage that another
+run has published is taken over by reference, the rest is trained from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.config import RunConfig, home, to_mapping
+from amlora_dist.crash_points import reach
+from amlora_dist.errors import AmloraError, TrainingError, UserError
+from amlora_dist.methods import method_for
+from amlora_dist.registry import tags
+from amlora_dist.registry.store import Store
+from amlora_dist.training.result import read_result, write_result
+from amlora_dist.training.work import Cell, Mode, Parent, StageWork
+from pipelines import results
+from pipelines.failure_policy import decide
+from pipelines.interrupts import stops_handled
+from pipelines.materials import Materials, gather_materials
+from pipelines.publication import Publication, StageRecord
+from pipelines.stage import Event, Placement, RayCluster, run_in_process
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.claims import Lease
+    from amlora_dist.registry.versions import Version
+    from pipelines.progress import Progress
+
+log = logging.getLogger(__name__)
+
+CLAIM_DEADLINE_S = 24 * 3600.0
+IRRELEVANT = (
+    "tasks", "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
+)  # fmt: skip
+"""Keys that may differ between two starts of one run id: they change no result. Tasks may be appended (see below)."""
+
+
+def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose: bool = False) -> dict[str, Any]:
+    """Run a sequence to its end, from wherever it is.
+
+    Returns:
+        The result as ``amlora run --json`` prints it.
+
+    Raises:
+        UserError: something in the configuration, the data or the model is wrong; nothing was started.
+        HeldError: another driver holds the run id.
+        TrainingError: a stage failed for good.
+        StoppedError: stopped by a signal, after a checkpoint.
+    """
+    place = home()
+    config.registered_model = config.registered_model or run_id
+    began = time.monotonic()
+    materials = gather_materials(config, place)
+    store = Store.open(place, config.mlflow.tracking_uri)
+    mapping = to_mapping(config)
+    _refuse_other_configuration(store, config, run_id, mapping)
+    with store.hold_run(run_id, config.registered_model) as lease:
+        parent_run = store.parent_run(config.registered_model, run_id, mapping)
+        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, place)
+        status = "FAILED"
+        try:
+            with RayCluster(Placement(config.workers, driver.storage / "ray"), verbose=verbose) as cluster:
+                result = driver.run(cluster, began)
+            status = "FINISHED"
+        except AmloraError as error:
+            status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
+            raise
+        finally:
+            with contextlib.suppress(AmloraError):
+                lease.check()
+                store.end_run(parent_run, status)
+        reach("run_closed")
+    return result
+
+
+def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
+    """The result of a run as far as it has come.
+
+    Raises:
+        UserError: no run of this id.
+    """
+    store = Store.open(home(), tracking_uri)
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    if not found:
+        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
+        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
+    result: dict[str, Any] | None = store.load_json(found[-1].run, results.FILE)
+    if result is None:
+        raise UserError(f"run {run_id!r} has not finished a stage yet")
+    return result
+
+
+def _refuse_other_configuration(store: Store, config: RunConfig, run_id: str, mapping: dict[str, Any]) -> None:
+    """The same run id goes on with the same configuration, and with tasks appended to its list."""
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is None:
+        return
+    differing = sorted(
+        key
+        for key in _flat(stored).keys() | _flat(mapping).keys()
+        if _flat(stored).get(key) != _flat(mapping).get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in IRRELEVANT)
+    )
+    before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
+    if now[: len(before)] != before:
+        differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
+    if differing:
+        told = "; ".join(
+            f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
+            for key in differing
+        )
+        raise UserError(f"run id {run_id!r} exists with another configuration: {told}. Use another --run-id, or undo that")
+
+
+def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{above}{key}.")
+        else:
+            out[f"{above}{key}"] = value
+    return out
+
+
+@dataclass(slots=True)
+class _Bank:
+    """The bank as it grows: what the next stage is trained on."""
+
+    parents: list[Parent] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
+    statistics: list[str] = field(default_factory=list)
+    version: Version | None = None
+
+
+class _Driver:
+    """One driver's work on one run, under its lease."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mapping: dict[str, Any],
+        run_id: str,
+        materials: Materials,
+        store: Store,
+        lease: Lease,
+        parent_run: str,
+        progress: Progress,
+        place: Path,
+    ) -> None:
+        self.config, self.run_id, self.materials = config, run_id, materials
+        self.store, self.lease, self.parent_run, self.progress = store, lease, parent_run, progress
+        self.home = place
+        self.storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+        self.settings = materials.stage_settings()
+        self.tasks = list(materials.specs)
+        self.model_name = str(config.registered_model)
+        self.publication = Publication(store, lease, self.model_name, run_id, parent_run, mapping, materials)
+        self.stages: list[StageRecord] = []
+
+    def run(self, cluster: RayCluster, began: float) -> dict[str, Any]:
+        """All stages; the result."""
+        bank = self._starting_bank()
+        single = self.config.method == "joint"
+        for index, task in enumerate(self.tasks, start=1):
+            self.progress.stage(task, index, len(self.tasks))
+            started = time.monotonic()
+            record = self._stage(index, task, bank, cluster)
+            record.other_seconds = max(
+                0.0, time.monotonic() - started - (0.0 if record.reused else record.train_seconds) - record.score_seconds
+            )
+            self.stages.append(record)
+            self.publication.log_stage(record)
+            self._write_result()
+            if single:
+                break
+        result = self._write_result()
+        self.store.log_metrics_batch(
+            self.parent_run,
+            [(key, value, len(self.stages), int(time.time() * 1000)) for key, value in result["metrics"].items() if value is not None],
+        )
+        self.progress.note(f"done in {time.monotonic() - began:.0f} s")
+        return result
+
+    # -- one stage ----------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int, task: str, bank: _Bank, cluster: RayCluster) -> StageRecord:
+        method = method_for(self.settings)
+        if not method.inherits:
+            bank.parents, bank.fingerprints, bank.statistics = [], [], []
+        position = len(bank.parents) + 1
+        fingerprint = self.materials.training_fingerprint(
+            method, position, task, [p.digest for p in bank.parents], bank.statistics
+        )
+        fingerprints = [*bank.fingerprints, fingerprint]
+        record = StageRecord(index=index, task=task, fingerprint=fingerprint)
+        folder = self.storage / "stages" / fingerprint
+        mine = next((v for v in self._own_versions() if v.training_fingerprint == fingerprint), None)
+        record.run = self.store.stage_run(self.parent_run, f"{index} {task}", fingerprint)
+        cells = self._cells(index, fingerprints)
+        known = self._known_scores(record.run) if mine else {}
+        work = self._work(index=position, task=task, fingerprint=fingerprint, folder=folder, bank=bank)
+        with contextlib.ExitStack() as stack:
+            original = mine
+            if mine is None:
+                original = self._find_or_claim(fingerprint, task, stack)
+            record.reused = original is not None
+            if original is not None and not work.is_trained:
+                parents = self._materialise(original)
+                write_result(work.trained, read_result(Path(parents[-1].folder)))
+            open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
+            if open_cells or not work.is_trained:
+                self._execute(work, open_cells, cluster)
+            result = read_result(work.trained)
+            record.take(result, cells, known)
+            bank.parents = [*bank.parents, Parent(task, result.adapter.digest(), str(work.trained))]
+            bank.fingerprints = fingerprints
+            bank.statistics = [*bank.statistics, _statistics_digest(result)]
+            rows = self._matrix_rows([*self.stages, record])
+            if mine is None:
+                self.publication.upload_scores(record, cells, self.storage)
+                version = self.publication.publish(record, bank.parents, rows, original, bank.version, self.storage)
+            else:
+                version = mine
+            record.version = version.number
+            bank.version = version
+        told = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
+        self.progress.note(f"stage {index} {task}: {told}, version {record.version} of {self.model_name}")
+        return record
+
+    def _own_versions(self) -> list[Version]:
+        return [v for v in self.store.counted_versions(self.model_name) if v.run_id == self.run_id]
+
+    def _find_or_claim(self, fingerprint: str, task: str, stack: contextlib.ExitStack) -> Version | None:
+        """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
+        while True:
+            found = self.store.find_stage(fingerprint)
+            if found:
+                return found[0]
+            claim = self.store.claim_stage(
+                fingerprint, label=f"stage {task!r} of run {self.run_id!r}", deadline_s=CLAIM_DEADLINE_S
+            )
+            if claim is None:
+                continue
+            stack.callback(claim.release, forget=True)
+            reach("stage_claimed")
+            found = self.store.find_stage(fingerprint)
+            return found[0] if found else None
+
+    def _execute(self, work: StageWork, cells: list[Cell], cluster: RayCluster) -> None:
+        """Train (if need be) and score, with as many attempts as the failure policy allows."""
+        work = replace(work, cells=cells)
+        attempt = 0
+        while True:
+            attempt += 1
+            self.lease.check()
+            work.path.mkdir(parents=True, exist_ok=True)
+            try:
+                with stops_handled(work.path):
+                    if self.config.workers == 0:
+                        run_in_process(work, self._on_event)
+                    else:
+                        cluster.run(work, self._on_event, attempt)
+                return
+            except AmloraError as error:
+                verdict = decide(error, attempt)
+                if not verdict.retry:
+                    if error.exit_code in (UserError.exit_code, 130, 143):
+                        raise
+                    raise TrainingError(f"stage {work.task!r}: {verdict.reason}") from error
+                self.progress.note(f"stage {work.task!r}: {verdict.reason}")
+
+    def _on_event(self, event: Event) -> None:
+        kind = event.get("kind")
+        if kind == "step":
+            rate = event["tokens"] / event["seconds"] if event["seconds"] else None
+            self.progress.step(event["step"], event["steps"], event["loss"], rate)
+        elif kind == "trainable":
+            total = sum(event["parameters"].values())
+            parts = ", ".join(f"{name} {count:,}" for name, count in event["parameters"].items())
+            self.progress.note(f"  trains {total:,} parameters in {len(event['modules'])} layers ({parts})")
+        elif kind == "resumed":
+            self.progress.note(f"  resumed after step {event['step']}")
+        elif kind == "scored":
+            value = event["accuracy"]
+            self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows)")
+
+    def _work(self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank) -> StageWork:
+        m, c = self.materials, self.config
+        base = asdict(m.base) | {"path": str(m.base.path)}
+        split = c.evaluation.split
+        digests = {f"{name}/{split}": data.digest(split) for name, data in m.data.items()}
+        digests[f"{task}/train"] = m.data[task].digest("train")
+        return StageWork(
+            fingerprint=fingerprint,
+            index=index,
+            task=task,
+            folder=str(folder),
+            settings=self.settings,
+            base=base,
+            tasks={name: spec.to_mapping() for name, spec in m.specs.items()},
+            data_seed=c.seed,
+            data_dir=str(c.data_dir.absolute()) if c.data_dir else None,
+            parents=list(bank.parents),
+            cells=[],
+            deepspeed=c.deepspeed,
+            evaluation_batch_size=c.evaluation.batch_size,
+            data_digests=digests,
+        )
+
+    # -- scores -------------------------------------------------------------------------------------------------
+
+    def _cells(self, index: int, fingerprints: list[str]) -> list[Cell]:
+        """What is scored after stage ``index``: the configured cells, what is untrained, and at the end the oracle."""
+        evaluation = self.config.evaluation
+        last = index == len(self.tasks)
+        upto = {"all": len(self.tasks), "last": index if last else 0}.get(evaluation.cells, index + 1)
+        cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
+        if evaluation.untrained and (index == 1 or last):
+            cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
+        if evaluation.oracle and last:
+            cells += [self._cell("oracle", task, fingerprints) for task in self.tasks]
+        return cells
+
+    def _cell(self, mode: Mode, task: str, fingerprints: list[str]) -> Cell:
+        fingerprint = self.materials.scoring_fingerprint(fingerprints, mode, task)
+        folder = self.storage / "scores" / fingerprint
+        return Cell(task, self.config.evaluation.split, mode, fingerprint, str(folder))
+
+    def _known_scores(self, stage_run: str) -> dict[str, dict[str, Any]]:
+        """Scores that this stage has in MLflow, by scoring fingerprint."""
+        stored = self.store.load_json(stage_run, results.STAGE_FILE) or {}
+        return {score["fingerprint"]: score for score in stored.get("scores", [])}
+
+    def _matrix_rows(self, stages: list[StageRecord]) -> results.Matrices:
+        return results.matrices(self.tasks, stages)
+
+    # -- parents ------------------------------------------------------------------------------------------------
+
+    def _starting_bank(self) -> _Bank:
+        """An empty bank, or the published one that ``parent`` names (pinned at the first start)."""
+        bank = _Bank()
+        if self.config.parent is None:
+            return bank
+        pinned = self.store.load_json(self.parent_run, "parent.json")
+        version = self.store.resolve(pinned["version"] if pinned else self.config.parent)
+        if pinned is None:
+            self.store.log_json(self.parent_run, "parent.json", {"version": version.uri, "asked": self.config.parent})
+        bank.parents = self._materialise(version)
+        manifest = self.publication.manifest_of(version, self.storage)
+        if manifest.base.digest != self.materials.base.digest:
+            raise UserError(
+                f"parent: {version.uri} was trained on base {manifest.base.source} (digest {manifest.base.digest[:12]}),"
+                f" model.source {self.materials.base.source} has digest {self.materials.base.digest[:12]}"
+            )
+        if both := sorted(set(manifest.tasks) & set(self.tasks)):
+            raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
+        bank.fingerprints = [entry.training_fingerprint for entry in manifest.adapters]
+        bank.statistics = [_statistics_digest(read_result(Path(parent.folder))) for parent in bank.parents]
+        bank.version = version
+        self.progress.note(f"starting from {version.uri}: {', '.join(manifest.tasks)}")
+        return bank
+
+    def _materialise(self, version: Version) -> list[Parent]:
+        """The adapters of a published version as folders that workers can read."""
+        return self.publication.materialise(version, self.storage)
+
+    def _write_result(self) -> dict[str, Any]:
+        result = results.result(
+            run_id=self.run_id,
+            registered_model=self.model_name,
+            method=self.config.method,
+            seed=self.config.seed,
+            tasks=self.tasks,
+            stages=self.stages,
+            tracking_uri=self.store.connection.uri,
+        )
+        self.lease.check()
+        self.store.log_json(self.parent_run, results.FILE, result)
+        return result
+
+
+def _statistics_digest(result: Any) -> str:
+    from amlora_dist.digests import tensors_digest
+
+    return tensors_digest(result.statistics.tensors())
+

@@ -1,0 +1,241 @@
+"""One stage as one Ray Train run with fresh worker processes, or in the driver's own process (``workers: 0``)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amlora_dist.crash_points import reach
+from amlora_dist.errors import AmloraError, TrainingError, UserError
+from amlora_dist.training.work import StageWork
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
+
+EVENTS = "progress.jsonl"
+ERROR = "error.json"
+POLL_S = 0.25
+RESOURCES_DEADLINE_S = 120.0
+
+
+class WorkersLostError(AmloraError):
+    """Worker processes or their node died; what they were doing is safe to repeat."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a stage needs of the cluster."""
+
+    workers: int
+    storage: Path
+    """Where Ray Train keeps its own records; absolute, reachable from all nodes."""
+
+
+def run_in_process(work: StageWork, on_event: OnEvent) -> None:
+    """The stage in this process, on its own device, without Ray and DeepSpeed."""
+    import torch
+
+    from amlora_dist.training.stage import run_stage
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_stage(work, distributed=False, report=on_event, device=device)
+
+
+class RayCluster:
+    """The cluster of a run: joined when the first stage needs it, let go at the end."""
+
+    def __init__(self, placement: Placement, *, verbose: bool) -> None:
+        self._placement, self._verbose = placement, verbose
+        self._started = False
+
+    def __enter__(self) -> RayCluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+    def run(self, work: StageWork, on_event: OnEvent, attempt: int) -> None:
+        """Run one stage on fresh workers.
+
+        Raises:
+            WorkersLostError: a worker or node died.
+            UserError, TrainingError, StoppedError: what the stage itself said.
+        """
+        self._start()
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        gpus = self._use_gpus()
+        work.path.mkdir(parents=True, exist_ok=True)
+        error_file = work.path / ERROR
+        error_file.unlink(missing_ok=True)
+        name = f"{work.path.name}-{attempt}-{int(time.time())}"
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"work": work.to_json(), "threads": self._threads(gpus)},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
+            scaling_config=ScalingConfig(
+                num_workers=self._placement.workers,
+                use_gpu=gpus,
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": 1},
+            ),
+            run_config=RunConfig(
+                name=name, storage_path=str(self._placement.storage), failure_config=FailureConfig(max_failures=0)
+            ),
+        )
+        reach("workers_started")
+        with _followed(work.path / EVENTS, on_event):
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                raise _told_by(error_file, error) from error
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        import ray
+
+        level = logging.INFO if self._verbose else logging.ERROR
+        options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
+        if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+            cpus = max(os.cpu_count() or 1, self._placement.workers)
+            options |= {"num_cpus": cpus, "include_dashboard": False}
+        if not ray.is_initialized():
+            ray.init(**options)
+        self._started = True
+        self._preflight()
+
+    def _preflight(self) -> None:
+        """Refuse at once what can never fit, instead of pending for ever."""
+        import ray
+
+        kind = "GPU" if self._use_gpus() else "CPU"
+        deadline = time.monotonic() + RESOURCES_DEADLINE_S
+        while (have := ray.cluster_resources().get(kind, 0)) < self._placement.workers:
+            if not os.environ.get("RAY_ADDRESS") or time.monotonic() > deadline:
+                raise UserError(
+                    f"workers: {self._placement.workers} workers need {self._placement.workers} {kind}s, the cluster has"
+                    f" {have:g}; lower `workers` or add nodes"
+                )
+            time.sleep(1)
+
+    def _use_gpus(self) -> bool:
+        import ray
+
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+    def _threads(self, gpus: bool) -> int:
+        return 0 if gpus else max(1, (os.cpu_count() or 1) // self._placement.workers)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs on every worker of the group."""
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from amlora_dist.training.stage import run_stage
+
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    if os.environ.get("AMLORA_VERBOSE") != "1":
+        quiet_libraries()
+    work = StageWork.from_json(config["work"])
+    rank = get_context().get_world_rank()
+    with contextlib.ExitStack() as stack:
+        report: OnEvent = _ignore
+        if rank == 0:
+            file = stack.enter_context((work.path / EVENTS).open("a", encoding="utf-8"))
+
+            def report(event: Event) -> None:
+                file.write(json.dumps(event) + "\n")
+                file.flush()
+
+        try:
+            run_stage(work, distributed=True, report=report, device=get_device())
+        except AmloraError as error:
+            told = {"class": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "rank": rank}
+            (work.path / ERROR).write_text(json.dumps(told), encoding="utf-8")
+            raise
+
+
+def quiet_libraries() -> None:
+    """Leave warnings and errors of the libraries; their chatter hides them."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "deepspeed", "ray", "urllib3", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _ignore(event: Event) -> None:
+    """Events of other ranks than 0."""
+
+
+def _told_by(error_file: Path, error: Exception) -> AmloraError:
+    """What a worker said before it failed, as the class it was; else its processes were lost."""
+    from amlora_dist.training.learner import NonFiniteLossError, StoppedError
+
+    known = {kind.__name__: kind for kind in (UserError, TrainingError, NonFiniteLossError, StoppedError)}
+    try:
+        told = json.loads(error_file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return WorkersLostError(_shortened(error))
+    kind = known.get(told["class"], UserError if told["exit_code"] == UserError.exit_code else TrainingError)
+    return kind(told["message"])
+
+
+def _shortened(error: Exception) -> str:
+    causes = getattr(error, "worker_failures", None) or {}
+    told = "; ".join(f"rank {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes.items())
+    return told or str(error).strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def _followed(file: Path, on_event: OnEvent) -> Iterator[None]:
+    """Hand on the events that workers append to ``file``, as they come."""
+    file.touch()
+    stop = threading.Event()
+
+    def follow() -> None:
+        with file.open(encoding="utf-8") as lines:
+            lines.seek(0, os.SEEK_END)
+            rest = ""
+            while True:
+                ended = stop.is_set()
+                rest += lines.read()
+                *whole, rest = rest.split("\n")
+                for line in whole:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        on_event(json.loads(line))
+                if ended:
+                    return
+                stop.wait(POLL_S)
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
