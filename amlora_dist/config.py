@@ -21,6 +21,7 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.errors import Fault, FaultsError
 from amlora_dist.evaluation.settings import EvaluationSettings
+from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.schema import check, shown, without
 from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
@@ -69,6 +70,8 @@ class RunConfig:
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
+    method_settings: MethodSettings = Field(default_factory=MethodSettings)
+    """What methods other than ``am_lora`` read."""
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
@@ -192,7 +195,9 @@ def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[
         data["deepspeed"] = deepspeed_section.expand(data["deepspeed"])
 
 
-_SECTIONS = ("task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "deepspeed", "mlflow")
+_SECTIONS = (
+    "task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "method_settings", "deepspeed", "mlflow",
+)  # fmt: skip
 _LONG_FORMS: dict[KeyPath, KeyPath] = {
     ("evaluate",): ("evaluation", "cells"),
     ("evaluation",): ("evaluation", "cells"),

@@ -28,7 +28,9 @@ def tensors_digest(tensors: Mapping[str, Tensor], **values: Any) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            # A fresh copy: a tensor of one element counts as contiguous whatever its strides, and view() then refuses.
+            flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

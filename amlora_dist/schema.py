@@ -66,7 +66,9 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T | None, dict[KeyPath
             if earlier is not None and fault.expected not in earlier.expected:
                 fault = Fault(fault.where, fault.found, f"{earlier.expected}, or {fault.expected}", earlier.hint)
             faults[path] = fault
-        return None, faults
+        # Of a union the branch that got furthest into the value tells most: ``targets[1]`` and not ``targets``.
+        outer = [path for path in faults if any(path == other[: len(path)] != other for other in faults)]
+        return None, {path: fault for path, fault in faults.items() if path not in outer}
     return (None if faults else value), faults
 
 

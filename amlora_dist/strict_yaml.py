@@ -91,7 +91,7 @@ def read_document(path: Path) -> Document:
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise FaultsError(name, [Fault("file", found, "keys with values, such as `name: demo`")])
-    return Document(name=name, data=data, lines=lines, faults=faults)
+    return Document(name=name, data=_named(data), lines=lines, faults=faults)
 
 
 def parse_value(text: str) -> Any:
@@ -149,6 +149,13 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: tupl
         seen[key.value] = line
         lines[where] = line
         yield from _walk(value, where, lines, (*above, id(node)))
+
+
+def _named(value: Any) -> Any:
+    """The value without keys that are no text: they are faults already."""
+    if isinstance(value, dict):
+        return {key: _named(inner) for key, inner in value.items() if isinstance(key, str)}
+    return [_named(inner) for inner in value] if isinstance(value, list) else value
 
 
 _CYCLE = "aliases must not lead back"

@@ -39,6 +39,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow to look at; default: the store in AMLORA_HOME.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -99,6 +100,7 @@ def validate(config: Config, overrides: Overrides = None, as_json: Json = False,
 @app.command()
 def show(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Run id.", show_default=False)],
+    tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -109,7 +111,7 @@ def show(
         with standard_output_kept():
             from pipelines.sequence import load_result
 
-            result = load_result(_checked_run_id(run_id))
+            result = load_result(_checked_run_id(run_id), tracking_uri)
         _print_result(result, as_json=as_json)
 
 
@@ -134,9 +136,7 @@ def tasks(
 
 @app.command()
 def doctor(
-    tracking_uri: Annotated[
-        str | None, typer.Option("--tracking-uri", help="MLflow to look at; default: the store in AMLORA_HOME.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Look at versions, memory, disk and stores, and say what to mend; exit code 2 where something is bad."""
@@ -186,7 +186,8 @@ def _answered(*, verbose: bool) -> Iterator[None]:
     except AmloraError as error:
         if verbose:
             traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
+        stopped = error.exit_code in (INTERRUPTED, TERMINATED)
+        typer.echo(str(error) if stopped else f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with the same run id goes on from here", err=True)

@@ -25,6 +25,7 @@ from amlora_dist.registry.manifest import (
     read_manifest,
     statistics_file,
 )
+from amlora_dist.registry.task_entry import task_entry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.work import Cell, Parent
@@ -128,6 +129,7 @@ class Publication:
             training_fingerprint=record.fingerprint,
             parent=before.parent_digest() if before else None,
             stored=stored,
+            task_spec=task_entry(self.materials.specs[record.task]),
         )
         router = method_for(self.materials.stage_settings()).router([r.statistics for r in results])
         tensors = {} if router is None else router.tensors()

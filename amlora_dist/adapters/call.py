@@ -10,18 +10,23 @@ Shapes in names: B batch, L tokens, D hidden size, T tasks.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from amlora_dist.errors import UserError
 
+if TYPE_CHECKING:
+    from amlora_dist.adapters.literal import Selection
+
+OnSelect = Callable[[str, "Selection"], None]
+"""Receives the path of a mixture layer and what its selector chose, once per layer and call."""
 OnRoute = Callable[[Tensor | None, Tensor | None], None]
 """Receives features (B, D) and task gate (B, T) of a call, once per routing."""
 
@@ -34,7 +39,9 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 class MixtureCall:
     """One call of the model: the gate, or what it takes to compute it when the routing layer is reached.
 
-    ``bypass`` makes mixture layers plain linear layers; ``stop`` ends the pass after the routing layer.
+    ``bypass`` makes mixture layers plain linear layers; ``stop`` ends the pass at the routing layer; ``select`` lets
+    the layers' own selectors gate them, with the task gate, if there is one, as prior. ``pooled`` is what
+    sequence-level selectors made of this call's prompt, by module path, ``carried_pooled`` what an earlier call left.
     """
 
     owner: object
@@ -47,6 +54,10 @@ class MixtureCall:
     want_features: bool = False
     bypass: bool = False
     stop: bool = False
+    select: bool = False
+    on_select: OnSelect | None = None
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    carried_pooled: dict[str, Tensor] = field(default_factory=dict)
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -68,6 +79,22 @@ class MixtureCall:
             self.features = features
             raise FeaturesReady
         self.receive(features)
+
+    def pooling_mask(self, x_BSI: Tensor, *, start: bool) -> Tensor:
+        """The tokens that a sequence-level selector averages over, (B, S) bool: the prompt, or the first alone."""
+        batch, length = x_BSI.shape[:2]
+        if start:
+            return (torch.arange(length, device=x_BSI.device) == 0).expand(batch, length)
+        if self.mask is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=x_BSI.device)
+        return _fit_mask(self.mask, x_BSI)
+
+    def selected(self, path: str, selection: Selection) -> None:
+        """Called by a mixture layer with its selector's choice."""
+        if selection.pooled is not None:
+            self.pooled[path] = selection.pooled
+        if self.on_select is not None:
+            self.on_select(path, selection)
 
     def receive(self, features_BD: Tensor) -> None:
         """Take the features and compute the gate from them, unless the call brought one."""
@@ -125,9 +152,11 @@ class TravellingCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.utils.checkpoint.checkpoint``."""
         call = _CALL.get()
+        # Layers choose again when they are recomputed, but the collector has heard of it.
+        again = None if call is None else replace(call, on_select=None)
 
         def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), entered(call)
+            return contextlib.nullcontext(), entered(again)
 
         return self.inner(function, *args, **(kwargs | {"use_reentrant": False, "context_fn": contexts}))
 
@@ -139,17 +168,11 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     attention on its first tokens. A prompt of no more than ``skip_tokens`` tokens pools them all, an empty one is 0.
     A mask shorter than the sequence leaves out what follows it (generated tokens).
     """
-    batch, length = hidden_BLD.shape[:2]
     if mask_BL is None:
+        length = hidden_BLD.shape[1]
         kept = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
         return kept.float().mean(dim=1)
-    if mask_BL.dim() != 2 or mask_BL.shape[0] != batch or mask_BL.shape[1] > length:
-        raise UserError(
-            f"prompt_mask: found shape {tuple(mask_BL.shape)}, expected ({batch}, at most {length}) as the input tokens"
-        )
-    mask_BL = mask_BL.to(device=hidden_BLD.device, dtype=torch.bool)
-    if mask_BL.shape[1] < length:
-        mask_BL = torch.nn.functional.pad(mask_BL, (0, length - mask_BL.shape[1]))
+    mask_BL = _fit_mask(mask_BL, hidden_BLD)
     place = mask_BL.cumsum(dim=1)
     later_BL = mask_BL & (place > skip_tokens)
     long_enough = place[:, -1:] > skip_tokens
@@ -159,57 +182,82 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     return total_BD / use_BL.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def _fit_mask(mask_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+    """``mask_BL`` as bool over the tokens of ``hidden_BLD``; what it does not cover follows the prompt."""
+    batch, length = hidden_BLD.shape[:2]
+    if mask_BL.dim() != 2 or mask_BL.shape[0] != batch or mask_BL.shape[1] > length:
+        raise UserError(
+            f"prompt_mask: found shape {tuple(mask_BL.shape)}, expected ({batch}, at most {length}) as the input tokens"
+        )
+    mask_BL = mask_BL.to(device=hidden_BLD.device, dtype=torch.bool)
+    return F.pad(mask_BL, (0, length - mask_BL.shape[1])) if mask_BL.shape[1] < length else mask_BL
+
+
+@dataclass(slots=True)
+class Luggage:
+    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N)."""
+
+    task_gate: Tensor | None
+    pooled: dict[str, Tensor]
+
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> Luggage:
+        """The same for other rows."""
+        gate = None if self.task_gate is None else pick(self.task_gate)
+        return Luggage(gate, {path: pick(tensor) for path, tensor in self.pooled.items()})
+
+
 class GateCarrier:
     """Mixed into the class of a KV cache: the gate follows every operation on the cache's rows."""
 
-    task_gate: Tensor | None
+    luggage: Luggage | None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search picks rows."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._pick(beam_idx)
+        self._change(lambda tensor: tensor[beam_idx.to(tensor.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._pick(indices)
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.task_gate is not None:
-            self.task_gate = self.task_gate.repeat_interleave(repeats, dim=0)
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
         """An emptied cache serves another prompt, with another gate."""
         super().reset()  # type: ignore[misc]
-        self.task_gate = None
+        self.luggage = None
 
-    def _pick(self, indices: Tensor) -> None:
-        if self.task_gate is not None:
-            self.task_gate = self.task_gate[indices.to(self.task_gate.device)]
-
-
-@functools.cache
-def _carrier_class(kind: type[Cache]) -> type[Cache]:
-    return type(f"Gated{kind.__name__}", (GateCarrier, kind), {})
+    def _change(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.luggage is not None:
+            self.luggage = self.luggage.rows(pick)
 
 
-def attach_gate(cache: Cache, task_gate: Tensor) -> None:
-    """Let ``cache`` carry ``task_gate`` (B, T). Changes the object's class, so that copies carry it too."""
+_CARRIERS: dict[type, type] = {}
+
+
+def _carrier_class(kind: type) -> type:
+    return _CARRIERS.setdefault(kind, type(f"Gated{kind.__name__}", (GateCarrier, kind), {}))
+
+
+def attach(cache: Cache, luggage: Luggage) -> None:
+    """Let ``cache`` carry ``luggage``. Changes the object's class, so that its copies carry it too."""
     if not isinstance(cache, GateCarrier):
         cache.__class__ = _carrier_class(type(cache))
-    cache.task_gate = task_gate  # type: ignore[attr-defined]
+    cache.luggage = luggage
 
 
-def carried_gate(cache: object, *, required: bool = True) -> Tensor | None:
-    """The gate that a KV cache carries; None for an empty cache.
+def carried(cache: object, *, required: bool = True) -> Luggage | None:
+    """What a KV cache carries; None for an empty cache.
 
     Raises:
         UserError: if it is ``required`` and the cache holds tokens but no gate, which no call of this model leaves.
     """
-    if isinstance(cache, GateCarrier) and cache.task_gate is not None:
-        return cache.task_gate
+    if isinstance(cache, GateCarrier) and cache.luggage is not None:
+        return cache.luggage
     if cache is None or not required or (isinstance(cache, Cache) and int(cache.get_seq_length()) == 0):
         return None
     raise UserError(

@@ -17,48 +17,49 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from amlora_dist.adapters.call import (
     FeaturesReady,
+    Luggage,
     MixtureCall,
     OnRoute,
+    OnSelect,
     TravellingCheckpoint,
     active_call,
-    attach_gate,
-    carried_gate,
+    attach,
+    carried,
     entered,
 )
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from amlora_dist.adapters.router import Router
 
 GATE_KEY = "task_gate"
 """Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
 TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
-EXTRA = ("prompt_mask", "task_gate", "on_route")
+EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select")
 
 
 @dataclass(slots=True, eq=False)
 class Routing:
     """How one model finds its gates; changed between calls only.
 
-    ``router`` None: every call brings its gate, or (``literal``) the mixture layers make their own.
-    ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early, for a
-    model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered.
+    ``router`` None: every call brings its gate, or (``select``) the layers' own selectors make it. ``tasks``: length
+    of a gate. ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early,
+    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered.
     """
 
     router: Router | None
+    tasks: int
     skip_tokens: int
     partial_pass: bool
-    literal: bool
+    select: bool
     whole_passes: bool = False
-    checkpointed: list[nn.Module] = field(default_factory=list)
+    checkpointed: list[Any] = field(default_factory=list)
 
     @property
     def needs_features(self) -> bool:
@@ -71,8 +72,9 @@ class RoutedForward:
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
-    Takes three arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
-    ``task_gate`` (B, T); ``on_route``, called with (features, task gate) when the routing layer is reached.
+    Takes four arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
+    ``task_gate`` (B, T) or (1, T); ``on_route``, called with (features, task gate) when the routing layer is reached,
+    also if the call brings its gate; ``on_select``, called with (module path, selection) by selectors.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class RoutedForward:
         prompt_mask: Tensor | None = None,
         task_gate: Tensor | None = None,
         on_route: OnRoute | None = None,
+        on_select: OnSelect | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward, inside a call that has or finds its gate."""
@@ -103,11 +106,9 @@ class RoutedForward:
         if self.encoder and call is not None and call.owner is self.routing:
             return self._carrying(self.inner(**kwargs), call)
         call = self._open(kwargs, prompt_mask, task_gate, on_route)
+        call.on_select = on_select
         for module in self.routing.checkpointed:
-            if module.gradient_checkpointing and not isinstance(
-                module._gradient_checkpointing_func, TravellingCheckpoint
-            ):
-                module._gradient_checkpointing_func = TravellingCheckpoint(module._gradient_checkpointing_func)
+            _let_gate_travel(module)
         with entered(call):
             output = self.inner(**kwargs)
         return self._carrying(output, call, kwargs.get("past_key_values"))
@@ -116,25 +117,35 @@ class RoutedForward:
         self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None
     ) -> MixtureCall:
         routing, router = self.routing, self.routing.router
-        call = MixtureCall(routing, task_gate, skip_tokens=routing.skip_tokens)
-        if routing.literal:
+        if task_gate is not None:
+            task_gate = self._checked(task_gate, _batch(kwargs))
+        call = MixtureCall(routing, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
+        call.skip_tokens = routing.skip_tokens
+        luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
+        if luggage is not None:
+            call.carried_pooled = luggage.pooled
+            call.task_gate = luggage.task_gate if task_gate is None else task_gate
             return call
-        carried = None if self.encoder else self._carried(kwargs, task_gate)
-        if carried is not None:
-            call.task_gate = carried if task_gate is None else task_gate
-            return call
-        call.on_route, call.mask = on_route, self.prompt_mask(kwargs, prompt_mask)
-        if task_gate is None:
-            if router is None:
-                raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
+        call.on_route = on_route
+        if task_gate is None and router is not None:
             if router.needs_features:
                 call.gates_of = lambda features: router.gates(features, features.shape[0])
             else:
                 call.task_gate = router.gates(None, _batch(kwargs))
+        elif task_gate is None and not routing.select:
+            raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
         call.want_features = call.gates_of is not None or on_route is not None
         if call.want_features and routing.partial_pass:
             call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes))
         return call
+
+    def _checked(self, task_gate: Tensor, batch: int) -> Tensor:
+        if task_gate.dim() != 2 or task_gate.shape[0] not in (1, batch) or task_gate.shape[1] != self.routing.tasks:
+            raise UserError(
+                f"task_gate: found shape {tuple(task_gate.shape)}, expected ({batch} or 1, {self.routing.tasks}): "
+                "one row per sequence, one column per task"
+            )
+        return task_gate.float().expand(batch, -1)
 
     def features(self, kwargs: dict[str, Any], mask: Tensor | None, *, stop: bool) -> Tensor:
         """Features (B, D) by a pass of the plain model, without gradient; ``stop``: it ends at the routing layer."""
@@ -160,33 +171,38 @@ class RoutedForward:
             return attention
         return prompt_mask.bool() & attention[:, : prompt_mask.shape[1]].bool()
 
-    def _carried(self, kwargs: dict[str, Any], task_gate: Tensor | None) -> Tensor | None:
-        """The gate that this call's encoder outputs or KV cache bring along; None if it has to be found."""
-        encoded, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
-        if isinstance(encoded, ModelOutput) and encoded.get(GATE_KEY) is not None:
-            return encoded[GATE_KEY]
-        carried = carried_gate(cache, required=task_gate is None)
-        if encoded is not None and carried is None and task_gate is None and self.routing.needs_features:
+    def _carried(self, kwargs: dict[str, Any], *, required: bool) -> Luggage | None:
+        """What this call's KV cache or encoder outputs bring along; None if the gate has to be found."""
+        encoded = kwargs.get("encoder_outputs")
+        gate = encoded.get(GATE_KEY) if isinstance(encoded, ModelOutput) else None
+        luggage = carried(kwargs.get("past_key_values"), required=required and gate is None)
+        if luggage is None and gate is not None:
+            return Luggage(gate, {})
+        if luggage is None and encoded is not None and required and self.routing.needs_features:
             raise UserError(
                 "encoder_outputs carry no gate: they do not come from this model's encoder "
                 "(or were rebuilt from its tensors); encode with this model, or pass task_gate"
             )
-        return carried
+        return luggage
 
     def _carrying(self, output: Any, call: MixtureCall, cache: object = None) -> Any:
         """``output``, with the gate in what its caller keeps."""
-        gate = call.task_gate
-        if gate is None:
-            return output
         if self.encoder:
-            if isinstance(output, ModelOutput):
-                output[GATE_KEY] = gate
+            if call.task_gate is not None and isinstance(output, ModelOutput):
+                output[GATE_KEY] = call.task_gate
             return output
-        entries = output.values() if isinstance(output, ModelOutput) else output
-        for item in (cache, *(entries if isinstance(output, (ModelOutput, tuple)) else ())):
+        luggage = Luggage(call.task_gate, call.carried_pooled | call.pooled)
+        entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
+        for item in (cache, *entries):
             if isinstance(item, Cache):
-                attach_gate(item, gate)
+                attach(item, luggage)
         return output
+
+
+def _let_gate_travel(module: Any) -> None:
+    """Where the model turned on gradient checkpointing since the last call, let recomputation see its call."""
+    if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, TravellingCheckpoint):
+        module._gradient_checkpointing_func = TravellingCheckpoint(module._gradient_checkpointing_func)
 
 
 class RoutedGenerate:
@@ -199,7 +215,8 @@ class RoutedGenerate:
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate."""
         if kwargs.get("prompt_mask") is None and kwargs.get("task_gate") is None:
-            prompt = next((t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt = next((tensor for tensor in given if tensor is not None), None)
             mask = kwargs.get("attention_mask")
             if mask is None and prompt is not None:
                 mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)

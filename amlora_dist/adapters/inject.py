@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from amlora_dist.adapters.bank import Adapter
 from amlora_dist.adapters.call import active_call
 from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
+from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
-from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, linear_sizes, routing_stack
-from amlora_dist.digests import value_digest
+from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, routing_stack
+from amlora_dist.digests import named_seed
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.settings import LiteralSettings
+
+CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
+KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -66,7 +70,7 @@ class Mixture:
         self.routing = routing
         self.router_layer = router_layer
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
-        self.device = next(iter(modules.values())).mix_bits.device
+        self.device: torch.device = next(iter(modules.values())).mix_bits.device
         self._undo: list[Callable[[], None]] = []
         self._wrap(router_layer)
 
@@ -80,8 +84,14 @@ class Mixture:
         if router is not None:
             if list(router.tasks) != self.task_names:
                 raise UserError(f"router: its tasks are {list(router.tasks)}, the bank's are {self.task_names}")
-            router.to(self.device)
+            router = router.to(self.device)
         self.routing.router = router
+
+    def use_selectors(self, use: bool) -> None:
+        """Let the literal router's selectors gate the layers, or task gates as for other routers. Between calls."""
+        if use and any(module.selector is None for module in self.modules.values()):
+            raise UserError("this mixture was injected without selectors")
+        self.routing.select = use
 
     def set_recipe(self, values: dict[str, Tensor]) -> None:
         """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
@@ -133,20 +143,26 @@ class Mixture:
         """
         if self.new is None:
             raise UserError("no adapter is in progress in this model")
-        copies: dict[str, Tensor] = {}
-        for name, parameter in self.trainable().items():
+        def copy(parameter: nn.Parameter) -> Tensor:
             with gather([parameter]) if gather is not None else contextlib.nullcontext():
-                copies[name] = parameter.detach().cpu().clone()
+                return parameter.detach().to("cpu", copy=True)
+
         adapter = Adapter(self.new.task, self.new.rank, self.new.alpha, {}, {})
-        homes = {"a": adapter.a, "b": adapter.b, "recipe": adapter.recipe, "selector": adapter.selector}
-        for name, tensor in copies.items():
-            kind, path = name.split(".", 1)
-            homes[kind][path] = tensor.float() if kind == "recipe" else tensor
-        if not self.new.learn_recipe and self.new.recipe_init is not None:
-            adapter.recipe = {path: self.new.recipe_init[path].detach().cpu().float().clone() for path in self.modules}
+        for path, module in self.modules.items():
+            assert module.new_a is not None and module.new_b is not None
+            adapter.a[path], adapter.b[path] = copy(module.new_a), copy(module.new_b)
+            if module.recipe is not None:
+                adapter.recipe[path] = copy(module.recipe).float()
+            elif self.new.recipe_init is not None and not self.new.learn_recipe:
+                adapter.recipe[path] = self.new.recipe_init[path].detach().to("cpu", torch.float32, copy=True)
+            if module.selector is not None:
+                whole = module.selector.tensors(gather)
+                adapter.selector |= {f"{path}.{name}": tensor for name, tensor in whole.items()}
         return adapter
 
-    def routing_features(self, *, prompt_mask: Tensor | None = None, full_forward: bool = False, **inputs: Any) -> Tensor:
+    def routing_features(
+        self, *, prompt_mask: Tensor | None = None, full_forward: bool = False, **inputs: Any
+    ) -> Tensor:
         """Features of a batch, (B, D) fp32, from the plain model without adapters.
 
         The pass ends at the routing layer. With ``full_forward`` it runs to the end: under ZeRO-3 an aborted pass
@@ -241,12 +257,20 @@ def inject(
     for target in targets:
         base = model.get_submodule(target.path)
         learned = _new_weights(new, target, len(adapters)) if new is not None else None
-        modules[target.path] = MixtureLinear(base, target.path, adapters, learned)
+        modules[target.path] = MixtureLinear(
+            base,
+            target.path,
+            adapters,
+            learned,
+            selector=None if literal is None else _selector(literal, target, adapters, new, base),
+            pools_start=_reads_answer(model, target),
+        )
     for path, module in modules.items():
         model.set_submodule(path, module)
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
-    routing = Routing(None, skip_tokens, partial_pass=below, literal=literal is not None)
+    tasks = len(adapters) + (new is not None)
+    routing = Routing(None, tasks, skip_tokens, partial_pass=below, select=literal is not None)
     mixture = Mixture(model, targets, adapters, new, modules, routing, k)
     mixture.set_router(router)
     return mixture
@@ -275,7 +299,7 @@ def _new_weights(new: NewAdapter, target: Target, earlier: int) -> NewWeights:
         a, b = (tensor.detach().clone() for tensor in new.init[target.path])
     else:
         # LoRA's own start: A as nn.Linear starts its weight (kaiming uniform, a = sqrt 5), B zero.
-        generator = torch.Generator().manual_seed(int(value_digest([new.seed, new.task, target.path])[:15], 16))
+        generator = torch.Generator().manual_seed(named_seed(new.seed, "lora", target.path))
         bound = 1 / math.sqrt(target.in_features)
         a = torch.empty(new.rank, target.in_features).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(target.out_features, new.rank)
@@ -284,3 +308,34 @@ def _new_weights(new: NewAdapter, target: Target, earlier: int) -> NewWeights:
         start = (new.recipe_init or {}).get(target.path)
         recipe = torch.zeros(earlier) if start is None else start.detach().clone().float()
     return NewWeights(a, b, new.alpha / new.rank, recipe, new.learn_recipe)
+
+
+def _selector(
+    settings: LiteralSettings, target: Target, adapters: list[Adapter], new: NewAdapter | None, base: nn.Module
+) -> LiteralSelector:
+    state = None
+    if adapters:
+        # A stage may retrain the dense layers of earlier tasks: the last adapter's selector is the bank's.
+        selector = adapters[-1].selector
+        missing = [name for name in ("weight", "bias") if f"{target.path}.{name}" not in selector]
+        if missing:
+            raise UserError(f"adapter {adapters[-1].task!r} has no selector for {target.path}: not a `literal` bank")
+        state = {name: selector[f"{target.path}.{name}"] for name in ("weight", "bias")}
+    generator = None if new is None else torch.Generator().manual_seed(named_seed(new.seed, "selector", target.path))
+    return LiteralSelector(
+        target.out_features,
+        settings,
+        state=state,
+        new=new is not None,
+        generator=generator,
+        device=next(base.parameters()).device,
+    )
+
+
+def _reads_answer(model: PreTrainedModel, target: Target) -> bool:
+    """Whether the layer reads the decoder's tokens although the prompt is the encoder's: all of such a decoder but
+    the keys and values of its cross-attention."""
+    if not model.config.is_encoder_decoder or target.part == "encoder":
+        return False
+    *_, owner, name = target.path.split(".")
+    return not (owner in CROSS_ATTENTION and name in KEYS_VALUES)

@@ -1,25 +1,24 @@
 """The mixture layer: a frozen linear layer and the LoRAs of all tasks as one wide LoRA.
 
-Shapes in names: B batch, L tokens of a sequence, X = B x L tokens in a row, I and O in and out features, R ranks of
-all adapters together, N adapters, T tasks.
+Shapes in names: B sequences, S tokens of a sequence, X = B x S tokens in a row, I and O in and out features, R ranks of
+adapters side by side, N adapters, T tasks.
 
-``y = W0 x + sum_i g_i (alpha_i / r_i) B_i A_i x`` is computed as ``((x A_cat^T) * gate) B_cat^T`` with A and B of all
-adapters concatenated: x is read once and y written once whatever N, and no tensor of tokens x adapters x features
-exists. Exact, because a gate is one number per adapter.
+``y = W0 x + sum_i g_i (alpha_i / r_i) B_i A_i x`` is computed as ``((x A^T) * gate) B^T`` with A and B of all adapters
+side by side: x is read and y written once however many adapters there are, and no tensor of tokens x adapters x
+features exists. Exact, because a gate is one number per adapter.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from amlora_dist.adapters.bank import Adapter, rows
-from amlora_dist.adapters.call import current_call
+from amlora_dist.adapters.call import MixtureCall, current_call
+from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 
 
@@ -47,11 +46,15 @@ class MixtureLinear(nn.Module):
 
     Args:
         base: the frozen ``nn.Linear`` or transformers ``Conv1D``.
-        path: path of ``base`` in the model; names its rows of the bank and itself in errors.
+        path: path of ``base`` in the model; names its rows of the bank, and itself in errors.
         adapters: the bank, in the order of its tasks; all have weights for ``path``.
         new: what the stage in progress learns; None outside of training.
-        selector: the literal router's dense layers for this layer; then the gate is computed here, per token.
+        selector: the literal router's dense layers for this layer, which gate it per token or sequence.
+        pools_start: sequence-level selectors pool the first token alone (a decoder behind an encoder reads answers).
     """
+
+    spread_bits: Tensor
+    mix_bits: Tensor
 
     def __init__(
         self,
@@ -59,100 +62,138 @@ class MixtureLinear(nn.Module):
         path: str,
         adapters: list[Adapter],
         new: NewWeights | None = None,
-        selector: nn.Module | None = None,
+        *,
+        selector: LiteralSelector | None = None,
+        pools_start: bool = False,
     ) -> None:
         super().__init__()
         sizes = linear_sizes(base)
-        assert sizes is not None, f"{path}: {type(base).__name__} is not a linear layer"
+        if sizes is None:
+            raise TypeError(f"{path}: {type(base).__name__} is not a linear layer")
         self.in_features, self.out_features = sizes
         self.base = base
         self.path = path
         self.selector = selector
+        self.pools_start = pools_start
         weight = next(base.parameters())
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        place = {"device": weight.device, "dtype": dtype}
+        device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
-        self.old_ranks = [adapter.rank for adapter in adapters]
-        self.old_a = self.old_b = self.new_a = self.new_b = self.recipe = None
+        self.old_a: nn.Parameter | None = None
+        self.old_b: nn.Parameter | None = None
+        self.new_a: nn.Parameter | None = None
+        self.new_b: nn.Parameter | None = None
+        self.recipe: nn.Parameter | None = None
         if adapters:
-            wide_a = torch.cat([adapter.a[path] for adapter in adapters], dim=0).to(**place)
-            wide_b = torch.cat([adapter.b[path] for adapter in adapters], dim=1).to(**place)
-            self.old_a = nn.Parameter(wide_a, requires_grad=False)
-            self.old_b = nn.Parameter(wide_b, requires_grad=False)
+            wide_a = torch.cat([adapter.a[path] for adapter in adapters], dim=0)
+            wide_b = torch.cat([adapter.b[path] for adapter in adapters], dim=1)
+            self.old_a = nn.Parameter(wide_a.to(device, dtype), requires_grad=False)
+            self.old_b = nn.Parameter(wide_b.to(device, dtype), requires_grad=False)
         if new is not None:
-            self.new_a = nn.Parameter(new.a.to(**place))
-            self.new_b = nn.Parameter(new.b.to(**place))
-        self.new_scale = new.scale if new is not None else 1.0
-        self._add_rows(adapters, new, weight.device)
-        if new is not None and new.recipe is not None and new.learn_recipe and adapters:
-            self.recipe = nn.Parameter(new.recipe.to(device=weight.device, dtype=torch.float32))
+            self.new_a = nn.Parameter(new.a.to(device, dtype))
+            self.new_b = nn.Parameter(new.b.to(device, dtype))
+            if adapters and new.recipe is not None and new.learn_recipe:
+                self.recipe = nn.Parameter(new.recipe.to(device, torch.float32))
+        self._add_constants(adapters, new, device)
 
-    def _add_rows(self, adapters: list[Adapter], new: NewWeights | None, device: torch.device) -> None:
-        """The constants of the gate: ``spread`` (N_old, R_old) gives each rank column its adapter's scale, and
-        ``mix`` (T, R_old) the rows of the old tasks, spread. Kept as the int32 bits of fp32 numbers, because
-        ``module.bfloat16()`` (DeepSpeed calls it) rounds every floating buffer."""
-        count, ranks = len(adapters), sum(self.old_ranks)
-        spread = torch.zeros(count, ranks)
-        start = 0
-        for i, adapter in enumerate(adapters):
-            spread[i, start : start + adapter.rank] = adapter.scale
-            start += adapter.rank
-        mix = rows(adapters, self.path) @ spread if adapters else torch.zeros(0, 0)
-        if new is not None and new.recipe is not None and not new.learn_recipe:
-            mix = torch.cat([mix, (new.recipe.float().cpu() @ spread)[None]])
-        elif new is not None and (new.recipe is None or not adapters):
-            mix = torch.cat([mix, torch.zeros(1, ranks)])
-        self.register_buffer("spread_bits", spread.view(torch.int32).to(device), persistent=False)
-        self.register_buffer("mix_bits", mix.view(torch.int32).to(device), persistent=False)
+    def _add_constants(self, adapters: list[Adapter], new: NewWeights | None, device: torch.device) -> None:
+        """``spread`` (N, R) has each adapter's scale in its rank columns; ``mix`` (T, R) is G of the constant rows,
+        spread. Both are kept as the int32 bits of fp32 numbers, because ``module.bfloat16()``, which DeepSpeed calls,
+        would round floating buffers; a view reads them without a copy."""
+        scales = [(adapter.rank, adapter.scale) for adapter in adapters]
+        if new is not None:
+            scales.append((new.a.shape[0], new.scale))
+        spread = torch.block_diag(*(torch.full((1, rank), scale) for rank, scale in scales))
+        gates = torch.eye(len(scales))
+        gates[: len(adapters), : len(adapters)] = rows(adapters, self.path)
+        if new is not None and new.recipe is not None:
+            gates[-1, :-1] = new.recipe.float()
+        if self.recipe is not None:
+            gates = gates[:-1]  # the last row is learned
+        self.register_buffer("spread_bits", spread.to(device).view(torch.int32), persistent=False)
+        self.register_buffer("mix_bits", (gates.to(device) @ spread.to(device)).view(torch.int32), persistent=False)
+
+    @property
+    def spread(self) -> Tensor:
+        """(N, R) fp32: alpha_i / r_i in adapter i's rank columns, 0 elsewhere."""
+        return self.spread_bits.view(torch.float32)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        new = self.new_a is not None
-        return f"adapters={len(self.old_ranks) + new}, old_ranks={self.old_ranks}, learning={new}"
+        return f"adapters={self.spread_bits.shape[0]}, ranks={self.spread_bits.shape[1]}, path={self.path!r}"
 
-    def rank_gates(self, task_gate_BT: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gate times scale of every rank column, fp32: (B, R_old) of the old adapters, (B, 1) of the new one."""
-        old = new = None
-        if self.old_a is not None:
-            mix_TR = self.mix_bits.view(torch.float32)
-            if self.recipe is not None:
-                row_R = self.recipe.float() @ self.spread_bits.view(torch.float32)
-                mix_TR = torch.cat([mix_TR, row_R[None]])
-            old = task_gate_BT @ mix_TR
-        if self.new_a is not None:
-            new = task_gate_BT[:, -1:] * self.new_scale
-        return old, new
+    def rank_gates(self, task_gate_BT: Tensor) -> Tensor:
+        """Gate times scale of every rank column, (B, R) fp32."""
+        mix_TR = self.mix_bits.view(torch.float32)
+        if self.recipe is not None:
+            own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
+            mix_TR = torch.cat([mix_TR, (own_N @ self.spread)[None]])
+        return task_gate_BT @ mix_TR
 
     def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
         """The base layer's output plus the gated adapters'.
 
         Args:
             x: (B, ..., I).
-            task_gate: (B, T) or (1, T) fp32, constant over the tokens of a sequence; default: that of the current
-                call of the model.
+            task_gate: (B, T) or (1, T), fp32, one for all tokens of a sequence; default: the gate of the current call
+                of the model.
 
         Returns:
             (B, ..., O).
+
+        Raises:
+            UserError: outside of a call of the model and without ``task_gate``.
         """
+        call = None
         if task_gate is None:
             call = current_call(self.path)
             if call.bypass:
-                return self.base(x)
+                return self._base(x)
+        if self.selector is not None and (call is None or call.select):
+            return self._selected(x, self.selector, call, task_gate)
+        if call is not None:
             task_gate = call.gate()
-        old_gate, new_gate = self.rank_gates(task_gate)
-        # TODO(fast)
-        y = self.base(x)
-        if old_gate is not None:
-            z = F.linear(x, self.old_a.to(x.dtype))
-            z = (z * _along(old_gate, z)).to(x.dtype)
-            y = y + F.linear(z, self.old_b.to(x.dtype))
-        if new_gate is not None:
-            z = F.linear(x, self.new_a.to(x.dtype))
-            z = (z * _along(new_gate, z)).to(x.dtype)
-            y = y + F.linear(z, self.new_b.to(x.dtype))
+        assert task_gate is not None
+        gate_BR = self.rank_gates(task_gate)
+        return self._gated(x, gate_BR.view(-1, *[1] * (x.dim() - 2), gate_BR.shape[1]))
+
+    def _base(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
         return y
 
+    def _gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """W0 x + ((x A^T) * gate) B^T for a gate that broadcasts against (B, ..., R)."""
+        y = self._base(x)
+        start = 0
+        for a, b in ((self.old_a, self.old_b), (self.new_a, self.new_b)):
+            if a is not None and b is not None:
+                z = F.linear(x, a.to(x.dtype))
+                end = start + z.shape[-1]
+                y = y + F.linear((z * gate[..., start:end]).to(x.dtype), b.to(x.dtype))
+                start = end
+        return y
 
-def _along(gate_BR: Tensor, z: Tensor) -> Tensor:
-    """``gate_BR`` with axes of size 1 for the token axes of ``z`` (B, ..., R)."""
-    return gate_BR.view(gate_BR.shape[0], *([1] * (z.dim() - 2)), gate_BR.shape[1])
+    def _selected(
+        self, x: Tensor, selector: LiteralSelector, call: MixtureCall | None, prior_BN: Tensor | None
+    ) -> Tensor:
+        """With gates from this layer's own selector; ``prior_BN`` or the call's gate are prior probabilities."""
+        x_BSI = x.reshape(x.shape[0], -1, self.in_features)
+        a_RI = _beside(self.old_a, self.new_a, 0).to(x.dtype)
+        b_OR = _beside(self.old_b, self.new_b, 1).to(x.dtype)
+        z_BSR = F.linear(x_BSI, a_RI)
+        mask_BS = pooled_BN = None
+        if call is not None:
+            prior_BN = call.task_gate
+            if selector.settings.granularity == "sequence":
+                pooled_BN = call.carried_pooled.get(self.path)
+                mask_BS = call.pooling_mask(x_BSI, start=self.pools_start) if pooled_BN is None else None
+        selection = selector(z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN)
+        if call is not None:
+            call.selected(self.path, selection)
+        gate_BSR = selection.weights @ self.spread
+        y = self._base(x)
+        return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)
+
+
+def _beside(old: Tensor | None, new: Tensor | None, dim: int) -> Tensor:
+    parts = [part for part in (old, new) if part is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from amlora_dist.adapters.abstention import Background, background
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
-from amlora_dist.adapters.statistics import Background, background, calibrate, keys, posterior
+from amlora_dist.adapters.statistics import calibrate, keys, posterior
 from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class PosteriorRouter:
     def __post_init__(self) -> None:
         if self.weights.dim() != 2 or len(self.weights) != len(self.tasks) or self.bias.shape != (len(self.tasks),):
             raise BankError(
-                f"router: keys {tuple(self.weights.shape)} and {tuple(self.bias.shape)} do not fit {len(self.tasks)} tasks"
+                f"router: keys {tuple(self.weights.shape)} and {tuple(self.bias.shape)}"
+                f" do not fit {len(self.tasks)} tasks"
             )
         if self.gate.abstention and self.far is None:
             raise BankError("router.gate.abstention: this bank stores no background statistics; publish it with them")
@@ -257,9 +259,8 @@ def derangement(count: int, seed: int) -> tuple[int, ...]:
 def posterior_router(statistics: Sequence[TaskStatistics], *, shrinkage: float, gate: GateSettings) -> PosteriorRouter:
     """The router of a bank from the statistics of its tasks, in their order: keys, temperature, background."""
     weights, bias = keys(statistics, shrinkage)
-    temperature = calibrate(statistics)
-    far = background(statistics, shrinkage, temperature)
-    return PosteriorRouter([s.task for s in statistics], weights, bias, temperature, gate, far)
+    far = background(statistics, shrinkage)
+    return PosteriorRouter([s.task for s in statistics], weights, bias, calibrate(statistics), gate, far)
 
 
 def build_router(settings: RouterSettings, statistics: Sequence[TaskStatistics], *, seed: int) -> Router | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -31,8 +31,8 @@ class GateSettings:
     threshold: float = Field(default=0.1, ge=0, lt=1)
     """lambda_g: scores below ``threshold`` x the largest (``relative``) or below ``threshold`` (``absolute``) are 0."""
     form: Literal["relative", "absolute"] = "relative"
-    """``relative``: relu(p - lambda_g max p), rescaled to sum 1. ``absolute``: max(p - lambda_g, 0), the rest abstains."""
-    temperature: Literal["calibrated"] | float = "calibrated"
+    """``relative``: relu(p - lambda_g max p), rescaled to sum 1. ``absolute``: max(p - lambda_g, 0), not rescaled."""
+    temperature: Literal["calibrated"] | Annotated[float, Field(gt=0)] = "calibrated"
     """T of softmax(scores / T); ``calibrated`` takes the one that the held-out training rows prefer."""
     abstention: bool = False
     """Give the zero adapter a share by relative Mahalanobis distance."""
@@ -61,8 +61,8 @@ class LiteralSettings:
     def __post_init__(self) -> None:
         if self.penalty == "unnormalised" and self.map not in ("relu", "abs_sigmoid"):
             raise ValueError(
-                f"penalty 'unnormalised' needs a map that does not sum to 1 ('relu' or 'abs_sigmoid'), not {self.map!r}:"
-                " otherwise it is 'non_zero_slot'"
+                "penalty 'unnormalised' needs a map that does not sum to 1 ('relu' or 'abs_sigmoid'),"
+                f" not {self.map!r}: otherwise it is 'non_zero_slot'"
             )
 
 

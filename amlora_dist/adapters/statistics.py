@@ -10,7 +10,7 @@ T tasks, G temperatures.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +21,12 @@ from amlora_dist.errors import BankError, UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-TEMPERATURES: tuple[float, ...] = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
-"""The fixed grid on which every stage stores the likelihood of its held-out rows."""
+TEMPERATURES: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+"""The fixed grid on which every stage stores the likelihood of its held-out rows.
+
+It begins at 1: few held-out rows without a mistake are the likelier the lower T is, but the posterior of estimated
+Gaussians is over-confident, never the opposite.
+"""
 
 
 def _no_likelihoods() -> Tensor:
@@ -40,6 +44,9 @@ class TaskStatistics:
     rows that **this** stage kept out of the statistics, under the keys of the bank **as of this stage** (this task
     and the earlier ones). It is computed once, when the stage ends, and never again, for the rows are not kept:
     later tasks, whose rows these ones may be confused with, are counted by the later stages' own held-out rows.
+
+    ``holdout_factor`` is a thin factor of the held-out rows' second moments around ``mean``, the scatter that new rows
+    really have: abstention judges distance by it, under the keys of any later bank. ``None`` without held-out rows.
     """
 
     task: str
@@ -48,6 +55,7 @@ class TaskStatistics:
     factor: Tensor
     holdout_nll: Tensor = field(default_factory=_no_likelihoods)
     holdout_count: int = 0
+    holdout_factor: Tensor | None = None
 
     @classmethod
     def from_features(cls, task: str, features: Tensor) -> TaskStatistics:
@@ -60,24 +68,34 @@ class TaskStatistics:
         Raises:
             UserError: features that are not finite.
         """
-        if features.dim() != 2:
-            raise ValueError(f"features of task {task!r}: shape {tuple(features.shape)}, expected (rows, features)")
-        rows = features.detach().to("cpu", torch.float64)
-        bad = (~torch.isfinite(rows).all(dim=1)).sum().item()
-        if bad:
-            raise UserError(
-                f"task {task!r}: the router's features are NaN or infinite in {bad} of {len(rows)} rows;"
-                " the base model overflows below router.layer (use dtype: fp32 or bf16)"
-            )
+        rows = _finite(task, features)
         count, width = rows.shape
         if not count:
             return cls(task, 0, rows.new_zeros(width), rows.new_zeros(0, width))
         mean = rows.mean(dim=0)
         return cls(task, count, mean, thin_factor(rows - mean))
 
+    def with_holdout(self, features: Tensor, earlier: Sequence[TaskStatistics], shrinkage: float) -> TaskStatistics:
+        """These statistics and what is kept of held-out rows, or of one rank's share of them.
+
+        Args:
+            features: ``(n, d)`` held-out rows of this task; may be empty.
+            earlier: the statistics of the tasks before this one.
+            shrinkage: of the keys.
+
+        Raises:
+            UserError: features that are not finite.
+        """
+        rows = _finite(self.task, features)
+        if not len(rows):
+            return self
+        nll = holdout_nll(rows, len(earlier), *keys([*earlier, self], shrinkage))
+        return replace(self, holdout_nll=nll, holdout_count=len(rows), holdout_factor=thin_factor(rows - self.mean))
+
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file of its own; the task's name goes beside it."""
-        return {
+        held = {} if self.holdout_factor is None else {"holdout_factor": self.holdout_factor.contiguous()}
+        return held | {
             "count": torch.tensor(self.count),
             "mean": self.mean.contiguous(),
             "factor": self.factor.contiguous(),
@@ -102,16 +120,33 @@ class TaskStatistics:
         mean, factor, nll = (tensors[name].double() for name in ("mean", "factor", "holdout_nll"))
         if mean.dim() != 1 or factor.dim() != 2 or factor.shape[1] != len(mean) or nll.shape != (len(TEMPERATURES),):
             raise BankError(f"{where}: shapes mean {tuple(mean.shape)}, factor {tuple(factor.shape)} do not fit")
-        if not all(bool(torch.isfinite(t).all()) for t in (mean, factor, nll)):
+        held = tensors["holdout_factor"].double() if "holdout_factor" in tensors else None
+        if held is not None and (held.dim() != 2 or held.shape[1] != len(mean)):
+            raise BankError(f"{where}: holdout_factor {tuple(held.shape)} does not fit {len(mean)} features")
+        if not all(bool(torch.isfinite(t).all()) for t in (mean, factor, nll, mean if held is None else held)):
             raise BankError(f"{where}: holds NaN or infinity")
         count, holdout_count = (int(tensors[name].item()) for name in ("count", "holdout_count"))
         if count < 1 or holdout_count < 0:
             raise BankError(f"{where}: count {count}, holdout_count {holdout_count}")
-        return cls(task, count, mean, factor, nll, holdout_count)
+        return cls(task, count, mean, factor, nll, holdout_count, held)
+
+
+def _finite(task: str, features: Tensor) -> Tensor:
+    """``features`` (n, d) on the CPU in fp64, or an error."""
+    if features.dim() != 2:
+        raise ValueError(f"features of task {task!r}: shape {tuple(features.shape)}, expected (rows, features)")
+    rows = features.detach().to("cpu", torch.float64)
+    bad = (~torch.isfinite(rows).all(dim=1)).sum().item()
+    if bad:
+        raise UserError(
+            f"task {task!r}: the router's features are NaN or infinite in {bad} of {len(rows)} rows;"
+            " the base model overflows below router.layer (use dtype: fp32 or bf16)"
+        )
+    return rows
 
 
 def thin_factor(rows: Tensor) -> Tensor:
-    """R with ``R^T R = rows^T rows``, shape (min(n, d), d), signs fixed so that it does not depend on the rows' order."""
+    """R with ``R^T R = rows^T rows``, shape (min(n, d), d), signs fixed: it does not depend on the rows' order."""
     upper: Tensor = torch.linalg.qr(rows, mode="r").R
     signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(upper)
     return upper * signs[:, None]
@@ -121,26 +156,38 @@ def merge(parts: Sequence[TaskStatistics]) -> TaskStatistics:
     """One task's statistics from those of disjoint shares of its rows (one per rank), in any order.
 
     Sums only: N = sum n_i, mean = sum n_i m_i / N, S = sum S_i + sum n_i (m_i - mean)(m_i - mean)^T
-    (Chan, Golub and LeVeque 1979), and held-out likelihoods add up. Equal to one rank's to rounding.
+    (Chan, Golub and LeVeque 1979). Equal to one rank's to rounding.
 
     Raises:
-        ValueError: no parts, or parts of several tasks or widths.
+        ValueError: no parts, parts of several tasks or widths, or with held-out rows (``merge_holdouts`` comes after).
     """
+    if any(part.holdout_count for part in parts):
+        raise ValueError("merge takes parts without held-out rows: these are seen from the merged mean")
     if not parts or len({part.task for part in parts}) != 1 or len({len(part.mean) for part in parts}) != 1:
         raise ValueError("merge takes the parts of one task, at least one, over the same features")
     count = sum(part.count for part in parts)
     filled = [part for part in parts if part.count]
-    nll = torch.stack([part.holdout_nll for part in parts]).sum(dim=0)
-    held = sum(part.holdout_count for part in parts)
-    first = parts[0]
     if not filled:
-        return TaskStatistics(first.task, 0, first.mean, first.factor, nll, held)
+        return parts[0]
     mean = torch.stack([part.mean * part.count for part in filled]).sum(dim=0) / count
     if len(filled) == 1:
-        return TaskStatistics(first.task, count, filled[0].mean, filled[0].factor, nll, held)
+        return filled[0]
     shifts = torch.stack([(part.mean - mean) * math.sqrt(part.count) for part in filled])
     stacked = torch.cat([part.factor for part in filled] + [shifts])
-    return TaskStatistics(first.task, count, mean, thin_factor(stacked), nll, held)
+    return TaskStatistics(parts[0].task, count, mean, thin_factor(stacked))
+
+
+def merge_holdouts(parts: Sequence[TaskStatistics]) -> TaskStatistics:
+    """The same statistics with the held-out rows of several ranks, each part from ``with_holdout`` on one share."""
+    held = [part for part in parts if part.holdout_count]
+    if not held:
+        return parts[0]
+    if any(part.task != held[0].task or not torch.equal(part.mean, held[0].mean) for part in held):
+        raise ValueError("merge_holdouts takes one task's statistics, equal on all ranks but for their held-out rows")
+    nll = torch.stack([part.holdout_nll for part in held]).sum(dim=0)
+    factor = thin_factor(torch.cat([part.holdout_factor for part in held if part.holdout_factor is not None]))
+    count = sum(part.holdout_count for part in held)
+    return replace(held[0], holdout_nll=nll, holdout_count=count, holdout_factor=factor)
 
 
 class Covariance:
@@ -160,6 +207,7 @@ class Covariance:
         total = sum(s.count for s in statistics)
         trace = sum(float(s.factor.square().sum()) for s in statistics)
         self.low_rank = False
+        self.factors = [s.factor for s in statistics]
         power = sum(s.count * float(s.mean.square().sum()) for s in statistics)
         if trace <= 1e-24 * power:  # equal rows leave rounding errors, not a covariance
             self.ridge, self.weight = 1.0, 0.0
@@ -170,13 +218,13 @@ class Covariance:
         rank = sum(len(s.factor) for s in statistics)
         if self.ridge > 0 and rank < width:
             self.low_rank = True
-            self.stack = torch.cat([s.factor for s in statistics])
+            self.stack = torch.cat(self.factors)
             system = self.stack @ self.stack.T
             system.diagonal().add_(self.ridge / self.weight)
         else:
             system = torch.zeros(width, width, dtype=torch.float64)
-            for s in statistics:
-                system.addmm_(s.factor.T, s.factor, alpha=self.weight)
+            for factor in self.factors:
+                system.addmm_(factor.T, factor, alpha=self.weight)
             system.diagonal().add_(self.ridge)
         self.chol, info = torch.linalg.cholesky_ex(system)
         if int(info):
@@ -193,6 +241,11 @@ class Covariance:
             return torch.cholesky_solve(rows.T, self.chol).T.contiguous()
         inner = torch.cholesky_solve(self.stack @ rows.T, self.chol)
         return ((rows - inner.T @ self.stack) / self.ridge).contiguous()
+
+    def between(self, rows: Tensor) -> Tensor:
+        """``rows`` (m, d) -> (m, m), rows Sigma rows^T."""
+        seen = [rows @ factor.T for factor in self.factors]
+        return self.ridge * (rows @ rows.T) + self.weight * sum((x @ x.T for x in seen), rows.new_zeros(()))
 
 
 def check(statistics: Sequence[TaskStatistics]) -> None:
@@ -253,76 +306,12 @@ def holdout_nll(features: Tensor, task: int, weights: Tensor, bias: Tensor) -> T
 def calibrate(statistics: Sequence[TaskStatistics]) -> float:
     """The temperature of the grid with the least sum of stored held-out likelihoods; 1 for one task or no held-out row.
 
-    Equal sums are decided by the distance from 1, on a log scale.
+    Of equal sums the lowest temperature counts.
     """
     total = torch.stack([s.holdout_nll for s in statistics]).sum(dim=0)
     if len(statistics) < 2 or not any(s.holdout_count for s in statistics):
         return 1.0
-    order = sorted(range(len(TEMPERATURES)), key=lambda g: (float(total[g]), abs(math.log(TEMPERATURES[g]))))
-    return TEMPERATURES[order[0]]
-
-
-@dataclass(frozen=True, slots=True)
-class Background:
-    """Relative Mahalanobis distance (Ren et al. 2021) in the few numbers that serving needs.
-
-    RMD_t(f) = (f - mu_t)^T Sigma^-1 (f - mu_t) - (f - mu_0)^T Sigma_0^-1 (f - mu_0), where the background Gaussian has
-    the mean mu_0 of all rows and Sigma_0 = Sigma + (1 - shrinkage) x between-task scatter / N. Because Sigma_0 differs
-    from Sigma by rank T only, Sigma^-1 - Sigma_0^-1 = V^T V with V (T, d), and
-
-    RMD_t(f) = |V f|^2 - 2 (w_t . f + b_t) + 2 (w_0 . f + b_0),   w_0 = Sigma_0^-1 mu_0, b_0 = -1/2 mu_0 . w_0.
-
-    ``mean`` and ``std`` (T,) are those of RMD_t over f ~ N(mu_t, temperature x Sigma): the calibrated temperature is
-    the factor by which held-out rows scatter more than Sigma says. With one task RMD is 0 and nothing is ever far.
-    """
-
-    factor: Tensor
-    key: Tensor
-    bias: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields by name."""
-        return {name: getattr(self, name) for name in ("factor", "key", "bias", "mean", "std")}
-
-    def distance(self, features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-        """RMD to each task, features (n, d) -> (n, T)."""
-        rows = features.to(weights)
-        common = (rows @ self.factor.T).square().sum(dim=-1) + 2 * (rows @ self.key + self.bias)
-        return common[:, None] - 2 * (rows @ weights.T + bias)
-
-    def excess(self, features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-        """How many standard deviations beyond what its nearest task expects, features (n, d) -> (n,)."""
-        return ((self.distance(features, weights, bias) - self.mean) / self.std).amin(dim=-1)
-
-
-def background(statistics: Sequence[TaskStatistics], shrinkage: float, temperature: float) -> Background:
-    """What abstention needs, from the same statistics as the keys; see ``Background``."""
-    covariance = Covariance(statistics, shrinkage)
-    means = torch.stack([s.mean for s in statistics])
-    shares = torch.tensor([s.count for s in statistics], dtype=torch.float64)
-    shares = shares / shares.sum()
-    centre = shares @ means
-    between = (shares * (1 - shrinkage)).sqrt()[:, None] * (means - centre)
-    solved = covariance.solve(between)
-    inner = between @ solved.T
-    eye = torch.eye(len(means), dtype=torch.float64)
-    chol = torch.linalg.cholesky(eye + inner)
-    factor = torch.linalg.solve_triangular(chol, solved, upper=False)
-    key = covariance.solve(centre[None])[0] - factor.T @ (factor @ centre)
-    # Moments of RMD_t, a quadratic form of a Gaussian, through V: V Sigma V^T = L^-1 K L^-T with K = inner.
-    half = torch.linalg.solve_triangular(chol, inner, upper=False)
-    spread = torch.linalg.solve_triangular(chol, half.T, upper=False)
-    shifts = means - centre
-    far = (shifts * covariance.solve(shifts)).sum(dim=1)
-    seen = shifts @ factor.T
-    inside = seen.square().sum(dim=1)
-    mean = temperature * spread.diagonal().sum() - (far - inside)
-    slope = (far - 2 * inside + ((seen @ spread) * seen).sum(dim=1)).clamp(min=0)
-    variance = 2 * temperature**2 * spread.square().sum() + 4 * temperature * slope
-    floor = torch.finfo(torch.float64).eps
-    return Background(factor, key, -0.5 * centre @ key, mean, variance.clamp(min=floor).sqrt())
+    return TEMPERATURES[min(range(len(TEMPERATURES)), key=total.tolist().__getitem__)]
 
 
 def key_drift(

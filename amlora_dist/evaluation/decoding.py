@@ -25,6 +25,8 @@ Forward = Callable[..., Any]
 
 CACHE_TOKENS = 8192
 """Positions that the repeated caches of one ranking pass may hold (rows x prompt tokens): bounds its memory."""
+PADDING_TOKENS = 3
+"""Padding per prompt that is cheaper than one more pass (measured: an empty pass costs 2-3 tokens a prompt)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,22 @@ class LabelPlan:
     candidates: tuple[tuple[int, ...], ...]
     """Token ids whose summed log-likelihood is each label's score; EOS is last where ``ends`` is true."""
     contexts: tuple[tuple[int, ...], ...]
+    """Shortest first."""
     context_of: tuple[int | None, ...]
     """For each label the index of the context that covers it; None for a label of one token."""
     ends: bool
     """EOS counts for all labels, because the tokens of one label begin another's."""
+
+    def passes(self, limit: int) -> list[range]:
+        """Contexts of each pass, as indices: at most ``limit``, and of such lengths that little is padding."""
+        out: list[range] = []
+        for index, context in enumerate(self.contexts):
+            padding = sum(len(context) - len(self.contexts[i]) for i in out[-1]) if out else 0
+            if out and len(out[-1]) < limit and padding <= PADDING_TOKENS:
+                out[-1] = range(out[-1].start, index + 1)
+            else:
+                out.append(range(index, index + 1))
+        return out
 
 
 def plan_labels(labels: Sequence[Sequence[int]], eos_id: int) -> LabelPlan:
@@ -60,7 +74,8 @@ def plan_labels(labels: Sequence[Sequence[int]], eos_id: int) -> LabelPlan:
     ends = any(a != b and a == b[: len(a)] for a in bare for b in bare)
     candidates = [(*label, eos_id) for label in bare] if ends else bare
     prefixes = {candidate[:-1] for candidate in candidates if len(candidate) > 1}
-    contexts = sorted(p for p in prefixes if not any(p != q and p == q[: len(p)] for q in prefixes))
+    maximal = [p for p in prefixes if not any(p != q and p == q[: len(p)] for q in prefixes)]
+    contexts = sorted(maximal, key=lambda context: (len(context), context))
     cover = [
         next(i for i, context in enumerate(contexts) if context[: len(c) - 1] == c[:-1]) if len(c) > 1 else None
         for c in candidates
@@ -165,27 +180,28 @@ class Decoder:
     def label_scores(self, state: Prefilled, plan: LabelPlan, *, contexts_per_pass: int) -> Tensor:
         """Summed log-likelihood of every label after every prompt: (B, L), fp32. Leaves ``state`` as it is.
 
-        Makes ``ceil(contexts / contexts_per_pass)`` passes, whatever the batch.
+        Makes the passes of ``plan.passes(contexts_per_pass)``, whatever the batch.
         """
         device = state.logits.device
         first_L = torch.tensor([candidate[0] for candidate in plan.candidates], device=device)
         logits_BV = state.logits.float()
         scores_BL = logits_BV[:, first_L] - logits_BV.logsumexp(-1, keepdim=True)
-        for begin in range(0, len(plan.contexts), contexts_per_pass):
-            chunk = plan.contexts[begin : begin + contexts_per_pass]
-            width = max(len(context) for context in chunk)
+        for chosen in plan.passes(contexts_per_pass):
+            chunk = [plan.contexts[i] for i in chosen]
+            width = len(chunk[-1])
             padded = [[*context, *[self.pad_id] * (width - len(context))] for context in chunk]
             tokens_CK = torch.tensor(padded, device=device)
             batch = state.logits.shape[0]
             logits = self.advance(repeated(state, len(chunk)), tokens_CK.repeat(batch, 1)).float()
-            logits_BCKV = logits.unflatten(0, (batch, len(chunk)))
+            logits_BCKV = logits.view(batch, len(chunk), width, -1)
             total_BCK = logits_BCKV.logsumexp(-1)
             for label, (candidate, cover) in enumerate(zip(plan.candidates, plan.context_of, strict=True)):
-                if cover is None or not begin <= cover < begin + len(chunk):
+                if cover is None or cover not in chosen:
                     continue
+                place = chosen.index(cover)
                 next_K = torch.tensor(candidate[1:], device=device)
                 at_K = torch.arange(len(next_K), device=device)
-                own_BK = logits_BCKV[:, cover - begin, at_K, next_K] - total_BCK[:, cover - begin, at_K]
+                own_BK = logits_BCKV[:, place, at_K, next_K] - total_BCK[:, place, at_K]
                 scores_BL[:, label] += own_BK.sum(-1)
         return scores_BL
 

@@ -22,7 +22,7 @@ Metric = Callable[[Matrix], float | None]
 def average_performance(matrix: Matrix) -> float | None:
     """AP = 1/n Σ_{i<=n} R[n,i]: mean score after the last stage.
 
-    Source: "average accuracy" of Lopez-Paz and Ranzato 2017 (GEM), equation 2. Also called AA, ACC or "last".
+    Source: "average accuracy" of Lopez-Paz and Ranzato 2017 (GEM). Also called AA, ACC or "last".
     """
     last = stages(matrix)
     return mean([cell(matrix, last, i) for i in range(1, last + 1)])
@@ -31,7 +31,7 @@ def average_performance(matrix: Matrix) -> float | None:
 def average_incremental_performance(matrix: Matrix) -> float | None:
     """1/n Σ_{t<=n} 1/t Σ_{i<=t} R[t,i]: mean over the stages of the average performance at that stage.
 
-    Source: "average incremental accuracy" of Rebuffi et al. 2017 (iCaRL), section 4.
+    Source: "average incremental accuracy" of Rebuffi et al. 2017 (iCaRL).
     """
     return mean([average_performance(matrix[: t + 1]) for t in range(1, stages(matrix) + 1)])
 
@@ -40,7 +40,7 @@ def backward_transfer(matrix: Matrix) -> float | None:
     """BWT = 1/(n-1) Σ_{i<n} (R[n,i] - R[i,i]): what later stages did to a task since it was learned.
 
     Negative values are forgetting; positive ones are kept. Undefined for fewer than two stages.
-    Source: Lopez-Paz and Ranzato 2017, equation 3.
+    Source: Lopez-Paz and Ranzato 2017.
     """
     last = stages(matrix)
     return mean([minus(cell(matrix, last, i), cell(matrix, i, i)) for i in range(1, last)])
@@ -51,7 +51,7 @@ def forgetting(matrix: Matrix) -> float | None:
 
     Negative where the last stage gives the best score. Undefined for fewer than two stages, and if any cell between a
     task's own stage and the last was not scored.
-    Source: Chaudhry et al. 2018 (Riemannian Walk), equation 3, with the maximum from the task's own stage on.
+    Source: Chaudhry et al. 2018 (Riemannian Walk), with the maximum from the task's own stage on.
     """
     return mean(forgetting_by_task(matrix))
 
@@ -66,7 +66,7 @@ def forward_transfer_gem(matrix: Matrix) -> float | None:
     """FWT = 1/(n-1) Σ_{2<=i<=n} (R[i-1,i] - R[0,i]): what earlier stages give a task before it is learned.
 
     Needs the untrained row, and each task scored at the stage before its own (``evaluate: seen+next``).
-    Source: Lopez-Paz and Ranzato 2017, equation 4, with b_i the base model's score.
+    Source: Lopez-Paz and Ranzato 2017, with b_i the base model's score.
     """
     return mean([minus(cell(matrix, i - 1, i), cell(matrix, 0, i)) for i in range(2, stages(matrix) + 1)])
 
@@ -75,7 +75,7 @@ def forward_transfer_single(matrix: Matrix, single: Sequence[float | None]) -> f
     """1/n Σ_{i<=n} (R[i,i] - single_i): what earlier stages give a task while it is learned.
 
     ``single[i - 1]`` is the score of task i trained alone (our own ``per_task`` runs, never a constant).
-    Source: "intransigence" of Chaudhry et al. 2018, equation 5, with the opposite sign and the reference trained on
+    Source: "intransigence" of Chaudhry et al. 2018, with the opposite sign and the reference trained on
     task i alone.
     """
     last = stages(matrix)
@@ -87,7 +87,7 @@ def forward_transfer_single(matrix: Matrix, single: Sequence[float | None]) -> f
 def learning_accuracy(matrix: Matrix) -> float | None:
     """LA = 1/n Σ_{i<=n} R[i,i]: mean score right after learning, forgetting left aside.
 
-    Source: Riemer et al. 2019 (MER), section 5.
+    Source: Riemer et al. 2019 (MER).
     """
     return mean([cell(matrix, i, i) for i in range(1, stages(matrix) + 1)])
 

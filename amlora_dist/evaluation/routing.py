@@ -110,7 +110,7 @@ def routing_statistics(
     truth = torch.as_tensor(true_tasks, dtype=torch.long).cpu().reshape(-1)
     if len(truth) != len(gates_BT):
         raise ValueError(f"{len(gates_BT)} rows of gates for {len(truth)} true tasks")
-    if len(truth) and not (0 <= int(truth.min()) and int(truth.max()) < len(tasks)):
+    if bool(((truth < 0) | (truth >= len(tasks))).any()):
         raise ValueError(f"true tasks from {int(truth.min())} to {int(truth.max())}, expected 0 to {len(tasks) - 1}")
     column = {name: i for i, name in enumerate(adapters)}
     largest, choice = gates_BT.max(dim=1)

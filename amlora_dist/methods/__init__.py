@@ -1,4 +1,4 @@
-"""The methods by name. Adding one: write its file, add it here."""
+"""The methods by name. Adding one: write its file, add it here (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ if TYPE_CHECKING:
     from amlora_dist.training.settings import StageSettings
 
 METHODS = {
-    "am_lora": "am_lora:AMLoRA",
+    "am_lora": "amlora_dist.methods.am_lora:AMLoRA",
+    "seq_lora": "amlora_dist.methods.seq_lora:SeqLoRA",
+    "inc_lora": "amlora_dist.methods.inc_lora:IncLoRA",
+    "o_lora": "amlora_dist.methods.o_lora:OLoRA",
+    "replay": "amlora_dist.methods.replay:Replay",
+    "ewc": "amlora_dist.methods.ewc:EWC",
+    "lwf": "amlora_dist.methods.lwf:LwF",
+    "per_task": "amlora_dist.methods.per_task:PerTask",
+    "joint": "amlora_dist.methods.joint:Joint",
+    "base": "amlora_dist.methods.untrained:Untrained",
 }
-"""Name -> ``module:class`` below this package, so that naming the methods imports nothing heavy."""
+"""Name -> ``module:class``, so that naming the methods imports nothing heavy."""
 
 
 def method_for(settings: StageSettings) -> Method:
     """The method that ``settings.method`` names, ready for one stage."""
     module, name = METHODS[settings.method].split(":")
-    made: Method = getattr(import_module(f"{__name__}.{module}"), name)(settings)
+    made: Method = getattr(import_module(module), name)(settings)
     return made

@@ -30,6 +30,10 @@ class AMLoRA(Method):
             values["literal"] = asdict(self.settings.router.literal) | {"l1": self.settings.training.l1}
         return values
 
+    @property
+    def uses_selectors(self) -> bool:
+        return self._literal
+
     def learns_recipe(self, stage: int) -> bool:
         return stage > 1 and self.settings.router.recipes and not self._literal
 

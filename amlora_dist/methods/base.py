@@ -1,25 +1,44 @@
 """What a continual-learning method decides, as a few hooks around the one durable stage.
 
-A method never trains by itself: the stage asks it what a new adapter starts from, how the adapters are weighed while
-it learns, what is added to the loss, and who weighs them afterwards. The defaults are those of AM-LoRA with the
-posterior router; a method overrides what it does differently.
+A method never trains by itself. The stage asks it, in this order: which rows it learns from, what a new adapter starts
+from, how the adapters are weighed while it learns, what is added to the loss, what is kept for later stages, and who
+weighs the adapters afterwards. The defaults are those of AM-LoRA with the posterior router; a method overrides what it
+does differently. ``docs/methods.md`` shows how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.statistics import TaskStatistics
+    from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A stage whose training has ended, as ``Method.remember`` sees it; the same calls must be made on every rank."""
+
+    mixture: Mixture
+    rows: int
+    """Training rows of the stage's own."""
+    row_losses: Callable[[int], Iterator[Tensor]]
+    """Loss (nats, with gradient) of the first so many of them, one row at a time.
+
+    Each rank sees its share; where shares are uneven, losses times 0 fill up."""
+    add_up: Callable[[Tensor], Tensor]
+    """Sum over ranks, in place."""
 
 
 class Method:
@@ -28,9 +47,19 @@ class Method:
     name: ClassVar[str]
     inherits: ClassVar[bool] = True
     """Whether a stage sees the adapters of earlier stages."""
+    trains: ClassVar[bool] = True
+    """Whether there is anything to train and to publish."""
+    routed: ClassVar[bool] = True
+    """Whether scores depend on the settings of ``router.gate``."""
+    told_task: ClassVar[bool] = False
+    """Whether every row is scored by the adapter of its own task: an upper bound, not a method to serve."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``method_settings`` that decide what stages from the second on train."""
 
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings
+
+    # -- what decides the result --------------------------------------------------------------------------------
 
     def reads(self, stage: int) -> dict[str, Any]:
         """Configuration values that decide what stage ``stage`` (1-based) trains, for its training fingerprint.
@@ -55,15 +84,51 @@ class Method:
             values["recipe"] = {
                 key: getattr(s.training, key) for key in ("l1", "recipe_learning_rate", "probe_rows")
             }
+        if stage > 1 and self.uses:
+            values["method_settings"] = {key: getattr(s.method_settings, key) for key in self.uses}
         return values
+
+    # -- which stages there are, and what they learn from ---------------------------------------------------------
+
+    def stages(self, tasks: Sequence[str]) -> list[str]:
+        """Names of the stages of a sequence, in order: one for each task."""
+        return list(tasks)
+
+    def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
+        """Tasks whose training rows a stage learns from, and how many of each at most; None for all of them.
+
+        The router's statistics are taken over the tasks without a limit. The rows are part of the fingerprint.
+
+        Args:
+            stage: its name.
+            earlier: tasks of the bank below, in order.
+            sequence: all tasks of the run.
+        """
+        return {stage: None}
+
+    # -- the adapter ----------------------------------------------------------------------------------------------
+
+    @property
+    def uses_selectors(self) -> bool:
+        """Whether the layers weigh the adapters by dense layers of their own (the literal router)."""
+        return False
 
     def learns_recipe(self, stage: int) -> bool:
         """Whether the new adapter learns beside weights on the earlier ones."""
         return False
 
+    def constant_recipe(self, earlier: int) -> Tensor | None:
+        """Weights of the ``earlier`` adapters in the new task's row, (earlier,), where none are learned; None: 0."""
+        return None
+
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         """Adapter whose values the new one starts from; None for a fresh one (A random, B zero)."""
         return None
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def prepare(self, mixture: Mixture, parents: Sequence[Result]) -> None:
+        """Called once before the first step, with what the earlier stages left."""
 
     def training_gate(self, tasks: int) -> Tensor | None:
         """Task gate while the last of ``tasks`` is learned, shape (tasks,); None leaves it to the layers."""
@@ -71,12 +136,52 @@ class Method:
         gate[-1] = 1.0
         return gate
 
+    def extra_loss(self, mixture: Mixture) -> Tensor | None:
+        """A term of the parameters, added to every step's loss, equal on all ranks; None for none."""
+        return None
+
+    def teacher_gate(self, tasks: int) -> Tensor | None:
+        """Task gate (tasks,) under which every batch is answered once more, without gradient, for ``distillation``."""
+        return None
+
+    def distillation(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        """A term of the answers, summed over the N target tokens of a batch (V logits each, fp32)."""
+        raise NotImplementedError(f"{type(self).__name__} has a teacher_gate but no distillation")
+
+    def remember(self, trained: Trained) -> dict[str, Tensor]:
+        """Tensors that later stages need beside the adapter; they are published with the stage's statistics."""
+        return {}
+
+    # -- serving --------------------------------------------------------------------------------------------------
+
     def router(self, statistics: Sequence[TaskStatistics]) -> Router | None:
         """Who weighs the adapters of the finished bank; None leaves it to the layers' own selectors."""
         from amlora_dist.adapters.router import build_router
 
         return build_router(self.settings.router, statistics, seed=self.settings.seed)
 
-    def extra_loss(self, mixture: Mixture) -> Tensor | None:
-        """A term added to every step's loss, equal on all ranks; None for none."""
-        return None
+
+class Baseline(Method):
+    """A method without a router: the newest row of the bank answers every input."""
+
+    routed = False
+
+    def router(self, statistics: Sequence[TaskStatistics]) -> Router:
+        from amlora_dist.adapters.router import FixedRouter
+
+        return FixedRouter.newest([s.task for s in statistics])
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values in fp32, with gradient, outside of its layer's forward pass.
+
+    Raises:
+        UserError: ZeRO-3 has partitioned it.
+    """
+    if parameter.numel() != getattr(parameter, "ds_numel", parameter.numel()):
+        raise UserError(
+            "deepspeed.zero_optimization.stage3_param_persistence_threshold: this method's penalty reads the new"
+            " adapter's parameters whole; set it to at least the size of the largest (rank x features), or use"
+            " zero_stage 2"
+        )
+    return parameter.float()

@@ -49,6 +49,7 @@ from amlora_dist.registry.manifest import (
     read_manifest,
     replace,
 )
+from amlora_dist.registry.task_entry import TaskEntry
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,13 @@ class Bank:
 
 
 def adapter_entry(
-    adapter: Adapter, index: int, *, training_fingerprint: str, parent: str | None, stored: Stored | None = None
+    adapter: Adapter,
+    index: int,
+    *,
+    training_fingerprint: str,
+    parent: str | None,
+    stored: Stored | None = None,
+    task_spec: TaskEntry | None = None,
 ) -> AdapterEntry:
     """The manifest's line for an adapter; ``parent`` is ``Manifest.parent_digest`` of the bank it was trained on."""
     adapter = dataclasses.replace(adapter, alpha=float(adapter.alpha))
@@ -95,6 +102,7 @@ def adapter_entry(
         training_fingerprint=training_fingerprint,
         parent=parent,
         stored=stored,
+        task_spec=task_spec,
     )
 
 

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
+from amlora_dist.registry.task_entry import TaskEntry
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -109,6 +110,8 @@ class AdapterEntry:
     """``parent_digest`` of the bank it was trained on; none for a stage that starts from an empty bank."""
     stored: Stored | None = None
     """None: in this folder only (never published)."""
+    task_spec: TaskEntry | None = None
+    """Labels and prompt of the task; None when they are not known (an imported adapter)."""
 
     @property
     def folder(self) -> str:
@@ -219,6 +222,8 @@ class Manifest:
         for line in mapping["adapters"]:
             if line["targets"] == self.targets:
                 line["targets"] = ALL
+            if line["task_spec"] is None:
+                del line["task_spec"]
         return mapping
 
     def digest(self) -> str:

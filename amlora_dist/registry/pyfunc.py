@@ -12,8 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.errors import UserError
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.registry import transfer
+from amlora_dist.registry.connection import connect
 from amlora_dist.registry.manifest import Stored, read_manifest
+from amlora_dist.registry.runs import Runs
 
 if TYPE_CHECKING:
     from amlora_dist.model import AMLoRAModel
@@ -53,28 +56,29 @@ def complete(folder: Path, dest: Path) -> Path:
 
     ``folder`` is only read: in a serving container it may be read-only.
     """
-    import mlflow
-
-    from amlora_dist.registry import transfer
-    from amlora_dist.registry.connection import connect
-    from amlora_dist.registry.runs import Runs
-
     manifest = read_manifest(folder)
-    uri = mlflow.get_tracking_uri()
-    runs: Runs | None = None
+    store: Runs | None = None
 
     def fetch(path: str, stored: Stored | None, target: Path) -> None:
-        nonlocal runs
+        nonlocal store
         target.parent.mkdir(parents=True, exist_ok=True)
         if (folder / path).is_file():
             shutil.copyfile(folder / path, target)
             return
-        if runs is None:
-            runs = Runs(connect(dest.parent, uri))
-        transfer.fetch_file(runs, path, stored, target)
+        if stored is None:
+            raise BankError(f"{folder / path}: missing, and the manifest does not say where it is stored")
+        store = store or _tracking_store(dest.parent)
+        transfer.fetch_file(store, path, stored, target)
 
     part = dest.with_name(f".{dest.name}.part")
     return transfer.assemble(manifest, part, dest, fetch, statistics=False)
+
+
+def _tracking_store(home: Path) -> Runs:
+    """The store that MLflow itself is set to."""
+    import mlflow
+
+    return Runs(connect(home, mlflow.get_tracking_uri()))
 
 
 def _load_pyfunc(path: str) -> BankModel:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with (parts done, parts in all, name of the part)."""
+Fetch = Callable[[str, "Stored | None", Path], None]
+"""Brings one file, given its path in the bank and where it is stored, to a local path."""
 PULL_DEADLINE_S = 1800.0
 FRAME_FILES = (FILE, ROUTER_FILE, "MLmodel", "README.md")
 
@@ -62,7 +64,13 @@ def check_placement(manifest: Manifest, run: str, root: str) -> None:
 
 
 def upload(runs: Runs, folder: Path, files: list[str], run: str, root: str) -> None:
-    """Upload some files of a folder, and nothing else that lies there."""
+    """Upload some files of a folder, and nothing else that lies there.
+
+    Raises:
+        BankError: a file that this version stores itself is not in the folder (statistics that were not given).
+    """
+    if missing := [path for path in files if not (folder / path).is_file()]:
+        raise BankError(f"{folder / missing[0]}: missing; the manifest says that this version stores it itself")
     with tempfile.TemporaryDirectory(prefix=".upload.", dir=folder.parent) as name:
         aside = Path(name)
         for path in files:
@@ -135,13 +143,13 @@ def pull(
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
             manifest = _fetch_manifest(runs, run, root, expected, dest.parent)
-            if dest.exists():
-                return _already(dest, manifest)
 
             def fetch(path: str, stored: Stored | None, target: Path) -> None:
                 here = Stored(version_of="bank", run=run, artifact_path=f"{root}/{path}")
                 fetch_file(runs, path, stored or here, target)
 
+            if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+                return _already(dest, manifest, fetch, statistics=statistics)
             return assemble(manifest, part, dest, fetch, statistics=statistics, progress=progress)
     except Timeout as error:
         raise UserError(f"waited {PULL_DEADLINE_S:.0f} s for another process that pulls to {dest}") from error
@@ -151,7 +159,7 @@ def assemble(
     manifest: Manifest,
     part: Path,
     dest: Path,
-    fetch: Callable[[str, Stored | None, Path], None],
+    fetch: Fetch,
     *,
     statistics: bool,
     progress: Progress | None = None,
@@ -161,8 +169,8 @@ def assemble(
     Args:
         manifest: of the version.
         part: working folder; survives an interruption.
-        dest: must not exist.
-        fetch: brings one file, given its path in the bank and where it is stored, to a local path.
+        dest: must not exist, or be empty.
+        fetch: brings one file.
         statistics: bring them too.
         progress: called before each part.
     """
@@ -206,14 +214,12 @@ def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near:
     return manifest
 
 
-def fetch_file(runs: Runs, path: str, stored: Stored | None, target: Path) -> None:
+def fetch_file(runs: Runs, path: str, stored: Stored, target: Path) -> None:
     """Fetch one file of a bank to ``target``, whole or not at all.
 
     Raises:
-        BankError: the manifest does not say where it is stored, or it is not there.
+        BankError: it is not where the manifest says.
     """
-    if stored is None:
-        raise BankError(f"{path}: not in this folder, and the manifest does not say where it is stored")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=target.parent) as aside:
         file = runs.download(stored.run, stored.artifact_path, Path(aside))
@@ -224,11 +230,17 @@ def fetch_file(runs: Runs, path: str, stored: Stored | None, target: Path) -> No
         file.replace(target)
 
 
-def _already(dest: Path, manifest: Manifest) -> Path:
-    """``dest`` may stand there already when it is this very bank."""
-    if read_manifest(dest).digest() != manifest.digest():
-        raise UserError(f"{dest}: holds another bank; give another folder or remove it first")
-    read_bank(dest)
+def _already(dest: Path, manifest: Manifest, fetch: Fetch, *, statistics: bool) -> Path:
+    """``dest`` may stand there already when it is this very bank; statistics that it lacks are added."""
+    if not (dest / FILE).is_file() or read_manifest(dest).digest() != manifest.digest():
+        raise UserError(f"{dest}: holds something else than this version; give another folder or remove it first")
+    try:
+        for entry in manifest.statistics if statistics else []:
+            if not (dest / entry.file).exists():
+                fetch(entry.file, entry.stored, dest / entry.file)
+        read_bank(dest)
+    except BankError as error:
+        raise BankError(f"{error}\n{dest} was pulled before and is damaged: remove it and pull again") from error
     return dest
 
 

@@ -58,7 +58,7 @@ def encode(
     eos = _eos(tokenizer)
     index = {text: place for place, text in enumerate(spec.label_texts)}
     answers: dict[str, tuple[int, ...]] = {}
-    prompts = _prompts(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
+    prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
     examples = []
     for row, prompt in zip(rows, prompts, strict=True):
         if row.target not in answers:
@@ -92,7 +92,7 @@ def answer_tokens(text: str, tokenizer: Any, encoder_decoder: bool) -> tuple[int
     return _ids(tokenizer, f" {text}", special=False)
 
 
-def _prompts(
+def prompt_tokens(
     rows: Sequence[Row],
     template: PromptTemplate,
     tokenizer: Any,
@@ -100,6 +100,7 @@ def _prompts(
     encoder_decoder: bool,
     task: str,
 ) -> list[tuple[int, ...]]:
+    """Token ids of the rows' prompts, cut as ``encode`` says; ``task`` is named in errors."""
     if not rows:
         return []
     rendered = [template.render(row) for row in rows]

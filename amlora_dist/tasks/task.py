@@ -338,7 +338,7 @@ def _find(ref: str, base_dir: Path) -> Path:
             raise UserError(f"task file {path} does not exist")
         return path
     tails = {name.rpartition("/")[2]: name for name in files}
-    near = meant(ref, [*files, *tails])
+    near = meant(ref.lower(), [*files, *tails])
     for tail, name in tails.items():
         near = near.replace(f"{tail!r}", f"{name!r}")
     raise UserError(f"unknown task {ref!r}{near}; known: {', '.join(files)}; or give the path of a task's .yaml file")

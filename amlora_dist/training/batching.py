@@ -80,6 +80,17 @@ class LossComputer:
 
     def __call__(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> Tensor:
         """Summed loss, a scalar with gradient; ``gate_T`` (tasks,) weighs the adapters for every row."""
+        return self.cross_entropy(*self.logits(forward, examples, gate_T))
+
+    @staticmethod
+    def cross_entropy(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+        """Summed over the targets, fp32."""
+        return F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def logits(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target."""
         make = collate_seq2seq if self._encoder_decoder else collate
         side = "right" if self._encoder_decoder else "left"
         batch = {k: t.to(self._device) for k, t in make(examples, pad_id=self._pad, side=side).items()}  # type: ignore[arg-type]
@@ -97,9 +108,7 @@ class LossComputer:
                 inputs["logits_to_keep"] = keep
             logits = forward(**inputs).logits[:, -keep:-1]
             labels_BL = labels_BL[:, -(keep - 1) :]
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        return logits, labels_BL
 
 
 def target_tokens(rows: Sequence[Example]) -> int:

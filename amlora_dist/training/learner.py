@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, TrainingError
-from amlora_dist.tasks.batches import Example
+from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.optimizer import rate_factor
@@ -51,11 +51,14 @@ class Learner:
         fingerprint: str,
         gate: Tensor | None,
         extra_loss: Callable[[], Tensor | None],
+        teacher_gate: Tensor | None = None,
+        distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
     ) -> None:
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
+        self.teacher_gate, self.distillation = teacher_gate, distillation
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
@@ -113,26 +116,46 @@ class Learner:
         return progress
 
     def _step(self, step: int) -> tuple[float, bool]:
-        """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop."""
+        """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.
+
+        The loss is the rows' cross-entropy, without what the method adds; it is NaN if that is not finite.
+        """
         ranks = self.engine.ranks
         batch = [self.examples[i] for i in self.schedule.rows(step)]
         tokens = target_tokens(batch)
-        total = torch.zeros(2, device=self.engine.device)
+        total = torch.zeros(3, device=self.engine.device)
         for part, counts in micro_batches(batch, ranks.rank, self.layout):
-            loss = self.loss(self.engine.forward, part, self.gate) / tokens
-            if not counts:
-                loss = loss * 0.0
-            extra = self.extra_loss()
+            loss, distilled = self._losses(part)
+            loss = loss / tokens if counts else loss * 0.0
             total[0] += loss.detach()
+            added = 0.0 * loss
+            if distilled is not None and counts:
+                added = added + distilled / tokens
+            extra = self.extra_loss()
             if extra is not None:
-                loss = loss + extra / (ranks.world * self.layout.accumulation)
+                added = added + extra / (ranks.world * self.layout.accumulation)
+            total[2] += added.detach()
+            loss = loss + added
             self.engine.backward(loss)
         if ranks.rank == 0 and (self.folder / STOP_FILE).exists():
             total[1] = 1.0
-        loss_sum, stop = ranks.sum(total).tolist()
+        loss_sum, stop, added_sum = ranks.sum(total).tolist()
+        if not math.isfinite(added_sum):
+            return math.nan, stop > 0
         if math.isfinite(loss_sum):
             self.engine.step(rate_factor(step, self.schedule.steps, self.settings))
         return loss_sum, stop > 0
+
+    def _losses(self, part: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
+        """Sums over the target tokens of a micro-batch: cross-entropy, and distillation if the method has a teacher."""
+        if self.teacher_gate is None or self.distillation is None:
+            return self.loss(self.engine.forward, part, self.gate), None
+        with torch.no_grad():
+            teacher_BLV, _ = self.loss.logits(self.engine.model, part, self.teacher_gate)
+        logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate)
+        targets = labels_BL != IGNORED
+        distilled = self.distillation(logits_BLV[targets].float(), teacher_BLV[targets].float())
+        return self.loss.cross_entropy(logits_BLV, labels_BL), distilled
 
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()

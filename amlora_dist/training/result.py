@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,13 @@ from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.statistics import TaskStatistics
 
+MEMORY = "memory."
+"""Where, among the statistics' tensors, those begin that the method keeps."""
 FILES = ("adapter.safetensors", "statistics.safetensors", "training.json")
 
 
@@ -31,6 +36,19 @@ class Result:
     statistics: TaskStatistics
     training: dict[str, Any]
     """Losses, tokens, seconds, and what the stage was trained with (world size, ZeRO stage, versions)."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What the method keeps for later stages (``Method.remember``)."""
+
+    def continuation(self) -> dict[str, Tensor]:
+        """What only continuation needs, by name: the statistics and the method's memory."""
+        memory = {f"{MEMORY}{name}": tensor.contiguous() for name, tensor in self.memory.items()}
+        return self.statistics.tensors() | memory
+
+
+def split_continuation(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The statistics' tensors and the method's memory, from ``Result.continuation``."""
+    statistics = {name: tensor for name, tensor in tensors.items() if not name.startswith(MEMORY)}
+    return statistics, {n.removeprefix(MEMORY): tensor for n, tensor in tensors.items() if n.startswith(MEMORY)}
 
 
 def is_whole(folder: Path) -> bool:
@@ -57,7 +75,7 @@ def write_result(folder: Path, result: Result) -> None:
     try:
         aside.mkdir(parents=True)
         save_file({k: t.contiguous() for k, t in adapter.tensors().items()}, aside / FILES[0])
-        save_file(result.statistics.tensors(), aside / FILES[1])
+        save_file(result.continuation(), aside / FILES[1])
         (aside / FILES[2]).write_text(json.dumps({"adapter": about, **result.training}), encoding="utf-8")
         (aside / "COMMIT").write_text(json.dumps({name: file_digest(aside / name) for name in FILES}), encoding="utf-8")
     except OSError as error:
@@ -89,5 +107,5 @@ def read_result(folder: Path) -> Result:
     adapter = Adapter(task=about["task"], rank=about["rank"], alpha=about["alpha"], **parts)
     if adapter.digest() != about["digest"]:
         raise BankError(f"{folder}: the adapter's digest is {adapter.digest()}, its record says {about['digest']}")
-    statistics = TaskStatistics.from_tensors(adapter.task, load_file(folder / FILES[1]))
-    return Result(adapter, statistics, training)
+    kept, memory = split_continuation(load_file(folder / FILES[1]))
+    return Result(adapter, TaskStatistics.from_tensors(adapter.task, kept), training, memory)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.methods.settings import MethodSettings
 
 STRICT_KEYS = ConfigDict(extra="forbid")
 
@@ -55,3 +57,4 @@ class StageSettings:
     adapters: AdapterSettings
     router: RouterSettings
     training: TrainingSettings
+    method_settings: MethodSettings = field(default_factory=MethodSettings)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.bank import Adapter, rows
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.statistics import TaskStatistics, holdout_nll, keys, merge
+from amlora_dist.adapters.statistics import TaskStatistics, merge, merge_holdouts
 from amlora_dist.adapters.targets import default_router_layer, find_targets
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
@@ -229,9 +229,7 @@ class _Stage:
         own = merge(parts)
         if held:
             features = self._features(mixture, [examples[i] for i in sorted(held)], engine.whole_forward)
-            weights, bias = keys([*earlier, own], router.shrinkage)
-            nll = torch.stack(self.ranks.gather(holdout_nll(features, len(earlier), weights, bias))).sum(dim=0)
-            own = replace(own, holdout_nll=nll, holdout_count=len(held))
+            own = merge_holdouts(self.ranks.gather(own.with_holdout(features, earlier, router.shrinkage)))
         self.report({"kind": "statistics", "rows": own.count, "held_out": own.holdout_count})
         return [*earlier, own]
 

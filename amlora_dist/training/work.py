@@ -64,6 +64,8 @@ class StageWork:
     cells: list[Cell]
     deepspeed: dict[str, Any]
     evaluation_batch_size: int
+    rows: dict[str, int | None] = field(default_factory=dict)
+    """Tasks whose training rows the stage learns from, and how many of each at most; default: its own, all of them."""
     data_digests: dict[str, str] = field(default_factory=dict)
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
 

@@ -64,6 +64,8 @@ def test_a_temperature_in_the_settings_overrides_the_calibrated_one() -> None:
     hot, cold = posterior(temperature=50.0), posterior()
     assert hot.posterior(features(0)).amax(1).mean() < cold.posterior(features(0)).amax(1).mean()
     assert hot.temperature == cold.temperature == 1.0
+    with pytest.raises(ValueError, match="greater than 0"):
+        GateSettings(temperature=0.0)
 
 
 def test_abstention_spares_the_tasks_and_takes_what_is_far_between_them() -> None:

@@ -58,14 +58,22 @@ def test_parts_of_several_ranks_merge_to_what_one_rank_has_in_any_order(shares: 
         )
 
 
-def test_merging_adds_up_the_held_out_likelihoods() -> None:
-    x = features(0, 10)
-    nll = torch.arange(len(TEMPERATURES), dtype=torch.float64)
-    first, second = TaskStatistics.from_features("t", x[:4]), TaskStatistics.from_features("t", x[4:])
-    parts = [TaskStatistics("t", s.count, s.mean, s.factor, nll * k, k) for k, s in enumerate((first, second), start=1)]
-    merged = st.merge(parts)
-    assert merged.holdout_count == 3
-    torch.testing.assert_close(merged.holdout_nll, nll * 3)
+def test_held_out_rows_of_several_ranks_merge_to_what_one_rank_has() -> None:
+    earlier, own = bank(3)[:2], bank(3)[2]
+    held = features(2, 11, spread=2.0)
+    whole = own.with_holdout(held, earlier, 0.1)
+    parts = [own.with_holdout(part, earlier, 0.1) for part in held.split([4, 0, 7])]
+    merged = st.merge_holdouts(parts)
+    assert merged.holdout_count == whole.holdout_count == 11
+    torch.testing.assert_close(merged.holdout_nll, whole.holdout_nll, atol=1e-10, rtol=1e-10)
+    first, second = (s.holdout_factor for s in (merged, whole))
+    assert first is not None and second is not None
+    torch.testing.assert_close(first.T @ first, second.T @ second, atol=1e-10, rtol=1e-10)
+    assert st.merge_holdouts([own, own]) is own
+    with pytest.raises(ValueError, match="equal on all ranks"):
+        st.merge_holdouts([whole, earlier[0].with_holdout(held, [], 0.1)])
+    with pytest.raises(ValueError, match="without held-out rows"):
+        st.merge([whole])
 
 
 def test_parts_of_different_tasks_do_not_merge() -> None:
@@ -150,10 +158,13 @@ def test_a_task_without_rows_or_over_other_features_is_named() -> None:
 
 
 def test_statistics_survive_storage_exactly() -> None:
-    stats = bank(1)[0]
-    again = TaskStatistics.from_tensors("t0", stats.tensors())
-    assert (again.task, again.count, again.holdout_count) == ("t0", stats.count, 0)
-    assert torch.equal(again.factor, stats.factor) and torch.equal(again.mean, stats.mean)
+    bare = bank(1)[0]
+    for stats in (bare, bare.with_holdout(features(0, 9), [], 0.1)):
+        again = TaskStatistics.from_tensors("t0", stats.tensors())
+        assert (again.task, again.count, again.holdout_count) == ("t0", stats.count, stats.holdout_count)
+        assert (again.holdout_factor is None) == (stats.holdout_factor is None)
+        stored = again.tensors()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in stats.tensors().items())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +175,7 @@ def test_statistics_survive_storage_exactly() -> None:
         ("mean", torch.zeros(3), "do not fit"),
         ("factor", torch.full((2, WIDTH), math.nan), "NaN"),
         ("count", torch.tensor(0), "count 0"),
+        ("holdout_factor", torch.zeros(2, 3), "holdout_factor"),
     ],
 )
 def test_damaged_statistics_are_refused(name: str, value: Tensor | None, message: str) -> None:
@@ -182,8 +194,7 @@ def with_holdout(rows: int, tasks: int, width: int) -> list[TaskStatistics]:
     for t in range(tasks):
         x = features(t, rows + 40, width, spread=3.0)
         new = TaskStatistics.from_features(f"t{t}", x[:rows])
-        nll = st.holdout_nll(x[rows:], t, *st.keys([*stats, new], 0.1))
-        stats.append(TaskStatistics(new.task, new.count, new.mean, new.factor, nll, 40))
+        stats.append(new.with_holdout(x[rows:], stats, 0.1))
     return stats
 
 
@@ -208,44 +219,6 @@ def test_held_out_likelihood_is_the_formula() -> None:
     nll = st.holdout_nll(x, 1, weights, bias)
     at = TEMPERATURES.index(3.0)
     torch.testing.assert_close(nll[at], -st.posterior(x, weights, bias, 3.0)[:, 1].log().sum())
-
-
-def long_form(stats: list[TaskStatistics], x: Tensor, shrinkage: float) -> Tensor:
-    """RMD as its definition has it, with dense inverses."""
-    total = sum(s.count for s in stats)
-    means = torch.stack([s.mean for s in stats])
-    shares = torch.tensor([s.count / total for s in stats], dtype=torch.float64)
-    centre = shares @ means
-    sigma = dense_sigma(stats, shrinkage)
-    between = (1 - shrinkage) * (means - centre).T @ torch.diag(shares) @ (means - centre)
-
-    def distance(mean: Tensor, covariance: Tensor) -> Tensor:
-        return ((x - mean) @ torch.linalg.inv(covariance) * (x - mean)).sum(1)
-
-    return torch.stack([distance(m, sigma) for m in means], 1) - distance(centre, sigma + between)[:, None]
-
-
-@pytest.mark.parametrize("shrinkage", [0.1, 1.0])
-@pytest.mark.parametrize("width", [WIDTH, 400])
-def test_relative_mahalanobis_from_stored_numbers_equals_its_definition(shrinkage: float, width: int) -> None:
-    stats = bank(width=width)
-    x = torch.cat([features(t, 10, width) for t in range(5)])
-    far = st.background(stats, shrinkage, 1.0)
-    got = far.distance(x, *st.keys(stats, shrinkage))
-    torch.testing.assert_close(got, long_form(stats, x, shrinkage), rtol=1e-6, atol=1e-6)
-    assert far.factor.shape == (3, width)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_moments_of_the_distance_are_those_of_a_gaussian_task(temperature: float) -> None:
-    stats = bank()
-    far = st.background(stats, 0.1, temperature)
-    root = torch.linalg.cholesky(temperature * dense_sigma(stats, 0.1))
-    noise = torch.randn(20000, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    for t, s in enumerate(stats):
-        sample = far.distance(s.mean + noise @ root.T, *st.keys(stats, 0.1))[:, t]
-        assert sample.mean().item() == pytest.approx(far.mean[t].item(), abs=0.05 * far.std[t].item())
-        assert sample.std().item() == pytest.approx(far.std[t].item(), rel=0.05)
 
 
 def test_key_drift_is_zero_for_equal_keys_and_sees_a_look_alike_arrive() -> None:

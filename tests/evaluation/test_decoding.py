@@ -19,16 +19,25 @@ def test_labels_of_one_token_need_no_pass() -> None:
 def test_labels_that_begin_alike_share_a_context() -> None:
     plan = plan_labels([(8, 3), (3,), (8, 4), (8, 4, 5), (9, 3)], EOS)
     assert plan.ends
-    assert plan.contexts == ((3,), (8, 3), (8, 4, 5), (9, 3))
+    assert plan.contexts == ((3,), (8, 3), (9, 3), (8, 4, 5))
     plan = plan_labels([(8, 3), (8, 4), (8, 5, 5), (9, 3)], EOS)
     assert not plan.ends
-    assert plan.contexts == ((8, 5), (9,))
-    assert plan.context_of == (0, 0, 0, 1)
+    assert plan.contexts == ((9,), (8, 5))
+    assert plan.context_of == (1, 1, 1, 0)
 
 
 def test_eos_counts_for_all_labels_if_one_begins_another() -> None:
     assert plan_labels([(3,), (3, 4), (5,)], EOS).candidates == ((3, EOS), (3, 4, EOS), (5, EOS))
     assert plan_labels([(3, 5), (3, 4)], EOS).candidates == ((3, 5), (3, 4))
+
+
+def test_contexts_of_unlike_length_go_in_passes_of_their_own() -> None:
+    short = [(n, 2) for n in range(3, 9)]
+    plan = plan_labels([*short, (9, 2, 2, 2), (10, 2, 2, 2)], EOS)
+    assert plan.passes(99) == [range(6), range(6, 8)]
+    assert plan.passes(4) == [range(4), range(4, 6), range(6, 8)]
+    assert plan_labels([(3, 2), (9, 2, 2)], EOS).passes(99) == [range(2)]
+    assert plan_labels([(3,), (9,)], EOS).passes(99) == []
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "t5"])

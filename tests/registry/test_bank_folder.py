@@ -290,7 +290,7 @@ def right(original: Path) -> Bank:
     return read_bank(original)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_gives_the_right_bank_or_a_bank_error(
     original: Path, right: Bank, data: st.DataObject

@@ -57,8 +57,7 @@ def test_version_fifteen_adds_its_own_adapter_the_router_and_little_else(
     modules = {f"model.layers.{i}.self_attn.{m}_proj": (64, 64) for i in range(15, 30) for m in "qv"}
     tasks = [f"long/task-{k}" for k in range(1, 16)]
     adapters = [tiny_adapter(task, k, modules=modules) for k, task in enumerate(tasks, start=1)]
-    for index in (1, 15):
-        last = publish_sequence(store, name, tmp_path, tasks=tasks[:index], adapters=adapters[:index])[-1]
+    last = publish_sequence(store, name, tmp_path, tasks=tasks, adapters=adapters)[-1]
     sizes = files_of(store, last.run)
     own = sum(t.numel() * t.element_size() for t in adapters[-1].tensors().values())
     router = next(size for path, size in sizes.items() if path.endswith("router.safetensors"))
@@ -99,7 +98,7 @@ def test_another_run_reuses_a_stage_by_reference(store: Store, name: str, tmp_pa
     pulled = read_bank(store.pull(mine.uri, tmp_path / "pulled"))
     assert pulled.manifest.adapters[0].stored == read_manifest(tmp_path / f"{name}-1-e1").adapters[0].stored
     assert pulled.adapters[0].digest() == tiny_adapter(TASKS[0], 1).digest()
-    assert set(store.find_stage(original.training_fingerprint)) == {original, mine}
+    assert store.find_stage(original.training_fingerprint) == [original, mine]
 
 
 def test_a_name_of_another_run_is_refused(store: Store, name: str) -> None:
@@ -209,6 +208,19 @@ def test_a_bank_of_another_store_must_be_published_here_first(store: Store, name
             assert store.publish(name, tmp_path / "bank", **arguments).number == 1
 
 
+def test_statistics_that_were_not_given_are_named(store: Store, name: str, tmp_path: Path) -> None:
+    run = store.stage_run(store.parent_run(name, name, {}), "1 a", fingerprint(name))
+    place = store.placement(name, run, 1)
+    draft = tiny_bank(tmp_path / "bank", ["a"])
+    lines = [dataclasses.replace(draft.adapters[0], stored=place.of(draft.adapters[0].folder))]
+    parts = [dataclasses.replace(draft.statistics[0], stored=place.of(draft.statistics[0].file))]
+    rewrite(tmp_path / "bank", adapters=lines, statistics=parts, run_id=name, epoch=1)
+    (tmp_path / "bank" / draft.statistics[0].file).unlink()
+    values = {tags.TRAINING_FINGERPRINT: fingerprint(name), tags.RUN_ID: name}
+    with pytest.raises(BankError, match=r"statistics/1-a.safetensors: missing"):
+        store.publish(name, tmp_path / "bank", stage_run=run, tags=values, epoch=1, guard=lambda: None)
+
+
 def test_an_interrupted_pull_goes_on_where_it_was(store: Store, name: str, tmp_path: Path) -> None:
     last = publish_sequence(store, name, tmp_path)[-1]
     dest = tmp_path / "pulled"
@@ -228,15 +240,21 @@ def test_an_interrupted_pull_goes_on_where_it_was(store: Store, name: str, tmp_p
     assert (dest / kept.relative_to(tmp_path / ".pulled.part")).stat().st_mtime_ns == stamp
     assert read_bank(dest).manifest.digest() == last.tags[tags.MANIFEST_DIGEST]
     store.pull(last.uri, dest)  # the same bank: left as it is
-    with pytest.raises(UserError, match="holds another bank"):
+    with pytest.raises(UserError, match="holds something else"):
         store.pull(f"models:/{name}/1", dest)
+    kept = dest / kept.relative_to(tmp_path / ".pulled.part")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(BankError, match="remove it and pull again"):
+        store.pull(last.uri, dest)
 
 
 def test_a_pull_without_statistics_serves_all_the_same(store: Store, name: str, tmp_path: Path) -> None:
     last = publish_sequence(store, name, tmp_path)[-1]
+    (tmp_path / "pulled").mkdir()  # an empty folder is no obstacle
     bank = read_bank(store.pull(last.uri, tmp_path / "pulled", statistics=False))
     assert bank.statistics == {}
     assert len(bank.adapters) == 3
+    assert list(read_bank(store.pull(last.uri, tmp_path / "pulled")).statistics) == list(TASKS)  # added later
 
 
 def test_damage_in_the_artifact_store_is_found_when_pulling(store: Store, name: str, tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ def publish_sequence(
     adapters: Sequence[Adapter] | None = None,
     start: int = 1,
 ) -> list[Version]:
-    """What a driver does: one stage after the other, each adapter stored once by its own stage's run."""
+    """What a driver does: one stage after the other, each adapter stored once by its own stage's run.
+
+    Stages before ``start`` are there already, from epoch 1.
+    """
     run_id = run_id or name
     parent = store.parent_run(name, run_id, {"name": name})
     adapters = adapters or [tiny_adapter(task, index) for index, task in enumerate(tasks, start=1)]
@@ -96,7 +99,7 @@ def publish_sequence(
     for index, task in enumerate(tasks, start=1):
         print_of = fingerprint(name, *tasks[:index])
         run = store.stage_run(parent, f"{index} {task}", print_of)
-        places.append(store.placement(name, run, epoch))
+        places.append(store.placement(name, run, epoch if index >= start else 1))
         folder = work / f"{name}-{index}-e{epoch}"
         draft = tiny_bank(folder, tasks[:index], adapters=list(adapters[:index]))
         lines = [

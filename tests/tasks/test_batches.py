@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.tasks import tokenizers_small
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.batches import (
@@ -22,6 +21,7 @@ from amlora_dist.tasks.batches import (
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task import Columns, Label, PromptSettings, SourceSpec, Splits, TaskSpec
+from tests.tasks import tokenizers_small
 
 CAUSAL = [tokenizers_small.byte_level_bpe(), tokenizers_small.sentencepiece_bpe()]
 T5_LIKE = tokenizers_small.unigram()

@@ -64,9 +64,7 @@ def test_overrides_reach_into_sections_and_leave_the_rest() -> None:
 
 def test_renamed_task_keeps_its_mirror(tmp_path: Path) -> None:
     (tmp_path / "agnews").mkdir()
-    spec = resolve_task(
-        {"task": "agnews", "name": "news_again"}, data_dir=tmp_path, base_dir=Path(), defaults=DEFAULTS
-    )
+    spec = resolve_task({"task": "agnews", "name": "news_again"}, data_dir=tmp_path, base_dir=Path(), defaults=DEFAULTS)
     assert (spec.name, spec.source.mirror) == ("news_again", "agnews")
 
 

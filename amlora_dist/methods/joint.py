@@ -1,0 +1,24 @@
+"""All tasks at once in one stage: the upper bound of not having to learn in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amlora_dist.methods.base import Baseline
+
+
+class Joint(Baseline):
+    """One adapter trained on the rows of all tasks, shuffled together; it is not told the task.
+
+    There is one stage, so the accuracy matrix has one row, over all tasks, and no transfer or forgetting is defined.
+    It makes as many steps as all stages of a sequence together.
+    """
+
+    name = "joint"
+    inherits = False
+
+    def stages(self, tasks: Sequence[str]) -> list[str]:
+        return ["joint"]
+
+    def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
+        return dict.fromkeys(sequence)

@@ -1,0 +1,24 @@
+"""Settings that methods other than AM-LoRA read. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
+class MethodSettings:
+    """One section for all methods, so that one configuration can be run by each; a method reads what it names."""
+
+    ortho_weight: float = Field(default=20.0, ge=0)
+    """``o_lora``: weight of the overlap between the new adapter's directions and the earlier ones'."""
+    replay_rows: int = Field(default=16, ge=1)
+    """``replay``: training rows of each earlier task that later stages see again, at most."""
+    ewc_weight: float = Field(default=1000.0, ge=0)
+    """``ewc``: weight of the quadratic penalty on leaving the earlier tasks' adapter."""
+    ewc_rows: int = Field(default=64, ge=1)
+    """``ewc``: training rows of a task that its Fisher information is estimated on, at most."""
+    lwf_weight: float = Field(default=1.0, ge=0)
+    """``lwf``: weight of the distillation from the model before the stage."""
+    lwf_temperature: float = Field(default=2.0, gt=0)
+    """``lwf``: temperature of both distributions in the distillation."""

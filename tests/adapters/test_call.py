@@ -1,0 +1,541 @@
+"""The gate travels with the call, the cache and the encoder outputs, and never mixes between them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from amlora_dist.adapters.call import Luggage, active_call, attach, carried, pool_features
+from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
+from amlora_dist.adapters.settings import LiteralSettings
+from amlora_dist.errors import UserError
+from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
+
+RANKS = [2, 3, 1]
+TASKS = ["task0", "task1", "task2"]
+
+
+def routed(model: PreTrainedModel, *, layers: str = "above_router", **options: Any) -> Mixture:
+    targets = targets_of(model, layers=layers)
+    return inject(model, targets, random_adapters(targets, RANKS), router=LinearRouter.random(TASKS, 32), **options)
+
+
+def gate_of(mixture: Mixture, **inputs: Any) -> Tensor:
+    """The gate that a call of the model finds."""
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        mixture.model(**inputs, on_route=lambda _features, gate: seen.append(gate))
+    assert len(seen) == 1
+    return seen[0]
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_leave_out_padding_answers_and_the_first_two_tokens() -> None:
+    hidden = torch.randn(2, 6, 4)
+    hidden[0, :2] = float("inf")  # padding
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+    features = pool_features(hidden, mask, 2)
+    torch.testing.assert_close(features[0], hidden[0, 4])
+    torch.testing.assert_close(features[1], hidden[1, 2:4].mean(dim=0))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prompt_no_longer_than_the_skipped_tokens_pools_them_all(length: int) -> None:
+    hidden = torch.randn(1, 4, 3)
+    mask = torch.arange(4)[None] >= 4 - length
+    torch.testing.assert_close(pool_features(hidden, mask, 2)[0], hidden[0, 4 - length :].mean(dim=0))
+
+
+def test_features_without_a_mask_pool_everything_but_the_first_tokens() -> None:
+    hidden = torch.randn(2, 5, 3).bfloat16()
+    assert torch.equal(pool_features(hidden, None, 2), pool_features(hidden, torch.ones(2, 5), 2))
+    assert pool_features(hidden, None, 2).dtype == torch.float32
+
+
+def test_an_empty_prompt_is_zero_and_not_nan() -> None:
+    assert torch.equal(pool_features(torch.randn(1, 3, 2), torch.zeros(1, 3), 2), torch.zeros(1, 2))
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match=r"prompt_mask: found shape \(1, 9\)"):
+        pool_features(torch.randn(1, 3, 2), torch.ones(1, 9), 2)
+
+
+@pytest.mark.parametrize("layers", ["above_router", "all"])
+def test_the_call_routes_on_the_features_of_the_plain_model(layers: str) -> None:
+    model, ids = tiny_llama(), prompts(3, 7)
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    mixture = routed(model, layers=layers)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        model(input_ids=ids, on_route=lambda features, _gate: seen.append(features))
+    expected = hidden[:, 2:].mean(dim=1)
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(mixture.routing_features(input_ids=ids), expected)
+    torch.testing.assert_close(mixture.routing_features(input_ids=ids, full_forward=True), expected)
+
+
+def test_features_only_stops_at_the_routing_layer() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    ran: list[int] = []
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_args, i=i: ran.append(i))
+    mixture.routing_features(input_ids=prompts(2, 5))
+    assert ran == [0, 1]
+    ran.clear()
+    mixture.routing_features(input_ids=prompts(2, 5), full_forward=True)
+    assert ran == [0, 1, 2, 3]
+    assert active_call() is None
+
+
+def test_answers_do_not_move_the_gate() -> None:
+    mixture = routed(tiny_llama())
+    ids = prompts(2, 8)
+    mask = torch.zeros(2, 8, dtype=torch.long)
+    mask[:, :5] = 1
+    torch.testing.assert_close(
+        gate_of(mixture, input_ids=ids, prompt_mask=mask), gate_of(mixture, input_ids=ids[:, :5]), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layers", ["above_router", "all"])
+def test_padding_and_the_rest_of_the_batch_do_not_matter(side: str, layers: str) -> None:
+    model = tiny_llama()
+    mixture = routed(model, layers=layers)
+    lengths = [9, 4, 6, 1]
+    rows = [prompts(1, length, seed=length)[0] for length in lengths]
+    ids = torch.zeros(4, 9, dtype=torch.long)
+    mask = torch.zeros(4, 9, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        where = slice(9 - len(tokens), 9) if side == "left" else slice(0, len(tokens))
+        ids[row, where], mask[row, where] = tokens, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    gates = gate_of(mixture, input_ids=ids, attention_mask=mask, position_ids=positions)
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        for row, tokens in enumerate(rows):
+            alone = model(input_ids=tokens[None]).logits[0]
+            torch.testing.assert_close(together[row][mask[row].bool()], alone, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                gate_of(mixture, input_ids=tokens[None])[0], gates[row], atol=1e-5, rtol=1e-5
+            )
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_given_gate_wins_over_the_router() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    ids = prompts(2, 6)
+    with torch.no_grad():
+        one_hot = model(input_ids=ids, task_gate=mixture.one_hot(1, 2)).logits
+        broadcast = model(input_ids=ids, task_gate=mixture.one_hot(1, 1)).logits
+        found = model(input_ids=ids).logits
+    assert torch.equal(one_hot, broadcast)
+    assert not torch.allclose(one_hot, found)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 3), (3,)])
+def test_a_gate_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    model = tiny_llama()
+    routed(model)
+    with pytest.raises(UserError, match=r"task_gate: found shape .* expected \(2 or 1, 3\)"):
+        model(input_ids=prompts(2, 4), task_gate=torch.ones(shape))
+
+
+def test_without_router_and_gate_the_call_says_what_to_pass() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    mixture.set_router(None)
+    with pytest.raises(UserError, match="task_gate"):
+        model(input_ids=prompts(1, 4))
+
+
+def test_an_inner_module_called_alone_is_refused() -> None:
+    model = tiny_llama()
+    routed(model)
+    with pytest.raises(UserError, match="call the model itself"):
+        model.model(input_ids=prompts(1, 4))
+    assert active_call() is None
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    model = tiny_llama()
+    routed(model)
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        model(input_ids=prompts(1, 4), inputs_embeds=torch.zeros(1, 4, 32))
+    assert active_call() is None
+
+
+def test_a_new_router_serves_the_next_call_and_caches_keep_their_gate() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    ids = prompts(1, 6)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        before = carried(cache)
+        mixture.set_router(LinearRouter.random(TASKS, 32, seed=9))
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert before is not None
+    assert carried(cache).task_gate is before.task_gate  # type: ignore[union-attr]
+    assert not torch.allclose(before.task_gate, gate_of(mixture, input_ids=ids))  # type: ignore[arg-type]
+
+
+def test_a_router_of_other_tasks_is_refused() -> None:
+    mixture = routed(tiny_llama())
+    with pytest.raises(UserError, match="its tasks are"):
+        mixture.set_router(LinearRouter.random(["a", "b", "c"], 32))
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+def generate(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    return model.generate(**({"max_new_tokens": 7, "do_sample": False} | inputs))
+
+
+def padded(batch: int = 3) -> dict[str, Tensor]:
+    ids, mask = prompts(batch, 8), torch.ones(batch, 8, dtype=torch.long)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("layers", ["above_router", "all"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generate_is_the_same_with_and_without_cache(layers: str, options: dict[str, Any]) -> None:
+    model = tiny_llama()
+    routed(model, layers=layers)
+    cached = generate(model, **padded(), **options)
+    assert torch.equal(cached, generate(model, **padded(), use_cache=False, **options))
+
+
+def test_generate_routes_once_and_every_row_by_its_own_prompt() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    seen: list[Tensor] = []
+    together = generate(model, **padded(), on_route=lambda _f, gate: seen.append(gate))
+    assert len(seen) == 1
+    for row in range(3):
+        inputs = {name: tensor[row : row + 1] for name, tensor in padded().items()}
+        alone = generate(model, **inputs)
+        assert torch.equal(alone[0], together[row])
+        torch.testing.assert_close(gate_of(mixture, **inputs), seen[0][row : row + 1], atol=1e-5, rtol=0)
+
+
+def test_generate_takes_a_gate() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    gate = mixture.one_hot(1, 3)
+    given = generate(model, **padded(), task_gate=gate, num_beams=2)
+    mixture.set_router(None)
+    assert torch.equal(given, generate(model, **padded(), task_gate=gate, num_beams=2, use_cache=False))
+
+
+def test_generate_works_with_a_static_cache() -> None:
+    model = tiny_llama()
+    routed(model)
+    assert torch.equal(generate(model, **padded()), generate(model, **padded(), cache_implementation="static"))
+
+
+def test_interleaved_generations_do_not_mix_gates() -> None:
+    model = tiny_llama()
+    routed(model)
+    batches = [prompts(2, 6, seed=seed) for seed in (1, 2)]
+    expected = [generate(model, input_ids=ids)[:, 6:] for ids in batches]
+    caches: list[Any] = [None, None]
+    tokens = list(batches)
+    produced: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        for _step in range(7):
+            for i in (0, 1):
+                out = model(input_ids=tokens[i], past_key_values=caches[i], use_cache=True)
+                caches[i], tokens[i] = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+                produced[i].append(tokens[i])
+    for i in (0, 1):
+        assert torch.equal(torch.cat(produced[i], dim=1), expected[i])
+
+
+def test_two_threads_do_not_mix_gates() -> None:
+    model = tiny_llama()
+    routed(model)
+    batches = [prompts(2, 6, seed=seed) for seed in range(4)]
+    expected = [generate(model, input_ids=ids) for ids in batches]
+    found: dict[int, Tensor] = {}
+    barrier = threading.Barrier(len(batches))
+
+    def work(i: int) -> None:
+        barrier.wait(timeout=30)
+        for _ in range(3):
+            found[i] = generate(model, input_ids=batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(torch.equal(found[i], expected[i]) for i in range(len(batches)))
+
+
+# -- what the cache carries -------------------------------------------------------------------------------------------
+
+
+def filled(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True).past_key_values
+
+
+def gate_in(cache: object) -> Tensor:
+    luggage = carried(cache)
+    assert luggage is not None
+    assert luggage.task_gate is not None
+    return luggage.task_gate
+
+
+def test_the_gate_follows_every_operation_on_the_caches_rows() -> None:
+    model = tiny_llama()
+    routed(model)
+    cache = filled(model, prompts(3, 5))
+    gate = gate_in(cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(gate_in(cache), gate[[2, 0, 0]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(gate_in(cache), gate[[2, 2, 0, 0, 0, 0]])
+    cache.batch_select_indices(torch.tensor([1, 5]))
+    assert torch.equal(gate_in(cache), gate[[2, 0]])
+    cache.crop(-2)
+    assert torch.equal(gate_in(cache), gate[[2, 0]])
+    assert isinstance(cache, DynamicCache)
+
+
+def test_decoding_goes_on_with_the_rows_that_were_picked() -> None:
+    model = tiny_llama()
+    routed(model)
+    ids, token = prompts(3, 5), prompts(2, 1, seed=4)
+    cache = filled(model, ids)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    with torch.no_grad():
+        picked = model(input_ids=token, past_key_values=cache).logits
+        again = model(input_ids=token, past_key_values=filled(model, ids[[2, 0]])).logits
+    torch.testing.assert_close(picked, again, atol=1e-6, rtol=1e-5)
+
+
+def test_a_copied_cache_has_a_gate_of_its_own() -> None:
+    model = tiny_llama()
+    routed(model)
+    cache = filled(model, prompts(2, 5))
+    twin = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(gate_in(twin), gate_in(cache)[[1, 0]])
+
+
+def test_a_cache_that_holds_tokens_but_no_gate_is_an_error() -> None:
+    model = tiny_llama()
+    cache = filled(model, prompts(1, 5))
+    mixture = routed(model)
+    with pytest.raises(UserError, match="no gate"):
+        model(input_ids=prompts(1, 1), past_key_values=cache)
+    with torch.no_grad():  # a given gate is enough
+        model(input_ids=prompts(1, 1), past_key_values=cache, task_gate=mixture.one_hot(0, 1))
+    assert torch.equal(gate_in(cache), mixture.one_hot(0, 1))
+
+
+def test_an_emptied_cache_routes_anew() -> None:
+    model = tiny_llama()
+    mixture = routed(model)
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=16)):
+        with torch.no_grad():
+            model(input_ids=prompts(1, 5, seed=1), past_key_values=cache)
+            cache.reset()
+            assert carried(cache) is None
+            model(input_ids=prompts(1, 5, seed=2), past_key_values=cache)
+        torch.testing.assert_close(gate_in(cache), gate_of(mixture, input_ids=prompts(1, 5, seed=2)))
+
+
+def test_an_unknown_kind_of_cache_is_an_error() -> None:
+    model = tiny_llama()
+    routed(model)
+    with pytest.raises(UserError, match="no gate"):
+        model(input_ids=prompts(1, 1), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
+def test_attaching_twice_replaces_what_is_carried() -> None:
+    cache = DynamicCache()
+    attach(cache, Luggage(torch.zeros(1, 2), {}))
+    attach(cache, Luggage(torch.ones(1, 2), {}))
+    assert torch.equal(gate_in(cache), torch.ones(1, 2))
+    assert type(cache).__mro__.count(DynamicCache) == 1
+
+
+# -- encoder-decoder --------------------------------------------------------------------------------------------------
+
+
+def test_encoder_outputs_carry_the_gate_to_the_decoder() -> None:
+    model = tiny_t5()
+    routed(model)
+    ids, start = prompts(2, 7), torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        whole = model(input_ids=ids, decoder_input_ids=start).logits
+        encoded = model.get_encoder()(input_ids=ids)
+        apart = model(encoder_outputs=encoded, decoder_input_ids=start).logits
+    assert torch.equal(whole, apart)
+    assert encoded["task_gate"].shape == (2, 3)
+
+
+def test_encoder_outputs_without_a_gate_are_an_error_unless_the_cache_has_it() -> None:
+    model = tiny_t5()
+    routed(model)
+    ids, start = prompts(2, 7), torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        out = model(input_ids=ids, decoder_input_ids=start, use_cache=True)
+        bare = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
+        with pytest.raises(UserError, match="encoder_outputs carry no gate"):
+            model(encoder_outputs=bare, decoder_input_ids=start)
+        model(encoder_outputs=bare, decoder_input_ids=start, past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_encoder_decoder_generate_is_the_same_with_and_without_cache(options: dict[str, Any]) -> None:
+    model = tiny_t5()
+    routed(model)
+    inputs = {"input_ids": prompts(2, 7), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
+    torch.manual_seed(5)
+    cached = generate(model, **inputs, **options)
+    torch.manual_seed(5)
+    assert torch.equal(cached, generate(model, **inputs, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("layers", ["above_router", "all"])
+def test_encoder_padding_does_not_matter(layers: str) -> None:
+    model = tiny_t5()
+    mixture = routed(model, layers=layers)
+    ids = prompts(1, 5)
+    wide = torch.cat([ids, torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = torch.tensor([[1] * 5 + [0] * 3])
+    start = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        alone = model(input_ids=ids, decoder_input_ids=start).logits
+        filled_up = model(input_ids=wide, attention_mask=mask, decoder_input_ids=start).logits
+    torch.testing.assert_close(alone, filled_up, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        mixture.routing_features(input_ids=ids),
+        mixture.routing_features(input_ids=wide, attention_mask=mask, full_forward=True),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+# -- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("before", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(kind: str, before: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama() if kind == "decoder" else tiny_t5()
+        if checkpointing and before:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        targets = targets_of(model)
+        mixture = inject(
+            model, targets, random_adapters(targets, RANKS), new=NewAdapter(task="new", rank=2, alpha=4.0)
+        )
+        if checkpointing and not before:
+            model.gradient_checkpointing_enable()
+        model.train()
+        for parameter in mixture.trainable().values():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+        ids = prompts(2, 6)
+        model(input_ids=ids, labels=ids, task_gate=mixture.one_hot(3, 2)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in mixture.trainable().items()})
+    # An encoder-decoder adds up the encoder's gradients in another order.
+    tolerance = 0.0 if kind == "decoder" else 1e-5
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=tolerance, rtol=tolerance)
+
+
+def test_recomputation_in_another_thread_and_another_call_sees_its_own_gate() -> None:
+    """As on an accelerator, where backward runs in a thread of autograd's own."""
+    model = tiny_llama()
+    targets = targets_of(model)
+    mixture = inject(model, targets, random_adapters(targets, RANKS), new=NewAdapter(task="new", rank=2, alpha=4.0))
+    model.train()
+    ids = prompts(2, 6)
+
+    def gradients(in_thread: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, task_gate=torch.full((2, 4), 0.5)).loss
+        with torch.no_grad():
+            model(input_ids=ids, task_gate=torch.zeros(2, 4))
+        if in_thread:
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join(timeout=30)
+        else:
+            loss.backward()
+        return {name: p.grad.clone() for name, p in mixture.trainable().items() if p.grad is not None}
+
+    plain = gradients(in_thread=False)
+    model.gradient_checkpointing_enable()
+    recomputed = gradients(in_thread=True)
+    assert plain.keys() == mixture.trainable().keys() == recomputed.keys()
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+# -- the literal router's selectors -----------------------------------------------------------------------------------
+
+
+def selecting(model: PreTrainedModel, granularity: str) -> Mixture:
+    targets = targets_of(model)
+    adapters = random_adapters(targets, RANKS, recipes=False)
+    generator = torch.Generator().manual_seed(3)
+    for target in targets:
+        adapters[-1].selector[f"{target.path}.weight"] = torch.randn(3, target.out_features, generator=generator)
+        adapters[-1].selector[f"{target.path}.bias"] = torch.randn(4, generator=generator)
+    literal = LiteralSettings(granularity=granularity)  # type: ignore[arg-type]
+    return inject(model, targets, adapters, literal=literal)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_selectors_generate_the_same_with_and_without_cache(granularity: str, kind: str, beams: int) -> None:
+    model = tiny_llama() if kind == "decoder" else tiny_t5()
+    selecting(model, granularity)
+    inputs = padded() if kind == "decoder" else {"input_ids": prompts(3, 6)}
+    cached = generate(model, **inputs, num_beams=beams)
+    assert torch.equal(cached, generate(model, **inputs, num_beams=beams, use_cache=False))
+
+
+def test_selections_reach_the_collector_once_even_when_recomputed() -> None:
+    model = tiny_llama()
+    targets = targets_of(model)
+    mixture = inject(model, targets, [], new=NewAdapter(task="new", rank=2, alpha=4.0), literal=LiteralSettings())
+    model.gradient_checkpointing_enable()
+    model.train()
+    seen: dict[str, Any] = {}
+    ids = prompts(2, 6)
+    calls: list[str] = []
+
+    def collect(path: str, selection: Any) -> None:
+        calls.append(path)
+        seen[path] = selection
+
+    loss = model(input_ids=ids, labels=ids, on_select=collect).loss
+    (loss + sum(selection.gates[..., 1:].mean() for selection in seen.values())).backward()
+    assert sorted(calls) == sorted(target.path for target in targets)
+    trainable = mixture.trainable()
+    assert any(name.startswith("selector.") for name in trainable)
+    assert all(parameter.grad is not None for parameter in trainable.values())

@@ -1,0 +1,45 @@
+"""Whole sequences through Ray Train and DeepSpeed: two ranks, ZeRO-3, a decoder and an encoder-decoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from amlora_dist.config import load_config
+from pipelines.progress import Silent
+from pipelines.sequence import run_sequence
+from tests.tiny_folder import write_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One cluster for all tests here: starting it takes seconds."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def run(config: Path, run_id: str, *overrides: str) -> dict[str, Any]:
+    return run_sequence(load_config(config, list(overrides)), run_id=run_id, progress=Silent())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_three_tasks_under_zero_3_with_two_ranks_equal_one_process(kind: str, tmp_path: Path, amlora_home: Path) -> None:
+    config = write_config(tmp_path, kind)
+    two = run(config, "two", "workers=2", "deepspeed.zero_stage=3")
+    assert [stage["version"] for stage in two["stages"]] == [1, 2, 3]
+    os.environ["AMLORA_HOME"] = str(amlora_home.parent / "alone")
+    one = run(config, "one")
+    assert [stage["fingerprint"] for stage in one["stages"]][0] == two["stages"][0]["fingerprint"]
+    for row_one, row_two in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
+        for x, y in zip(row_one, row_two, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or abs(x - y) <= 1 / 9 + 1e-9, "each cell within one row"

@@ -1,0 +1,175 @@
+"""The durable run: what it publishes, what it reuses, and what it survives. One tiny model, no Ray (``workers: 0``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amlora_dist.config import load_config
+from amlora_dist.errors import UserError
+from amlora_dist.registry.store import Store
+from pipelines.progress import Silent
+from pipelines.sequence import load_result, run_sequence
+from tests.tiny_folder import write_config, write_task
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="session")
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose MLflow tables exist: creating them takes seconds."""
+    folder = tmp_path_factory.mktemp("empty-home")
+    Store.open(folder)
+    return folder
+
+
+@pytest.fixture
+def home(amlora_home: Path, empty_home: Path) -> Path:
+    shutil.copytree(empty_home, amlora_home)
+    return amlora_home
+
+
+def run(config: Path, run_id: str, *overrides: str) -> dict[str, Any]:
+    return run_sequence(load_config(config, list(overrides)), run_id=run_id, progress=Silent())
+
+
+def command(config: Path, run_id: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "run", str(config), "--run-id", run_id, "--json", *overrides],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def outcome(result: dict[str, Any], home: Path) -> dict[str, Any]:
+    """What must be equal after a crash: the matrices and the digests of everything trained."""
+    store = Store.open(home)
+    versions = store.counted_versions(result["registered_model"])
+    from amlora_dist.registry.bank_folder import read_bank
+
+    bank = read_bank(store.pull_version(versions[-1], home / "pulled"))
+    return {
+        "accuracy": result["accuracy_matrix"],
+        "ranked": result["ranked_accuracy_matrix"],
+        "oracle": result["oracle"],
+        "untrained": result["untrained"],
+        "adapters": [entry.digest for entry in bank.manifest.adapters],
+        "router": bank.manifest.router.digest,
+        "versions": len(versions),
+    }
+
+
+def test_a_sequence_publishes_one_version_per_stage_and_a_second_start_trains_nothing(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path)
+    first = run(config, "one")
+    assert [stage["reused"] for stage in first["stages"]] == [False, False, False]
+    assert [stage["version"] for stage in first["stages"]] == [1, 2, 3]
+    assert first["registered_model"] == "one"
+    assert [len(row) for row in first["accuracy_matrix"]] == [3, 3, 3]
+    assert first["accuracy_matrix"][0][2] is None, "after stage 1 the task after the next is not scored"
+    assert all(value is not None for value in (*first["accuracy_matrix"][2], *first["untrained"], *first["oracle"]))
+    assert first["accuracy_matrix"][2][0] > first["untrained"][0], "it learns"
+    store = Store.open(home)
+    assert store.resolve("models:/one@current").number == 3 == store.resolve("models:/one/latest").number
+    runs = store.find_runs({"amlora.run_id": "one"})
+    assert sorted(found.tags["amlora.kind"] for found in runs) == ["sequence", "stage", "stage", "stage"]
+    assert {found.status for found in runs} == {"FINISHED"}
+    stage_runs = [found for found in runs if found.tags["amlora.kind"] == "stage"]
+    assert all(len(store.metric_history(found.run, "loss")) == 16 for found in stage_runs)
+
+    again = run(config, "one")
+    assert [stage["reused"] for stage in again["stages"]] == [True, True, True]
+    for key in ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained", "metrics"):
+        assert again[key] == first[key]
+    assert len(store.counted_versions("one")) == 3
+    shown = load_result("one")
+    assert shown["accuracy_matrix"] == first["accuracy_matrix"]
+
+
+def test_an_appended_task_alone_is_trained_and_other_changes_are_refused(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    first = run(config, "grow")
+    fruit = write_task(tmp_path / "tasks", "fruit")
+    longer = [*load_config(config).tasks, str(fruit)]
+    grown = run(config, "grow", f"tasks={json.dumps(longer)}")
+    assert [stage["reused"] for stage in grown["stages"]] == [True, True, False]
+    assert [stage["fingerprint"] for stage in grown["stages"]][:2] == [s["fingerprint"] for s in first["stages"]]
+    assert grown["untrained"][2] is not None
+    with pytest.raises(UserError, match=r"training\.learning_rate: 0\.03 then, 0\.02 now"):
+        run(config, "grow", f"tasks={json.dumps(longer)}", "training.learning_rate=0.02")
+    with pytest.raises(UserError, match="appended"):
+        run(config, "grow")
+
+
+def test_another_run_with_the_same_prefix_trains_only_what_differs(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    first = run(config, "first")
+    other = run(config, "second", "training.l1=0.5", "router.gate.threshold=0.3")
+    assert [stage["reused"] for stage in other["stages"]] == [True, False], "stage 1 does not read the L1 coefficient"
+    assert other["stages"][0]["fingerprint"] == first["stages"][0]["fingerprint"]
+    store = Store.open(home)
+    version = store.resolve("models:/second/1")
+    assert version.tags["amlora.reused_from"] == "models:/first/1"
+    pulled = store.pull_version(store.resolve("models:/second/2"), home / "second")
+    from amlora_dist.registry.bank_folder import read_bank
+
+    assert [entry.task for entry in read_bank(pulled).manifest.adapters] == ["colours", "shapes"]
+
+
+def test_a_run_goes_on_from_a_published_bank(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    run(config, "base")
+    more = write_config(tmp_path, tasks=("sizes",), parent="models:/base@current")
+    result = run(more, "further")
+    assert [stage["reused"] for stage in result["stages"]] == [False]
+    store = Store.open(home)
+    from amlora_dist.registry.bank_folder import read_bank
+
+    bank = read_bank(store.pull_version(store.resolve("models:/further/1"), home / "further"))
+    assert bank.manifest.tasks == ["colours", "shapes", "sizes"]
+    whole = run(write_config(tmp_path, tasks=("colours", "shapes", "sizes")), "whole")
+    assert whole["stages"][2]["reused"], "the stage was trained already, in another run, on the same bank"
+
+
+def test_killed_in_the_middle_of_stage_2_the_same_command_ends_with_the_same_result(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path)
+    calm = outcome(run(config, "calm"), home)
+    elsewhere = tmp_path / "elsewhere"
+    settings = {"AMLORA_HOME": str(elsewhere)}
+    crash = {"AMLORA_CRASH": "step_done:kill:21", "AMLORA_CRASH_ONCE": str(tmp_path / "once")}
+    died = command(config, "calm", **settings, **crash)
+    assert died.returncode == -9, died.stderr
+    resumed = command(config, "calm", **settings)
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout)
+    assert [stage["reused"] for stage in result["stages"]] == [True, False, False]
+    assert "resumed after step 4" in resumed.stderr
+    assert outcome(result, elsewhere) == calm
+
+
+def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    plain = run(config, "plain")
+    digests = outcome(plain, home)["adapters"]
+    undeclared = [
+        "router.gate.threshold=0.5", "router.gate.form=absolute", "router.gate.temperature=2.0", "evaluation.batch_size=3",
+        "evaluation.oracle=false", "evaluate.cells=last", "training.checkpoint_every=3", "name=other",
+    ]  # fmt: skip
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("AMLORA_HOME", str(elsewhere))
+    other = run(config, "other", *undeclared)
+    assert [stage["reused"] for stage in other["stages"]] == [False, False], "trained anew, in an empty store"
+    assert [stage["fingerprint"] for stage in other["stages"]] == [stage["fingerprint"] for stage in plain["stages"]]
+    assert outcome(other, elsewhere)["adapters"] == digests

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from amlora_dist.errors import UserError
+from amlora_dist.registry.connection import Connection, StoreError, connect
+from amlora_dist.registry.runs import check_model_name
+from amlora_dist.registry.versions import parse_uri
+
+
+def test_mlflow_is_not_imported_before_a_store_is_opened() -> None:
+    code = "import sys, amlora_dist.registry.store, amlora_dist.registry.pyfunc; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "mlruns", "./mlruns"])
+def test_plain_files_are_refused_with_what_works(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mlflow.tracking_uri: found .*sqlite"):
+        connect(tmp_path, uri)
+
+
+def test_a_server_that_does_not_listen_is_named_at_once(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=f"{uri} does not answer"):
+            connect(tmp_path, uri)
+        assert time.monotonic() - begin < 25
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("hello, I am a text" * 100)
+    with pytest.raises(UserError, match=r"mlflow.db: file is not a database"):
+        connect(tmp_path, None)
+
+
+def test_a_home_that_no_database_uri_can_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="AMLORA_HOME"):
+        connect(tmp_path / "50%", None)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "amlora.lease.x", "a'b", "-x", "x" * 130, "a\n"])
+def test_names_that_mlflow_or_a_file_cannot_carry_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="registered_model: found"):
+        check_model_name(name)
+
+
+def test_uris_of_versions() -> None:
+    assert parse_uri("models:/my bank@champion") == ("my bank", "champion", "latest")
+    assert parse_uri("models:/helpdesk/12") == ("helpdesk", None, "12")
+    assert parse_uri("models:/helpdesk/latest") == parse_uri("models:/helpdesk") == ("helpdesk", None, "latest")
+    for bad in ("models:/helpdesk/stage", "models:helpdesk/1", "runs:/x/bank", "models:/a@", "models:/a@b/1"):
+        with pytest.raises(UserError, match="expected models:/NAME@ALIAS"):
+            parse_uri(bad)
+
+
+@pytest.mark.integration  # importing mlflow
+class TestRepeating:
+    """``Connection.call`` against a function that fails."""
+
+    connection = Connection(SimpleNamespace(), "sqlite:///x", None)  # type: ignore[arg-type]
+
+    @staticmethod
+    def failing(times: int, message: str, code: str) -> Any:
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import ErrorCode
+
+        calls = []
+
+        def function() -> int:
+            calls.append(1)
+            if len(calls) <= times:
+                raise MlflowException(message, error_code=ErrorCode.Value(code))
+            return len(calls)
+
+        return function
+
+    def test_a_locked_database_is_tried_again_until_it_is_free(self) -> None:
+        busy = self.failing(3, "(sqlite3.OperationalError) database is locked", "TEMPORARILY_UNAVAILABLE")
+        assert self.connection.call("write", busy) == 4
+
+    def test_a_database_that_stays_locked_is_named_at_the_deadline(self) -> None:
+        busy = self.failing(10**6, "database is locked", "INTERNAL_ERROR")
+        with pytest.raises(StoreError, match=r"write a tag: still busy after .* s .*locked.*tracking server"):
+            self.connection.call("write a tag", busy, deadline_s=0.2)
+
+    def test_other_errors_are_not_repeated(self) -> None:
+        wrong = self.failing(1, "no such column", "BAD_REQUEST")
+        with pytest.raises(StoreError, match="read: no such column"):
+            self.connection.call("read", wrong)
+        assert wrong() == 2
+
+    def test_a_full_disk_is_named(self) -> None:
+        def full() -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(StoreError, match=r"upload: .*No space left"):
+            self.connection.call("upload", full)
+
+    def test_existing_and_missing_things_are_told_to_the_caller(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        for code in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
+            with pytest.raises(MlflowException):
+                self.connection.call("create", self.failing(1, "", code))
