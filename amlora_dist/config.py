@@ -196,7 +196,8 @@ def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[
 
 
 _SECTIONS = (
-    "task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "method_settings", "deepspeed", "mlflow",
+    "task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "method_settings", "deepspeed",
+    "mlflow",
 )  # fmt: skip
 _LONG_FORMS: dict[KeyPath, KeyPath] = {
     ("evaluate",): ("evaluation", "cells"),

@@ -40,7 +40,13 @@ def console_for(stream: TextIO | None = None) -> Console:
 
 def show_result(result: dict[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:
     """Print a run's result; ``tracking_uri`` is where MLflow keeps it."""
-    console.print(Group(*_parts(result, console.width, tracking_uri)))
+    parts = Group(*_parts(result, console.width, tracking_uri))
+    if console.is_terminal:
+        console.print(parts)
+        return
+    with console.capture() as captured:
+        console.print(parts)
+    console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iterator[RenderableType]:

@@ -40,6 +40,7 @@ class Materials:
             adapters=c.adapters,
             router=c.router,
             training=c.training,
+            method_settings=c.method_settings,
         )
 
     def prompt(self, task: str) -> dict[str, Any]:
@@ -49,25 +50,39 @@ class Materials:
         return prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
 
     def training_fingerprint(
-        self, method: Method, stage: int, task: str, adapters: list[str], statistics: list[str]
+        self,
+        method: Method,
+        stage: int,
+        task: str,
+        adapters: list[str],
+        statistics: list[str],
+        rows: dict[str, int | None],
     ) -> str:
-        """Of the stage that learns ``task`` on top of adapters with these digests."""
+        """Of the stage that learns ``task`` on top of adapters with these digests, from ``rows`` (``Method.rows``)."""
+        reads = method.reads(stage)
+        if list(rows) != [task]:
+            reads["rows"] = {
+                name: {"at_most": limit, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}
+                for name, limit in rows.items()
+            }
+        own = task in rows
         return training_fingerprint(
             base_digest=self.base.digest,
             parent_adapters=adapters,
             parent_statistics=statistics,
             task=task,
-            rows_digest=self.data[task].digest("train"),
-            prompt=self.prompt(task),
+            rows_digest=self.data[task].digest("train") if own else "",
+            prompt=self.prompt(task) if own else {},
             method=self.config.method,
             seed=self.config.seed,
-            reads=method.reads(stage),
+            reads=reads,
         )
 
-    def scoring_fingerprint(self, bank: list[str], mode: str, task: str) -> str:
+    def scoring_fingerprint(self, method: Method, bank: list[str], mode: str, task: str) -> str:
         """Of one cell, under a bank whose stages have these training fingerprints."""
         spec, split = self.specs[task], self.config.evaluation.split
-        router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)} if mode == "router" else {}
+        router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)}
+        router = router if mode == "router" and method.routed else {}
         return scoring_fingerprint(
             bank=[self.base.digest] if mode == "untrained" else bank,
             mode=mode,

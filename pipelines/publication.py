@@ -27,7 +27,7 @@ from amlora_dist.registry.manifest import (
 )
 from amlora_dist.registry.task_entry import task_entry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
-from amlora_dist.training.result import Result, is_whole, read_result, write_result
+from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
 from amlora_dist.training.work import Cell, Parent
 from pipelines.results import STAGE_FILE, Matrices
 
@@ -63,6 +63,10 @@ class StageRecord:
         """Fill in what training and scoring gave."""
         self.training = result.training
         self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
+        self.score(cells, known)
+
+    def score(self, cells: Sequence[Cell], known: dict[str, dict[str, Any]]) -> None:
+        """Fill in what scoring gave."""
         for cell in cells:
             score = known.get(cell.fingerprint)
             if score is None:
@@ -119,17 +123,18 @@ class Publication:
         placement = self.store.placement(self.registered_model, record.run, self.lease.epoch)
         before = self.manifest_of(below, storage) if below is not None else None
         index = len(parents)
-        adapter, statistics = results[-1].adapter, results[-1].statistics
+        adapter = results[-1].adapter
         stored, stored_statistics = self._stored(placement, original, index, record.task, storage)
         earlier = list(before.adapters) if before else []
         earlier_statistics = list(before.statistics) if before else []
+        spec = self.materials.specs.get(record.task)
         entry = adapter_entry(
             adapter,
             index,
             training_fingerprint=record.fingerprint,
             parent=before.parent_digest() if before else None,
             stored=stored,
-            task_spec=task_entry(self.materials.specs[record.task]),
+            task_spec=None if spec is None else task_entry(spec),
         )
         router = method_for(self.materials.stage_settings()).router([r.statistics for r in results])
         tensors = {} if router is None else router.tensors()
@@ -151,7 +156,7 @@ class Publication:
             fan_in_fan_out=base.model_type in CONV1D_MODELS,
             statistics=[
                 *earlier_statistics,
-                statistics_entry(index, record.task, statistics.tensors(), stored_statistics),
+                statistics_entry(index, record.task, results[-1].continuation(), stored_statistics),
             ],
             training_configuration=self.mapping,
             accuracy_matrix=AccuracyMatrix(
@@ -172,7 +177,7 @@ class Publication:
             manifest,
             [r.adapter for r in results],
             tensors,
-            {parent.task: r.statistics.tensors() for parent, r in zip(parents, results, strict=True)},
+            {parent.task: r.continuation() for parent, r in zip(parents, results, strict=True)},
         )
         values = {
             tags.RUN_ID: self.run_id,
@@ -215,10 +220,11 @@ class Publication:
             if not is_whole(folder):
                 from amlora_dist.adapters.statistics import TaskStatistics
 
-                statistics = TaskStatistics.from_tensors(entry.task, bank.statistics[entry.task])
+                kept, memory = split_continuation(bank.statistics[entry.task])
+                statistics = TaskStatistics.from_tensors(entry.task, kept)
                 training = {"fingerprint": entry.training_fingerprint, "seconds": 0.0, "tokens": 0, "losses": []}
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                write_result(folder, Result(adapter, statistics, training))
+                write_result(folder, Result(adapter, statistics, training, memory))
             out.append(Parent(entry.task, entry.digest, str(folder)))
         return out
 

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    StreamHandler = logging.StreamHandler[TextIO]
+else:
+    StreamHandler = logging.StreamHandler  # takes no type at run time before Python 3.11
+
 _SILENCE = {
     "DEEPSPEED_LOG_LEVEL": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -20,7 +24,6 @@ _SILENCE = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "PYTHONWARNINGS": "ignore",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
@@ -32,7 +35,7 @@ _SILENCE = {
 _CHATTY = ("alembic", "datasets", "deepspeed", "DeepSpeed", "filelock", "huggingface_hub", "mlflow", "ray", "torch")
 
 
-class _ToStandardError(logging.StreamHandler[TextIO]):
+class _ToStandardError(StreamHandler):
     """Writes to whatever ``sys.stderr`` is at the moment: a progress bar replaces it to print above itself."""
 
     def __init__(self) -> None:

@@ -53,11 +53,17 @@ def result(
     seed: int,
     tasks: Sequence[str],
     stages: Sequence[StageRecord],
+    in_sequence: bool = True,
     tracking_uri: str,
 ) -> dict[str, Any]:
-    """The result object; what is undefined is None."""
+    """The result object; what is undefined is None.
+
+    Unless ``in_sequence``, the one stage is about all tasks, and the only metric is the mean of its row.
+    """
     found = matrices(tasks, stages)
-    complete = metrics.summary(found.accuracy) if stages else {}
+    complete = metrics.summary(found.accuracy) if stages and in_sequence else {}
+    if stages and not in_sequence:
+        complete = {"average_performance": metrics.mean(found.accuracy[-1])}
     untrained = found.accuracy[0]
     return {
         "run_id": run_id,

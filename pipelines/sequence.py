@@ -162,7 +162,10 @@ class _Driver:
         self.home = place
         self.storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
         self.settings = materials.stage_settings()
+        self.method = method_for(self.settings)
         self.tasks = list(materials.specs)
+        self.names = self.method.stages(self.tasks)
+        """Names of the stages: the tasks, for most methods."""
         self.model_name = str(config.registered_model)
         self.publication = Publication(store, lease, self.model_name, run_id, parent_run, mapping, materials)
         self.stages: list[StageRecord] = []
@@ -170,23 +173,21 @@ class _Driver:
     def run(self, cluster: RayCluster, began: float) -> dict[str, Any]:
         """All stages; the result."""
         bank = self._starting_bank()
-        single = self.config.method == "joint"
-        for index, task in enumerate(self.tasks, start=1):
-            self.progress.stage(task, index, len(self.tasks))
+        for index, task in enumerate(self.names, start=1):
+            self.progress.stage(task, index, len(self.names))
             started = time.monotonic()
-            record = self._stage(index, task, bank, cluster)
+            record = self._stage(index, task, bank, cluster) if self.method.trains else self._untrained(task, cluster)
             record.other_seconds = max(
                 0.0, time.monotonic() - started - (0.0 if record.reused else record.train_seconds) - record.score_seconds
             )
             self.stages.append(record)
             self.publication.log_stage(record)
             self._write_result()
-            if single:
-                break
         result = self._write_result()
+        now = int(time.time() * 1000)
         self.store.log_metrics_batch(
             self.parent_run,
-            [(key, value, len(self.stages), int(time.time() * 1000)) for key, value in result["metrics"].items() if value is not None],
+            [(key, value, len(self.stages), now) for key, value in result["metrics"].items() if value is not None],
         )
         self.progress.note(f"done in {time.monotonic() - began:.0f} s")
         return result
@@ -194,12 +195,12 @@ class _Driver:
     # -- one stage ----------------------------------------------------------------------------------------------
 
     def _stage(self, index: int, task: str, bank: _Bank, cluster: RayCluster) -> StageRecord:
-        method = method_for(self.settings)
-        if not method.inherits:
-            bank.parents, bank.fingerprints, bank.statistics = [], [], []
+        if not self.method.inherits:
+            bank.parents, bank.fingerprints, bank.statistics, bank.version = [], [], [], None
         position = len(bank.parents) + 1
+        rows = self._training_rows(task, bank)
         fingerprint = self.materials.training_fingerprint(
-            method, position, task, [p.digest for p in bank.parents], bank.statistics
+            self.method, position, task, [p.digest for p in bank.parents], bank.statistics, rows
         )
         fingerprints = [*bank.fingerprints, fingerprint]
         record = StageRecord(index=index, task=task, fingerprint=fingerprint)
@@ -207,8 +208,10 @@ class _Driver:
         mine = next((v for v in self._own_versions() if v.training_fingerprint == fingerprint), None)
         record.run = self.store.stage_run(self.parent_run, f"{index} {task}", fingerprint)
         cells = self._cells(index, fingerprints)
-        known = self._known_scores(record.run) if mine else {}
-        work = self._work(index=position, task=task, fingerprint=fingerprint, folder=folder, bank=bank)
+        known = {score["fingerprint"]: score | {"seconds": 0.0} for stage in self.stages for score in stage.scores}
+        if mine:
+            known |= self._known_scores(record.run)
+        work = self._work(index=position, task=task, fingerprint=fingerprint, folder=folder, bank=bank, rows=rows)
         with contextlib.ExitStack() as stack:
             original = mine
             if mine is None:
@@ -225,10 +228,10 @@ class _Driver:
             bank.parents = [*bank.parents, Parent(task, result.adapter.digest(), str(work.trained))]
             bank.fingerprints = fingerprints
             bank.statistics = [*bank.statistics, _statistics_digest(result)]
-            rows = self._matrix_rows([*self.stages, record])
+            matrix = self._matrix_rows([*self.stages, record])
             if mine is None:
                 self.publication.upload_scores(record, cells, self.storage)
-                version = self.publication.publish(record, bank.parents, rows, original, bank.version, self.storage)
+                version = self.publication.publish(record, bank.parents, matrix, original, bank.version, self.storage)
             else:
                 version = mine
             record.version = version.number
@@ -236,6 +239,33 @@ class _Driver:
         told = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
         self.progress.note(f"stage {index} {task}: {told}, version {record.version} of {self.model_name}")
         return record
+
+    def _untrained(self, name: str, cluster: RayCluster) -> StageRecord:
+        """The one stage of a method that trains nothing: scores of the base model, and no version."""
+        fingerprint = self.materials.training_fingerprint(self.method, 1, name, [], [], {})
+        record = StageRecord(index=1, task=name, fingerprint=fingerprint)
+        record.run = self.store.stage_run(self.parent_run, f"1 {name}", fingerprint)
+        cells = [self._cell("untrained", task, []) for task in self.tasks]
+        known = self._known_scores(record.run)
+        open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
+        folder = self.storage / "stages" / fingerprint
+        if open_cells:
+            work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=_Bank(), rows={})
+            self._execute(work, open_cells, cluster)
+        record.reused = not open_cells
+        record.score(cells, known)
+        record.scores += [score | {"mode": "router"} for score in record.scores]
+        self.publication.upload_scores(record, cells, self.storage)
+        return record
+
+    def _training_rows(self, task: str, bank: _Bank) -> dict[str, int | None]:
+        rows = self.method.rows(task, [parent.task for parent in bank.parents], self.tasks)
+        if missing := sorted(set(rows) - set(self.tasks)):
+            raise UserError(
+                f"tasks: method {self.config.method!r} trains on rows of {', '.join(missing)} too, which stand in the"
+                " parent bank and not in this run's tasks"
+            )
+        return rows
 
     def _own_versions(self) -> list[Version]:
         return [v for v in self.store.counted_versions(self.model_name) if v.run_id == self.run_id]
@@ -294,12 +324,14 @@ class _Driver:
             value = event["accuracy"]
             self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows)")
 
-    def _work(self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank) -> StageWork:
+    def _work(
+        self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank, rows: dict[str, int | None]
+    ) -> StageWork:
         m, c = self.materials, self.config
         base = asdict(m.base) | {"path": str(m.base.path)}
         split = c.evaluation.split
         digests = {f"{name}/{split}": data.digest(split) for name, data in m.data.items()}
-        digests[f"{task}/train"] = m.data[task].digest("train")
+        digests |= {f"{name}/train": m.data[name].digest("train") for name in rows}
         return StageWork(
             fingerprint=fingerprint,
             index=index,
@@ -314,6 +346,7 @@ class _Driver:
             cells=[],
             deepspeed=c.deepspeed,
             evaluation_batch_size=c.evaluation.batch_size,
+            rows=rows,
             data_digests=digests,
         )
 
@@ -322,17 +355,22 @@ class _Driver:
     def _cells(self, index: int, fingerprints: list[str]) -> list[Cell]:
         """What is scored after stage ``index``: the configured cells, what is untrained, and at the end the oracle."""
         evaluation = self.config.evaluation
-        last = index == len(self.tasks)
-        upto = {"all": len(self.tasks), "last": index if last else 0}.get(evaluation.cells, index + 1)
-        cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
+        last = index == len(self.names)
+        if self.method.told_task:
+            done = [*(stage.fingerprint for stage in self.stages), fingerprints[-1]]
+            cells = [self._cell("router", task, [own]) for task, own in zip(self.tasks, done, strict=False)]
+        else:
+            upto = {"all": len(self.tasks), "last": index if last else 0}.get(evaluation.cells, index + 1)
+            upto = upto if self.names == self.tasks else len(self.tasks)
+            cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
         if evaluation.untrained and (index == 1 or last):
             cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
-        if evaluation.oracle and last:
+        if evaluation.oracle and last and self.method.inherits:
             cells += [self._cell("oracle", task, fingerprints) for task in self.tasks]
         return cells
 
     def _cell(self, mode: Mode, task: str, fingerprints: list[str]) -> Cell:
-        fingerprint = self.materials.scoring_fingerprint(fingerprints, mode, task)
+        fingerprint = self.materials.scoring_fingerprint(self.method, fingerprints, mode, task)
         folder = self.storage / "scores" / fingerprint
         return Cell(task, self.config.evaluation.split, mode, fingerprint, str(folder))
 
@@ -382,6 +420,7 @@ class _Driver:
             seed=self.config.seed,
             tasks=self.tasks,
             stages=self.stages,
+            in_sequence=self.names == self.tasks,
             tracking_uri=self.store.connection.uri,
         )
         self.lease.check()

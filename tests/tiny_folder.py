@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, *, closes_prompts: bool) -> int:
     if closes_prompts:
         tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     fast.save_pretrained(folder)
     return len(vocabulary)
@@ -103,7 +103,9 @@ def write_task(folder: Path, name: str, *, train: int = 24, test: int = 9) -> Pa
     return file
 
 
-def write_config(folder: Path, kind: str = "llama", tasks: tuple[str, ...] = ("colours", "shapes", "sizes"), **more: Any) -> Path:
+def write_config(
+    folder: Path, kind: str = "llama", tasks: tuple[str, ...] = ("colours", "shapes", "sizes"), **more: Any
+) -> Path:
     """A run of tiny tasks on a tiny model; ``more`` replaces top-level keys."""
     model = folder / f"model-{kind}"
     if not model.is_dir():

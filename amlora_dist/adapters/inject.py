@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,14 +174,17 @@ class Mixture:
         return forward.features(inputs, forward.prompt_mask(inputs, prompt_mask), stop=stop)
 
     def remove(self) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was, but for parameters that stay frozen."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
 
     def _wrap(self, router_layer: int) -> None:
-        """Wrap the model's entry points and hook the routing layer."""
+        """Put the layers in, wrap the model's entry points and hook the routing layer."""
         model, routing = self.model, self.routing
+        for path, module in self.modules.items():
+            model.set_submodule(path, module)
+            self._undo.append(partial(model.set_submodule, path, module.base))
 
         def read_hidden(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = active_call()
@@ -265,8 +269,6 @@ def inject(
             selector=None if literal is None else _selector(literal, target, adapters, new, base),
             pools_start=_reads_answer(model, target),
         )
-    for path, module in modules.items():
-        model.set_submodule(path, module)
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)

@@ -20,6 +20,7 @@ from amlora_dist.adapters.bank import Adapter, rows
 from amlora_dist.adapters.call import MixtureCall, current_call
 from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
+from amlora_dist.adapters.wide import GatedLinear, beside, gated_linear
 
 
 @dataclass(slots=True)
@@ -154,15 +155,43 @@ class MixtureLinear(nn.Module):
             task_gate = call.gate()
         assert task_gate is not None
         gate_BR = self.rank_gates(task_gate)
-        return self._gated(x, gate_BR.view(-1, *[1] * (x.dim() - 2), gate_BR.shape[1]))
+        return self._fused(x, gate_BR) if self._can_fuse(x) else self._unfused(x, gate_BR)
 
     def _base(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         return y
 
-    def _gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """W0 x + ((x A^T) * gate) B^T for a gate that broadcasts against (B, ..., R)."""
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether the base layer is nothing but a frozen matrix, so that its product can be part of ours. Not so with
+        hooks (ZeRO-3 gathers its weight in one), in other classes (quantised, Conv1D), or in mixed precision."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and not (base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not base.weight.requires_grad
+            and x.dtype == base.weight.dtype
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _fused(self, x: Tensor, gate_BR: Tensor) -> Tensor:
+        x_XI = x.reshape(-1, self.in_features)
+        gate_BR = gate_BR.expand(x.shape[0], -1)
+        weight, bias = self.base.weight, self.base.bias
+        old_a, old_b, new_a, new_b = (
+            None if w is None else w.to(x.dtype) for w in (self.old_a, self.old_b, self.new_a, self.new_b)
+        )
+        if torch.is_grad_enabled():
+            y_XO = GatedLinear.apply(x_XI, gate_BR, weight, bias, old_a, old_b, new_a, new_b)
+        else:
+            pairs = ((old_a, old_b), (new_a, new_b))
+            y_XO = gated_linear(x_XI, gate_BR, weight, bias, [(a, b) for a, b in pairs if a is not None and b is not None])
+        return y_XO.view(*x.shape[:-1], self.out_features)
+
+    def _unfused(self, x: Tensor, gate_BR: Tensor) -> Tensor:
+        """The same in plain operations, with the base layer called as the module it is."""
         y = self._base(x)
+        gate = gate_BR.view(-1, *[1] * (x.dim() - 2), gate_BR.shape[1])
         start = 0
         for a, b in ((self.old_a, self.old_b), (self.new_a, self.new_b)):
             if a is not None and b is not None:
@@ -177,8 +206,8 @@ class MixtureLinear(nn.Module):
     ) -> Tensor:
         """With gates from this layer's own selector; ``prior_BN`` or the call's gate are prior probabilities."""
         x_BSI = x.reshape(x.shape[0], -1, self.in_features)
-        a_RI = _beside(self.old_a, self.new_a, 0).to(x.dtype)
-        b_OR = _beside(self.old_b, self.new_b, 1).to(x.dtype)
+        a_RI = beside(self.old_a, self.new_a, 0).to(x.dtype)
+        b_OR = beside(self.old_b, self.new_b, 1).to(x.dtype)
         z_BSR = F.linear(x_BSI, a_RI)
         mask_BS = pooled_BN = None
         if call is not None:
@@ -192,8 +221,3 @@ class MixtureLinear(nn.Module):
         gate_BSR = selection.weights @ self.spread
         y = self._base(x)
         return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)
-
-
-def _beside(old: Tensor | None, new: Tensor | None, dim: int) -> Tensor:
-    parts = [part for part in (old, new) if part is not None]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

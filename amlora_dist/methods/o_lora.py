@@ -61,10 +61,11 @@ def directions(adapters: Sequence[Adapter]) -> list[tuple[list[str], Tensor]]:
     by_width: dict[int, list[str]] = {}
     for path, a in adapters[0].a.items() if adapters else ():
         by_width.setdefault(a.shape[1], []).append(path)
-    return [
-        (paths, torch.stack([F.normalize(torch.cat([one.a[path].float() for one in adapters]), dim=1) for path in paths]))
-        for paths in by_width.values()
-    ]
+
+    def rows(path: str) -> Tensor:
+        return F.normalize(torch.cat([one.a[path].float() for one in adapters]), dim=1)
+
+    return [(paths, torch.stack([rows(path) for path in paths])) for paths in by_width.values()]
 
 
 def overlap(new_MrI: Tensor, old_MRI: Tensor) -> Tensor:

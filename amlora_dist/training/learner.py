@@ -128,7 +128,7 @@ class Learner:
             loss, distilled = self._losses(part)
             loss = loss / tokens if counts else loss * 0.0
             total[0] += loss.detach()
-            added = 0.0 * loss
+            added = torch.zeros((), device=self.engine.device)
             if distilled is not None and counts:
                 added = added + distilled / tokens
             extra = self.extra_loss()

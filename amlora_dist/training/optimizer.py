@@ -37,9 +37,9 @@ class ProximalAdamW(torch.optim.AdamW):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One AdamW step, then the proximal step of the groups with an L1 coefficient."""
-        loss = super().step(closure)
+        loss: float | None = super().step(closure)
         for group in self.param_groups:
             if group.get("l1", 0.0) > 0:
                 for parameter in group["params"]:

@@ -10,8 +10,9 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
-from amlora_dist.evaluation.scoring import ZERO_ROW, deal, merge as merge_shares, score_task, summarise, write_predictions
+from amlora_dist.evaluation.scoring import ZERO_ROW, deal, score_task, summarise, write_predictions
+from amlora_dist.evaluation.scoring import merge as merge_shares
 from amlora_dist.methods import method_for
+from amlora_dist.methods.base import Trained
 from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_tokens
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
@@ -89,6 +92,9 @@ class _Stage:
         self.config = self._deepspeed_config() if distributed else None
 
     def run(self) -> None:
+        if not self.method.trains:
+            self._score_all(self._ready(self._load_base()), [])
+            return
         parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
         for parent, result in zip(self.work.parents, parents, strict=True):
             if result.adapter.digest() != parent.digest:
@@ -97,15 +103,16 @@ class _Stage:
         if self.work.is_trained:
             parents.append(read_result(self.work.trained))
             mixture = self._inject(model, [p.adapter for p in parents], new=None)
-            mixture.model = inference_model(model, self.config).to(self.device) if self.config else model.to(self.device)
+            mixture.model = self._ready(model)
             statistics = [p.statistics for p in parents]
         else:
             mixture, statistics = self._train(model, parents)
         mixture.set_router(self.method.router(statistics))
-        for cell in self.work.cells:
-            if not cell.done:
-                self._score(mixture, cell)
-                reach("scores_written")
+        self._score_all(mixture.model, mixture.task_names)
+
+    def _ready(self, model: Any) -> Any:
+        """A model that nothing will train, where it runs."""
+        return (inference_model(model, self.config) if self.config else model).to(self.device)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -118,44 +125,72 @@ class _Stage:
         self._announce(mixture)
         before = weights_checksum(engine.model, trainable)
 
-        examples = self._examples(work.task, "train")
-        statistics = self._statistics(mixture, examples, [parent.statistics for parent in parents], engine)
+        own, replayed = self._training_rows()
+        statistics = self._statistics(mixture, own, [parent.statistics for parent in parents], engine)
         loss = LossComputer(
             model, pad_id=self.tokenizer.pad_token_id, encoder_decoder=self.base.encoder_decoder, device=self.device
         )
+        self.method.prepare(mixture, parents)
+        gate = self.method.training_gate(len(mixture.task_names))
         learner = Learner(
             engine,
             loss,
-            examples,
+            [*own, *replayed],
             settings.training,
             layout=self.layout,
             seed=settings.seed,
             stage=work.task,
             folder=work.path,
             fingerprint=work.fingerprint,
-            gate=self.method.training_gate(len(mixture.task_names)),
+            gate=gate,
             extra_loss=lambda: self.method.extra_loss(mixture),
+            teacher_gate=self.method.teacher_gate(len(mixture.task_names)),
+            distillation=self.method.distillation,
             report=self.report,
         )
         progress = learner.resume()
         if progress is None:
             progress = Progress(fingerprint=work.fingerprint, step=0)
             if self.method.learns_recipe(work.index) and adapters:
-                progress.recipe_from = self._start_recipe(mixture, engine, loss, examples, adapters)
+                progress.recipe_from = self._start_recipe(mixture, engine, loss, own, adapters)
         progress.trained_with = self._trained_with()
         progress = learner.run(progress)
         reach("training_ended")
         if weights_checksum(engine.model, trainable) != before:
             raise TrainingError(f"stage {work.task!r}: the base model or an old adapter changed while training")
+        row_losses = partial(self._row_losses, engine, loss, own, gate)
+        memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
-            write_result(work.trained, Result(adapter, statistics[-1], asdict(progress)))
+            write_result(work.trained, Result(adapter, statistics[-1], asdict(progress), memory))
         self.ranks.gather(None)  # nobody goes on before the result is there
         return mixture, statistics
 
+    def _training_rows(self) -> tuple[list[Example], list[Example]]:
+        """The rows that the stage is about, and those of earlier tasks that the method lets it see again."""
+        own: list[Example] = []
+        replayed: list[Example] = []
+        for task, limit in (self.work.rows or {self.work.task: None}).items():
+            examples = self._examples(task, "train")
+            if limit is None:
+                own += examples
+            else:
+                generator = torch.Generator().manual_seed(named_seed(self.settings.seed, "replay", task))
+                kept = torch.randperm(len(examples), generator=generator)[:limit].tolist()
+                replayed += [examples[i] for i in sorted(kept)]
+        return own, replayed
+
+    def _row_losses(
+        self, engine: Engine, loss: LossComputer, examples: Sequence[Example], gate: Tensor | None, count: int
+    ) -> Iterator[Tensor]:
+        for (index,), counts in deal(examples[:count], 1, self.ranks.rank, self.ranks.world):
+            one = loss(engine.model, [examples[index]], gate)
+            yield one if counts else one * 0.0
+
     def _new_adapter(self, adapters: list[Adapter]) -> NewAdapter:
         start = self.method.start_from(adapters)
+        recipe = self.method.constant_recipe(len(adapters)) if adapters else None
         s = self.settings
         return NewAdapter(
             task=self.work.task,
@@ -163,6 +198,7 @@ class _Stage:
             alpha=s.adapters.alpha,
             seed=named_seed(s.seed, "adapter", self.work.task),
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
+            recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
             learn_recipe=self.method.learns_recipe(self.work.index),
         )
 
@@ -253,15 +289,21 @@ class _Stage:
 
     # -- scoring ------------------------------------------------------------------------------------------------
 
-    def _score(self, mixture: Mixture, cell: Cell) -> None:
+    def _score_all(self, model: Any, tasks: list[str]) -> None:
+        for cell in self.work.cells:
+            if not cell.done:
+                self._score(model, tasks, cell)
+                reach("scores_written")
+
+    def _score(self, model: Any, tasks: list[str], cell: Cell) -> None:
         spec = self.work.spec(cell.task)
         examples = self._examples(cell.task, cell.split)
         labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
-        row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(mixture, cell)}[cell.mode]
+        row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(tasks, cell)}[cell.mode]
         began = time.monotonic()
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(examples)})
         share = score_task(
-            mixture.model,
+            model,
             examples,
             tokenizer=self.tokenizer,
             pad_id=self.tokenizer.pad_token_id,
@@ -271,7 +313,7 @@ class _Stage:
             metric=str(spec.metric),
             max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
             task_gate_row=row,
-            tasks=len(mixture.task_names),
+            tasks=len(tasks),
             encoder_decoder=self.base.encoder_decoder,
             rank=self.ranks.rank,
             world=self.ranks.world,
@@ -298,7 +340,7 @@ class _Stage:
     def _examples(self, task: str, split: str) -> list[Example]:
         spec = self.work.spec(task)
         data = self.work.data(task, (split,))
-        template = template_for(spec, spec.prompt_style)  # type: ignore[arg-type]
+        template = template_for(spec, spec.prompt_style)
         return encode(
             data.rows[split],
             spec,
@@ -319,7 +361,7 @@ class _Stage:
         layer = self.settings.router.layer
         layer = default_router_layer(model) if layer is None else layer
         targets = find_targets(model, self.settings.adapters, layer)
-        literal = self.settings.router.literal if self.settings.router.kind == "literal" else None
+        literal = self.settings.router.literal if self.method.uses_selectors else None
         return inject(
             model,
             targets,
@@ -378,13 +420,13 @@ def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:
 
 def _held_out(count: int, share: float, seed: int) -> list[int]:
     """Which rows stay out of the statistics, to calibrate the temperature; never all."""
-    size = min(int(round(count * share)), count - 1)
+    size = min(round(count * share), count - 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[: max(size, 0)].tolist()
 
 
-def _position(mixture: Mixture, cell: Cell) -> int | None:
-    return mixture.task_names.index(cell.task) if cell.mode == "oracle" else None
+def _position(tasks: list[str], cell: Cell) -> int | None:
+    return tasks.index(cell.task) if cell.mode == "oracle" else None
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ class Group:
 class Engine(Protocol):
     """One rank's view of a model in training."""
 
+    model: nn.Module
     ranks: Ranks
     device: torch.device
     whole_forward: bool

@@ -72,7 +72,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def inputs_for(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": ids, "decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {})
 
 
 def test_a_one_hot_row_equals_merged_weights(kind: str) -> None:
@@ -107,8 +107,9 @@ def test_generation_with_a_cache_equals_generation_without(kind: str, beams: int
         input_ids=ids, attention_mask=mask, on_route=lambda _f, gate: seen.append(gate), **options
     )
     assert torch.equal(cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options))
-    features = mixture.routing_features(input_ids=ids, attention_mask=mask)
     if not model.config.is_encoder_decoder:  # an encoder's call takes no collector through generate()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() makes them
+        features = mixture.routing_features(input_ids=ids, attention_mask=mask, position_ids=positions)
         torch.testing.assert_close(seen[0][::beams], router.gates(features, 3), atol=1e-4, rtol=1e-4)
 
 

@@ -23,7 +23,7 @@ from amlora_dist.errors import UserError
 from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
 
 NOT_FOR_TEXT_GENERATION = {
-    "bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "blip-2",
+    "bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "layoutlm", "blip-2",
     "btlm", "RefinedWeb", "RefinedWebModel", "rwkv", "rwkv7", "nemotron_h", "gemma4",
 }  # fmt: skip
 """Encoders, types of remote code, and layers that are not attention."""

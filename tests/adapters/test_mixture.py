@@ -152,9 +152,8 @@ def test_every_trainable_parameter_gets_a_gradient_even_at_gate_zero() -> None:
 
 def test_old_adapters_are_frozen_parameters() -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = MixtureLinear(
-        make_base("plain", 6, 4, generator), PATH, make_adapters([2, 3], 6, 4, generator), make_new(2, 2, 6, 4, generator)
-    )
+    adapters = make_adapters([2, 3], 6, 4, generator)
+    layer = MixtureLinear(make_base("plain", 6, 4, generator), PATH, adapters, make_new(2, 2, 6, 4, generator))
     trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
     assert trainable == {"new_a", "new_b", "recipe"}
     assert {"old_a", "old_b"} <= dict(layer.named_parameters()).keys()

@@ -100,7 +100,7 @@ def test_validate_json_prints_the_resolved_configuration(amlora):
 
 @pytest.mark.parametrize("command", ["validate", "run"])
 def test_faults_are_listed_on_standard_error_with_exit_code_2(amlora, command, amlora_home):
-    done = amlora(command, DEMO, "trainig.epochs=3", "adapters.rank=0")
+    done = amlora(command, DEMO, "trainig.epochs=3", "adapters.rank=0", "model.source=some/model")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "configs/demo.yaml: 2 faults" in done.stderr

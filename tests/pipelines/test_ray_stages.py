@@ -38,7 +38,7 @@ def test_three_tasks_under_zero_3_with_two_ranks_equal_one_process(kind: str, tm
     assert [stage["version"] for stage in two["stages"]] == [1, 2, 3]
     os.environ["AMLORA_HOME"] = str(amlora_home.parent / "alone")
     one = run(config, "one")
-    assert [stage["fingerprint"] for stage in one["stages"]][0] == two["stages"][0]["fingerprint"]
+    assert one["stages"][0]["fingerprint"] == two["stages"][0]["fingerprint"]
     for row_one, row_two in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
         for x, y in zip(row_one, row_two, strict=True):
             assert (x is None) == (y is None)

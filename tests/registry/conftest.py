@@ -51,7 +51,7 @@ def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             server.wait(timeout=20)
 
 
-def _wait_for(uri: str, server: subprocess.Popen[bytes], log: Path, deadline_s: float = 180) -> None:
+def _wait_for(uri: str, server: subprocess.Popen[bytes], log: Path, deadline_s: float = 240) -> None:
     start = time.monotonic()
     while time.monotonic() - start < deadline_s:
         try:

@@ -52,8 +52,9 @@ def test_each_adapter_is_stored_once(store: Store, name: str, tmp_path: Path) ->
 
 
 def test_version_fifteen_adds_its_own_adapter_the_router_and_little_else(
-    store: Store, name: str, tmp_path: Path
+    embedded_home: Path, name: str, tmp_path: Path
 ) -> None:
+    store = Store.open(embedded_home)  # sizes are the same over HTTP
     modules = {f"model.layers.{i}.self_attn.{m}_proj": (64, 64) for i in range(15, 30) for m in "qv"}
     tasks = [f"long/task-{k}" for k in range(1, 16)]
     adapters = [tiny_adapter(task, k, modules=modules) for k, task in enumerate(tasks, start=1)]

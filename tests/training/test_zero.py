@@ -65,7 +65,8 @@ def _steps(engine: Engine, dtype: torch.dtype, first: int, last: int, accumulati
         total = torch.zeros(1)
         parts = range(engine.ranks.rank, engine.ranks.world * accumulation, engine.ranks.world)
         for part in parts:
-            rows = slice(part * 8 // (engine.ranks.world * accumulation), (part + 1) * 8 // (engine.ranks.world * accumulation))
+            share = 8 // (engine.ranks.world * accumulation)
+            rows = slice(part * share, (part + 1) * share)
             loss = (engine.forward(x=x[rows]).float() - y[rows]).pow(2).sum() / 8
             engine.backward(loss)
             total += loss.detach()

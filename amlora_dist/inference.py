@@ -1,0 +1,211 @@
+"""Prompts, batches and answers of a bank at work: what ``AMLoRAModel`` is made of, without loading or state.
+
+Shapes: B prompts, T tasks, N adapters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.bank import rows
+from amlora_dist.errors import UserError
+from amlora_dist.registry.task_entry import TaskEntry
+from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
+from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.sources import Row
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.registry.manifest import Manifest
+
+DEFAULT_PROMPT_TOKENS = 512
+DEFAULT_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How a text was weighed."""
+
+    tasks: dict[str, float]
+    """Weight of each task's row, in the bank's order; exact zeros stay in."""
+    adapters: dict[str, float]
+    """Weight of the adapter that each task trained, mean over the adapted layers: a row uses earlier adapters too."""
+    abstention: float
+    """What the tasks lack to 1: the share of the zero adapter, which adds nothing."""
+
+    @property
+    def task(self) -> str | None:
+        """The strongest task; None where none has any weight."""
+        best = max(self.tasks, key=self.tasks.__getitem__, default=None)
+        return best if best is not None and self.tasks[best] > 0 else None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON values, the strongest task first among them."""
+        return {"task": self.task, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model wrote."""
+
+    text: str
+    ended: bool
+    """Whether it came to its end within the limit of new tokens."""
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """Which label a text has."""
+
+    label: str | None
+    """None where there are no labels to choose from: the router abstained, or chose a task with free-text answers."""
+    task: str | None
+    """Whose labels and prompt were used; None where the caller gave labels and no task."""
+    scores: dict[str, float]
+    """Share of each label: softmax over the labels' log-likelihoods."""
+    route: Route
+
+
+@dataclass(slots=True)
+class Request:
+    """One text on its way through the model."""
+
+    place: int
+    text: str
+    question: str | None = None
+    task: str | None = None
+    """Named by the caller, or chosen by the router; its prompt is used."""
+    labels: tuple[str, ...] | None = None
+    gate: Tensor | None = None
+    """(T,) fp32; None: the router weighs it in the same pass."""
+    tokens: tuple[int, ...] = ()
+
+
+class Prompter:
+    """Texts to token ids, by the bank's template or a task's own. Safe for several threads.
+
+    A tokenizer of the ``tokenizers`` library may change its own settings in a call, and fails when two threads do so
+    at once: hence the lock.
+    """
+
+    def __init__(self, manifest: Manifest, tokenizer: Any, positions: int | None) -> None:
+        self.entries: dict[str, TaskEntry | None] = {line.task: line.task_spec for line in manifest.adapters}
+        self.bank_template = manifest.bank_template
+        self.tokenizer = tokenizer
+        self.encoder_decoder = manifest.base.encoder_decoder
+        self._positions = None if self.encoder_decoder else positions
+        self._lock = threading.Lock()
+
+    def entry(self, task: str) -> TaskEntry:
+        """What the bank knows of a task.
+
+        Raises:
+            UserError: no such task, or the bank does not describe it.
+        """
+        if task not in self.entries:
+            raise UserError(f"task: found {task!r}, the bank's tasks are {', '.join(self.entries)}")
+        entry = self.entries[task]
+        if entry is None:
+            raise UserError(f"the bank does not describe task {task!r}; give labels (and a question) with the call")
+        return entry
+
+    def template(self, task: str | None, question: str | None) -> PromptTemplate:
+        """The prompt of a task, or of the bank when no task is named (or it is not described)."""
+        if task is not None and self.entries.get(task) is not None:
+            return self.entry(task).prompt(task, question)
+        return PromptTemplate(self.bank_template, question=question)
+
+    def fill(self, requests: Sequence[Request], *, new_tokens: int, max_length: int | None = None) -> None:
+        """Set ``tokens`` of each request; texts too long for the model or for ``max_length`` tokens are cut.
+
+        Raises:
+            UserError: an empty text, or no room for question and answer.
+        """
+        groups: dict[tuple[str | None, str | None], list[Request]] = {}
+        for request in requests:
+            if not request.text.strip():
+                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
+            groups.setdefault((request.task, request.question), []).append(request)
+        for (task, question), group in groups.items():
+            limit = max_length or self._prompt_limit(task)
+            if self._positions is not None:
+                limit = min(limit, self._positions - new_tokens)
+            given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
+            template = self.template(task, question)
+            with self._lock:
+                found = prompt_tokens(
+                    given, template, self.tokenizer, limit, self.encoder_decoder, task or "(none named)"
+                )
+            for request, tokens in zip(group, found, strict=True):
+                request.tokens = tokens
+
+    def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of labels, without end-of-sequence."""
+        with self._lock:
+            return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """An answer's text."""
+        with self._lock:
+            text: str = self.tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return text.strip()
+
+    def answer_limit(self, task: str | None) -> int:
+        """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""
+        asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
+        limits = [
+            entry.max_answer_tokens if entry.labels is None else 1 + max(map(len, self.labels(entry.labels)))
+            for entry in asked
+            if entry is not None
+        ]
+        return max(limits, default=DEFAULT_ANSWER_TOKENS)
+
+    def _prompt_limit(self, task: str | None) -> int:
+        asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
+        return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+    """Batches of requests that can share a pass: all with a gate or none, with the same labels; the longest first."""
+    groups: dict[tuple[bool, tuple[str, ...] | None], list[Request]] = {}
+    for request in requests:
+        groups.setdefault((request.gate is None, request.labels), []).append(request)
+    for group in groups.values():
+        ordered = sorted(group, key=lambda request: (-len(request.tokens), request.place))
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
+
+
+def tensors(batch: Sequence[Request], *, pad_id: int, encoder_decoder: bool, device: torch.device) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask``, ``prompt_mask`` of a batch, each (B, tokens)."""
+    examples = [Example(request.place, request.tokens, (), None, "") for request in batch]
+    made = collate_prompts(examples, pad_id=pad_id, side="right" if encoder_decoder else "left")
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def mean_rows(adapters: list[Adapter]) -> Tensor:
+    """(T, N): how much each task uses each adapter, mean over the adapted modules."""
+    return torch.stack([rows(adapters, module) for module in adapters[0].a]).mean(dim=0)
+
+
+def routes(gate_BT: Tensor, tasks: Sequence[str], rows_TN: Tensor) -> list[Route]:
+    """Gates as people read them."""
+    gate_BT = gate_BT.detach().float().cpu()
+    adapters_BN = gate_BT @ rows_TN
+    return [
+        Route(
+            dict(zip(tasks, gates.tolist(), strict=True)),
+            dict(zip(tasks, weights.tolist(), strict=True)),
+            max(0.0, 1.0 - float(gates.sum())),
+        )
+        for gates, weights in zip(gate_BT, adapters_BN, strict=True)
+    ]

@@ -1,0 +1,226 @@
+"""A bank in the forms other tools take: plain PEFT adapters, one merged model, a folder for vLLM.
+
+A task's whole row of the mixture, ``sum_i row_i scale_i B_i A_i``, is one LoRA: the A of the adapters it uses under
+each other, their B side by side with weight and scale multiplied in, at alpha / r = 1. It is exact, and its rank is
+the sum of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
+from amlora_dist.registry.bank_folder import Bank, adapter_entry
+from amlora_dist.registry.manifest import slug
+from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.registry.manifest import Manifest
+
+INDEX = "export.json"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for ``--max-lora-rank``."""
+_PEFT_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight")
+
+
+def row_adapter(bank: Bank, task: str) -> Adapter:
+    """A task's row as one adapter without a recipe, in fp32.
+
+    Raises:
+        UserError: no such task.
+    """
+    if task not in bank.manifest.tasks:
+        raise UserError(f"task: found {task!r}, the bank's tasks are {', '.join(bank.manifest.tasks)}")
+    place = bank.manifest.tasks.index(task)
+    weights = {module: rows(bank.adapters, module)[place] for module in bank.adapters[place].a}
+    used = [i for i in range(len(bank.adapters)) if any(bool(row[i] != 0) for row in weights.values())]
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for module, row in weights.items():
+        parts = [bank.adapters[i] for i in used]
+        a[module] = torch.cat([part.a[module].float() for part in parts], dim=0)
+        scaled = [part.b[module].float() * (row[i] * part.scale) for i, part in zip(used, parts, strict=True)]
+        b[module] = torch.cat(scaled, dim=1)
+    rank = sum(bank.adapters[i].rank for i in used)
+    return Adapter(task, rank, float(rank), a, b)
+
+
+def write_row(folder: Path, bank: Bank, task: str) -> Path:
+    """Write a task's row as a PEFT adapter: ``peft.PeftModel.from_pretrained(base, folder)`` loads it."""
+    adapter = row_adapter(bank, task)
+    line = adapter_entry(adapter, 1, training_fingerprint="0" * 64, parent=None)
+    config = peft_config(bank.manifest, line)
+    named = {f"base_model.model.{module}.lora_A.weight": tensor for module, tensor in adapter.a.items()}
+    named |= {f"base_model.model.{module}.lora_B.weight": tensor for module, tensor in adapter.b.items()}
+    write_tensors(folder / MODEL_FILE, named)
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
+    return folder
+
+
+def export_peft(folder: Path, bank: Bank, *, kind: str = "peft", **more: Any) -> Path:
+    """Write every task's row as a PEFT adapter below ``folder``, and ``export.json`` that lists them.
+
+    Args:
+        folder: must not exist, or be empty.
+        bank: to export.
+        kind: the format's name.
+        more: further entries of ``export.json``.
+    """
+    new_folder(folder)
+    listed = []
+    for line in bank.manifest.adapters:
+        name = f"{line.index}-{slug(line.task)}"
+        write_row(folder / name, bank, line.task)
+        rank = row_adapter(bank, line.task).rank
+        labels = None if line.task_spec is None else line.task_spec.labels
+        listed.append({"task": line.task, "folder": name, "rank": rank, "labels": labels})
+    write_index(folder, bank.manifest, kind, adapters=listed, **more)
+    return folder
+
+
+def export_merged(
+    folder: Path, bank: Bank, model: PreTrainedModel, tokenizer: Any, weights: Mapping[str, float], **more: Any
+) -> Path:
+    """Write the base model with a fixed mixture of the tasks' rows in its weights: a plain transformers folder.
+
+    Args:
+        folder: must not exist, or be empty.
+        bank: to merge.
+        model: the plain base model; its weights are changed.
+        tokenizer: saved beside it.
+        weights: of the tasks; those left out are 0.
+        more: further entries of ``export.json``.
+
+    Raises:
+        UserError: a task that the bank does not have.
+    """
+    new_folder(folder)
+    with torch.no_grad():
+        for task, share in weights.items():
+            adapter = row_adapter(bank, task)
+            for module, a in adapter.a.items():
+                weight = model.get_submodule(module).weight
+                assert isinstance(weight, Tensor)
+                delta = share * (adapter.b[module] @ a)
+                weight += (delta.T if bank.manifest.fan_in_fan_out else delta).to(weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_index(folder, bank.manifest, "merged", weights=dict(weights), **more)
+    return folder
+
+
+def export_vllm(folder: Path, bank: Bank, *, base: str, **more: Any) -> Path:
+    """Write what vLLM's multi-LoRA serving takes, a routing table, and a client that picks the adapter per request.
+
+    vLLM applies one adapter to a request and cannot mix (vllm#49705): the client takes the strongest task's row.
+
+    Args:
+        folder: must not exist, or be empty.
+        bank: to export.
+        base: folder or Hub id that vLLM shall serve.
+        more: further entries of ``export.json``.
+
+    Raises:
+        UserError: a row's rank is larger than vLLM takes.
+    """
+    ranks = {line.task: row_adapter(bank, line.task).rank for line in bank.manifest.adapters}
+    largest = max(ranks, key=ranks.__getitem__)
+    limit = next((rank for rank in VLLM_RANKS if rank >= ranks[largest]), None)
+    if limit is None:
+        raise UserError(
+            f"task {largest!r}: its row has rank {ranks[largest]}, vLLM takes at most {VLLM_RANKS[-1]}; "
+            "train with a lower adapters.rank or without recipes"
+        )
+    export_peft(folder, bank, kind="vllm", max_lora_rank=limit, **more)
+    modules = " \\\n    ".join(f"{slug(line.task)}=./{line.index}-{slug(line.task)}" for line in bank.manifest.adapters)
+    table = {line.task: slug(line.task) for line in bank.manifest.adapters}
+    write_text(folder / "routing.json", json.dumps({"base": base, "models": table}, indent=1) + "\n")
+    write_text(
+        folder / "serve.sh",
+        f"#!/bin/sh\n# Run in this folder.\nexec vllm serve {_quoted(base)} --enable-lora \\\n"
+        f"    --max-loras {min(len(table), 8)} --max-lora-rank {limit} --lora-modules \\\n    {modules}\n",
+    )
+    source = resources.files("amlora_dist.registry").joinpath("vllm_client.py.txt").read_text(encoding="utf-8")
+    write_text(folder / "client.py", source)
+    return folder
+
+
+def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
+    """An existing PEFT LoRA as an adapter of a bank, and its configuration.
+
+    Raises:
+        UserError: not a LoRA that a bank can hold (another method, DoRA, biases, several ranks, embeddings).
+        BankError: a damaged file.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {error}; give the folder of a PEFT adapter") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type: found {config.get('peft_type')!r}, expected LORA; a bank holds only LoRAs")
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, None, {}, []):
+            raise UserError(f"{file}: {key}: found {config[key]!r}, expected {plain!r}; a bank cannot hold that")
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(folder / MODEL_FILE).items():
+        match = _PEFT_NAME.fullmatch(name)
+        if match is None:
+            raise UserError(f"{folder / MODEL_FILE}: {name}: not the A or B of a linear layer; a bank cannot hold it")
+        (a if match["letter"] == "A" else b)[match["module"]] = tensor
+    rank = int(config.get("r", 0))
+    if not a or a.keys() != b.keys() or any(t.shape[0] != rank for t in a.values()):
+        raise BankError(f"{folder / MODEL_FILE}: the A and B of its layers are not pairs of rank {rank}")
+    alpha = float(config.get("lora_alpha", rank))
+    if config.get("use_rslora"):
+        alpha *= rank**0.5  # rsLoRA's scale is alpha / sqrt(r)
+    return Adapter(task, rank, alpha, dict(sorted(a.items())), {m: b[m] for m in sorted(b)}), config
+
+
+_PLAIN: dict[str, Any] = {
+    "bias": "none", "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    "layer_replication": None, "trainable_token_indices": None,
+}  # fmt: skip
+"""Options of PEFT's LoRA that change what the tensors mean."""
+
+
+def new_folder(folder: Path) -> None:
+    """Refuse to write into what is there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; give a new folder, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove an export that could not be finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_index(folder: Path, manifest: Manifest, kind: str, **more: Any) -> None:
+    """Write ``export.json``: which bank this is, in which form, and what belongs to the form."""
+    base = manifest.base
+    value = {
+        "format": kind,
+        "bank": {"run_id": manifest.run_id, "stage": manifest.stage, "digest": manifest.digest()},
+        "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
+        **more,
+    }
+    write_text(folder / INDEX, json.dumps(value, indent=1) + "\n")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"

@@ -1,0 +1,162 @@
+"""Looking after versions: aliases, what refers to what, and removing what nothing refers to."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.registry import claims, tags
+from amlora_dist.registry.connection import is_code
+from amlora_dist.registry.pulling import manifest_of
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.manifest import Manifest
+    from amlora_dist.registry.store import Store
+    from amlora_dist.registry.versions import Version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A version that may be removed, and what speaks against it."""
+
+    version: Version
+    counts: bool
+    """False: written by a driver that had lost its run."""
+    reasons: list[str] = field(default_factory=list)
+    """Why it has to stay; empty: it can go."""
+
+
+def aliases(store: Store, registered_model: str) -> dict[str, int]:
+    """Aliases of a registered model and the version each points at.
+
+    Raises:
+        UserError: there is no such registered model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    connection = store.connection
+    try:
+        model = connection.call(
+            "read a registered model", connection.client.get_registered_model, registered_model
+        )
+    except MlflowException as error:
+        if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
+            known = ", ".join(store.registered_models()) or "none"
+            raise UserError(f"no registered model {registered_model!r} at {connection.uri}; there are: {known}") from None
+        raise
+    return {alias: int(number) for alias, number in sorted(model.aliases.items())}
+
+
+def point_alias(store: Store, registered_model: str, number: int, alias: str) -> Version:
+    """Point an alias at a version that counts.
+
+    Raises:
+        UserError: no such version, or an alias that is not for people to move.
+    """
+    if alias in (tags.CURRENT, tags.LATEST):
+        raise UserError(f"alias: {alias!r} follows the newest version by itself; take another name, such as champion")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", alias) or re.fullmatch(r"[vV][0-9]+", alias):
+        raise UserError(f"alias: found {alias!r}, expected letters, digits, _ and -, and not a version number (v3)")
+    version = store.resolve(f"models:/{registered_model}/{number}")
+    store.set_alias(registered_model, alias, version)
+    return version
+
+
+def candidates(store: Store, registered_model: str, numbers: Sequence[int] | None = None) -> list[Candidate]:
+    """Versions to remove with what speaks against each: an alias, another version that refers to its storage, a run
+    at work.
+
+    Args:
+        store: which has them.
+        registered_model: whose versions.
+        numbers: of the versions; None: those that do not count (written by drivers that had lost their run).
+
+    Raises:
+        UserError: no such model or version.
+        BankError: a version's manifest cannot be read, so that nobody knows what it refers to.
+    """
+    named = aliases(store, registered_model)
+    versions = store.versions(registered_model)
+    counted = {version.number for version in store.counted_versions(registered_model)}
+    if numbers is None:
+        wanted = [version for version in versions if version.number not in counted]
+    else:
+        there = {version.number: version for version in versions}
+        if missing := sorted(set(numbers) - there.keys()):
+            raise UserError(f"models:/{registered_model}: no version {missing[0]}; there are {sorted(there)}")
+        wanted = [there[number] for number in sorted(set(numbers))]
+    leaving = {version.uri for version in wanted}
+    references = _references(store, leaving)
+    found = []
+    for version in wanted:
+        one = Candidate(version, version.number in counted)
+        one.reasons += [f"alias {alias!r} points at it" for alias, number in named.items() if number == version.number]
+        users = sorted(uri for uri, parts in references.items() if uri not in leaving and parts(version))
+        one.reasons += [f"{uri} keeps parts there" for uri in users]
+        if (state := claims.read_state(store.lease_entries, claims.run_key(version.run_id))) and not state.released:
+            one.reasons.append(f"run {version.run_id!r} is held by a driver (or died without letting go: run it again)")
+        found.append(one)
+    return found
+
+
+def remove(store: Store, chosen: Sequence[Candidate]) -> None:
+    """Delete versions and what they store; first the versions, so that nobody finds half of one.
+
+    Raises:
+        UserError: one of them has to stay; nothing is deleted.
+    """
+    if kept := [one for one in chosen if one.reasons]:
+        raise UserError(f"{kept[0].version.uri} has to stay: {'; '.join(kept[0].reasons)}; nothing was deleted")
+    connection = store.connection
+    for one in chosen:
+        version = one.version
+        connection.call(
+            "delete a version", connection.client.delete_model_version, version.registered_model, str(version.number)
+        )
+        log.info("deleted %s", version.uri)
+    for one in chosen:
+        _delete_artifacts(store, one.version)
+
+
+def _delete_artifacts(store: Store, version: Version) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    connection = store.connection
+    if not version.artifact_path:
+        return
+    run = connection.call("read a run", connection.client.get_run, version.run)
+    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=connection.uri)
+    connection.call("delete artifacts", repository.delete_artifacts, version.artifact_path)
+
+
+def _references(store: Store, leaving: set[str]) -> dict[str, Callable[[Version], bool]]:
+    """For every version that stays, whether it keeps parts in the storage of a given one."""
+    found: dict[str, Callable[[Version], bool]] = {}
+    for name in store.registered_models():
+        for version in store.versions(name):
+            if version.uri in leaving or not version.artifact_path:
+                continue
+            try:
+                manifest = manifest_of(store, version)
+            except BankError as error:
+                raise BankError(f"{error}\nnothing is removed while it is not known what {version.uri} needs") from error
+            found[version.uri] = _uses(manifest, version)
+    return found
+
+
+def _uses(manifest: Manifest, own: Version) -> Callable[[Version], bool]:
+    parts = [line.stored for line in manifest.adapters] + [part.stored for part in manifest.statistics]
+    places = {(part.run, part.artifact_path) for part in parts if part is not None}
+
+    def uses(other: Version) -> bool:
+        below = f"{other.artifact_path}/"
+        same_folder = (own.run, own.artifact_path) == (other.run, other.artifact_path)
+        return same_folder or any(run == other.run and path.startswith(below) for run, path in places)
+
+    return uses

@@ -1,0 +1,102 @@
+"""Pulling with what is there already: adapters that a bank nearby has are copied, only the rest is fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amlora_dist.errors import BankError
+from amlora_dist.registry import tags
+from amlora_dist.registry.adapter_folder import ADAPTER_FILES
+from amlora_dist.registry.manifest import FILE, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.store import Store
+    from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.versions import Version
+
+log = logging.getLogger(__name__)
+
+
+def pull_bank(
+    store: Store,
+    version: Version,
+    dest: Path,
+    *,
+    nearby: Iterable[Path] = (),
+    progress: Progress | None = None,
+    statistics: bool = True,
+) -> Path:
+    """Make ``dest`` the self-contained folder of a version; as ``Store.pull_version``, which checks every part.
+
+    Args:
+        store: which has the version.
+        version: to pull.
+        dest: the folder to make.
+        nearby: folders whose subfolders may be banks with the same adapters, beside the one that ``dest`` is in.
+        progress: called with (parts done, parts in all, name).
+        statistics: fetch what only the continuation of the bank needs, too.
+    """
+    dest = dest.absolute()
+    if not dest.exists() and version.artifact_path:
+        _seed(dest.with_name(f".{dest.name}.part"), manifest_of(store, version), [dest.parent, *nearby])
+    return store.pull_version(version, dest, progress, statistics=statistics)
+
+
+def pull_home(store: Store, version: Version, banks: Path, progress: Progress | None = None) -> Path:
+    """The folder of a version below ``banks``, pulled once and without statistics: what inference needs."""
+    dest = banks / f"{version.registered_model}-{version.number}-{version.tags.get(tags.MANIFEST_DIGEST, '')[:12]}"
+    return pull_bank(store, version, dest, progress=progress, statistics=False)
+
+
+def manifest_of(store: Store, version: Version) -> Manifest:
+    """A version's manifest, without anything else of it.
+
+    Raises:
+        BankError: it is not there, damaged, or another one than was registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as aside:
+        file = store.download(version.run, f"{version.artifact_path}/{FILE}", Path(aside))
+        if file is None:
+            raise BankError(f"{version.uri}: run {version.run} has no {version.artifact_path}/{FILE}; was it deleted?")
+        manifest = read_manifest(file.parent)
+    expected = version.tags.get(tags.MANIFEST_DIGEST)
+    if expected is not None and manifest.digest() != expected:
+        raise BankError(f"{version.uri}: its manifest was changed after it was published")
+    return manifest
+
+
+def _seed(part: Path, manifest: Manifest, nearby: Iterable[Path]) -> None:
+    """Copy adapters and statistics that other banks have to where the pull will look first; it checks their digests."""
+    wanted = {line.digest: [(line.folder, name) for name in ADAPTER_FILES] for line in manifest.adapters}
+    wanted |= {entry.digest: [("", entry.file)] for entry in manifest.statistics}
+    targets = {digest: [Path(folder) / name for folder, name in parts] for digest, parts in wanted.items()}
+    for bank in dict.fromkeys(folder for near in nearby if near.is_dir() for folder in sorted(near.iterdir())):
+        if not targets:
+            return
+        if not (bank / FILE).is_file():
+            continue
+        with contextlib.suppress(BankError):  # not a bank, or a damaged one: nothing to take from it
+            there = read_manifest(bank)
+            parts = {line.digest: [Path(line.folder) / name for name in ADAPTER_FILES] for line in there.adapters}
+            parts |= {entry.digest: [Path(entry.file)] for entry in there.statistics}
+            for digest in targets.keys() & parts.keys():
+                if all((bank / path).is_file() and not (bank / path).is_symlink() for path in parts[digest]):
+                    for source, target in zip(parts[digest], targets.pop(digest), strict=True):
+                        _copy(bank / source, part / target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    log.debug("%s: copied from %s", target, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".fetch.{target.name}.{os.getpid()}")
+    shutil.copyfile(source, aside)
+    aside.replace(target)

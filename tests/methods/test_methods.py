@@ -1,0 +1,307 @@
+"""What every method promises, and what each promises of its own. Whole runs with MLflow are marked integration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.config import load_config
+from amlora_dist.errors import UserError
+from amlora_dist.methods import METHODS, method_for
+from amlora_dist.methods.base import whole
+from amlora_dist.methods.o_lora import directions, overlap
+from amlora_dist.methods.settings import MethodSettings
+from amlora_dist.training.settings import StageSettings, TrainingSettings
+from tests.methods.stages import stages
+from tests.tiny_folder import write_config
+
+DECLARED: dict[str, dict[str, set[str]]] = {
+    "am_lora": {},
+    "seq_lora": {},
+    "inc_lora": {},
+    "o_lora": {"later": {"ortho_weight"}},
+    "replay": {"later": {"replay_rows"}},
+    "ewc": {"first": {"ewc_rows"}, "later": {"ewc_rows", "ewc_weight"}},
+    "lwf": {"later": {"lwf_weight", "lwf_temperature"}},
+    "per_task": {},
+    "joint": {},
+    "base": {},
+}
+"""One row for each method: the keys of ``method_settings`` that decide its first stage, and its later ones."""
+
+UNDECLARED = ["router.gate.threshold=0.5", "evaluation.batch_size=3", "training.checkpoint_every=3", "name=other"]
+FREE_OF_RECIPES = ["training.l1=0.7", "training.recipe_learning_rate=0.01", "training.probe_rows=3"]
+"""What only methods that learn recipes read."""
+
+
+def settings_for(method: str, **values: Any) -> StageSettings:
+    return StageSettings(
+        method=method, seed=0, dtype="fp32", attention="eager", adapters=AdapterSettings(), router=RouterSettings(),
+        training=TrainingSettings(), method_settings=MethodSettings(**values),
+    )  # fmt: skip
+
+
+def other_value(key: str) -> int:
+    return int(getattr(MethodSettings(), key)) + 1
+
+
+def test_every_method_has_its_row_here() -> None:
+    assert list(DECLARED) == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_found_by_the_name_it_has(name: str) -> None:
+    assert method_for(settings_for(name)).name == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_declares_exactly_the_settings_it_reads(name: str) -> None:
+    for stage, when in ((1, "first"), (2, "later")):
+        plain = method_for(settings_for(name)).reads(stage)
+        for field in fields(MethodSettings):
+            changed = method_for(settings_for(name, **{field.name: other_value(field.name)})).reads(stage)
+            declared = field.name in DECLARED[name].get(when, set())
+            assert (changed != plain) == declared, (field.name, stage)
+    assert name == "am_lora" or "recipe" not in method_for(settings_for(name)).reads(2)
+
+
+# -- what a method gives, stage by stage ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_what_a_method_does_not_declare_changes_neither_fingerprint_nor_adapter(name: str, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    used = set().union(*DECLARED[name].values())
+    free = [f"method_settings.{f.name}={other_value(f.name)}" for f in fields(MethodSettings) if f.name not in used]
+    free += [] if name == "am_lora" else FREE_OF_RECIPES
+    short = [f"method={name}", "training.epochs=1"]
+    plain = stages(load_config(file, short), tmp_path / "plain", score=False)
+    other = stages(load_config(file, [*short, *UNDECLARED, *free]), tmp_path / "other", score=False)
+    assert [s.work.fingerprint for s in other] == [s.work.fingerprint for s in plain]
+    assert [s.result.adapter.digest() for s in other] == [s.result.adapter.digest() for s in plain]
+    for one, again in zip(plain, other, strict=True):
+        assert one.result.memory.keys() == again.result.memory.keys()
+        assert all(torch.equal(one.result.memory[key], again.result.memory[key]) for key in one.result.memory)
+
+
+@pytest.fixture(scope="module")
+def old_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+    """Loss on the first of two tasks when it was learned and after the second, by method: a case that forgets."""
+    folder = tmp_path_factory.mktemp("forgetting")
+    file = write_config(folder, tasks=("colours", "shapes"))
+    found = {}
+    for name, more in {
+        "seq_lora": [],
+        "replay": ["method_settings.replay_rows=8"],
+        "ewc": ["method_settings.ewc_weight=1000", "method_settings.ewc_rows=24"],
+        "lwf": ["method_settings.lwf_weight=3"],
+    }.items():
+        first, second = stages(load_config(file, [f"method={name}", *more]), folder / name)
+        found[name] = (first.loss("colours"), second.loss("colours"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["replay", "ewc", "lwf"])
+def test_what_is_meant_to_forget_less_than_sequential_training_does(
+    name: str, old_losses: dict[str, tuple[float, float]]
+) -> None:
+    first, later = old_losses["seq_lora"]
+    own_first, own_later = old_losses[name]
+    assert own_first == pytest.approx(first), "the first stage is the same"
+    assert later > first + 0.5, "sequential training forgets here"
+    assert own_later - own_first < 0.8 * (later - first)
+
+
+def test_the_penalty_of_o_lora_lowers_the_overlap_of_directions(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    found = {}
+    for weight in (0.0, 20.0):
+        first, second = stages(
+            load_config(file, ["method=o_lora", f"method_settings.ortho_weight={weight}"]), tmp_path / str(weight), score=False
+        )
+        a = second.result.adapter.a
+        parts = [
+            overlap(torch.stack([a[path] for path in paths]), old) for paths, old in directions([first.result.adapter])
+        ]
+        found[weight] = float(torch.stack(parts).sum()) / len(a)
+    assert found[20.0] < 0.3 * found[0.0]
+
+
+def test_the_overlap_is_the_mean_squared_cosine_written_out() -> None:
+    generator = torch.Generator().manual_seed(1)
+    new, old = torch.randn(2, 3, 7, generator=generator), torch.randn(2, 5, 7, generator=generator)
+    expected = 0.0
+    for module in range(2):
+        for row in new[module]:
+            expected += sum(float(F.cosine_similarity(row, other, dim=0)) ** 2 for other in old[module]) / 3
+    assert float(overlap(new, F.normalize(old, dim=2))) == pytest.approx(expected, abs=1e-6)
+    basis = torch.eye(7)[None, :4]
+    assert float(overlap(basis[:, :2] * 5, basis)) == pytest.approx(1.0), "inside the span: all of it"
+    assert float(overlap(torch.eye(7)[None, 5:], basis)) == 0.0
+
+
+def test_sequential_methods_train_one_adapter_on_and_incremental_ones_add_a_fresh_one(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    barely = ["training.learning_rate=1e-9", "training.epochs=1"]
+    for name, starts_as_copy in (("seq_lora", True), ("inc_lora", False)):
+        first, second = (s.result.adapter for s in stages(load_config(file, [f"method={name}", *barely]), tmp_path / name))
+        close = all(torch.allclose(first.a[m], second.a[m], atol=1e-4) for m in first.a)
+        assert close == starts_as_copy
+        recipe = [weights.tolist() for weights in second.recipe.values()]
+        assert recipe == ([] if starts_as_copy else [[1.0]] * len(second.a))
+
+
+def test_the_fisher_information_grows_by_each_task_and_is_no_part_of_the_adapter(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    first, second = stages(load_config(file, ["method=ewc", "training.epochs=1"]), tmp_path / "ewc", score=False)
+    assert {name.removeprefix("fisher.") for name in first.result.memory} == set(first.result.adapter.tensors())
+    for name, fisher in first.result.memory.items():
+        assert fisher.shape == first.result.adapter.tensors()[name.removeprefix("fisher.")].shape
+        assert bool((fisher >= 0).all()) and bool((second.result.memory[name] >= fisher).all())
+    assert sum(float(f.sum()) for f in first.result.memory.values()) > 0
+
+
+def test_ewc_refuses_a_bank_without_fisher_information(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    sequential, _ = stages(load_config(file, ["method=seq_lora", "training.epochs=1"]), tmp_path / "seq", score=False)
+    parent = method_for(settings_for("ewc"))
+    with pytest.raises(UserError, match="without Fisher information"):
+        parent.prepare(_StubMixture(["a.m"]), [sequential.result])  # type: ignore[arg-type]
+
+
+class _StubMixture:
+    """Parameters by name."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.device = torch.device("cpu")
+        self._names = names
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(torch.zeros(2)) for name in self._names}
+
+
+def test_replayed_rows_are_named_in_the_fingerprint(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    config = ["method=replay", "training.epochs=1"]
+    before = stages(load_config(file, config), tmp_path / "before", score=False)
+    seen = before[1].work.rows
+    assert seen == {"shapes": None, "colours": 16}
+    steps = [len(stage.result.training["losses"]) for stage in before]
+    assert steps == [4, 7], "24 rows, then 24 and 16 old ones, in batches of 6"
+    fewer = stages(load_config(file, [*config, "method_settings.replay_rows=3"]), tmp_path / "fewer", score=False)
+    assert fewer[0].work.fingerprint == before[0].work.fingerprint
+    assert fewer[1].work.fingerprint != before[1].work.fingerprint
+    assert len(fewer[1].result.training["losses"]) == 5
+
+
+def test_joint_training_sees_the_rows_of_all_tasks_in_one_stage(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    (only,) = stages(load_config(file, ["method=joint", "training.epochs=2"]), tmp_path / "joint")
+    assert only.work.rows == {"colours": None, "shapes": None}
+    assert len(only.result.training["losses"]) == 2 * 48 / 6
+    assert only.result.statistics.count + only.result.statistics.holdout_count == 48
+
+
+def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_elsewhere() -> None:
+    method = method_for(settings_for("lwf", lwf_weight=0.5, lwf_temperature=2.0))
+    assert method.teacher_gate(1) is None
+    gate = method.teacher_gate(3)
+    assert gate is not None and gate.tolist() == [0.0, 1.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    assert float(method.distillation(old, old)) == pytest.approx(0.0, abs=1e-6)
+    p, q = (old / 2).softmax(-1), (new / 2).softmax(-1)
+    assert float(method.distillation(new, old)) == pytest.approx(float(0.5 * 4 * (p * (p / q).log()).sum()), rel=1e-5)
+
+
+def test_a_penalty_says_what_to_change_where_zero_3_has_partitioned_its_parameters() -> None:
+    parameter = nn.Parameter(torch.zeros(0))
+    parameter.ds_numel = 12  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="stage3_param_persistence_threshold"):
+        whole(parameter)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny tasks, and the home that all methods' runs share, as in a comparison."""
+    return tmp_path_factory.mktemp("methods")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_a_sequence_and_a_second_start_trains_nothing(
+    name: str, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.progress import Silent
+    from pipelines.sequence import run_sequence
+
+    monkeypatch.setenv("AMLORA_HOME", str(shared / "home"))
+    file = write_config(shared, tasks=("colours", "shapes"))
+
+    def run() -> dict[str, Any]:
+        return run_sequence(load_config(file, [f"method={name}"]), run_id=name, progress=Silent())
+
+    first = run()
+    check_shape(name, first)
+    if name == "ewc":
+        shutil.rmtree(shared / "home" / "storage")  # its Fisher information comes back from the registry
+    again = run()
+    assert all(stage["reused"] for stage in again["stages"])
+    for key in ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained", "metrics"):
+        assert again[key] == first[key]
+
+
+def check_shape(name: str, result: dict[str, Any]) -> None:
+    """Every cell is scored as the method would serve it; what it has no answer for is null."""
+    matrix, metrics = result["accuracy_matrix"], result["metrics"]
+    assert all(value is not None for value in result["untrained"])
+    if name in ("joint", "base"):
+        assert len(matrix) == 1 and None not in matrix[0]
+        assert metrics["average_performance"] == pytest.approx(sum(matrix[0]) / 2)
+        assert metrics["forgetting"] is None and metrics["backward_transfer"] is None
+        assert result["oracle"] is None
+    else:
+        assert len(matrix) == 2 and None not in matrix[1]
+        assert (matrix[0][1] is None) == (name == "per_task")
+    if name == "base":
+        assert matrix[0] == result["untrained"]
+        assert [stage["version"] for stage in result["stages"]] == [None]
+    else:
+        assert matrix[0][0] > result["untrained"][0], "it learns"
+    if name == "per_task":
+        assert matrix[1][0] == matrix[0][0] and metrics["forgetting"] == 0.0
+        assert result["oracle"] is None
+
+
+@pytest.mark.integration
+def test_ewc_goes_on_from_the_registry_alone(tmp_path: Path, amlora_home: Path) -> None:
+    from pipelines.progress import Silent
+    from pipelines.sequence import run_sequence
+
+    file = write_config(tmp_path, tasks=("colours",), method="ewc")
+    run_sequence(load_config(file), run_id="first", progress=Silent())
+    shutil.rmtree(amlora_home / "storage")
+    more = write_config(tmp_path, tasks=("shapes",), method="ewc", parent="models:/first@current")
+    further = run_sequence(load_config(more), run_id="further", progress=Silent())
+    whole_run = write_config(tmp_path, tasks=("colours", "shapes"), method="ewc")
+    both = run_sequence(load_config(whole_run), run_id="both", progress=Silent())
+    assert both["stages"][1]["fingerprint"] == further["stages"][0]["fingerprint"]
+    assert [stage["reused"] for stage in both["stages"]] == [True, True]
+
+
+def test_replay_says_that_a_parent_banks_rows_are_not_there(tmp_path: Path) -> None:
+    method = method_for(settings_for("replay"))
+    assert list(method.rows("shapes", ["colours"], ["shapes"])) == ["shapes", "colours"]
+    assert json.dumps(asdict(MethodSettings()))
