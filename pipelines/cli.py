@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amlora_dist.errors import AmloraError, UserError
+from pipelines.bank_commands import add_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,6 +157,9 @@ def doctor(
             typer.echo(f"{check.state:4}  {check.name:20} {check.found}{mend}")
         if bad:
             raise UserError(f"{bad} thing{'s' if bad > 1 else ''} to mend, marked bad above")
+
+
+add_commands(app, lambda **options: _answered(**options))
 
 
 def main() -> None:

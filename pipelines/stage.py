@@ -112,6 +112,10 @@ class RayCluster:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        if not os.environ.get("RAY_ADDRESS"):
+            # A process each, of seconds of imports, that one machine has no use for.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         import ray
 
         level = logging.INFO if self._verbose else logging.ERROR

@@ -68,7 +68,7 @@ def write_working_bank(
     base = resolve_base(ModelSettings(source=str(base_folder)), folder.parent / "home")
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base.path)
     layer = default_router_layer(model)
-    settings = AdapterSettings(targets=TARGETS[kind])
+    settings = AdapterSettings(targets=[name for name in TARGETS[kind] if name != "wo"])
     targets = find_targets(model, settings, layer)
     adapters = [
         random_adapter(task, k, targets, rank=1 + k, recipe=literal is None, literal=literal is not None)

@@ -265,8 +265,8 @@ def test_to_peft_gives_stock_peft_with_the_logits_of_the_row(model: AMLoRAModel,
                 torch.testing.assert_close(one.to_peft(task)(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_plain_base_differs_from_the_bank(model: AMLoRAModel) -> None:
-    base = load_model(resolve_base(ModelSettings(source=str(model.base_model_path)), Path("home")), dtype=torch.float32)
+def test_the_plain_base_differs_from_the_bank(model: AMLoRAModel, tmp_path: Path) -> None:
+    base = load_model(resolve_base(ModelSettings(source=str(model.base_model_path)), tmp_path / "home"), dtype=torch.float32)
     tokens = model.tokenizer(f"{TEXTS[0]}\nAnswer:", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         assert not torch.allclose(base(**tokens).logits, model(**tokens).logits, atol=1e-2)

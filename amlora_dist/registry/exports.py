@@ -198,6 +198,17 @@ _PLAIN: dict[str, Any] = {
 """Options of PEFT's LoRA that change what the tensors mean."""
 
 
+def gap_between(mixture: Tensor, fixed: Tensor) -> dict[str, float]:
+    """How far an export is from the bank, from the first-token logits (B, vocabulary) of both."""
+    log_p, log_q = mixture.log_softmax(dim=-1), fixed.log_softmax(dim=-1)
+    return {
+        "texts": len(mixture),
+        "other_first_token": float((mixture.argmax(-1) != fixed.argmax(-1)).float().mean()),
+        "mean_kl_nats": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        "largest_logit_difference": float((mixture - fixed).abs().max()),
+    }
+
+
 def new_folder(folder: Path) -> None:
     """Refuse to write into what is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

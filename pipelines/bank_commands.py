@@ -1,0 +1,237 @@
+"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
+``import-peft``, ``generate`` and ``classify``. What they do is in ``amlora_dist`` and ``pipelines.bank_work``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Answered = Callable[..., AbstractContextManager[None]]
+"""Turns errors into messages and exit codes; takes ``verbose``."""
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, the rest on standard error.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow to look at; default: the store in AMLORA_HOME.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
+Bank = Annotated[
+    str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
+]
+Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
+Source = Annotated[
+    str, typer.Argument(metavar="[FILE]", help="JSON lines, CSV or plain lines; - is standard input.", show_default=False)
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
+Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
+Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
+Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
+Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read beside it.")]
+
+
+def versions(name: Name, tracking_uri: TrackingUri = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the versions of a registered model, with their tasks, scores and aliases."""
+    from pipelines.bank_work import show_versions
+
+    show_versions(name, tracking_uri, as_json=as_json)
+
+
+def pull(
+    uri: Uri,
+    dest: Annotated[Path | None, typer.Argument(help="Folder to make; default: NAME-VERSION.", show_default=False)] = None,
+    statistics: Annotated[bool, typer.Option(help="Fetch what only further training needs, too.")] = False,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a self-contained folder of a version; what an interrupted pull has fetched is not fetched again."""
+    from pipelines.bank_work import pull_to
+
+    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="V1", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="V2", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What two banks differ in: base model, tasks, adapters, router, scores."""
+    from pipelines.bank_work import show_difference
+
+    show_difference(first, second, tracking_uri, as_json=as_json)
+
+
+def alias(
+    name: Name,
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Point an alias at a version."""
+    from pipelines.bank_work import point
+
+    typer.echo(point(name, version, alias, tracking_uri))
+
+
+def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
+    """Read every part of a bank and compare it with its digest; a version is fetched as a whole for that."""
+    from pipelines.bank_work import verify_bank
+
+    typer.echo(verify_bank(bank, tracking_uri))
+
+
+def prune(
+    name: Name,
+    numbers: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="[VERSION]...", help="Default: those that do not count.", show_default=False),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would be deleted.")] = False,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Delete versions that nothing refers to: no alias, no other version, no run at work.
+
+    A run that is started again trains a stage anew whose version was deleted.
+    """
+    from pipelines.bank_work import prune_versions
+
+    for line in prune_versions(name, numbers or None, tracking_uri, yes=yes):
+        typer.echo(line)
+
+
+def export(
+    bank: Bank,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
+    format: Annotated[  # noqa: A002 (the option's name)
+        Literal["peft", "merged", "top1", "vllm"], typer.Option(help="What to make of the bank.")
+    ] = "peft",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="merged: TASK=WEIGHT, once for each task.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged, top1).")
+    ] = None,
+    column: Column = "text",
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, a folder for vLLM."""
+    from pipelines.bank_exports import export_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    for line in export_bank(bank, dest, format, weights or [], sample, column, options):
+        typer.echo(line)
+
+
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder for the bank.", show_default=False)],
+    task: Annotated[str, typer.Option(help="Name of its task.", show_default=False)],
+    sample: Annotated[Path, typer.Option(help="Texts of the task, for the router.", show_default=False)],
+    onto: Annotated[
+        str | None, typer.Option(help="Bank (with statistics) to add it to; default: a new one.", show_default=False)
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A label of the task, once for each.")] = None,
+    question: Question = None,
+    column: Column = "text",
+    base: Base = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make an existing PEFT LoRA an adapter of a bank, with statistics for the router from a sample of its texts."""
+    from pipelines.bank_exports import import_adapter
+
+    for line in import_adapter(
+        adapter, dest, task, sample, column=column, onto=onto, labels=label, question=question, base=base,
+        tracking_uri=tracking_uri,
+    ):  # fmt: skip
+        typer.echo(line)
+
+
+def generate(
+    bank: Bank,
+    source: Source = "-",
+    output: Output = None,
+    task: Task = None,
+    question: Question = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the tasks need.")] = None,
+    column: Column = "text",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
+    from pipelines.text_work import answer_texts
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
+    answer_texts(bank, source, output, column, batch_size, call, options)
+
+
+def classify(
+    bank: Bank,
+    source: Source = "-",
+    output: Output = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A label to choose from, once for each; default: the task's.")
+    ] = None,
+    task: Task = None,
+    question: Question = None,
+    column: Column = "text",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
+    from pipelines.text_work import classify_texts
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    call = {"labels": label or None, "task": task, "question": question}
+    classify_texts(bank, source, output, column, batch_size, call, options)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "versions": versions,
+    "pull": pull,
+    "diff": diff,
+    "alias": alias,
+    "verify": verify,
+    "prune": prune,
+    "export": export,
+    "import-peft": import_peft,
+    "generate": generate,
+    "classify": classify,
+}
+
+
+def add_commands(app: typer.Typer, answered: Answered) -> None:
+    """Add the commands of this module to the program."""
+    for name, command in COMMANDS.items():
+        app.command(name)(_guarded(command, answered))
+
+
+def _guarded(command: Callable[..., None], answered: Answered) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(*args: Any, verbose: bool = False, **options: Any) -> None:
+        with answered(verbose=verbose):
+            command(*args, verbose=verbose, **options)
+
+    return guarded
