@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Each part may import itself, what stands on a lower floor, and the ground. Parts of one floor do not know each other.
 FLOORS = [
     {"model"},
+    {"importing"},
     {"bank_loading"},
     {"config", "config_checks", "inference"},
     {"training"},

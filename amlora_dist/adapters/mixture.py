@@ -21,6 +21,7 @@ from amlora_dist.adapters.call import MixtureCall, current_call
 from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.adapters.wide import GatedLinear, beside, gated_linear
+from amlora_dist.errors import UserError
 
 
 @dataclass(slots=True)
@@ -128,7 +129,7 @@ class MixtureLinear(nn.Module):
         if self.recipe is not None:
             own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
             mix_TR = torch.cat([mix_TR, (own_N @ self.spread)[None]])
-        return task_gate_BT @ mix_TR
+        return task_gate_BT.to(mix_TR.device) @ mix_TR
 
     def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
         """The base layer's output plus the gated adapters'.
@@ -142,7 +143,7 @@ class MixtureLinear(nn.Module):
             (B, ..., O).
 
         Raises:
-            UserError: outside of a call of the model and without ``task_gate``.
+            UserError: outside of a call of the model and without ``task_gate``, or for an input without batch axis.
         """
         call = None
         if task_gate is None:
@@ -154,6 +155,11 @@ class MixtureLinear(nn.Module):
         if call is not None:
             task_gate = call.gate()
         assert task_gate is not None
+        if task_gate.shape[0] not in (1, x.shape[0]):
+            raise UserError(
+                f"{self.path}: the call has {task_gate.shape[0]} gates, this layer an input of shape {tuple(x.shape)}: "
+                "its first axis is not the batch, so it cannot be a target"
+            )
         gate_BR = self.rank_gates(task_gate)
         return self._fused(x, gate_BR) if self._can_fuse(x) else self._unfused(x, gate_BR)
 
@@ -163,11 +169,13 @@ class MixtureLinear(nn.Module):
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether the base layer is nothing but a frozen matrix, so that its product can be part of ours. Not so with
-        hooks (ZeRO-3 gathers its weight in one), in other classes (quantised, Conv1D), or in mixed precision."""
+        hooks (ZeRO-3 gathers its weight in one) or a forward of its own (accelerate's offloading), in other classes
+        (quantised, Conv1D), or in mixed precision."""
         base = self.base
         return (
             type(base) is nn.Linear
             and not (base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and "forward" not in vars(base)
             and not base.weight.requires_grad
             and x.dtype == base.weight.dtype
             and not torch.compiler.is_compiling()
@@ -175,17 +183,18 @@ class MixtureLinear(nn.Module):
         )
 
     def _fused(self, x: Tensor, gate_BR: Tensor) -> Tensor:
+        assert isinstance(self.base, nn.Linear)
+        weight, bias = self.base.weight, self.base.bias
         x_XI = x.reshape(-1, self.in_features)
         gate_BR = gate_BR.expand(x.shape[0], -1)
-        weight, bias = self.base.weight, self.base.bias
         old_a, old_b, new_a, new_b = (
             None if w is None else w.to(x.dtype) for w in (self.old_a, self.old_b, self.new_a, self.new_b)
         )
         if torch.is_grad_enabled():
-            y_XO = GatedLinear.apply(x_XI, gate_BR, weight, bias, old_a, old_b, new_a, new_b)
+            y_XO: Tensor = GatedLinear.apply(x_XI, gate_BR, weight, bias, old_a, old_b, new_a, new_b)
         else:
-            pairs = ((old_a, old_b), (new_a, new_b))
-            y_XO = gated_linear(x_XI, gate_BR, weight, bias, [(a, b) for a, b in pairs if a is not None and b is not None])
+            parts = [(a, b) for a, b in ((old_a, old_b), (new_a, new_b)) if a is not None and b is not None]
+            y_XO = gated_linear(x_XI, gate_BR, weight, bias, parts)
         return y_XO.view(*x.shape[:-1], self.out_features)
 
     def _unfused(self, x: Tensor, gate_BR: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write
 log = logging.getLogger(__name__)
 
 _KNOWN = {
-    "README.md", "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
+    "README.md", "MLmodel", "input_example.json", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
     ".gitattributes", ".DS_Store",
 }  # fmt: skip
 _REFUSED = {
@@ -157,11 +157,12 @@ def write_bank(
 
 
 def write_frame(folder: Path, manifest: Manifest) -> None:
-    """Write what follows from the manifest alone: ``manifest.json``, PEFT's configurations, MLmodel, README.md."""
+    """Write what follows from the manifest alone: ``manifest.json``, PEFT's configurations, MLmodel, its example, README.md."""
     for line in manifest.adapters:
         config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
         write_text(folder / line.folder / CONFIG_FILE, config)
     write_text(folder / "MLmodel", card.mlmodel())
+    write_text(folder / card.EXAMPLE_FILE, card.input_example())
     write_text(folder / "README.md", card.readme(manifest))
     write_text(folder / FILE, manifest.to_json())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,9 +11,43 @@ if TYPE_CHECKING:
 LOADER = "amlora_dist.registry.pyfunc"
 
 
+EXAMPLE_FILE = "input_example.json"
+_INPUTS = [
+    {"type": "string", "name": "text", "required": True},
+    {"type": "string", "name": "question", "required": False},
+    {"type": "string", "name": "task", "required": False},
+]
+_PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
+
+
 def mlmodel() -> str:
-    """YAML of a pyfunc model whose loader module reads the folder; nothing is pickled."""
-    return f"flavors:\n  python_function:\n    loader_module: {LOADER}\n"
+    """YAML of a pyfunc model whose loader module reads the folder; nothing is pickled.
+
+    ``config`` are the keys that ``mlflow.pyfunc.load_model(..., model_config=...)`` and, for ``mlflow models serve``,
+    ``MLFLOW_PYFUNC_INFERENCE_CONFIG`` may set (``registry/pyfunc.py``); empty means the default.
+    """
+    return (
+        "flavors:\n"
+        "  python_function:\n"
+        f"    loader_module: {LOADER}\n"
+        "    config:\n"
+        "      base: ''\n"
+        "      device: ''\n"
+        "      dtype: auto\n"
+        "saved_input_example_info:\n"
+        f"  artifact_path: {EXAMPLE_FILE}\n"
+        "  pandas_orient: split\n"
+        "  type: dataframe\n"
+        "signature:\n"
+        f"  inputs: '{json.dumps(_INPUTS)}'\n"
+        """  outputs: '[{"type": "string", "required": true}]'\n"""
+        f"  params: '{json.dumps(_PARAMS)}'\n"
+    )
+
+
+def input_example() -> str:
+    """JSON of a data frame that ``predict`` takes."""
+    return json.dumps({"columns": ["text"], "data": [["The invoice of May is wrong, please send it again."]]}) + "\n"
 
 
 def readme(manifest: Manifest) -> str:

@@ -31,24 +31,33 @@ class BankModel:
         self.model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One answer for each row.
+        """One greedy answer for each row, as the bank's accuracy was measured.
 
         Args:
-            model_input: a pandas.DataFrame with a column ``text``, and optionally ``question`` (``questions`` of
-                ``AMLoRAModel.predict``).
-            params: further keyword arguments of ``AMLoRAModel.predict``.
+            model_input: a pandas.DataFrame with a column ``text``, and optionally ``question`` (asked of the text) and
+                ``task`` (whose row and prompt are used; empty: the router decides).
+            params: ``max_new_tokens``; 0: what the bank's tasks need.
 
         Raises:
-            UserError: there is no column ``text``.
+            UserError: there is no column ``text``, a text is missing, or the bank has no such task.
         """
         if "text" not in getattr(model_input, "columns", ()):
             found = list(getattr(model_input, "columns", [])) or type(model_input).__name__
             raise UserError(f"predict: found columns {found}, expected a pandas.DataFrame with a column 'text'")
-        texts = [str(text) for text in model_input["text"]]
-        options = dict(params or {})
-        if "question" in model_input.columns:
-            options["questions"] = [str(question) for question in model_input["question"]]
-        return list(self.model.predict(texts, **options))
+        texts = _texts(model_input["text"])
+        if missing := [place for place, text in enumerate(texts) if text is None]:
+            raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text")
+        options: dict[str, Any] = {
+            name: _texts(model_input[name]) for name in ("question", "task") if name in model_input.columns
+        }
+        if limit := int((params or {}).get("max_new_tokens") or 0):
+            options["max_new_tokens"] = limit
+        return self.model.predict([text for text in texts if text is not None], **options)
+
+
+def _texts(column: Any) -> list[str | None]:
+    """A column's values; None for what is empty or missing (None, NaN)."""
+    return [value if isinstance(value, str) and value.strip() else None for value in column.tolist()]
 
 
 def complete(folder: Path, dest: Path) -> Path:
@@ -81,11 +90,16 @@ def _tracking_store(home: Path) -> Runs:
     return Runs(connect(home, mlflow.get_tracking_uri()))
 
 
-def _load_pyfunc(path: str) -> BankModel:
-    """Called by MLflow with the local folder of a version."""
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> BankModel:
+    """Called by MLflow with the local folder of a version.
+
+    Args:
+        path: of the folder.
+        model_config: ``base``, ``device`` and ``dtype`` of ``AMLoRAModel.from_bank``; empty ones are the defaults.
+    """
     from amlora_dist.model import AMLoRAModel
 
-    folder = Path(path)
+    options = {key: value for key, value in (model_config or {}).items() if value}
     with tempfile.TemporaryDirectory(prefix="amlora-bank-") as aside:
-        whole = complete(folder, Path(aside) / "bank")
-        return BankModel(AMLoRAModel.from_bank(whole))
+        whole = complete(Path(path), Path(aside) / "bank")
+        return BankModel(AMLoRAModel.from_bank(whole, **options))

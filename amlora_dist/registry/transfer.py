@@ -36,7 +36,7 @@ Progress = Callable[[int, int, str], None]
 Fetch = Callable[[str, "Stored | None", Path], None]
 """Brings one file, given its path in the bank and where it is stored, to a local path."""
 PULL_DEADLINE_S = 1800.0
-FRAME_FILES = (FILE, ROUTER_FILE, "MLmodel", "README.md")
+FRAME_FILES = (FILE, ROUTER_FILE, "MLmodel", "input_example.json", "README.md")
 
 
 def own_files(manifest: Manifest, run: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import types
@@ -26,11 +27,11 @@ class EchoModel:
         self.adapters = adapters
 
     @classmethod
-    def from_bank(cls, folder: Path) -> EchoModel:
+    def from_bank(cls, folder: Path, **options: Any) -> EchoModel:
         return cls(len(read_bank(Path(folder)).adapters))
 
-    def predict(self, texts: list[str], questions: list[str] | None = None) -> list[str]:
-        return [f"{text}|{question}|{self.adapters}" for text, question in zip(texts, questions or texts, strict=True)]
+    def predict(self, texts: list[str], question: list[str] | None = None, **options: Any) -> list[str]:
+        return [f"{text}|{asked}|{self.adapters}" for text, asked in zip(texts, question or texts, strict=True)]
 
 
 @pytest.fixture
@@ -48,6 +49,13 @@ def test_prediction_takes_a_column_of_texts_and_maybe_one_of_questions() -> None
         model.predict(pandas.DataFrame({"body": ["a"]}))
     with pytest.raises(UserError, match="found columns list"):
         model.predict(["a"])
+
+
+def test_what_is_passed_on_is_what_the_model_takes() -> None:
+    from amlora_dist.model import AMLoRAModel
+
+    assert "from_bank" in vars(AMLoRAModel)
+    assert "question" in inspect.signature(AMLoRAModel.answer).parameters  # predict hands its options to it
 
 
 def test_a_folder_of_a_version_alone_names_what_it_misses(tmp_path: Path) -> None:

@@ -299,6 +299,7 @@ def test_nothing_but_the_bank_is_uploaded(store: Store, name: str, tmp_path: Pat
         f"{root}/{path}"
         for path in (
             "MLmodel",
+            "input_example.json",
             "README.md",
             "manifest.json",
             "router.safetensors",

@@ -1,0 +1,59 @@
+"""What methods add to the loss and keep is the same on two ranks under ZeRO as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amlora_dist.config import load_config
+from amlora_dist.training.stage import run_stage
+from amlora_dist.training.work import StageWork
+from tests.methods.stages import in_this_process, stages
+from tests.tiny_folder import write_config
+from tests.training.ranks import on_ranks
+
+METHODS = {
+    "o_lora": ["method_settings.ortho_weight=20"],
+    "ewc": ["method_settings.ewc_weight=100", "method_settings.ewc_rows=7"],
+    "lwf": ["method_settings.lwf_weight=3"],
+    "inc_lora": [],
+}
+
+
+def on_this_rank(work: StageWork) -> None:
+    run_stage(work, distributed=True, report=lambda event: None, device=torch.device("cpu"))
+
+
+def learned(file: str, folder: str, zero_stage: int | None) -> dict[str, Any]:
+    """By method: the losses of both stages, and the sum of each remembered tensor after the second."""
+    run, where = (in_this_process, []) if zero_stage is None else (on_this_rank, [f"deepspeed.zero_stage={zero_stage}"])
+    found = {}
+    for name, more in METHODS.items():
+        config = load_config(file, [f"method={name}", "training.epochs=1", "training.learning_rate=1e-2", *more, *where])
+        both = stages(config, Path(folder) / name, run, score=False)
+        memory = {key: float(tensor.sum()) for key, tensor in both[1].result.memory.items()}
+        found[name] = {"losses": [loss for stage in both for loss in stage.result.training["losses"]], "memory": memory}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone")
+    file = str(write_config(folder, tasks=("colours", "shapes")))
+    return file, learned(file, str(folder / "stages"), None)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_under_zero_equal_one_process(
+    zero_stage: int, alone: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, expected = alone
+    first, second = on_ranks(2, learned, file, str(tmp_path / "stages"), zero_stage)
+    assert first == second
+    for name in METHODS:
+        assert first[name]["losses"] == pytest.approx(expected[name]["losses"], rel=1e-4)
+        assert first[name]["memory"] == pytest.approx(expected[name]["memory"], rel=1e-2, abs=1e-6)
