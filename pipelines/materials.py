@@ -10,6 +10,7 @@ from amlora_dist.base_model import BaseModel, resolve_base
 from amlora_dist.config import RunConfig
 from amlora_dist.errors import UserError
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
+from amlora_dist.methods import method_for
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
@@ -114,7 +115,13 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         data[spec.name] = load_task(spec, seed=config.seed, data_dir=config.data_dir, splits=splits)
     base = resolve_base(config.model, home)
     check_targets(config, base)
-    return Materials(config, base, specs, data, _dtype(config.dtype))
+    materials = Materials(config, base, specs, data, _dtype(config.dtype))
+    if config.workers and config.zero_stage == 3 and method_for(materials.stage_settings()).reads_parameters:
+        raise UserError(
+            f"deepspeed.zero_stage: 3 partitions the parameters that method {config.method!r} puts a penalty on; use 0, 1"
+            " or 2"
+        )
+    return materials
 
 
 def check_targets(config: RunConfig, base: BaseModel) -> None:

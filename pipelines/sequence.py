@@ -64,6 +64,7 @@ def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose:
     mapping = to_mapping(config)
     _refuse_other_configuration(store, config, run_id, mapping)
     with store.hold_run(run_id, config.registered_model) as lease:
+        store.ensure_current(config.registered_model, lease.check)  # a version may have been registered just before a crash
         parent_run = store.parent_run(config.registered_model, run_id, mapping)
         driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, place)
         status = "FAILED"

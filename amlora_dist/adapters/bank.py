@@ -41,7 +41,7 @@ class Adapter:
 
     def digest(self) -> str:
         """sha256 over task, rank, alpha and all tensors."""
-        return tensors_digest(self.tensors(), task=self.task, rank=self.rank, alpha=self.alpha)
+        return tensors_digest(self.tensors(), task=self.task, rank=self.rank, alpha=float(self.alpha))
 
 
 def rows(adapters: list[Adapter], module: str) -> Tensor:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from amlora_dist.errors import UserError
-
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
@@ -53,6 +51,8 @@ class Method:
     """Whether scores depend on the settings of ``router.gate``."""
     told_task: ClassVar[bool] = False
     """Whether every row is scored by the adapter of its own task: an upper bound, not a method to serve."""
+    reads_parameters: ClassVar[bool] = False
+    """Whether ``extra_loss`` or ``remember`` read the new adapter's parameters, which ZeRO-3 partitions: refused there."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Keys of ``method_settings`` that decide what stages from the second on train."""
 
@@ -170,18 +170,3 @@ class Baseline(Method):
         from amlora_dist.adapters.router import FixedRouter
 
         return FixedRouter.newest([s.task for s in statistics])
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values in fp32, with gradient, outside of its layer's forward pass.
-
-    Raises:
-        UserError: ZeRO-3 has partitioned it.
-    """
-    if parameter.numel() != getattr(parameter, "ds_numel", parameter.numel()):
-        raise UserError(
-            "deepspeed.zero_optimization.stage3_param_persistence_threshold: this method's penalty reads the new"
-            " adapter's parameters whole; set it to at least the size of the largest (rank x features), or use"
-            " zero_stage 2"
-        )
-    return parameter.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
-from amlora_dist.methods.base import Trained, whole
+from amlora_dist.methods.base import Trained
 from amlora_dist.methods.seq_lora import SeqLoRA
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class EWC(SeqLoRA):
     """
 
     name = "ewc"
+    reads_parameters = True
     uses = ("ewc_weight",)
 
     def __init__(self, settings: StageSettings) -> None:
@@ -60,14 +61,14 @@ class EWC(SeqLoRA):
         if not self._fisher:
             return None
         terms = [
-            (self._fisher[name] * (whole(parameter) - self._anchor[name]).square()).sum()
+            (self._fisher[name] * (parameter.float() - self._anchor[name]).square()).sum()
             for name, parameter in mixture.trainable().items()
         ]
         return 0.5 * self.settings.method_settings.ewc_weight * torch.stack(terms).sum()
 
     def remember(self, trained: Trained) -> dict[str, Tensor]:
         named = trained.mixture.trainable()
-        squares = [torch.zeros_like(whole(p), requires_grad=False) for p in named.values()]
+        squares = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in named.values()]
         for loss in trained.row_losses(self.settings.method_settings.ewc_rows):
             for square, gradient in zip(squares, torch.autograd.grad(loss, list(named.values())), strict=True):
                 square += gradient.float().square()

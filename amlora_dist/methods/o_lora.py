@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlora_dist.methods.base import whole
 from amlora_dist.methods.inc_lora import IncLoRA
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ class OLoRA(IncLoRA):
     """
 
     name = "o_lora"
+    reads_parameters = True
     uses = ("ortho_weight",)
 
     def __init__(self, settings: StageSettings) -> None:
@@ -48,7 +48,7 @@ class OLoRA(IncLoRA):
         trainable = mixture.trainable()
         total = sum(
             (
-                overlap(torch.stack([whole(trainable[f"a.{path}"]) for path in paths]), old_MRI)
+                overlap(torch.stack([trainable[f"a.{path}"].float() for path in paths]), old_MRI)
                 for paths, old_MRI in self._old
             ),
             torch.zeros((), device=mixture.device),

@@ -55,8 +55,8 @@ from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write
 log = logging.getLogger(__name__)
 
 _KNOWN = {
-    "README.md", "MLmodel", "input_example.json", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta",
-    ".gitattributes", ".DS_Store",
+    "README.md", "MLmodel", "input_example.json", "conda.yaml", "python_env.yaml", "requirements.txt",
+    "registered_model_meta", ".gitattributes", ".DS_Store",
 }  # fmt: skip
 _REFUSED = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz",
@@ -157,7 +157,7 @@ def write_bank(
 
 
 def write_frame(folder: Path, manifest: Manifest) -> None:
-    """Write what follows from the manifest alone: ``manifest.json``, PEFT's configurations, MLmodel, its example, README.md."""
+    """Write what follows from the manifest alone: ``manifest.json``, configurations of PEFT and MLflow, README.md."""
     for line in manifest.adapters:
         config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
         write_text(folder / line.folder / CONFIG_FILE, config)

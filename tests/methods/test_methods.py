@@ -16,10 +16,10 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.methods import METHODS, method_for
-from amlora_dist.methods.base import whole
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
+from pipelines.materials import gather_materials
 from tests.methods.stages import stages
 from tests.tiny_folder import write_config
 
@@ -107,7 +107,6 @@ def old_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[floa
     }.items():
         first, second = stages(load_config(file, [f"method={name}", *more]), folder / name)
         found[name] = (first.loss("colours"), second.loss("colours"))
-    print(found)
     return found
 
 
@@ -225,11 +224,12 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
     assert float(method.distillation(new, old)) == pytest.approx(float(0.5 * 4 * (p * (p / q).log()).sum()), rel=1e-5)
 
 
-def test_a_penalty_says_what_to_change_where_zero_3_has_partitioned_its_parameters() -> None:
-    parameter = nn.Parameter(torch.zeros(0))
-    parameter.ds_numel = 12  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="stage3_param_persistence_threshold"):
-        whole(parameter)
+@pytest.mark.parametrize("name", ["o_lora", "ewc"])
+def test_a_penalty_on_parameters_is_refused_under_zero_3_before_anything_starts(name: str, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=("colours",), method=name)
+    with pytest.raises(UserError, match=f"zero_stage: 3 partitions the parameters that method '{name}'"):
+        gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=3"]), tmp_path)
+    gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=2"]), tmp_path)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------

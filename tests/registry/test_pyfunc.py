@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 import types
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +28,20 @@ from tests.registry.tiny_banks import TASKS, publish_sequence, tiny_bank
 
 
 class EchoModel:
-    """Stands for AMLoRAModel: says how many adapters it was given."""
+    """Stands for AMLoRAModel: says how many adapters it was given, and the options of each text."""
 
-    def __init__(self, adapters: int) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: int, base: str) -> None:
+        self.adapters, self.base = adapters, base
 
     @classmethod
-    def from_bank(cls, folder: Path, **options: Any) -> EchoModel:
-        return cls(len(read_bank(Path(folder)).adapters))
+    def from_bank(cls, folder: Path, base: str = "") -> EchoModel:
+        return cls(len(read_bank(Path(folder)).adapters), base)
 
-    def predict(self, texts: list[str], question: list[str] | None = None, **options: Any) -> list[str]:
-        return [f"{text}|{asked}|{self.adapters}" for text, asked in zip(texts, question or texts, strict=True)]
+    def predict(self, texts: list[str], *, max_new_tokens: int = 0, **options: list[str | None]) -> list[str]:
+        told = [f"{text}|{self.adapters}{self.base}" + f"|{max_new_tokens}" * bool(max_new_tokens) for text in texts]
+        for values in options.values():
+            told = [f"{text}|{value}" for text, value in zip(told, values, strict=True)]
+        return told
 
 
 @pytest.fixture
@@ -41,21 +51,19 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "amlora_dist.model", module)
 
 
-def test_prediction_takes_a_column_of_texts_and_maybe_one_of_questions() -> None:
-    model = BankModel(EchoModel(2))  # type: ignore[arg-type]
-    assert model.predict(pandas.DataFrame({"text": ["a", "b"], "other": [1, 2]})) == ["a|a|2", "b|b|2"]
-    assert model.predict(pandas.DataFrame({"text": ["a"], "question": ["q"]})) == ["a|q|2"]
+def test_prediction_takes_a_column_of_texts_and_maybe_questions_and_tasks() -> None:
+    model = BankModel(EchoModel(2, ""))  # type: ignore[arg-type]
+    assert model.predict(pandas.DataFrame({"text": ["a", "b"], "other": [1, 2]})) == ["a|2", "b|2"]
+    frame = pandas.DataFrame({"text": ["a", "b"], "question": ["q", None], "task": [float("nan"), "agnews"]})
+    assert model.predict(frame) == ["a|2|q|None", "b|2|None|agnews"]
+    assert model.predict(frame[["text"]], {"max_new_tokens": 3}) == ["a|2|3", "b|2|3"]
+    assert model.predict(frame[["text"]], {"max_new_tokens": 0}) == ["a|2", "b|2"]
     with pytest.raises(UserError, match=r"found columns \['body'\], expected .* 'text'"):
         model.predict(pandas.DataFrame({"body": ["a"]}))
     with pytest.raises(UserError, match="found columns list"):
         model.predict(["a"])
-
-
-def test_what_is_passed_on_is_what_the_model_takes() -> None:
-    from amlora_dist.model import AMLoRAModel
-
-    assert "from_bank" in vars(AMLoRAModel)
-    assert "question" in inspect.signature(AMLoRAModel.answer).parameters  # predict hands its options to it
+    with pytest.raises(UserError, match="row 1 of 2 has no text"):
+        model.predict(pandas.DataFrame({"text": ["a", None]}))
 
 
 def test_a_folder_of_a_version_alone_names_what_it_misses(tmp_path: Path) -> None:
@@ -71,6 +79,7 @@ def test_mlflow_loads_a_version_with_the_adapters_it_refers_to(
     store: Store, name: str, tmp_path: Path, echo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     last = publish_sequence(store, name, tmp_path)[-1]
     store.set_alias(name, tags.CHAMPION, last)
@@ -78,7 +87,13 @@ def test_mlflow_loads_a_version_with_the_adapters_it_refers_to(
     mlflow.set_tracking_uri(store.connection.uri)
     try:
         loaded = mlflow.pyfunc.load_model(f"models:/{name}@champion")
-        assert list(loaded.predict(pandas.DataFrame({"text": ["hello"]}))) == ["hello|hello|3"]
+        assert list(loaded.predict(pandas.DataFrame({"text": ["hello"]}))) == ["hello|3"]
+        told = loaded.predict(pandas.DataFrame({"text": ["a"], "question": ["q"]}), params={"max_new_tokens": 5})
+        assert list(told) == ["a|3|5|q"]
+        with pytest.raises(MlflowException, match="missing inputs"):
+            loaded.predict(pandas.DataFrame({"body": ["hello"]}))
+        moved = mlflow.pyfunc.load_model(f"models:/{name}@champion", model_config={"base": "elsewhere"})
+        assert list(moved.predict(loaded.input_example)) == [f"{loaded.input_example['text'][0]}|3elsewhere"]
         # stock tools give the version alone, as its card says
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}@champion", dst_path=str(tmp_path / "stock")))
         with pytest.raises(BankError, match="amlora pull"):
@@ -88,3 +103,55 @@ def test_mlflow_loads_a_version_with_the_adapters_it_refers_to(
     finally:
         mlflow.set_tracking_uri(before)
     assert json.loads((folder / "manifest.json").read_text())["run_id"] == name
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mlflow_loads_a_folder_and_answers_as_the_model_does(tmp_path: Path) -> None:
+    import mlflow
+
+    from amlora_dist.model import AMLoRAModel
+    from tests.bank_with_base import TASKS as WORKING
+    from tests.bank_with_base import texts_of, write_working_bank
+
+    write_working_bank(tmp_path / "bank", tmp_path / "base")
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "bank"))
+    frame = pandas.DataFrame({"text": [texts_of(task, 1)[0] for task in WORKING]})
+    model = AMLoRAModel.from_bank(tmp_path / "bank", device="cpu")
+    assert list(loaded.predict(frame)) == model.predict(list(frame["text"]))
+    named = list(loaded.predict(frame.assign(task="shapes")))
+    assert named == model.predict(list(frame["text"]), task="shapes")
+
+
+@pytest.mark.integration
+def test_mlflow_models_serve_answers(tmp_path: Path, repository: Path) -> None:
+    from tests.bank_with_base import write_working_bank
+
+    write_working_bank(tmp_path / "bank", tmp_path / "base")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(tmp_path / "bank"), "--env-manager", "local"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(repository), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+    try:
+        body = json.dumps({"dataframe_records": [{"text": "the wall looks red"}]}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        start = time.monotonic()
+        answer = None
+        while answer is None and time.monotonic() - start < 240 and server.poll() is None:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        assert answer is not None, (tmp_path / "log").read_text()[-3000:]
+        assert [type(text) for text in answer["predictions"]] == [str]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)

@@ -1,0 +1,301 @@
+"""Banks from the command line: versions, pull, diff, alias, verify, prune, export, generate, classify."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from amlora_dist.registry import tags
+from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.runs import Runs
+from amlora_dist.registry.store import Store
+from pipelines.bank_work import difference
+from pipelines.cli import app
+from pipelines.text_work import Line, drained
+from tests.bank_with_base import TASKS, texts_of, write_working_bank
+from tests.registry.tiny_banks import publish_sequence, rewrite, tiny_adapter, tiny_bank
+from tests.tiny_folder import TOPICS
+
+
+def amlora(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def good(*arguments: str | Path, stdin: str | None = None) -> str:
+    done = amlora(*arguments, stdin=stdin)
+    assert done.exit_code == 0, done.output + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bank")
+    write_working_bank(folder / "bank", folder / "base")
+    return folder / "bank"
+
+
+TEXTS = [texts_of(task, 1, "cli")[0] for task in TASKS]
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------
+
+
+def test_classify_reads_json_lines_and_keeps_their_fields(bank: Path, tmp_path: Path) -> None:
+    rows = [{"id": k, "text": text, "label": "gold"} for k, text in enumerate(TEXTS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.loads(line) for line in good("classify", bank, tmp_path / "in.jsonl", "--device", "cpu").splitlines()]
+    assert [line["id"] for line in lines] == [0, 1, 2]
+    assert [line["routed_to"] for line in lines] == list(TASKS)
+    assert [line["input_label"] for line in lines] == ["gold"] * 3
+    assert all(line["label"] in TOPICS[line["routed_to"]][0] and 0 < line["score"] <= 1 for line in lines)
+
+
+def test_classify_reads_and_writes_csv(bank: Path, tmp_path: Path) -> None:
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["body", "n"], *[[text, k] for k, text in enumerate(TEXTS)]])
+    good("classify", bank, tmp_path / "in.csv", "--column", "body", "-o", tmp_path / "out.csv", "--device", "cpu")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    assert [row["routed_to"] for row in rows] == list(TASKS)
+    assert list(rows[0])[:4] == ["body", "n", "label", "score"]
+    assert json.loads(rows[0]["route"])["colours"] > 0.5
+    assert sorted(file.name for file in tmp_path.glob(".out*")) == []
+
+
+def test_generate_takes_lines_from_standard_input_and_options_from_the_command_line(bank: Path) -> None:
+    given = f"{TEXTS[0]}\n\n{json.dumps({'text': TEXTS[1], 'task': 'sizes'})}\n"
+    out = [json.loads(line) for line in good("generate", bank, "--device", "cpu", stdin=given).splitlines()]
+    assert [line["routed_to"] for line in out] == ["colours", "sizes"]
+    assert all(isinstance(line["answer"], str) for line in out)
+    named = good("generate", bank, "--task", "shapes", "--max-new-tokens", "1", "--device", "cpu", stdin=TEXTS[0])
+    assert json.loads(named)["routed_to"] == "shapes"
+
+
+def test_classify_takes_labels_from_the_command_line(bank: Path) -> None:
+    out = json.loads(good("classify", bank, "--label", "apple", "--label", "pear", "--device", "cpu", stdin=TEXTS[0]))
+    assert out["label"] in ("apple", "pear")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.jsonl", '{"text": "red wall"}\n{"body": 1}\n', "in.jsonl, line 2: text: found None, expected a text"),
+        ("in.jsonl", '{"text": \n', "in.jsonl, line 1: not JSON"),
+        ("in.csv", "a,b\n1,2\n", "no column 'text', it has a, b"),
+        ("in.xlsx", "", "found suffix '.xlsx'"),
+        ("in.jsonl", '{"text": "red wall", "task": "fruit"}\n', "task: found 'fruit', the bank's tasks are"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(bank: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    done = amlora("classify", bank, tmp_path / name, "-o", tmp_path / "out.jsonl", "--device", "cpu")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_line_is_answered_before_the_next_one_comes() -> None:
+    come = threading.Event()
+
+    def slow():
+        yield Line("1", {}, "a")
+        assert come.wait(timeout=30), "the first line was kept waiting"
+        for number in range(5):
+            yield Line("2", {}, str(number))
+
+    batches = drained(slow(), 2)
+    assert [line.text for line in next(batches)] == ["a"]
+    come.set()
+    rest = list(batches)
+    assert [line.text for batch in rest for line in batch] == list("01234")
+    assert max(map(len, rest)) <= 2
+
+
+# ---- exports --------------------------------------------------------------------------------------------------
+
+
+def test_export_peft_needs_no_base_model(tmp_path: Path) -> None:
+    tiny_bank(tmp_path / "bank")
+    out = good("export", tmp_path / "bank", tmp_path / "peft")
+    assert "3 PEFT adapters" in out
+    assert (tmp_path / "peft" / "1-helpdesk-email" / "adapter_config.json").is_file()
+
+
+def test_export_prints_and_stores_the_gap_to_the_mixture(bank: Path, tmp_path: Path) -> None:
+    (tmp_path / "sample.txt").write_text("\n".join(TEXTS))
+    options = ("--sample", tmp_path / "sample.txt", "--device", "cpu")
+    out = good("export", bank, tmp_path / "top1", "--format", "top1", *options)
+    assert "gap to the mixture over 3 texts" in out
+    assert json.loads((tmp_path / "top1" / "export.json").read_text())["gap_to_mixture"]["texts"] == 3
+    good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
+    index = json.loads((tmp_path / "merged" / "export.json").read_text())
+    assert index["gap_to_mixture"]["largest_logit_difference"] > 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    good("export", bank, tmp_path / "vllm", "--format", "vllm", "--device", "cpu")
+    assert (tmp_path / "vllm" / "client.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "merged", "--sample", "x.txt"), "belongs to --format merged, which needs at least one"),
+        (("--format", "top1"), "--format top1 needs --sample FILE"),
+        (("--weights", "a=1"), "belongs to --format merged"),
+        (("--format", "merged", "--weights", "a"), "found 'a', expected TASK=WEIGHT"),
+    ],
+)
+def test_export_options_that_do_not_fit_are_named(bank: Path, tmp_path: Path, options: tuple, message: str) -> None:
+    done = amlora("export", bank, tmp_path / "out", *options)
+    assert done.exit_code == 2 and message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_peft_makes_a_bank_that_classifies(bank: Path, tmp_path: Path) -> None:
+    good("export", bank, tmp_path / "peft")
+    (tmp_path / "fruit.txt").write_text("\n".join(texts_of("fruit", 40)))
+    common = ("--sample", tmp_path / "fruit.txt", "--label", "apple", "--label", "plum")
+    out = good("import-peft", tmp_path / "peft" / "1-colours", tmp_path / "more", "--task", "fruit", "--onto", bank, *common)
+    assert "bank of 4 adapters" in out
+    found = json.loads(good("classify", tmp_path / "more", "--device", "cpu", stdin=texts_of("fruit", 1, "new")[0]))
+    assert found["routed_to"] == "fruit" and found["label"] in ("apple", "plum")
+
+
+# ---- folders --------------------------------------------------------------------------------------------------
+
+
+def test_verify_tells_a_good_folder_from_a_damaged_one(tmp_path: Path) -> None:
+    manifest = tiny_bank(tmp_path / "bank")
+    assert f"digest {manifest.digest()}" in good("verify", tmp_path / "bank")
+    file = tmp_path / "bank" / manifest.adapters[1].folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    done = amlora("verify", tmp_path / "bank")
+    assert done.exit_code == 2 and "2-agnews" in done.stderr and "digest" in done.stderr
+
+
+def test_diff_says_what_changed_between_two_banks(tmp_path: Path) -> None:
+    first = tiny_bank(tmp_path / "one", ["a", "b"])
+    adapters = [tiny_adapter("a", 1), tiny_adapter("b", 2, seed=9), tiny_adapter("c", 3)]
+    second = tiny_bank(tmp_path / "two", ["a", "b", "c"], adapters=adapters)
+    found = difference(first, second)
+    assert found["adapters"] == {
+        "a": "same adapter", "b": "another adapter (rank 2 -> 2)", "c": "added (adapter 3, rank 2)"
+    }  # fmt: skip
+    assert found["scores"] == {"a": [0.5, 0.5], "b": [0.5, 0.5], "c": [None, 0.5]}
+    assert found["router"] == "posterior, other keys" and found["base"] == "the same"
+    assert difference(second, first)["adapters"]["c"] == "removed"
+    shown = good("diff", tmp_path / "one", tmp_path / "two")
+    assert "c: added (adapter 3, rank 2)  accuracy - -> 50.0" in shown
+    assert json.loads(good("diff", tmp_path / "one", tmp_path / "one", "--json"))["router"] == "the same"
+
+
+# ---- versions in MLflow ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a registered model of three versions; tests that change something use names of their own."""
+    home = tmp_path_factory.mktemp("published") / "home"
+    publish_sequence(Store.open(home), "helpdesk", tmp_path_factory.mktemp("work"))
+    return home
+
+
+@pytest.fixture
+def home(published: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AMLORA_HOME", str(published))
+    return published
+
+
+@pytest.mark.integration
+def test_versions_aliases_pull_and_verify(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is models:/helpdesk/2" in good("alias", "helpdesk", "2", "champion")
+    assert "(before: version 2)" in good("alias", "helpdesk", "3", "champion")
+    listed = json.loads(good("versions", "helpdesk", "--json"))
+    assert [line["version"] for line in listed] == [1, 2, 3]
+    assert [len(line["tasks"]) for line in listed] == [1, 2, 3]
+    assert sorted(listed[2]["aliases"]) == ["champion", "current"]
+    assert "champion" in good("versions", "helpdesk")
+    for wrong, message in (("current", "follows the newest"), ("v3", "not a version number")):
+        done = amlora("alias", "helpdesk", "1", wrong)
+        assert done.exit_code == 2 and message in done.stderr
+    done = amlora("versions", "helpdesc")
+    assert done.exit_code == 2 and "there are: helpdesk" in done.stderr
+    assert "models:/helpdesk/3: good; 3 adapters" in good("verify", "models:/helpdesk@champion")
+    assert "added (adapter 3, rank 2)" in good("diff", "models:/helpdesk/2", "models:/helpdesk/3")
+
+    fetched: list[str] = []
+    plain = Runs.download
+
+    def counting(self: Runs, run: str, path: str, folder: Path) -> Any:
+        fetched.append(path)
+        return plain(self, run, path, folder)
+
+    monkeypatch.setattr(Runs, "download", counting)
+    good("pull", "models:/helpdesk/2", tmp_path / "two")
+    assert sum("adapter_model" in path for path in fetched) == 2
+    fetched.clear()
+    assert "is in" in good("pull", "models:/helpdesk@champion", tmp_path / "three", "--statistics")
+    assert sum("adapter_model" in path for path in fetched) == 1, "two adapters were there, beside it"
+    assert len(read_bank(tmp_path / "three").statistics) == 3
+    fetched.clear()
+    good("pull", "models:/helpdesk@champion", tmp_path / "three")
+    assert not any("adapter_model" in path for path in fetched)
+
+
+@pytest.mark.integration
+def test_prune_refuses_what_others_refer_to_and_removes_the_rest(home: Path, tmp_path: Path) -> None:
+    store = Store.open(home)
+    publish_sequence(store, "pruned", tmp_path / "work", tasks=("a", "b"))
+    done = amlora("prune", "pruned", "1", "--yes")
+    assert done.exit_code == 2
+    assert "models:/pruned/1 has to stay: models:/pruned/2 keeps parts there" in done.stderr
+    assert "alias 'current' points at it" in amlora("prune", "pruned", "2", "--yes").stderr
+    assert "every version counts" in good("prune", "pruned")
+    other = publish_sequence(store, "other", tmp_path / "work", tasks=("x", "y"))
+    store.set_alias("other", tags.CURRENT, other[0])
+    assert "would be deleted; add --yes" in good("prune", "other", "2")
+    assert len(store.versions("other")) == 2, "only said"
+    assert "models:/other/2 deleted" in good("prune", "other", "2", "--yes")
+    assert [version.number for version in store.versions("other")] == [1]
+    assert not store.has_artifact(other[1].run, other[1].artifact_path)
+    good("verify", "models:/other/1")
+    assert "no version 7; there are [1]" in amlora("prune", "other", "7").stderr
+
+
+@pytest.mark.integration
+def test_a_model_comes_straight_from_the_registry(home: Path, tmp_path: Path) -> None:
+    """The developer's journey: a published bank, by its URI, in a process of its own."""
+    store = Store.open(home)
+    write_working_bank(tmp_path / "bank", tmp_path / "base")
+    parent = store.parent_run("journey", "journey", {})
+    run = store.stage_run(parent, "3 sizes", "f" * 64)
+    place = store.placement("journey", run, 1)
+    bank = read_bank(tmp_path / "bank")
+    import dataclasses
+
+    rewrite(
+        tmp_path / "bank",
+        adapters=[dataclasses.replace(line, stored=place.of(line.folder)) for line in bank.manifest.adapters],
+        statistics=[dataclasses.replace(part, stored=place.of(part.file)) for part in bank.manifest.statistics],
+        run_id="journey",
+        epoch=1,
+    )
+    values = {tags.TRAINING_FINGERPRINT: "f" * 64, tags.RUN_ID: "journey"}
+    store.publish("journey", tmp_path / "bank", stage_run=run, tags=values, epoch=1, guard=lambda: None)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "classify", "models:/journey@current", "--device", "cpu"],
+        input="\n".join(TEXTS), capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["routed_to"] for line in done.stdout.splitlines()] == list(TASKS)
