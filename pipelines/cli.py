@@ -159,9 +159,6 @@ def doctor(
             raise UserError(f"{bad} thing{'s' if bad > 1 else ''} to mend, marked bad above")
 
 
-add_commands(app, lambda **options: _answered(**options))
-
-
 def main() -> None:
     """Entry point of the console command."""
     sys.excepthook = _unexpected
@@ -233,6 +230,8 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
+
+add_commands(app, _answered)
 
 if __name__ == "__main__":
     main()

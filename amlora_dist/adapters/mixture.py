@@ -119,6 +119,12 @@ class MixtureLinear(nn.Module):
         """(N, R) fp32: alpha_i / r_i in adapter i's rank columns, 0 elsewhere."""
         return self.spread_bits.view(torch.float32)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, for models that look at it from outside (T5 reads the dtype of ``wo.weight``)."""
+        weight: Tensor = self.base.weight
+        return weight
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"adapters={self.spread_bits.shape[0]}, ranks={self.spread_bits.shape[1]}, path={self.path!r}"

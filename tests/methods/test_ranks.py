@@ -19,9 +19,8 @@ METHODS = {
     "o_lora": ["method_settings.ortho_weight=20"],
     "ewc": ["method_settings.ewc_weight=100", "method_settings.ewc_rows=7"],
     "lwf": ["method_settings.lwf_weight=3"],
-    "inc_lora": [],
 }
-"""What is different between methods in a step; the rest is what every method does."""
+"""What differs between methods in a step; the rest is what every method does."""
 PENALISED = ("o_lora", "ewc")
 
 
@@ -36,7 +35,7 @@ def learned(file: str, folder: str, zero_stage: int | None) -> dict[str, Any]:
     for name, more in METHODS.items():
         if zero_stage == 3 and name in PENALISED:
             continue
-        config = load_config(file, [f"method={name}", "training.epochs=1", "training.learning_rate=1e-2", *more, *where])
+        config = load_config(file, [f"method={name}", "training.epochs=1", "training.batch_size=12", *more, *where])
         both = stages(config, Path(folder) / name, run, score=False)
         memory = {key: float(tensor.sum()) for key, tensor in both[1].result.memory.items()}
         found[name] = {"losses": [loss for stage in both for loss in stage.result.training["losses"]], "memory": memory}

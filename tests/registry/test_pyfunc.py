@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import signal
@@ -34,7 +33,8 @@ class EchoModel:
         self.adapters, self.base = adapters, base
 
     @classmethod
-    def from_bank(cls, folder: Path, base: str = "") -> EchoModel:
+    def from_bank(cls, folder: Path, base: str = "", dtype: str = "") -> EchoModel:
+        assert dtype == "auto", "the default of the MLmodel"
         return cls(len(read_bank(Path(folder)).adapters), base)
 
     def predict(self, texts: list[str], *, max_new_tokens: int = 0, **options: list[str | None]) -> list[str]:
