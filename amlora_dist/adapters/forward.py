@@ -207,21 +207,37 @@ def _let_gate_travel(module: Any) -> None:
 
 class RoutedGenerate:
     """Stands in for a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
-    pass over prompt and answer, the answer does not move the gate."""
+    pass over prompt and answer, the answer does not move the gate. A prompt that is read in chunks
+    (``prefill_chunk_size``) is routed before, as a whole, by a pass up to the routing layer."""
 
-    def __init__(self, inner: Callable[..., Any]) -> None:
+    def __init__(self, inner: Callable[..., Any], forward: RoutedForward) -> None:
         self.inner = inner
+        self.forward = forward
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate."""
         if kwargs.get("prompt_mask") is None and kwargs.get("task_gate") is None:
-            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            prompt = next((tensor for tensor in given if tensor is not None), None)
+            given = {"input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
+            given["inputs_embeds"] = kwargs.get("inputs_embeds")
+            prompt = next((tensor for tensor in given.values() if tensor is not None), None)
             mask = kwargs.get("attention_mask")
             if mask is None and prompt is not None:
                 mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
             kwargs["prompt_mask"] = mask
+            if prompt is not None and self._in_chunks(kwargs):
+                router = self.forward.routing.router
+                assert router is not None
+                stop = not self.forward.routing.whole_passes
+                assert mask is not None
+                given |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+                features = self.forward.features(given, mask, stop=stop)
+                kwargs["task_gate"] = router.gates(features, len(features))
         return self.inner(inputs, *args, **kwargs)
+
+    def _in_chunks(self, kwargs: dict[str, Any]) -> bool:
+        config = kwargs.get("generation_config")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        return chunk is not None and self.forward.routing.needs_features and kwargs.get("past_key_values") is None
 
 
 def _batch(kwargs: dict[str, Any]) -> int:

@@ -88,6 +88,11 @@ class Mixture:
             router = router.to(self.device)
         self.routing.router = router
 
+    def run_whole_passes(self, whole: bool) -> None:
+        """Never end a pass early at the routing layer: under ZeRO-3 an aborted pass leaves parameters gathered, and
+        ranks would make unequal numbers of collectives. Between calls."""
+        self.routing.whole_passes = whole
+
     def use_selectors(self, use: bool) -> None:
         """Let the literal router's selectors gate the layers, or task gates as for other routers. Between calls."""
         if use and any(module.selector is None for module in self.modules.values()):
@@ -202,7 +207,7 @@ class Mixture:
         self._forward = RoutedForward(model.forward, routing, trunk=trunk)
         self._replace(model, "forward", self._forward)
         if trunk is None and hasattr(model, "generate"):
-            self._replace(model, "generate", RoutedGenerate(model.generate))
+            self._replace(model, "generate", RoutedGenerate(model.generate, self._forward))
         self._replace(model, "_amlora_mixture", self)
         routing.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 

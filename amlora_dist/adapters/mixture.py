@@ -122,7 +122,8 @@ class MixtureLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's, for models that look at it from outside (T5 reads the dtype of ``wo.weight``)."""
-        weight: Tensor = self.base.weight
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     def extra_repr(self) -> str:

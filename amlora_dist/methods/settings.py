@@ -14,7 +14,7 @@ class MethodSettings:
     """``o_lora``: weight of the overlap between the new adapter's directions and the earlier ones'."""
     replay_rows: int = Field(default=16, ge=1)
     """``replay``: training rows of each earlier task that later stages see again, at most."""
-    ewc_weight: float = Field(default=1000.0, ge=0)
+    ewc_weight: float = Field(default=100.0, ge=0)
     """``ewc``: weight of the quadratic penalty on leaving the earlier tasks' adapter."""
     ewc_rows: int = Field(default=64, ge=1)
     """``ewc``: training rows of a task that its Fisher information is estimated on, at most."""

@@ -107,10 +107,12 @@ def test_generation_with_a_cache_equals_generation_without(kind: str, beams: int
         input_ids=ids, attention_mask=mask, on_route=lambda _f, gate: seen.append(gate), **options
     )
     assert torch.equal(cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options))
-    if not model.config.is_encoder_decoder:  # an encoder's call takes no collector through generate()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() makes them
-        features = mixture.routing_features(input_ids=ids, attention_mask=mask, position_ids=positions)
-        torch.testing.assert_close(seen[0][::beams], router.gates(features, 3), atol=1e-4, rtol=1e-4)
+    features = mixture.routing_features(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)  # as generate() makes them
+    )
+    assert len(seen) == 1
+    rows = seen[0] if model.config.is_encoder_decoder else seen[0][::beams]
+    torch.testing.assert_close(rows, router.gates(features, 3), atol=1e-4, rtol=1e-4)
 
 
 def test_every_new_weight_gets_a_gradient(kind: str) -> None:

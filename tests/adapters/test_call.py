@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -97,6 +98,40 @@ def test_features_only_stops_at_the_routing_layer() -> None:
     mixture.routing_features(input_ids=prompts(2, 5), full_forward=True)
     assert ran == [0, 1, 2, 3]
     assert active_call() is None
+
+
+def test_a_partial_pass_runs_whole_where_it_must() -> None:
+    model = tiny_llama()
+    mixture = routed(model, layers="all")
+    ran: list[int] = []
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_args, i=i: ran.append(i))
+    early = gate_of(mixture, input_ids=prompts(2, 5))
+    assert ran == [0, 1, 0, 1, 2, 3]
+    ran.clear()
+    mixture.run_whole_passes(True)
+    torch.testing.assert_close(gate_of(mixture, input_ids=prompts(2, 5)), early)
+    assert ran == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_routing_and_gating_never_wait_for_the_device() -> None:
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    def waits(model: PreTrainedModel) -> int:
+        with torch.no_grad(), Waits() as mode:
+            out = model(**padded(), use_cache=True)
+            mask = torch.ones(3, 9, dtype=torch.long)
+            model(input_ids=prompts(3, 1), attention_mask=mask, past_key_values=out.past_key_values)
+        return mode.count
+
+    plain, model = waits(tiny_llama()), tiny_llama()
+    routed(model)
+    assert waits(model) == plain
 
 
 def test_answers_do_not_move_the_gate() -> None:
@@ -248,6 +283,13 @@ def test_generate_works_with_a_static_cache() -> None:
     model = tiny_llama()
     routed(model)
     assert torch.equal(generate(model, **padded()), generate(model, **padded(), cache_implementation="static"))
+
+
+def test_a_prompt_that_is_read_in_chunks_is_routed_as_a_whole() -> None:
+    model = tiny_llama()
+    routed(model)
+    inputs = {"input_ids": prompts(2, 9)}
+    assert torch.equal(generate(model, **inputs), generate(model, **inputs, prefill_chunk_size=4))
 
 
 def test_interleaved_generations_do_not_mix_gates() -> None:

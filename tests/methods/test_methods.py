@@ -102,7 +102,7 @@ def old_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[floa
     for name, more in {
         "seq_lora": [],
         "replay": ["method_settings.replay_rows=8"],
-        "ewc": ["method_settings.ewc_weight=1000", "method_settings.ewc_rows=24"],
+        "ewc": ["method_settings.ewc_rows=24"],
         "lwf": ["method_settings.lwf_weight=3"],
     }.items():
         first, second = stages(load_config(file, [f"method={name}", *more]), folder / name)
