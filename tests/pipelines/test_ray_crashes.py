@@ -15,7 +15,7 @@ import pytest
 
 from tests.tiny_folder import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 
 SAME = ("accuracy_matrix", "ranked_accuracy_matrix", "untrained", "oracle")
 

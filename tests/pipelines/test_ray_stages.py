@@ -15,7 +15,7 @@ from pipelines.progress import Silent
 from pipelines.sequence import run_sequence
 from tests.tiny_folder import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module", autouse=True)
