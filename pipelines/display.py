@@ -87,6 +87,8 @@ def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:
 
 def _matrix_rows(result: dict[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
     stages = _short_names(list(result["tasks"]))
+    if [stage["task"] for stage in result["stages"]] in (["joint"], ["base"]):  # one row, about all tasks
+        stages = [result["stages"][0]["task"]]
     rows: list[tuple[str, Sequence[float | None]]] = []
     if result.get("untrained"):
         rows.append(("untrained", result["untrained"]))
