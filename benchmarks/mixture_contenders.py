@@ -210,10 +210,16 @@ class Field:
             built: Contender = getattr(self, name)()
         return built
 
+    def serving(self, name: str) -> PreTrainedModel:
+        """The bank in a fresh model, by ``amlora`` or ``loop``."""
+        model = self.weights.model()
+        if name == "loop":
+            return self._looped(model, self.gate, train=False)
+        inject(model, self.targets, self.adapters)
+        return model
+
     def amlora(self) -> Contender:
-        served = self.weights.model()
-        inject(served, self.targets, self.adapters)
-        steps = steps_of(served, self.case, gate={"task_gate": self.gate}, train=None)
+        steps = steps_of(self.serving("amlora"), self.case, gate={"task_gate": self.gate}, train=None)
         trained = self.weights.model()
         new = NewAdapter(task="new", rank=RANK, alpha=ALPHA)
         last = inject(trained, self.targets, self.adapters[:-1], new=new).one_hot(self.count - 1, self.case.batch)
@@ -228,18 +234,19 @@ class Field:
         return Contender("amlora_routed", steps_of(model, self.case, gate={}, train=None))
 
     def loop(self) -> Contender:
-        def looped(gate_BN: Tensor, train: bool) -> PreTrainedModel:
-            model = self.weights.model()
-            for target in self.targets:
-                layer = LoopLinear(model.get_submodule(target.path), target, self.adapters, gate_BN, train)  # type: ignore[arg-type]
-                model.set_submodule(target.path, layer)
-            return model
-
-        steps = steps_of(looped(self.gate, train=False), self.case, gate={}, train=None)
+        steps = steps_of(self.serving("loop"), self.case, gate={}, train=None)
         last = torch.zeros(self.case.batch, self.count)
         last[:, -1] = 1.0
-        steps["forward_backward"] = steps_of(looped(last, train=True), self.case, gate={}, train={})["forward_backward"]
+        trained = self._looped(self.weights.model(), last, train=True)
+        steps["forward_backward"] = steps_of(trained, self.case, gate={}, train={})["forward_backward"]
         return Contender("loop", steps)
+
+    def _looped(self, model: PreTrainedModel, gate_BN: Tensor, train: bool) -> PreTrainedModel:
+        for target in self.targets:
+            base = model.get_submodule(target.path)
+            assert isinstance(base, nn.Linear)
+            model.set_submodule(target.path, LoopLinear(base, target, self.adapters, gate_BN, train))
+        return model
 
     def peft_lora(self) -> Contender:
         from peft import LoraConfig, get_peft_model

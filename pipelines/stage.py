@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, TrainingError, UserError
 from amlora_dist.training.work import StageWork
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class RayCluster:
         """
         self._start()
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         gpus = self._use_gpus()
@@ -86,7 +89,7 @@ class RayCluster:
         error_file = work.path / ERROR
         error_file.unlink(missing_ok=True)
         name = f"{work.path.name}-{attempt}-{int(time.time())}"
-        trainer = TorchTrainer(
+        trainer = _trainer_class()(
             _worker,
             train_loop_config={"work": work.to_json(), "threads": self._threads(gpus)},
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
@@ -149,6 +152,25 @@ class RayCluster:
 
     def _threads(self, gpus: bool) -> int:
         return 0 if gpus else max(1, (os.cpu_count() or 1) // self._placement.workers)
+
+
+def _trainer_class() -> type[TorchTrainer]:
+    """TorchTrainer without the helper processes that a stage has no use for.
+
+    Each costs as many seconds of imports as a worker. Ray's data sets are not used here. What removes the placement
+    groups of a dead controller is needed on a cluster that lives on; one of our own ends with the driver.
+    """
+    from ray.train.torch import TorchTrainer
+
+    needless = {"DatasetsCallback"}
+    if not os.environ.get("RAY_ADDRESS"):
+        needless.add("PlacementGroupCleanerCallback")
+
+    class StageTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in needless]
+
+    return StageTrainer
 
 
 def _worker(config: dict[str, Any]) -> None:

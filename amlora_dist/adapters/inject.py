@@ -173,10 +173,15 @@ class Mixture:
 
         The pass ends at the routing layer. With ``full_forward`` it runs to the end: under ZeRO-3 an aborted pass
         leaves parameters gathered. ``inputs`` as for the model (of an encoder-decoder: as for its encoder).
+        Dropout is off meanwhile.
         """
-        forward = self._forward
+        forward, training = self._forward, self.model.training
         stop = not (full_forward or self.routing.whole_passes)
-        return forward.features(inputs, forward.prompt_mask(inputs, prompt_mask), stop=stop)
+        self.model.eval()  # dropout would make statistics of noise
+        try:
+            return forward.features(inputs, forward.prompt_mask(inputs, prompt_mask), stop=stop)
+        finally:
+            self.model.train(training)
 
     def remove(self) -> None:
         """Give the model back as it was, but for parameters that stay frozen."""

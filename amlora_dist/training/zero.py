@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -385,9 +386,23 @@ def _deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     try:
-        deepspeed = importlib.import_module("deepspeed")
+        with _unimportable("mlflow"):
+            deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
         raise UserError(f"deepspeed is not importable ({error}); install it or set workers=0") from error
     # Without this switch the first run compiles an extension, and a killed build hangs every later process.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _unimportable(name: str) -> Iterator[None]:
+    """Inside, importing ``name`` fails: DeepSpeed's autotuner takes mlflow if it can, five seconds for every worker."""
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.settings import AdapterSettings
 from amlora_dist.adapters.targets import Target, default_router_layer, find_targets
 
 VOCABULARY = 67
+RANKS = [2, 3, 1]
+TASKS = ["task0", "task1", "task2"]
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,23 @@ def merge_row(model: PreTrainedModel, adapters: Sequence[Adapter], task: int) ->
             weight = base.weight
             assert isinstance(weight, nn.Parameter)
             weight += delta if isinstance(base, nn.Linear) else delta.T
+
+
+def routed(model: PreTrainedModel, *, layers: str = "above_router", **options: Any) -> Mixture:
+    targets = targets_of(model, layers=layers)
+    return inject(model, targets, random_adapters(targets, RANKS), router=LinearRouter.random(TASKS, 32), **options)
+
+
+def gate_of(mixture: Mixture, **inputs: Any) -> Tensor:
+    """The gate that a call of the model finds."""
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        mixture.model(**inputs, on_route=lambda _features, gate: seen.append(gate))
+    assert len(seen) == 1
+    return seen[0]
+
+
+def padded(batch: int = 3) -> dict[str, Tensor]:
+    ids, mask = prompts(batch, 8), torch.ones(batch, 8, dtype=torch.long)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}

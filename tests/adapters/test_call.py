@@ -1,8 +1,7 @@
-"""The gate travels with the call, the cache and the encoder outputs, and never mixes between them."""
+"""A call of the model finds its gate: features, routers, given gates, and recomputation in backward."""
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any
 
@@ -10,32 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PreTrainedModel
 
-from amlora_dist.adapters.call import Luggage, active_call, attach, carried, pool_features
-from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
+from amlora_dist.adapters.call import active_call, carried, pool_features
+from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
-from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
-
-RANKS = [2, 3, 1]
-TASKS = ["task0", "task1", "task2"]
-
-
-def routed(model: PreTrainedModel, *, layers: str = "above_router", **options: Any) -> Mixture:
-    targets = targets_of(model, layers=layers)
-    return inject(model, targets, random_adapters(targets, RANKS), router=LinearRouter.random(TASKS, 32), **options)
-
-
-def gate_of(mixture: Mixture, **inputs: Any) -> Tensor:
-    """The gate that a call of the model finds."""
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        mixture.model(**inputs, on_route=lambda _features, gate: seen.append(gate))
-    assert len(seen) == 1
-    return seen[0]
-
+from tests.adapters.banks import (
+    RANKS,
+    TASKS,
+    LinearRouter,
+    gate_of,
+    padded,
+    prompts,
+    random_adapters,
+    routed,
+    targets_of,
+    tiny_llama,
+    tiny_t5,
+)
 
 # -- features ---------------------------------------------------------------------------------------------------------
 
@@ -98,6 +90,18 @@ def test_features_only_stops_at_the_routing_layer() -> None:
     mixture.routing_features(input_ids=prompts(2, 5), full_forward=True)
     assert ran == [0, 1, 2, 3]
     assert active_call() is None
+
+
+def test_features_are_without_dropout_and_leave_the_mode_alone() -> None:
+    model = tiny_t5()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    mixture = routed(model)
+    expected = mixture.routing_features(input_ids=prompts(2, 6))
+    model.train()
+    assert torch.equal(mixture.routing_features(input_ids=prompts(2, 6)), expected)
+    assert model.training
 
 
 def test_a_partial_pass_runs_whole_where_it_must() -> None:
@@ -235,250 +239,6 @@ def test_a_router_of_other_tasks_is_refused() -> None:
         mixture.set_router(LinearRouter.random(["a", "b", "c"], 32))
 
 
-# -- generation -------------------------------------------------------------------------------------------------------
-
-
-def generate(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    return model.generate(**({"max_new_tokens": 7, "do_sample": False} | inputs))
-
-
-def padded(batch: int = 3) -> dict[str, Tensor]:
-    ids, mask = prompts(batch, 8), torch.ones(batch, 8, dtype=torch.long)
-    ids[0, :3], mask[0, :3] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@pytest.mark.parametrize("layers", ["above_router", "all"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_generate_is_the_same_with_and_without_cache(layers: str, options: dict[str, Any]) -> None:
-    model = tiny_llama()
-    routed(model, layers=layers)
-    cached = generate(model, **padded(), **options)
-    assert torch.equal(cached, generate(model, **padded(), use_cache=False, **options))
-
-
-def test_generate_routes_once_and_every_row_by_its_own_prompt() -> None:
-    model = tiny_llama()
-    mixture = routed(model)
-    seen: list[Tensor] = []
-    together = generate(model, **padded(), on_route=lambda _f, gate: seen.append(gate))
-    assert len(seen) == 1
-    for row in range(3):
-        inputs = {name: tensor[row : row + 1] for name, tensor in padded().items()}
-        alone = generate(model, **inputs)
-        assert torch.equal(alone[0], together[row])
-        torch.testing.assert_close(gate_of(mixture, **inputs), seen[0][row : row + 1], atol=1e-5, rtol=0)
-
-
-def test_generate_takes_a_gate() -> None:
-    model = tiny_llama()
-    mixture = routed(model)
-    gate = mixture.one_hot(1, 3)
-    given = generate(model, **padded(), task_gate=gate, num_beams=2)
-    mixture.set_router(None)
-    assert torch.equal(given, generate(model, **padded(), task_gate=gate, num_beams=2, use_cache=False))
-
-
-def test_generate_works_with_a_static_cache() -> None:
-    model = tiny_llama()
-    routed(model)
-    assert torch.equal(generate(model, **padded()), generate(model, **padded(), cache_implementation="static"))
-
-
-def test_a_prompt_that_is_read_in_chunks_is_routed_as_a_whole() -> None:
-    model = tiny_llama()
-    routed(model)
-    inputs = {"input_ids": prompts(2, 9)}
-    assert torch.equal(generate(model, **inputs), generate(model, **inputs, prefill_chunk_size=4))
-
-
-def test_interleaved_generations_do_not_mix_gates() -> None:
-    model = tiny_llama()
-    routed(model)
-    batches = [prompts(2, 6, seed=seed) for seed in (1, 2)]
-    expected = [generate(model, input_ids=ids)[:, 6:] for ids in batches]
-    caches: list[Any] = [None, None]
-    tokens = list(batches)
-    produced: list[list[Tensor]] = [[], []]
-    with torch.no_grad():
-        for _step in range(7):
-            for i in (0, 1):
-                out = model(input_ids=tokens[i], past_key_values=caches[i], use_cache=True)
-                caches[i], tokens[i] = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-                produced[i].append(tokens[i])
-    for i in (0, 1):
-        assert torch.equal(torch.cat(produced[i], dim=1), expected[i])
-
-
-def test_two_threads_do_not_mix_gates() -> None:
-    model = tiny_llama()
-    routed(model)
-    batches = [prompts(2, 6, seed=seed) for seed in range(4)]
-    expected = [generate(model, input_ids=ids) for ids in batches]
-    found: dict[int, Tensor] = {}
-    barrier = threading.Barrier(len(batches))
-
-    def work(i: int) -> None:
-        barrier.wait(timeout=30)
-        for _ in range(3):
-            found[i] = generate(model, input_ids=batches[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert all(torch.equal(found[i], expected[i]) for i in range(len(batches)))
-
-
-# -- what the cache carries -------------------------------------------------------------------------------------------
-
-
-def filled(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=True).past_key_values
-
-
-def gate_in(cache: object) -> Tensor:
-    luggage = carried(cache)
-    assert luggage is not None
-    assert luggage.task_gate is not None
-    return luggage.task_gate
-
-
-def test_the_gate_follows_every_operation_on_the_caches_rows() -> None:
-    model = tiny_llama()
-    routed(model)
-    cache = filled(model, prompts(3, 5))
-    gate = gate_in(cache)
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert torch.equal(gate_in(cache), gate[[2, 0, 0]])
-    cache.batch_repeat_interleave(2)
-    assert torch.equal(gate_in(cache), gate[[2, 2, 0, 0, 0, 0]])
-    cache.batch_select_indices(torch.tensor([1, 5]))
-    assert torch.equal(gate_in(cache), gate[[2, 0]])
-    cache.crop(-2)
-    assert torch.equal(gate_in(cache), gate[[2, 0]])
-    assert isinstance(cache, DynamicCache)
-
-
-def test_decoding_goes_on_with_the_rows_that_were_picked() -> None:
-    model = tiny_llama()
-    routed(model)
-    ids, token = prompts(3, 5), prompts(2, 1, seed=4)
-    cache = filled(model, ids)
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    with torch.no_grad():
-        picked = model(input_ids=token, past_key_values=cache).logits
-        again = model(input_ids=token, past_key_values=filled(model, ids[[2, 0]])).logits
-    torch.testing.assert_close(picked, again, atol=1e-6, rtol=1e-5)
-
-
-def test_a_copied_cache_has_a_gate_of_its_own() -> None:
-    model = tiny_llama()
-    routed(model)
-    cache = filled(model, prompts(2, 5))
-    twin = copy.deepcopy(cache)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(gate_in(twin), gate_in(cache)[[1, 0]])
-
-
-def test_a_cache_that_holds_tokens_but_no_gate_is_an_error() -> None:
-    model = tiny_llama()
-    cache = filled(model, prompts(1, 5))
-    mixture = routed(model)
-    with pytest.raises(UserError, match="no gate"):
-        model(input_ids=prompts(1, 1), past_key_values=cache)
-    with torch.no_grad():  # a given gate is enough
-        model(input_ids=prompts(1, 1), past_key_values=cache, task_gate=mixture.one_hot(0, 1))
-    assert torch.equal(gate_in(cache), mixture.one_hot(0, 1))
-
-
-def test_an_emptied_cache_routes_anew() -> None:
-    model = tiny_llama()
-    mixture = routed(model)
-    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=16)):
-        with torch.no_grad():
-            model(input_ids=prompts(1, 5, seed=1), past_key_values=cache)
-            cache.reset()
-            assert carried(cache) is None
-            model(input_ids=prompts(1, 5, seed=2), past_key_values=cache)
-        torch.testing.assert_close(gate_in(cache), gate_of(mixture, input_ids=prompts(1, 5, seed=2)))
-
-
-def test_an_unknown_kind_of_cache_is_an_error() -> None:
-    model = tiny_llama()
-    routed(model)
-    with pytest.raises(UserError, match="no gate"):
-        model(input_ids=prompts(1, 1), past_key_values=((torch.zeros(1), torch.zeros(1)),))
-
-
-def test_attaching_twice_replaces_what_is_carried() -> None:
-    cache = DynamicCache()
-    attach(cache, Luggage(torch.zeros(1, 2), {}))
-    attach(cache, Luggage(torch.ones(1, 2), {}))
-    assert torch.equal(gate_in(cache), torch.ones(1, 2))
-    assert type(cache).__mro__.count(DynamicCache) == 1
-
-
-# -- encoder-decoder --------------------------------------------------------------------------------------------------
-
-
-def test_encoder_outputs_carry_the_gate_to_the_decoder() -> None:
-    model = tiny_t5()
-    routed(model)
-    ids, start = prompts(2, 7), torch.zeros(2, 1, dtype=torch.long)
-    with torch.no_grad():
-        whole = model(input_ids=ids, decoder_input_ids=start).logits
-        encoded = model.get_encoder()(input_ids=ids)
-        apart = model(encoder_outputs=encoded, decoder_input_ids=start).logits
-    assert torch.equal(whole, apart)
-    assert encoded["task_gate"].shape == (2, 3)
-
-
-def test_encoder_outputs_without_a_gate_are_an_error_unless_the_cache_has_it() -> None:
-    model = tiny_t5()
-    routed(model)
-    ids, start = prompts(2, 7), torch.zeros(2, 1, dtype=torch.long)
-    with torch.no_grad():
-        out = model(input_ids=ids, decoder_input_ids=start, use_cache=True)
-        bare = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
-        with pytest.raises(UserError, match="encoder_outputs carry no gate"):
-            model(encoder_outputs=bare, decoder_input_ids=start)
-        model(encoder_outputs=bare, decoder_input_ids=start, past_key_values=out.past_key_values)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
-def test_encoder_decoder_generate_is_the_same_with_and_without_cache(options: dict[str, Any]) -> None:
-    model = tiny_t5()
-    routed(model)
-    inputs = {"input_ids": prompts(2, 7), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
-    torch.manual_seed(5)
-    cached = generate(model, **inputs, **options)
-    torch.manual_seed(5)
-    assert torch.equal(cached, generate(model, **inputs, use_cache=False, **options))
-
-
-@pytest.mark.parametrize("layers", ["above_router", "all"])
-def test_encoder_padding_does_not_matter(layers: str) -> None:
-    model = tiny_t5()
-    mixture = routed(model, layers=layers)
-    ids = prompts(1, 5)
-    wide = torch.cat([ids, torch.zeros(1, 3, dtype=torch.long)], dim=1)
-    mask = torch.tensor([[1] * 5 + [0] * 3])
-    start = torch.zeros(1, 1, dtype=torch.long)
-    with torch.no_grad():
-        alone = model(input_ids=ids, decoder_input_ids=start).logits
-        filled_up = model(input_ids=wide, attention_mask=mask, decoder_input_ids=start).logits
-    torch.testing.assert_close(alone, filled_up, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        mixture.routing_features(input_ids=ids),
-        mixture.routing_features(input_ids=wide, attention_mask=mask, full_forward=True),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-
-
 # -- gradient checkpointing -------------------------------------------------------------------------------------------
 
 
@@ -536,29 +296,7 @@ def test_recomputation_in_another_thread_and_another_call_sees_its_own_gate() ->
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
-# -- the literal router's selectors -----------------------------------------------------------------------------------
-
-
-def selecting(model: PreTrainedModel, granularity: str) -> Mixture:
-    targets = targets_of(model)
-    adapters = random_adapters(targets, RANKS, recipes=False)
-    generator = torch.Generator().manual_seed(3)
-    for target in targets:
-        adapters[-1].selector[f"{target.path}.weight"] = torch.randn(3, target.out_features, generator=generator)
-        adapters[-1].selector[f"{target.path}.bias"] = torch.randn(4, generator=generator)
-    literal = LiteralSettings(granularity=granularity)  # type: ignore[arg-type]
-    return inject(model, targets, adapters, literal=literal)
-
-
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
-@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_selectors_generate_the_same_with_and_without_cache(granularity: str, kind: str, beams: int) -> None:
-    model = tiny_llama() if kind == "decoder" else tiny_t5()
-    selecting(model, granularity)
-    inputs = padded() if kind == "decoder" else {"input_ids": prompts(3, 6)}
-    cached = generate(model, **inputs, num_beams=beams)
-    assert torch.equal(cached, generate(model, **inputs, num_beams=beams, use_cache=False))
+# -- selections -------------------------------------------------------------------------------------------------------
 
 
 def test_selections_reach_the_collector_once_even_when_recomputed() -> None:
