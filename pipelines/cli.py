@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amlora_dist.errors import AmloraError, UserError
-from pipelines.bank_commands import add_commands
+from pipelines import bank_commands, cluster_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -231,7 +231,8 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-add_commands(app, _answered)
+bank_commands.add_commands(app, _answered)
+cluster_commands.add_commands(app, _answered)
 
 if __name__ == "__main__":
     main()

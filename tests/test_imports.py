@@ -18,7 +18,7 @@ FLOORS = [
     {"bank_loading"},
     {"config", "config_checks", "inference"},
     {"training"},
-    {"reporting"},
+    {"planning", "reporting"},
     {"registry"},
     {"methods"},
     {"evaluation"},

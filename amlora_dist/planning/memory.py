@@ -1,0 +1,209 @@
+"""Bytes on one GPU, and on the host that feeds it, while a stage trains under ZeRO. Every line can be done by hand.
+
+Letters: P parameters of the base model, t of what trains, W ranks, s bytes of an element (2 in bf16, 4 in fp32).
+The base model and all earlier adapters are frozen: they have no gradients and no optimizer state, whatever the stage.
+
+========= ===================================== ==================== ==================
+ZeRO      weights                               gradients            optimizer state
+========= ===================================== ==================== ==================
+0         s (P + bank + t)                      s t (+ 4 t in bf16)  12 t (8 t in fp32)
+1         the same                              s t + s t / W        12 t / W
+2         the same                              s t / W              12 t / W
+3         sum of ceil(p / W) s, small ones whole s t / W              12 t / W
+========= ===================================== ==================== ==================
+
+What DeepSpeed 0.19 holds was read from its source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from amlora_dist.planning.shapes import Shape
+
+GIB = 1 << 30
+RESERVED = 2 * GIB
+"""Bytes of a GPU that are not ours: CUDA's context, NCCL's buffers, library handles. An assumption, not measured here."""
+FRAGMENTATION = 0.05
+"""Share of the planned bytes that the allocator loses. An assumption."""
+BUCKET = 500_000_000
+LIVE = 1_000_000_000
+PREFETCH = 50_000_000
+PERSISTENT = 100_000
+"""DeepSpeed's defaults, in elements: reduce bucket, gathered parameters kept, gathered ahead, never partitioned."""
+
+Offload = Literal["none", "optimizer", "parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a stage is spread and cut: what a user can change to make it fit."""
+
+    zero: int
+    ranks: int
+    offload: Offload = "none"
+    """``parameters`` keeps weights and optimizer state on the host (ZeRO-3), ``optimizer`` its state only (ZeRO 1 to 3)."""
+    checkpointing: bool = False
+    micro_batch: int = 1
+    """Examples of one forward pass of one rank."""
+    bucket: int = BUCKET
+    live: int = LIVE
+    overlap: bool | None = None
+    persistent: int = PERSISTENT
+    """The four from ``deepspeed.zero_optimization``; see the constants above."""
+
+    @classmethod
+    def of(
+        cls, section: Mapping[str, Any], *, zero: int, ranks: int, micro_batch: int, checkpointing: bool
+    ) -> Layout:
+        """From a run's ``deepspeed:`` section."""
+        given = section.get("zero_optimization", {})
+
+        def number(name: str, default: int) -> int:
+            value = given.get(name, given.get(f"stage3_{name}", default))
+            return default if value == "auto" else int(value)
+
+        offload: Offload = "none"
+        if _device(given, "offload_optimizer"):
+            offload = "optimizer"
+        if _device(given, "offload_param"):
+            offload = "parameters"
+        return cls(
+            zero=zero,
+            ranks=ranks,
+            offload=offload,
+            checkpointing=checkpointing,
+            micro_batch=micro_batch,
+            bucket=number("reduce_bucket_size", BUCKET),
+            live=number("max_live_parameters", LIVE),
+            overlap=given.get("overlap_comm"),
+            persistent=number("param_persistence_threshold", PERSISTENT),
+        )
+
+    def with_zero(self, zero: int, offload: Offload = "none") -> Layout:
+        return replace(self, zero=zero, offload=offload)
+
+
+def _device(section: Mapping[str, Any], name: str) -> bool:
+    return str((section.get(name) or {}).get("device", "none")) != "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    """DeepSpeed's reduce bucket, and under ZeRO-3 the layers that are gathered at one time."""
+    host: int
+    """Bytes that offloading keeps on the host for this rank."""
+    loading: int
+    """Most bytes on the host while this rank loads the base model."""
+
+    @property
+    def gpu(self) -> int:
+        """What must fit on the GPU, with what is not ours."""
+        ours = self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+        return round(ours * (1 + FRAGMENTATION)) + RESERVED
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What stage n trains on and what it stands on. Counts are elements."""
+
+    new: int
+    """The new adapter and its recipe."""
+    old: int
+    """The frozen adapters of earlier stages."""
+
+
+def memory_of(
+    shape: Shape, trained: Trained, layout: Layout, *, size: int, length: int, targets: int, eager: bool
+) -> Memory:
+    """What one rank holds at its worst moment of a training step.
+
+    Args:
+        shape: of the base model.
+        trained: the stage.
+        layout: ZeRO stage, ranks, offload, micro-batch.
+        size: bytes of an element of the model.
+        length: tokens of a row, answer included.
+        targets: answer tokens of a row.
+        eager: attention keeps its scores (``model.attention: eager``).
+    """
+    t, w, zero = trained.new, layout.ranks, layout.zero
+    whole = size * (shape.parameters + trained.old + t)
+    part = size * (sum(-(-count // w) for count in shape.tensors) + -(-(trained.old + t) // w))
+    small = size * sum(count for count in shape.tensors if count <= layout.persistent)
+    weights = whole if zero < 3 else part
+    optimizer = _optimizer(t, w, zero, size)
+    gradients = _gradients(t, w, zero, size)
+    buffers = 0
+    if zero == 3:
+        gathered = min(shape.parameters, layout.live + shape.largest_tensor)
+        buffers = size * gathered + small
+    if zero > 0:
+        staged = size * layout.bucket
+        buffers += staged * (2 if layout.overlap and zero < 3 else 1)
+    host = 0
+    if layout.offload != "none" and zero > 0:
+        host += optimizer + 4 * -(-t // w)  # and the fp32 gradients that the host's step reads
+        optimizer = 0
+    if layout.offload == "parameters" and zero == 3:
+        host += weights
+        weights = 0
+    loading = whole if zero < 3 else part + size * shape.largest_layer
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations(shape, layout, size=size, length=length, targets=targets, eager=eager),
+        buffers=buffers,
+        host=host,
+        loading=loading,
+    )
+
+
+def _gradients(t: int, w: int, zero: int, size: int) -> int:
+    if zero == 0:
+        return size * t + (4 * t if size < 4 else 0)
+    if zero == 1:
+        return size * t + size * -(-t // w)
+    return size * -(-t // w)
+
+
+def _optimizer(t: int, w: int, zero: int, size: int) -> int:
+    """fp32 master weights and Adam's two moments; without ZeRO an fp32 model is its own master."""
+    if zero == 0:
+        return (8 if size == 4 else 12) * t
+    return 12 * -(-t // w)
+
+
+def activations(shape: Shape, layout: Layout, *, size: int, length: int, targets: int, eager: bool) -> int:
+    """Bytes that autograd keeps from forward to backward, for one micro-batch.
+
+    Only layers at or above the first adapted one keep anything: below it nothing needs a gradient. Frozen linear layers
+    keep no input either, for their weights have no gradient. What one token leaves in a layer: the input of both
+    norms in fp32 (2 x 4 h); the norm's output, which adapters read (s h); queries and attention's output (2 s a), keys
+    and values (2 s k); gate, up and their product (3 s f). Eager attention adds its scores, (4 + s) per head and token of
+    the row, or 4 in fp32. With checkpointing a layer keeps its input (s h) and one layer at a time the rest.
+    """
+    tokens = layout.micro_batch * length
+    per_token = (
+        8 * shape.hidden
+        + size * (shape.hidden + 2 * shape.attention_width + 2 * shape.key_value_width + 3 * shape.intermediate)
+    )
+    if eager:
+        per_token += shape.heads * length * (4 if size == 4 else 4 + size)
+    layers = shape.training_layers
+    kept = layers * size * shape.hidden + per_token if layout.checkpointing else layers * per_token
+    # Logits at the answers only: as computed, in fp32, their log-softmax, and the gradients of the first two.
+    logits = layout.micro_batch * (targets + 1) * shape.vocabulary * (2 * size + 12)
+    return tokens * kept + logits

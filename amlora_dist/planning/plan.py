@@ -1,0 +1,222 @@
+"""A run on a cluster, before it is paid for: memory under every ZeRO stage, the cost of every stage, and what to change."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.planning.memory import GIB, Layout, Memory, Offload, Trained, memory_of
+from amlora_dist.planning.work import Machine, Recipe, StageWork, TaskShape, stages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from amlora_dist.planning.shapes import Shape
+
+SMALL_BUCKET = 50_000_000
+MOST_NODES = 1024
+CHOICES: tuple[tuple[int, Offload], ...] = (
+    (0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"),
+    (3, "parameters"),
+)  # fmt: skip
+"""ZeRO stages and offloads that are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Bytes are of one GPU and of one node; ``host_memory`` is None where nobody said."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: int
+    host_memory: int | None = None
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Memory under one ZeRO stage and offload, at the last stage of the sequence, where the bank is largest."""
+
+    layout: Layout
+    memory: Memory
+    fits: bool
+    host_per_node: int
+    """Most bytes on the host of one node: while it loads, or by offloading, whichever is more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of it. ``mend`` is the smallest change that makes the configured layout fit; None when it does."""
+
+    shape: Shape
+    cluster: Cluster
+    machine: Machine
+    recipe: Recipe
+    configured: Row
+    rows: list[Row]
+    stages: list[StageWork]
+    mend: dict[str, Any] | None
+    remarks: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes, counts, FLOPs and hours under names that say so."""
+        return {
+            "model": {
+                "source": self.shape.source,
+                "parameters": self.shape.parameters,
+                "layers": len(self.shape.layers),
+                "adapted_modules": len(self.shape.targets),
+                "largest_layer_parameters": self.shape.largest_layer,
+            },
+            "cluster": asdict(self.cluster),
+            "machine": asdict(self.machine),
+            "configured": _row_json(self.configured),
+            "memory": [_row_json(row) for row in self.rows],
+            "stages": [asdict(stage) for stage in self.stages],
+            "totals": self.totals(),
+            "fits": self.configured.fits,
+            "mend": self.mend,
+            "remarks": self.remarks,
+        }
+
+    def totals(self) -> dict[str, float]:
+        """Sums over the stages."""
+        return {
+            "registry_bytes": sum(s.registry_bytes for s in self.stages),
+            "steps": sum(s.steps for s in self.stages),
+            "tokens": sum(s.tokens for s in self.stages),
+            "flops": sum(s.training_flops + s.scoring_flops for s in self.stages),
+            "training_hours": sum(s.training_hours for s in self.stages),
+            "scoring_hours": sum(s.scoring_hours for s in self.stages),
+        }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    memory = asdict(row.memory) | {"gpu": row.memory.gpu}
+    return {
+        "zero": row.layout.zero,
+        "offload": row.layout.offload,
+        "gradient_checkpointing": row.layout.checkpointing,
+        "micro_batch_size": row.layout.micro_batch,
+        "reduce_bucket_size": row.layout.bucket,
+        "bytes": memory,
+        "host_bytes_per_node": row.host_per_node,
+        "fits": row.fits,
+    }
+
+
+def make_plan(
+    shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, cluster: Cluster, machine: Machine, *,
+    eager: bool = False, whole_parameters: bool = False,
+) -> Plan:  # fmt: skip
+    """Work everything out.
+
+    Args:
+        shape: of the base model.
+        tasks: in order.
+        recipe: the run's numbers.
+        layout: as configured, on all GPUs of the cluster.
+        cluster: what there is.
+        machine: how fast it is.
+        eager: attention keeps its scores.
+        whole_parameters: the method cannot work on ZeRO-3's partitions.
+    """
+    work = stages(shape, tasks, recipe, layout, machine)
+    last = work[-1]
+    trained = Trained(new=last.adapter, old=last.bank - last.adapter)
+    longest = max(task.length + task.answer for task in tasks)
+    targets = max(task.answer for task in tasks)
+
+    def row(candidate: Layout, on: Cluster = cluster) -> Row:
+        candidate = replace(candidate, ranks=on.gpus)
+        memory = memory_of(shape, trained, candidate, size=recipe.size, length=longest, targets=targets, eager=eager)
+        host = on.gpus_per_node * max(memory.host, memory.loading)
+        fits = memory.gpu <= on.gpu_memory and (on.host_memory is None or host <= on.host_memory)
+        return Row(candidate, memory, fits, host)
+
+    def rows_on(on: Cluster) -> Iterator[Row]:
+        """Every way to lay the stage out, fewest changes first."""
+        shares = sorted({layout.micro_batch, max(1, layout.micro_batch // 2), 1}, reverse=True)
+        ways = itertools.product(
+            [(layout.zero, layout.offload), *(c for c in CHOICES if c[0] >= layout.zero)],
+            {layout.checkpointing, True}, shares, sorted({layout.bucket, min(layout.bucket, SMALL_BUCKET)}, reverse=True),
+        )  # fmt: skip
+        layouts = [
+            replace(layout, zero=zero, offload=offload, checkpointing=keep, micro_batch=micro, bucket=bucket)
+            for (zero, offload), keep, micro, bucket in ways
+            if not (whole_parameters and zero == 3)
+        ]
+        for candidate in sorted(dict.fromkeys(layouts), key=lambda c: _distance(layout, c)):
+            yield row(candidate, on)
+
+    configured = row(layout)
+    mend = None
+    if not configured.fits:
+        found = next((r for r in rows_on(cluster) if r.fits), None)
+        nodes = cluster.nodes
+        while found is None and nodes < MOST_NODES:
+            nodes += 1 if nodes < 16 else nodes // 8
+            found = next((r for r in rows_on(replace(cluster, nodes=nodes)) if r.fits), None)
+        mend = {} if found is None else _changes(layout, found.layout, cluster.nodes, nodes)
+    rows = [
+        row(layout.with_zero(zero, offload)) for zero, offload in CHOICES if not (whole_parameters and zero == 3)
+    ]
+    return Plan(
+        shape, cluster, machine, recipe, configured, rows, work, mend, _remarks(shape, recipe, layout, configured, cluster)
+    )
+
+
+def _distance(before: Layout, after: Layout) -> tuple[int, int, int, int, int]:
+    """How much a change asks for: first how many keys change, then the kind that costs least time."""
+    offload = ("none", "optimizer", "parameters").index(after.offload)
+    changed = (
+        after.bucket != before.bucket,
+        after.zero != before.zero,
+        after.checkpointing != before.checkpointing,
+        after.micro_batch != before.micro_batch,
+        after.offload != before.offload,
+    )
+    return sum(changed), offload, changed[2], after.zero, before.micro_batch - after.micro_batch
+
+
+def _changes(before: Layout, after: Layout, nodes: int, needed: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if needed != nodes:
+        out["--nodes"] = needed
+    if after.zero != before.zero:
+        out["deepspeed.zero_stage"] = after.zero
+    if after.bucket != before.bucket:
+        out["deepspeed.zero_optimization.reduce_bucket_size"] = after.bucket
+    if after.checkpointing != before.checkpointing:
+        out["training.gradient_checkpointing"] = after.checkpointing
+    if after.micro_batch != before.micro_batch:
+        out["training.micro_batch_size"] = after.micro_batch
+    if after.offload != before.offload:
+        name = "offload_param" if after.offload == "parameters" else "offload_optimizer"
+        out[f"deepspeed.zero_optimization.{name}.device"] = "cpu"
+    return out
+
+
+def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, cluster: Cluster) -> list[str]:
+    out: list[str] = []
+    if recipe.batch_size < layout.ranks:
+        out.append(
+            f"training.batch_size {recipe.batch_size} is less than {layout.ranks} GPUs:"
+            f" {layout.ranks - recipe.batch_size} of them compute at weight 0 in every step"
+        )
+    if layout.zero > 0 and layout.bucket > 10 * configured.layout.ranks + 10 * shape.adapter_width * recipe.rank:
+        out.append(
+            f"reduce_bucket_size {layout.bucket:,} holds {layout.bucket * recipe.size / GIB:.2f} GiB of every GPU for"
+            f" {shape.adapter_width * recipe.rank:,} gradients; deepspeed.zero_optimization.reduce_bucket_size"
+            f" {SMALL_BUCKET:,} is enough"
+        )
+    if layout.zero < 3 and cluster.gpus_per_node > 1 and configured.memory.loading > 16 * GIB:
+        out.append(
+            f"ZeRO {layout.zero}: each of {cluster.gpus_per_node} ranks of a node reads the whole model into host memory"
+            f" at first ({configured.host_per_node / GIB:,.0f} GiB a node); ZeRO-3 loads by parts"
+        )
+    return out

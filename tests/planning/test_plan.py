@@ -1,0 +1,122 @@
+"""A plan says what fits, what does not, and the smallest change that mends it; from the command line too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.base_model import ModelSettings
+from amlora_dist.errors import UserError
+from amlora_dist.planning.memory import GIB, Layout
+from amlora_dist.planning.plan import Cluster, Plan, make_plan
+from amlora_dist.planning.shapes import shape_of
+from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
+from pipelines.plan_page import bytes_of
+
+SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
+RECIPE = Recipe(
+    batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, evaluation_batch=16,
+    cells="seen+next", untrained=True, oracle=True, size=2,
+)  # fmt: skip
+MACHINE = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=300)
+
+
+def planned(zero: int = 2, memory: float = 80, **more: Any) -> Plan:
+    layout = Layout(zero=zero, ranks=8, micro_batch=4, **more)
+    return make_plan(SHAPE, TASKS, RECIPE, layout, Cluster(1, 8, int(memory * GIB)), MACHINE)
+
+
+def test_a_run_that_fits_needs_no_change() -> None:
+    plan = planned()
+    assert plan.configured.fits and plan.mend is None
+    assert [row.layout.zero for row in plan.rows] == [0, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_the_smallest_change_is_named_and_is_enough() -> None:
+    plan = planned(memory=20)
+    assert not plan.configured.fits and plan.mend
+    assert len(plan.mend) == 1, "one key is enough here"
+    ((key, value),) = plan.mend.items()
+    assert key in {"deepspeed.zero_stage", "training.gradient_checkpointing", "training.micro_batch_size"}
+    changes = {
+        "deepspeed.zero_stage": "zero", "training.gradient_checkpointing": "checkpointing",
+        "training.micro_batch_size": "micro_batch",
+    }  # fmt: skip
+    layout = Layout(**{"zero": 2, "ranks": 8, "micro_batch": 4, changes[key]: value})
+    again = make_plan(SHAPE, TASKS, RECIPE, layout, Cluster(1, 8, 20 * GIB), MACHINE)
+    assert again.configured.fits
+
+
+def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:
+    assert planned(memory=2.5).mend == {}
+    seventy = shape_of(ModelSettings(source="llama-3-70b"), AdapterSettings(), RouterSettings())
+    layout = Layout(zero=3, ranks=1, micro_batch=1, checkpointing=True, bucket=10_000_000)
+    host = Cluster(1, 1, 24 * GIB, host_memory=100 * GIB)
+    plan = make_plan(seventy, TASKS, RECIPE, layout, host, MACHINE)
+    assert plan.mend and plan.mend["--nodes"] > 1
+
+
+def test_stages_by_hand() -> None:
+    first, second, third = stages(SHAPE, TASKS, RECIPE, Layout(zero=2, ranks=8, micro_batch=4), MACHINE)
+    assert first.adapter == 8 * 212_992 and second.adapter == first.adapter + 32, "and a recipe: a weight a layer"
+    assert third.bank == first.adapter + second.adapter + third.adapter
+    assert first.steps == 2 * 32 and first.tokens == 1000 * 2 * 520
+    assert first.checkpoint_bytes == 2 * 12 * first.adapter
+    statistics = 8 * (900 + 100 + 1) * 4096
+    assert first.registry_bytes == 2 * first.adapter + statistics + 8 * 4097
+    assert first.gathered_bytes == 0, "below ZeRO-3 only gradients travel"
+    layer, row = 218_112_000, 520
+    forward = 2 * 32 * layer + 4 * row * 4096 * 32 + 2 * 8 * 212_992
+    upper = 2 * 16 * layer + 4 * row * 4096 * 16 + 2 * 8 * 212_992
+    head = 2 * 4096 * 128_256 * 21
+    features = 1000 * 500 * (2 * 32 * layer + 4 * 500 * 4096 * 32) / 2
+    assert first.training_flops == pytest.approx(2000 * (row * (forward + upper + 2 * 8 * 212_992) + 2 * head) + features)
+    assert first.training_hours == pytest.approx(first.training_flops / (8 * 312e12 * 0.3) / 3600)
+
+
+def test_under_zero_3_the_network_may_be_the_time() -> None:
+    slow = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=1)
+    first = stages(SHAPE, TASKS, RECIPE, Layout(zero=3, ranks=8, micro_batch=4), slow)[0]
+    once = 2 * SHAPE.parameters * 7 / 8
+    upper = 16 * 218_112_000 / SHAPE.parameters
+    training = 64 * (1 + upper) + 8  # micro-batches there and back; 1000 rows in batches of 16 on 8 ranks
+    assert first.training_hours == pytest.approx(training * once / 1e9 / 3600)
+
+
+def test_amounts_of_memory() -> None:
+    assert bytes_of("80GiB", "x") == bytes_of("80gi", "x") == 80 * GIB
+    assert bytes_of("80GB", "x") == 80 * 10**9 and bytes_of("1.5k", "x") == 1500
+    for wrong in ("", "GiB", "80 apples", "-3GiB", "0"):
+        with pytest.raises(UserError, match="--gpu-memory: found"):
+            bytes_of(wrong, "--gpu-memory")
+
+
+def amlora(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", "plan", *arguments]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.integration
+def test_the_70b_sequence_is_planned_offline_from_its_configuration(repository: Path) -> None:
+    config = str(repository / "configs" / "plan_llama3_70b.yaml")
+    machine = ("--nodes", "2", "--gpus-per-node", "8", "--gpu-memory", "80GiB")
+    done = amlora(repository, config, *machine, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["model"]["parameters"] == 70_553_706_496
+    assert len(plan["stages"]) == 15 and plan["fits"]
+    by = {(row["zero"], row["offload"]): row for row in plan["memory"]}
+    assert not by[(2, "none")]["fits"] and by[(3, "none")]["fits"]
+    assert by[(2, "none")]["bytes"]["weights"] == 2 * (70_553_706_496 + plan["stages"][-1]["bank"])
+
+    refused = amlora(repository, config, *machine, "deepspeed.zero_stage=2")
+    assert refused.returncode == 2
+    assert "the smallest change that does: deepspeed.zero_stage=3" in refused.stdout
+    assert "does not fit this cluster" in refused.stderr
