@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar of
 PACKAGES = $(VENV)/lib/python3*/site-packages
 STAMP = $(VENV)/.installed
 
-.PHONY: help setup demo test test-unit test-crash lint format clean
+.PHONY: help setup demo test test-unit test-crash crash-matrix lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -49,6 +49,9 @@ test-unit: setup
 
 test-crash: setup
 	$(BIN)/pytest -q -m crash
+
+crash-matrix: setup
+	$(BIN)/python benchmarks/crash_matrix.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 """Named crash points: the places where a process may die, so that tests can make it die exactly there.
 
 ``AMLORA_CRASH=point:kind[:nth]`` makes the ``nth`` (default first) arrival at ``point`` raise (``raise``), exit
-(``exit``) or send itself SIGKILL (``kill``). With ``AMLORA_CRASH_ONCE=FILE`` it happens in one process only: the
-first to create FILE. Unset, a crash point costs one comparison.
+(``exit``), send itself SIGKILL (``kill``) or pause itself until SIGCONT (``stop``). With ``AMLORA_CRASH_ONCE=FILE`` it
+happens in one process only: the first to create FILE. Unset, a crash point costs one comparison.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def reach(point: str) -> None:
         return
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
     if kind == "exit":
         os._exit(70)
     raise CrashedOnPurposeError(f"crash point {point!r} (AMLORA_CRASH={_SPEC})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 
@@ -64,3 +65,12 @@ class FaultsError(UserError):
         self.file, self.faults = file, faults
         lines = "\n".join(f"  - {fault}" for fault in faults)
         super().__init__(f"{file}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n{lines}")
+
+
+_FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("database or disk is full", "disk I/O error", "No space left on device", "File too large", "Disk quota exceeded")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error of the system, of SQLite or of what lies between says that a disk has no room (or a quota)."""
+    return getattr(error, "errno", None) in _FULL_NUMBERS or any(words in str(error) for words in _FULL_WORDS)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from amlora_dist.training.learner import STOP_FILE, StoppedError
+from amlora_dist.training.failures import StoppedError
+from amlora_dist.training.learner import STOP_FILE
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,10 @@ class Materials:
     specs: dict[str, TaskSpec]
     data: dict[str, TaskData]
     dtype: str
+    parameters: int = 0
+    """Of the base model."""
+    trainable: int = 0
+    """Of the adapter that a stage trains."""
 
     def stage_settings(self) -> StageSettings:
         """The part of the configuration that stages read."""
@@ -114,8 +118,8 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         specs[spec.name] = spec
         data[spec.name] = load_task(spec, seed=config.seed, data_dir=config.data_dir, splits=splits)
     base = resolve_base(config.model, home)
-    check_targets(config, base)
-    materials = Materials(config, base, specs, data, _dtype(config.dtype))
+    parameters, trainable = check_targets(config, base)
+    materials = Materials(config, base, specs, data, _dtype(config.dtype), parameters, trainable)
     if config.workers and config.zero_stage == 3 and method_for(materials.stage_settings()).reads_parameters:
         raise UserError(
             f"deepspeed.zero_stage: 3 partitions the parameters that method {config.method!r} puts a penalty on; use 0, 1"
@@ -124,8 +128,11 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
     return materials
 
 
-def check_targets(config: RunConfig, base: BaseModel) -> None:
+def check_targets(config: RunConfig, base: BaseModel) -> tuple[int, int]:
     """See that the adapters have layers to adapt, on a model without weights.
+
+    Returns:
+        Parameters of the model, and of an adapter.
 
     Raises:
         UserError: nothing matches; lists what could.
@@ -136,7 +143,9 @@ def check_targets(config: RunConfig, base: BaseModel) -> None:
     model = meta_model(base)
     layer = default_router_layer(model) if config.router.layer is None else config.router.layer
     check_router_layer(model, layer)
-    find_targets(model, config.adapters, layer)
+    targets = find_targets(model, config.adapters, layer)
+    trainable = sum(config.adapters.rank * (target.in_features + target.out_features) for target in targets)
+    return sum(parameter.numel() for parameter in model.parameters()), trainable
 
 
 def _dtype(asked: str) -> str:

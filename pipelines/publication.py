@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import amlora_dist
+from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_bank
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
     from amlora_dist.registry.versions import Version
     from pipelines.materials import Materials
+
+log = logging.getLogger(__name__)
 
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt"}
 """Architectures whose linear layers keep their weight as (d_in, d_out)."""
@@ -70,7 +73,7 @@ class StageRecord:
         for cell in cells:
             score = known.get(cell.fingerprint)
             if score is None:
-                score = json.loads((Path(cell.folder) / "summary.json").read_text(encoding="utf-8"))
+                score = cell.summary() or {}
                 score.pop("folder", None)
             self.scores.append(score | {"mode": cell.mode, "task": cell.task})
             self.score_seconds += score["seconds"]
@@ -232,6 +235,13 @@ class Publication:
         digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]
         dest = storage / "banks" / f"{version.registered_model}-{version.number}-{digest}"
         dest.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self.store.pull_version(version, dest)
+        except BankError:
+            if not dest.exists():
+                raise
+        log.warning("%s: the copy of %s is damaged: fetching it again", dest, version.uri)
+        shutil.rmtree(dest, ignore_errors=True)
         return self.store.pull_version(version, dest)
 
     def upload_scores(self, record: StageRecord, cells: Sequence[Cell], storage: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import RunConfig, home, to_mapping
 from amlora_dist.crash_points import reach
-from amlora_dist.errors import AmloraError, TrainingError, UserError
+from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
+from amlora_dist.registry.runs import check_model_name
 from amlora_dist.registry.store import Store
+from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.result import read_result, write_result
 from amlora_dist.training.work import Cell, Mode, Parent, StageWork
-from pipelines import results
-from pipelines.failure_policy import decide
+from pipelines import preflight, results
+from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
+from pipelines.preflight import Demand
 from pipelines.publication import Publication, StageRecord
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 
@@ -56,24 +60,41 @@ def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose:
         TrainingError: a stage failed for good.
         StoppedError: stopped by a signal, after a checkpoint.
     """
+    with disk_watched():
+        return _run_sequence(config, run_id, progress, verbose)
+
+
+def _run_sequence(config: RunConfig, run_id: str, progress: Progress, verbose: bool) -> dict[str, Any]:
     place = home()
     config.registered_model = config.registered_model or run_id
+    check_model_name(config.registered_model)
     began = time.monotonic()
     materials = gather_materials(config, place)
+    storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+    demand = Demand(
+        config.workers, materials.parameters, materials.trainable, len(materials.specs), materials.dtype, config.zero_stage
+    )
+    elsewhere = bool(config.workers and os.environ.get("RAY_ADDRESS"))
+    preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not elsewhere)))
+    if elsewhere:
+        preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
     _refuse_other_configuration(store, config, run_id, mapping)
     with store.hold_run(run_id, config.registered_model) as lease:
         store.ensure_current(config.registered_model, lease.check)  # a version may have been registered just before a crash
         parent_run = store.parent_run(config.registered_model, run_id, mapping)
-        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, place)
+        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage)
         status = "FAILED"
         try:
-            with RayCluster(Placement(config.workers, driver.storage / "ray"), verbose=verbose) as cluster:
+            with RayCluster(Placement(config.workers, storage / "ray", demand), verbose=verbose) as cluster:
                 result = driver.run(cluster, began)
             status = "FINISHED"
         except AmloraError as error:
             status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
+            raise
+        except KeyboardInterrupt:
+            status = "KILLED"
             raise
         finally:
             with contextlib.suppress(AmloraError):
@@ -156,12 +177,11 @@ class _Driver:
         lease: Lease,
         parent_run: str,
         progress: Progress,
-        place: Path,
+        storage: Path,
     ) -> None:
         self.config, self.run_id, self.materials = config, run_id, materials
         self.store, self.lease, self.parent_run, self.progress = store, lease, parent_run, progress
-        self.home = place
-        self.storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+        self.storage = storage
         self.settings = materials.stage_settings()
         self.method = method_for(self.settings)
         self.tasks = list(materials.specs)
@@ -290,27 +310,36 @@ class _Driver:
     def _execute(self, work: StageWork, cells: list[Cell], cluster: RayCluster) -> None:
         """Train (if need be) and score, with as many attempts as the failure policy allows."""
         work = replace(work, cells=cells)
-        attempt = 0
+        failures: list[Failure] = []
         while True:
-            attempt += 1
             self.lease.check()
             work.path.mkdir(parents=True, exist_ok=True)
+            if self.config.workers:
+                cluster.ready(again=bool(failures))
             try:
                 with stops_handled(work.path):
                     if self.config.workers == 0:
                         run_in_process(work, self._on_event)
                     else:
-                        cluster.run(work, self._on_event, attempt)
+                        cluster.run(work, self._on_event, len(failures) + 1, self._still_ours)
                 return
             except AmloraError as error:
-                verdict = decide(error, attempt)
+                failures.append(Failure.of(error, work.progress()))
+                verdict = decide(failures)
                 if not verdict.retry:
-                    if error.exit_code in (UserError.exit_code, 130, 143):
+                    if error.exit_code in (UserError.exit_code, HeldError.exit_code, 130, 143):
                         raise
                     raise TrainingError(f"stage {work.task!r}: {verdict.reason}") from error
                 self.progress.note(f"stage {work.task!r}: {verdict.reason}")
 
+    def _still_ours(self) -> None:
+        """End training that no longer counts: this driver was paused, and another one took the run."""
+        if self.lease.lost:
+            self.lease.check()
+
     def _on_event(self, event: Event) -> None:
+        if self.config.workers == 0:
+            self._still_ours()
         kind = event.get("kind")
         if kind == "step":
             rate = event["tokens"] / event["seconds"] if event["seconds"] else None

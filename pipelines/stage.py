@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, TrainingError, UserError
 from amlora_dist.training.work import StageWork
+from pipelines import preflight
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
+
+    from pipelines.preflight import Demand
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,10 @@ OnEvent = Callable[[Event], None]
 EVENTS = "progress.jsonl"
 ERROR = "error.json"
 POLL_S = 0.25
-RESOURCES_DEADLINE_S = 120.0
+NODES_DEADLINE_S = 20.0
+"""How long a run waits at its start for nodes that are on their way, before it says what is missing."""
+RECOVERY_DEADLINE_S = 120.0
+"""The same after nodes were lost."""
 
 
 class WorkersLostError(AmloraError):
@@ -44,6 +50,7 @@ class Placement:
     workers: int
     storage: Path
     """Where Ray Train keeps its own records; absolute, reachable from all nodes."""
+    demand: Demand
 
 
 def run_in_process(work: StageWork, on_event: OnEvent) -> None:
@@ -53,6 +60,7 @@ def run_in_process(work: StageWork, on_event: OnEvent) -> None:
     from amlora_dist.training.stage import run_stage
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reach("workers_started")
     run_stage(work, distributed=False, report=on_event, device=device)
 
 
@@ -62,6 +70,8 @@ class RayCluster:
     def __init__(self, placement: Placement, *, verbose: bool) -> None:
         self._placement, self._verbose = placement, verbose
         self._started = False
+        self._own = False
+        """Whether the cluster is this run's own, on this machine: no node will ever join it."""
 
     def __enter__(self) -> RayCluster:
         return self
@@ -72,17 +82,31 @@ class RayCluster:
 
             ray.shutdown()
 
-    def run(self, work: StageWork, on_event: OnEvent, attempt: int) -> None:
-        """Run one stage on fresh workers.
+    def ready(self, *, again: bool) -> None:
+        """Join the cluster, and see that the workers fit in it; called in the main thread, before each attempt.
+
+        Args:
+            again: after a failure, when nodes may be on their way back.
+
+        Raises:
+            UserError: what is missing, all of it.
+        """
+        self._start()
+        deadline = time.monotonic() + preflight.deadline_s(RECOVERY_DEADLINE_S if again else NODES_DEADLINE_S)
+        while lacking := preflight.missing(self._placement.demand, preflight.in_cluster()):
+            if self._own or time.monotonic() > deadline:
+                preflight.refuse(lacking)
+            time.sleep(0.5)
+
+    def run(self, work: StageWork, on_event: OnEvent, attempt: int, watch: Callable[[], None]) -> None:
+        """Run one stage on fresh workers; ``watch`` is called twice a second and may raise to end it.
 
         Raises:
             WorkersLostError: a worker or node died.
             UserError, TrainingError, StoppedError: what the stage itself said.
         """
-        self._start()
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
-        from ray.train.v2.api.exceptions import TrainingFailedError
 
         gpus = self._use_gpus()
         work.path.mkdir(parents=True, exist_ok=True)
@@ -99,15 +123,24 @@ class RayCluster:
                 resources_per_worker={"GPU": 1} if gpus else {"CPU": 1},
             ),
             run_config=RunConfig(
-                name=name, storage_path=str(self._placement.storage), failure_config=FailureConfig(max_failures=0)
+                name=name,
+                storage_path=str(self._placement.storage),
+                # Whether to try again is for the failure policy to say; Ray's own default waits for nodes for ever.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
-        reach("workers_started")
-        with _followed(work.path / EVENTS, on_event):
-            try:
-                trainer.fit()
-            except TrainingFailedError as error:
-                raise _told_by(error_file, error) from error
+        last: Event = {}
+
+        def keep(event: Event) -> None:
+            if event.get("kind") in ("step", "resumed"):
+                last.update(event)
+            on_event(event)
+
+        try:
+            with _followed(work.path / EVENTS, keep):
+                _fit(trainer, watch)
+        except _FitError as error:
+            raise told_by(error_file, error.cause, last) from error.cause
 
     def _start(self) -> None:
         if self._started:
@@ -126,24 +159,13 @@ class RayCluster:
         if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             cpus = max(os.cpu_count() or 1, self._placement.workers)
             options |= {"num_cpus": cpus, "include_dashboard": False}
+            self._own = True
         if not ray.is_initialized():
-            ray.init(**options)
+            try:
+                ray.init(**options)
+            except ConnectionError as error:
+                raise UserError(f"RAY_ADDRESS: cannot join the Ray cluster: {error}; is it running?") from error
         self._started = True
-        self._preflight()
-
-    def _preflight(self) -> None:
-        """Refuse at once what can never fit, instead of pending for ever."""
-        import ray
-
-        kind = "GPU" if self._use_gpus() else "CPU"
-        deadline = time.monotonic() + RESOURCES_DEADLINE_S
-        while (have := ray.cluster_resources().get(kind, 0)) < self._placement.workers:
-            if not os.environ.get("RAY_ADDRESS") or time.monotonic() > deadline:
-                raise UserError(
-                    f"workers: {self._placement.workers} workers need {self._placement.workers} {kind}s, the cluster has"
-                    f" {have:g}; lower `workers` or add nodes"
-                )
-            time.sleep(1)
 
     def _use_gpus(self) -> bool:
         import ray
@@ -179,6 +201,7 @@ def _worker(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    from amlora_dist.training.checkpoint import write_text
     from amlora_dist.training.stage import run_stage
 
     if config["threads"]:
@@ -196,11 +219,12 @@ def _worker(config: dict[str, Any]) -> None:
                 file.write(json.dumps(event) + "\n")
                 file.flush()
 
+        reach("workers_started")
         try:
             run_stage(work, distributed=True, report=report, device=get_device())
         except AmloraError as error:
             told = {"class": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "rank": rank}
-            (work.path / ERROR).write_text(json.dumps(told), encoding="utf-8")
+            write_text(work.path / ERROR, json.dumps(told | {"step": getattr(error, "step", None)}))
             raise
 
 
@@ -218,23 +242,82 @@ def _ignore(event: Event) -> None:
     """Events of other ranks than 0."""
 
 
-def _told_by(error_file: Path, error: Exception) -> AmloraError:
-    """What a worker said before it failed, as the class it was; else its processes were lost."""
-    from amlora_dist.training.learner import NonFiniteLossError, StoppedError
+class _FitError(Exception):
+    """Ray Train ended with an error of Ray's."""
 
-    known = {kind.__name__: kind for kind in (UserError, TrainingError, NonFiniteLossError, StoppedError)}
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _fit(trainer: Any, watch: Callable[[], None]) -> None:
+    """Run Ray Train in a thread of its own: in the main thread it takes SIGINT for itself, and ends the run at once."""
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    caught: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 (handed to the thread that waits)
+            caught.append(error)
+
+    thread = threading.Thread(target=fit, name="ray train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)  # signals are handled between two waits
+        watch()
+    if caught and isinstance(caught[0], (RayError, TrainingFailedError)):
+        raise _FitError(caught[0])
+    if caught:
+        raise caught[0]
+
+
+def told_by(error_file: Path, error: Exception, last: Event) -> AmloraError:
+    """What a worker said before it failed, as the class it was; else why its processes were lost.
+
+    Args:
+        error_file: where a worker writes what it has to say.
+        error: Ray's.
+        last: the last event about a step.
+    """
+    from amlora_dist.training import failures
+
+    known: dict[str, Callable[..., AmloraError]] = {
+        kind.__name__: kind for kind in (UserError, TrainingError, failures.StoppedError)
+    }
+    known |= {kind.__name__: kind for kind in (failures.NonFiniteLossError, failures.DeviceMemoryError)}
     try:
         told = json.loads(error_file.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
-        return WorkersLostError(_shortened(error))
+        return _lost(error, last)
     kind = known.get(told["class"], UserError if told["exit_code"] == UserError.exit_code else TrainingError)
-    return kind(told["message"])
+    return kind(told["message"], told["step"]) if told.get("step") is not None else kind(told["message"])
 
 
-def _shortened(error: Exception) -> str:
+LOW_MEMORY = ("low on memory", "OutOfMemoryError", "out of memory")
+"""What Ray's memory monitor says of a worker that it killed."""
+
+
+def _lost(error: Exception, last: Event) -> AmloraError:
+    from amlora_dist.training.failures import LESS_MEMORY, HostMemoryError, batch_text
+
     causes = getattr(error, "worker_failures", None) or {}
+    where = ""
+    if last:
+        rows = last.get("next_rows")
+        done = int(last["step"])
+        where = f", after step {done}" + (f", in {batch_text(done + 1, rows)}" if rows else "")
+    killed = [f"rank {rank}" for rank, cause in causes.items() if any(words in str(cause) for words in LOW_MEMORY)]
+    if killed or any(words in str(error) for words in LOW_MEMORY):
+        who = ", ".join(killed) or "at its start"
+        return HostMemoryError(
+            f"a worker ({who}) was killed because its node ran out of memory{where}; use fewer workers on a node or larger"
+            f" nodes, {LESS_MEMORY}"
+        )
     told = "; ".join(f"rank {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes.items())
-    return told or str(error).strip().splitlines()[0]
+    return WorkersLostError(f"{told or str(error).strip().splitlines()[0]}{where}")
 
 
 @contextlib.contextmanager

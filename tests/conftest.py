@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.forked import Server
 
 # Before torch is imported: two workers and the tests' own process share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +33,22 @@ def amlora_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def repository() -> Path:
     """The folder that holds ``configs/`` and the two packages."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose MLflow tables exist, to be copied: creating them takes seconds."""
+    from amlora_dist.registry.store import Store
+
+    folder = tmp_path_factory.mktemp("empty-home")
+    Store.open(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Server]:
+    """Starts ``amlora`` commands in children of a process that has imported everything."""
+    from tests.forked import Server
+
+    with Server() as server:
+        yield server

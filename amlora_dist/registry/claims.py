@@ -7,8 +7,9 @@ no versions, and every listing of this project leaves them out.
 
 The holder raises a counter in its entry (the heartbeat). Whoever wants the lease judges the holder dead when that
 counter did not change over ``dead_after_s`` on its *own* monotonic clock: clocks of two machines are never compared.
-A dead holder is replaced by creating the entry of the next epoch. The highest entry is kept, lower ones are deleted;
-a slow claimer can so re-create a deleted name, which is why a claim counts only after a look that finds none higher.
+On the holder's own machine its process is looked up instead, and one that has ended is replaced at once. A dead holder
+is replaced by creating the entry of the next epoch. The highest entry is kept, lower ones are deleted; a slow claimer
+can so re-create a deleted name, which is why a claim counts only after a look that finds none higher.
 
 A holder that was paused and wakes up late finds a higher epoch (``Lease.check`` raises) before each write. Between
 that look and the write it may be paused again, so readers ignore what is stale: the entry of an epoch lists the
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from amlora_dist.errors import AmloraError, HeldError, LeaseLostError
 from amlora_dist.registry import tags
+from amlora_dist.registry.processes import has_ended, process_mark
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -142,6 +144,8 @@ class Lease:
 
     def __init__(self, entries: Entries, state: LeaseState, timing: Timing) -> None:
         self.key, self.epoch, self.token, self.counted = state.key, state.epoch, state.token, state.counted
+        self.lost = False
+        """The heartbeat has found that another driver took over. False proves nothing: ``check`` asks the store."""
         self._entries, self._timing, self._label = entries, timing, state.who.get("label", state.key)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat {self.key}", daemon=True)
@@ -176,13 +180,16 @@ class Lease:
         """
         self._stop.set()
         self._thread.join(timeout=self._timing.heartbeat_s + 60)
-        state = read_state(self._entries, self.key)
-        if state is None or state.token != self.token:
-            return
-        if forget:
-            _delete(self._entries, self.key, up_to=self.epoch)
-        else:
-            self._entries.tag_entry(self.name, tags.RELEASED, _now())
+        try:
+            state = read_state(self._entries, self.key)
+            if state is None or state.token != self.token:
+                return
+            if forget:
+                _delete(self._entries, self.key, up_to=self.epoch)
+            else:
+                self._entries.tag_entry(self.name, tags.RELEASED, _now())
+        except AmloraError as error:  # nothing is lost by it: the next driver waits until this one counts as dead
+            log.warning("%s: could not give back the lease: %s", self._label, error)
 
     def __enter__(self) -> Lease:
         return self
@@ -198,6 +205,7 @@ class Lease:
             count += 1
             try:
                 if not self._entries.tag_entry(self.name, tags.BEAT, str(count)):
+                    self.lost = True
                     log.error("%s: the lease (epoch %d) was taken over by another driver", self._label, self.epoch)
                     return
             except AmloraError as error:
@@ -238,7 +246,8 @@ def acquire(
                 )
             if seen == "changed":
                 continue
-            log.warning("%s, and gave no sign of life for %.0f s: replacing it", state, timing.dead_after_s)
+            why = "its process has ended" if has_ended(state.who) else f"no sign of life for {timing.dead_after_s:.0f} s"
+            log.warning("%s; %s: replacing it", state, why)
         claimed = _claim(entries, key, state, label=label, numbers=count(state) if count else ())
         if claimed is not None:
             return Lease(entries, claimed, timing)
@@ -292,7 +301,8 @@ def _claim(
 ) -> LeaseState | None:
     """Create the entry of the next epoch; None when someone else has it or went past it."""
     epoch, token = (state.epoch if state else 0) + 1, uuid.uuid4().hex
-    who = {"host": socket.gethostname(), "pid": str(os.getpid()), "since": _now(), "label": label or key}
+    pid = str(os.getpid())
+    who = {"host": socket.gethostname(), "pid": pid, "process": process_mark(pid), "since": _now(), "label": label or key}
     values = {
         tags.TOKEN: token,
         tags.BEAT: "0",
@@ -317,6 +327,8 @@ def _watch(entries: Entries, state: LeaseState, timing: Timing) -> Literal["aliv
 
     A gap between two looks counts as two polls at most: an observer that was itself suspended proves nothing.
     """
+    if has_ended(state.who):
+        return "dead"
     silent, last = 0.0, timing.clock()
     while silent < timing.dead_after_s:
         timing.sleep(timing.poll_s)

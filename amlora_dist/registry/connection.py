@@ -2,7 +2,8 @@
 
 MLflow is imported by ``connect``, never at import time. Several processes share one SQLite file: it is put in WAL
 mode, its first use (MLflow creates the tables) is guarded by a file lock, and a call that meets "database is locked"
-is repeated until its deadline.
+is repeated until its deadline. So is a call to a server that does not answer, with a longer deadline: training goes on
+meanwhile, in processes that know nothing of MLflow.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
-from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.errors import AmloraError, UserError, is_full
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,13 +33,32 @@ T = TypeVar("T")
 
 FIRST_USE_DEADLINE_S = 300.0
 CALL_DEADLINE_S = 120.0
+OUTAGE_DEADLINE_S = 900.0
+"""How long a call waits for a tracking server that has gone away in mid-run."""
 KNOCK_DEADLINE_S = 20.0
 _TRANSIENT = {"TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
 _LOCKED = ("database is locked", "database table is locked")
+_AWAY = ("failed with exception", "failed with timeout exception", "error code 502", "error code 503", "error code 504")
+"""In messages of MLflow's HTTP client, which has no error code for a server that does not answer."""
+
+
+NO_ROOM = "make room, then start the same command again"
 
 
 class StoreError(AmloraError):
     """MLflow answered with an error that repeating the call does not mend."""
+
+
+class StoreAwayError(StoreError):
+    """A tracking server did not answer for as long as a call waits; what was trained is kept on disk."""
+
+    exit_code = UserError.exit_code
+
+
+class StoreFullError(StoreError):
+    """The disk of the store is full; what was written before is whole."""
+
+    exit_code = UserError.exit_code
 
 
 @dataclass(slots=True)
@@ -50,38 +70,60 @@ class Connection:
     artifacts: str | None
     """Root of artifact folders for stores without a server; None: the tracking server decides."""
 
+    away: bool = False
+    """A call gave up on the server; until one is answered again, others try once only, so that the run can end."""
+
     def call(
         self, what: str, function: Callable[..., T], *args: Any, deadline_s: float = CALL_DEADLINE_S, **keys: Any
     ) -> T:
-        """Call MLflow; repeat with growing pauses while the store says that it is busy.
+        """Call MLflow; repeat with growing pauses while the store says that it is busy, or does not answer.
 
         The store rolls back what it answers with "locked" to, so repeating is safe; over HTTP an answer can be lost
         after the work was done, which is why every write of this project finds what it made before it makes it again.
 
         Raises:
+            StoreAwayError: no answer within ``OUTAGE_DEADLINE_S``.
+            StoreFullError: the disk is full.
             StoreError: still busy at the deadline, or an error that stays.
             mlflow.exceptions.MlflowException: passed on when it says that something exists already or does not exist.
         """
         from mlflow.exceptions import MlflowException
 
-        start, pause = time.monotonic(), 0.05
+        start, pause, told = time.monotonic(), 0.05, False
         while True:
             try:
-                return function(*args, **keys)
-            except MlflowException as error:
+                result = function(*args, **keys)
+            except (MlflowException, OSError) as error:
                 if is_code(error, "RESOURCE_ALREADY_EXISTS") or is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                     raise
-                reason = str(error)
-                if not (error.error_code in _TRANSIENT or any(words in reason for words in _LOCKED)):
-                    raise StoreError(f"MLflow at {self.uri}: {what}: {reason}") from error
+                trouble = _trouble(error, remote=self.uri.startswith(("http:", "https:")))
+                where, reason = f"MLflow at {self.uri}: {what}", str(error)
+                if trouble == "full":
+                    raise StoreFullError(
+                        f"{where}: the disk is full ({_first_line(reason)}); what is published is whole: {NO_ROOM}"
+                    ) from error
+                if trouble == "other":
+                    raise StoreError(f"{where}: {reason}") from error
                 waited = time.monotonic() - start
-                if waited > deadline_s:
+                if trouble == "busy" and waited > deadline_s:
                     raise StoreError(
-                        f"MLflow at {self.uri}: {what}: still busy after {waited:.0f} s ({reason[:200]}); "
+                        f"{where}: still busy after {waited:.0f} s ({reason[:200]}); "
                         "use a tracking server for many runs at once (mlflow.tracking_uri)"
                     ) from error
-            except OSError as error:  # the artifact store: a full disk, a connection cut off
-                raise StoreError(f"MLflow at {self.uri}: {what}: {error}") from error
+                if trouble == "away" and (self.away or waited > OUTAGE_DEADLINE_S):
+                    self.away = True
+                    raise StoreAwayError(
+                        f"{where}: no answer for {waited:.0f} s ({_first_line(reason)}); what was trained is kept: when the"
+                        " server is back, start the same command again"
+                    ) from error
+                if trouble == "away" and not told:
+                    told = True
+                    log.warning("%s: no answer; trying again for %.0f min", where, OUTAGE_DEADLINE_S / 60)
+            else:
+                if told or self.away:
+                    log.warning("MLflow at %s answers again", self.uri)
+                self.away = False
+                return result
             log.debug("MLflow busy: %s, again in %.2f s", what, pause)
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 2.0)
@@ -101,6 +143,27 @@ class Connection:
 def is_code(error: Exception, code: str) -> bool:
     """Whether an MLflow exception carries this error code."""
     return getattr(error, "error_code", None) == code
+
+
+def _trouble(error: Exception, *, remote: bool) -> Literal["busy", "away", "full", "other"]:
+    """What kind of trouble an error of MLflow's, or of the disk or network below it, stands for."""
+    import requests
+
+    reason = str(error)
+    if is_full(error):
+        return "full"
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return "other"
+    if getattr(error, "error_code", None) in _TRANSIENT or any(words in reason for words in _LOCKED):
+        return "busy"
+    if isinstance(error, requests.HTTPError) and error.response is not None and error.response.status_code < 500:
+        return "other"
+    away = isinstance(error, requests.RequestException) or any(words in reason for words in _AWAY)
+    return "away" if remote and away else "other"
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().partition("\n")[0][:200]
 
 
 def connect(home: Path, tracking_uri: str | None) -> Connection:
@@ -146,9 +209,8 @@ def _client(uri: str) -> MlflowClient:
         client.search_experiments(max_results=1)  # opens both; a database migrates here
         client.search_registered_models(max_results=1)
     except MlflowException as error:
-        raise UserError(
-            f"mlflow.tracking_uri: cannot use {uri}: {error}; mend the store or give another URI"
-        ) from error
+        mend = NO_ROOM if is_full(error) else "mend the store or give another URI"
+        raise UserError(f"mlflow.tracking_uri: cannot use {uri}: {_first_line(str(error))}; {mend}") from error
     return client
 
 
@@ -168,7 +230,12 @@ def _knock(uri: str) -> None:
 
 def _open_sqlite(uri: str) -> MlflowClient:
     file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{file.parent}: {error.strerror}; AMLORA_HOME and mlflow.tracking_uri must name folders that can be written"
+        ) from error
     try:
         with FileLock(f"{file}.lock", timeout=FIRST_USE_DEADLINE_S):
             with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
@@ -182,8 +249,9 @@ def _open_sqlite(uri: str) -> MlflowClient:
         raise StoreError(
             f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"
         ) from error
-    except sqlite3.Error as error:
-        raise UserError(f"mlflow.tracking_uri: {file}: {error}; it is no SQLite file, or cannot be written") from error
+    except (sqlite3.Error, PermissionError) as error:
+        mend = NO_ROOM if is_full(error) else "it is no SQLite file, or cannot be written"
+        raise UserError(f"mlflow.tracking_uri: {file}: {error}; {mend}") from error
 
 
 def _quiet() -> None:
@@ -191,6 +259,8 @@ def _quiet() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # seven tries take MLflow's client two minutes; ``Connection.call`` is who repeats, and says so
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     # "database is locked" is logged there with a traceback before it is raised; connection.call repeats and reports
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,10 +75,13 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(dict(state), aside / "state.safetensors")
-    except (OSError, SafetensorError) as error:
+        write_text(aside / "progress.json", json.dumps(asdict(progress)))
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"cannot write a checkpoint under {folder}: {error}; make room, then run again") from error
-    write_text(aside / "progress.json", json.dumps(asdict(progress)))
+        raise UserError(
+            f"cannot write a checkpoint under {folder}: {error}; the last good one is kept: make room, then start the same"
+            " command again"
+        ) from error
     reach("checkpoint_written")
     shutil.rmtree(target, ignore_errors=True)
     aside.replace(target)
@@ -93,12 +97,25 @@ def newest_checkpoint(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor]
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         reason = _fault(candidate)
         if reason is None:
-            progress = Progress(**json.loads((candidate / "progress.json").read_text(encoding="utf-8")))
-            if progress.fingerprint == fingerprint:
-                return load_file(candidate / "state.safetensors"), progress
-            reason = f"it belongs to fingerprint {progress.fingerprint[:12]}"
+            try:
+                return _read(candidate, fingerprint)
+            except (SafetensorError, OSError, TypeError, ValueError) as error:  # committed, but not by this code
+                reason = str(error)
         log.warning("passing over checkpoint %s: %s", candidate, reason)
     return None
+
+
+def _read(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], Progress]:
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    if progress.fingerprint != fingerprint:
+        raise ValueError(f"it belongs to fingerprint {str(progress.fingerprint)[:12]}")
+    if folder.name != f"step-{progress.step:08d}" or len(progress.losses) != progress.step:
+        raise ValueError(f"its progress says step {progress.step} and has {len(progress.losses)} losses")
+    state = load_file(folder / "state.safetensors")
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is {tensor.dtype} or holds NaN or infinity, expected finite torch.float32")
+    return state, progress
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -119,6 +136,6 @@ def _fault(folder: Path) -> str | None:
     try:
         if commit.get("files") != _digests(folder):
             return "its files differ from the digests in the commit marker"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename} is missing or no file"
     return None

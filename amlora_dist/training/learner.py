@@ -12,26 +12,17 @@ import torch
 from torch import Tensor
 
 from amlora_dist.crash_points import reach
-from amlora_dist.errors import AmloraError, TrainingError
+from amlora_dist.errors import TrainingError
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
+from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.zero import Engine
 
 STOP_FILE = "STOP"
 """When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
-
-
-class StoppedError(AmloraError):
-    """Training was asked to stop and has written a checkpoint."""
-
-    exit_code = 143
-
-
-class NonFiniteLossError(TrainingError):
-    """The loss became NaN or infinite; nothing of that step was kept."""
 
 
 class Learner:
@@ -82,16 +73,18 @@ class Learner:
         Raises:
             StoppedError: the stop file appeared; a checkpoint is written.
             NonFiniteLossError: at the first step whose loss is not finite.
+            DeviceMemoryError: at the first step that does not fit in memory.
         """
         began, before = time.monotonic(), progress.seconds
         for step in range(progress.step, self.schedule.steps):
-            loss, stop = self._step(step)
+            place = f"stage {self.stage!r}, {batch_text(step + 1, self._rows(step))}"
+            with memory_watched(place, LESS_MEMORY, step + 1):
+                loss, stop = self._step(step)
             if not math.isfinite(loss):
-                rows = [self.examples[i].row for i in self.schedule.rows(step)]
                 raise NonFiniteLossError(
-                    f"stage {self.stage!r}: the loss is not finite at step {step + 1} (rows"
-                    f" {', '.join(map(str, rows))} of the training split); lower training.learning_rate, keep"
-                    " training.clip above 0, or look at those rows"
+                    f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
+                    " those rows",
+                    step + 1,
                 )
             progress.step = step + 1
             progress.losses.append(loss)
@@ -105,6 +98,7 @@ class Learner:
                     "loss": loss,
                     "tokens": progress.tokens,
                     "seconds": progress.seconds,
+                    "next_rows": self._rows(step + 1),
                 }
             )
             reach("step_done")
@@ -114,6 +108,10 @@ class Learner:
             if stop and not last:
                 raise StoppedError(f"stage {self.stage!r} stopped after step {progress.step}; a checkpoint is written")
         return progress
+
+    def _rows(self, step: int) -> list[int]:
+        """Row numbers of a step's global batch, as the source counts them; none after the last step."""
+        return [self.examples[i].row for i in self.schedule.rows(step)] if step < self.schedule.steps else []
 
     def _step(self, step: int) -> tuple[float, bool]:
         """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.

@@ -56,18 +56,21 @@ def is_whole(folder: Path) -> bool:
     try:
         expected = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
         return bool(expected == {name: file_digest(folder / name) for name in FILES})
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return False
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write aside, commit, rename.
+    """Write aside, commit, rename. A whole folder is left as it is: who was paused and comes late changes nothing.
 
     Raises:
         UserError: the disk is full or not writable.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if is_whole(folder):
+        return
     adapter = result.adapter
     about = {"task": adapter.task, "rank": adapter.rank, "alpha": adapter.alpha, "digest": adapter.digest()}
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -78,7 +81,7 @@ def write_result(folder: Path, result: Result) -> None:
         save_file(result.continuation(), aside / FILES[1])
         (aside / FILES[2]).write_text(json.dumps({"adapter": about, **result.training}), encoding="utf-8")
         (aside / "COMMIT").write_text(json.dumps({name: file_digest(aside / name) for name in FILES}), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the trained adapter to {folder}: {error}; make room, then run again") from error
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,6 +94,7 @@ def read_result(folder: Path) -> Result:
     Raises:
         BankError: the folder is not whole, or its adapter differs from its digest.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from amlora_dist.adapters.bank import Adapter
@@ -98,14 +102,18 @@ def read_result(folder: Path) -> Result:
 
     if not is_whole(folder):
         raise BankError(f"{folder}: not a whole training result (no commit marker that agrees with its files)")
-    training = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-    about = training.pop("adapter")
-    parts: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "recipe": {}, "selector": {}}
-    for name, tensor in load_file(folder / FILES[0]).items():
-        kind, _, module = name.partition(".")
-        parts[kind][module] = tensor
-    adapter = Adapter(task=about["task"], rank=about["rank"], alpha=about["alpha"], **parts)
+    try:
+        training = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+        about = training.pop("adapter")
+        parts: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "recipe": {}, "selector": {}}
+        for name, tensor in load_file(folder / FILES[0]).items():
+            kind, _, module = name.partition(".")
+            parts[kind][module] = tensor
+        adapter = Adapter(task=about["task"], rank=about["rank"], alpha=about["alpha"], **parts)
+        kept, memory = split_continuation(load_file(folder / FILES[1]))
+        statistics = TaskStatistics.from_tensors(adapter.task, kept)
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:  # committed, but not by this code
+        raise BankError(f"{folder}: not a training result of this project ({error!r}); remove it and start again") from error
     if adapter.digest() != about["digest"]:
         raise BankError(f"{folder}: the adapter's digest is {adapter.digest()}, its record says {about['digest']}")
-    kept, memory = split_continuation(load_file(folder / FILES[1]))
-    return Result(adapter, TaskStatistics.from_tensors(adapter.task, kept), training, memory)
+    return Result(adapter, statistics, training, memory)

@@ -35,7 +35,8 @@ from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_to
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
 from amlora_dist.training.checkpoint import Progress, write_text
-from amlora_dist.training.learner import Learner, StoppedError
+from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
+from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.work import Cell, StageWork
@@ -74,7 +75,8 @@ def run_stage(work: StageWork, *, distributed: bool, report: Report, device: tor
     """
     if distributed:
         join_process_group()
-    _Stage(work, distributed, report, device).run()
+    with disk_watched():
+        _Stage(work, distributed, report, device).run()
 
 
 class _Stage:
@@ -302,24 +304,26 @@ class _Stage:
         row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(tasks, cell)}[cell.mode]
         began = time.monotonic()
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(examples)})
-        share = score_task(
-            model,
-            examples,
-            tokenizer=self.tokenizer,
-            pad_id=self.tokenizer.pad_token_id,
-            eos_id=self.tokenizer.eos_token_id,
-            batch_size=self.work.evaluation_batch_size,
-            labels=labels,
-            metric=str(spec.metric),
-            max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
-            task_gate_row=row,
-            tasks=len(tasks),
-            encoder_decoder=self.base.encoder_decoder,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            device=self.device,
-            all_done=self._all_done,
-        )
+        mend = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
+        with memory_watched(f"scoring task {cell.task!r}", mend):
+            share = score_task(
+                model,
+                examples,
+                tokenizer=self.tokenizer,
+                pad_id=self.tokenizer.pad_token_id,
+                eos_id=self.tokenizer.eos_token_id,
+                batch_size=self.work.evaluation_batch_size,
+                labels=labels,
+                metric=str(spec.metric),
+                max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
+                task_gate_row=row,
+                tasks=len(tasks),
+                encoder_decoder=self.base.encoder_decoder,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                device=self.device,
+                all_done=self._all_done,
+            )
         predictions = merge_shares(self.ranks.gather(share))
         if self.ranks.rank == 0:
             summary = summarise(predictions) | {"seconds": time.monotonic() - began, **asdict(cell)}

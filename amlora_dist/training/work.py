@@ -41,7 +41,16 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        return (Path(self.folder) / "summary.json").is_file()
+        return self.summary() is not None
+
+    def summary(self) -> dict[str, Any] | None:
+        """The score; None where it was not computed, or its file is damaged and has to be written again."""
+        try:
+            found = json.loads((Path(self.folder) / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        whole = isinstance(found, dict) and found.get("fingerprint") == self.fingerprint
+        return found if whole and {"accuracy", "seconds"} <= found.keys() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,11 @@ class StageWork:
     @property
     def is_trained(self) -> bool:
         return is_whole(self.trained)
+
+    def progress(self) -> tuple[int, int]:
+        """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
+        steps = [int(mark.parent.name.removeprefix("step-")) for mark in self.path.glob("checkpoints/step-*/COMMIT")]
+        return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 
     def base_model(self) -> BaseModel:
         return BaseModel(**{**self.base, "path": Path(self.base["path"])})

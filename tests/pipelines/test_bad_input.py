@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipelines import sequence
 from pipelines.cli import app
+from tests.registry.tiny_banks import tiny_bank
 from tests.tiny_folder import write_config, write_model
 
-Damage = Callable[[Path, Path], None]
-"""Spoils the run in a folder, given the folder and the configuration's file."""
+Damage = Callable[[Path, Path], "dict[str, str] | None"]
+"""Spoils the run in a folder, given the folder and the configuration's file; returns variables to set."""
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +92,66 @@ def no_yaml(folder: Path, config: Path) -> None:
     config.write_text("name: [tiny\n", encoding="utf-8")
 
 
-CASES: dict[str, tuple[Damage, list[str]]] = {
+def bank(spoil: Callable[[Path], object]) -> Damage:
+    """A small bank in the folder ``bank``, with something done to it."""
+
+    def damage(folder: Path, config: Path) -> None:
+        tiny_bank(folder / "bank")
+        spoil(folder / "bank")
+
+    return damage
+
+
+def manifest(**changes: object) -> Damage:
+    """A bank whose manifest says something else; a dotted key goes deeper."""
+
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for key, value in changes.items():
+            *above, last = key.split("__")
+            inner = data
+            for part in above:
+                inner = inner[int(part) if part.isdecimal() else part]
+            inner[last] = value
+        (folder / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+
+    return bank(spoil)
+
+
+def not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, folder / WEIGHTS)
+
+
+def leads_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def no_database(folder: Path, config: Path) -> None:
+    (folder / "text.db").write_text("hello, I am a text" * 100, encoding="utf-8")
+    edit(mlflow={"tracking_uri": f"sqlite:///{folder / 'text.db'}"})(folder, config)
+
+
+def home_below_a_file(folder: Path, config: Path) -> dict[str, str]:
+    (folder / "file").touch()
+    return {"AMLORA_HOME": str(folder / "file" / "home")}
+
+
+def at_address(address: str) -> Damage:
+    def damage(folder: Path, config: Path) -> dict[str, str]:
+        edit(workers=2)(folder, config)
+        return {"RAY_ADDRESS": address}
+
+    return damage
+
+
+WEIGHTS = "adapters/2-agnews/adapter_model.safetensors"
+RUN = ["run", "{folder}/run.yaml", "--run-id", "bad"]
+VERIFY = ["verify", "{folder}/bank"]
+
+CASES: dict[str, tuple[Damage, list[str]] | tuple[Damage, list[str], list[str]]] = {
     "unknown key": (edit(training__learning_rat=0.1), ["training.learning_rat", "learning_rate"]),
     "unknown section": (edit(trainin={"epochs": 1}), ["trainin", "training"]),
     "wrong type": (edit(training__epochs="many"), ["training.epochs", "many", "whole number"]),
@@ -126,28 +188,76 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "no prompt fits": (edit(task_defaults__max_length=2), ["max_length", "2"]),
     "a file that is not YAML": (no_yaml, ["line"]),
     "an empty key path": (edit(parent="models:/nothing"), ["parent", "models:/nothing"]),
+    # -- banks
+    "no bank": (bank(lambda b: shutil.rmtree(b)), ["bank", "no such folder"], VERIFY),
+    "a bank without manifest": (bank(lambda b: (b / "manifest.json").unlink()), ["manifest.json", "missing"], VERIFY),
+    "a manifest of a future schema": (manifest(schema_version=2), ["manifest.json", "schema_version", "2", "1"], VERIFY),
+    "a manifest that was changed": (manifest(stage=7), ["manifest.json", "digest"], VERIFY),
+    "a manifest that names ../../x": (manifest(router__file="../../x"), ["manifest.json", "router.file", "../../x"], VERIFY),
+    "a manifest that names /etc/passwd": (
+        manifest(adapters__0__stored={"version_of": "x", "run": "0" * 32, "artifact_path": "/etc/passwd"}),
+        ["manifest.json", "stored.artifact_path", "/etc/passwd"], VERIFY,
+    ),
+    "a truncated adapter": (bank(lambda b: os.truncate(b / WEIGHTS, 99)), [WEIGHTS, "99 bytes", "amlora pull"], VERIFY),
+    "an empty adapter file": (bank(lambda b: (b / WEIGHTS).write_bytes(b"")), [WEIGHTS, "0 bytes"], VERIFY),
+    "NaN in an adapter": (bank(not_a_number), [WEIGHTS, "NaN", "learning_rate"], VERIFY),
+    "a pickle beside the weights": (bank(lambda b: (b / "x.pkl").write_bytes(b"x")), ["x.pkl", "no pickle"], VERIFY),
+    "a link out of a bank": (bank(leads_out), [WEIGHTS, "leads out"], VERIFY),
+    # -- registry
+    "a tracking store in plain files": (
+        edit(mlflow={"tracking_uri": "file:///mlruns"}), ["mlflow.tracking_uri", "file:///mlruns", "sqlite"]
+    ),
+    "a tracking server that does not answer": (
+        edit(mlflow={"tracking_uri": "http://127.0.0.1:9"}), ["mlflow.tracking_uri", "http://127.0.0.1:9", "start the"]
+    ),
+    "a database that is none": (no_database, ["text.db", "not a database"]),
+    "a home below a file": (home_below_a_file, ["AMLORA_HOME", "file/home"]),
+    "a registered model that could be a path": (edit(registered_model="a/b"), ["registered_model", "a/b", "letters"]),
+    # -- cluster
+    "more workers than memory": (
+        edit(workers=6000, training__batch_size=6000), ["memory", "6000 processes", "lower `workers`"]
+    ),
+    "workers that do not share a batch": (edit(workers=4), ["training.batch_size", "6 with 4 workers", "multiple"]),
+    "no cluster at the address": (at_address("127.0.0.1:9"), ["RAY_ADDRESS", "127.0.0.1:9", "unset"]),
+    "an address of Ray's client": (at_address("ray://head:10001"), ["RAY_ADDRESS", "ray://head:10001", "amlora submit"]),
+    "an address without a port": (at_address("head"), ["RAY_ADDRESS", "'head'"]),
 }  # fmt: skip
+REGISTRY = ("a tracking store", "a tracking server", "a database", "a home", "a registered model")
+"""These are found out by the store itself, which may be opened."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_told_and_nothing_is_written(
     case: str, model: Path, tmp_path: Path, amlora_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damage, expected = CASES[case]
+    damage, expected, *other = CASES[case]
     shutil.copytree(model, tmp_path / "model-llama")
     config = write_config(tmp_path)
-    damage(tmp_path, config)
+    for name, value in (damage(tmp_path, config) or {}).items():
+        monkeypatch.setenv(name, value)
 
     def no_store(*args: object, **kwargs: object) -> object:
         raise AssertionError("the store was opened before the input was checked")
 
-    monkeypatch.setattr(sequence.Store, "open", no_store)
-    answer = CliRunner().invoke(app, ["run", str(config), "--run-id", "bad"])
+    if not case.startswith(REGISTRY):
+        monkeypatch.setattr(sequence.Store, "open", no_store)
+    before = files(tmp_path)
+    command = [part.format(folder=tmp_path) for part in (other[0] if other else RUN)]
+    answer = CliRunner().invoke(app, command)
     assert answer.exit_code == 2, answer.output
     for part in expected:
         assert part in answer.stderr, answer.stderr
     assert "Traceback" not in answer.stderr
-    assert not (amlora_home / "storage").exists() and not (amlora_home / "mlflow.db").exists()
+    assert files(tmp_path) - before <= {"home"}, "nothing is written"
+    assert not any(amlora_home.glob("*"))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_there_are_forty_kinds_of_bad_input_and_more() -> None:
+    assert len(CASES) >= 40
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,6 @@ from tests.tiny_folder import write_config, write_task
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="session")
-def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose MLflow tables exist: creating them takes seconds."""
-    folder = tmp_path_factory.mktemp("empty-home")
-    Store.open(folder)
-    return folder
-
-
 @pytest.fixture
 def home(amlora_home: Path, empty_home: Path) -> Path:
     shutil.copytree(empty_home, amlora_home)

@@ -1,0 +1,82 @@
+"""The crash matrix: a run dies at every named point, by every kind of death, and must end as if nothing had happened.
+
+    python benchmarks/crash_matrix.py                      all points without Ray (a minute)
+    python benchmarks/crash_matrix.py --workers 2 --zero 2 through Ray Train and DeepSpeed (an hour on two cores)
+    python benchmarks/crash_matrix.py --points step_done,alias_moved
+
+Prints one line a point. Exit code 1 when a result differs from the undisturbed one, with what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("AMLORA_CRASH", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amlora_dist.crash_points import POINTS
+from tests.forked import Server
+from tests.pipelines.crash_cases import (
+    DIES_AT_IN_WORKER,
+    KINDS,
+    Start,
+    calm,
+    crash,
+    faults,
+    matrix_config,
+    nth_of,
+    spawned,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=0, help="0: in one process, without Ray")
+    parser.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage, with workers")
+    parser.add_argument("--points", default=",".join(POINTS), help="comma-separated; default: all")
+    options = parser.parse_args()
+    points = options.points.split(",")
+    if unknown := sorted(set(points) - set(POINTS)):
+        parser.error(f"--points: {', '.join(unknown)} unknown; there are {', '.join(POINTS)}")
+    began, bad = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="crash-") as name, ExitStack() as stack:
+        folder = Path(name)
+        from amlora_dist.registry.store import Store
+
+        Store.open(folder / "empty")
+        more = {"workers": options.workers, "deepspeed": {"zero_stage": options.zero}} if options.workers else {}
+        config = matrix_config(folder, **more)
+        start: Start = spawned if options.workers else stack.enter_context(Server()).start
+        undisturbed = calm(start, folder / "calm", config, folder / "empty")
+        where = f"{options.workers} workers, ZeRO-{options.zero}" if options.workers else "one process"
+        print(f"{where}: {len(undisturbed.versions)} stages, {len(points)} points\n")
+        print(f"| point | dies in | {' | '.join(KINDS.values())} |")
+        print("|---|---|" + "---|" * len(KINDS))
+        for point in points:
+            cells = []
+            for kind in KINDS:
+                case = crash(
+                    start, folder / f"{point}-{kind}", config, folder / "empty", point, kind, nth_of(point, options.workers)
+                )
+                wrong = faults(case, undisturbed)
+                bad += [f"{point} by {KINDS[kind]}: {fault}" for fault in wrong]
+                ends = ", ".join(map(str, case.codes))
+                cells.append(f"{'DIFFERS' if wrong else 'equal'} (exit {ends}; {case.seconds:.1f} s)")
+            who = "worker" if options.workers and point in DIES_AT_IN_WORKER else "driver"
+            print(f"| {point} | {who} | {' | '.join(cells)} |", flush=True)
+    print(f"\n{len(points) * len(KINDS)} cases, {len(bad)} differ; {time.monotonic() - began:.0f} s")
+    for line in bad:
+        print(line)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Soak: sequences through Ray while a random process of ours is killed at random times, with a fixed seed.
+
+    python benchmarks/soak.py --minutes 20
+    python benchmarks/soak.py --minutes 2 --quick          two tasks instead of six
+
+A small Ray cluster (a head and two nodes) runs the same sequence again and again, each round in a new home. Drivers,
+workers and whole nodes are killed by SIGKILL; a dead driver is started again with the same command, a dead node is
+replaced. Every round must end with the undisturbed result: the same matrices, adapters and router, one version a stage,
+no lease left, every version whole. At the end no process may be left. Exit code 1 when anything is otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import yaml
+
+from tests.forked import ROOT
+from tests.pipelines.crash_cases import Outcome, calm, outcome_of, spawned
+from tests.tiny_folder import write_config, write_task
+
+VICTIMS = {"driver": 4, "worker": 4, "node": 2}
+"""Who is killed, and how often relative to the others."""
+PAUSE_S = (6.0, 30.0)
+"""Between two kills."""
+ROUND_DEADLINE_S = 1800.0
+ENDED_DEADLINE_S = 60.0
+WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
+
+
+class Soak:
+    """The cluster, its victims and the log."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        os.environ["PYTHONPATH"] = str(ROOT)  # for the workers of the nodes
+        self.folder, self.draw, self.began = folder, random.Random(seed), time.monotonic()
+        self.killed: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.environment = {"RAY_ADDRESS": self.cluster.address, "AMLORA_RESOURCES_DEADLINE_S": "120"}
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
+
+    def start(self, folder: Path, *arguments: str, **environment: str) -> Any:
+        return spawned(folder, *arguments, **environment, **self.environment)
+
+    def kill(self, driver: Any) -> str | None:
+        """Kill somebody; None when the one that was drawn does not exist at the moment."""
+        victim = self.draw.choices(list(VICTIMS), weights=list(VICTIMS.values()))[0]
+        if victim == "driver":
+            os.kill(driver.pid, signal.SIGKILL)
+            return "driver"
+        if victim == "worker":
+            workers = sorted(process.pid for process in self.ours(WORKER))
+            if not workers:
+                return None
+            os.kill(self.draw.choice(workers), signal.SIGKILL)
+            return "worker"
+        node = self.nodes.pop(self.draw.randrange(len(self.nodes)))
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        return "node"
+
+    def ours(self, *words: str) -> list[psutil.Process]:
+        """Processes below this cluster's raylets whose title holds one of the words."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                title = " ".join(process.cmdline())
+                if process.status() != psutil.STATUS_ZOMBIE and any(word in title for word in words):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def round(self, number: int, config: Path, empty: Path, undisturbed: Outcome, until: float) -> None:
+        """One run, disturbed until it ends or the time for kills is over."""
+        folder, home = self.folder / f"round-{number}", self.folder / f"round-{number}" / "home"
+        shutil.copytree(empty, home)
+        deadline = time.monotonic() + ROUND_DEADLINE_S
+        arguments = ["run", str(config), "--run-id", "r", "--json"]
+        starts, driver = 1, self.start(folder / "start-1", *arguments, AMLORA_HOME=str(home))
+        next_kill = time.monotonic() + self.draw.uniform(*PAUSE_S)
+        while time.monotonic() < deadline:
+            code = driver.poll()
+            if code == 0:
+                break
+            if code is not None:
+                if code != -signal.SIGKILL:
+                    self.faults.append(f"round {number}: driver ended with {code}: {driver.stderr.strip()[-600:]}")
+                    self.say(self.faults[-1])
+                if len(self.faults) > 3:
+                    return
+                starts += 1
+                driver = self.start(folder / f"start-{starts}", *arguments, AMLORA_HOME=str(home))
+            if time.monotonic() > next_kill and time.monotonic() < until:
+                if victim := self.kill(driver):
+                    self.killed[victim] += 1
+                    self.say(f"round {number}: killed a {victim}")
+                next_kill = time.monotonic() + self.draw.uniform(*PAUSE_S)
+            time.sleep(0.1)
+        else:
+            driver.kill()
+            self.faults.append(f"round {number}: no end within {ROUND_DEADLINE_S:.0f} s: {driver.stderr.strip()[-600:]}")
+            return
+        self.compare(number, home, driver.stdout, undisturbed)
+        self.say(f"round {number}: ended after {starts} starts of its driver")
+
+    def compare(self, number: int, home: Path, stdout: str, undisturbed: Outcome) -> None:
+        """Result, versions and leases of a round that has ended."""
+        found = outcome_of(home, stdout)
+        for name in Outcome.__slots__:
+            if getattr(found, name) != getattr(undisturbed, name):
+                self.faults.append(
+                    f"round {number}: {name}: {getattr(found, name)}, undisturbed {getattr(undisturbed, name)}"
+                )
+        if leases := open_leases(home):
+            self.faults.append(f"round {number}: leases left: {', '.join(leases)}")
+        self.faults += [f"round {number}: {fault}" for fault in torn_versions(home)]
+
+    def end(self) -> None:
+        """No worker and no controller may outlive its driver, and nothing the cluster."""
+        deadline = time.monotonic() + ENDED_DEADLINE_S
+        while (left := self.ours(WORKER, CONTROLLER)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        self.faults += [f"orphan: {process.pid} {process.name()}" for process in left]
+        self.cluster.shutdown()
+        _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=ENDED_DEADLINE_S)
+        self.faults += [f"left after the cluster: {process.pid} {process.name()}" for process in alive]
+
+
+def open_leases(home: Path) -> list[str]:
+    """Leases that nobody gave back; a claim on a fingerprint leaves nothing at all."""
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        names = [name for (name,) in database.execute("SELECT name FROM registered_models WHERE name LIKE 'amlora.lease.%'")]
+        released = {
+            name for (name,) in database.execute("SELECT name FROM registered_model_tags WHERE key = 'amlora.released'")
+        }
+    return [name for name in names if name not in released]
+
+
+def torn_versions(home: Path) -> list[str]:
+    """Versions that cannot be pulled whole."""
+    from amlora_dist.errors import AmloraError
+    from amlora_dist.registry.store import Store
+
+    store, torn = Store.open(home), []
+    for version in store.versions("r"):
+        try:
+            store.pull_version(version, home.parent / "pulled" / str(version.number))
+        except AmloraError as error:
+            torn.append(f"version {version.number}: {error}")
+    return torn
+
+
+def six_tasks(folder: Path) -> Path:
+    """A run of six tasks: the four of the tests, and two of them again with other rows."""
+    config = write_config(folder, tasks=("colours", "shapes", "sizes", "fruit"), workers=2, deepspeed={"zero_stage": 2})
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for name in ("colours", "shapes"):
+        file = write_task(folder / "again", name, train=30)
+        spec = yaml.safe_load(file.read_text(encoding="utf-8")) | {"name": f"{name}-again"}
+        file.write_text(yaml.safe_dump(spec), encoding="utf-8")
+        data["tasks"].append(str(file))
+    config.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long processes are killed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="two tasks instead of six")
+    options = parser.parse_args()
+    from amlora_dist.registry.store import Store
+
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        if options.quick:
+            config = write_config(folder, tasks=("colours", "shapes"), workers=2, deepspeed={"zero_stage": 2})
+        else:
+            config = six_tasks(folder)
+        Store.open(folder / "empty")
+        soak = Soak(folder, options.seed)
+        rounds = 0
+        try:
+            undisturbed = calm(soak.start, folder / "calm", config, folder / "empty")
+            soak.say(f"undisturbed: {len(undisturbed.versions)} versions")
+            until = time.monotonic() + 60 * options.minutes
+            while time.monotonic() < until and not soak.faults:
+                rounds += 1
+                soak.round(rounds, config, folder / "empty", undisturbed, until)
+        finally:
+            soak.end()
+    kills = ", ".join(f"{soak.killed[victim]} of a {victim}" for victim in VICTIMS)
+    soak.say(f"seed {options.seed}: {rounds} rounds, {soak.killed.total()} kills ({kills}), {len(soak.faults)} faults")
+    for fault in soak.faults:
+        print(fault)
+    sys.exit(1 if soak.faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Whether a run can fit at all, asked before any worker starts: CPUs, GPUs, memory and disk, all that is missing at once.
+
+The demand is a lower bound: what is refused here could never run. Whether a stage that passes has room to breathe is
+for ``amlora plan`` to say.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from amlora_dist.errors import UserError
+
+GIB = 1 << 30
+PROCESS_BYTES = 300 << 20
+"""Memory of one worker that has imported torch and done nothing."""
+KNOCK_DEADLINE_S = 10.0
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a run needs at least."""
+
+    workers: int
+    parameters: int
+    """Of the base model."""
+    trainable: int
+    """Parameters of the adapter that one stage trains."""
+    stages: int
+    dtype: str
+    zero_stage: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes over all nodes: the weights, in every process or (ZeRO-3) once; master weights, moments and gradients of
+        what trains; and the processes themselves."""
+        copies = 1 if self.zero_stage == 3 else max(self.workers, 1)
+        weights = self.parameters * BYTES[self.dtype] * copies
+        return weights + 16 * self.trainable + PROCESS_BYTES * max(self.workers, 1)
+
+    @property
+    def disk(self) -> int:
+        """Bytes: the checkpoints that one stage keeps and the one it writes, and every adapter in store and working copy."""
+        from amlora_dist.training.checkpoint import KEEP
+
+        return 12 * self.trainable * (KEEP + 1) + 2 * 4 * self.trainable * self.stages
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """What there is; None where nobody knows."""
+
+    cpus: float | None = None
+    gpus: float | None = None
+    memory: int | None = None
+    """Bytes over all nodes."""
+    largest_node: int | None = None
+    """Bytes of memory of the largest node."""
+    disk: int | None = None
+    storage: Path | None = None
+    """Whose disk it is."""
+
+
+def missing(demand: Demand, supply: Supply) -> list[str]:
+    """What the run lacks, each with the mend; empty when it can fit."""
+    found = []
+    count = demand.workers
+    if supply.gpus:
+        if supply.gpus < count:
+            found.append(_too_few(count, "GPUs", supply.gpus))
+    elif supply.cpus is not None and supply.cpus < count:
+        found.append(_too_few(count, "CPUs", supply.cpus))
+    if not supply.gpus and supply.memory is not None and supply.memory < demand.memory:
+        found.append(
+            f"memory: {_size(demand.memory)} at least for {max(count, 1)} processes with {demand.parameters:,} parameters in"
+            f" {demand.dtype}, there are {_size(supply.memory)}; lower `workers`, take dtype=bf16, or deepspeed.zero_stage=3"
+        )
+    each = PROCESS_BYTES + (demand.parameters * BYTES[demand.dtype] if demand.zero_stage < 3 else 0)
+    if not supply.gpus and not found and supply.largest_node is not None and supply.largest_node < each:
+        found.append(
+            f"memory: {_size(each)} at least on one node for one worker, the largest node has {_size(supply.largest_node)};"
+            " take deepspeed.zero_stage=3, or larger nodes"
+        )
+    if supply.disk is not None and supply.disk < demand.disk:
+        found.append(
+            f"disk: {_size(demand.disk)} at least for checkpoints and adapters under {supply.storage}, there are"
+            f" {_size(supply.disk)}; make room, or point `storage` (AMLORA_HOME) at another disk"
+        )
+    return found
+
+
+def refuse(lacking: Sequence[str]) -> None:
+    """End here if something is lacking.
+
+    Raises:
+        UserError: names everything.
+    """
+    if lacking:
+        raise UserError("this run can never fit here:\n" + "\n".join(f"  - {one}" for one in lacking))
+
+
+def here(storage: Path, *, alone: bool) -> Supply:
+    """This machine: the disk of the storage and, when nothing runs elsewhere, the memory."""
+    import psutil
+
+    folder = storage
+    while not folder.exists():
+        folder = folder.parent
+    memory = psutil.virtual_memory().available if alone else None
+    return Supply(memory=memory, disk=shutil.disk_usage(folder).free, storage=storage)
+
+
+def in_cluster() -> Supply:
+    """The nodes of the Ray cluster that this process has joined."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    memory = [int(node.get("memory", 0) + node.get("object_store_memory", 0)) for node in nodes]
+    return Supply(
+        cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        memory=sum(memory),
+        largest_node=max(memory, default=0),
+    )
+
+
+def knock() -> None:
+    """See that somebody listens where ``RAY_ADDRESS`` points, before anything is written or waited for.
+
+    Raises:
+        UserError: nobody does, or it is no address of a cluster's head.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto", "local"):
+        return
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS: found {address!r}, expected HOST:PORT of the cluster's head; from outside the cluster use"
+            " `amlora submit`"
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_DEADLINE_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray cluster at {address!r} ({error}); start it, mend the address, or unset RAY_ADDRESS to use"
+            " this machine"
+        ) from error
+
+
+def deadline_s(default: float) -> float:
+    """Seconds to wait for nodes that are on their way: ``AMLORA_RESOURCES_DEADLINE_S``, for clusters that grow."""
+    value = os.environ.get("AMLORA_RESOURCES_DEADLINE_S")
+    if value is None:
+        return default
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"AMLORA_RESOURCES_DEADLINE_S: found {value!r}, expected seconds, such as 600")
+    return seconds
+
+
+def _too_few(workers: int, kind: str, have: float) -> str:
+    return f"workers: {workers} workers need {workers} {kind}, the cluster has {have:g}; lower `workers` or add nodes"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"

@@ -1,0 +1,59 @@
+"""Runs and banks that older code left: today's code reads them, and goes on with them."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.manifest import SCHEMA_VERSION
+from amlora_dist.registry.store import Store
+from tests.forked import Server
+from tests.journals.make import PLACE, RUN, rewrite_texts
+from tests.pipelines.crash_cases import outcome_of
+
+JOURNALS = Path(__file__).resolve().parents[1] / "journals"
+ARCHIVES = sorted(JOURNALS.glob("schema-*.tar.xz"))
+
+
+def test_every_schema_so_far_has_a_journal() -> None:
+    assert [archive.name for archive in ARCHIVES] == [f"schema-{n}.tar.xz" for n in range(1, SCHEMA_VERSION + 1)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("archive", ARCHIVES, ids=[archive.name.partition(".")[0] for archive in ARCHIVES])
+def test_a_run_that_died_under_older_code_is_finished_by_todays(
+    archive: Path, forking: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    home = tmp_path / "home"
+    rewrite_texts(home, PLACE, str(tmp_path))
+    expected = json.loads((tmp_path / "expected.json").read_text(encoding="utf-8"))
+    store = Store.open(home)
+    bank = read_bank(store.pull_version(store.resolve("models:/old@current"), tmp_path / "pulled"))
+    assert [adapter.digest() for adapter in bank.adapters] == expected["adapters"][:2], "a bank of its time reads as it was"
+    del store
+
+    config = tmp_path / "run.yaml"
+    assert config.is_file()
+    child = forking.start(tmp_path / "start", *RUN, cwd=tmp_path, AMLORA_HOME=str(home))
+    assert child.wait() == 0, child.stderr
+    assert "resumed after step 4" in child.stderr
+    result = json.loads(child.stdout)
+    assert [stage["reused"] for stage in result["stages"]] == [True, True, False]
+    found = outcome_of(home, child.stdout)
+    assert found.stages == expected["stages"], "the fingerprints are those of then"
+    assert found.adapters[:2] == expected["adapters"][:2]
+    for name, then in expected["matrices"].items():
+        assert close(found.matrices[name], then), f"{name}: {found.matrices[name]}, then {then}"
+
+
+def close(now: object, then: object) -> bool:
+    """Within one row of nine: the arithmetic of another processor may round otherwise."""
+    if isinstance(then, list):
+        return isinstance(now, list) and len(now) == len(then) and all(map(close, now, then))
+    return now is None if then is None else abs(float(str(now)) - float(str(then))) <= 1 / 9 + 1e-9

@@ -1,0 +1,69 @@
+"""What can never fit is refused before a worker starts, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.errors import UserError
+from pipelines.preflight import GIB, Demand, Supply, deadline_s, here, missing, refuse
+
+SMALL = Demand(workers=2, parameters=135_000_000, trainable=1_000_000, stages=4, dtype="fp32", zero_stage=2)
+LARGE = Demand(workers=16, parameters=70_000_000_000, trainable=100_000_000, stages=15, dtype="bf16", zero_stage=3)
+ROOMY = Supply(cpus=64, gpus=0, memory=2000 * GIB, largest_node=200 * GIB, disk=1000 * GIB)
+
+
+def test_what_fits_lacks_nothing() -> None:
+    assert missing(SMALL, ROOMY) == missing(LARGE, ROOMY) == []
+    assert missing(SMALL, Supply()) == [], "what nobody knows is not held against a run"
+
+
+@pytest.mark.parametrize(
+    ("demand", "supply", "expected"),
+    [
+        (SMALL, Supply(cpus=1, gpus=0), ["workers: 2", "2 CPUs", "has 1", "add nodes"]),
+        (LARGE, Supply(cpus=64, gpus=8), ["workers: 16", "16 GPUs", "has 8"]),
+        (LARGE, Supply(cpus=64, gpus=0, memory=64 * GIB), ["memory: 13", "70,000,000,000", "64.0 GiB", "zero_stage=3"]),
+        (SMALL, Supply(cpus=2, gpus=0, memory=9 * GIB, largest_node=GIB // 2), ["on one node", "512.0 MiB", "larger nodes"]),
+        (SMALL, Supply(disk=1 << 20, storage=Path("/data")), ["disk: ", "/data", "1.0 MiB", "`storage`"]),
+    ],
+    ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
+)
+def test_what_is_missing_is_named_with_the_mend(demand: Demand, supply: Supply, expected: list[str]) -> None:
+    (told,) = missing(demand, supply)
+    assert all(part in told for part in expected), told
+
+
+def test_everything_is_told_at_once() -> None:
+    told = missing(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
+    assert [line.partition(":")[0] for line in told] == ["workers", "memory", "disk"]
+    with pytest.raises(UserError, match=r"never fit here:\n  - workers: .*\n  - memory: .*\n  - disk: "):
+        refuse(told)
+    refuse([])
+
+
+def test_with_gpus_the_weights_are_not_held_against_the_nodes_memory() -> None:
+    assert missing(LARGE, Supply(cpus=1, gpus=16, memory=GIB, largest_node=GIB)) == []
+
+
+def test_zero_3_holds_the_weights_once(tmp_path: Path) -> None:
+    whole = Demand(16, 70_000_000_000, 0, 1, "bf16", 2).memory
+    parts = Demand(16, 70_000_000_000, 0, 1, "bf16", 3).memory
+    assert whole - parts == 15 * 2 * 70_000_000_000
+
+
+def test_this_machine_is_looked_at_where_its_storage_will_be(tmp_path: Path) -> None:
+    supply = here(tmp_path / "not" / "yet" / "there", alone=True)
+    assert supply.disk and supply.memory and supply.cpus is None
+    assert here(tmp_path, alone=False).memory is None
+
+
+def test_the_deadline_for_nodes_on_their_way_is_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deadline_s(20) == 20
+    monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", "600")
+    assert deadline_s(20) == 600
+    for value in ("soon", "-1", "inf", "nan"):
+        monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", value)
+        with pytest.raises(UserError, match="AMLORA_RESOURCES_DEADLINE_S"):
+            deadline_s(20)
