@@ -68,7 +68,9 @@ class FaultsError(UserError):
 
 
 _FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_WORDS = ("database or disk is full", "disk I/O error", "No space left on device", "File too large", "Disk quota exceeded")
+_FULL_WORDS = (
+    "database or disk is full", "disk I/O error", "No space left on device", "File too large", "Disk quota exceeded",
+)  # fmt: skip
 
 
 def is_full(error: Exception) -> bool:

@@ -106,14 +106,19 @@ def refuse(lacking: Sequence[str]) -> None:
 
 
 def here(storage: Path, *, alone: bool) -> Supply:
-    """This machine: the disk of the storage and, when nothing runs elsewhere, the memory."""
+    """This machine: the disk of the storage and, when nothing runs elsewhere, GPUs and memory."""
     import psutil
 
     folder = storage
     while not folder.exists():
         folder = folder.parent
-    memory = psutil.virtual_memory().available if alone else None
-    return Supply(memory=memory, disk=shutil.disk_usage(folder).free, storage=storage)
+    disk = shutil.disk_usage(folder).free
+    if not alone:
+        return Supply(disk=disk, storage=storage)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return Supply(gpus=gpus, memory=psutil.virtual_memory().available, disk=disk, storage=storage)
 
 
 def in_cluster() -> Supply:

@@ -70,6 +70,8 @@ class RayCluster:
     def __init__(self, placement: Placement, *, verbose: bool) -> None:
         self._placement, self._verbose = placement, verbose
         self._started = False
+        self._joined = False
+        """Whether this object called ``ray.init``; what somebody else did is theirs to end."""
         self._own = False
         """Whether the cluster is this run's own, on this machine: no node will ever join it."""
 
@@ -77,7 +79,7 @@ class RayCluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._started:
+        if self._joined:
             import ray
 
             ray.shutdown()
@@ -156,11 +158,12 @@ class RayCluster:
 
         level = logging.INFO if self._verbose else logging.ERROR
         options: dict[str, Any] = {"log_to_driver": self._verbose, "logging_level": level}
-        if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
-            cpus = max(os.cpu_count() or 1, self._placement.workers)
-            options |= {"num_cpus": cpus, "include_dashboard": False}
-            self._own = True
         if not ray.is_initialized():
+            if not os.environ.get("RAY_ADDRESS"):
+                cpus = max(os.cpu_count() or 1, self._placement.workers)
+                options |= {"num_cpus": cpus, "include_dashboard": False}
+                self._own = True
+            self._joined = True
             try:
                 ray.init(**options)
             except ConnectionError as error:
