@@ -105,14 +105,30 @@ def refuse(lacking: Sequence[str]) -> None:
         raise UserError("this run can never fit here:\n" + "\n".join(f"  - {one}" for one in lacking))
 
 
+def check_home(folder: Path) -> None:
+    """See that ``AMLORA_HOME`` is a folder that can be written, or can be made.
+
+    Raises:
+        UserError: it is not.
+    """
+    above = _existing(folder)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written" if above.is_dir() else "is no folder"
+        raise UserError(f"AMLORA_HOME: {folder}: {above} {what}; set AMLORA_HOME to a folder that can be written")
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def here(storage: Path, *, alone: bool) -> Supply:
     """This machine: the disk of the storage and, when nothing runs elsewhere, GPUs and memory."""
     import psutil
 
-    folder = storage
-    while not folder.exists():
-        folder = folder.parent
-    disk = shutil.disk_usage(folder).free
+    disk = shutil.disk_usage(_existing(storage)).free
     if not alone:
         return Supply(disk=disk, storage=storage)
     import torch

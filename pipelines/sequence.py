@@ -20,7 +20,6 @@ from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
-from amlora_dist.registry.runs import check_model_name
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.result import read_result, write_result
@@ -66,8 +65,8 @@ def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose:
 
 def _run_sequence(config: RunConfig, run_id: str, progress: Progress, verbose: bool) -> dict[str, Any]:
     place = home()
+    preflight.check_home(place)
     config.registered_model = config.registered_model or run_id
-    check_model_name(config.registered_model)
     began = time.monotonic()
     materials = gather_materials(config, place)
     storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()

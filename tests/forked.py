@@ -135,6 +135,8 @@ class Server:
             environment: variables on top of this process's own.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         everything = dict(os.environ) | environment
         answer = self.ask(
             start=list(arguments), folder=str(folder), cwd=str(cwd or Path.cwd()), dead_after_s=dead_after_s,

@@ -157,8 +157,7 @@ def test_a_loss_that_is_twice_not_finite_at_one_step_is_named_and_not_tried_agai
 
 @pytest.mark.integration
 def test_a_store_that_cannot_grow_is_told_and_the_run_goes_on_when_it_can(runs: Runs, undisturbed: Outcome) -> None:
-    size = (runs.home / "mlflow.db").stat().st_size
-    child = runs.start(max_file=size + 20_000)
+    child = runs.start(max_file=150_000)  # SQLite's log grows past it in the middle of the run
     assert child.wait() == 2, child.stderr
     assert "the disk is full" in child.stderr and "make room" in child.stderr
     assert "Traceback" not in child.stderr
@@ -184,7 +183,7 @@ def resize(disk: Path, size: int) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("room", [100_000, 500_000, 1_000_000])
+@pytest.mark.parametrize("room", [60_000, 200_000, 350_000])
 def test_a_disk_that_fills_up_anywhere_is_told_and_the_run_goes_on_when_there_is_room(
     room: int, small_disk: Path, runs: Runs, empty_home: Path, undisturbed: Outcome
 ) -> None:

@@ -25,7 +25,7 @@ def test_what_fits_lacks_nothing() -> None:
         (SMALL, Supply(cpus=1, gpus=0), ["workers: 2", "2 CPUs", "has 1", "add nodes"]),
         (LARGE, Supply(cpus=64, gpus=8), ["workers: 16", "16 GPUs", "has 8"]),
         (LARGE, Supply(cpus=64, gpus=0, memory=64 * GIB), ["memory: 13", "70,000,000,000", "64.0 GiB", "zero_stage=3"]),
-        (SMALL, Supply(cpus=2, gpus=0, memory=9 * GIB, largest_node=GIB // 2), ["on one node", "512.0 MiB", "larger nodes"]),
+        (SMALL, Supply(cpus=2, gpus=0, memory=9 * GIB, largest_node=GIB // 2), ["on one node", "0.5 GiB", "larger nodes"]),
         (SMALL, Supply(disk=1 << 20, storage=Path("/data")), ["disk: ", "/data", "1.0 MiB", "`storage`"]),
     ],
     ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
