@@ -126,8 +126,19 @@ def test_of_two_drivers_one_works_and_the_other_says_who(runs: Runs) -> None:
     assert third.wait() == 143
 
 
+MORE = pytest.mark.crash
+"""Of several cases of one promise, one is tested every time and the others by ``make test-crash``."""
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("point", ["step_done:stop:11", "artifacts_uploaded:stop:2", "version_registered:stop:2"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("step_done:stop:11", marks=MORE),
+        "artifacts_uploaded:stop:2",
+        pytest.param("version_registered:stop:2", marks=MORE),
+    ],
+)
 def test_a_driver_that_was_paused_and_wakes_up_late_changes_nothing(point: str, runs: Runs, undisturbed: Outcome) -> None:
     paused = runs.start(AMLORA_CRASH=point)
     paused.wait_paused()
@@ -183,7 +194,9 @@ def resize(disk: Path, size: int) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("room", [60_000, 200_000, 350_000])
+@pytest.mark.parametrize(
+    "room", [pytest.param(60_000, marks=MORE), 200_000, pytest.param(350_000, marks=MORE)]
+)
 def test_a_disk_that_fills_up_anywhere_is_told_and_the_run_goes_on_when_there_is_room(
     room: int, small_disk: Path, runs: Runs, empty_home: Path, undisturbed: Outcome
 ) -> None:
