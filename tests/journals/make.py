@@ -45,7 +45,7 @@ def rewrite_texts(home: Path, before: str, after: str) -> None:
         database.commit()
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("VACUUM")
-    for file in home.rglob("summary.json"):
+    for file in (*home.rglob("summary.json"), *home.rglob("result.json")):
         file.write_text(file.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
 
 
