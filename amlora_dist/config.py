@@ -60,7 +60,7 @@ class RunConfig:
     registered_model: Name | None = None
     """Name of this run's model in the MLflow registry; default: the run id. Runs never share one."""
     storage: str | None = None
-    """Folder (or URI) for Ray Train, reachable from all nodes; default: a folder in ``AMLORA_HOME``."""
+    """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``."""
     model: ModelSettings
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""

@@ -38,6 +38,9 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults[("method",)] = Fault("method", shown(config.method), f"one of {', '.join(METHODS)}", hint)
     if not faulty(("tasks",)):
         faults |= _same_names(config)
+    if config.storage is not None and "://" in config.storage:
+        expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
+        faults[("storage",)] = Fault("storage", shown(config.storage), expected, "artifacts go to object storage by MLflow")
     sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
     share, uneven = divmod(config.training.batch_size, max(1, config.workers))
     micro = config.training.micro_batch_size or max(1, share)

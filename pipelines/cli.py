@@ -20,6 +20,7 @@ import typer
 
 from amlora_dist.errors import AmloraError, UserError
 from pipelines import bank_commands, cluster_commands
+from pipelines.run_ids import checked_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +65,7 @@ def run(
         from pipelines.quiet import standard_output_kept
 
         settings, _ = validate_config(config, overrides)
-        run_id = _checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         progress = progress_for()
         with standard_output_kept(), contextlib.closing(progress):
             from pipelines.sequence import run_sequence
@@ -112,7 +113,7 @@ def show(
         with standard_output_kept():
             from pipelines.sequence import load_result
 
-            result = load_result(_checked_run_id(run_id), tracking_uri)
+            result = load_result(checked_run_id(run_id), tracking_uri)
         _print_result(result, as_json=as_json)
 
 
@@ -138,6 +139,11 @@ def tasks(
 @app.command()
 def doctor(
     tracking_uri: TrackingUri = None,
+    address: Annotated[
+        str | None, typer.Option(help="Dashboard of a cluster, such as http://head:8265: look at each of its nodes.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="With --address: the folder that all nodes share.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="With --address: shipped, as `amlora submit` does.")] = Path("."),
     verbose: Verbose = False,
 ) -> None:
     """Look at versions, memory, disk and stores, and say what to mend; exit code 2 where something is bad."""
@@ -145,7 +151,13 @@ def doctor(
         from pipelines.doctor import examine
         from pipelines.quiet import standard_output_kept
 
-        checks = examine(tracking_uri)
+        if address is None:
+            checks = examine(tracking_uri)
+        else:
+            from pipelines.cluster_doctor import examine_cluster
+            from pipelines.jobs import Jobs
+
+            checks = examine_cluster(Jobs(address), storage, tracking_uri, working_dir)
         bad = 0
         while True:
             with standard_output_kept():
@@ -207,14 +219,6 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     frames = traceback.extract_tb(trace)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     print(f"error: unexpected {kind.__name__}: {error}{where}; run it again with -v to see more", file=sys.stderr)
-
-
-def _checked_run_id(run_id: str) -> str:
-    import re
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run_id):
-        raise UserError(f"--run-id: found {run_id!r}, expected at most 100 letters, digits and _ . -")
-    return run_id
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:

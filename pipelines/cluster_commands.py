@@ -1,4 +1,5 @@
-"""Clusters from the command line: ``plan``. What it does is in ``pipelines.plan_page``."""
+"""Clusters from the command line: ``plan``, ``submit``, ``jobs``, ``logs`` and ``stop``. What they do is in
+``pipelines.plan_page`` and ``pipelines.submit``."""
 
 from __future__ import annotations
 
@@ -19,6 +20,15 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the head node. A token is taken from RAY_AUTH_TOKEN,"
+        " RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
+    ),
+]  # fmt: skip
+DASHBOARD = "http://127.0.0.1:8265"
+Named = Annotated[str, typer.Argument(metavar="JOB", help="Submission id, or a run id for its newest attempt.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
 
 
@@ -62,13 +72,105 @@ def plan(
         raise UserError("the run does not fit this cluster as configured; see above for the smallest change")
 
 
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = DASHBOARD,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the durable run; the same id attaches or goes on. Default: name and time.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="Shipped but for what .gitignore names; at most 100 MB.")] = Path("."),
+    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the driver and its workers; repeat.")] = None,
+    runtime_env: Annotated[Path | None, typer.Option(help="YAML of Ray's runtime environment, such as pip.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the submission id and leave.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run CONFIG as a job on a Ray cluster, print what it prints, and exit with its exit code."""
+    import time
+
+    from amlora_dist.config import load_config
+    from pipelines.jobs import Jobs
+    from pipelines.run_ids import checked_run_id
+    from pipelines.submit import environment_from, exit_code_of, runtime_env_from, submit_run, to_stdout
+
+    name = load_config(config, overrides).name
+    run_id = checked_run_id(run_id or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    environment, more = environment_from(env or []), runtime_env_from(runtime_env)
+    cluster = Jobs(address)
+    made = submit_run(
+        cluster, config, overrides or [], run_id, working_dir=working_dir, environment=environment, runtime_env=more
+    )
+    told = "runs already; following it" if made.attached else "submitted"
+    typer.echo(f"job {made.job.id}: {told}; `amlora logs {made.job.id} --follow` shows it, `amlora stop` ends it", err=True)
+    if no_wait:
+        typer.echo(made.job.id)
+        return
+    try:
+        job = cluster.follow(made.job.id, to_stdout)
+    except KeyboardInterrupt:
+        typer.echo(f"left job {made.job.id}, which goes on; `amlora stop {made.job.id}` would end it", err=True)
+        raise
+    raise typer.Exit(exit_code_of(job))
+
+
+def jobs(address: Address = DASHBOARD, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the jobs of a cluster, with their runs and attempts."""
+    from dataclasses import asdict
+
+    from pipelines.jobs import Jobs
+
+    found = Jobs(address).all()
+    if as_json:
+        _print_json([asdict(job) for job in found])
+        return
+    from pipelines.job_page import show_jobs
+
+    show_jobs(found)
+
+
+def logs(
+    job: Named,
+    address: Address = DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; exit with its code.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print what a job has printed."""
+    from pipelines.jobs import Jobs
+    from pipelines.submit import exit_code_of, to_stdout
+
+    cluster = Jobs(address)
+    found = cluster.find(job)
+    if not follow:
+        to_stdout(cluster.logs(found.id))
+        return
+    raise typer.Exit(exit_code_of(cluster.follow(found.id, to_stdout)))
+
+
+def stop(
+    job: Named,
+    address: Address = DASHBOARD,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds to wait for its checkpoint.")] = 600.0,
+    verbose: Verbose = False,
+) -> None:
+    """Let a job finish its step, write a checkpoint and end; submitting its run id again goes on from there."""
+    from pipelines.jobs import Jobs
+
+    cluster = Jobs(address)
+    found = cluster.find(job)
+    if not found.running:
+        typer.echo(f"job {found.id} has ended already: {found.status}")
+        return
+    ended = cluster.stop(found.id, deadline)
+    typer.echo(f"job {ended.id}: {ended.status}; submit the same run id again to go on")
+
+
 def _print_json(value: Any) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {"plan": plan}
+_COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "submit": submit, "jobs": jobs, "logs": logs, "stop": stop}
 
 
 def add_commands(app: typer.Typer, answered: Answered) -> None:

@@ -1,0 +1,247 @@
+"""Runs on a cluster: one probe on every node looks at what a stage needs of it, and all look at each other.
+
+Started as a job by ``amlora doctor --address``; prints one JSON object a line behind ``MARK``, everything else is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.doctor import ENOUGH_DISK, ENOUGH_FILES, ENOUGH_MEMORY, ENOUGH_SHARED_MEMORY, GIB, Check
+
+MARK = "amlora-check: "
+PACKAGES = ("amlora-dist", "ray", "torch", "transformers", "deepspeed", "mlflow", "safetensors")
+DEADLINE_S = 120.0
+CONNECT_S = 5.0
+
+
+class Probe:
+    """One node, seen from itself."""
+
+    def __init__(self) -> None:
+        self._listener: socket.socket | None = None
+
+    def facts(self, storage: str) -> dict[str, Any]:
+        """Versions, GPUs, and free bytes."""
+        return {
+            "host": socket.gethostname(),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "memory": psutil.virtual_memory().available,
+            "shared_memory": _free(Path("/dev/shm")),
+            "disk": _free(Path(storage)),
+            "gpus": _gpus(),
+            "files": _open_files(),
+        }
+
+    def write(self, storage: str, name: str, text: str) -> str | None:
+        """Write a file as checkpoints are written: aside, then renamed. What went wrong, or None."""
+        folder = Path(storage)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f".{name}.{os.getpid()}"
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / name)
+        except OSError as error:
+            return f"{error.strerror or error}".lower()
+        return None
+
+    def sees(self, storage: str, expected: dict[str, str]) -> list[str]:
+        """Names of the files that are not there, or not as they were written, after a while."""
+        deadline = time.monotonic() + CONNECT_S
+        while True:
+            missing = [name for name, text in expected.items() if _read(Path(storage) / name) != text]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.2)
+
+    def remove(self, storage: str, name: str) -> None:
+        """Take the own file away again."""
+        (Path(storage) / name).unlink(missing_ok=True)
+
+    def listen(self) -> tuple[str, int]:
+        """Address that others can try, as gloo and NCCL will: any free port."""
+        import ray
+
+        self._listener = socket.create_server(("", 0), backlog=64)
+        return ray.util.get_node_ip_address(), self._listener.getsockname()[1]
+
+    def reaches(self, addresses: dict[str, tuple[str, int]]) -> dict[str, str]:
+        """Nodes that cannot be connected to, and why."""
+        out: dict[str, str] = {}
+        for node, (host, port) in addresses.items():
+            try:
+                socket.create_connection((host, port), timeout=CONNECT_S).close()
+            except OSError as error:
+                out[node] = f"{host}: {error.strerror or error}".lower()
+        return out
+
+    def mlflow(self, uri: str) -> str | None:
+        """Why MLflow cannot be reached from here; None if it can."""
+        if uri.startswith("sqlite:///"):
+            file = Path(uri.removeprefix("sqlite:///"))
+            return None if file.parent.is_dir() else f"no folder {file.parent}"
+        import requests
+
+        try:
+            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_S)
+        except requests.RequestException as error:
+            return str(error).splitlines()[0][:200]
+        return None if answer.ok else f"{answer.status_code} {answer.reason}"
+
+
+def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
+    """All checks of all nodes of the cluster that this process is connected to."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    actor = ray.remote(num_cpus=0)(Probe)
+    probes = {
+        node: actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    }
+    names = {node: f"{data['NodeManagerHostname']} ({data['NodeManagerAddress']})" for node, data in nodes.items()}
+    if len(set(names.values())) < len(names):
+        names = {node: f"{name} {node[:6]}" for node, name in names.items()}
+
+    def ask(method: str, *arguments: Any) -> dict[str, Any]:
+        waiting = {node: getattr(probe, method).remote(*arguments) for node, probe in probes.items()}
+        return {node: ray.get(ref, timeout=DEADLINE_S) for node, ref in waiting.items()}
+
+    yield Check("nodes", "ok", f"{len(nodes)}: {', '.join(names.values())}")
+    facts = ask("facts", storage)
+    yield from _versions(facts, names)
+    for node, found in facts.items():
+        yield from _machine(names[node], found)
+    yield from _storage(storage, probes, names, ask)
+    if tracking_uri:
+        for node, fault in ask("mlflow", tracking_uri).items():
+            mend = "open the port to this node, start the server, or allow its name (--allowed-hosts)" if fault else ""
+            yield Check(f"{names[node]} MLflow", "bad" if fault else "ok", fault or tracking_uri, mend)
+    addresses = ask("listen")
+    for node, unreachable in ask("reaches", addresses).items():
+        told = "; ".join(f"{names[other]}: {why}" for other, why in unreachable.items())
+        mend = "open all TCP ports between the nodes: gloo and NCCL choose them freely" if unreachable else ""
+        yield Check(f"{names[node]} ports", "bad" if unreachable else "ok", told or "reaches every node", mend)
+
+
+def _versions(facts: dict[str, Any], names: dict[str, str]) -> Iterator[Check]:
+    for package in ("python", *PACKAGES):
+        found = {node: fact["versions"][package] for node, fact in facts.items()}
+        usual = Counter(found.values()).most_common(1)[0][0]
+        odd = [f"{names[node]} has {version or 'none'}" for node, version in found.items() if version != usual]
+        if usual is None and package == "amlora-dist":
+            yield Check(package, "ok", "shipped with the job")
+            continue
+        mend = f"install the same {package} on every node: use one image" if odd or usual is None else ""
+        yield Check(package, "bad" if mend else "ok", "; ".join([str(usual or "not installed"), *odd]), mend)
+
+
+def _machine(name: str, found: dict[str, Any]) -> Iterator[Check]:
+    for what, key, enough, mend in (
+        ("memory", "memory", ENOUGH_MEMORY, "end something, or take fewer workers a node"),
+        ("shared memory", "shared_memory", ENOUGH_SHARED_MEMORY, "start the container with a larger /dev/shm (--shm-size)"),
+        ("disk", "disk", ENOUGH_DISK, "make room on the storage"),
+    ):
+        free = found[key]
+        if free is not None:
+            fine = free >= enough
+            yield Check(f"{name} {what}", "ok" if fine else "warn", f"{free / GIB:.1f} GiB free", "" if fine else mend)
+    fine = found["files"] is None or found["files"] >= ENOUGH_FILES
+    if not fine:
+        yield Check(f"{name} open files", "warn", str(found["files"]), f"ulimit -n {ENOUGH_FILES * 4}")
+    yield Check(f"{name} GPUs", "ok", ", ".join(found["gpus"]) or "none")
+
+
+def _storage(storage: str, probes: dict[str, Any], names: dict[str, str], ask: Any) -> Iterator[Check]:
+    """Every node writes a file, then every node looks for all of them."""
+    import ray
+
+    run = uuid.uuid4().hex[:8]
+    written = {node: (f"amlora-doctor-{run}-{node[:12]}", uuid.uuid4().hex) for node in probes}
+    waiting = {node: probe.write.remote(storage, *written[node]) for node, probe in probes.items()}
+    faults = {node: ray.get(ref, timeout=DEADLINE_S) for node, ref in waiting.items()}
+    expected = {name: text for node, (name, text) in written.items() if faults[node] is None}
+    by_file = {name: node for node, (name, _) in written.items()}
+    missing = ask("sees", storage, expected)
+    for node in probes:
+        if faults[node]:
+            mend = "mount it there, writable by this user"
+            yield Check(f"{names[node]} storage", "bad", f"{storage}: {faults[node]}", mend)
+        elif missing[node]:
+            others = ", ".join(names[by_file[name]] for name in missing[node])
+            mend = "mount the same folder on every node: each writes to its own"
+            yield Check(f"{names[node]} storage", "bad", f"{storage}: does not see what was written on {others}", mend)
+        else:
+            yield Check(f"{names[node]} storage", "ok", f"{storage}: writable and shared")
+    ray.get([probe.remove.remote(storage, written[node][0]) for node, probe in probes.items()], timeout=DEADLINE_S)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _free(folder: Path) -> int | None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free if folder.is_dir() else None
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    counted = Counter(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
+    return [f"{count} x {name}" for name, count in counted.items()]
+
+
+def _open_files() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if limit == resource.RLIM_INFINITY else int(limit)
+
+
+def main() -> None:
+    """The job."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", required=True)
+    parser.add_argument("--tracking-uri")
+    arguments = parser.parse_args()
+    import ray
+
+    ray.init(log_to_driver=False)
+    for check in examine_nodes(arguments.storage, arguments.tracking_uri):
+        fields = {"name": check.name, "state": check.state, "found": check.found, "mend": check.mend}
+        print(MARK + json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""``amlora submit``: a run as a Ray job. The same run id attaches to the job that runs, or goes on as its next attempt."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.config import load_config
+from amlora_dist.errors import TrainingError, UserError
+from pipelines.jobs import STOP_WAIT_S, Job, Jobs
+from pipelines.shipping import collect, pack
+
+if TYPE_CHECKING:
+    from amlora_dist.config import RunConfig
+
+HOME = "home"
+"""Folder below ``storage:`` that is a job's ``AMLORA_HOME``: its working directory is gone with the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What came of it. ``attached``: the job ran already."""
+
+    job: Job
+    attached: bool
+
+
+def submit_run(
+    jobs: Jobs, config_file: Path, overrides: list[str], run_id: str, *, working_dir: Path,
+    environment: dict[str, str], runtime_env: dict[str, Any],
+) -> Submission:  # fmt: skip
+    """Start the run on the cluster, unless an attempt at it is running.
+
+    Args:
+        jobs: of the cluster.
+        config_file: below ``working_dir``.
+        overrides: as for ``amlora run``.
+        run_id: name of the durable run.
+        working_dir: folder that is shipped and that relative paths are relative to.
+        environment: variables of the driver and its workers.
+        runtime_env: more of Ray's runtime environment, such as ``pip``.
+
+    Raises:
+        UserError, FaultsError: the configuration, the folder or the cluster.
+    """
+    attempts = jobs.of_run(run_id)
+    if running := next((job for job in reversed(attempts) if job.running), None):
+        return Submission(running, attached=True)
+    config = load_config(config_file, overrides)
+    shipped = _below(config_file, working_dir)
+    variables = _variables(config, environment)
+    shipment = collect(working_dir)
+    if shipped not in shipment.files:
+        raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
+    command = ["python", "-m", "pipelines.cli", "run", shipped, *overrides, "--run-id", run_id]
+    with tempfile.TemporaryDirectory(prefix="amlora-submit-") as aside:
+        archive = Path(aside) / "working_dir.zip"
+        pack(shipment, archive)
+        environment_of_job = runtime_env | {
+            "working_dir": str(archive),
+            "env_vars": {**runtime_env.get("env_vars", {}), **variables},
+        }
+        attempt = max((job.attempt or 0 for job in attempts), default=0) + 1
+        job_id = f"{run_id}-{attempt}"
+        # `exec`: signals and the exit code are the driver's own, not those of a shell around it.
+        started = jobs.submit(job_id, f"exec {shlex.join(command)}", environment_of_job, {"amlora_run_id": run_id})
+    return Submission(jobs.get(job_id), attached=not started)  # not started: somebody else has submitted it just now
+
+
+def exit_code_of(job: Job) -> int:
+    """The exit code of ``amlora run`` on the cluster.
+
+    Raises:
+        TrainingError: the job ended without one: its node died, or its environment could not be made.
+    """
+    if job.status == "SUCCEEDED":
+        return 0
+    if job.exit_code is not None and job.exit_code > 0:
+        return job.exit_code
+    if job.status == "STOPPED":
+        return 143
+    raise TrainingError(f"job {job.id}: {job.status}: {job.message.strip() or 'no message'}; submit it again to go on")
+
+
+def _below(config_file: Path, working_dir: Path) -> str:
+    """The configuration's path as the job sees it."""
+    try:
+        return config_file.resolve().relative_to(working_dir.resolve()).as_posix()
+    except ValueError:
+        raise UserError(f"{config_file}: is not below --working-dir {working_dir}, which is what is shipped") from None
+
+
+def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
+    """The job's environment; what outlives the job must lie on shared storage."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **given}
+    if config.storage is not None and not _is_absolute(config.storage):
+        raise UserError(
+            f"storage: found {config.storage!r}, expected an absolute path that all nodes share: a job's current directory"
+            " is thrown away with the job"
+        )
+    if "AMLORA_HOME" not in variables:
+        if config.storage is None:
+            raise UserError(
+                "storage: found nothing, expected a folder that all nodes share (storage=/mnt/shared/amlora): checkpoints in"
+                " a job's own directory would be thrown away with the job"
+            )
+        variables["AMLORA_HOME"] = str(Path(config.storage) / HOME)
+    return variables
+
+
+def _is_absolute(path: str) -> bool:
+    return Path(path).is_absolute()
+
+
+def environment_from(pairs: list[str]) -> dict[str, str]:
+    """``KEY=VALUE`` arguments as a mapping.
+
+    Raises:
+        UserError: one has no ``=``.
+    """
+    out: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--env: found {pair!r}, expected KEY=VALUE")
+        out[key] = value
+    return out
+
+
+def runtime_env_from(file: Path | None) -> dict[str, Any]:
+    """Ray's runtime environment from a YAML file.
+
+    Raises:
+        UserError: no such file, no mapping, or a ``working_dir`` in it.
+    """
+    if file is None:
+        return {}
+    import yaml
+
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--runtime-env: cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--runtime-env: {file}: expected a mapping such as `pip: [...]`")
+    if "working_dir" in value:
+        raise UserError(f"--runtime-env: {file}: working_dir is given by --working-dir")
+    if not isinstance(value.get("env_vars", {}), dict):
+        raise UserError(f"--runtime-env: {file}: env_vars: expected a mapping of strings")
+    return value
+
+
+def to_stdout(text: str) -> None:
+    """Print what a job has printed, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,90 @@
+"""What a job takes with it: what git would, at most 100 MB, and the same bytes for the same files."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.errors import UserError
+from pipelines import shipping
+from pipelines.jobs import TOKEN_FILE, find_token
+from pipelines.run_ids import checked_run_id
+from pipelines.submit import environment_from, runtime_env_from
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        file = folder / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
+
+
+def test_ignore_files_are_obeyed_as_git_obeys_them(tmp_path: Path) -> None:
+    write(
+        tmp_path, **{
+            ".gitignore": "*.log\n/data/\n!keep.log\nbuild\n", "a.py": "x", "b.log": "x", "keep.log": "x",
+            "data/rows.jsonl": "x", "sub/data/rows.jsonl": "x", "sub/build/out": "x", ".git/config": "x",
+            "sub/.gitignore": "!special.log\n*.tmp\n", "sub/special.log": "x", "sub/x.tmp": "x", "x.tmp": "x",
+            "__pycache__/a.pyc": "x",
+        }
+    )  # fmt: skip
+    assert list(shipping.collect(tmp_path).files) == [
+        ".gitignore", "a.py", "keep.log", "sub/.gitignore", "sub/data/rows.jsonl", "sub/special.log", "x.tmp",
+    ]  # fmt: skip
+
+
+def test_too_much_is_refused_with_the_largest_files_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipping, "MOST_BYTES", 1000)
+    for number in range(8):
+        (tmp_path / f"file{number}").write_bytes(b"x" * 100 * (number + 1))
+    with pytest.raises(UserError, match=r"the largest are file7 .*file6 .*file3 .*Name in \.gitignore") as told:
+        shipping.collect(tmp_path)
+    assert "file2" not in str(told.value)
+    with pytest.raises(UserError, match="no folder"):
+        shipping.collect(tmp_path / "nowhere")
+
+
+def test_equal_files_make_an_equal_archive(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", a="1", sub__b="2"), write(tmp_path / "two", sub__b="2", a="1")
+    for folder in (one, two):
+        shipping.pack(shipping.collect(folder), folder.with_suffix(".zip"))
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        assert archive.namelist() == ["a", "sub/b"] and archive.read("sub/b") == b"2"
+
+
+def test_the_token_is_found_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_token() == (None, None)
+    write(tmp_path, **{".ray/auth_token": "from home\n"})
+    assert find_token() == ("from home", str(TOKEN_FILE.expanduser()))
+    write(tmp_path, named="from path")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
+    assert find_token()[0] == "from path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert find_token() == ("given", "RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"RAY_AUTH_TOKEN_PATH: cannot read .*nowhere"):
+        find_token()
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    assert environment_from(["A=1", "B=x=y"]) == {"A": "1", "B": "x=y"}
+    with pytest.raises(UserError, match="--env: found 'A', expected KEY=VALUE"):
+        environment_from(["A"])
+    assert runtime_env_from(None) == {}
+    wrong = {"[1]": "expected a mapping", "working_dir: x": "given by --working-dir", "a: [": "cannot read"}
+    for text, message in wrong.items():
+        file = tmp_path / "env.yaml"
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            runtime_env_from(file)
+    for name in ("", "a b", "-x", "../x", "x" * 101):
+        with pytest.raises(UserError, match="--run-id"):
+            checked_run_id(name)

@@ -1,0 +1,264 @@
+"""What ``cluster/`` says, the code has: every flag, path, port, environment variable and image tag."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import typer
+import yaml
+
+from pipelines.cli import app
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLUSTER = REPOSITORY / "cluster"
+KUBERAY = CLUSTER / "kuberay"
+MANIFESTS = sorted(KUBERAY.glob("*.yaml"))
+DOCKERFILE = (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
+SCHEMAS = Path(os.environ.get("AMLORA_KUBERAY_SCHEMAS", REPOSITORY.parent / "shared" / "kuberay"))
+"""KubeRay's custom resource definitions, as its releases ship them; they are not part of this project."""
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(file.read_text(encoding="utf-8")) if document]
+
+
+ALL = [(file.name, document) for file in MANIFESTS for document in documents(file)]
+
+
+def values(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value with the keys above it."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from values(value, (*path, str(key)))
+    elif isinstance(node, list):
+        for value in node:
+            yield from values(value, path)
+    else:
+        yield path, node
+
+
+def containers(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "containers":
+                yield from value
+            yield from containers(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from containers(value)
+
+
+def version() -> str:
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^version = "(.*)"', text, re.MULTILINE)[1]
+
+
+def pinned(package: str) -> str:
+    text = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    return re.search(rf"^{package}==(.*)$", text, re.MULTILINE)[1]
+
+
+def everything() -> str:
+    files = [*MANIFESTS, CLUSTER / "ray-cluster.yaml", CLUSTER / "Dockerfile", REPOSITORY / "docs" / "cluster.md"]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+# -- schemas -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_launchers_yaml_is_valid_by_rays_own_schema() -> None:
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(config, schema)
+
+
+@pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")])
+def test_kuberays_resources_are_valid_by_its_definitions(file: str, kind: str) -> None:
+    source = SCHEMAS / f"ray.io_{kind}.yaml"
+    if not source.is_file():
+        pytest.skip(f"KubeRay's definitions are not at {SCHEMAS}; set AMLORA_KUBERAY_SCHEMAS to a folder that has them")
+    definition = yaml.safe_load(source.read_text(encoding="utf-8"))
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    (document,) = documents(KUBERAY / file)
+    assert document["apiVersion"] == "ray.io/v1"
+    assert document["kind"] == definition["spec"]["names"]["kind"]
+    jsonschema.validate(document, closed(schema))
+
+
+def closed(schema: Any) -> Any:
+    """The schema refusing keys that it does not name: Kubernetes would drop them without a word."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: closed(value) for key, value in schema.items()}
+    named = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if named and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        out.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    return out
+
+
+def test_every_document_is_one_and_its_references_lead_somewhere() -> None:
+    names = {(document["kind"], document["metadata"]["name"]) for _, document in ALL if document["kind"] != "Kustomization"}
+    listed = documents(KUBERAY / "kustomization.yaml")[0]["resources"]
+    assert set(listed) == {file.name for file in MANIFESTS} - {"kustomization.yaml", "rayjob.yaml"}
+    for _, document in ALL:
+        for path, value in values(document):
+            if path[-1] == "claimName":
+                assert ("PersistentVolumeClaim", value) in names
+    services = {name for kind, name in names if kind == "Service"}
+    assert {"amlora-mlflow", "amlora-postgres", "amlora-s3"} <= services
+    for host in re.findall(r"(?:@|//)(amlora-[a-z0-9-]+):", everything()):
+        assert host in services, host
+
+
+def test_mounts_have_volumes_and_shared_storage_is_mounted_on_every_node() -> None:
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        (document,) = documents(KUBERAY / name)
+        spec = document["spec"].get("rayClusterSpec", document["spec"])
+        pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        for pod in (group["template"]["spec"] for group in pods):
+            volumes = {volume["name"] for volume in pod["volumes"]}
+            for container in pod["containers"]:
+                mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+                assert set(mounts) <= volumes and mounts["shared"] == "/mnt/shared"
+
+
+# -- images and versions -----------------------------------------------------------------------------------------------
+
+
+def test_image_tags_are_this_version_and_targets_of_the_dockerfile() -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE))
+    tags = set(re.findall(r"amlora-dist:([A-Za-z0-9._-]+)", everything()))
+    assert tags, "the project's own images are used"
+    for tag in tags:
+        number, _, target = tag.partition("-")
+        assert number == version() and target in targets, tag
+    images = [container["image"] for _, document in ALL for container in containers(document)]
+    assert all(":" in image and not image.endswith(":latest") for image in images), "every image has a tag"
+
+
+def test_ray_has_the_version_of_the_constraints() -> None:
+    for _, document in ALL:
+        for path, value in values(document):
+            if path[-1] == "rayVersion":
+                assert value == pinned("ray")
+
+
+def test_the_dockerfile_copies_what_exists_and_installs_extras_that_exist() -> None:
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE))
+    for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE):
+        words = [word for word in line.split() if not word.startswith("--")]
+        source = re.search(r"--from=(\S+)", line)
+        if source:
+            assert source[1] in stages
+            continue
+        for name in words[:-1]:
+            assert (REPOSITORY / name).exists(), name
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.search(r"'\.\[(.*?)\]'", DOCKERFILE)[1].split(","):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+# -- commands, paths, variables, ports ---------------------------------------------------------------------------------
+
+
+def commands() -> list[list[str]]:
+    """Every call of our program in the manifests, the Dockerfile and the guide."""
+    text = re.sub(r"\\\n\s*", " ", everything())
+    job = documents(KUBERAY / "rayjob.yaml")[0]["spec"]["entrypoint"]
+    found = [job, *re.findall(r"^(?:\$ )?(amlora [^\n`#]*)", text, re.MULTILINE), *re.findall(r"`(amlora [^`\n]*)`", text)]
+    return [shlex.split(line) for line in found]
+
+
+def test_every_command_and_option_exists() -> None:
+    program = typer.main.get_command(app)
+    assert len(commands()) > 5
+    for words in commands():
+        words = words[words.index("pipelines.cli") + 1 :] if "pipelines.cli" in words else words[1:]
+        command = program.commands.get(words[0])
+        assert command is not None, words
+        options = {name for parameter in command.params for name in parameter.opts}
+        used = {word.partition("=")[0] for word in words[1:] if word.startswith("-")}
+        assert used <= options, (words, used - options)
+
+
+def test_every_configuration_that_is_named_exists_and_every_override_is_a_key() -> None:
+    from amlora_dist.config import load_config
+
+    for name in re.findall(r"configs/[a-z0-9_]+\.yaml", everything()):
+        assert (REPOSITORY / name).is_file(), name
+    for words in commands():
+        overrides = [word for word in words if re.match(r"[a-z_.]+=[^=]", word)]
+        load_config(REPOSITORY / "configs" / "demo.yaml", overrides)
+
+
+def test_every_environment_variable_is_read_by_somebody() -> None:
+    every = [container for _, document in ALL for container in containers(document)]
+    named = {entry["name"] for container in every for entry in container.get("env", [])}
+    named |= set(re.findall(r"(?:--env=|\bENV |\s)([A-Z][A-Z0-9_]{3,})=", everything()))
+    named |= set(yaml.safe_load(documents(KUBERAY / "rayjob.yaml")[0]["spec"]["runtimeEnvYAML"])["env_vars"])
+    sources = [*(REPOSITORY / "amlora_dist").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")]
+    own = "\n".join(file.read_text(encoding="utf-8") for file in sources)
+    manifests = "\n".join(file.read_text(encoding="utf-8") for file in MANIFESTS)
+    # What the programs in the containers read: PostgreSQL's and MinIO's images, pip, Python, CUDA's runtime, NCCL.
+    others = re.compile(r"(POSTGRES_|PGDATA|MINIO_ROOT_|PIP_|PYTHON|NVIDIA_|NCCL_|AWS_|PATH$)")
+    ray_files = Path(ray.__file__).parent
+    for name in sorted(named):
+        if others.match(name) or name in own or f"$({name})" in manifests:
+            continue
+        package = ray_files if name.startswith("RAY_") else Path(str(pytest.importorskip("mlflow").__file__)).parent
+        known = ["_private/authentication", "_private/ray_constants.py", "dashboard/modules/job", "_common/usage"]
+        roots = [package / part for part in known] if package is ray_files else [package / "environment_variables.py"]
+        files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*.py"))]
+        text = "".join(file.read_text(encoding="utf-8") for file in files)
+        assert name in text or name in {"RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}, name
+
+
+def test_ports_are_the_ones_that_are_listened_on() -> None:
+    from ray._private import ray_constants
+
+    head = documents(KUBERAY / "raycluster.yaml")[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in head["ports"]}
+    assert ports["dashboard"] == ray_constants.DEFAULT_DASHBOARD_PORT
+    assert ports["gcs-server"] == ray_constants.DEFAULT_PORT
+    listened = {port["containerPort"] for _, document in ALL for c in containers(document) for port in c.get("ports", [])}
+    for file, document in ALL:
+        for path, value in values(document):
+            if file == "network-policy.yaml" and path[-1] == "port":
+                assert value in listened, value
+    for port in re.findall(r"amlora-mlflow:([0-9]+)", everything()):
+        assert int(port) == 5000
+    assert "EXPOSE 6379 8265 10001" in DOCKERFILE
+    launcher = (CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8")
+    assert "--port=6379" in launcher and "--dashboard-port=8265" in launcher
+
+
+def test_a_retried_job_is_the_same_run() -> None:
+    job = documents(KUBERAY / "rayjob.yaml")[0]["spec"]
+    assert job["backoffLimit"] >= 1 and "--run-id llama3-70b" in job["entrypoint"] and "$(" not in job["entrypoint"]
+    assert "storage=/mnt/shared/" in job["entrypoint"], "what it resumes from outlives the cluster"
+
+
+def test_every_container_asks_for_resources_and_ray_is_not_reachable_by_all() -> None:
+    for _, document in ALL:
+        for container in containers(document):
+            assert container["resources"]["requests"], container["name"]
+    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
+    assert all(rule.get("from") for policy in policies.values() for rule in policy["ingress"])
+    assert policies["amlora-ray"]["podSelector"]["matchLabels"] == {"amlora": "ray"}
+    spec = documents(KUBERAY / "raycluster.yaml")[0]["spec"]
+    assert spec["authOptions"]["mode"] == "token"
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert group["template"]["metadata"]["labels"]["amlora"] == "ray"
