@@ -6,9 +6,11 @@ Reading a configuration imports nothing heavy and reports every fault at once. R
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +25,7 @@ from amlora_dist.errors import Fault, FaultsError
 from amlora_dist.evaluation.settings import EvaluationSettings
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.schema import check, shown, without
+from amlora_dist.search import SearchSettings, nested
 from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
 from amlora_dist.training import deepspeed_section
@@ -75,6 +78,8 @@ class RunConfig:
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+    search: SearchSettings | None = None
+    """What ``amlora tune`` varies; ``amlora run`` leaves it aside."""
 
     @property
     def zero_stage(self) -> int:
@@ -134,6 +139,26 @@ def from_mapping(mapping: dict[str, Any]) -> RunConfig:
     return config
 
 
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """A copy with other values at some paths, such as ``{"training.l1": 0.3}``; without the ``search`` section.
+
+    Raises:
+        FaultsError: an unknown path, or a value that is wrong there.
+    """
+    data = to_mapping(config)
+    data.pop("search", None)
+    faults: dict[KeyPath, Fault] = {}
+    for path, value in values.items():
+        _apply(data, f"{path}={json.dumps(value)}", {}, faults)
+    made, found = check(RunConfig, data)
+    faults |= found
+    if made is not None:
+        faults |= config_checks.cross_faults(made, lambda path: False)
+    if made is None or faults:
+        raise FaultsError("configuration", list(faults.values()))
+    return made
+
+
 def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, dict[KeyPath, Fault], dict[KeyPath, str]]:
     """The configuration (without the values at fault, where the rest is sound enough), the faults, and where each
     key was given (``line 3``, ``command line``)."""
@@ -154,6 +179,8 @@ def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, dict[KeyP
         config, _ = check(RunConfig, rest)
     if config is not None:
         faults = config_checks.cross_faults(config, lambda path: _under(faults, path)) | faults
+        if config.search is not None and not faults:
+            faults = config_checks.search_faults(config, with_values)
     return config, faults, places
 
 
@@ -188,6 +215,12 @@ def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[
             faults[("evaluate",)] = Fault("evaluate", found, "one of the two", "evaluate: X is evaluation.cells: X")
         else:
             data["evaluation"] = short
+    search = data.get("search")
+    if isinstance(search, dict) and isinstance(search.get("space"), dict):
+        search["space"] = nested(search["space"])
+        for path in [key for key in places if key[:2] == ("search", "space") and len(key) > 2]:
+            longer: KeyPath = ("search", "space", *str(path[2]).split("."), *path[3:])
+            places[longer] = places[path]
     if isinstance(data.get("evaluation"), str):
         data["evaluation"] = {"cells": data["evaluation"]}
         places.setdefault(("evaluation", "cells"), places.get(("evaluation",), ""))

@@ -13,6 +13,7 @@ from amlora_dist.base_model import PACKAGES
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import METHODS
 from amlora_dist.schema import did_you_mean, shown
+from amlora_dist.search import Dimension, dimensions, size_faults
 from amlora_dist.strict_yaml import KeyPath, dotted
 from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_section import section_faults
@@ -48,6 +49,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults |= _batch_faults(config, share, uneven, micro)
     if faulty(("deepspeed",)):
         return faults
+    if config.training.cache_trunk and sizes_known:
+        faults |= _trunk_faults(config)
     sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
     section = section_faults(
         config.deepspeed,
@@ -59,6 +62,45 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         path = ("deepspeed", *keys)
         faults[path] = Fault(dotted(path), fault.found, fault.expected, fault.hint)
     return faults
+
+
+UNSEARCHABLE = (
+    "name", "workers", "data_dir", "registered_model", "storage", "mlflow", "deepspeed", "search", "evaluation",
+    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
+    "training.cache_trunk", "training.cache_trunk_gb",
+)  # fmt: skip
+"""Paths that change no result (``evaluation``: a search scores every trial on the dev split, the same way)."""
+
+
+def search_faults(
+    config: RunConfig, with_values: Callable[[RunConfig, dict[str, Any]], RunConfig]
+) -> dict[KeyPath, Fault]:
+    """What is wrong with the ``search`` section: its space, its size, and every value that it may give a path."""
+    assert config.search is not None
+    found, faults = dimensions(config.search.space)
+    for dimension in found:
+        faults += _value_faults(config, dimension, with_values)
+    faults += size_faults(config.search, found)
+    if config.search.scheduler == "asha" and config.evaluation.cells == "last":
+        where, hint = "search.scheduler", "evaluate: last scores the last stage only; leave it out"
+        faults.append(Fault(where, "asha", "scores after every stage", hint))
+    return {tuple(fault.where.split(".")): fault for fault in faults}
+
+
+def _value_faults(
+    config: RunConfig, dimension: Dimension, with_values: Callable[[RunConfig, dict[str, Any]], RunConfig]
+) -> list[Fault]:
+    where = f"search.space.{dimension.path}"
+    if any(dimension.path == path or dimension.path.startswith(f"{path}.") for path in UNSEARCHABLE):
+        return [Fault(where, "a path that cannot change the result", "one that trials can differ by")]
+    for value in dimension.extremes():
+        try:
+            with_values(config, {dimension.path: value})
+        except FaultsError as error:
+            fault = error.faults[0]
+            found = fault.found if "unknown" in fault.found else f"{dimension.kind} with {fault.found}"
+            return [Fault(where, found, fault.expected, fault.hint)]
+    return []
 
 
 def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Fault]]:
@@ -145,6 +187,17 @@ def _batch_faults(config: RunConfig, share: int, uneven: int, micro: int) -> dic
         found = f"{micro}, with {share} examples per worker and step"
         return {("training", "micro_batch_size"): Fault(where, found, f"a divisor of {share}: {fitting}")}
     return {}
+
+
+def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
+    where, path = "training.cache_trunk", ("training", "cache_trunk")
+    if config.adapters.layers == "all":
+        found, hint = "true with adapters.layers: all", "no layer lies below an adapted one; above_router leaves half"
+    elif config.workers and config.zero_stage == 3:
+        found, hint = "true with deepspeed.zero_stage: 3", "its passes gather every layer on every rank; take 0, 1 or 2"
+    else:
+        return {}
+    return {path: Fault(where, found, "false", hint)}
 
 
 def _missing_files(spec: TaskSpec, data_dir: Path | None) -> list[str]:

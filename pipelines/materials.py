@@ -15,6 +15,7 @@ from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
 from amlora_dist.training.settings import StageSettings
+from pipelines.preflight import Demand
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
@@ -46,6 +47,13 @@ class Materials:
             router=c.router,
             training=c.training,
             method_settings=c.method_settings,
+        )
+
+    def demand(self, gpu_share: float = 1.0) -> Demand:
+        """What the run needs at least."""
+        c = self.config
+        return Demand(
+            c.workers, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share
         )
 
     def prompt(self, task: str) -> dict[str, Any]:
@@ -116,9 +124,13 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         if spec.name in specs:
             raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
         specs[spec.name] = spec
-        data[spec.name] = load_task(spec, seed=config.seed, data_dir=config.data_dir, splits=splits)
+        data[spec.name] = load_task(
+            spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
+        )
     base = resolve_base(config.model, home)
     parameters, trainable = check_targets(config, base)
+    if config.training.cache_trunk and base.encoder_decoder:
+        raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype), parameters, trainable)
     if config.workers and config.zero_stage == 3 and method_for(materials.stage_settings()).reads_parameters:
         raise UserError(

@@ -35,6 +35,8 @@ class Demand:
     stages: int
     dtype: str
     zero_stage: int
+    gpu_share: float = 1.0
+    """Of a GPU, for each worker."""
 
     @property
     def memory(self) -> int:
@@ -72,8 +74,8 @@ def missing(demand: Demand, supply: Supply) -> list[str]:
     found = []
     count = demand.workers
     if supply.gpus:
-        if supply.gpus < count:
-            found.append(_too_few(count, "GPUs", supply.gpus))
+        if supply.gpus < count * demand.gpu_share:
+            found.append(_too_few(count, "GPUs", supply.gpus, demand.gpu_share))
     elif supply.cpus is not None and supply.cpus < count:
         found.append(_too_few(count, "CPUs", supply.cpus))
     if not supply.gpus and supply.memory is not None and supply.memory < demand.memory:
@@ -189,8 +191,8 @@ def deadline_s(default: float) -> float:
     return seconds
 
 
-def _too_few(workers: int, kind: str, have: float) -> str:
-    return f"workers: {workers} workers need {workers} {kind}, the cluster has {have:g}; lower `workers` or add nodes"
+def _too_few(workers: int, kind: str, have: float, each: float = 1.0) -> str:
+    return f"workers: {workers} workers need {workers * each:g} {kind}, the cluster has {have:g}; lower `workers` or add nodes"
 
 
 def _size(count: int) -> str:

@@ -52,6 +52,8 @@ class StageRecord:
     task: str
     fingerprint: str
     reused: bool = False
+    reused_from: str | None = None
+    """The version of another run that it was taken over from."""
     version: int | None = None
     run: str = ""
     """MLflow's id of the stage's run."""
@@ -85,6 +87,7 @@ class StageRecord:
             "task": self.task,
             "fingerprint": self.fingerprint,
             "reused": self.reused,
+            "reused_from": self.reused_from,
             "version": self.version,
             "train_seconds": self.train_seconds,
             "score_seconds": self.score_seconds,

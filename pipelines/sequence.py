@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ from pipelines import preflight, results
 from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
-from pipelines.preflight import Demand
 from pipelines.publication import Publication, StageRecord
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 
@@ -43,12 +43,31 @@ CLAIM_DEADLINE_S = 24 * 3600.0
 IRRELEVANT = (
     "tasks", "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
+    "training.cache_trunk", "training.cache_trunk_gb", "search",
 )  # fmt: skip
 """Keys that may differ between two starts of one run id: they change no result. Tasks may be appended (see below)."""
 
 
-def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose: bool = False) -> dict[str, Any]:
-    """Run a sequence to its end, from wherever it is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Within:
+    """What a run that is part of a search gets from it."""
+
+    run: str
+    """MLflow's id of the run above this one."""
+    on_stage: Callable[[dict[str, Any]], None] | None = None
+    """Called with the result so far after every stage."""
+    share: bool = True
+    """Take over stages that other runs have published, or are about to."""
+    gpus: float = 1.0
+    """Share of a GPU for each worker."""
+    threads: int | None = None
+    """Of each worker; other trials use the other CPUs of its node."""
+
+
+def run_sequence(
+    config: RunConfig, *, run_id: str, progress: Progress, verbose: bool = False, within: Within | None = None
+) -> dict[str, Any]:
+    """Run a sequence to its end, from wherever it is; ``within`` a search, or on its own.
 
     Returns:
         The result as ``amlora run --json`` prints it.
@@ -60,33 +79,34 @@ def run_sequence(config: RunConfig, *, run_id: str, progress: Progress, verbose:
         StoppedError: stopped by a signal, after a checkpoint.
     """
     with disk_watched():
-        return _run_sequence(config, run_id, progress, verbose)
+        return _run_sequence(config, run_id, progress, verbose, within)
 
 
-def _run_sequence(config: RunConfig, run_id: str, progress: Progress, verbose: bool) -> dict[str, Any]:
+def _run_sequence(
+    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None
+) -> dict[str, Any]:
     place = home()
     preflight.check_home(place)
     config.registered_model = config.registered_model or run_id
     began = time.monotonic()
     materials = gather_materials(config, place)
     storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
-    demand = Demand(
-        config.workers, materials.parameters, materials.trainable, len(materials.specs), materials.dtype, config.zero_stage
-    )
+    demand = materials.demand(within.gpus if within else 1.0)
     elsewhere = bool(config.workers and os.environ.get("RAY_ADDRESS"))
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not elsewhere)))
     if elsewhere:
         preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
-    _refuse_other_configuration(store, config, run_id, mapping)
+    refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
     with store.hold_run(run_id, config.registered_model) as lease:
         store.ensure_current(config.registered_model, lease.check)  # a version may have been registered just before a crash
-        parent_run = store.parent_run(config.registered_model, run_id, mapping)
-        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage)
+        parent_run = store.parent_run(config.registered_model, run_id, mapping, below=within.run if within else None)
+        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage, within)
         status = "FAILED"
+        placement = Placement(config.workers, storage / "ray", demand, threads=within.threads if within else None)
         try:
-            with RayCluster(Placement(config.workers, storage / "ray", demand), verbose=verbose) as cluster:
+            with RayCluster(placement, verbose=verbose) as cluster:
                 result = driver.run(cluster, began)
             status = "FINISHED"
         except AmloraError as error:
@@ -120,9 +140,22 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     return result
 
 
-def _refuse_other_configuration(store: Store, config: RunConfig, run_id: str, mapping: dict[str, Any]) -> None:
-    """The same run id goes on with the same configuration, and with tasks appended to its list."""
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+def refuse_other_configuration(
+    store: Store, wanted: dict[str, str], mapping: dict[str, Any], name: str, free: tuple[str, ...] = IRRELEVANT
+) -> None:
+    """The same id goes on with the same configuration, but for what changes no result, and tasks that are appended.
+
+    Args:
+        store: which has the configuration of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        mapping: the configuration now.
+        name: what a message calls it.
+        free: keys that may differ.
+
+    Raises:
+        UserError: another key differs; names it.
+    """
+    found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
     if stored is None:
         return
@@ -130,17 +163,18 @@ def _refuse_other_configuration(store: Store, config: RunConfig, run_id: str, ma
         key
         for key in _flat(stored).keys() | _flat(mapping).keys()
         if _flat(stored).get(key) != _flat(mapping).get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in IRRELEVANT)
+        and not (free and key == "tasks")
+        and not any(key == other or key.startswith(f"{other}.") for other in free)
     )
     before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
-    if now[: len(before)] != before:
+    if free and now[: len(before)] != before:
         differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
     if differing:
         told = "; ".join(
             f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
             for key in differing
         )
-        raise UserError(f"run id {run_id!r} exists with another configuration: {told}. Use another --run-id, or undo that")
+        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
 
 
 def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -177,10 +211,11 @@ class _Driver:
         parent_run: str,
         progress: Progress,
         storage: Path,
+        within: Within | None = None,
     ) -> None:
         self.config, self.run_id, self.materials = config, run_id, materials
         self.store, self.lease, self.parent_run, self.progress = store, lease, parent_run, progress
-        self.storage = storage
+        self.storage, self.within = storage, within
         self.settings = materials.stage_settings()
         self.method = method_for(self.settings)
         self.tasks = list(materials.specs)
@@ -202,7 +237,9 @@ class _Driver:
             )
             self.stages.append(record)
             self.publication.log_stage(record)
-            self._write_result()
+            sofar = self._write_result()
+            if self.within is not None and self.within.on_stage is not None:
+                self.within.on_stage(sofar)
         result = self._write_result()
         now = int(time.time() * 1000)
         self.store.log_metrics_batch(
@@ -237,6 +274,8 @@ class _Driver:
             if mine is None:
                 original = self._find_or_claim(fingerprint, task, stack)
             record.reused = original is not None
+            if original is not None:
+                record.reused_from = original.tags.get(tags.REUSED_FROM) if mine else original.uri
             if original is not None and not work.is_trained:
                 parents = self._materialise(original)
                 write_result(work.trained, read_result(Path(parents[-1].folder)))
@@ -292,7 +331,7 @@ class _Driver:
 
     def _find_or_claim(self, fingerprint: str, task: str, stack: contextlib.ExitStack) -> Version | None:
         """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
-        while True:
+        while self.within is None or self.within.share:
             found = self.store.find_stage(fingerprint)
             if found:
                 return found[0]
@@ -305,6 +344,7 @@ class _Driver:
             reach("stage_claimed")
             found = self.store.find_stage(fingerprint)
             return found[0] if found else None
+        return None
 
     def _execute(self, work: StageWork, cells: list[Cell], cluster: RayCluster) -> None:
         """Train (if need be) and score, with as many attempts as the failure policy allows."""
@@ -377,6 +417,8 @@ class _Driver:
             evaluation_batch_size=c.evaluation.batch_size,
             rows=rows,
             data_digests=digests,
+            sealed=c.evaluation.sealed,
+            cache=str(home() / "cache"),
         )
 
     # -- scores -------------------------------------------------------------------------------------------------
@@ -389,7 +431,8 @@ class _Driver:
             done = [*(stage.fingerprint for stage in self.stages), fingerprints[-1]]
             cells = [self._cell("router", task, [own]) for task, own in zip(self.tasks, done, strict=False)]
         else:
-            upto = {"all": len(self.tasks), "last": index if last else 0}.get(evaluation.cells, index + 1)
+            wanted = {"all": len(self.tasks), "last": index if last else 0, "seen": index}
+            upto = wanted.get(evaluation.cells, index + 1)
             upto = upto if self.names == self.tasks else len(self.tasks)
             cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
         if evaluation.untrained and (index == 1 or last):

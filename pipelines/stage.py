@@ -51,6 +51,8 @@ class Placement:
     storage: Path
     """Where Ray Train keeps its own records; absolute, reachable from all nodes."""
     demand: Demand
+    threads: int | None = None
+    """Of each worker on CPUs; default: the node's CPUs divided among the workers."""
 
 
 def run_in_process(work: StageWork, on_event: OnEvent) -> None:
@@ -110,7 +112,7 @@ class RayCluster:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-        gpus = self._use_gpus()
+        gpus = self.use_gpus()
         work.path.mkdir(parents=True, exist_ok=True)
         error_file = work.path / ERROR
         error_file.unlink(missing_ok=True)
@@ -122,7 +124,7 @@ class RayCluster:
             scaling_config=ScalingConfig(
                 num_workers=self._placement.workers,
                 use_gpu=gpus,
-                resources_per_worker={"GPU": 1} if gpus else {"CPU": 1},
+                resources_per_worker={"GPU": self._placement.demand.gpu_share} if gpus else {"CPU": 1},
             ),
             run_config=RunConfig(
                 name=name,
@@ -144,7 +146,12 @@ class RayCluster:
         except _FitError as error:
             raise told_by(error_file, error.cause, last) from error.cause
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Join the cluster that ``RAY_ADDRESS`` names, or make one on this machine; in a trial it is there already.
+
+        Raises:
+            UserError: the cluster is too small for one stage.
+        """
         if self._started:
             return
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -170,13 +177,14 @@ class RayCluster:
                 raise UserError(f"RAY_ADDRESS: cannot join the Ray cluster: {error}; is it running?") from error
         self._started = True
 
-    def _use_gpus(self) -> bool:
+    def use_gpus(self) -> bool:
+        """Whether workers run on GPUs: where the cluster has any."""
         import ray
 
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
     def _threads(self, gpus: bool) -> int:
-        return 0 if gpus else max(1, (os.cpu_count() or 1) // self._placement.workers)
+        return 0 if gpus else self._placement.threads or max(1, (os.cpu_count() or 1) // self._placement.workers)
 
 
 def _trainer_class() -> type[TorchTrainer]:

@@ -78,7 +78,7 @@ ONE_FAULT = {
     "parent of another form": ("parent: demo@latest", "parent", "'demo@latest'", "models:", ""),
     "uneven batch": ("workers: 3", "training.batch_size", "8 with 3 workers", "multiple", "such as 9"),
     "uneven micro batch": ("training: {micro_batch_size: 3}", "training.micro_batch_size", "3", "1, 2, 4", ""),
-    "cells": ("evaluate: sen+next", "evaluation.cells", "'sen+next'", "seen+next, all or last", "'seen+next'"),
+    "cells": ("evaluate: sen+next", "evaluation.cells", "'sen+next'", "seen+next, seen, all or last", "'seen+next'"),
     "evaluate twice": ("evaluate: all\nevaluation: {}", "evaluate", "both", "one of the two", ""),
     "key in evaluate": ("evaluate: {batchsize: 1}", "evaluation.batchsize", "", "", "did you mean 'batch_size'?"),
     "ZeRO stage 4": ("deepspeed: {zero_stage: 4}", "deepspeed.zero_stage", "4", "0, 1, 2 or 3", "line 4"),

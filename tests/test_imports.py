@@ -22,7 +22,7 @@ FLOORS = [
     {"registry"},
     {"methods"},
     {"evaluation"},
-    {"adapters", "tasks"},
+    {"adapters", "tasks", "search"},
     {"base_model", "crash_points", "digests", "errors", "fingerprints", "schema", "strict_yaml"},
 ]
 GROUND = FLOORS[-1]
@@ -44,6 +44,7 @@ LIGHT = [
     "amlora_dist.evaluation.settings",
     "amlora_dist.methods",
     "amlora_dist.base_model",
+    "amlora_dist.search",
     "pipelines.cli",
     "pipelines.display",
     "pipelines.progress",

@@ -42,6 +42,8 @@ class MixtureCall:
     ``bypass`` makes mixture layers plain linear layers; ``stop`` ends the pass at the routing layer; ``select`` lets
     the layers' own selectors gate them, with the task gate, if there is one, as prior. ``pooled`` is what
     sequence-level selectors made of this call's prompt, by module path, ``carried_pooled`` what an earlier call left.
+    ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
+    pass ends where they end, and leaves it there (``adapters.trunk``).
     """
 
     owner: object
@@ -56,6 +58,8 @@ class MixtureCall:
     stop: bool = False
     select: bool = False
     on_select: OnSelect | None = None
+    trunk: Tensor | None = None
+    captures: bool = False
     pooled: dict[str, Tensor] = field(default_factory=dict)
     carried_pooled: dict[str, Tensor] = field(default_factory=dict)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.settings import LiteralSettings
+    from amlora_dist.adapters.trunk import Trunk
 
 CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
 KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
@@ -73,6 +74,7 @@ class Mixture:
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
         self.device: torch.device = next(iter(modules.values())).mix_bits.device
         self._undo: list[Callable[[], None]] = []
+        self._trunk: Trunk | None = None
         self._wrap(router_layer)
 
     @property
@@ -183,11 +185,20 @@ class Mixture:
         finally:
             self.model.train(training)
 
+    def trunk(self) -> Trunk:
+        """The layers below the first adapted one, ready to be passed over; errors as in `Trunk`."""
+        from amlora_dist.adapters.trunk import Trunk
+
+        if self._trunk is None:
+            self._trunk = Trunk(self, self._forward.inner, self._replace, self._undo)
+        return self._trunk
+
     def remove(self) -> None:
         """Give the model back as it was, but for parameters that stay frozen."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self._trunk = None
 
     def _wrap(self, router_layer: int) -> None:
         """Put the layers in, wrap the model's entry points and hook the routing layer."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,19 @@ from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""
+
+
+class KeptTrunk(Protocol):
+    """Files of what the frozen layers make of prompts (``training.trunk_cache``)."""
+
+    def kept(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """All that is kept of these rows, (B, L, W), padded on the left."""
+
+    def states_in(self, kept_BLW: Tensor) -> Tensor:
+        """The hidden states among it, (B, L, D)."""
+
+    def fill(self, cache: Any, kept_BLW: Tensor) -> None:
+        """Put the keys and values among it into the KV cache of the pass that was given the states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,7 @@ def score_task(
     device: torch.device | str = "cpu",
     forward: Forward | None = None,
     all_done: Callable[[bool], bool] | None = None,
+    trunk: KeptTrunk | None = None,
 ) -> list[Prediction]:
     """Score this rank's share of ``examples``; `merge` joins the shares.
 
@@ -82,6 +96,7 @@ def score_task(
         forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine).
         all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
             soon as its rows have ended, and several processes decode a fixed number of tokens.
+        trunk: what is kept of prompts, so that they need not pass through the frozen layers below the adapters.
 
     Raises:
         UserError: an unknown metric, unusable labels, or prompts without room for an answer.
@@ -115,6 +130,7 @@ def score_task(
                     routing=_Routing(tasks, task_gate_row),
                     device=device,
                     all_done=all_done,
+                    trunk=trunk,
                 )
                 if counts:
                     predictions += _predictions(batch, scored, tokenizer, metric)
@@ -223,13 +239,18 @@ def _score_batch(
     routing: _Routing,
     device: torch.device | str,
     all_done: Callable[[bool], bool] | None,
+    trunk: KeptTrunk | None,
 ) -> _Scored:
     # Causal answers follow the last column; encoders with absolute positions count from the first.
     side: Side = "right" if decoder.encoder_decoder else "left"
     tensors = {k: t.to(device) for k, t in collate_prompts(batch, pad_id=decoder.pad_id, side=side).items()}
+    kept = None if trunk is None else trunk.kept([example.prompt for example in batch]).to(device)
+    more = {} if trunk is None or kept is None else {"trunk_states": trunk.states_in(kept)}
     state = decoder.prefill(
-        tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"])
+        tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"]), **more
     )
+    if trunk is not None and kept is not None:
+        trunk.fill(state.cache, kept)
     scores = None
     if plan is not None:
         scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()

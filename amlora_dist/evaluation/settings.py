@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 class EvaluationSettings:
     """Which cells of the accuracy matrix are scored, and how."""
 
-    cells: Literal["seen+next", "all", "last"] = "seen+next"
+    cells: Literal["seen+next", "seen", "all", "last"] = "seen+next"
     split: Literal["test", "dev"] = "test"
     batch_size: int = Field(default=16, ge=1)
     """Prompts per forward pass of one worker."""
@@ -20,3 +20,8 @@ class EvaluationSettings:
     """Score the base model before stage 1 (row R[0,i]; forward transfer needs it)."""
     oracle: bool = True
     """Score the last bank once more with the true task's row, as the upper bound of routing."""
+
+    @property
+    def sealed(self) -> tuple[str, ...]:
+        """Splits that the run must not open: who chooses by the dev split has no business with test rows."""
+        return ("test",) if self.split == "dev" else ()

@@ -51,6 +51,8 @@ class Method:
     """Whether scores depend on the settings of ``router.gate``."""
     told_task: ClassVar[bool] = False
     """Whether every row is scored by the adapter of its own task: an upper bound, not a method to serve."""
+    alters_inputs: ClassVar[bool] = False
+    """Whether rows reach the model changed (prompts in front, other embeddings): then no trunk is cached for it."""
     reads_parameters: ClassVar[bool] = False
     """Whether ``extra_loss`` or ``remember`` read the new adapter's parameters, which ZeRO-3 partitions: refused there."""
     uses: ClassVar[tuple[str, ...]] = ()

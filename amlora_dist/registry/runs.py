@@ -42,8 +42,12 @@ class Runs:
 
     # ---- runs -------------------------------------------------------------------------------------------------
 
-    def parent_run(self, registered_model: str, run_id: str, config: Mapping[str, Any]) -> str:
+    def parent_run(
+        self, registered_model: str, run_id: str, config: Mapping[str, Any], *, below: str | None = None
+    ) -> str:
         """The MLflow run of a sequence: found again by its tag and set to RUNNING, or created.
+
+        It stands in the experiment of its registered model, or nested ``below`` another run, such as a search's trial.
 
         The resolved configuration is stored as ``config.json`` (again on resumption: tasks may have been appended)
         and, for MLflow's tables, flattened into parameters, which MLflow keeps as they were first written.
@@ -52,8 +56,12 @@ class Runs:
             UserError: the registered model belongs to another run id.
         """
         self._own(registered_model, run_id)
-        experiment = self._experiment(registered_model)
         wanted = {tags.KIND: "sequence", tags.RUN_ID: run_id}
+        if below is None:
+            experiment = self._experiment(registered_model)
+        else:
+            experiment = self._call("read a run", self._client.get_run, below).info.experiment_id
+            wanted[_PARENT] = below
         run = self._find_or_create(experiment, run_id, wanted, params=_flat(config))
         self.log_json(run, "config.json", dict(config))
         return run
@@ -75,6 +83,36 @@ class Runs:
             _PARENT: parent,
         }
         return self._find_or_create(above.info.experiment_id, stage, wanted)
+
+    def search_run(self, registered_model: str, search_id: str, champion: str, config: Mapping[str, Any]) -> str:
+        """The MLflow run of a search, found again or created; ``config`` as in ``parent_run``.
+
+        Args:
+            registered_model: where the winner, run id ``champion``, is published.
+            search_id: names the search.
+
+        Raises:
+            UserError: the registered model belongs to another run id.
+        """
+        self._own(registered_model, champion)
+        wanted = {tags.KIND: "search", tags.SEARCH: search_id}
+        run = self._find_or_create(self._experiment(registered_model), search_id, wanted, params=_flat(config))
+        self.log_json(run, "config.json", dict(config))
+        return run
+
+    def trial_run(self, search_run: str, search_id: str, number: int, values: Mapping[str, Any]) -> str:
+        """The MLflow run of a trial, below its search's: found again or created, with the values as parameters."""
+        experiment = self._call("read a run", self._client.get_run, search_run).info.experiment_id
+        wanted = {tags.KIND: "trial", tags.SEARCH: search_id, tags.TRIAL: str(number), _PARENT: search_run}
+        return self._find_or_create(experiment, f"trial {number}", wanted, params=_flat(values))
+
+    def close_open_runs(self, inside: str) -> int:
+        """Close as KILLED whatever is still RUNNING in the experiment of run ``inside``, but that run; how many."""
+        experiment = self._call("read a run", self._client.get_run, inside).info.experiment_id
+        found = [run for run in self._search_runs([experiment], {}) if run.status == "RUNNING" and run.run != inside]
+        for run in found:
+            self.end_run(run.run, "KILLED")
+        return len(found)
 
     def find_runs(self, wanted: Mapping[str, str], *, registered_model: str | None = None) -> list[RunInfo]:
         """Runs that carry all of these tags, the oldest first; of one registered model's experiment or of all."""

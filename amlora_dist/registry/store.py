@@ -89,6 +89,20 @@ class Store(Runs):
         client = self._client
         self._call("move an alias", client.set_registered_model_alias, registered_model, alias, str(version.number))
 
+    def tag_version(self, version: Version, values: Mapping[str, str], guard: Callable[[], None] | None = None) -> None:
+        """Set tags of a version, beside those it was published with."""
+        if guard:
+            guard()
+        for key, value in values.items():
+            self._call(
+                "tag a version",
+                self._client.set_model_version_tag,
+                version.registered_model,
+                str(version.number),
+                key,
+                value,
+            )
+
     def ensure_current(self, registered_model: str, guard: Callable[[], None]) -> None:
         """Point the alias ``current`` at the newest version that counts; a driver that resumes calls it once."""
         good = self.counted_versions(registered_model)

@@ -6,7 +6,7 @@ PREFIX = "amlora."
 
 # runs and versions
 KIND = "amlora.kind"
-"""``sequence`` for the run of a whole sequence, ``stage`` for the run of one stage."""
+"""``sequence`` for the run of a whole sequence, ``stage`` for one of its stages; ``search`` and ``trial``."""
 RUN_ID = "amlora.run_id"
 """The durable run's id; on registered models too, because runs never share one."""
 STAGE = "amlora.stage"
@@ -19,6 +19,18 @@ ARTIFACT_PATH = "amlora.artifact_path"
 MANIFEST_DIGEST = "amlora.manifest_digest"
 REUSED_FROM = "amlora.reused_from"
 """``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
+
+# searches
+SEARCH = "amlora.search"
+"""Id of the search: on its run, its trials' runs and the version that won."""
+TRIAL = "amlora.trial"
+"""Number of a trial, from 1."""
+OUTCOME = "amlora.outcome"
+"""Of a trial that ended: ``finished``, ``pruned`` or ``failed``."""
+ASKED, TOLD = "amlora.asked", "amlora.told"
+"""Places, in one count from 1, of a trial's start and end among all starts and ends of its search."""
+OBJECTIVE = "amlora.objective"
+RUNNER_UP = "amlora.runner_up"
 
 # lease entries
 LEASE_PREFIX = "amlora.lease."

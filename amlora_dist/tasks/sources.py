@@ -84,6 +84,7 @@ def load_task(
     seed: int = 0,
     data_dir: Path | None = None,
     splits: Sequence[str] = SPLITS,
+    sealed: Sequence[str] = (),
 ) -> TaskData:
     """Read the rows of a task.
 
@@ -96,6 +97,7 @@ def load_task(
         data_dir: local mirrors that stand in for Hub data sets: ``<data_dir>/<task>/<split>.jsonl`` with ``text`` and
             ``label`` (the verbaliser) in each row.
         splits: which to return. All are read, because duplicates between them are looked for.
+        sealed: splits that are not even opened: a search must not see the test rows.
 
     Raises:
         FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``.
@@ -106,7 +108,7 @@ def load_task(
     maker = _RowMaker(spec, mirrored=mirror is not None)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
-    for split in SPLITS:
+    for split in (one for one in SPLITS if one not in sealed):
         raws = read_split(spec, split, mirror=mirror)
         if raws is not None:
             found[split] = _good_rows(raws, split, maker, bad)
@@ -255,7 +257,7 @@ def _drop_duplicates(
     found: dict[str, list[tuple[Row, str]]], split: str, others: tuple[str, ...], bad: list[BadRow]
 ) -> None:
     """Take rows out of ``split`` whose text also stands in an evaluation split."""
-    seen = {row.text: other for other in reversed(others) for row, _ in found[other]}
+    seen = {row.text: other for other in reversed(others) for row, _ in found.get(other, ())}
     kept = []
     for row, file in found[split]:
         if row.text in seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,17 @@ class LossComputer:
     can be told so: the output layer of a small model is a quarter of its arithmetic.
     """
 
-    def __init__(self, model: nn.Module, *, pad_id: int, encoder_decoder: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pad_id: int,
+        encoder_decoder: bool,
+        device: torch.device,
+        trunk: Callable[[Sequence[tuple[int, ...]]], Tensor] | None = None,
+    ) -> None:
+        """``trunk`` gives the frozen layers' states of rows, (B, L, D), left-padded; None: the model computes them."""
+        self._trunk = trunk
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._model, self._pad, self._encoder_decoder, self._device = model, pad_id, encoder_decoder, device
 
@@ -104,6 +114,9 @@ class LossComputer:
         else:
             keep = max(len(example.target) for example in examples) + 1
             inputs |= prompt_positions(self._model, batch["attention_mask"], encoder_decoder=False)
+            if self._trunk is not None:
+                rows = [example.prompt + example.target for example in examples]
+                inputs["trunk_states"] = self._trunk(rows).to(self._device)
             if self._keeps_logits:
                 inputs["logits_to_keep"] = keep
             logits = forward(**inputs).logits[:, -keep:-1]

@@ -38,6 +38,11 @@ class TrainingSettings:
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints."""
     gradient_checkpointing: bool = False
+    cache_trunk: bool = False
+    """Keep what the layers below the first adapted one make of each row in files, and compute it once. Changes losses
+    by rounding alone (rows are computed unpadded), so it is in no fingerprint."""
+    cache_trunk_gb: float = Field(default=8.0, gt=0)
+    """Limit of those files, 1e9 bytes; those used longest ago go first."""
     probe_rows: int = Field(default=32, ge=1)
     """Training rows on which a stage probes the earlier tasks' rows for the start of its recipe."""
 

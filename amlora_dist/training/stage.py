@@ -39,6 +39,7 @@ from amlora_dist.training.failures import StoppedError, disk_watched, memory_wat
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.trunk_cache import TrunkCache
 from amlora_dist.training.work import Cell, StageWork
 from amlora_dist.training.zero import (
     Alone,
@@ -110,7 +111,7 @@ class _Stage:
         else:
             mixture, statistics = self._train(model, parents)
         mixture.set_router(self.method.router(statistics))
-        self._score_all(mixture.model, mixture.task_names)
+        self._score_all(mixture.model, mixture.task_names, self._trunk(mixture, decodes=True))
 
     def _ready(self, model: Any) -> Any:
         """A model that nothing will train, where it runs."""
@@ -128,9 +129,14 @@ class _Stage:
         before = weights_checksum(engine.model, trainable)
 
         own, replayed = self._training_rows()
-        statistics = self._statistics(mixture, own, [parent.statistics for parent in parents], engine)
+        trunk = self._trunk(mixture)
+        statistics = self._statistics(mixture, own, [parent.statistics for parent in parents], engine, trunk)
         loss = LossComputer(
-            model, pad_id=self.tokenizer.pad_token_id, encoder_decoder=self.base.encoder_decoder, device=self.device
+            model,
+            pad_id=self.tokenizer.pad_token_id,
+            encoder_decoder=self.base.encoder_decoder,
+            device=self.device,
+            trunk=None if trunk is None else trunk.states,
         )
         self.method.prepare(mixture, parents)
         gate = self.method.training_gate(len(mixture.task_names))
@@ -256,17 +262,31 @@ class _Stage:
         return float(self.ranks.sum(total)) / len(probe)
 
     def _statistics(
-        self, mixture: Mixture, examples: Sequence[Example], earlier: list[TaskStatistics], engine: Engine
+        self,
+        mixture: Mixture,
+        examples: Sequence[Example],
+        earlier: list[TaskStatistics],
+        engine: Engine,
+        trunk: TrunkCache | None,
     ) -> list[TaskStatistics]:
         """Statistics of the frozen features of this task's prompts, reduced over ranks, every row counted once."""
         router = self.settings.router
+
+        def features_of(chosen: Sequence[Example]) -> Tensor:
+            if trunk is None or trunk.trunk.layer != mixture.router_layer:
+                return self._features(mixture, chosen, engine.whole_forward)
+            dealt = deal(chosen, STATISTICS_BATCH, self.ranks.rank, self.ranks.world)
+            own = [[chosen[i] for i in indices] for indices, counts in dealt if counts]
+            parts = [trunk.features(batch, router.skip_tokens) for batch in own]
+            return torch.cat(parts) if parts else torch.empty(0, trunk.trunk.width)
+
         held = set(_held_out(len(examples), router.holdout, named_seed(self.settings.seed, "holdout", self.work.task)))
         kept = [e for i, e in enumerate(examples) if i not in held]
-        mine = self._features(mixture, kept, engine.whole_forward)
+        mine = features_of(kept)
         parts = self.ranks.gather(TaskStatistics.from_features(self.work.task, mine))
         own = merge(parts)
         if held:
-            features = self._features(mixture, [examples[i] for i in sorted(held)], engine.whole_forward)
+            features = features_of([examples[i] for i in sorted(held)])
             own = merge_holdouts(self.ranks.gather(own.with_holdout(features, earlier, router.shrinkage)))
         self.report({"kind": "statistics", "rows": own.count, "held_out": own.holdout_count})
         return [*earlier, own]
@@ -291,13 +311,13 @@ class _Stage:
 
     # -- scoring ------------------------------------------------------------------------------------------------
 
-    def _score_all(self, model: Any, tasks: list[str]) -> None:
+    def _score_all(self, model: Any, tasks: list[str], trunk: TrunkCache | None = None) -> None:
         for cell in self.work.cells:
             if not cell.done:
-                self._score(model, tasks, cell)
+                self._score(model, tasks, cell, trunk)
                 reach("scores_written")
 
-    def _score(self, model: Any, tasks: list[str], cell: Cell) -> None:
+    def _score(self, model: Any, tasks: list[str], cell: Cell, trunk: TrunkCache | None) -> None:
         spec = self.work.spec(cell.task)
         examples = self._examples(cell.task, cell.split)
         labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
@@ -323,6 +343,7 @@ class _Stage:
                 world=self.ranks.world,
                 device=self.device,
                 all_done=self._all_done,
+                trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in examples) else None,
             )
         predictions = merge_shares(self.ranks.gather(share))
         if self.ranks.rank == 0:
@@ -377,6 +398,25 @@ class _Stage:
             literal=literal,
         )
 
+    def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
+        """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes.
+
+        For prompts (``decodes``) also only if the trunk ends at the routing layer, where the features are read."""
+        settings = self.settings
+        if not settings.training.cache_trunk or self.method.alters_inputs:
+            return None
+        trunk = mixture.trunk()
+        if decodes and (trunk.layer != mixture.router_layer or self.method.uses_selectors):
+            return None
+        return TrunkCache(
+            trunk,
+            Path(self.work.cache) / "trunk",
+            limit=int(settings.training.cache_trunk_gb * 1e9),
+            dtype=DTYPES[settings.dtype],
+            decided_by={"base": self.base.digest, "attention": settings.attention, "device": self.device.type},
+            decodes=decodes,
+        )
+
     def _deepspeed_config(self) -> dict[str, Any]:
         return deepspeed_config(
             self.work.deepspeed,
@@ -397,6 +437,7 @@ class _Stage:
             "zero_stage": stage,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "cache_trunk": self.settings.training.cache_trunk,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -77,6 +77,10 @@ class StageWork:
     """Tasks whose training rows the stage learns from, and how many of each at most; default: its own, all of them."""
     data_digests: dict[str, str] = field(default_factory=dict)
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
+    sealed: tuple[str, ...] = ()
+    """Splits that must not be opened."""
+    cache: str = ""
+    """Folder of files that may be deleted at any time; absolute, on any node its own."""
 
     @property
     def path(self) -> Path:
@@ -110,7 +114,7 @@ class StageWork:
         """
         spec = self.spec(task)
         data_dir = Path(self.data_dir) if self.data_dir else None
-        data = load_task(spec, seed=self.data_seed, data_dir=data_dir, splits=splits)
+        data = load_task(spec, seed=self.data_seed, data_dir=data_dir, splits=splits, sealed=self.sealed)
         for split in splits:
             expected = self.data_digests.get(f"{task}/{split}")
             if expected is not None and data.digest(split) != expected:

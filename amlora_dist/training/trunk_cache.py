@@ -1,0 +1,190 @@
+"""What the frozen trunk makes of each row, kept in memory-mapped files: computed once for all epochs, stages and trials.
+
+A file is named by the digest of its row's tokens, in a folder named by the digest of all else that decides the states:
+base model, layer, dtype, attention implementation, device, library versions. Rows are computed alone and unpadded, so
+that a hit and a miss give the same bits, whoever wrote the file. Files are written aside and renamed, and end with a
+checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When the
+files of all folders together pass the limit, those that were used longest ago go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from amlora_dist.adapters.call import pool_features
+from amlora_dist.digests import value_digest
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.trunk import Trunk
+    from amlora_dist.tasks.batches import Example
+
+log = logging.getLogger(__name__)
+
+KEPT_SHARE = 0.8
+"""Of the limit, what is left after old files went."""
+ROOM = 8
+"""Sets of rows (the splits of tasks) for which the limit must have room if one of them is to be kept for decoding."""
+LOOKS = 16
+"""The files are counted after every 1/LOOKS of the limit that this process has written."""
+
+
+class TrunkCache:
+    """What one trunk makes of rows.
+
+    Args:
+        trunk: computes what is missing.
+        folder: of all trunks' files; shared by processes.
+        limit: of its size, bytes.
+        dtype: of the states.
+        decided_by: what beside layer, dtype and library versions decides them.
+        decodes: keep the layers' keys and values beside the states, for prompts that are decoded from.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        folder: Path,
+        *,
+        limit: int,
+        dtype: torch.dtype,
+        decided_by: dict[str, str],
+        decodes: bool = False,
+    ) -> None:
+        self.trunk, self._root, self._limit, self._dtype = trunk, folder, limit, dtype
+        self._compute = trunk.kept if decodes else trunk.states
+        self.width = trunk.kept_width if decodes else trunk.width
+        """Numbers kept of a token."""
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        key = {**decided_by, **versions, "layer": str(trunk.layer), "dtype": str(dtype), "width": str(self.width)}
+        self._folder = folder / value_digest(key)[:32]
+        self._checked: set[str] = set()
+        """Files whose checksum this process has seen to be right."""
+        self._written = self._limit  # so that the first write looks at what others have left
+        self.hits = self.misses = 0
+
+    def states(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """States of these rows, (B, L, D), padded on the left with zeros, on the CPU."""
+        return self.states_in(self.kept(rows))
+
+    def states_in(self, kept_BLW: Tensor) -> Tensor:
+        """The states among what is kept, (B, L, D)."""
+        return kept_BLW[..., : self.trunk.width]
+
+    def fill(self, cache: Any, kept_BLW: Tensor) -> None:
+        """Put the keys and values among it into the KV cache of the pass that was given the states."""
+        self.trunk.fill(cache, kept_BLW)
+
+    def kept(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """All that is kept of these rows, (B, L, W); the first D are the states."""
+        longest = max(map(len, rows))
+        out_BLW = torch.zeros(len(rows), longest, self.width, dtype=self._dtype)
+        for place, row in enumerate(rows):
+            out_BLW[place, longest - len(row) :] = self._row(row)
+        return out_BLW
+
+    def features(self, examples: Sequence[Example], skip_tokens: int) -> Tensor:
+        """Routing features of prompts, (B, D) fp32, where the trunk ends at the routing layer: in a decoder what
+        follows a prompt does not change its states, so those kept for training serve."""
+        states_BLD = self.states([example.prompt + example.target for example in examples])
+        end_B1 = states_BLD.shape[1] - torch.tensor([[len(example.target)] for example in examples])
+        start_B1 = end_B1 - torch.tensor([[len(example.prompt)] for example in examples])
+        place_L = torch.arange(states_BLD.shape[1])
+        return pool_features(states_BLD, (place_L >= start_B1) & (place_L < end_B1), skip_tokens)
+
+    def holds(self, rows: Iterable[tuple[int, ...]]) -> bool:
+        """Whether these rows together take no more than their share of the limit: else they would push each other out,
+        and each would be written for nothing."""
+        return sum(map(len, rows)) * self.width * self._dtype.itemsize <= self._limit / ROOM
+
+    def _row(self, tokens: tuple[int, ...]) -> Tensor:
+        """(L, W)"""
+        name = hashlib.sha256(struct.pack(f"<{len(tokens)}q", *tokens)).hexdigest()
+        file = self._folder / name[:2] / name
+        found = self._read(file, name, len(tokens))
+        if found is not None:
+            self.hits += 1
+            return found
+        self.misses += 1
+        kept_LW = self._compute(tokens).to("cpu", self._dtype).contiguous()
+        self._write(file, kept_LW)
+        return kept_LW
+
+    def _read(self, file: Path, name: str, length: int) -> Tensor | None:
+        """The mapped file; None where there is none, or where it is not whole."""
+        size = length * self.width
+        try:
+            if file.stat().st_size != size * self._dtype.itemsize + 4:
+                return None
+            flat = torch.from_file(str(file), shared=False, size=size, dtype=self._dtype)
+            if name not in self._checked:
+                with file.open("rb") as stream:
+                    stream.seek(-4, os.SEEK_END)
+                    expected = struct.unpack("<I", stream.read(4))[0]
+                if _checksum(flat) != expected:
+                    log.warning("%s: damaged, computed anew", file)
+                    return None
+                os.utime(file)  # used now: the last to go
+                self._checked.add(name)
+        except (OSError, RuntimeError, struct.error):  # gone, or being replaced: torch reports it as a RuntimeError
+            return None
+        return flat.view(length, self.width)
+
+    def _write(self, file: Path, kept: Tensor) -> None:
+        aside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as stream:
+                stream.write(_bytes(kept))
+                stream.write(struct.pack("<I", _checksum(kept)))
+            aside.replace(file)
+        except OSError as error:
+            log.warning("the trunk cache cannot keep %s: %s; going on without", file, error)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            return
+        self._written += kept.numel() * kept.element_size()
+        if self._written * LOOKS >= self._limit:
+            self._written = 0
+            make_room(self._root, self._limit)
+
+
+def make_room(folder: Path, limit: int) -> None:
+    """Where the files below ``folder`` pass ``limit`` bytes, delete those used longest ago. One process at a time."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.suppress(Timeout, OSError), FileLock(folder / ".room", timeout=0):
+        files = []
+        for file in folder.glob("*/*/*"):
+            with contextlib.suppress(OSError):  # another process may just have renamed it
+                found = file.stat()
+                files.append((found.st_mtime_ns, found.st_size, file))
+        total = sum(size for _, size, _ in files)
+        if total <= limit:
+            return
+        for _, size, file in sorted(files):
+            if total <= KEPT_SHARE * limit:
+                return
+            with contextlib.suppress(OSError):
+                file.unlink()
+            total -= size
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(_bytes(tensor))

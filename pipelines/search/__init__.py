@@ -1,0 +1,1 @@
+"""``amlora tune``: Ray Tune over whole sequences."""

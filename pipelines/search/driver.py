@@ -1,0 +1,281 @@
+"""A search from its start, or from wherever it was, to the winner: ``amlora tune``.
+
+Ray Tune starts a driver function for each trial (`trial.run_trial`), which runs an ordinary durable sequence scored on
+the dev split. What a trial reports goes through here into the journal, the one record that a search is rebuilt from;
+Tune's own state is not kept. The winner's sequence is then scored on the test split, which nothing before has opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.config import home, to_mapping
+from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.registry import claims, tags
+from amlora_dist.registry.store import Store
+from amlora_dist.search import DIRECTIONS, described
+from pipelines import preflight
+from pipelines.materials import gather_materials
+from pipelines.search.halving import Halving
+from pipelines.search.intervals import add_intervals
+from pipelines.search.journal import Journal, Trial
+from pipelines.search.outcome import FILE, search_result
+from pipelines.search.plan import Plan, plan_search
+from pipelines.search.proposals import Proposals, proposals_for
+from pipelines.sequence import Within, refuse_other_configuration, run_sequence
+from pipelines.stage import Placement, RayCluster
+
+if TYPE_CHECKING:
+    from amlora_dist.config import RunConfig
+    from amlora_dist.registry.claims import Lease
+    from pipelines.preflight import Demand
+    from pipelines.progress import Progress
+
+
+def run_search(
+    config: RunConfig, *, file: str, search_id: str, progress: Progress, began: float, verbose: bool = False
+) -> dict[str, Any]:
+    """Run a search to its end, from wherever it is.
+
+    Args:
+        config: with its ``search`` section.
+        file: where it was read, for messages.
+        search_id: names the search; the same id goes on.
+        progress: told about trials.
+        began: when the command was started, seconds since 1970.
+        verbose: let Ray and the libraries talk.
+
+    Returns:
+        The result as ``amlora tune --json`` prints it (docs/search.md).
+
+    Raises:
+        UserError: something in the space, the configuration, the data or the cluster is wrong.
+        HeldError: another driver holds the search.
+        TrainingError: no trial finished.
+    """
+    plan = plan_search(config, file)
+    place = home()
+    preflight.check_home(place)
+    demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
+    storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+    preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
+    preflight.knock()
+    store = Store.open(place, config.mlflow.tracking_uri)
+    model = config.registered_model or search_id
+    mapping = to_mapping(config)
+    wanted = {tags.KIND: "search", tags.SEARCH: search_id}
+    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=())
+    key = claims.run_key(f"search.{search_id}")
+    with claims.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
+        champion = f"{search_id}-champion"
+        search_run = store.search_run(model, search_id, champion, mapping)
+        status = "KILLED"
+        try:
+            if stale := store.close_open_runs(search_run):
+                progress.note(f"closed {stale} runs that a killed start had left open")
+            journal = Journal(store, search_run, search_id, lease.check)
+            search = _Search(plan, search_id, journal, progress, place, storage, demand, verbose)
+            timing = search.run(began)
+            store.close_open_runs(search_run)
+            result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.uri)
+            result["cost"] |= asdict(timing)
+            add_intervals(result, store)
+            _score_winner(plan, result, champion, model, search_run, store, lease, progress, verbose)
+            store.log_json(search_run, FILE, result)
+            status = "FINISHED"
+        except AmloraError as error:
+            status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
+            raise
+        finally:
+            with contextlib.suppress(AmloraError):
+                lease.check()
+                store.end_run(search_run, status)
+    return result
+
+
+def _score_winner(
+    plan: Plan,
+    result: dict[str, Any],
+    run_id: str,
+    model: str,
+    search_run: str,
+    store: Store,
+    lease: Lease,
+    progress: Progress,
+    verbose: bool,
+) -> None:
+    """Score the winner on the test split, once, publish it, and point the alias ``champion`` at it."""
+    winner, runner_up = result["winner"], result["runner_up"]
+    progress.note(f"winner: trial {winner['number']} ({described(winner['values'])}); scoring it on the test split")
+    config = plan.champion(winner["values"], model)
+    within = Within(run=search_run, share=plan.settings.share_stages, gpus=plan.settings.gpus or 1.0)
+    found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
+    version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
+    store.tag_version(
+        version,
+        {
+            tags.SEARCH: result["search_id"],
+            tags.TRIAL: str(winner["number"]),
+            tags.OBJECTIVE: ", ".join(f"{DIRECTIONS[name]} {name} (dev)" for name in plan.settings.objectives),
+            tags.RUNNER_UP: f"trial {runner_up['number']} ({described(runner_up['values'])})" if runner_up else "none",
+        },
+        lease.check,
+    )
+    store.set_alias(model, tags.CHAMPION, version, lease.check)
+    winner["version"] = version.uri
+    winner["test"] = {key: found[key] for key in ("metrics", "accuracy_matrix", "untrained", "oracle", "run_id")}
+
+
+@dataclass(slots=True)
+class Timing:
+    """Of this start of a search."""
+
+    wall_seconds: float
+    """From the first thing that Ray was asked for to the end of the last trial."""
+    first_step_seconds: float | None
+    """From the command to the first optimizer step of any trial; None: nothing was trained."""
+    concurrent: int
+    """Trials at once; 0: there was nothing left to do."""
+
+
+class _Search:
+    """What Ray Tune asks and tells, in terms of the journal."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        search_id: str,
+        journal: Journal,
+        progress: Progress,
+        place: Path,
+        storage: Path,
+        demand: Demand,
+        verbose: bool,
+    ) -> None:
+        self.plan, self.search_id, self.journal, self.progress = plan, search_id, journal, progress
+        self.home, self.storage, self.demand, self.verbose = place, storage, demand, verbose
+        self.objective = plan.settings.objectives[0]
+        self.sign = 1.0 if DIRECTIONS[self.objective] == "max" else -1.0
+        self.proposals: Proposals = proposals_for(plan, journal.events())
+        self.halving: Halving | None = None
+        if plan.settings.scheduler == "asha":
+            settings = plan.settings
+            self.halving = Halving(plan.stages, grace=settings.grace_stages, reduction=settings.reduction)
+            for trial, ended in journal.events():
+                if ended:
+                    self._relive(trial)
+        self.first_step: float | None = None
+
+    def run(self, began: float) -> Timing:
+        """Run what is left of the trials."""
+        started, concurrent = time.monotonic(), 0
+        done = [trial for trial in self.journal.trials.values() if trial.outcome]
+        if done:
+            self.progress.note(f"{len(done)} of {self.plan.trials} trials have ended in an earlier start")
+        if len(done) < self.plan.trials:
+            placement = Placement(self.plan.base.workers, self.storage / "ray", self.demand)
+            with RayCluster(placement, verbose=self.verbose) as cluster:
+                cluster.ready(again=False)
+                concurrent = self.room(cluster.use_gpus())
+                self.progress.note(
+                    f"search id {self.search_id}: {self.plan.trials} trials of {self.plan.stages} stages,"
+                    f" {concurrent} at once"
+                )
+                from pipelines.search.tuning import tune_trials
+
+                tune_trials(self, concurrent, gpus=cluster.use_gpus())
+        first = None if self.first_step is None else self.first_step - began
+        return Timing(time.monotonic() - started, first, concurrent)
+
+    def room(self, gpus: bool) -> int:
+        """Trials that the cluster has room for at once.
+
+        Raises:
+            UserError: not even for one.
+        """
+        workers, share = max(1, self.plan.base.workers), self.demand.gpu_share
+        have = preflight.in_cluster()
+        cpus, cards = math.floor(have.cpus or 0), have.gpus or 0.0
+        slots = cpus // workers
+        if gpus:
+            # A share of one GPU does not reach into another: 0.6 of a GPU fits once into each.
+            seats = int(cards) * math.floor(1 / share) if share < 1 else int(cards // share)
+            slots = min(slots, seats) if self.plan.base.workers == 0 else seats // workers
+        elif have.memory is not None:
+            slots = min(slots, have.memory // self.demand.memory)
+        if slots < 1:
+            raise UserError(
+                f"workers: one trial needs {workers} processes, {workers * share if gpus else 0:g} GPUs and"
+                f" {self.demand.memory / 1e9:.1f} GB, the cluster has {cpus} CPUs, {cards:g} GPUs and"
+                f" {(have.memory or 0) / 1e9:.1f} GB; lower `workers` or add nodes"
+            )
+        return min(slots, self.plan.settings.max_concurrent or slots, self.plan.trials)
+
+    # -- asked and told by Ray Tune -------------------------------------------------------------------------------
+
+    def next(self) -> tuple[Trial, dict[str, Any]] | None:
+        """The next trial to start and the configuration of its run; None: there is none."""
+        proposed = self.proposals.next()
+        if proposed is None:
+            return None
+        number, values = proposed
+        config = self.plan.config(values)
+        if not self.plan.settings.share_stages:
+            config.storage = str(self.storage / "trials" / self.run_id(number))
+        trial = self.journal.start(number, values)
+        self.progress.note(f"trial {number}/{self.plan.trials}: {described(values)}")
+        return trial, to_mapping(config)
+
+    def run_id(self, number: int) -> str:
+        """Of a trial's run."""
+        return f"{self.search_id}-t{number:03d}"
+
+    def stopped_by(self, report: dict[str, Any]) -> bool:
+        """A trial has reported; whether the scheduler stops it."""
+        if "error" in report:
+            return False
+        trial = self.journal.trials[report["number"]]
+        at = report.get("first_step")
+        if at is not None:
+            self.first_step = min(at, self.first_step or at)
+        self.journal.log(trial, report)
+        value = report["metrics"].get(self.objective)
+        shown = "undefined" if value is None else f"{value:.3f}"
+        record = report["records"][-1]
+        how = "reused" if record["reused"] else f"trained in {record['train_seconds']:.0f} s"
+        self.progress.note(
+            f"  trial {trial.number}, stage {report['stage']}/{self.plan.stages} {record['task']}: {how},"
+            f" {self.objective} {shown}"
+        )
+        return not self._goes_on(trial.number, report["stage"], value)
+
+    def ended(self, number: int, report: dict[str, Any] | None, error: str | None) -> None:
+        """A trial has ended, by itself, by the scheduler, or because its process died too often."""
+        trial = self.journal.trials[number]
+        report = report or {"number": number, "stage": 0, "metrics": {}, "records": [], "objectives": []}
+        if error:
+            report = report | {"error": error}
+        whole = report["stage"] == self.plan.stages
+        outcome: Any = "failed" if "error" in report else "finished" if whole else "pruned"
+        self.journal.end(trial, outcome, report)
+        self.proposals.tell(number, outcome, report.get("objectives") or [])
+        if outcome != "finished":
+            told = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
+            self.progress.note(f"  trial {number} {outcome}: {told}")
+
+    def _goes_on(self, number: int, stage: int, value: float | None) -> bool:
+        if self.halving is None:
+            return True
+        return self.halving.goes_on(number, stage, None if value is None else self.sign * value)
+
+    def _relive(self, trial: Trial) -> None:
+        """Let the scheduler know what an ended trial reported, stage by stage."""
+        for stage, metrics in enumerate(trial.report.get("curve") or [], start=1):
+            self._goes_on(trial.number, stage, metrics.get(self.objective))
+

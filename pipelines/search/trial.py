@@ -1,0 +1,102 @@
+"""One trial, in a process that Ray Tune starts: it drives one durable sequence and reports after every stage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from amlora_dist.config import from_mapping
+from amlora_dist.errors import AmloraError
+from amlora_dist.search import DIRECTIONS
+from pipelines.progress import Silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a trial is told; plain values, because it travels to another node."""
+
+    number: int
+    run_id: str
+    mlflow_run: str
+    config: dict[str, Any]
+    """Of the trial's run (``to_mapping``)."""
+    home: str
+    objectives: list[str]
+    stages: int
+    """Of the whole sequence."""
+    gpus: float
+    threads: int
+    share: bool
+    verbose: bool
+
+
+@dataclass(slots=True)
+class _FirstStep(Silent):
+    """Notes when a trial's first optimizer step is done."""
+
+    at: float | None = field(default=None)
+
+    def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
+        self.at = self.at or time.time()
+
+
+def run_trial(config: Mapping[str, Any]) -> None:
+    """The trainable: runs in a thread of a Tune actor, which may have run other trials before.
+
+    What a user could mend, and training that failed for good, is reported and not raised: Tune starts a trial again
+    when its process dies, and doing this again would only fail again.
+    """
+    from ray import tune
+
+    from amlora_dist.training.failures import StoppedError
+    from pipelines.quiet import set_up
+    from pipelines.sequence import Within, run_sequence
+
+    order = Order(**json.loads(config["order"]))
+    os.environ["AMLORA_HOME"] = order.home
+    set_up(verbose=order.verbose)
+    run_config = from_mapping(order.config)
+    if run_config.workers == 0:
+        import torch
+
+        torch.set_num_threads(order.threads)
+    watch = _FirstStep()
+    last: dict[str, Any] = {"number": order.number, "stage": 0, "stages": order.stages, "metrics": {}, "curve": []}
+
+    def on_stage(result: dict[str, Any]) -> None:
+        last.update(_report(result, order.objectives), first_step=watch.at)
+        last["curve"].append({name: last["metrics"].get(name) for name in DIRECTIONS})
+        try:
+            tune.report({"report": json.dumps(last)})
+        except SystemExit:  # how Tune stops a trial between two reports
+            raise StoppedError(f"trial {order.number} was stopped by its search") from None
+
+    within = Within(
+        run=order.mlflow_run, on_stage=on_stage, share=order.share, gpus=order.gpus, threads=order.threads
+    )
+    try:
+        run_sequence(run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within)
+    except StoppedError:
+        raise SystemExit(0) from None
+    except AmloraError as error:
+        with contextlib.suppress(SystemExit):
+            tune.report({"report": json.dumps(last | {"error": str(error)})})
+
+
+def _report(result: Mapping[str, Any], objectives: list[str]) -> dict[str, Any]:
+    """What the search keeps of a trial: its matrix, its stages and their metrics so far."""
+    metrics = dict(result["metrics"])
+    return {
+        "stage": len(result["stages"]),
+        "tasks": result["tasks"],
+        "metrics": metrics,
+        "objectives": [metrics.get(name) for name in objectives],
+        "accuracy_matrix": result["accuracy_matrix"],
+        "records": result["stages"],
+        "registered_model": result["registered_model"],
+    }

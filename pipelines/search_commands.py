@@ -1,0 +1,76 @@
+"""Searches from the command line: ``tune``. What it does is in ``pipelines.search``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amlora_dist.errors import UserError
+
+Answered = Callable[..., AbstractContextManager[None]]
+
+
+def add_commands(app: typer.Typer, answered: Answered) -> None:
+    """Add ``tune`` to ``app``; ``answered`` turns errors into messages and exit codes."""
+
+    @app.command()
+    def tune(
+        config: Annotated[
+            Path, typer.Argument(metavar="CONFIG", help="YAML of a run with a `search` section.", show_default=False)
+        ],
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="KEY.PATH=VALUE", help="Overrides, such as search.num_samples=8.", show_default=False
+            ),
+        ] = None,
+        search_id: Annotated[
+            str | None,
+            typer.Option(help="Name of the durable search; the same id goes on where it was. Default: name and time."),
+        ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")
+        ] = False,
+        verbose: Annotated[
+            bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")
+        ] = False,
+    ) -> None:
+        """Search over whole sequences with Ray Tune; the winner gets the alias `champion`."""
+        began = time.time()
+        with answered(verbose=verbose):
+            from amlora_dist.config import validate_config
+            from pipelines.progress import progress_for
+            from pipelines.quiet import standard_output_kept
+
+            settings, _ = validate_config(config, overrides)
+            search_id = _checked(search_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            progress = progress_for()
+            with standard_output_kept(), contextlib.closing(progress):
+                from pipelines.search.driver import run_search
+
+                progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
+                result = run_search(
+                    settings, file=str(config), search_id=search_id, progress=progress, began=began, verbose=verbose
+                )
+            if as_json:
+                sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+                return
+            from pipelines.display import console_for
+            from pipelines.search.display import show_search
+
+            show_search(result, console_for())
+
+
+def _checked(search_id: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", search_id):
+        raise UserError(f"--search-id: found {search_id!r}, expected at most 80 letters, digits and _ . -")
+    return search_id
