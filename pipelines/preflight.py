@@ -192,7 +192,8 @@ def deadline_s(default: float) -> float:
 
 
 def _too_few(workers: int, kind: str, have: float, each: float = 1.0) -> str:
-    return f"workers: {workers} workers need {workers * each:g} {kind}, the cluster has {have:g}; lower `workers` or add nodes"
+    need = f"{workers} workers need {workers * each:g} {kind}"
+    return f"workers: {need}, the cluster has {have:g}; lower `workers` or add nodes"
 
 
 def _size(count: int) -> str:

@@ -146,12 +146,7 @@ class RayCluster:
         except _FitError as error:
             raise told_by(error_file, error.cause, last) from error.cause
 
-    def start(self) -> None:
-        """Join the cluster that ``RAY_ADDRESS`` names, or make one on this machine; in a trial it is there already.
-
-        Raises:
-            UserError: the cluster is too small for one stage.
-        """
+    def _start(self) -> None:
         if self._started:
             return
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
