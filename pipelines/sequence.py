@@ -30,6 +30,7 @@ from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
 from pipelines.publication import Publication, StageRecord
+from pipelines.same_configuration import refuse_other_configuration
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 
 if TYPE_CHECKING:
@@ -40,12 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLAIM_DEADLINE_S = 24 * 3600.0
-IRRELEVANT = (
-    "tasks", "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
-    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
-    "training.cache_trunk", "training.cache_trunk_gb", "search",
-)  # fmt: skip
-"""Keys that may differ between two starts of one run id: they change no result. Tasks may be appended (see below)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,53 +133,6 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     if result is None:
         raise UserError(f"run {run_id!r} has not finished a stage yet")
     return result
-
-
-def refuse_other_configuration(
-    store: Store, wanted: dict[str, str], mapping: dict[str, Any], name: str, free: tuple[str, ...] = IRRELEVANT
-) -> None:
-    """The same id goes on with the same configuration, but for what changes no result, and tasks that are appended.
-
-    Args:
-        store: which has the configuration of the start before, in the run that carries the tags ``wanted``.
-        wanted: tags of that run.
-        mapping: the configuration now.
-        name: what a message calls it.
-        free: keys that may differ.
-
-    Raises:
-        UserError: another key differs; names it.
-    """
-    found = store.find_runs(wanted)
-    stored = store.load_json(found[-1].run, "config.json") if found else None
-    if stored is None:
-        return
-    differing = sorted(
-        key
-        for key in _flat(stored).keys() | _flat(mapping).keys()
-        if _flat(stored).get(key) != _flat(mapping).get(key)
-        and not (free and key == "tasks")
-        and not any(key == other or key.startswith(f"{other}.") for other in free)
-    )
-    before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
-    if free and now[: len(before)] != before:
-        differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
-    if differing:
-        told = "; ".join(
-            f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
-            for key in differing
-        )
-        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
-
-
-def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{above}{key}.")
-        else:
-            out[f"{above}{key}"] = value
-    return out
 
 
 @dataclass(slots=True)

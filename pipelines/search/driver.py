@@ -22,13 +22,14 @@ from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
 from pipelines.materials import gather_materials
+from pipelines.same_configuration import refuse_other_configuration
 from pipelines.search.halving import Halving
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
 from pipelines.search.plan import Plan, plan_search
 from pipelines.search.proposals import Proposals, proposals_for
-from pipelines.sequence import Within, refuse_other_configuration, run_sequence
+from pipelines.sequence import Within, run_sequence
 from pipelines.stage import Placement, RayCluster
 
 if TYPE_CHECKING:

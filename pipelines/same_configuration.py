@@ -1,0 +1,64 @@
+"""The same id goes on with the same configuration: what may differ between two starts, and what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.store import Store
+
+IRRELEVANT = (
+    "tasks", "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
+    "training.cache_trunk", "training.cache_trunk_gb", "search",
+)  # fmt: skip
+"""Keys that may differ between two starts of one run id: they change no result. Tasks may be appended (see below)."""
+
+
+def refuse_other_configuration(
+    store: Store, wanted: dict[str, str], mapping: dict[str, Any], name: str, free: tuple[str, ...] = IRRELEVANT
+) -> None:
+    """The same id goes on with the same configuration, but for what changes no result, and tasks that are appended.
+
+    Args:
+        store: which has the configuration of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        mapping: the configuration now.
+        name: what a message calls it.
+        free: keys that may differ.
+
+    Raises:
+        UserError: another key differs; names it.
+    """
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is None:
+        return
+    differing = sorted(
+        key
+        for key in _flat(stored).keys() | _flat(mapping).keys()
+        if _flat(stored).get(key) != _flat(mapping).get(key)
+        and not (free and key == "tasks")
+        and not any(key == other or key.startswith(f"{other}.") for other in free)
+    )
+    before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
+    if free and now[: len(before)] != before:
+        differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
+    if differing:
+        told = "; ".join(
+            f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
+            for key in differing
+        )
+        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
+
+
+def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{above}{key}.")
+        else:
+            out[f"{above}{key}"] = value
+    return out
