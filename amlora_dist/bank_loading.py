@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def sharing_copy(transformer: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same weights: modules of its own, to put another bank in, and not one tensor more."""
+    weights: dict[int, Any] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+    return copy.deepcopy(transformer, weights)
 
 
 def inject_bank(transformer: PreTrainedModel, bank: Bank) -> Mixture:

@@ -40,7 +40,7 @@ class MlflowSettings:
     """Where runs are recorded and banks registered."""
 
     tracking_uri: str | None = None
-    """``sqlite:///FILE`` or ``http://HOST:PORT``; default: a SQLite file in ``AMLORA_HOME``."""
+    """``sqlite:///FILE`` or ``http://HOST:PORT``; default: ``MLFLOW_TRACKING_URI``, or a SQLite file in ``AMLORA_HOME``."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
+MAX_PROMPT_TOKENS = 10_000_000
+"""What the manifest's format allows; a model with a limit of its own has less."""
+RAW_TEMPLATE = "{{ text }}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class Request:
     labels: tuple[str, ...] | None = None
     gate: Tensor | None = None
     """(T,) fp32; None: the router weighs it in the same pass."""
+    raw: bool = False
+    """The text is the prompt: no template is put around it, and it is never cut."""
     tokens: tuple[int, ...] = ()
 
 
@@ -126,24 +131,27 @@ class Prompter:
         """Set ``tokens`` of each request; texts too long for the model or for ``max_length`` tokens are cut.
 
         Raises:
-            UserError: an empty text, or no room for question and answer.
+            UserError: an empty text, no room for question and answer, or a raw prompt too long for the model.
         """
-        groups: dict[tuple[str | None, str | None], list[Request]] = {}
+        groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
         for request in requests:
             if not request.text.strip():
                 raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
-            groups.setdefault((request.task, request.question), []).append(request)
-        for (task, question), group in groups.items():
-            limit = max_length or self._prompt_limit(task)
-            if self._positions is not None:
-                limit = min(limit, self._positions - new_tokens)
+            groups.setdefault((request.task, request.question, request.raw), []).append(request)
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
+        for (task, question, raw), group in groups.items():
+            limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
             given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
-            template = self.template(task, question)
+            template = PromptTemplate(RAW_TEMPLATE) if raw else self.template(task, question)
             with self._lock:
                 found = prompt_tokens(
                     given, template, self.tokenizer, limit, self.encoder_decoder, task or "(none named)"
                 )
             for request, tokens in zip(group, found, strict=True):
+                if len(tokens) > room:
+                    raise UserError(
+                        f"the prompt has {len(tokens)} tokens; with {new_tokens} new ones the model has room for {room}"
+                    )
                 request.tokens = tokens
 
     def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -175,10 +183,10 @@ class Prompter:
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Batches of requests that can share a pass: all with a gate or none, with the same labels; the longest first."""
-    groups: dict[tuple[bool, tuple[str, ...] | None], list[Request]] = {}
+    """Batches of requests that can share a pass: all with a gate or none; the longest first."""
+    groups: dict[bool, list[Request]] = {}
     for request in requests:
-        groups.setdefault((request.gate is None, request.labels), []).append(request)
+        groups.setdefault(request.gate is None, []).append(request)
     for group in groups.values():
         ordered = sorted(group, key=lambda request: (-len(request.tokens), request.place))
         for start in range(0, len(ordered), size):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from amlora_dist.adapters.inject import Mixture
 from amlora_dist.adapters.router import Router
-from amlora_dist.adapters.task_choice import OnlyTasks, SwitchRouter, routed_by
+from amlora_dist.adapters.task_choice import OnlyTasks, SomeGiven, SwitchRouter, routed_by
 from amlora_dist.bank_loading import (
     chosen_attention,
     chosen_device,
@@ -30,10 +30,11 @@ from amlora_dist.bank_loading import (
     inject_bank,
     pulled,
     resolve_bank_base,
+    sharing_copy,
 )
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, picked, plan_labels
 from amlora_dist.inference import (
     Answer,
     Classification,
@@ -82,10 +83,12 @@ class AMLoRAModel:
         self.uri = uri
         """``models:/NAME/VERSION``; None for a bank that came as a folder."""
         self._router: Router | None = None
-        self._rows_TN = mean_rows(bank.adapters)
+        self._plain = transformer
+        """The base model without a bank, which shares its weights with ``transformer``; set by ``from_bank``."""
+        self.rows_TN = mean_rows(bank.adapters)
         positions = getattr(transformer.config, "max_position_embeddings", None)
-        self._prompter = Prompter(bank.manifest, tokenizer, positions)
-        self._decoder = Decoder(
+        self.prompter = Prompter(bank.manifest, tokenizer, positions)
+        self.decoder = Decoder(
             transformer,
             pad_id=int(tokenizer.pad_token_id),
             eos_id=int(tokenizer.eos_token_id),
@@ -101,6 +104,7 @@ class AMLoRAModel:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         tracking_uri: str | None = None,
+        beside: AMLoRAModel | None = None,
     ) -> AMLoRAModel:
         """Load a bank and its base model.
 
@@ -111,6 +115,8 @@ class AMLoRAModel:
             device: default: the first GPU, or the CPU.
             dtype: ``fp32``, ``bf16``, ``fp16`` or a torch dtype; default: bf16 where the device has it, else fp32.
             tracking_uri: MLflow that has the version; default: the store in ``AMLORA_HOME``.
+            beside: a model in use, whose base model's weights are shared instead of loaded again where both banks have
+                the same base model; ``device`` and ``dtype`` are then its own.
 
         Raises:
             UserError: no such version or folder; the base model is not there, or is another one than the bank was
@@ -124,12 +130,18 @@ class AMLoRAModel:
             folder = Path(bank).expanduser()
         loaded = read_bank(folder, statistics=False)
         found = resolve_bank_base(loaded.manifest.base, base)
-        where = chosen_device(device)
-        attention = chosen_attention(loaded.manifest, where)
-        transformer = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention)
-        transformer.to(where)
+        if beside is not None and beside.base.digest == found.digest:
+            plain = beside._plain
+        else:
+            where = chosen_device(device)
+            attention = chosen_attention(loaded.manifest, where)
+            plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention)
+            plain.to(where)
+        transformer = sharing_copy(plain)
         mixture = inject_bank(transformer, loaded)
-        return cls(loaded, found, transformer, load_tokenizer(found.path), mixture, uri=uri)
+        made = cls(loaded, found, transformer, load_tokenizer(found.path), mixture, uri=uri)
+        made._plain = plain
+        return made
 
     # ---- what it is -------------------------------------------------------------------------------------------
 
@@ -150,7 +162,18 @@ class AMLoRAModel:
 
     def labels(self, task: str) -> list[str] | None:
         """Labels of a task; None where its answers are free text."""
-        return self._prompter.entry(task).labels
+        return self.prompter.entry(task).labels
+
+    def labels_of(self, task: str) -> list[str]:
+        """Labels of a task that has some.
+
+        Raises:
+            UserError: its answers are free text.
+        """
+        found = self.labels(task)
+        if found is None:
+            raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
+        return found
 
     def __repr__(self) -> str:
         base = self.base.source
@@ -184,9 +207,9 @@ class AMLoRAModel:
             question: asked of the text, for one or each.
             batch_size: texts of one pass.
         """
-        requests = self._requests(texts, question=question)
-        self._prompter.fill(requests, new_tokens=0)
-        return routes(self._gates(requests, batch_size), self.tasks, self._rows_TN)
+        requests = self.requests(texts, question=question)
+        self.prompter.fill(requests, new_tokens=0)
+        return routes(self._gates(requests, batch_size), self.tasks, self.rows_TN)
 
     def answer(
         self,
@@ -206,19 +229,18 @@ class AMLoRAModel:
             max_new_tokens: longest answer; default: what the bank's tasks need.
             batch_size: texts of one pass.
         """
-        requests = self._requests(texts, question=question, task=task)
-        self._name_gates(requests)
+        requests = self.requests(texts, question=question, task=task)
         named = {request.task for request in requests}
-        steps = max_new_tokens or max(map(self._prompter.answer_limit, named), default=1)
-        self._prompter.fill(requests, new_tokens=steps)
+        steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
+        self.prompter.fill(requests, new_tokens=steps)
         made: dict[int, Answer] = {}
         for batch in batches(requests, batch_size):
-            state, gate_BT = self._prefill(batch)
+            state, gate_BT = self.prefill(batch)
             with torch.no_grad(), routed_by(self._router):
-                outputs = self._decoder.greedy(state, steps, bool)
-            found = routes(gate_BT, self.tasks, self._rows_TN)
+                outputs = self.decoder.greedy(state, steps, bool)
+            found = routes(gate_BT, self.tasks, self.rows_TN)
             for request, (tokens, ended), route in zip(batch, outputs, found, strict=True):
-                made[request.place] = Answer(self._prompter.decode(tokens), ended, route)
+                made[request.place] = Answer(self.prompter.decode(tokens), ended, route)
         return [made[place] for place in range(len(requests))]
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> list[str]:
@@ -250,23 +272,25 @@ class AMLoRAModel:
             UserError: a named task has free-text answers or is not described, an unknown task, labels that are the
                 same to the tokenizer.
         """
-        requests = self._requests(texts, question=question, task=task)
-        self._name_gates(requests)
-        if labels is None:
-            self._choose_labels(requests, batch_size)
-        else:
+        requests = self.requests(texts, question=question, task=task)
+        if labels is not None:
             if not labels:
                 raise UserError("labels: found none, expected at least one (or leave them out: those of the task)")
             for request in requests:
                 request.labels = tuple(dict.fromkeys(labels))
+        return self.classified(requests, batch_size)
+
+    def classified(self, requests: Sequence[Request], batch_size: int) -> list[Classification]:
+        """``classify`` for requests of different callers: each may have labels, a task and a question of its own."""
+        self._choose_labels([request for request in requests if request.labels is None], batch_size)
         ranked = [request for request in requests if request.labels]
         texts_of_labels = {label for request in ranked for label in request.labels or ()}
-        longest = max(map(len, self._prompter.labels(sorted(texts_of_labels))), default=0)
-        self._prompter.fill(ranked, new_tokens=longest + 1)
+        longest = max(map(len, self.prompter.labels(sorted(texts_of_labels))), default=0)
+        self.prompter.fill(ranked, new_tokens=longest + 1)
         made: dict[int, Classification] = {}
         for request in requests:
             if not request.labels and request.gate is not None:
-                route = routes(request.gate[None], self.tasks, self._rows_TN)[0]
+                route = routes(request.gate[None], self.tasks, self.rows_TN)[0]
                 made[request.place] = Classification(None, request.task, {}, route)
         for batch in batches(ranked, batch_size):
             made |= self._ranked(batch, batch_size)
@@ -321,46 +345,45 @@ class AMLoRAModel:
             gate_BT: weights of the tasks for each text; default: the router's.
             batch_size: texts of one pass.
         """
-        requests = self._requests(texts)
+        requests = self.requests(texts)
         for request in requests:
             request.gate = None if gate_BT is None else gate_BT[request.place].to(self.device)
-        self._prompter.fill(requests, new_tokens=1)
+        self.prompter.fill(requests, new_tokens=1)
         found: dict[int, Tensor] = {}
         for batch in batches(requests, batch_size):
-            state, _ = self._prefill(batch)
+            state, _ = self.prefill(batch)
             found |= {request.place: row for request, row in zip(batch, state.logits.float().cpu(), strict=True)}
         return torch.stack([found[place] for place in range(len(requests))])
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _requests(self, texts: str | Sequence[str], *, question: Names = None, task: Names = None) -> list[Request]:
+    def requests(self, texts: str | Sequence[str], *, question: Names = None, task: Names = None) -> list[Request]:
         listed = [texts] if isinstance(texts, str) else list(texts)
         questions, tasks = _each("question", question, len(listed)), _each("task", task, len(listed))
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
-        return [Request(place, text, asked, named) for place, (text, asked, named) in pairs]
+        return [Request(place, text, asked, named, gate=self._row(named)) for place, (text, asked, named) in pairs]
 
-    def _name_gates(self, requests: Sequence[Request]) -> None:
-        """Give requests whose task is named that task's row."""
-        for request in requests:
-            if request.task is not None:
-                if request.task not in self.tasks:
-                    self._prompter.entry(request.task)
-                request.gate = self.mixture.one_hot(self.tasks.index(request.task), 1)[0]
+    def _row(self, task: str | None) -> Tensor | None:
+        """The gate of a task that was named."""
+        if task is None:
+            return None
+        if task not in self.tasks:
+            self.prompter.entry(task)  # says which tasks there are
+        return self.mixture.one_hot(self.tasks.index(task), 1)[0]
 
     def _choose_labels(self, requests: Sequence[Request], batch_size: int) -> None:
         """Give every request the labels of its task; of the task that the router chooses, where none is named."""
         for task in {request.task for request in requests if request.task is not None}:
-            if self._prompter.entry(task).labels is None:
-                raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
+            self.labels_of(task)
         routed = [request for request in requests if request.task is None]
         if routed:
-            self._prompter.fill(routed, new_tokens=0)
+            self.prompter.fill(routed, new_tokens=0)
             gate_BT = self._gates(routed, batch_size)
-            found = routes(gate_BT, self.tasks, self._rows_TN)
+            found = routes(gate_BT, self.tasks, self.rows_TN)
             for request, gate_T, route in zip(routed, gate_BT, found, strict=True):
                 request.gate, request.task = gate_T, route.task
         for request in requests:
-            labels = None if request.task is None else self._prompter.entry(request.task).labels
+            labels = None if request.task is None else self.prompter.entry(request.task).labels
             request.labels = None if labels is None else tuple(labels)
 
     @torch.no_grad()
@@ -370,7 +393,7 @@ class AMLoRAModel:
         made: dict[int, Tensor] = {}
         for batch in batches(requests, batch_size):
             if router is None:
-                gate_BT = self._prefill(batch)[1].to(self.device)
+                gate_BT = self.prefill(batch)[1].to(self.device)
             elif router.needs_features:
                 inputs = tensors(batch, **self._collation)
                 positions = prompt_positions(
@@ -384,45 +407,55 @@ class AMLoRAModel:
         return torch.stack([made[request.place] for request in requests])
 
     @torch.no_grad()
-    def _prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
+    def prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
         """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used."""
         inputs = tensors(batch, **self._collation)
         routing: dict[str, Any] = {"prompt_mask": inputs["prompt_mask"]}
         noted: list[Tensor] = []
         selected: list[Tensor] = []
-        if (given := [request.gate for request in batch if request.gate is not None]) and len(given) == len(batch):
-            routing["task_gate"] = torch.stack(given)
+        given = [request.gate for request in batch]
+        router = self._router
+        if all(gate is not None for gate in given):
+            routing["task_gate"] = torch.stack([gate for gate in given if gate is not None])
             noted.append(routing["task_gate"])
         elif self.mixture.router is not None:
             routing["on_route"] = lambda _features, gate_BT: noted.append(gate_BT)
+            if any(gate is not None for gate in given):
+                bank_router = self.mixture.router
+                inner = bank_router.inner if isinstance(bank_router, SwitchRouter) else bank_router
+                router = SomeGiven(router or inner, given)
         else:
             mask_BS = inputs["prompt_mask"]
             routing["on_select"] = lambda _path, selection: selected.append(_mean_weight(selection.weights, mask_BS))
-        with routed_by(self._router):
-            state = self._decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
+        with routed_by(router):
+            state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
 
     def _ranked(self, batch: Sequence[Request], batch_size: int) -> dict[int, Classification]:
-        names = batch[0].labels or ()
-        plan = plan_labels(self._prompter.labels(names), self._decoder.eos_id)
-        state, gate_BT = self._prefill(batch)
-        passes = contexts_per_pass(max(len(request.tokens) for request in batch), batch_size, plan)
-        with torch.no_grad(), routed_by(self._router):
-            scores_BL = self._decoder.label_scores(state, plan, contexts_per_pass=passes)
-        shares = torch.softmax(scores_BL, dim=-1).tolist()
-        best = scores_BL.argmax(dim=-1).tolist()
-        found = routes(gate_BT, self.tasks, self._rows_TN)
-        return {
-            request.place: Classification(
-                names[best[row]], request.task, dict(zip(names, shares[row], strict=True)), found[row]
-            )
-            for row, request in enumerate(batch)
-        }
+        """One pass over all prompts; then the labels of each set behind the rows that have it."""
+        state, gate_BT = self.prefill(batch)
+        found = routes(gate_BT, self.tasks, self.rows_TN)
+        longest = max(len(request.tokens) for request in batch)
+        sets: dict[tuple[str, ...], list[int]] = {}
+        for row, request in enumerate(batch):
+            sets.setdefault(request.labels or (), []).append(row)
+        made: dict[int, Classification] = {}
+        for names, rows in sets.items():
+            plan = plan_labels(self.prompter.labels(names), self.decoder.eos_id)
+            part = state if len(rows) == len(batch) else picked(state, rows)
+            with torch.no_grad(), routed_by(self._router):
+                passes = contexts_per_pass(longest, batch_size, plan)
+                scores_BL = self.decoder.label_scores(part, plan, contexts_per_pass=passes)
+            shares, best = torch.softmax(scores_BL, dim=-1).tolist(), scores_BL.argmax(dim=-1).tolist()
+            for row, share, winner in zip(rows, shares, best, strict=True):
+                scores = dict(zip(names, share, strict=True))
+                made[batch[row].place] = Classification(names[winner], batch[row].task, scores, found[row])
+        return made
 
     @property
     def _collation(self) -> dict[str, Any]:
         return {
-            "pad_id": self._decoder.pad_id, "encoder_decoder": self.base.encoder_decoder, "device": self.device
+            "pad_id": self.decoder.pad_id, "encoder_decoder": self.base.encoder_decoder, "device": self.device
         }  # fmt: skip
 
 

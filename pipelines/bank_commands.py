@@ -15,7 +15,7 @@ Answered = Callable[..., AbstractContextManager[None]]
 """Turns errors into messages and exit codes; takes ``verbose``."""
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, the rest on standard error.")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow to look at; default: the store in AMLORA_HOME.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
 Bank = Annotated[

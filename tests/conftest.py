@@ -26,6 +26,7 @@ def amlora_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``AMLORA_HOME`` of one test; subprocesses inherit it."""
     folder = tmp_path / "home"
     monkeypatch.setenv("AMLORA_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow.set_tracking_uri sets it, for good
     return folder
 
 

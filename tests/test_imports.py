@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Each part may import itself, what stands on a lower floor, and the ground. Parts of one floor do not know each other.
 FLOORS = [
+    {"serving"},
     {"model"},
     {"importing"},
     {"bank_loading"},

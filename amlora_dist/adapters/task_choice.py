@@ -67,6 +67,37 @@ class OnlyTasks:
         return self.inner.settings()
 
 
+class SomeGiven:
+    """Another router's gates, but for the inputs that bring their own, so that both kinds share a pass.
+
+    Args:
+        inner: weighs the others.
+        given: for each input of the pass its gate (T,) fp32, or None.
+    """
+
+    def __init__(self, inner: Router, given: Sequence[Tensor | None]) -> None:
+        self.inner, self.given = inner, tuple(given)
+        self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
+
+    def gates(self, features_BD: Tensor | None, batch: int) -> Tensor:
+        """See ``Router``."""
+        routed_BT = self.inner.gates(features_BD, batch)
+        pairs = zip(routed_BT, self.given, strict=True)
+        return torch.stack([routed if given is None else given.to(routed) for routed, given in pairs])
+
+    def to(self, device: torch.device | str) -> SomeGiven:
+        """See ``Router``."""
+        return SomeGiven(self.inner.to(device), self.given)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the inner router: what a pass was given is not stored."""
+        return self.inner.tensors()
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the inner router."""
+        return self.inner.settings()
+
+
 class SwitchRouter:
     """The bank's router, unless the current context (``routed_by``) names another one.
 

@@ -245,6 +245,17 @@ def repeated(state: Prefilled, repeats: int) -> Prefilled:
     )
 
 
+def picked(state: Prefilled, rows: Sequence[int]) -> Prefilled:
+    """A copy of ``state`` with some of its rows; the original can be continued as if the copy did not exist."""
+    cache = copy.deepcopy(state.cache)
+    chosen = torch.tensor(rows, device=state.logits.device)
+    cache.batch_select_indices(chosen)
+    outputs = state.encoder_outputs
+    if outputs is not None:
+        outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[chosen])
+    return Prefilled(cache, state.logits[chosen], state.mask[chosen], state.position[chosen], outputs)
+
+
 def encoded(output: Any) -> Any:
     """The encoder's part of an encoder-decoder output, in the form that its forward takes it back."""
     from transformers.modeling_outputs import BaseModelOutput

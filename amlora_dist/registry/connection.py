@@ -36,6 +36,7 @@ CALL_DEADLINE_S = 120.0
 OUTAGE_DEADLINE_S = 900.0
 """How long a call waits for a tracking server that has gone away in mid-run."""
 KNOCK_DEADLINE_S = 20.0
+VARIABLE = "MLFLOW_TRACKING_URI"
 _TRANSIENT = {"TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
 _LOCKED = ("database is locked", "database table is locked")
 _AWAY = ("failed with exception", "failed with timeout exception", "error code 502", "error code 503", "error code 504")
@@ -171,13 +172,15 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
 
     Args:
         home: ``AMLORA_HOME``; the embedded store is ``home/mlflow.db`` with artifacts below ``home/artifacts``.
-        tracking_uri: None for the embedded store, else a server (``http://...``) or a database URI.
+        tracking_uri: a server (``http://...``) or a database URI; None: what MLflow's own variable
+            ``MLFLOW_TRACKING_URI`` says, or else the embedded store.
 
     Raises:
         UserError: the URI's scheme is one that cannot work, or the server does not answer.
         StoreError: another process has prepared the SQLite file for longer than the deadline.
     """
     home = home.resolve()
+    given, tracking_uri = tracking_uri, tracking_uri or os.environ.get(VARIABLE)
     uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
     if not tracking_uri and any(sign in str(home) for sign in "?#%"):
         raise UserError(
@@ -185,8 +188,8 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
         )
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise UserError(
-            f"mlflow.tracking_uri: found {uri!r}; MLflow keeps no registry in plain files. Give http(s)://HOST:PORT, "
-            "sqlite:////ABSOLUTE/FILE.db, or leave it out for the embedded store"
+            f"mlflow.tracking_uri: found {uri!r}{_origin(given)}; MLflow keeps no registry in plain files. "
+            "Give http(s)://HOST:PORT, sqlite:////ABSOLUTE/FILE.db, or leave it out for the embedded store"
         )
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
@@ -198,6 +201,11 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
     if uri.startswith(("http:", "https:", "databricks")):
         return Connection(client, uri, artifacts=None)
     return Connection(client, uri, artifacts=str(home / "artifacts"))
+
+
+def _origin(given: str | None) -> str:
+    """Where a URI came from that nobody wrote into a configuration."""
+    return "" if given else f" (from {VARIABLE})"
 
 
 def _client(uri: str) -> MlflowClient:

@@ -27,6 +27,12 @@ def test_plain_files_are_refused_with_what_works(uri: str, tmp_path: Path) -> No
         connect(tmp_path, uri)
 
 
+def test_mlflows_own_variable_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match=r"found './mlruns' \(from MLFLOW_TRACKING_URI\)"):
+        connect(tmp_path, None)
+
+
 def test_a_server_that_does_not_listen_is_named_at_once(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,1 @@
+"""A bank behind HTTP: an engine that batches requests across adapters, and an OpenAI-compatible app. Knows no Ray."""

@@ -1,0 +1,224 @@
+"""From a request's message to the messages that answer it; between the routes of the app and the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.inference import Request, Route
+from amlora_dist.serving import messages as wire
+from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.jobs import Began, Classified, Ended, Piece, Sampling
+from amlora_dist.serving.service import Exchange, Service
+
+Chunk = Callable[[int, str | None, Route | None, Ended | None], wire.Completion | wire.ChatChunk]
+"""Makes a chunk of a stream from the index of a text, more of its answer, its route, its end."""
+
+
+class Writer:
+    """One request for answers.
+
+    Args:
+        service: the server.
+        asked: the request.
+        texts: to answer.
+        question: asked of them.
+        raw: they are whole prompts.
+        new_tokens: that the request allows, if it says so.
+
+    Raises:
+        UserError: beyond a limit, or a model that is not served.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        asked: wire.Writing,
+        texts: Sequence[str],
+        *,
+        question: str | None,
+        raw: bool,
+        new_tokens: int | None,
+    ) -> None:
+        self.service, self.asked, self.texts = service, asked, texts
+        self.bank = service.bank
+        self.task = service.task_of(self.bank, asked.model)
+        self.question, self.raw = question, raw
+        service.check_texts(texts, question)
+        most = service.settings.max_new_tokens
+        if new_tokens is not None and new_tokens > most:
+            raise UserError(f"max_tokens: found {new_tokens}, expected at most {most}")
+        self.sampling = Sampling(
+            new_tokens=new_tokens or min(self.bank.answer_limit(self.task), most),
+            temperature=asked.temperature or 0.0,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            seed=asked.seed,
+            stops=asked.stops,
+        )
+        self.id, self.created = uuid.uuid4().hex, int(time.time())
+
+    async def submit(self) -> Exchange:
+        """Tokenise the texts and send them to the engine."""
+        requests = await asyncio.to_thread(self._requests)
+        return self.service.submit(self.bank, requests, self.sampling, stream=bool(self.asked.stream))
+
+    def _requests(self) -> list[Request]:
+        limit = self.sampling.new_tokens
+        return [
+            self.bank.to_generate(text, question=self.question, task=self.task, raw=self.raw, new_tokens=limit)
+            for text in self.texts
+        ]
+
+    async def answers(self) -> tuple[list[tuple[Ended, Route]], wire.Usage]:
+        """The whole answers, in the order of the texts."""
+        exchange = await self.submit()
+        routes: dict[int, Route] = {}
+        ends: dict[int, Ended] = {}
+        async for index, event in exchange.events():
+            if isinstance(event, Began):
+                routes[index] = event.route
+            elif isinstance(event, Ended):
+                ends[index] = event
+        found = [(ends[index], routes[index]) for index in range(len(self.texts))]
+        return found, self._counted(exchange, [end for end, _ in found], routes.values())
+
+    async def stream(self, chunk: Chunk) -> AsyncIterator[bytes]:
+        """Server-sent events, beginning when the first text was read."""
+        exchange = await self.submit()
+        events = exchange.events()
+        first = await anext(events)
+        return self._events(exchange, first, events, chunk)
+
+    async def _events(
+        self, exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any], None], chunk: Chunk
+    ) -> AsyncIterator[bytes]:
+        ends: list[Ended] = []
+        routes: list[Route] = []
+
+        def said(index: int, event: Any) -> bytes:
+            if isinstance(event, Began):
+                routes.append(event.route)
+                return server_sent(chunk(index, None, event.route, None))
+            if isinstance(event, Ended):
+                ends.append(event)
+                return server_sent(chunk(index, None, None, event))
+            return server_sent(chunk(index, event.text if isinstance(event, Piece) else None, None, None))
+
+        try:
+            yield said(*first)
+            async for index, event in events:
+                yield said(index, event)
+        except AmloraError as error:
+            yield server_sent(error_body(error))
+        finally:
+            await events.aclose()  # a client that went away is not written for any longer
+        usage = self._counted(exchange, ends, routes)
+        options = self.asked.stream_options
+        if len(ends) == len(self.texts) and options is not None and options.include_usage:
+            last = chunk(0, None, None, None)
+            last.choices, last.usage = [], usage
+            yield server_sent(last)
+        yield b"data: [DONE]\n\n"
+
+    def _counted(self, exchange: Exchange, ends: Sequence[Ended], routes: Any) -> wire.Usage:
+        written = sum(end.tokens for end in ends)
+        self.service.meters.tokens(read=exchange.prompt_tokens, written=written)
+        for route in routes:
+            self.service.meters.routed(route)
+        return counted(exchange.prompt_tokens, written)
+
+    def head(self, prefix: str) -> dict[str, Any]:
+        """What all answers of a request have in common."""
+        return {
+            "id": f"{prefix}-{self.id}", "created": self.created, "model": self.bank.name,
+            "system_fingerprint": self.bank.version,
+        }  # fmt: skip
+
+    def routing(self, route: Route | None) -> wire.Routing | None:
+        """A route, where the request asks for it."""
+        return None if route is None or not self.asked.routing else routing(route)
+
+
+async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.Classifications:
+    """Labels for the texts of a request."""
+    bank = service.bank
+    texts = listed(asked.input)
+    task = service.task_of(bank, asked.model)
+    service.check_texts(texts, asked.question, asked.labels)
+
+    def prepared() -> list[Request]:
+        return [
+            bank.to_classify(text, labels=asked.labels, question=asked.question, task=task) for text in texts
+        ]
+
+    exchange = service.submit(bank, await asyncio.to_thread(prepared), None)
+    made: dict[int, wire.Label] = {}
+    async for index, event in exchange.events():
+        if isinstance(event, Classified):
+            found = event.found
+            service.meters.routed(found.route)
+            made[index] = wire.Label(
+                index=index, label=found.label, task=found.task, scores=found.scores,
+                routing=routing(found.route) if asked.routing else None,
+            )  # fmt: skip
+    service.meters.tokens(read=exchange.prompt_tokens, written=0)
+    return wire.Classifications(
+        id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=bank.name, system_fingerprint=bank.version,
+        data=[made[index] for index in range(len(texts))], usage=counted(exchange.prompt_tokens, 0),
+    )  # fmt: skip
+
+
+def cards(bank: ServedBank) -> list[wire.ModelCard]:
+    """The bank and its tasks as models."""
+    common: dict[str, Any] = {"created": bank.since, "version": bank.version}
+    whole = wire.ModelCard(id=bank.name, **common)
+    return [whole, *(
+        wire.ModelCard(id=f"{bank.name}:{task}", parent=bank.name, task=task, labels=bank.described(task), **common)
+        for task in bank.tasks
+    )]  # fmt: skip
+
+
+def conversation(turns: Sequence[wire.ChatMessage]) -> tuple[str, str | None]:
+    """Text and question of a chat.
+
+    Raises:
+        UserError: nobody but ``system`` says anything.
+    """
+    asked = [turn.text for turn in turns if turn.role in ("system", "developer") and turn.text.strip()]
+    said = [turn.text for turn in turns if turn.role in ("user", "assistant") and turn.text.strip()]
+    if not said:
+        raise UserError("messages: found no words of role user, expected a text to answer")
+    return "\n".join(said), "\n".join(asked) or None
+
+
+def listed(given: str | list[str]) -> list[str]:
+    """One text or several."""
+    return [given] if isinstance(given, str) else given
+
+
+def routing(route: Route) -> wire.Routing:
+    """A route on the wire."""
+    return wire.Routing(**route.to_mapping())
+
+
+def counted(read: int, written: int) -> wire.Usage:
+    """Counts of tokens on the wire."""
+    return wire.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+def server_sent(message: BaseModel) -> bytes:
+    """One event of a stream."""
+    return f"data: {json.dumps(wire.sparse(message.model_dump(mode='json')))}\n\n".encode()
+
+
+def error_body(error: AmloraError | None, *, kind: str = "server_error", code: str | None = None) -> wire.ErrorBody:
+    """An error on the wire; None: a fault of the server, which its log explains."""
+    message = "a fault of the server; its log says more" if error is None else str(error)
+    return wire.ErrorBody(error=wire.ErrorDetail(message=message, type=kind, code=code))

@@ -1,0 +1,111 @@
+"""One version of a bank as a server holds it: what a request may ask of it, and the passes that answer requests.
+
+A request keeps the version it came to from its first token to its last, whatever is served by then.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from amlora_dist.evaluation.decoding import Prefilled, plan_labels
+from amlora_dist.inference import Classification, Request, Route, routes
+from amlora_dist.model import AMLoRAModel
+
+
+class ServedBank:
+    """A model with its names.
+
+    Args:
+        model: the bank in its base model.
+        name: what clients call it, whatever the version.
+    """
+
+    def __init__(self, model: AMLoRAModel, name: str) -> None:
+        self.model, self.name = model, name
+        self.version = model.uri or f"{name}-{model.bank.manifest.digest()[:12]}"
+        """``models:/NAME/NUMBER``; of a folder its name and the beginning of its digest."""
+        self.since = int(time.time())
+        """When it was loaded, seconds since 1970."""
+        self.eos_id = model.decoder.eos_id
+        self.decode = model.prompter.decode
+        self.answer_limit = functools.cache(model.prompter.answer_limit)
+        """New tokens that a task's answers may need; of None, those of any task."""
+
+    @classmethod
+    def load(cls, bank: str | Path, name: str | None = None, **options: Any) -> ServedBank:
+        """Load a bank; ``options`` as for ``AMLoRAModel.from_bank``, which says what can go wrong."""
+        return cls(AMLoRAModel.from_bank(bank, **options), name or default_name(bank))
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the order in which they were learned."""
+        return self.model.tasks
+
+    def described(self, task: str) -> list[str] | None:
+        """Labels of a task; None where its answers are free text, or the bank does not describe it."""
+        entry = self.model.prompter.entries[task]
+        return None if entry is None else entry.labels
+
+    def to_generate(
+        self, text: str, *, question: str | None = None, task: str | None = None, raw: bool = False, new_tokens: int
+    ) -> Request:
+        """A text on its way to an answer, tokenised.
+
+        Raises:
+            UserError: an empty text, an unknown task, no room for the prompt.
+        """
+        (request,) = self.model.requests(text, question=question, task=task)
+        request.raw = raw
+        self.model.prompter.fill([request], new_tokens=new_tokens)
+        return request
+
+    def to_classify(
+        self, text: str, *, labels: Sequence[str] | None = None, question: str | None = None, task: str | None = None
+    ) -> Request:
+        """A text on its way to a label.
+
+        Raises:
+            UserError: as ``to_generate``; labels that are the same to the tokenizer; a task without labels.
+        """
+        (request,) = self.model.requests(text, question=question, task=task)
+        if labels is not None:
+            request.labels = tuple(dict.fromkeys(labels))
+            plan_labels(self.model.prompter.labels(request.labels), self.eos_id)
+        elif task is not None:
+            self.model.labels_of(task)
+        self.model.prompter.fill([request], new_tokens=self.answer_limit(task))
+        return request
+
+    def group(self, request: Request) -> Hashable:
+        """Requests of one group can decode together: all, unless the layers' own selectors gate some of them."""
+        return self.model.mixture.router is None and request.gate is None
+
+    def prefill(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route]]:
+        """One pass over the prompts of requests of one group."""
+        state, gate_BT = self.model.prefill(requests)
+        return state, routes(gate_BT, self.tasks, self.model.rows_TN)
+
+    def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
+        """One more token for each row; ``state`` then has the scores of the one after it."""
+        state.logits = self.model.decoder.advance(state, tokens_B1)[:, -1]
+
+    def classify(self, requests: Sequence[Request]) -> list[Classification]:
+        """Labels for the texts of different callers, in few passes."""
+        for place, request in enumerate(requests):
+            request.place = place
+        return self.model.classified(requests, len(requests))
+
+
+def default_name(bank: str | Path) -> str:
+    """What clients call a bank: its registered model, or its folder's name."""
+    if str(bank).startswith("models:"):
+        from amlora_dist.registry.versions import parse_uri
+
+        return parse_uri(str(bank))[0]
+    return Path(bank).expanduser().resolve().name

@@ -1,0 +1,312 @@
+"""The engine: one thread that owns the model and answers the texts of all clients together.
+
+Continuous batching. In each turn newcomers are read in one pass, whichever adapters they are routed to (a gate per
+row), join the rows that are being written, and every row gets one more token in one pass; rows that are done leave.
+So nobody waits for somebody else's answer, and at most one bounded pass over new prompts (``prefill_tokens``) or one
+batch of classifications lies between two tokens of a stream. Rows of another version of the bank, or of models whose
+caches cannot be joined, run side by side in groups of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from amlora_dist.errors import AmloraError
+from amlora_dist.evaluation.decoding import Prefilled
+from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.jobs import Began, BusyError, Classified, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.rows import can_join, joined, keep
+from amlora_dist.serving.settings import ServeSettings
+from amlora_dist.serving.wording import Wording
+
+log = logging.getLogger(__name__)
+
+SIDE_BY_SIDE = 2
+"""Groups that cannot be joined, at once: newcomers wait and share the next pass instead of having one each."""
+DEAD_AFTER_S = 300.0
+"""A turn that takes longer than this hangs."""
+
+Observe = Callable[[str, int, float], None]
+"""Receives the kind of a pass (``prefill``, ``decode``, ``classify``), its rows and its seconds."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A job whose answer is being written."""
+
+    job: Job
+    wording: Wording
+    generator: torch.Generator | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Rows that share their passes."""
+
+    bank: ServedBank
+    key: Hashable
+    state: Prefilled
+    rows: list[Row] = field(default_factory=list)
+
+
+class Engine:
+    """See the module. ``start`` it, ``submit`` jobs from any thread, ``stop`` it.
+
+    Args:
+        settings: limits.
+        observe: hears of every pass, in the engine's thread.
+    """
+
+    def __init__(self, settings: ServeSettings, observe: Observe | None = None) -> None:
+        self._settings = settings
+        self._observe: Observe = observe or (lambda kind, rows, seconds: None)
+        self._wake = threading.Condition()
+        self._to_write: deque[Job] = deque()
+        self._to_classify: deque[Job] = deque()
+        self._groups: list[Group] = []
+        self._inside: set[Job] = set()
+        self._stopping = False
+        self._give_up_at = float("inf")
+        self._turn_began: float | None = None
+        self._thread = threading.Thread(target=self._run, name="amlora-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, deadline_s: float) -> None:
+        """Take nothing more, finish what is inside, and end; what is not done by then fails."""
+        with self._wake:
+            self._stopping = True
+            self._give_up_at = time.monotonic() + deadline_s
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(deadline_s + DEAD_AFTER_S)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works: its thread is there and not stuck in a pass."""
+        began = self._turn_began
+        return self._thread.is_alive() and (began is None or time.monotonic() - began < DEAD_AFTER_S)
+
+    @property
+    def texts(self) -> int:
+        """Texts inside, waiting or at work."""
+        return len(self._inside)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for their first pass."""
+        return len(self._to_write) + len(self._to_classify)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all of these jobs, or none.
+
+        Raises:
+            BusyError: more texts than ``max_concurrency``.
+            StoppingError: it is shutting down.
+        """
+        with self._wake:
+            if self._stopping or not self._thread.is_alive():
+                raise StoppingError("the server is shutting down")
+            if len(self._inside) + len(jobs) > self._settings.max_concurrency:
+                raise BusyError(
+                    f"the server has {len(self._inside)} texts at work and takes {self._settings.max_concurrency} at once; "
+                    "try again later"
+                )
+            for job in jobs:
+                self._inside.add(job)
+                (self._to_classify if job.sampling is None else self._to_write).append(job)
+            self._wake.notify()
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while self._turn():
+                    self._turn_began = None
+        finally:
+            # A fault of this program may have ended it: nobody must wait for ever.
+            with self._wake:
+                self._stopping = True
+            for job in list(self._inside):
+                self._end(job, Failed(StoppingError("the server stopped before the answer was there")))
+
+    def _turn(self) -> bool:
+        with self._wake:
+            while not (self._inside or self._stopping):
+                self._wake.wait(timeout=60)
+            if not self._inside or time.monotonic() > self._give_up_at:
+                return False
+            self._turn_began = time.monotonic()
+            to_classify = self._taken(self._to_classify, self._settings.batch_rows)
+            to_write = self._taken(self._to_write, self._room())
+        if to_classify:
+            self._together(to_classify, self._classify)
+        if to_write:
+            self._together(to_write, self._read)
+        for group in list(self._groups):
+            self._guarded([row.job for row in group.rows], partial(self._write, group), group)
+        return True
+
+    def _room(self) -> int:
+        """Rows that may begin to be written in this turn."""
+        if sum(not can_join(group.state) for group in self._groups) >= SIDE_BY_SIDE:
+            return 0
+        return self._settings.batch_rows - sum(len(group.rows) for group in self._groups)
+
+    def _taken(self, queue: deque[Job], room: int) -> list[Job]:
+        """The longest waiting jobs of one version of the bank that fit in a pass."""
+        taken: list[Job] = []
+        longest = 0
+        while queue and len(taken) < room:
+            job = queue[0]
+            if (error := job.over()) is not None:
+                queue.popleft()
+                self._end(job, Failed(error))
+                continue
+            longest = max(longest, job.prompt_tokens)
+            too_many = taken and longest * (len(taken) + 1) > self._settings.prefill_tokens
+            if too_many or (taken and job.bank is not taken[0].bank):
+                break
+            taken.append(queue.popleft())
+        return taken
+
+    def _together(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
+        """Do ``work`` for jobs that can share passes at once."""
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.bank.group(job.request), []).append(job)
+        for group in groups.values():
+            self._guarded(group, work)
+
+    def _guarded(self, jobs: list[Job], work: Callable[[list[Job]], None], group: Group | None = None) -> None:
+        """Do ``work``; what goes wrong with a request is told to its client and no other."""
+        try:
+            work(jobs)
+        except AmloraError as error:
+            if len(jobs) == 1 or group is not None:
+                self._fail(jobs, error, group)
+            else:
+                for job in jobs:
+                    self._guarded([job], work)
+        except (RuntimeError, ValueError) as error:  # torch's, memory that ran out among them
+            log.exception("a pass over %d texts failed", len(jobs))
+            self._fail(jobs, error, group)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception, group: Group | None) -> None:
+        if group is not None:
+            self._groups.remove(group)
+        for job in jobs:
+            if job in self._inside:
+                self._end(job, Failed(error))
+
+    def _end(self, job: Job, event: Event) -> None:
+        with self._wake:
+            self._inside.discard(job)
+        job.tell(event)
+
+    # ---- the passes -------------------------------------------------------------------------------------------
+
+    def _classify(self, jobs: list[Job]) -> None:
+        start = time.perf_counter()
+        found = jobs[0].bank.classify([job.request for job in jobs])
+        self._observe("classify", len(jobs), time.perf_counter() - start)
+        for job, one in zip(jobs, found, strict=True):
+            self._end(job, Classified(one))
+
+    def _read(self, jobs: list[Job]) -> None:
+        """One pass over the prompts; the rows then stand beside those that are being written."""
+        start, bank = time.perf_counter(), jobs[0].bank
+        state, routes = bank.prefill([job.request for job in jobs])
+        self._observe("prefill", len(jobs), time.perf_counter() - start)
+        rows = []
+        for job, route in zip(jobs, routes, strict=True):
+            assert job.sampling is not None
+            job.tell(Began(route))
+            generator = None
+            if job.sampling.temperature > 0:
+                generator = torch.Generator()
+                if job.sampling.seed is None:
+                    generator.seed()
+                else:
+                    generator.manual_seed(job.sampling.seed)
+            rows.append(Row(job, Wording(bank.decode, job.sampling.stops, live=job.stream), generator))
+        key = bank.group(jobs[0].request)
+        if can_join(state):
+            for group in self._groups:
+                if group.bank is bank and group.key == key:
+                    group.state = joined(group.state, state)
+                    group.rows += rows
+                    return
+        self._groups.append(Group(bank, key, state, rows))
+
+    def _write(self, group: Group, _jobs: list[Job]) -> None:
+        """The next token of every row; rows that it ends leave, the others are read on."""
+        tokens = self._chosen(group)
+        going: list[int] = []
+        for place, (row, token) in enumerate(zip(group.rows, tokens, strict=True)):
+            event = self._written(group.bank, row, token)
+            if event is None:
+                going.append(place)
+            else:
+                self._end(row.job, event)
+        if not going:
+            self._groups.remove(group)
+            return
+        if len(going) < len(group.rows):
+            group.rows = [group.rows[place] for place in going]
+            keep(group.state, going)
+        start = time.perf_counter()
+        next_B1 = torch.tensor([[tokens[place]] for place in going], device=group.state.logits.device)
+        group.bank.advance(group.state, next_B1)
+        self._observe("decode", len(going), time.perf_counter() - start)
+
+    def _written(self, bank: ServedBank, row: Row, token: int) -> Event | None:
+        """What a row's next token means: the job's last event, or None where it goes on."""
+        job, wording = row.job, row.wording
+        if (error := job.over()) is not None:
+            return Failed(error)
+        assert job.sampling is not None
+        count = len(wording.tokens) + (token != bank.eos_id)
+        ended = token == bank.eos_id
+        piece = "" if ended else wording.grow(token)
+        ended = ended or wording.stopped
+        full = count == job.sampling.new_tokens
+        if ended or full:
+            piece += wording.finish()
+        if piece and job.stream:
+            job.tell(Piece(piece))
+        if ended or full:
+            return Ended(wording.text, "stop" if ended else "length", count)
+        return None
+
+    @staticmethod
+    def _chosen(group: Group) -> list[int]:
+        """Next token of each row: the most likely one, or drawn."""
+        tokens: list[int] = group.state.logits.argmax(dim=-1).tolist()
+        for place, row in enumerate(group.rows):
+            if row.generator is not None:
+                assert row.job.sampling is not None
+                tokens[place] = _drawn(group.state.logits[place], row.job.sampling.temperature, row.job.sampling.top_p,
+                                       row.generator)  # fmt: skip
+        return tokens
+
+
+def _drawn(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token from softmax(logits / temperature), cut to the fewest that hold ``top_p`` of the probability."""
+    shares_V = torch.softmax(logits_V.double().cpu() / temperature, dim=-1)
+    if top_p < 1:
+        ordered_V, place_V = shares_V.sort(descending=True)
+        ordered_V[ordered_V.cumsum(0) - ordered_V >= top_p] = 0
+        shares_V = torch.zeros_like(shares_V).scatter(0, place_V, ordered_V)
+    return int(torch.multinomial(shares_V, 1, generator=generator))

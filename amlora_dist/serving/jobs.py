@@ -1,0 +1,111 @@
+"""What the engine is given and what it says: a job for each text, and the events of its life."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from amlora_dist.errors import AmloraError
+from amlora_dist.inference import Classification, Request, Route
+from amlora_dist.serving.bank import ServedBank
+
+
+class BusyError(AmloraError):
+    """More texts than the server takes at once; try again later."""
+
+
+class StoppingError(AmloraError):
+    """The server is shutting down, or its engine has died."""
+
+
+class EngineError(AmloraError):
+    """A pass failed; the log says why."""
+
+
+class LateError(AmloraError):
+    """The time of the request is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is written."""
+
+    new_tokens: int
+    temperature: float = 0.0
+    """0: greedy, as the bank's accuracy was measured."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The prompt was read."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer is whole: the pieces add up to ``text``."""
+
+    text: str
+    reason: str
+    """``stop`` (the model ended it, or a stop sequence did) or ``length``."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """The label is there."""
+
+    found: Classification
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It will not be answered."""
+
+    error: Exception
+
+
+Event = Began | Piece | Ended | Classified | Failed
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One text. ``Ended``, ``Classified`` and ``Failed`` are the last event of a job."""
+
+    bank: ServedBank
+    request: Request
+    tell: Callable[[Event], None]
+    """Called in the engine's thread; must not wait."""
+    deadline: float
+    """Of ``time.monotonic()``."""
+    sampling: Sampling | None = None
+    """None: to be classified."""
+    stream: bool = False
+    """Whether pieces are wanted."""
+    cancelled: bool = False
+    """Set by anyone: nobody waits for the answer any more."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that it has brought."""
+        return len(self.request.tokens)
+
+    def over(self) -> AmloraError | None:
+        """Why no more work should go into it, if so."""
+        if self.cancelled:
+            return LateError("cancelled by the client")
+        if time.monotonic() > self.deadline:
+            return LateError("the request took longer than the server allows")
+        return None

@@ -1,0 +1,303 @@
+"""What goes over the wire: OpenAI's shapes, with a few keys more. The OpenAPI schema is made of these.
+
+Strict: an unknown key or a number in quotes is an error that names it, not a request that means something else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class _Said(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+# ---- asked ----------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(_Asked):
+    """As OpenAI's."""
+
+    include_usage: bool = False
+    """Send the counts of tokens as the last chunk."""
+    include_obfuscation: bool | None = None
+    """Has no effect."""
+
+
+class Writing(_Asked):
+    """How answers are written; what both kinds of completion share."""
+
+    model: str | None = None
+    """The bank's name (the default: the router weighs its tasks), or ``NAME:TASK`` for one task's row and prompt."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Default 0: the most likely token, as the bank's accuracy was measured."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """The same seed draws the same answer, on the same machine."""
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    """Only 0."""
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    """Only 0."""
+    user: str | None = None
+    """Has no effect."""
+    routing: bool = False
+    """Whether each choice carries which tasks and adapters it was routed to."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop sequences."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Writing):
+    """Texts to answer."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    """One text or several; the bank's prompt is put around each, as its accuracy was measured."""
+    question: Text | None = None
+    """Asked of the texts, in place of the task's own."""
+    raw: bool = False
+    """Send the prompt as it is, without the bank's template."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """New tokens at most; default: what the answers of the bank's tasks need."""
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    logit_bias: None = None
+    suffix: None = None
+
+
+class TextPart(_Asked):
+    """A part of a message; texts are joined."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Asked):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    """Has no effect."""
+
+    @property
+    def text(self) -> str:
+        """Its words."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Writing):
+    """A conversation to answer. The bank's prompt is put around the turns of user and assistant, joined by newlines;
+    what ``system`` or ``developer`` say is the question asked of them."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """As ``max_completion_tokens``."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """New tokens at most; default: what the answers of the bank's tasks need."""
+    logprobs: Literal[False] | None = None
+    response_format: None = None
+    tools: None = None
+
+
+class ClassificationRequest(_Asked):
+    """Texts to label."""
+
+    model: str | None = None
+    """As for completions."""
+    input: Text | Annotated[list[Text], Field(min_length=1)]
+    """One text or several."""
+    labels: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    """To choose from; default: those of the task that each text is routed to."""
+    question: Text | None = None
+    """Asked of the texts, in place of the task's own."""
+    routing: bool = False
+    """Whether each result carries which tasks and adapters it was routed to."""
+
+
+# ---- said -----------------------------------------------------------------------------------------------------
+
+
+class Routing(_Said):
+    """How a text was weighed."""
+
+    task: str | None
+    """The strongest task; null where none has any weight."""
+    tasks: dict[str, float]
+    """Weight of each task's row."""
+    adapters: dict[str, float]
+    """Weight of the adapter that each task trained, mean over the adapted layers."""
+    abstention: float
+    """What the tasks lack to 1: the share of the zero adapter."""
+
+
+class Usage(_Said):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+Reason = Literal["stop", "length"]
+
+
+class _Answered(_Said):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    """The version of the bank that answered, the whole of it."""
+    usage: Usage | None = None
+
+
+class CompletionChoice(_Said):
+    """An answer, or in a stream a piece of it."""
+
+    index: int
+    text: str
+    finish_reason: Reason | None
+    logprobs: None = None
+    routing: Routing | None = None
+
+
+class Completion(_Answered):
+    """Answers to the texts of a request; in a stream a chunk of them."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class SaidMessage(_Said):
+    """The answer's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(_Said):
+    """The answer."""
+
+    index: int
+    message: SaidMessage
+    finish_reason: Reason
+    logprobs: None = None
+    routing: Routing | None = None
+
+
+class ChatCompletion(_Answered):
+    """The answer to a conversation."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(_Said):
+    """What a chunk adds."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(_Said):
+    """A piece of the answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: Reason | None = None
+    logprobs: None = None
+    routing: Routing | None = None
+
+
+class ChatChunk(_Answered):
+    """One event of a stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+class Label(_Said):
+    """The label of one text."""
+
+    index: int
+    label: str | None
+    """Null where there are none to choose from: the router abstained, or chose a task with free-text answers."""
+    task: str | None
+    """Whose labels and prompt were used; null where the caller named the labels and no task."""
+    scores: dict[str, float]
+    """Share of each label: softmax over the labels' log-likelihoods."""
+    routing: Routing | None = None
+
+
+class Classifications(_Answered):
+    """Labels of the texts of a request."""
+
+    object: Literal["list"] = "list"
+    data: list[Label]
+
+
+class ModelCard(_Said):
+    """The bank, or one of its tasks."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "amlora-dist"
+    version: str
+    parent: str | None = None
+    """Of a task: the bank."""
+    task: str | None = None
+    labels: list[str] | None = None
+    """Of a task; null where its answers are free text."""
+
+
+class ModelList(_Said):
+    """The bank and its tasks."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(_Said):
+    """Whether the server can answer, and with what."""
+
+    status: Literal["ok", "stopping", "failed"]
+    model: str
+    version: str
+
+
+class ErrorDetail(_Said):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(_Said):
+    """OpenAI's form of an error."""
+
+    error: ErrorDetail
+
+
+def sparse(value: Any) -> Any:
+    """JSON values without the keys of ours, and ``usage``, where they are null: clients may know no such keys."""
+    if isinstance(value, dict):
+        return {key: sparse(v) for key, v in value.items() if v is not None or key not in ("usage", "routing")}
+    return [sparse(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,80 @@
+"""The page at /: a text is tried in a real browser, and its routing seen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.model import AMLoRAModel
+from amlora_dist.serving.bank import ServedBank
+from tests.bank_with_base import texts_of
+from tests.serving.chromium import PROGRAM, opened
+from tests.serving.servers import Running, running
+
+TEXT = texts_of("shapes", 1, "page")[0]
+
+
+def test_the_page_is_whole_in_itself(server: Running) -> None:
+    answer = server.client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r"""(src|href)=["'](?!data:)""", answer.text)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
+def test_a_text_is_classified_and_answered_and_its_routing_shown(
+    server: Running, model: AMLoRAModel, tmp_path: Path
+) -> None:
+    async def visit() -> None:
+        async with opened(server.url, tmp_path / "profile") as page:
+            await page.until("document.querySelectorAll('#model option').length === 4")
+            assert await page.value("document.getElementById('name').textContent") == "words"
+            await page.value(f"document.getElementById('text').value = {TEXT!r}")
+            await page.value("document.getElementById('classify').click()")
+            await page.until("document.querySelectorAll('#labels .bar').length === 3")
+            label = model.classify(TEXT)[0].label
+            assert await page.value("document.getElementById('answer').textContent") == label
+            rows = await page.value("[...document.querySelectorAll('#bars .bar')].map(row => row.textContent)")
+            assert [row.startswith(task) for row, task in zip(rows, model.tasks, strict=True)] == [True] * 3
+            assert rows[1] == "shapes100.0%"
+            await _pictured(page, tmp_path)
+            await page.value("document.getElementById('write').click()")
+            await page.until("document.getElementById('note').textContent.includes('ms')")
+            assert await page.value("document.getElementById('answer').textContent") == model.predict(TEXT)[0]
+            # what a bank's author wrote is text, never markup; and errors are told
+            await page.value("document.getElementById('text').value = 'x'.repeat(40000)")
+            await page.value("document.getElementById('classify').click()")
+            told = await page.until("document.getElementById('error').textContent")
+            assert "expected at most 32768" in told
+            assert page.complaints == ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]
+
+    asyncio.run(visit())
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
+def test_the_page_asks_for_the_key_where_one_is_needed(model: AMLoRAModel, tmp_path: Path) -> None:
+    async def visit(url: str) -> None:
+        async with opened(url, tmp_path / "profile") as page:
+            await page.until("!document.getElementById('keybox').hidden")
+            await page.value("document.getElementById('key').value = 's3cret'")
+            await page.value("document.getElementById('key').dispatchEvent(new Event('change'))")
+            await page.until("document.querySelectorAll('#model option').length === 4")
+
+    with running(ServedBank(model, "words"), key="s3cret") as server:
+        asyncio.run(visit(server.url))
+
+
+async def _pictured(page: object, folder: Path) -> None:
+    """A picture for people, where they ask for one."""
+    from tests.serving.chromium import Page
+
+    assert isinstance(page, Page)
+    file = Path(os.environ.get("AMLORA_PICTURES") or folder) / "page.png"
+    await page.picture(file)
+    assert file.stat().st_size > 5000
