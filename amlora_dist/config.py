@@ -68,6 +68,8 @@ class RunConfig:
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
     task_defaults: TaskDefaults = Field(default_factory=TaskDefaults)
+    boundary_mix: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of each stage's training rows that are the next task's, as in a stream whose boundaries nobody knows."""
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)

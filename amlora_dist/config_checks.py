@@ -107,8 +107,9 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
     """Every task's specification, and what is wrong with the tasks, their files and their data files."""
     specs: list[TaskSpec] = []
     faults: dict[KeyPath, Fault] = {}
-    for index, ref in enumerate(config.tasks):
-        path: KeyPath = ("tasks", index)
+    given: list[tuple[KeyPath, str | dict[str, Any]]] = [(("tasks", n), ref) for n, ref in enumerate(config.tasks)]
+    given += [(("evaluation", "also", n), ref) for n, ref in enumerate(config.evaluation.also)]
+    for path, ref in given:
         try:
             spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
         except FaultsError as error:
@@ -124,11 +125,11 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
             hint = "give it another `name`"
             faults[path] = Fault(dotted(path), f"task {spec.name!r} again", "tasks with different names", hint)
         specs.append(spec)
-        for n, missing in enumerate(_missing_files(spec, config.data_dir)):
+        for n, missing in enumerate(_missing_files(spec, config.data_dir, learned=path[0] == "tasks")):
             where = f"{dotted(path)} ({spec.name})"
             file: KeyPath = (*path, "files", n)
             faults[file] = Fault(where, f"no file {missing}", "the data of the task")
-    return specs, faults
+    return specs[: len(config.tasks)], faults
 
 
 def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
@@ -200,12 +201,14 @@ def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
     return {path: Fault(where, found, "false", hint)}
 
 
-def _missing_files(spec: TaskSpec, data_dir: Path | None) -> list[str]:
-    """Local data files that a task names and that are not there."""
+def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> list[str]:
+    """Local data files that a task names and that are not there; of one that is only scored, the test file."""
     if spec.source.kind == "files":
-        wanted = [Path(path) for path in (spec.splits.train, spec.splits.dev, spec.splits.test) if path]
+        splits = (spec.splits.train, spec.splits.dev, spec.splits.test) if learned else (spec.splits.test,)
+        wanted = [Path(path) for path in splits if path]
     elif spec.source.kind == "hub" and data_dir is not None:
-        wanted = [mirror_folder(spec, data_dir) / f"{split}.jsonl" for split in ("train", "test")]
+        mirror = mirror_folder(spec, data_dir)
+        wanted = [mirror / "train.jsonl", mirror / "test.jsonl"] if learned else [mirror / "test.jsonl"]
     else:
         return []
     return [str(path) for path in wanted if not path.exists() and not any(path.parent.glob(path.name))]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -222,9 +222,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def add_commands(app: typer.Typer, answered: Answered) -> None:
-    """Add the commands of this module to the program."""
-    for name, command in COMMANDS.items():
+def add_commands(app: typer.Typer, answered: Answered, commands: Mapping[str, Callable[..., None]] = COMMANDS) -> None:
+    """Add commands to the program: those of this module, or another one's."""
+    for name, command in commands.items():
         app.command(name)(_guarded(command, answered))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amlora_dist.errors import AmloraError, UserError
-from pipelines import bank_commands, cluster_commands, search_commands
+from pipelines import bank_commands, cluster_commands, report_commands, search_commands
 from pipelines.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 bank_commands.add_commands(app, _answered)
 cluster_commands.add_commands(app, _answered)
+report_commands.add_commands(app, _answered)
 search_commands.add_commands(app, _answered)
 
 if __name__ == "__main__":

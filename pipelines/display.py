@@ -23,10 +23,12 @@ PIPE_WIDTH = 200
 
 METRICS = {
     "average_performance": "mean of the last row",
+    "average_incremental_performance": "mean over stages of the average performance there",
     "backward_transfer": "mean change of earlier tasks since they were learned",
     "forward_transfer_gem": "mean gain on the next task before it is learned, over the untrained model",
     "forward_transfer_single": "mean gain over learning each task alone",
     "forgetting": "mean loss of earlier tasks from their best",
+    "learning_accuracy": "mean score right after learning",
 }
 
 _CELL_WIDTH = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,23 @@ class Materials:
     config: RunConfig
     base: BaseModel
     specs: dict[str, TaskSpec]
+    """The tasks of the sequence, in order, and after them the test sets that are only scored."""
     data: dict[str, TaskData]
     dtype: str
     parameters: int = 0
     """Of the base model."""
     trainable: int = 0
     """Of the adapter that a stage trains."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks of the sequence."""
+        return list(self.specs)[: len(self.config.tasks)]
+
+    @property
+    def also(self) -> list[str]:
+        """Names of the test sets that no stage learns."""
+        return list(self.specs)[len(self.config.tasks) :]
 
     def stage_settings(self) -> StageSettings:
         """The part of the configuration that stages read."""
@@ -62,6 +73,13 @@ class Materials:
         template = template_for(spec, spec.prompt_style)
         return prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
 
+    def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
+        """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
+        share, later = self.config.boundary_mix, sequence[sequence.index(stage) + 1 :]
+        if not share or stage not in self.data or not later:
+            return {}
+        return {later[0]: round(len(self.data[stage].rows["train"]) * share / (1 - share))}
+
     def training_fingerprint(
         self,
         method: Method,
@@ -70,9 +88,16 @@ class Materials:
         adapters: list[str],
         statistics: list[str],
         rows: dict[str, int | None],
+        mixed: dict[str, int] | None = None,
     ) -> str:
-        """Of the stage that learns ``task`` on top of adapters with these digests, from ``rows`` (``Method.rows``)."""
+        """Of the stage that learns ``task`` on top of adapters with these digests, from ``rows`` (``Method.rows``) with
+        so many rows of other tasks ``mixed`` among its own."""
         reads = method.reads(stage)
+        if mixed:
+            reads["mixed"] = {
+                name: {"count": count, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}
+                for name, count in mixed.items()
+            }
         if list(rows) != [task]:
             reads["rows"] = {
                 name: {"at_most": limit, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}
@@ -109,6 +134,26 @@ class Materials:
             dtype=self.dtype,
         )
 
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the model and the rows, JSON-able."""
+        return {
+            "base": {"source": self.base.source, "revision": self.base.revision, "digest": self.base.digest},
+            "dtype": self.dtype,
+            "tasks": {name: self._task_facts(name) for name in self.specs},
+        }
+
+    def _task_facts(self, name: str) -> dict[str, Any]:
+        spec, data = self.specs[name], self.data[name]
+        return {
+            "labels": spec.label_texts,
+            "metric": spec.metric,
+            "prompt_style": "its own template" if spec.prompt.template else spec.prompt_style,
+            "leaks": spec.leaks,
+            "rows": {split: len(rows) for split, rows in data.rows.items()},
+            "digests": {split: data.digest(split) for split in data.rows},
+            "bad_rows": len(data.bad),
+        }
+
 
 def gather_materials(config: RunConfig, home: Path) -> Materials:
     """Read and check everything that can be checked before a process is started.
@@ -118,15 +163,18 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
     """
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
-    splits = ("train", config.evaluation.split)
-    for ref in config.tasks:
+    for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
         spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
         if spec.name in specs:
             raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
         specs[spec.name] = spec
+        splits = ("train", config.evaluation.split) if place < len(config.tasks) else (config.evaluation.split,)
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
         )
+    for spec in list(specs.values())[: len(config.tasks)]:
+        for other in paraphrased(spec, config.evaluation.paraphrases):
+            specs[other.name], data[other.name] = other, data[spec.name]
     base = resolve_base(config.model, home)
     parameters, trainable = check_targets(config, base)
     if config.training.cache_trunk and base.encoder_decoder:
@@ -138,6 +186,15 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
             " or 2"
         )
     return materials
+
+
+def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
+    """The task with at most ``count`` other wordings of its question, each under a name of its own."""
+    wordings = spec.prompt.paraphrases[:count]
+    return [
+        replace(spec, name=f"{spec.name}.paraphrase{n}", prompt=replace(spec.prompt, question=wording))
+        for n, wording in enumerate(wordings, start=1)
+    ]
 
 
 def check_targets(config: RunConfig, base: BaseModel) -> tuple[int, int]:

@@ -166,13 +166,13 @@ class Publication:
             ],
             training_configuration=self.mapping,
             accuracy_matrix=AccuracyMatrix(
-                tasks=list(self.materials.specs), accuracy=rows.accuracy, ranked_accuracy=rows.ranked_accuracy
+                tasks=self.materials.tasks, accuracy=rows.accuracy, ranked_accuracy=rows.ranked_accuracy
             ),
             lineage=Lineage(
                 parent=below.uri if below is not None else None,
                 reused_from=original.uri if original is not None else None,
             ),
-            library_versions=_library_versions(),
+            library_versions=library_versions(),
             run_id=self.run_id,
             stage=record.index,
             epoch=self.lease.epoch,
@@ -281,7 +281,8 @@ class Publication:
         self.store.end_run(record.run, "FINISHED")
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of this project and of the libraries that decide a result, by name."""
     from importlib.metadata import version
 
     names = ("torch", "transformers", "deepspeed", "ray", "mlflow", "safetensors")

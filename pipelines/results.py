@@ -17,7 +17,10 @@ STAGE_FILE = "stage.json"
 """Artifact of a stage's MLflow run: its scores and how it was trained."""
 
 Row = list[float | None]
-METRICS = ("average_performance", "backward_transfer", "forward_transfer_gem", "forward_transfer_single", "forgetting")
+METRICS = (
+    "average_performance", "average_incremental_performance", "backward_transfer", "forward_transfer_gem",
+    "forward_transfer_single", "forgetting", "learning_accuracy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,12 @@ def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
 
     oracle = _row(tasks, stages[-1].scores, "oracle", "accuracy") if stages else []
     return Matrices(rows("accuracy"), rows("ranked_accuracy"), oracle if any(v is not None for v in oracle) else None)
+
+
+def _also(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of the test sets that no stage learns."""
+    keys = ("task", "accuracy", "ranked_accuracy", "rows")
+    return [{key: one[key] for key in keys} for one in scores if one["mode"] == "router" and one["task"] not in tasks]
 
 
 def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> Row:
@@ -75,6 +84,7 @@ def result(
         "ranked_accuracy_matrix": found.ranked_accuracy[1:],
         "untrained": untrained if any(value is not None for value in untrained) else None,
         "oracle": found.oracle,
+        "also": _also(tasks, stages[-1].scores if stages else []),
         "metrics": {name: complete.get(name) for name in METRICS},
         "stages": [stage.public() for stage in stages],
         "tracking_uri": tracking_uri,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.errors import UserError
+from amlora_dist.config import from_mapping, to_mapping
+from amlora_dist.errors import FaultsError, UserError
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
@@ -36,6 +38,8 @@ def refuse_other_configuration(
     stored = store.load_json(found[-1].run, "config.json") if found else None
     if stored is None:
         return
+    with contextlib.suppress(FaultsError):
+        stored = to_mapping(from_mapping(stored))  # what this version of the code has added stands at its default
     differing = sorted(
         key
         for key in _flat(stored).keys() | _flat(mapping).keys()

@@ -29,7 +29,7 @@ from pipelines import preflight, results
 from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
-from pipelines.publication import Publication, StageRecord
+from pipelines.publication import Publication, StageRecord, library_versions
 from pipelines.same_configuration import refuse_other_configuration
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 
@@ -166,7 +166,7 @@ class _Driver:
         self.storage, self.within = storage, within
         self.settings = materials.stage_settings()
         self.method = method_for(self.settings)
-        self.tasks = list(materials.specs)
+        self.tasks = materials.tasks
         self.names = self.method.stages(self.tasks)
         """Names of the stages: the tasks, for most methods."""
         self.model_name = str(config.registered_model)
@@ -176,6 +176,8 @@ class _Driver:
     def run(self, cluster: RayCluster, began: float) -> dict[str, Any]:
         """All stages; the result."""
         bank = self._starting_bank()
+        facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents]}
+        self.store.log_json(self.parent_run, "materials.json", facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))
             started = time.monotonic()
@@ -203,9 +205,9 @@ class _Driver:
         if not self.method.inherits:
             bank.parents, bank.fingerprints, bank.statistics, bank.version = [], [], [], None
         position = len(bank.parents) + 1
-        rows = self._training_rows(task, bank)
+        rows, mixed = self._training_rows(task, bank), self.materials.mixed_rows(task, self.names)
         fingerprint = self.materials.training_fingerprint(
-            self.method, position, task, [p.digest for p in bank.parents], bank.statistics, rows
+            self.method, position, task, [p.digest for p in bank.parents], bank.statistics, rows, mixed
         )
         fingerprints = [*bank.fingerprints, fingerprint]
         record = StageRecord(index=index, task=task, fingerprint=fingerprint)
@@ -236,8 +238,9 @@ class _Driver:
             bank.fingerprints = fingerprints
             bank.statistics = [*bank.statistics, _statistics_digest(result)]
             matrix = self._matrix_rows([*self.stages, record])
-            if mine is None:
+            if mine is None or open_cells:
                 self.publication.upload_scores(record, cells, self.storage)
+            if mine is None:
                 version = self.publication.publish(record, bank.parents, matrix, original, bank.version, self.storage)
             else:
                 version = mine
@@ -252,7 +255,7 @@ class _Driver:
         fingerprint = self.materials.training_fingerprint(self.method, 1, name, [], [], {})
         record = StageRecord(index=1, task=name, fingerprint=fingerprint)
         record.run = self.store.stage_run(self.parent_run, f"1 {name}", fingerprint)
-        cells = [self._cell("untrained", task, []) for task in self.tasks]
+        cells = [self._cell("untrained", task, []) for task in (*self.tasks, *self.materials.also)]
         known = self._known_scores(record.run)
         open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
         folder = self.storage / "stages" / fingerprint
@@ -348,7 +351,8 @@ class _Driver:
         base = asdict(m.base) | {"path": str(m.base.path)}
         split = c.evaluation.split
         digests = {f"{name}/{split}": data.digest(split) for name, data in m.data.items()}
-        digests |= {f"{name}/train": m.data[name].digest("train") for name in rows}
+        mixed = m.mixed_rows(task, self.names)
+        digests |= {f"{name}/train": m.data[name].digest("train") for name in (*rows, *mixed)}
         return StageWork(
             fingerprint=fingerprint,
             index=index,
@@ -364,6 +368,7 @@ class _Driver:
             deepspeed=c.deepspeed,
             evaluation_batch_size=c.evaluation.batch_size,
             rows=rows,
+            mixed=mixed,
             data_digests=digests,
             sealed=c.evaluation.sealed,
             cache=str(home() / "cache"),
@@ -383,6 +388,8 @@ class _Driver:
             upto = wanted.get(evaluation.cells, index + 1)
             upto = upto if self.names == self.tasks else len(self.tasks)
             cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
+        if last and not self.method.told_task:
+            cells += [self._cell("router", task, fingerprints) for task in self.materials.also]
         if evaluation.untrained and (index == 1 or last):
             cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
         if evaluation.oracle and last and self.method.inherits:

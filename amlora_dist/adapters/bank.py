@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,3 +56,23 @@ def rows(adapters: list[Adapter], module: str) -> Tensor:
         if weights is not None and t:
             out[t, :t] = weights.float()
     return out
+
+
+def recipe_summary(adapter: Adapter, earlier: Sequence[str]) -> dict[str, Any] | None:
+    """A recipe in a few numbers, for reports; None where there is none.
+
+    Args:
+        adapter: of the newest task.
+        earlier: tasks of the adapters below it, in order.
+
+    Returns:
+        ``weights``: mean absolute weight over modules of each earlier adapter, by task; ``zeros``: share of all weights
+        that are exactly 0.
+    """
+    if not adapter.recipe or not earlier:
+        return None
+    weights_MN = torch.stack([weights.float() for weights in adapter.recipe.values()])
+    return {
+        "weights": dict(zip(earlier, weights_MN.abs().mean(dim=0).tolist(), strict=True)),
+        "zeros": (weights_MN == 0).double().mean().item(),
+    }

@@ -68,8 +68,7 @@ def metric_interval(
     value = metric(cell_means(cells))
     if value is None:
         return None
-    drawn = [metric(matrix) for matrix in _resampled(cells, seed, resamples)]
-    return _percentiles(value, drawn, level)
+    return percentiles(value, [metric(matrix) for matrix in resampled(cells, seed=seed, resamples=resamples)], level)
 
 
 def difference_interval(
@@ -90,8 +89,8 @@ def difference_interval(
     value = minus(metric(cell_means(first)), metric(cell_means(second)))
     if value is None:
         return None
-    pairs = zip(_resampled(first, seed, resamples), _resampled(second, seed, resamples), strict=True)
-    return _percentiles(value, [minus(metric(a), metric(b)) for a, b in pairs], level)
+    drawn = [resampled(cells, seed=seed, resamples=resamples) for cells in (first, second)]
+    return percentiles(value, [minus(metric(a), metric(b)) for a, b in zip(*drawn, strict=True)], level)
 
 
 def over_seeds(values: Sequence[float | None]) -> Spread | None:
@@ -123,8 +122,12 @@ def _row_counts(cells: Cells) -> list[int]:
     return counts
 
 
-def _resampled(cells: Cells, seed: int, resamples: int) -> list[list[list[float | None]]]:
-    """Accuracy matrices of resampled rows. A task's draws depend on the seed and its place alone."""
+def resampled(cells: Cells, *, seed: int, resamples: int = RESAMPLES) -> list[list[list[float | None]]]:
+    """Accuracy matrices of resampled rows (see `metric_interval`).
+
+    A task's draws depend on the seed, its place and its number of rows alone. So what several runs over the same tasks
+    and rows give can be averaged or subtracted matrix by matrix: what they share is drawn alike.
+    """
     means_TIS: NDArray[np.float64] = np.full((len(cells), len(cells[0]), resamples), np.nan)
     for i, count in enumerate(_row_counts(cells)):
         if not count:
@@ -144,7 +147,8 @@ def _resampled(cells: Cells, seed: int, resamples: int) -> list[list[list[float 
     ]
 
 
-def _percentiles(value: float, drawn: Sequence[float | None], level: float) -> Interval | None:
+def percentiles(value: float, drawn: Sequence[float | None], level: float = 0.95) -> Interval | None:
+    """The interval around ``value`` that covers ``level`` of the resamples; None if the metric is undefined in one."""
     known = [draw for draw in drawn if draw is not None]
     if len(known) < len(drawn):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,10 @@ class EvaluationSettings:
     """Prompts per forward pass of one worker."""
     untrained: bool = True
     """Score the base model before stage 1 (row R[0,i]; forward transfer needs it)."""
+    also: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Further test sets, given like ``tasks`` and learned by no stage: scored after the last one (shifted text, say)."""
+    paraphrases: int = Field(default=0, ge=0, le=9)
+    """Score every task once more after the last stage with so many other wordings of its question, which no stage saw."""
     oracle: bool = True
     """Score the last bank once more with the true task's row, as the upper bound of routing."""
 

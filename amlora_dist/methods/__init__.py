@@ -24,8 +24,13 @@ METHODS = {
 """Name -> ``module:class``, so that naming the methods imports nothing heavy."""
 
 
+def method_class(name: str) -> type[Method]:
+    """The class of the method of this name."""
+    module, class_name = METHODS[name].split(":")
+    found: type[Method] = getattr(import_module(module), class_name)
+    return found
+
+
 def method_for(settings: StageSettings) -> Method:
     """The method that ``settings.method`` names, ready for one stage."""
-    module, name = METHODS[settings.method].split(":")
-    made: Method = getattr(import_module(module), name)(settings)
-    return made
+    return method_class(settings.method)(settings)

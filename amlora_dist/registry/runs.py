@@ -114,6 +114,11 @@ class Runs:
             self.end_run(run.run, "KILLED")
         return len(found)
 
+    def grouping_run(self, kind: str, name: str) -> str:
+        """The MLflow run of something above runs, such as a ``comparison``: found again by kind and name, or created."""
+        wanted = {tags.KIND: kind, tags.RUN_ID: name}
+        return self._find_or_create(self._experiment(f"amlora {kind}s"), name, wanted)
+
     def find_runs(self, wanted: Mapping[str, str], *, registered_model: str | None = None) -> list[RunInfo]:
         """Runs that carry all of these tags, the oldest first; of one registered model's experiment or of all."""
         if registered_model is None:

@@ -6,7 +6,7 @@ PREFIX = "amlora."
 
 # runs and versions
 KIND = "amlora.kind"
-"""``sequence`` for the run of a whole sequence, ``stage`` for one of its stages; ``search`` and ``trial``."""
+"""``sequence`` for the run of a whole sequence, ``stage`` for one of its stages; ``search``, ``trial``, ``comparison``."""
 RUN_ID = "amlora.run_id"
 """The durable run's id; on registered models too, because runs never share one."""
 STAGE = "amlora.stage"

@@ -96,7 +96,8 @@ def load_task(
         seed: of the sample, unless the task pins its own.
         data_dir: local mirrors that stand in for Hub data sets: ``<data_dir>/<task>/<split>.jsonl`` with ``text`` and
             ``label`` (the verbaliser) in each row.
-        splits: which to return. All are read, because duplicates between them are looked for.
+        splits: which to return. All are read, because duplicates between them are looked for; but for the test split
+            alone, from which no row is taken out.
         sealed: splits that are not even opened: a search must not see the test rows.
 
     Raises:
@@ -108,13 +109,14 @@ def load_task(
     maker = _RowMaker(spec, mirrored=mirror is not None)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
-    for split in (one for one in SPLITS if one not in sealed):
+    needed = ("test",) if tuple(splits) == ("test",) else SPLITS
+    for split in (one for one in needed if one not in sealed):
         raws = read_split(spec, split, mirror=mirror)
         if raws is not None:
             found[split] = _good_rows(raws, split, maker, bad)
-    if "dev" not in found:
+    if "dev" not in found and "train" in found:
         found["train"], found["dev"] = _held_out(found["train"], spec.splits.dev_rows)
-    for split, others in (("train", ("test", "dev")), ("dev", ("test",))):
+    for split, others in (("train", ("test", "dev")), ("dev", ("test",))) if "train" in found else ():
         _drop_duplicates(found, split, others, bad)
     if bad and spec.on_bad_row != "skip":
         raise FaultsError(f"task {spec.name!r}", _bad_row_faults(bad))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
+from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.statistics import TaskStatistics, merge, merge_holdouts
 from amlora_dist.adapters.targets import default_router_layer, find_targets
@@ -171,7 +172,11 @@ class _Stage:
         adapter = mixture.extract_new(gather=engine.whole)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
-            write_result(work.trained, Result(adapter, statistics[-1], asdict(progress), memory))
+            training = asdict(progress) | {
+                "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
+                "mixed": mixed_shares(statistics),
+            }
+            write_result(work.trained, Result(adapter, statistics[-1], training, memory))
         self.ranks.gather(None)  # nobody goes on before the result is there
         return mixture, statistics
 
@@ -184,10 +189,14 @@ class _Stage:
             if limit is None:
                 own += examples
             else:
-                generator = torch.Generator().manual_seed(named_seed(self.settings.seed, "replay", task))
-                kept = torch.randperm(len(examples), generator=generator)[:limit].tolist()
-                replayed += [examples[i] for i in sorted(kept)]
+                replayed += self._sample(examples, limit, "replay", task)
+        for task, count in self.work.mixed.items():
+            own += self._sample(self._examples(task, "train"), count, "mixed", f"{self.work.task}/{task}")
         return own, replayed
+
+    def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
+        generator = torch.Generator().manual_seed(named_seed(self.settings.seed, purpose, name))
+        return [examples[i] for i in sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())]
 
     def _row_losses(
         self, engine: Engine, loss: LossComputer, examples: Sequence[Example], gate: Tensor | None, count: int

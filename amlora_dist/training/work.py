@@ -75,6 +75,8 @@ class StageWork:
     evaluation_batch_size: int
     rows: dict[str, int | None] = field(default_factory=dict)
     """Tasks whose training rows the stage learns from, and how many of each at most; default: its own, all of them."""
+    mixed: dict[str, int] = field(default_factory=dict)
+    """Other tasks of which so many training rows stand among the stage's own, which nobody told it (``boundary_mix``)."""
     data_digests: dict[str, str] = field(default_factory=dict)
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
     sealed: tuple[str, ...] = ()

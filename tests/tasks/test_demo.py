@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.tasks.demo import generate
+from amlora_dist.tasks.demo import free_text, generate
 from amlora_dist.tasks.sources import Row, load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
 
@@ -26,6 +26,20 @@ def test_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     assert len(written) == 12
     for path in written:
         assert path.read_bytes() == (Path(generate.__file__).parent / path.name).read_bytes()
+
+
+def test_shipped_free_text_is_what_its_generator_writes(tmp_path: Path) -> None:
+    for path in free_text.write(tmp_path):
+        assert path.read_bytes() == (Path(free_text.__file__).parent / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("task", free_text.TASKS)
+def test_free_text_answers_stand_in_the_text_and_no_row_is_bad(task: str) -> None:
+    data = load_task(resolve_task(f"helpdesk/{task}", base_dir=Path(), defaults=TaskDefaults()))
+    assert {split: len(rows) for split, rows in data.rows.items()} == free_text.ROWS
+    for row in (row for rows in data.rows.values() for row in rows):
+        parts = row.target.split(", ") if task == "mail_facts" else [row.target]
+        assert row.label is None and all(part in row.text for part in parts)
 
 
 def test_stream_has_rows_enough_balanced_labels_and_no_bad_row(stream: dict[str, dict[str, list[Row]]]) -> None:

@@ -32,7 +32,7 @@ KEPT_BACK = 5
 LONG_LIST = 12
 
 _HERE = Path(__file__).parent
-_SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{(\w+)\}")
 _SHORT = {"you": "u", "please": "pls", "thanks": "thx", "because": "cause", "tomorrow": "tmrw", "really": "rly"}
 _NOTES = {"Caller": "Cust.", "with": "w/", "without": "w/o", "tomorrow": "tmrw", "minutes": "min", "euros": "EUR"}
 
@@ -93,12 +93,12 @@ class Grammar:
             rule = self.rules[name]
             if isinstance(rule, dict):
                 rule = rule[others.pop() if name in self.elsewhere else label]
-            wordings = [one for one in _allowed(rule, training) if not one or one not in used]
+            wordings = [one for one in allowed(rule, training) if not one or one not in used]
             wording = dice.pick(wordings)
             used.add(wording)
-            return _SLOT.sub(fill, wording)
+            return SLOT.sub(fill, wording)
 
-        return _finished(_SLOT.sub(fill, dice.pick(self.forms)), self.style, dice)
+        return _finished(SLOT.sub(fill, dice.pick(self.forms)), self.style, dice)
 
 
 @cache
@@ -116,7 +116,8 @@ _CAPITALS = {"I", "I'd", "I've", "I'm", "Lumora", "Christmas"}.union(
 )
 
 
-def _allowed(wordings: list[str], training: bool) -> list[str]:
+def allowed(wordings: list[str], training: bool) -> list[str]:
+    """Wordings that a split may use: training rows do not get each ``KEPT_BACK``-th of a long list."""
     if not training or len(wordings) < LONG_LIST:
         return wordings
     return [one for place, one in enumerate(wordings, start=1) if place % KEPT_BACK]

@@ -1,0 +1,150 @@
+"""A run as MLflow has it: result, configuration, stages, and the predictions behind every cell."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.intervals import Cells
+from amlora_dist.evaluation.scoring import Prediction, read_predictions
+from amlora_dist.registry import tags
+from amlora_dist.registry.runs import RunInfo
+from amlora_dist.registry.store import Store
+
+RESULT, STAGE, CONFIG, MATERIALS = "result.json", "stage.json", "config.json", "materials.json"
+
+
+@dataclass(slots=True)
+class StageFacts:
+    """One stage of a run."""
+
+    task: str
+    run: str
+    """MLflow's id; empty if its run is not to be found."""
+    public: dict[str, Any]
+    """Its entry in the result."""
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RunFacts:
+    """All that a report says of a run comes from here."""
+
+    run_id: str
+    run: str
+    """MLflow's id."""
+    tracking_uri: str
+    result: dict[str, Any]
+    config: dict[str, Any]
+    materials: dict[str, Any]
+    stages: list[StageFacts]
+    predictions: dict[str, list[Prediction]]
+    """By scoring fingerprint; what a store no longer has is missing."""
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.result["tasks"])
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether there is a stage for each task (not one about all of them)."""
+        return [stage.task for stage in self.stages] == self.tasks[: len(self.stages)]
+
+    @property
+    def matrix(self) -> list[list[float | None]]:
+        """Accuracy, row 0 untrained."""
+        untrained = self.result["untrained"] or [None] * len(self.tasks)
+        return [list(untrained), *(list(row) for row in self.result["accuracy_matrix"])]
+
+    def cell(self, mode: str, task: str, stage: int | None = None) -> list[Prediction] | None:
+        """Predictions of a task under a mode after a 1-based stage; without one, wherever the mode was scored."""
+        chosen = self.stages if stage is None else self.stages[stage - 1 : stage]
+        for one in reversed(chosen):
+            for score in one.scores:
+                if score["mode"] == mode and score["task"] == task and score["fingerprint"] in self.predictions:
+                    return self.predictions[score["fingerprint"]]
+        return None
+
+    def row_scores(self, mode: str, task: str, stage: int | None = None, *, ranked: bool = False) -> list[float] | None:
+        """Score of each test row, in the order of rows."""
+        found = self.cell(mode, task, stage)
+        if found is None or (ranked and any(p.ranked_correct is None for p in found)):
+            return None
+        return [float(p.ranked_correct or 0) if ranked else p.correct for p in found]
+
+    def cells(self, *, ranked: bool = False) -> Cells:
+        """Scores of every test row behind the accuracy matrix, row 0 untrained."""
+        lines: list[list[list[float] | None]] = [[self.row_scores("untrained", task, ranked=ranked) for task in self.tasks]]
+        for number in range(1, len(self.stages) + 1):
+            lines.append([self.row_scores("router", task, number, ranked=ranked) for task in self.tasks])
+        return lines
+
+    def oracle_cells(self) -> Cells:
+        """Two lines: scores of the last stage, and of the oracle."""
+        last = len(self.stages)
+        return [
+            [self.row_scores("router", task, last) for task in self.tasks],
+            [self.row_scores("oracle", task) for task in self.tasks],
+        ]
+
+
+def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts:
+    """Read a run, as far as it has come.
+
+    Raises:
+        UserError: no such run, or none of its stages is finished.
+    """
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    if not found:
+        known = sorted({run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})})
+        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
+    run = found[-1].run
+    result = store.load_json(run, RESULT)
+    if not result or not result["stages"]:
+        raise UserError(f"run {run_id!r} has not finished a stage yet: there is nothing to report")
+    facts = RunFacts(
+        run_id=run_id,
+        run=run,
+        tracking_uri=store.connection.uri,
+        result=result,
+        config=store.load_json(run, CONFIG) or {},
+        materials=store.load_json(run, MATERIALS) or {},
+        stages=[],
+        predictions={},
+    )
+    stage_runs = store.find_runs({tags.KIND: "stage", tags.RUN_ID: run_id})
+    runs = {one.tags.get(tags.TRAINING_FINGERPRINT): one for one in stage_runs}
+    for public in result["stages"]:
+        facts.stages.append(_stage(store, public, runs.get(public["fingerprint"])))
+    if predictions:
+        for stage in facts.stages:
+            _read_predictions(store, stage, facts.predictions)
+    return facts
+
+
+def _stage(store: Store, public: dict[str, Any], run: RunInfo | None) -> StageFacts:
+    stored = (store.load_json(run.run, STAGE) if run else None) or {}
+    training = stored.get("training", {})
+    if public["reused"] and not training.get("losses"):
+        # Taken over by reference: the run that trained it has its curve.
+        for other in store.find_runs({tags.KIND: "stage", tags.TRAINING_FINGERPRINT: public["fingerprint"]}):
+            theirs = (store.load_json(other.run, STAGE) or {}).get("training", {})
+            if theirs.get("losses"):
+                training = theirs
+                break
+    return StageFacts(public["task"], run.run if run else "", public, training, stored.get("scores", []))
+
+
+def _read_predictions(store: Store, stage: StageFacts, into: dict[str, list[Prediction]]) -> None:
+    wanted = {f"{s['mode']}-{s['task'].replace('/', '.')}.jsonl": s["fingerprint"] for s in stage.scores}
+    if not stage.run or not set(wanted.values()) - set(into):
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        folder = store.download(stage.run, "predictions", Path(aside))
+        for name, fingerprint in wanted.items():
+            if folder is not None and fingerprint not in into and (folder / name).is_file():
+                into[fingerprint] = read_predictions(folder / name)

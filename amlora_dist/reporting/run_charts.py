@@ -1,0 +1,215 @@
+"""The figures of one run's report, from its facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from amlora_dist.evaluation.intervals import mean_interval
+from amlora_dist.reporting.diagnosis import Recipe
+from amlora_dist.reporting.facts import RunFacts
+from amlora_dist.reporting.figures import Chart, Number, Series, Table, Value, bar_chart, heat_map, line_chart
+from amlora_dist.reporting.page import Block, TableBlock
+from amlora_dist.reporting.routing_facts import StageRouting
+
+LINE_POINTS = 160
+"""Points of a drawn loss curve; the CSV behind it has every step."""
+
+
+def short_names(tasks: Sequence[str]) -> list[str]:
+    """Names without a folder that all share (``helpdesk/``)."""
+    folders = {name.rpartition("/")[0] for name in tasks}
+    return [name.rpartition("/")[2] for name in tasks] if len(folders) == 1 else list(tasks)
+
+
+def accuracy_charts(facts: RunFacts) -> list[Chart]:
+    """The accuracy matrix; and how each task fared from stage to stage."""
+    tasks = short_names(facts.tasks)
+    stages = [f"after {n} {name}" for n, name in enumerate(tasks, start=1)] if facts.in_sequence else []
+    rows = ["untrained", *(stages[: len(facts.stages)] or [stage.task for stage in facts.stages])]
+    values: list[list[Number]] = facts.matrix
+    framed = [(n, n - 1) for n in range(1, len(values))] if facts.in_sequence else []
+    if facts.result.get("oracle"):
+        rows, values = [*rows, "oracle"], [*values, list(facts.result["oracle"])]
+    charts = [
+        heat_map(
+            "accuracy-matrix",
+            "Accuracy matrix",
+            "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task.",
+            rows,
+            tasks,
+            values,
+            marked=framed,
+            row_name="stage",
+            column_name="task",
+        )
+    ]
+    if facts.in_sequence and len(facts.stages) > 1:
+        charts.append(_forgetting_curves(facts, tasks))
+    return charts
+
+
+def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
+    stages = range(1, len(facts.stages) + 1)
+    series = []
+    for i, name in enumerate(tasks[: len(facts.stages)]):
+        y = [facts.matrix[t][i] for t in stages]
+        low: list[Number] = []
+        high: list[Number] = []
+        for t in stages:
+            scores = facts.row_scores("router", facts.tasks[i], t)
+            interval = mean_interval(scores, seed=int(facts.result["seed"]), resamples=500) if scores else None
+            low.append(interval.low if interval else None)
+            high.append(interval.high if interval else None)
+        shaded = len(tasks) <= 6
+        series.append(Series(name, list(stages), y, low if shaded else None, high if shaded else None))
+    return line_chart(
+        "learning-curves",
+        "Each task from stage to stage",
+        "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows.",
+        series,
+        x_name="after stage",
+        y_name="accuracy",
+        y_range=(0, 1.02),
+        x_ticks=[str(t) for t in stages],
+    )
+
+
+def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Block]:
+    """Attention mass, routing accuracy and drift from stage to stage, and the figures task by task."""
+    if not routing:
+        return []
+    last = routing[-1].statistics
+    adapters = [*short_names(last.adapters), "zero adapter"]
+    mass = [
+        [None] * len(adapters) if line is None else [*line, zero]
+        for line, zero in zip(last.mass, last.zero_mass, strict=True)
+    ]
+    own = [(n, last.adapters.index(task)) for n, task in enumerate(last.tasks) if task in last.adapters]
+    charts: list[Block] = [
+        heat_map(
+            "attention",
+            "Attention mass, task by adapter",
+            f"Mean gate on each task's test rows after stage {routing[-1].stage}; framed: its own adapter. The zero adapter"
+            " adds nothing: the base model answers.",
+            short_names(last.tasks),
+            adapters,
+            mass,
+            marked=own,
+            row_name="task",
+            column_name="adapter",
+        )
+    ]
+    if len(routing) > 1:
+        charts.append(_routing_curves(routing))
+    rows: list[list[Value]] = [
+        [task, last.accuracy[n], last.effective[n], last.zeros[n], last.zero_mass[n], last.abstention[n], last.inputs[n]]
+        for n, task in enumerate(last.tasks)
+    ]
+    rows.append(["all", last.overall_accuracy, last.overall_effective, last.overall_zeros, None, last.overall_abstention,
+                 sum(last.inputs)])  # fmt: skip
+    columns = ["task", "routing accuracy", "effective adapters", "share of zeros", "zero adapter", "abstains", "inputs"]
+    caption = (
+        "Effective adapters: exp of the entropy of the gates, 1 for a single adapter. Share of zeros: gates that are"
+        " exactly 0."
+    )
+    charts.append(TableBlock("routing", "Routing task by task", Table(columns, rows), caption))
+    return charts
+
+
+def _routing_curves(routing: Sequence[StageRouting]) -> Chart:
+    stages = [one.stage for one in routing]
+    drifts = [one.drift for one in routing]
+    series = [
+        Series("routing accuracy", stages, [one.learned_accuracy for one in routing]),
+        Series("old inputs that changed adapter", stages, [None if d is None else d.changed for d in drifts]),
+        Series("old gates moved (total variation)", stages, [None if d is None else d.moved for d in drifts]),
+        Series("old inputs taken by the new task", stages, [None if d is None else d.taken for d in drifts]),
+    ]
+    return line_chart(
+        "routing-by-stage",
+        "Routing and its drift from stage to stage",
+        "Over the tasks learned so far. Drift compares a stage with the one before, on the test rows of the tasks that both"
+        " know: moved and changed among the old adapters, taken by the newest.",
+        series,
+        x_name="after stage",
+        y_name="share",
+        y_range=(-0.02, 1.02),
+        x_ticks=[str(stage) for stage in stages],
+    )
+
+
+def recipe_blocks(recipes: Sequence[Recipe]) -> list[Block]:
+    """Mean absolute weight of each earlier adapter in each later task's recipe."""
+    if not recipes:
+        return []
+    earlier = list(dict.fromkeys(task for recipe in recipes for task in recipe.weights))
+    values = [[recipe.weights.get(task) for task in earlier] for recipe in recipes]
+    names = short_names([recipe.task for recipe in recipes])
+    zeros = ", ".join(f"{name} {100 * recipe.zeros:.0f}%" for name, recipe in zip(names, recipes, strict=True))
+    chart = heat_map(
+        "recipes",
+        "Recipes: weights of earlier adapters",
+        f"Mean absolute weight over the adapted layers; 1 is as much as the task's own adapter. Exact zeros: {zeros}.",
+        names,
+        short_names(earlier),
+        values,
+        high=None,
+        row_name="task",
+        column_name="earlier adapter",
+    )
+    return [chart]
+
+
+def training_blocks(facts: RunFacts) -> list[Block]:
+    """Loss curves, and where the time went."""
+    blocks: list[Block] = []
+    curves = {stage.task: stage.training["losses"] for stage in facts.stages if stage.training.get("losses")}
+    if curves:
+        blocks.append(_loss_chart(curves))
+    names = short_names([stage.task for stage in facts.stages])
+    parts = {"training": "train_seconds", "scoring": "score_seconds", "other": "other_seconds"}
+    blocks.append(
+        bar_chart(
+            "time",
+            "Where the time went",
+            "Seconds of each stage; a reused stage shows what its training took where it was trained. Other: loading,"
+            " statistics, publishing.",
+            names,
+            [(name, [stage.public.get(key) for stage in facts.stages]) for name, key in parts.items()],
+            x_name="seconds",
+        )
+    )
+    rows: list[list[Value]] = [
+        [stage.task, *(stage.public.get(key) for key in ("reused", *parts.values(), "tokens", "tokens_per_second")),
+         stage.public.get("recipe_from")]
+        for stage in facts.stages
+    ]  # fmt: skip
+    columns = ["stage", "reused", *(f"{name}, s" for name in parts), "tokens", "tokens/s", "recipe started from"]
+    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=1))
+    return blocks
+
+
+def _loss_chart(curves: dict[str, list[float]]) -> Chart:
+    series = []
+    for name, losses in zip(short_names(list(curves)), curves.values(), strict=True):
+        smooth = _smoothed(losses)
+        places = sorted({round(n * (len(smooth) - 1) / (LINE_POINTS - 1)) for n in range(LINE_POINTS)})
+        series.append(Series(name, [place + 1 for place in places], [smooth[place] for place in places]))
+    drawn = line_chart(
+        "loss",
+        "Training loss",
+        "Nats per target token, mean over a tenth of the steps before; the CSV has every step.",
+        series,
+        x_name="step of the stage",
+        y_name="loss",
+        y_range=(0, None),
+        markers=False,
+    )
+    steps: list[list[Value]] = [[task, n, loss] for task, losses in curves.items() for n, loss in enumerate(losses, start=1)]
+    return Chart(drawn.name, drawn.title, drawn.caption, drawn.figure, Table(["stage", "step", "loss"], steps))
+
+
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    window = max(1, len(losses) // 10)
+    return [math.fsum(losses[max(0, n - window + 1) : n + 1]) / min(window, n + 1) for n in range(len(losses))]

@@ -1,0 +1,327 @@
+"""The report of one run: from facts to a page. Every figure is computed here from stored predictions and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from amlora_dist.evaluation import metrics
+from amlora_dist.evaluation.intervals import (
+    Interval,
+    cell_means,
+    mean_interval,
+    metric_interval,
+    percentiles,
+    resampled,
+)
+from amlora_dist.evaluation.metrics import Metric
+from amlora_dist.reporting import run_charts
+from amlora_dist.reporting.diagnosis import Evidence, Finding, Recipe, diagnose
+from amlora_dist.reporting.facts import RunFacts
+from amlora_dist.reporting.figures import Table, Value
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
+from amlora_dist.reporting.routing_facts import StageRouting, routing_by_stage
+
+PREDICTIONS_BYTES = 900_000
+"""Predictions that go into the page, the newest stages first; MLflow has all of them."""
+
+FORMULAS = {
+    "average_performance": "1/n Σ R[n,i]: mean of the last row (Lopez-Paz and Ranzato 2017)",
+    "average_incremental_performance": "mean over stages of the average performance there (Rebuffi et al. 2017)",
+    "backward_transfer": "1/(n−1) Σ (R[n,i] − R[i,i]) (Lopez-Paz and Ranzato 2017)",
+    "forgetting": "1/(n−1) Σ (max R[t,i] − R[n,i]) (Chaudhry et al. 2018)",
+    "forward_transfer_gem": "1/(n−1) Σ (R[i−1,i] − R[0,i]) (Lopez-Paz and Ranzato 2017)",
+    "forward_transfer_single": "1/n Σ (R[i,i] − single_i), single_i from a per_task run of ours (Chaudhry et al. 2018)",
+    "learning_accuracy": "1/n Σ R[i,i] (Riemer et al. 2019)",
+    "oracle": "this bank, told the task: mean over tasks",
+    "below_oracle": "oracle − average performance, on the same rows",
+    "routing_accuracy": "share of inputs whose largest gate is their own task's adapter",
+}
+
+
+def run_metrics(facts: RunFacts) -> dict[str, tuple[float | None, Interval | None]]:
+    """Every metric of a run with its bootstrap interval (None where predictions are missing), by name."""
+    seed = int(facts.result["seed"])
+    cells, matrix = facts.cells(), facts.matrix
+    whole: dict[str, Metric] = metrics.METRICS if facts.in_sequence else {"average_performance": last_row_mean}
+    found: dict[str, tuple[float | None, Interval | None]] = {}
+    means, drawn = cell_means(cells), resampled(cells, seed=seed)
+    for name, metric in whole.items():
+        known = metric(means) is not None
+        value = metric(matrix)
+        interval = percentiles(value, [metric(one) for one in drawn]) if known and value is not None else None
+        found[name] = (value, interval)
+    if (oracle := facts.result.get("oracle")) is not None:
+        found["oracle"] = (metrics.mean(oracle), metric_interval(facts.oracle_cells(), last_row_mean, seed=seed))
+        gap = metrics.minus(metrics.mean(oracle), last_row_mean(matrix))
+        found["below_oracle"] = (gap, metric_interval(facts.oracle_cells(), _gap, seed=seed))
+    return found
+
+
+def run_page(facts: RunFacts) -> Page:
+    """The report of a run."""
+    routing = routing_by_stage(facts)
+    evidence = evidence_of(facts, routing)
+    findings = diagnose(evidence)
+    found = run_metrics(facts)
+    return Page(
+        title=f"Run {facts.run_id}",
+        summary=_summary(facts, found, findings),
+        tiles=_tiles(facts, found, routing),
+        findings=findings,
+        sections=[
+            Section("What was learned", _learned_text(facts), _learned(facts, found)),
+            Section(
+                "Routing",
+                "Which adapters answer for which task, over test rows; the router is never told the task.",
+                run_charts.routing_blocks(facts, routing),
+            ),
+            Section(
+                "What stages took over",
+                "A recipe is the set of weights of earlier adapters beside which a task was learned.",
+                run_charts.recipe_blocks(evidence.recipes),
+            ),
+            Section("Training", "", run_charts.training_blocks(facts)),
+            Section("Raw data", "Every number above follows from these.", _raw(facts)),
+            Section("How it was made", "", _made(facts)),
+        ],
+        facts=_facts(facts),
+    )
+
+
+def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
+    """What the diagnosis looks at."""
+    last = routing[-1] if routing and routing[-1].stage == len(facts.stages) else None
+    place = {task: n for n, task in enumerate(last.statistics.tasks)} if last else {}
+
+    def in_order(values: Sequence[Any]) -> list[Any]:
+        return [values[place[task]] if task in place else None for task in facts.tasks]
+
+    about = facts.materials.get("tasks", {})
+    mixed: dict[tuple[str, str], float] = {}
+    recipes = []
+    for stage in facts.stages:
+        for task, others in (stage.training.get("mixed") or {}).items():
+            mixed |= {(task, other): share for other, share in others.items()}
+        if (recipe := stage.training.get("recipe")) is not None:
+            recipes.append(Recipe(stage.task, stage.training.get("recipe_from"), recipe["weights"], recipe["zeros"]))
+    training = facts.config.get("training", {})
+    return Evidence(
+        tasks=facts.tasks,
+        routed=last is not None,
+        matrix=facts.matrix if facts.in_sequence else [],
+        oracle=facts.result.get("oracle"),
+        rows=[len(facts.cell("router", task, len(facts.stages)) or []) for task in facts.tasks],
+        adapters=last.statistics.adapters if last else [],
+        mass=in_order(last.statistics.mass) if last else [],
+        zero_mass=in_order(last.statistics.zero_mass) if last else [],
+        chosen=in_order(last.chosen) if last else [],
+        effective=last.statistics.overall_effective if last else None,
+        recipes=recipes,
+        l1=float(training.get("l1", 0.0)),
+        mixed=[(task, other, share) for (task, other), share in mixed.items()],
+        losses={stage.task: stage.training["losses"] for stage in facts.stages if stage.training.get("losses")},
+        leaks={task: one["leaks"] for task, one in about.items() if one.get("leaks")},
+        bad_rows={task: one["bad_rows"] for task, one in about.items() if one.get("bad_rows")},
+    )
+
+
+def last_row_mean(matrix: metrics.Matrix) -> float | None:
+    """Mean of the last row over all its columns: the average performance of one stage about all tasks."""
+    return metrics.mean(matrix[-1])
+
+
+def _gap(matrix: metrics.Matrix) -> float | None:
+    return metrics.minus(metrics.mean(matrix[1]), metrics.mean(matrix[0]))
+
+
+def _summary(
+    facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]], findings: Sequence[Finding]
+) -> str:
+    learned = len(facts.stages) if facts.in_sequence else len(facts.tasks)
+    value, interval = found["average_performance"]
+    text = f"{learned} of {len(facts.tasks)} tasks learned one after another by {facts.result['method']}"
+    if not facts.in_sequence:
+        text = f"{learned} tasks, {facts.result['method']}"
+    if value is not None:
+        text += f": {_points(value)} points of accuracy on average"
+        text += f" ({_points(interval.low)} to {_points(interval.high)} for other test rows)" if interval else ""
+    gap = found.get("below_oracle", (None, None))[0]
+    if gap is not None:
+        text += f", {_points(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
+    moved = found.get("backward_transfer", (None, None))[0]
+    if moved is not None:
+        text += f". Later stages changed earlier tasks by {_signed(moved)} points"
+    alarms = sum(finding.level == "alarm" for finding in findings)
+    return text + (f". {alarms} alarm{'s' if alarms > 1 else ''}: see the diagnosis." if alarms else ".")
+
+
+def _tiles(
+    facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]], routing: Sequence[StageRouting]
+) -> list[Tile]:
+    names = {
+        "average_performance": "average performance",
+        "below_oracle": "below the oracle",
+        "backward_transfer": "backward transfer",
+        "forgetting": "forgetting",
+        "forward_transfer_gem": "forward transfer (GEM)",
+    }
+    tiles = []
+    for name, label in names.items():
+        value, interval = found.get(name, (None, None))
+        if value is None:
+            continue
+        signed = name in ("backward_transfer", "forward_transfer_gem")
+        show = _signed if signed else _points
+        between = f"{show(interval.low)} to {show(interval.high)}" if interval else "no interval: predictions missing"
+        tiles.append(Tile(label, show(value), between))
+    if routing and routing[-1].learned_accuracy is not None:
+        last = routing[-1]
+        tiles.append(Tile("routing accuracy", _points(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
+        if last.statistics.overall_effective is not None:
+            total = len(last.statistics.adapters)
+            tiles.append(Tile("effective adapters", f"{last.statistics.overall_effective:.2f}", f"of {total}"))
+    return tiles
+
+
+def _learned_text(facts: RunFacts) -> str:
+    split = facts.config.get("evaluation", {}).get("split", "test")
+    return (
+        f"Accuracy is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows; nothing tells the"
+        " model the task, but for the oracle. Intervals are 95% bootstrap intervals over rows: what other test rows would"
+        " have given. They say nothing of other seeds."
+    )
+
+
+def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]]) -> list[Block]:
+    seed = int(facts.result["seed"])
+    last = len(facts.stages)
+    rows: list[list[Value]] = []
+    for i, task in enumerate(facts.tasks):
+        scores = facts.row_scores("router", task, last)
+        interval = mean_interval(scores, seed=seed) if scores else None
+        own = facts.matrix[i + 1][i] if facts.in_sequence and i < last else None
+        ranked = facts.result["ranked_accuracy_matrix"][-1][i]
+        oracle = facts.result["oracle"][i] if facts.result.get("oracle") else None
+        ends = [interval.low, interval.high] if interval else [None, None]
+        rows.append([task, facts.matrix[0][i], own, facts.matrix[-1][i], *ends, oracle, ranked, len(scores or []) or None])
+    ranks = "Ranked: the best of the task's own labels as the answer."
+    columns = ["task", "untrained", "own stage", "last", "low", "high", "oracle", "ranked, last", "rows"]
+    also: list[list[Value]] = []
+    for one in facts.result.get("also") or []:
+        scores = facts.row_scores("router", one["task"], last)
+        interval = mean_interval(scores, seed=seed) if scores else None
+        ends = [interval.low, interval.high] if interval else [None, None]
+        also.append([one["task"], one["accuracy"], *ends, one["ranked_accuracy"], one["rows"]])
+    further = TableBlock(
+        "also",
+        "Test sets that no stage learned",
+        Table(["test set", "accuracy", "low", "high", "ranked", "rows"], also),
+        "Scored after the last stage: shifted text, or questions in other words.",
+    )
+    single = facts.result["metrics"].get("forward_transfer_single")
+    named = [*found.items(), *([("forward_transfer_single", (single, None))] if single is not None else [])]
+    lines: list[list[Value]] = [
+        [name.replace("_", " "), value, *([i.low, i.high] if i else [None, None]), FORMULAS[name]]
+        for name, (value, i) in named
+    ]
+    return [
+        *run_charts.accuracy_charts(facts),
+        TableBlock("tasks", "Task by task", Table(columns, rows), ranks),
+        *([further] if also else []),
+        TableBlock("metrics", "Metrics", Table(["metric", "value", "low", "high", "formula"], lines), "– is undefined."),
+    ]
+
+
+def _raw(facts: RunFacts) -> list[Block]:
+    tables: list[Block] = []
+    for key, title in (("accuracy_matrix", "Accuracy"), ("ranked_accuracy_matrix", "Ranked accuracy")):
+        lines: list[list[Value]] = []
+        if key == "accuracy_matrix":
+            lines.append(["untrained", *facts.matrix[0]])
+        lines += [
+            [f"after {n} {stage.task}" if facts.in_sequence else stage.task, *row]
+            for n, (stage, row) in enumerate(zip(facts.stages, facts.result[key], strict=True), start=1)
+        ]
+        if key == "accuracy_matrix" and facts.result.get("oracle"):
+            lines.append(["oracle", *facts.result["oracle"]])
+        tables.append(TableBlock(f"raw-{key}".replace("_", "-"), title, Table(["", *facts.tasks], lines)))
+    files, left_out, size = [("result.json", json.dumps(facts.result, indent=1))], [], 0
+    for number in range(len(facts.stages), 0, -1):
+        text = predictions_csv(facts, number)
+        if text is None:
+            continue
+        size += len(text)
+        if size > PREDICTIONS_BYTES:
+            left_out.append(number)
+        else:
+            files.append((f"predictions-after-{number}.csv", text))
+    where = ", ".join(f"stage {n} {facts.stages[n - 1].task}: run {facts.stages[n - 1].run}" for n in sorted(left_out))
+    elsewhere = f"Too much for this page; artifacts predictions/ at {facts.tracking_uri}: {where}." if where else ""
+    return [*tables, DownloadsBlock("Predictions and the result as JSON", files, elsewhere)]
+
+
+def predictions_csv(facts: RunFacts, stage: int) -> str | None:
+    """All predictions after a stage, one row of a task a line; None if there are none."""
+    rows: list[list[Value]] = []
+    for mode in ("router", "oracle", "untrained"):
+        for task in facts.tasks:
+            if any(s["mode"] == mode and s["task"] == task for s in facts.stages[stage - 1].scores):
+                for p in facts.cell(mode, task, stage) or []:
+                    gates = " ".join(f"{gate:.4g}" for gate in p.gates or [])
+                    rows.append([mode, task, p.row, p.answer, p.output, p.correct, p.ranked_correct, gates])
+    columns = ["mode", "task", "row", "answer", "output", "score", "ranked_correct", "gates"]
+    return Table(columns, rows).csv() if rows else None
+
+
+def _made(facts: RunFacts) -> list[Block]:
+    rows: list[list[Value]] = []
+    for stage in facts.stages:
+        made = stage.training.get("trained_with") or {}
+        rows.append(
+            [stage.task, stage.public["version"], stage.public["reused"], made.get("workers"), made.get("zero_stage"),
+             made.get("threads"), made.get("device"), stage.public["fingerprint"]]
+        )  # fmt: skip
+    data: list[list[Value]] = []
+    for task, one in facts.materials.get("tasks", {}).items():
+        for split, count in one["rows"].items():
+            data.append([task, split, count, one["bad_rows"], one["prompt_style"], one["metric"], one["digests"][split]])
+    versions: list[list[Value]] = [[name, version] for name, version in facts.materials.get("versions", {}).items()]
+    stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "training fingerprint"]
+    return [
+        TableBlock("stages", "Stages and their fingerprints", _short(stages, rows)),
+        TableBlock(
+            "rows", "Rows that were used", _short(["task", "split", "rows", "bad", "prompts", "metric", "digest"], data)
+        ),
+        TableBlock("versions", "Versions", Table(["library", "version"], versions)),
+        TextBlock("Configuration", yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True), folded=True),
+    ]
+
+
+def _short(columns: list[str], rows: list[list[Value]]) -> Table:
+    """A table whose last column, a digest, is cut to what a person compares."""
+    return Table(columns, [[*row[:-1], str(row[-1])[:16]] for row in rows])
+
+
+def _facts(facts: RunFacts) -> dict[str, str]:
+    base = facts.materials.get("base", {})
+    source = base.get("source") or facts.config.get("model", {}).get("source", "")
+    return {
+        "method": str(facts.result["method"]),
+        "router": str(facts.config.get("router", {}).get("kind", "")),
+        "seed": str(facts.result["seed"]),
+        "model": f"{source} ({facts.materials.get('dtype', 'dtype unknown')})",
+        "base digest": str(base.get("digest", ""))[:12],
+        "amlora-dist": str(facts.materials.get("versions", {}).get("amlora-dist", "")),
+    }
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")

@@ -1,0 +1,119 @@
+"""The page: one file, nothing from outside, hostile names harmless, the data behind every figure."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.errors import UserError
+from amlora_dist.reporting.diagnosis import Finding
+from amlora_dist.reporting.figures import Dot, Table, dot_plot, heat_map
+from amlora_dist.reporting.page import (
+    DownloadsBlock,
+    Page,
+    Section,
+    TableBlock,
+    TextBlock,
+    Tile,
+    file_name,
+    number,
+    write_page,
+)
+
+HOSTILE = '<script>alert(1)</script>"\'& {{ 7 * 7 }}'
+
+
+def page(name: str = "run", *, downloads: str = "a,b\n1,2\n") -> Page:
+    return Page(
+        title=name,
+        summary=f"{name} learned",
+        tiles=[Tile(name, "66.9", name)],
+        findings=[Finding("alarm", "rule", name, name, name)],
+        sections=[
+            Section(name, name, [
+                heat_map("matrix", name, name, [name], [name], [[0.5]]),
+                dot_plot("dots", name, name, [Dot(name, 0.5, 0.4, 0.6)], x_name=name),
+                TableBlock("numbers", name, Table(["a", name], [[name, 0.123456789], ["none", None]]), name),
+                TextBlock(name, name, folded=True),
+                DownloadsBlock(name, [("predictions.csv", downloads)], name),
+            ]),
+            Section("empty", "left out", []),
+        ],
+        facts={"method": name},
+    )  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """Collects tags with their attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_a_page_has_no_script_and_asks_for_nothing_outside() -> None:
+    html = page().html()
+    for tag, attributes in Tags(html).found:
+        assert tag not in ("script", "iframe", "object", "embed", "img", "base")
+        for key in ("src", "href", "xlink:href", "action"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("data:", "#")), (tag, key, value)
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+
+
+def test_names_from_outside_are_text_and_nothing_else() -> None:
+    html = page(HOSTILE).html()
+    assert "<script" not in html and "49" not in re.sub(r"base64,[^\"]*|[0-9.]{4,}", "", html.split("</style>")[1])
+    assert "&lt;script&gt;" in html
+
+
+def test_every_figure_and_table_links_the_numbers_behind_it() -> None:
+    links = {a["download"]: a["href"] for tag, a in Tags(page().html()).found if tag == "a" and a.get("download")}
+    assert set(links) == {"matrix.csv", "dots.csv", "numbers.csv", "predictions.csv"}
+    text = base64.b64decode(str(links["numbers.csv"]).split(",", 1)[1]).decode()
+    assert "0.123456789" in text, "in full, whatever the page shows"
+
+
+def test_a_section_without_blocks_is_left_out() -> None:
+    assert "left out" not in page().html()
+
+
+def test_a_page_that_would_be_too_large_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the report is [0-9,]+ bytes, more than 3,000,000"):
+        page(downloads="x" * 3_000_000).html()
+
+
+def test_a_page_without_findings_says_that_nothing_looks_wrong() -> None:
+    healthy = page()
+    healthy.findings = []
+    assert "Nothing looks wrong" in healthy.html()
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = write_page(page(), tmp_path / "new" / "report.html")
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [path.name for path in file.parent.iterdir()] == ["report.html"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another --output"):
+        write_page(page(), tmp_path / "file" / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.5, "0.500"), (-0.25, "−0.250"), (12345, "12,345"), (True, "yes"), ("x", "x"), (1234.5, "1,234.500")],
+)
+def test_numbers_as_tables_show_them(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_file_names_are_harmless() -> None:
+    assert file_name("../../etc/pass wd") == "etc-pass-wd"
+    assert file_name("///") == "report"
