@@ -95,7 +95,7 @@ class Runs:
             UserError: the registered model belongs to another run id.
         """
         self._own(registered_model, champion)
-        wanted = {tags.KIND: "search", tags.SEARCH: search_id}
+        wanted = {tags.KIND: "search", tags.SEARCH: search_id, tags.RUN_ID: search_id}
         run = self._find_or_create(self._experiment(registered_model), search_id, wanted, params=_flat(config))
         self.log_json(run, "config.json", dict(config))
         return run
