@@ -37,6 +37,7 @@ def _parts(result: dict[str, Any]) -> list[Any]:
     ]
     if result["front"]:
         lines.insert(1, f"front    trials {', '.join(map(str, result['front']))}")
+    lines += [f"failed   trial {trial['number']}: {trial['error']}" for trial in result["trials"] if trial["error"]]
     head = f"\nsearch {result['search_id']}: {len(result['trials'])} trials, {result['algorithm']}, best first\n"
     return [Text(head), _table(result), Text("\n" + "\n".join(lines), no_wrap=True)]
 
@@ -61,7 +62,7 @@ def _table(result: dict[str, Any]) -> Table:
             _score(trial["metrics"].get("forgetting")),
             f"{len(trial['stages'])}/{result['stages']}",
             str(reused),
-            f"{trial['outcome']}: {trial['error']}" if trial["error"] else str(trial["outcome"]),
+            str(trial["outcome"]),
         )
     return table
 
