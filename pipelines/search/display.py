@@ -37,9 +37,9 @@ def _parts(result: dict[str, Any]) -> list[Any]:
     ]
     if result["front"]:
         lines.insert(1, f"front    trials {', '.join(map(str, result['front']))}")
-    lines += [f"failed   trial {trial['number']}: {trial['error']}" for trial in result["trials"] if trial["error"]]
+    failed = [f"failed   trial {trial['number']}: {trial['error']}" for trial in result["trials"] if trial["error"]]
     head = f"\nsearch {result['search_id']}: {len(result['trials'])} trials, {result['algorithm']}, best first\n"
-    return [Text(head), _table(result), Text("\n" + "\n".join(lines), no_wrap=True)]
+    return [Text(head), _table(result), Text("\n" + "\n".join(lines), no_wrap=True), *map(Text, failed)]
 
 
 def _table(result: dict[str, Any]) -> Table:
