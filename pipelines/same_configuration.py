@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
 
 IRRELEVANT = (
-    "tasks", "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "workers", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
-    "training.cache_trunk", "training.cache_trunk_gb", "search",
+    "training.cache_trunk", "training.cache_trunk_gb",
 )  # fmt: skip
-"""Keys that may differ between two starts of one run id: they change no result. Tasks may be appended (see below)."""
+"""Keys that may differ between two starts: they change no result."""
 
 
 def refuse_other_configuration(
-    store: Store, wanted: dict[str, str], mapping: dict[str, Any], name: str, free: tuple[str, ...] = IRRELEVANT
+    store: Store,
+    wanted: dict[str, str],
+    mapping: dict[str, Any],
+    name: str,
+    *,
+    free: tuple[str, ...] = (*IRRELEVANT, "search"),
+    grows: bool = True,
 ) -> None:
-    """The same id goes on with the same configuration, but for what changes no result, and tasks that are appended.
+    """The same id goes on with the same configuration, but for what changes no result.
 
     Args:
         store: which has the configuration of the start before, in the run that carries the tags ``wanted``.
@@ -30,6 +36,7 @@ def refuse_other_configuration(
         mapping: the configuration now.
         name: what a message calls it.
         free: keys that may differ.
+        grows: whether tasks may be appended.
 
     Raises:
         UserError: another key differs; names it.
@@ -44,11 +51,11 @@ def refuse_other_configuration(
         key
         for key in _flat(stored).keys() | _flat(mapping).keys()
         if _flat(stored).get(key) != _flat(mapping).get(key)
-        and not (free and key == "tasks")
+        and not (grows and key == "tasks")
         and not any(key == other or key.startswith(f"{other}.") for other in free)
     )
     before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
-    if free and now[: len(before)] != before:
+    if grows and now[: len(before)] != before:
         differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
     if differing:
         told = "; ".join(

@@ -22,7 +22,7 @@ from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
 from pipelines.materials import gather_materials
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
 from pipelines.search.halving import Halving
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from amlora_dist.registry.claims import Lease
     from pipelines.preflight import Demand
     from pipelines.progress import Progress
+
+
+FREE = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
+"""Keys that may differ between two starts of one search."""
 
 
 def run_search(
@@ -71,7 +75,7 @@ def run_search(
     model = config.registered_model or search_id
     mapping = to_mapping(config)
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
-    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=())
+    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE, grows=False)
     key = claims.run_key(f"search.{search_id}")
     with claims.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         champion = f"{search_id}-champion"
@@ -115,7 +119,7 @@ def _score_winner(
     winner, runner_up = result["winner"], result["runner_up"]
     progress.note(f"winner: trial {winner['number']} ({described(winner['values'])}); scoring it on the test split")
     config = plan.champion(winner["values"], model)
-    within = Within(run=search_run, share=plan.settings.share_stages, gpus=plan.settings.gpus or 1.0)
+    within = Within(run=search_run, gpus=plan.settings.gpus or 1.0)
     found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
     version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
     store.tag_version(

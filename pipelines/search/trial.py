@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amlora_dist.config import from_mapping
-from amlora_dist.errors import AmloraError
+from amlora_dist.errors import AmloraError, HeldError
 from amlora_dist.search import DIRECTIONS
 from pipelines.progress import Silent
+
+HELD_DEADLINE_S = 120.0
+"""Seconds for which a trial waits for its run to be let go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Order:
     """Of the whole sequence."""
     gpus: float
     threads: int
+    """Of a worker on CPUs; 0: as many as there are."""
     share: bool
     verbose: bool
 
@@ -61,7 +65,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
     os.environ["AMLORA_HOME"] = order.home
     set_up(verbose=order.verbose)
     run_config = from_mapping(order.config)
-    if run_config.workers == 0:
+    if run_config.workers == 0 and order.threads:
         import torch
 
         torch.set_num_threads(order.threads)
@@ -79,8 +83,15 @@ def run_trial(config: Mapping[str, Any]) -> None:
     within = Within(
         run=order.mlflow_run, on_stage=on_stage, share=order.share, gpus=order.gpus, threads=order.threads
     )
+    deadline = time.monotonic() + HELD_DEADLINE_S
     try:
-        run_sequence(run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within)
+        while True:
+            try:
+                run_sequence(run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within)
+                return
+            except HeldError:  # by a process of a start that was killed, which has not noticed yet
+                if time.monotonic() > deadline:
+                    raise
     except StoppedError:
         raise SystemExit(0) from None
     except AmloraError as error:
