@@ -15,7 +15,7 @@ Number = TypeVar("Number", int, float)
 
 
 def report(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Run id, of a run or of a comparison.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Id of a run, a search or a comparison.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: reports/NAME.html in AMLORA_HOME.", show_default=False)
     ] = None,

@@ -13,6 +13,7 @@ from amlora_dist.reporting.comparison_report import comparison_page
 from amlora_dist.reporting.facts import read_run
 from amlora_dist.reporting.page import Page, file_name, write_page
 from amlora_dist.reporting.run_report import run_page
+from amlora_dist.reporting.search_page import search_page
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ FOLDER = "report"
 
 
 def report(store: Store, name: str, file: Path) -> Page:
-    """Write the report of a run or a comparison to ``file``, and log it with its pictures to MLflow.
+    """Write the report of a run, a search or a comparison to ``file``, and log it with its pictures to MLflow.
 
     Raises:
-        UserError: neither has this name, nothing of it is finished, or ``file`` cannot be written.
+        UserError: none has this name, nothing of it is finished, or ``file`` cannot be written.
     """
     found = store.find_runs({tags.RUN_ID: name})
     kinds = {run.tags.get(tags.KIND): run.run for run in found}
@@ -33,12 +34,17 @@ def report(store: Store, name: str, file: Path) -> Page:
         if not comparison or not comparison["runs"]:
             raise UserError(f"comparison {name!r} has not finished its first runs yet: there is nothing to report")
         page = comparison_page(comparison)
+    elif "search" in kinds:
+        search = store.load_json(kinds["search"], "search.json")
+        if not search:
+            raise UserError(f"search {name!r} has not ended yet: there is nothing to report")
+        page = search_page(search)
     elif "sequence" in kinds:
         page = run_page(read_run(store, name))
     else:
-        raise UserError(f"no run and no comparison {name!r} at {store.connection.uri}{_known(store)}")
+        raise UserError(f"no run, search or comparison {name!r} at {store.connection.uri}{_known(store)}")
     write_page(page, file)
-    log_page(store, kinds.get("comparison") or kinds["sequence"], page)
+    log_page(store, kinds.get("comparison") or kinds.get("search") or kinds["sequence"], page)
     return page
 
 
@@ -53,6 +59,6 @@ def log_page(store: Store, run: str, page: Page) -> None:
 
 
 def _known(store: Store) -> str:
-    runs = [run for kind in ("comparison", "sequence") for run in store.find_runs({tags.KIND: kind})]
+    runs = [run for kind in ("comparison", "search", "sequence") for run in store.find_runs({tags.KIND: kind})]
     names = list(dict.fromkeys(run.tags.get(tags.RUN_ID, "?") for run in runs))
     return f"; there are: {', '.join(names[:20])}" if names else "; nothing was run there yet"

@@ -46,7 +46,13 @@ class Plan:
         made = with_values(self.base, values)
         last = made.evaluation.cells == "last"
         made.evaluation = replace(
-            made.evaluation, split="dev", cells="last" if last else "seen", untrained=False, oracle=False
+            made.evaluation,
+            split="dev",
+            cells="last" if last else "seen",
+            untrained=False,
+            oracle=False,
+            also=[],
+            paraphrases=0,
         )
         made.registered_model = None
         return made

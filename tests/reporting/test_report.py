@@ -143,7 +143,7 @@ def test_the_command_writes_the_report_and_says_where(folder: Path, facts: RunFa
 
 
 def test_unknown_names_are_refused_with_those_there_are(folder: Path, facts: RunFacts) -> None:
-    with pytest.raises(UserError, match=r"no run and no comparison 'threee' at .*; there are: .*three"):
+    with pytest.raises(UserError, match=r"no run, search or comparison 'threee' at .*; there are: .*three"):
         report(Store.open(folder / "home"), "threee", folder / "never.html")
 
 
