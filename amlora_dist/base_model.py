@@ -99,11 +99,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3)."""
+    options = model_options(base, dtype=dtype, attention=attention)
+    return frozen(auto_class(base).from_pretrained(base.path, use_safetensors=True, **options))
+
+
+def auto_class(base: BaseModel) -> Any:
+    """transformers' class that makes models of this kind."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    auto = AutoModelForSeq2SeqLM if base.encoder_decoder else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if base.encoder_decoder else AutoModelForCausalLM
+
+
+def model_options(base: BaseModel, *, dtype: torch.dtype, attention: str) -> dict[str, Any]:
+    """How the class is to make it."""
     implementation = "eager" if base.model_type in {"t5", "mt5", "umt5"} else attention
-    model = auto.from_pretrained(base.path, dtype=dtype, attn_implementation=implementation, use_safetensors=True)
+    return {"dtype": dtype, "attn_implementation": implementation}
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """The model ready to be adapted: nothing trains, evaluation mode."""
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     if head is not None:
@@ -119,12 +133,12 @@ def _contiguous(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def meta_model(base: BaseModel) -> PreTrainedModel:
     """The model's modules without weights (meta device): enough to find target layers before anything is loaded."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.path)
-    auto = AutoModelForSeq2SeqLM if base.encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return auto.from_config(config)
+        model: PreTrainedModel = auto_class(base).from_config(config)
+        return model
 
 
 def folder_digest(path: Path, home: Path) -> str:

@@ -54,6 +54,11 @@ class RunConfig:
     """The continual-learning algorithm, by its name in ``amlora_dist.methods``."""
     workers: int = Field(default=2, ge=0, le=4096)
     """Ranks of a stage; 0 runs the stages in the driver's process, without Ray and DeepSpeed."""
+    min_workers: int | None = Field(default=None, ge=1, le=4096)
+    """Elastic between stages: each takes as many workers as the cluster has, from this many up to ``workers``. Default:
+    ``workers``, no fewer."""
+    placement: Literal["PACK", "SPREAD"] = "PACK"
+    """Where Ray puts a stage's workers: on few nodes, or on many."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32."""
     data_dir: Path | None = None

@@ -39,6 +39,9 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults[("method",)] = Fault("method", shown(config.method), f"one of {', '.join(METHODS)}", hint)
     if not faulty(("tasks",)):
         faults |= _same_names(config)
+    if config.min_workers is not None and config.min_workers > max(1, config.workers):
+        found, expected = str(config.min_workers), f"at most workers, which is {config.workers}"
+        faults[("min_workers",)] = Fault("min_workers", found, expected)
     if config.storage is not None and "://" in config.storage:
         expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
         faults[("storage",)] = Fault("storage", shown(config.storage), expected, "artifacts go to object storage by MLflow")

@@ -63,8 +63,9 @@ class Materials:
     def demand(self, gpu_share: float = 1.0) -> Demand:
         """What the run needs at least."""
         c = self.config
+        fewest = c.workers if c.min_workers is None else c.min_workers
         return Demand(
-            c.workers, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share
+            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share
         )
 
     def prompt(self, task: str) -> dict[str, Any]:

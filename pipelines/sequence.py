@@ -99,7 +99,10 @@ def _run_sequence(
         parent_run = store.parent_run(config.registered_model, run_id, mapping, below=within.run if within else None)
         driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage, within)
         status = "FAILED"
-        placement = Placement(config.workers, storage / "ray", demand, threads=within.threads if within else None)
+        placement = Placement(
+            config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
+            config.placement,
+        )  # fmt: skip
         try:
             with RayCluster(placement, verbose=verbose) as cluster:
                 result = driver.run(cluster, began)

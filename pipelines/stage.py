@@ -35,6 +35,8 @@ NODES_DEADLINE_S = 20.0
 """How long a run waits at its start for nodes that are on their way, before it says what is missing."""
 RECOVERY_DEADLINE_S = 120.0
 """The same after nodes were lost."""
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_")
+"""How settings of the network libraries, of DeepSpeed and of the Hub begin, which workers on other nodes need too."""
 
 
 class WorkersLostError(AmloraError):
@@ -48,11 +50,22 @@ class Placement:
     """What a stage needs of the cluster."""
 
     workers: int
+    """At most: a stage starts with as many as there are, and not with fewer than ``demand`` says."""
     storage: Path
     """Where Ray Train keeps its own records; absolute, reachable from all nodes."""
     demand: Demand
+    """Of the fewest workers."""
     threads: int | None = None
     """Of each worker on CPUs; default: the node's CPUs divided among the workers."""
+    batch_size: int = 1
+    """Examples of one optimizer step over all workers, who take equal shares."""
+    strategy: str = "PACK"
+    """Ray's placement of the workers: PACK or SPREAD."""
+
+    def fitting(self, available: int) -> int:
+        """How many of ``available`` workers a stage takes; 0 if they are too few."""
+        most = min(available, self.workers)
+        return next((n for n in range(most, self.demand.workers - 1, -1) if self.batch_size % n == 0), 0)
 
 
 def run_in_process(work: StageWork, on_event: OnEvent) -> None:
@@ -113,18 +126,20 @@ class RayCluster:
         from ray.train.torch import TorchConfig
 
         gpus = self.use_gpus()
+        workers = self._workers()
         work.path.mkdir(parents=True, exist_ok=True)
         error_file = work.path / ERROR
         error_file.unlink(missing_ok=True)
         name = f"{work.path.name}-{attempt}-{int(time.time())}"
         trainer = _trainer_class()(
             _worker,
-            train_loop_config={"work": work.to_json(), "threads": self._threads(gpus)},
+            train_loop_config={"work": work.to_json(), "threads": self._threads(gpus, workers)},
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
             scaling_config=ScalingConfig(
-                num_workers=self._placement.workers,
+                num_workers=workers,
                 use_gpu=gpus,
                 resources_per_worker={"GPU": self._placement.demand.gpu_share} if gpus else {"CPU": 1},
+                placement_strategy=self._placement.strategy,
             ),
             run_config=RunConfig(
                 name=name,
@@ -165,6 +180,8 @@ class RayCluster:
                 cpus = max(os.cpu_count() or 1, self._placement.workers)
                 options |= {"num_cpus": cpus, "include_dashboard": False}
                 self._own = True
+            elif passed := _passed_on():
+                options["runtime_env"] = {"env_vars": passed}
             self._joined = True
             try:
                 ray.init(**options)
@@ -172,14 +189,37 @@ class RayCluster:
                 raise UserError(f"RAY_ADDRESS: cannot join the Ray cluster: {error}; is it running?") from error
         self._started = True
 
+    def _workers(self) -> int:
+        """How many workers the next stage takes of those that are there."""
+        import ray
+
+        wanted = self._placement
+        if wanted.demand.workers == wanted.workers:
+            return wanted.workers
+        kind = "GPU" if self.use_gpus() else "CPU"
+        have = ray.cluster_resources().get(kind, 0)
+        if not (found := wanted.fitting(int(have))):
+            raise UserError(
+                f"min_workers: no number from {wanted.demand.workers} to {min(int(have), wanted.workers)} ({have:g} {kind}s)"
+                f" divides training.batch_size {wanted.batch_size}; lower min_workers, or add nodes"
+            )
+        return found
+
     def use_gpus(self) -> bool:
         """Whether workers run on GPUs: where the cluster has any."""
         import ray
 
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
-    def _threads(self, gpus: bool) -> int:
-        return 0 if gpus else self._placement.threads or max(1, (os.cpu_count() or 1) // self._placement.workers)
+    def _threads(self, gpus: bool, workers: int) -> int:
+        return 0 if gpus else self._placement.threads or max(1, (os.cpu_count() or 1) // workers)
+
+
+def _passed_on() -> dict[str, str]:
+    """Variables of this process that workers on other nodes must have too; what a job has set, Ray passes on itself."""
+    named = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return {key: value for key, value in named.items() if key not in job.get("runtime_env", {}).get("env_vars", {})}
 
 
 def _trainer_class() -> type[TorchTrainer]:
@@ -203,6 +243,8 @@ def _trainer_class() -> type[TorchTrainer]:
 
 def _worker(config: dict[str, Any]) -> None:
     """Runs on every worker of the group."""
+    entered = time.time()
+    import psutil
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device
@@ -222,9 +264,10 @@ def _worker(config: dict[str, Any]) -> None:
             file = stack.enter_context((work.path / EVENTS).open("a", encoding="utf-8"))
 
             def report(event: Event) -> None:
-                file.write(json.dumps(event) + "\n")
+                file.write(json.dumps(event | {"time": time.time()}) + "\n")
                 file.flush()
 
+        report({"kind": "worker", "process": psutil.Process().create_time(), "entered": entered})
         reach("workers_started")
         try:
             run_stage(work, distributed=True, report=report, device=get_device())

@@ -3,16 +3,16 @@
 Letters: P parameters of the base model, t of what trains, W ranks, s bytes of an element (2 in bf16, 4 in fp32).
 The base model and all earlier adapters are frozen: they have no gradients and no optimizer state, whatever the stage.
 
-========= ===================================== ==================== ==================
-ZeRO      weights                               gradients            optimizer state
-========= ===================================== ==================== ==================
-0         s (P + bank + t)                      s t (+ 4 t in bf16)  12 t (8 t in fp32)
-1         the same                              s t + s t / W        12 t / W
-2         the same                              s t / W              12 t / W
-3         sum of ceil(p / W) s, small ones whole s t / W              12 t / W
-========= ===================================== ==================== ==================
+====== ======================== ========================= ==================
+ZeRO   weights                  gradients                 optimizer state
+====== ======================== ========================= ==================
+0      s (P + bank + t)         4 t (6 t in bf16)         12 t (8 t in fp32)
+1, 2   the same                 4 t / W                   12 t / W
+3      s x sum of ceil(p / W)   4 t / W (6 t / W in bf16) 12 t / W
+====== ======================== ========================= ==================
 
-What DeepSpeed 0.19 holds was read from its source.
+What DeepSpeed 0.19 holds was read from its source and is measured against these lines by
+``benchmarks/zero_memory.py``.
 """
 
 from __future__ import annotations
@@ -172,11 +172,11 @@ def memory_of(
 
 
 def _gradients(t: int, w: int, zero: int, size: int) -> int:
+    """At the step, when the optimizer reads them in fp32."""
     if zero == 0:
-        return size * t + (4 * t if size < 4 else 0)
-    if zero == 1:
-        return size * t + size * -(-t // w)
-    return size * -(-t // w)
+        return 4 * t + (size * t if size < 4 else 0)
+    kept = size if zero == 3 and size < 4 else 0  # ZeRO-3 keeps its partition in the model's dtype beside them
+    return (4 + kept) * -(-t // w)
 
 
 def _optimizer(t: int, w: int, zero: int, size: int) -> int:

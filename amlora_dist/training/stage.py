@@ -40,6 +40,7 @@ from amlora_dist.training.failures import StoppedError, disk_watched, memory_wat
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
 from amlora_dist.training.work import Cell, StageWork
 from amlora_dist.training.zero import (
@@ -53,7 +54,6 @@ from amlora_dist.training.zero import (
     inference_model,
     join_process_group,
     local_part,
-    partitioned_loading,
 )
 
 __all__ = ["StoppedError", "run_stage"]
@@ -385,8 +385,11 @@ class _Stage:
         )
 
     def _load_base(self) -> Any:
-        with partitioned_loading(self.config):
-            model = load_model(self.base, dtype=DTYPES[self.settings.dtype], attention=self.settings.attention)
+        dtype, attention = DTYPES[self.settings.dtype], self.settings.attention
+        if self.config is not None and self.config["zero_optimization"]["stage"] == 3:
+            model = load_partitioned(self.base, self.config, dtype=dtype, attention=attention)
+        else:
+            model = load_model(self.base, dtype=dtype, attention=attention)
         if self.settings.training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model

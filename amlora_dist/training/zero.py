@@ -353,6 +353,28 @@ def partitioned_loading(config: Mapping[str, Any] | None) -> Iterator[None]:
         del keep
 
 
+@contextlib.contextmanager
+def partitioned_construction(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, parameters are made without values and each rank keeps its part only, as soon as its module is made."""
+    deepspeed = _deepspeed()
+    importlib.import_module("torch._dynamo")  # see partitioned_loading
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    # zero.Init would make rotary frequencies in the model's dtype: the second context keeps them.
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=dict(config)):
+        yield
+
+
+def partition_of(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+    """This rank's flat part of a partitioned parameter, its place in the flattened whole, and how many of its elements
+    are not padding."""
+    part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    size, whole = int(part.ds_numel), int(parameter.ds_numel)  # type: ignore[attr-defined]
+    start = size * dist.get_rank()
+    return part, start, max(0, min(size, whole - start))
+
+
 def whole_parameters(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
     """Inside, parameters that ZeRO-3 has partitioned are whole on every rank."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):

@@ -1,0 +1,263 @@
+"""Bytes per rank under ZeRO 0 to 3, measured in the processes, against what ``amlora plan`` says.
+
+Two (or more) processes with gloo load a random Llama as a stage loads it, inject one frozen and one new adapter, make one
+training step, and count the bytes they hold: parameters, gradients, optimizer state. Under ZeRO-3 the largest resident
+memory while loading is compared with partition + largest layer + 256 MiB above what the process had after its imports.
+
+    python benchmarks/zero_memory.py                                  # 0.7 B parameters, fp32 and bf16, 2 ranks
+    python benchmarks/zero_memory.py --quick                          # 5 M parameters, some seconds a line
+    python benchmarks/zero_memory.py --like llama-3-70b --layers 2 --vocabulary 1024 --dtype bf16 --zero 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+SLACK = 256 * MIB
+RANK, TASKS = 8, 2
+SIZES = {
+    "full": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "vocab_size": 16000},
+    "quick": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 2000},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a model of 5 M parameters")
+    parser.add_argument("--like", help="a model whose shape comes with amlora, such as llama-3-70b")
+    parser.add_argument("--layers", type=int, help="with --like: so many of its layers")
+    parser.add_argument("--vocabulary", type=int, help="with --like: so many tokens")
+    parser.add_argument("--dtype", action="append", choices=["fp32", "bf16"], help="default: both")
+    parser.add_argument("--zero", action="append", type=int, choices=[0, 1, 2, 3], help="default: all")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the random checkpoint is written; default: a temporary folder")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        measure(json.loads(arguments.work))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        lines = list(run(arguments, Path(folder)))
+    if arguments.json:
+        print(json.dumps(lines, indent=2))
+    if any(not line["holds"] for line in lines):
+        sys.exit("measured and planned differ by more than 5%, or loading took more than its bound")
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> Iterable[dict[str, Any]]:
+    from amlora_dist.base_model import ModelSettings
+    from amlora_dist.planning.shapes import configuration_of
+
+    values: dict[str, Any] = dict(SIZES["quick" if arguments.quick else "full"])
+    if arguments.like:
+        named = configuration_of(ModelSettings(source=arguments.like))
+        values = {key: named[key] for key in SIZES["full"]}
+        values["num_hidden_layers"] = arguments.layers or values["num_hidden_layers"]
+        values["vocab_size"] = arguments.vocabulary or values["vocab_size"]
+    for dtype in arguments.dtype or ["fp32", "bf16"]:
+        model = folder / dtype
+        write_model(model, values, dtype)
+        for zero in arguments.zero or [0, 1, 2, 3]:
+            line = compare(model, dtype, zero, arguments.ranks)
+            if not arguments.json:
+                show(line)
+            yield line
+        for file in model.iterdir():
+            file.unlink()
+
+
+def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
+    """A random checkpoint in shards, written tensor by tensor: this process never holds the model."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**values, max_position_embeddings=512, tie_word_embeddings=False)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    number = torch.bfloat16 if dtype == "bf16" else torch.float32
+    index: dict[str, str] = {}
+    for count, (name, shape) in enumerate(shapes.items(), start=1):
+        file = f"model-{count:05d}-of-{len(shapes):05d}.safetensors"
+        drawn = torch.ones(shape) if len(shape) == 1 else torch.empty(shape, dtype=number).normal_(0, 0.02)
+        save_file({name: drawn.to(number)}, folder / file, metadata={"format": "pt"})
+        index[name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def compare(model: Path, dtype: str, zero: int, ranks: int) -> dict[str, Any]:
+    """Measured, beside planned."""
+    from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+    from amlora_dist.base_model import ModelSettings
+    from amlora_dist.planning.memory import Layout, Trained, memory_of
+    from amlora_dist.planning.shapes import shape_of
+
+    shape = shape_of(ModelSettings(source=str(model)), AdapterSettings(rank=RANK), RouterSettings())
+    old = RANK * shape.adapter_width
+    trained = Trained(new=old + len(shape.targets), old=old)
+    size = 2 if dtype == "bf16" else 4
+    planned = memory_of(shape, trained, Layout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False)
+    began = time.monotonic()
+    told = processes(model, dtype, zero, ranks)
+    worst = {key: max(rank[key] for rank in told) for key in told[0]}
+    line: dict[str, Any] = {"dtype": dtype, "zero": zero, "ranks": ranks, "parameters": shape.parameters}
+    holds = True
+    for key in ("weights", "gradients", "optimizer"):
+        expected = getattr(planned, key)
+        line[key] = {"measured": worst[key], "planned": expected}
+        holds = holds and abs(worst[key] - expected) <= 0.05 * expected
+    line["loading"] = {"measured": worst["loading"]}
+    if zero == 3:
+        line["loading"]["bound"] = planned.loading + SLACK
+        holds = holds and worst["loading"] <= planned.loading + SLACK
+    return line | {"holds": holds, "seconds": round(time.monotonic() - began, 1)}
+
+
+def show(line: dict[str, Any]) -> None:
+    parts = [f"{line['dtype']} ZeRO {line['zero']}, {line['ranks']} ranks, {line['parameters'] / 1e6:.0f} M parameters:"]
+    for key in ("weights", "gradients", "optimizer"):
+        pair = line[key]
+        share = pair["measured"] / pair["planned"] - 1
+        parts.append(f"{key} {pair['measured'] / MIB:.2f} MiB, planned {pair['planned'] / MIB:.2f} ({share:+.1%});")
+    loading = line["loading"]
+    bound = f", bound {loading['bound'] / MIB:.0f}" if "bound" in loading else ""
+    parts.append(f"loading {loading['measured'] / MIB:.0f} MiB{bound}; {line['seconds']} s")
+    print(" ".join(parts), "holds" if line["holds"] else "DOES NOT HOLD", flush=True)
+
+
+def processes(model: Path, dtype: str, zero: int, ranks: int) -> list[dict[str, int]]:
+    """One fresh process for each rank."""
+    with tempfile.TemporaryDirectory() as meeting:
+        started = []
+        for rank in range(ranks):
+            work = {"model": str(model), "dtype": dtype, "zero": zero, "rank": rank, "ranks": ranks, "meet": meeting}
+            environment = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1", "DEEPSPEED_LOG_LEVEL": "error", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+            }  # fmt: skip
+            command = [sys.executable, __file__, "--work", json.dumps(work)]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        out = [process.communicate(timeout=3600)[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit("a rank failed, see above")
+    return [json.loads(text.strip().splitlines()[-1]) for text in out]
+
+
+def measure(work: dict[str, Any]) -> None:
+    """One rank: prints what it holds."""
+    import torch
+    import torch.distributed as dist
+
+    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.inject import NewAdapter, inject
+    from amlora_dist.adapters.settings import AdapterSettings
+    from amlora_dist.adapters.targets import default_router_layer, find_targets
+    from amlora_dist.base_model import BaseModel, load_model
+    from amlora_dist.training.optimizer import parameter_groups
+    from amlora_dist.training.settings import TrainingSettings
+    from amlora_dist.training.streaming import load_partitioned
+    from amlora_dist.training.zero import DeepSpeedEngine, deepspeed_config, join_process_group
+
+    dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=work["ranks"])
+    join_process_group()
+    dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
+    section = {"zero_optimization": {"stage": work["zero"]}}
+    config = deepspeed_config(section, dtype=dtype, micro=1, accumulation=1, world=work["ranks"], clip=1.0)
+    base = BaseModel("random", None, Path(work["model"]), "", False, "llama")
+    import transformers.models.llama.modeling_llama  # noqa: F401  what loading imports is not what it loads
+
+    before = memory("VmRSS")
+    forget_peak()
+    if work["zero"] == 3:
+        model: Any = load_partitioned(base, config, dtype=dtype, attention="sdpa")
+    else:
+        model = load_model(base, dtype=dtype, attention="sdpa")
+    loading = memory("VmHWM") - before
+    targets = find_targets(model, AdapterSettings(rank=RANK), default_router_layer(model))
+    old = Adapter("first", RANK, 8.0, {}, {})
+    for target in targets:
+        old.a[target.path] = torch.randn(RANK, target.in_features)
+        old.b[target.path] = torch.randn(target.out_features, RANK)
+        old.recipe[target.path] = torch.zeros(0)
+    mixture = inject(model, targets, [old], new=NewAdapter(task="second", rank=RANK, alpha=8.0, seed=0))
+    del old
+    trainable = mixture.trainable()
+    groups = parameter_groups(trainable, TrainingSettings(learning_rate=1e-4))
+    engine = DeepSpeedEngine(mixture.model, trainable, groups, config=config, betas=(0.9, 0.999))
+    ids = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(work["rank"]))
+    gate = torch.tensor([[0.0, 1.0]])
+    held: dict[str, int] = {"gradients": 0}
+    client, step = engine._client, engine._client.step
+
+    def observed(*given: Any, **more: Any) -> Any:
+        held["gradients"] = max(held["gradients"], gradient_bytes(engine))
+        return step(*given, **more)
+
+    client.step = observed  # type: ignore[method-assign]
+    engine.backward(engine.forward(input_ids=ids, task_gate=gate, use_cache=False).logits.float().sum() * 1e-3)
+    held["gradients"] = max(held["gradients"], gradient_bytes(engine))
+    engine.step(1.0)
+    gc.collect()
+    held["weights"] = unique(getattr(p, "ds_tensor", p) for p in engine.model.parameters())
+    masters = [p for group in client.param_groups for p in group["params"]]
+    own = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    states = [t for state in client.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    held["optimizer"] = unique([t for t in (*masters, *states) if t.untyped_storage().data_ptr() not in own])
+    print(json.dumps(held | {"loading": loading}))
+
+
+def gradient_bytes(engine: Any) -> int:
+    """Bytes that hold gradients now, wherever DeepSpeed keeps them."""
+    import torch
+
+    optimizer = engine._optimizer
+    found: list[Any] = []
+    for parameter in engine.model.parameters():
+        found += [parameter.grad, getattr(parameter, "grad_accum", None)]
+    found += [p.grad for group in engine._client.param_groups for p in group["params"]]
+    for value in (getattr(optimizer, "averaged_gradients", None) or {}).values():
+        found += value if isinstance(value, list) else [value]
+    found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
+    return unique(t for t in found if torch.is_tensor(t))
+
+
+def unique(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors, elements that two of them share counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for tensor in tensors:
+        key = (tensor.data_ptr(), tensor.numel())
+        seen[key] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def memory(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this measures on Linux only")
+
+
+def forget_peak() -> None:
+    """Let ``VmHWM`` start from now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    main()

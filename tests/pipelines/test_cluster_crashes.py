@@ -1,0 +1,120 @@
+"""A head and two worker nodes with addresses of their own: a node dies in mid-stage, then the head; the run goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ray_nodes import Nodes
+from tests.tiny_folder import write_config
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(1500)]
+
+SAME = ("accuracy_matrix", "ranked_accuracy_matrix", "untrained", "oracle")
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def bring_up(nodes: Nodes) -> None:
+    nodes.head(cpus=0)
+    nodes.worker("first", 1, "127.0.0.2")
+    nodes.worker("second", 1, "127.0.0.3")
+
+
+def submit(nodes: Nodes, folder: Path, run_id: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "pipelines.cli", "submit", "run.yaml", f"storage={folder / run_id}", "--run-id", run_id,
+        "--address", nodes.address, *more,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=folder, env=nodes.environment, capture_output=True, text=True, timeout=600)
+
+
+def wait_for(there: Callable[[], bool], what: str, deadline_s: float = 240.0) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not there():
+        assert time.monotonic() < deadline, f"waited {deadline_s:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+def checkpoints(folder: Path) -> dict[str, int]:
+    """Newest committed step of each stage."""
+    out: dict[str, int] = {}
+    for commit in folder.glob("stages/*/checkpoints/step-*/COMMIT"):
+        stage, step = commit.parents[2].name, int(commit.parent.name.removeprefix("step-"))
+        out[stage] = max(step, out.get(stage, 0))
+    return out
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Matrix and adapters of a run, from its store on the shared folder."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "show", folder.name, "--json"],
+        env=Nodes.plain_environment() | {"AMLORA_HOME": str(folder / "home")}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    result = json.loads(told.stdout)
+    adapters = []
+    for stage in result["stages"]:
+        record = folder / "stages" / stage["fingerprint"] / "trained" / "training.json"
+        adapters.append(json.loads(record.read_text())["adapter"]["digest"])
+    return {key: result[key] for key in SAME} | {"adapters": adapters}
+
+
+def test_a_lost_node_and_a_lost_head_change_nothing(nodes: Nodes, tmp_path: Path) -> None:
+    write_config(
+        tmp_path, tasks=("colours", "shapes"), workers=2, placement="SPREAD", deepspeed={"zero_stage": 2},
+        training={"epochs": 60, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 5},
+    )  # fmt: skip
+    (tmp_path / ".gitignore").write_text("calm/\ndisturbed/\nmodel-llama/\nhome/\n")
+    bring_up(nodes)
+    calm = submit(nodes, tmp_path, "calm")
+    assert calm.returncode == 0, calm.stdout + calm.stderr
+
+    folder = tmp_path / "disturbed"
+    assert submit(nodes, tmp_path, "disturbed", "--no-wait").returncode == 0
+    wait_for(lambda: bool(checkpoints(folder)), "a checkpoint of stage 1")
+    nodes.kill("second")
+    nodes.worker("third", 1, "127.0.0.4")
+    wait_for(lambda: len(checkpoints(folder)) == 2, "a checkpoint of stage 2")
+    for name in ("head", "first", "third"):
+        nodes.kill(name)
+    before = checkpoints(folder)
+
+    bring_up(nodes)
+    resumed = submit(nodes, tmp_path, "disturbed")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed after step" in resumed.stdout and "stage 1 colours: " in resumed.stdout
+    assert all(step >= before[stage] for stage, step in checkpoints(folder).items())
+    assert outcome(folder) == outcome(tmp_path / "calm"), "equal bit for bit"
+
+
+def test_an_elastic_stage_goes_on_with_the_workers_that_are_left(nodes: Nodes, tmp_path: Path) -> None:
+    write_config(
+        tmp_path, tasks=("colours",), workers=2, min_workers=1, deepspeed={"zero_stage": 3},
+        training={"epochs": 60, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 5},
+    )  # fmt: skip
+    (tmp_path / ".gitignore").write_text("elastic/\nmodel-llama/\nhome/\n")
+    bring_up(nodes)
+    folder = tmp_path / "elastic"
+    assert submit(nodes, tmp_path, "elastic", "--no-wait").returncode == 0
+    wait_for(lambda: bool(checkpoints(folder)), "a checkpoint")
+    nodes.kill("second")
+    done = submit(nodes, tmp_path, "elastic")  # attaches
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trying again from the last checkpoint" in done.stdout and "resumed after step" in done.stdout
+    (record,) = folder.glob("stages/*/trained/training.json")
+    assert json.loads(record.read_text())["trained_with"]["workers"] == 1

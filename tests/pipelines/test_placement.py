@@ -1,0 +1,57 @@
+"""How many workers a stage takes of those that are there, and which variables they get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.config import load_config, validate_config
+from amlora_dist.errors import FaultsError
+from pipelines.preflight import Demand
+from pipelines.stage import Placement, _passed_on
+from tests.tiny_folder import write_config
+
+
+def placement_of(config: Path, fewest: int) -> Placement:
+    demand = Demand(workers=fewest, parameters=1, trainable=1, stages=1, dtype="fp32", zero_stage=2)
+    settings = load_config(config)
+    return Placement(
+        settings.workers, config.parent, demand, batch_size=settings.training.batch_size, strategy=settings.placement
+    )
+
+
+def test_a_stage_takes_what_is_there_between_its_limits(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",), workers=6, min_workers=2, placement="SPREAD")
+    placement = placement_of(config, fewest=2)
+    assert placement.strategy == "SPREAD"
+    # The batch is 6: shares must be equal.
+    assert {n: placement.fitting(n) for n in range(9)} == {0: 0, 1: 0, 2: 2, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6, 8: 6}
+
+
+def test_without_a_minimum_a_stage_takes_all_or_nothing(tmp_path: Path) -> None:
+    placement = placement_of(write_config(tmp_path, tasks=("colours",), workers=3), fewest=3)
+    assert [placement.fitting(n) for n in (2, 3, 4)] == [0, 3, 3]
+    assert placement.strategy == "PACK"
+
+
+def test_limits_and_storage_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",), workers=2)
+    with pytest.raises(FaultsError, match=r"min_workers: found 3, expected at most workers, which is 2"):
+        validate_config(config, ["min_workers=3"])
+    with pytest.raises(FaultsError, match=r"storage: found 's3://bucket/x', expected a folder that all nodes mount"):
+        validate_config(config, ["storage=s3://bucket/x"])
+
+
+def test_settings_of_the_network_reach_workers_on_other_nodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    passed = _passed_on()
+    assert passed["NCCL_SOCKET_IFNAME"] == "eth0" and passed["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert "SOMETHING_ELSE" not in passed
+    # A job's own variables reach its workers already; naming them twice is a conflict to Ray.
+    job = {"runtime_env": {"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert set(passed) - set(_passed_on()) == {"NCCL_SOCKET_IFNAME"}
