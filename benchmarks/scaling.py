@@ -69,7 +69,7 @@ def run(folder: Path, count: int) -> list[dict[str, Any]]:
         tiny_folder.TOPICS[name] = (tiny_folder.COLOURS, words)
     tiny_folder.WORDS.extend(sorted({w for name in names for w in tiny_folder.TOPICS[name][1]} - set(tiny_folder.WORDS)))
     config = tiny_folder.write_config(
-        folder, tasks=tuple(names), evaluate="seen+next",
+        folder, tasks=tuple(names),
         training={"epochs": 4, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "probe_rows": 8},
     )  # fmt: skip
     settings = load_config(config, ["evaluation.untrained=false", "evaluation.oracle=false"])
