@@ -1,4 +1,7 @@
-"""Searches through Ray Tune with a tiny model: what they share, survive, refuse to see, and leave in MLflow."""
+"""Searches through Ray Tune with a tiny model: what they share, survive, refuse to see, and leave in MLflow.
+
+One search serves most tests; the two that make another belong to `make test-crash` for their length.
+"""
 
 from __future__ import annotations
 
@@ -151,6 +154,7 @@ def test_the_same_id_with_another_space_is_refused(world: dict[str, Any]) -> Non
         search(world["config"], "one", "search.space.training.l1={grid: [0.0]}")
 
 
+@pytest.mark.crash
 def test_a_trial_behind_the_others_is_stopped_and_its_run_closed(world: dict[str, Any], home: Path) -> None:
     result = search(
         world["config"], "halved", "search.space={training.learning_rate: {grid: [0.03, 1.0e-9, 0.02]}}",
@@ -172,6 +176,7 @@ def test_a_trial_that_can_never_fit_is_refused_at_once(world: dict[str, Any], mo
         search(world["config"], "vast", "workers=64", "training.batch_size=64")
 
 
+@pytest.mark.crash
 def test_optuna_searches_and_its_trials_are_recorded(world: dict[str, Any]) -> None:
     space = "search.space={training.learning_rate: {loguniform: [1.0e-3, 5.0e-2]}, training.l1: {choice: [0.0, 0.5]}}"
     result = search(

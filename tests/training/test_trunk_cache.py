@@ -66,7 +66,7 @@ def loss_and_gradients(made: Mixture, rows: list[Example], trunk: TrunkCache | N
     for parameter in made.trainable().values():
         parameter.grad = None
     loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in made.trainable().items() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in made.trainable().items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("layers", ["above_router", "last:1"])
