@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.display import print_parts
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from amlora_dist.reporting.figures import Table as Numbers
 
@@ -17,12 +20,13 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     """Print a comparison (what ``amlora compare --json`` prints)."""
     from amlora_dist.reporting.comparison_report import difference_table, method_table
 
-    console.print(_table(method_table(comparison), f"comparison {comparison['comparison_id']}"))
+    parts: list[RenderableType] = [_table(method_table(comparison), f"comparison {comparison['comparison_id']}")]
     if comparison["differences"]:
-        console.print(_table(difference_table(comparison), "\npaired differences of average performance"))
+        parts.append(_table(difference_table(comparison), "\npaired differences of average performance"))
     for failed in comparison["failed"]:
-        console.print(Text(f"failed: {failed['run_id']}: {failed['reason']}", style="bold red"))
-    console.print(Text(f"\nreport   amlora report {comparison['comparison_id']}"))
+        parts.append(Text(f"failed: {failed['run_id']}: {failed['reason']}", style="bold red"))
+    parts.append(Text(f"\nreport   amlora report {comparison['comparison_id']}"))
+    print_parts(console, Group(*parts))
 
 
 def _table(numbers: Numbers, title: str) -> Table:

@@ -42,7 +42,11 @@ def console_for(stream: TextIO | None = None) -> Console:
 
 def show_result(result: dict[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:
     """Print a run's result; ``tracking_uri`` is where MLflow keeps it."""
-    parts = Group(*_parts(result, console.width, tracking_uri))
+    print_parts(console, Group(*_parts(result, console.width, tracking_uri)))
+
+
+def print_parts(console: Console, parts: Group) -> None:
+    """Print; where the console is no terminal, without blanks at the ends of lines."""
     if console.is_terminal:
         console.print(parts)
         return

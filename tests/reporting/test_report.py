@@ -127,11 +127,15 @@ def test_planted_routing_faults_are_found_in_real_runs(folder: Path, run: Run, t
         "router.kind=permuted": "statistics_exchanged",
         "router.kind=uniform": "router_blind",
         "router.gate.form=absolute router.gate.threshold=0.9 router.gate.temperature=30": "over_regularised_gate",
+        "training.l1=1000": "over_regularised_recipe",
+        "boundary_mix=0.3": "mixed_boundary",
     }
     for number, (overrides, rule) in enumerate(planted.items()):
         run(f"planted-{number}", two_tasks, *overrides.split())
         page = report(store, f"planted-{number}", folder / "planted.html")
         assert rule in {f.rule for f in page.findings or [] if f.level == "alarm"}, (overrides, page.findings)
+    healthy = report(store, "three", folder / "healthy.html").findings or []
+    assert not {finding.rule for finding in healthy if finding.level == "alarm"} & set(planted.values())
 
 
 def test_the_command_writes_the_report_and_says_where(folder: Path, facts: RunFacts) -> None:
