@@ -54,7 +54,7 @@ class Soak:
         from ray.cluster_utils import Cluster
 
         os.environ["PYTHONPATH"] = str(ROOT)  # for the workers of the nodes
-        self.folder, self.draw, self.began = folder, random.Random(seed), time.monotonic()
+        self.folder, self.draw, self.began, self.clock = folder, random.Random(seed), time.monotonic(), time.time()
         self.killed: Counter[str] = Counter()
         self.faults: list[str] = []
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -85,16 +85,18 @@ class Soak:
         return "node"
 
     def ours(self, *words: str) -> list[psutil.Process]:
-        """Processes below this cluster's raylets whose title holds one of the words."""
+        """Living processes of this cluster whose title holds one of the words; those whose raylet has died, too."""
+        below = {process.pid for process in psutil.Process().children(recursive=True)}
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in psutil.process_iter():
             try:
+                orphan = process.ppid() == 1 and process.create_time() >= self.clock
                 title = " ".join(process.cmdline())
-                if process.status() != psutil.STATUS_ZOMBIE and any(word in title for word in words):
+                if (orphan or process.pid in below) and any(word in title for word in words):
                     found.append(process)
             except psutil.Error:
                 continue
-        return found
+        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
     def round(self, number: int, config: Path, empty: Path, undisturbed: Outcome, until: float) -> None:
         """One run, disturbed until it ends or the time for kills is over."""

@@ -126,7 +126,7 @@ def calm(start: Start, folder: Path, config: Path, empty_home: Path, *overrides:
     home = folder / "home"
     shutil.copytree(empty_home, home)
     command = start(folder, *_arguments(config, overrides), AMLORA_HOME=str(home))
-    assert command.wait(400) == 0, command.stderr
+    assert command.wait(1500) == 0, command.stderr
     return outcome_of(home, command.stdout)
 
 
