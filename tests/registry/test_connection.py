@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amlora_dist.errors import UserError
-from amlora_dist.registry.connection import Connection, StoreError, connect
+from amlora_dist.registry.connection import Connection, StoreAwayError, StoreError, StoreFullError, connect
 from amlora_dist.registry.runs import check_model_name
 from amlora_dist.registry.versions import parse_uri
 
@@ -118,3 +118,60 @@ class TestRepeating:
         for code in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
             with pytest.raises(MlflowException):
                 self.connection.call("create", self.failing(1, "", code))
+
+    def test_a_server_that_does_not_answer_is_waited_for(self) -> None:
+        remote = Connection(SimpleNamespace(), "http://x", None)  # type: ignore[arg-type]
+        gone = self.failing(3, "API request to http://x failed with exception Connection refused", "INTERNAL_ERROR")
+        assert remote.call("write", gone) == 4
+        local = self.failing(1, "API request to http://x failed with exception Connection refused", "INTERNAL_ERROR")
+        with pytest.raises(StoreError):
+            self.connection.call("write", local)
+
+    def test_after_giving_up_on_a_server_every_call_tries_once_until_it_is_answered(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import requests
+
+        monkeypatch.setattr("amlora_dist.registry.connection.OUTAGE_DEADLINE_S", 0.2)
+        remote = Connection(SimpleNamespace(), "http://x", None)  # type: ignore[arg-type]
+        calls = []
+
+        def gone() -> None:
+            calls.append(1)
+            raise requests.ConnectionError("reset by peer")
+
+        with pytest.raises(StoreAwayError, match=r"upload: no answer .*what was trained is kept.*same command"):
+            remote.call("upload", gone)
+        assert len(calls) > 1 and remote.away and StoreAwayError.exit_code == 2
+        calls.clear()
+        with pytest.raises(StoreAwayError):
+            remote.call("release", gone)
+        assert len(calls) == 1
+        assert remote.call("read", lambda: 7) == 7
+        assert not remote.away
+
+    def test_a_refusal_of_the_server_is_no_absence(self) -> None:
+        import requests
+
+        remote = Connection(SimpleNamespace(), "http://x", None)  # type: ignore[arg-type]
+        answer = requests.Response()
+        answer.status_code = 403
+
+        def refused() -> None:
+            raise requests.HTTPError("403 Forbidden", response=answer)
+
+        with pytest.raises(StoreError, match="403") as caught:
+            remote.call("upload", refused)
+        assert not isinstance(caught.value, StoreAwayError)
+
+    def test_a_full_disk_is_the_users_to_mend_whoever_says_it(self) -> None:
+        import shutil as files
+
+        def copied() -> None:
+            raise files.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+
+        locked = self.failing(1, "(sqlite3.OperationalError) database or disk is full", "TEMPORARILY_UNAVAILABLE")
+        for function in (copied, locked):
+            with pytest.raises(StoreFullError, match=r"the disk is full.*make room"):
+                self.connection.call("upload", function)
+        assert StoreFullError.exit_code == 2

@@ -22,7 +22,7 @@ from pipelines.sequence import run_sequence
 from tests.registry.tiny_banks import TASKS, publish_sequence
 from tests.tiny_folder import write_config
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.crash
 
 
 class Wire:
