@@ -6,7 +6,6 @@ process without either.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -487,15 +486,3 @@ def _held_out(count: int, share: float, seed: int) -> list[int]:
 
 def _position(tasks: list[str], cell: Cell) -> int | None:
     return tasks.index(cell.task) if cell.mode == "oracle" else None
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Any:
-    """Use ``count`` threads inside (None: leave it)."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
