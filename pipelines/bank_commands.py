@@ -1,5 +1,5 @@
 """Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``generate`` and ``classify``. What they do is in ``amlora_dist`` and ``pipelines.bank_work``."""
+``import-peft``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and ``pipelines.bank_work``."""
 
 from __future__ import annotations
 
@@ -208,6 +208,47 @@ def classify(
     classify_texts(bank, source, output, column, batch_size, call, options)
 
 
+def serve(
+    bank: Bank,
+    host: Annotated[str, typer.Option(help="To listen at; 0.0.0.0 for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="To listen at.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the bank; default: its own name.")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model; each batches what reaches it.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a replica; default: all, shared.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 512,
+    max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest text with its question.")] = 32768,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest body of a request.")] = 1048576,
+    max_texts: Annotated[int, typer.Option(min=1, help="Most texts of one request.")] = 64,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Most texts at once in a replica; then 429.")] = 256,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Most texts of one pass.")] = 32,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of one pass.")] = 4096,
+    poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias.")] = 10.0,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a bank over HTTP, as OpenAI's API, on Ray Serve; follows an alias; a page to try it at /.
+
+    Clients need the key of the environment variable AMLORA_API_KEY, if it is set.
+    """
+    from amlora_dist.serving.settings import ServeSettings
+    from pipelines.serving import Place, serve_bank
+
+    settings = ServeSettings(
+        max_body_bytes=max_body_bytes, max_prompt_characters=max_prompt_characters, max_new_tokens=max_new_tokens,
+        max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
+        prefill_tokens=prefill_tokens, poll_s=poll,
+    )  # fmt: skip
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    place = Place(host=host, port=port, replicas=replicas, threads=threads)
+    serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "pull": pull,
@@ -219,6 +260,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import-peft": import_peft,
     "generate": generate,
     "classify": classify,
+    "serve": serve,
 }
 
 

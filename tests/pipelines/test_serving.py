@@ -1,0 +1,149 @@
+"""``amlora serve`` as a user starts it: a process of its own, Ray Serve below it, real clients in front."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from amlora_dist.model import AMLoRAModel
+from amlora_dist.registry.store import Store
+from pipelines.cli import app
+from tests.bank_with_base import write_working_bank
+from tests.serving.load import TEXTS, ask_all, expected, publish, write_versions
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """``amlora serve`` and what it prints."""
+
+    def __init__(self, home: Path, log: Path, bank: str, *options: str, key: str | None = None) -> None:
+        self.port, self.log = free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        environment = os.environ | {"AMLORA_HOME": str(home)} | ({"AMLORA_API_KEY": key} if key else {})
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-m", "pipelines.cli", "serve", bank, "--port", str(self.port), "--device", "cpu"]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*command, "--threads", "1", *options], stdout=file, stderr=file, env=environment, start_new_session=True
+            )
+
+    def wait(self, words: str, deadline_s: float = 180) -> None:
+        """Until it has printed ``words``."""
+        start = time.monotonic()
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() - start < deadline_s, self.log.read_text()
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """Whatever state it is in, with all that it started."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def started() -> Iterator[list[Server]]:
+    servers: list[Server] = []
+    yield servers
+    for server in servers:
+        server.end()
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(400)
+def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
+    tmp_path: Path, amlora_home: Path, started: list[Server]
+) -> None:
+    """The whole story in one server, because starting Ray takes most of the time."""
+    folders = write_versions(tmp_path)
+    store = Store.open(amlora_home)
+    versions = [publish(store, "words", folder) for folder in folders]
+    right: dict[str, Any] = {}
+    for folder, version in zip(folders, versions, strict=True):
+        model = AMLoRAModel.from_bank(folder, device="cpu")
+        right[version.uri] = (model.tasks, expected(model))
+    store.set_alias("words", "champion", versions[0])
+    server = Server(amlora_home, tmp_path / "log", "models:/words@champion", "--poll", "0.3", "--request-timeout", "60")
+    started.append(server)
+    server.wait(f"serving models:/words/1 at {server.url}")
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    messages: Any = [{"role": "user", "content": TEXTS[0]}]
+    said = client.chat.completions.create(model="words", messages=messages, max_tokens=5, extra_body={"routing": True})
+    assert said.system_fingerprint == "models:/words/1"
+    assert said.choices[0].message.content == right["models:/words/1"][1]["answer", TEXTS[0]]
+    assert said.choices[0].routing["task"] == "colours"  # type: ignore[attr-defined]
+    stream = client.chat.completions.create(model="words", messages=messages, max_tokens=5, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said.choices[0].message.content
+
+    def move(number: int) -> Any:
+        def moved() -> None:
+            store.set_alias("words", "champion", versions[number])
+            start = time.monotonic()
+            while httpx.get(f"{server.url}/healthz").json()["version"] != versions[number].uri:
+                assert time.monotonic() - start < 60
+                time.sleep(0.1)
+
+        return moved
+
+    # one client moves the alias and waits, the others go on asking
+    counts = ask_all(server.url, right, requests=240, clients=4, at={60: move(1), 160: move(2)})
+    assert set(counts) == {version.uri for version in versions}
+
+    with ThreadPoolExecutor(4) as pool:
+        def ask(text: str) -> httpx.Response:
+            body = {"prompt": text, "max_tokens": 40, "raw": True}
+            return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+        asked = [pool.submit(ask, text) for text in TEXTS[:4]]
+        threading.Event().wait(0.15)
+        server.process.send_signal(signal.SIGTERM)
+        assert [one.result().status_code for one in asked] == [200] * 4
+    assert server.process.wait(timeout=90) == 143, server.log.read_text()
+    assert "stopping; what runs is finished first" in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["BANK", "--base", "./missing"], "no folder './missing'"),
+        (["BANK", "--port", "PORT"], "--host, --port: cannot listen"),
+        (["models:/words/1", "--tracking-uri", "file:///tmp/x"], "MLflow keeps no registry in plain files"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_ray_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    write_working_bank(tmp_path / "bank", tmp_path / "base")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = {"BANK": str(tmp_path / "bank"), "PORT": str(taken.getsockname()[1])}
+        done = CliRunner().invoke(app, ["serve", *(words.get(one, one) for one in arguments)])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
