@@ -86,9 +86,10 @@ def serve_bank(
         StoppedServerError: after a signal, with its exit code.
     """
     _check_installed()
-    from amlora_dist.serving.bank import default_name
+    from amlora_dist.serving.bank import check_name, default_name
 
     name = name or default_name(bank)
+    check_name(name)
     if not bank.startswith("models:"):
         bank = str(Path(bank).expanduser().resolve())
     # Replicas on other machines do not share this process's environment.

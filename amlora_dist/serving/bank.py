@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Prefilled, plan_labels
 from amlora_dist.inference import Classification, Request, Route, routes
 from amlora_dist.model import AMLoRAModel
@@ -24,9 +25,13 @@ class ServedBank:
     Args:
         model: the bank in its base model.
         name: what clients call it, whatever the version.
+
+    Raises:
+        UserError: a name with a colon, which would part it from a task's.
     """
 
     def __init__(self, model: AMLoRAModel, name: str) -> None:
+        check_name(name)
         self.model, self.name = model, name
         self.version = model.uri or f"{name}-{model.bank.manifest.digest()[:12]}"
         """``models:/NAME/NUMBER``; of a folder its name and the beginning of its digest."""
@@ -100,6 +105,12 @@ class ServedBank:
         for place, request in enumerate(requests):
             request.place = place
         return self.model.classified(requests, len(requests))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot stand in ``NAME:TASK``. Raises UserError."""
+    if not name or ":" in name:
+        raise UserError(f"name: found {name!r}, expected one without a colon (clients write NAME:TASK); give --name")
 
 
 def default_name(bank: str | Path) -> str:

@@ -133,6 +133,7 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere"),
+        (["BANK", "--name", "a:b"], "name: found 'a:b'"),
         (["BANK", "--base", "./missing"], "no folder './missing'"),
         (["BANK", "--port", "PORT"], "--host, --port: cannot listen"),
         (["models:/words/1", "--tracking-uri", "file:///tmp/x"], "MLflow keeps no registry in plain files"),
