@@ -17,6 +17,8 @@ from amlora_dist.registry.connection import Connection, StoreError, is_code
 _METRICS_PER_CALL = 500
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment by which MLflow's page opens with its training runs, and not with traces of a chat program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,9 @@ class Runs:
         try:
             location = f"{root}/{name.replace(' ', '_')}" if root else None
             return str(
-                self._call("create an experiment", self._client.create_experiment, name, artifact_location=location)
+                self._call(
+                    "create an experiment", self._client.create_experiment, name, artifact_location=location, tags=TRAINING
+                )
             )
         except MlflowException as error:
             if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
