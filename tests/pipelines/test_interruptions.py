@@ -194,9 +194,7 @@ def resize(disk: Path, size: int) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    "room", [pytest.param(60_000, marks=MORE), 200_000, pytest.param(350_000, marks=MORE)]
-)
+@pytest.mark.parametrize("room", [pytest.param(60_000, marks=MORE), 100_000, pytest.param(140_000, marks=MORE)])
 def test_a_disk_that_fills_up_anywhere_is_told_and_the_run_goes_on_when_there_is_room(
     room: int, small_disk: Path, runs: Runs, empty_home: Path, undisturbed: Outcome
 ) -> None:
