@@ -194,14 +194,10 @@ def _batch_faults(config: RunConfig, share: int, uneven: int, micro: int) -> dic
 
 
 def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
-    where, path = "training.cache_trunk", ("training", "cache_trunk")
-    if config.adapters.layers == "all":
-        found, hint = "true with adapters.layers: all", "no layer lies below an adapted one; above_router leaves half"
-    elif config.workers and config.zero_stage == 3:
-        found, hint = "true with deepspeed.zero_stage: 3", "its passes gather every layer on every rank; take 0, 1 or 2"
-    else:
+    if config.adapters.layers != "all":
         return {}
-    return {path: Fault(where, found, "false", hint)}
+    found, hint = "true with adapters.layers: all", "no layer lies below an adapted one; above_router leaves half"
+    return {("training", "cache_trunk"): Fault("training.cache_trunk", found, "false", hint)}
 
 
 def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> list[str]:

@@ -25,6 +25,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def default_store() -> None:
+    """Fixtures of a module are made before those of its tests: an earlier module's store is not for them either."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(autouse=True)
 def amlora_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``AMLORA_HOME`` of one test; subprocesses inherit it."""

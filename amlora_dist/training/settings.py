@@ -40,7 +40,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     cache_trunk: bool = False
     """Keep what the layers below the first adapted one make of each row in files, and compute it once. Changes losses
-    by rounding alone (rows are computed unpadded), so it is in no fingerprint."""
+    by rounding alone (rows are computed unpadded), so it is in no fingerprint. Without effect under ZeRO-3."""
     cache_trunk_gb: float = Field(default=8.0, gt=0)
     """Limit of those files, 1e9 bytes; those used longest ago go first."""
     probe_rows: int = Field(default=32, ge=1)

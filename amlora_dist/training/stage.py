@@ -412,9 +412,11 @@ class _Stage:
     def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
         """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes.
 
-        For prompts (``decodes``) also only if the trunk ends at the routing layer, where the features are read."""
+        Under ZeRO-3 there is none: its passes gather every layer on every rank, cached or not. For prompts
+        (``decodes``) also only if the trunk ends at the routing layer, where the features are read."""
         settings = self.settings
-        if not settings.training.cache_trunk or self.method.alters_inputs:
+        gathers = self.config is not None and int(self.config["zero_optimization"]["stage"]) == 3
+        if not settings.training.cache_trunk or self.method.alters_inputs or gathers:
             return None
         trunk = mixture.trunk()
         if decodes and (trunk.layer != mixture.router_layer or self.method.uses_selectors):
