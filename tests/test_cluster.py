@@ -81,6 +81,7 @@ def test_the_launchers_yaml_is_valid_by_rays_own_schema() -> None:
     jsonschema.validate(config, schema)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")])
 def test_kuberays_resources_are_valid_by_its_definitions(file: str, kind: str) -> None:
     source = SCHEMAS / f"ray.io_{kind}.yaml"

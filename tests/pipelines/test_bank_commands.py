@@ -26,6 +26,8 @@ from tests.bank_with_base import TASKS, texts_of, write_working_bank
 from tests.registry.tiny_banks import publish_sequence, rewrite, tiny_adapter, tiny_bank
 from tests.tiny_folder import TOPICS
 
+pytestmark = pytest.mark.integration  # starts processes and stores
+
 
 def amlora(*arguments: str | Path, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)

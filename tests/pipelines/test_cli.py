@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration  # starts processes
+
 DEMO = "configs/demo.yaml"
 
 RESULT = {

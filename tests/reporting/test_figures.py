@@ -21,6 +21,8 @@ from amlora_dist.reporting.figures import (
     short_number,
 )
 
+pytestmark = pytest.mark.integration  # draws every kind of picture
+
 
 def charts() -> dict[str, Chart]:
     return {

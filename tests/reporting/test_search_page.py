@@ -10,6 +10,8 @@ import pytest
 
 from amlora_dist.reporting.search_page import importance, search_page
 
+pytestmark = pytest.mark.integration  # draws whole pages
+
 SPACE = {"training.l1": {"grid": [0.0, 0.1, 1.0]}, "adapters.rank": {"grid": [4, 8]}}
 
 

@@ -19,6 +19,8 @@ from tests.bank_with_base import TASKS, texts_of
 from tests.serving.servers import Running, events, running
 from tests.tiny_folder import TOPICS
 
+pytestmark = pytest.mark.integration  # a running app
+
 TEXTS = [texts_of(task, 4, "served")[i] for i in range(4) for task in TASKS]
 
 

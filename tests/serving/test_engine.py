@@ -19,6 +19,8 @@ from amlora_dist.serving.rows import can_join, joined, keep
 from amlora_dist.serving.settings import ServeSettings
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 
+pytestmark = pytest.mark.integration  # a running engine
+
 TEXTS = [texts_of(task, 3, "engine")[i] for i in range(3) for task in TASKS]
 
 

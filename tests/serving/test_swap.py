@@ -16,6 +16,8 @@ from amlora_dist.serving.following import Follower, is_moving
 from tests.serving.load import VERSIONS, ask_all, expected, publish, write_versions
 from tests.serving.servers import running
 
+pytestmark = pytest.mark.integration  # a running app under load
+
 
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory: pytest.TempPathFactory) -> list[ServedBank]:
