@@ -236,7 +236,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 bank_commands.add_commands(app, _answered)
-cluster_commands.add_commands(app, _answered)
+bank_commands.add_commands(app, _answered, cluster_commands.COMMANDS)
 report_commands.add_commands(app, _answered)
 search_commands.add_commands(app, _answered)
 

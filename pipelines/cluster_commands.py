@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-Answered = Callable[..., AbstractContextManager[None]]
-"""Turns errors into messages and exit codes; takes ``verbose``."""
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
 Overrides = Annotated[
@@ -170,19 +165,4 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "submit": submit, "jobs": jobs, "logs": logs, "stop": stop}
-
-
-def add_commands(app: typer.Typer, answered: Answered) -> None:
-    """Add the commands of this module to the program."""
-    for name, command in _COMMANDS.items():
-        app.command(name)(_guarded(command, answered))
-
-
-def _guarded(command: Callable[..., None], answered: Answered) -> Callable[..., None]:
-    @functools.wraps(command)
-    def guarded(*args: Any, verbose: bool = False, **options: Any) -> None:
-        with answered(verbose=verbose):
-            command(*args, verbose=verbose, **options)
-
-    return guarded
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "submit": submit, "jobs": jobs, "logs": logs, "stop": stop}
