@@ -48,7 +48,7 @@ test-unit: setup
 	$(BIN)/pytest -q -m 'not integration and not crash'
 
 test-crash: setup
-	$(BIN)/pytest -q -m crash
+	$(BIN)/pytest -q -m crash -n 0
 
 crash-matrix: setup
 	$(BIN)/python benchmarks/crash_matrix.py
