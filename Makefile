@@ -13,6 +13,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar of
 PACKAGES = $(VENV)/lib/python3*/site-packages
 STAMP = $(VENV)/.installed
 
+# Every run starts processes that import the same packages: compiling them each time would cost more than the work.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo test test-unit test-crash crash-matrix lint format clean
 
 help:

@@ -122,6 +122,7 @@ def test_what_is_meant_to_forget_less_than_sequential_training_does(
     assert own_later - own_first < 0.8 * (later - first)
 
 
+@pytest.mark.integration
 def test_the_penalty_of_o_lora_lowers_the_overlap_of_directions(tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours", "shapes"))
     found = {}

@@ -16,6 +16,7 @@ from amlora_dist.registry.runs import check_model_name
 from amlora_dist.registry.versions import parse_uri
 
 
+@pytest.mark.integration
 def test_mlflow_is_not_imported_before_a_store_is_opened() -> None:
     code = "import sys, amlora_dist.registry.store, amlora_dist.registry.pyfunc; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -78,6 +78,7 @@ def bag_of_words_accuracy(train: list[tuple[str, str]], test: list[tuple[str, st
     return 100 * float(model.score([text for text, _ in test], [label for _, label in test]))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("longest", [1, 2])
 def test_word_counts_tell_labels_and_tasks_often_but_not_always(
     stream: dict[str, dict[str, list[Row]]], longest: int
