@@ -68,6 +68,8 @@ class Outcome:
     """Version that the alias points at."""
     statuses: dict[str, int]
     """How many MLflow runs have which status."""
+    leases: list[str]
+    """Leases and claims that nobody gave back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ def outcome_of(home: Path, stdout: str) -> Outcome:
             "SELECT version FROM registered_model_aliases WHERE name = ? AND alias = 'current'", (name,)
         ).fetchone()
         statuses = dict(database.execute("SELECT status, count(*) FROM runs GROUP BY status").fetchall())
+        leases = database.execute(
+            "SELECT name FROM registered_models WHERE name LIKE 'amlora.lease.%' AND name NOT IN"
+            " (SELECT name FROM registered_model_tags WHERE key = 'amlora.released') ORDER BY name"
+        ).fetchall()
     _, run, root = versions[-1][1].replace("runs:/", "runs/").split("/", 2)
     (file,) = (home / "artifacts").glob(f"*/{run}/artifacts/{root}/manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -118,6 +124,7 @@ def outcome_of(home: Path, stdout: str) -> Outcome:
         stages=[fingerprint for _, _, fingerprint in versions],
         current=str(current[0]),
         statuses=statuses,
+        leases=[name for (name,) in leases],
     )
 
 
