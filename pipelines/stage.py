@@ -178,7 +178,8 @@ class RayCluster:
         if not ray.is_initialized():
             if not os.environ.get("RAY_ADDRESS"):
                 cpus = max(os.cpu_count() or 1, self._placement.workers)
-                options |= {"num_cpus": cpus, "include_dashboard": False}
+                # "local": without it Ray would join whatever cluster somebody has started on this machine.
+                options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
                 self._own = True
             elif passed := _passed_on():
                 options["runtime_env"] = {"env_vars": passed}
