@@ -153,7 +153,7 @@ def crash(
         codes.append(command.wait(400))
     assert command is not None
     outcome = outcome_of(home, command.stdout) if codes[-1] == 0 else None
-    return Crashed(point, kind, once.exists(), codes, time.monotonic() - began, outcome, command.stderr)
+    return Crashed(point, kind, Path(f"{once}.{point}").exists(), codes, time.monotonic() - began, outcome, command.stderr)
 
 
 def faults(crashed: Crashed, calm: Outcome) -> list[str]:
