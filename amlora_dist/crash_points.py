@@ -1,8 +1,9 @@
 """Named crash points: the places where a process may die, so that tests can make it die exactly there.
 
 ``AMLORA_CRASH=point:kind[:nth]`` makes the ``nth`` (default first) arrival at ``point`` raise (``raise``), exit
-(``exit``), send itself SIGKILL (``kill``) or pause itself until SIGCONT (``stop``). With ``AMLORA_CRASH_ONCE=FILE`` it
-happens in one process only: the first to create FILE. Unset, a crash point costs one comparison.
+(``exit``), send itself SIGKILL (``kill``) or pause itself until SIGCONT (``stop``); several are parted by commas. With
+``AMLORA_CRASH_ONCE=FILE`` each happens in one process only: the first to create FILE.point. Unset, a crash point costs one
+comparison.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ def reach(point: str) -> None:
     """Die here if a test asked for it. ``point`` is one of ``POINTS``."""
     if not _SPEC:
         return
-    name, _, rest = _SPEC.partition(":")
-    kind, _, nth = rest.partition(":")
-    if name != point:
-        return
     _seen[point] += 1
-    if _seen[point] != int(nth or 1) or not _first_process():
-        return
+    for spec in _SPEC.split(","):
+        name, _, rest = spec.partition(":")
+        kind, _, nth = rest.partition(":")
+        if name == point and _seen[point] == int(nth or 1) and _first_process(point):
+            _die(point, kind)
+
+
+def _die(point: str, kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stop":
@@ -56,12 +59,12 @@ def reach(point: str) -> None:
     raise CrashedOnPurposeError(f"crash point {point!r} (AMLORA_CRASH={_SPEC})")
 
 
-def _first_process() -> bool:
+def _first_process(point: str) -> bool:
     marker = os.environ.get("AMLORA_CRASH_ONCE")
     if not marker:
         return True
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(f"{marker}.{point}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,15 +58,19 @@ def main() -> None:
         start: Start = spawned if options.workers else stack.enter_context(Server()).start
         undisturbed = calm(start, folder / "calm", config, folder / "empty")
         where = f"{options.workers} workers, ZeRO-{options.zero}" if options.workers else "one process"
-        print(f"{where}: {len(undisturbed.versions)} stages, {len(points)} points\n")
+        print(f"{where}: {len(undisturbed.versions)} stages, {len(points)} points\n", flush=True)
         print(f"| point | dies in | {' | '.join(KINDS.values())} |")
         print("|---|---|" + "---|" * len(KINDS))
         for point in points:
             cells = []
             for kind in KINDS:
-                case = crash(
-                    start, folder / f"{point}-{kind}", config, folder / "empty", point, kind, nth_of(point, options.workers)
-                )
+                try:
+                    nth = nth_of(point, options.workers)
+                    case = crash(start, folder / f"{point}-{kind}", config, folder / "empty", point, kind, nth)
+                except (AssertionError, subprocess.TimeoutExpired) as error:  # the others are of interest all the same
+                    bad.append(f"{point} by {KINDS[kind]}: {error}")
+                    cells.append("NO END")
+                    continue
                 wrong = faults(case, undisturbed)
                 bad += [f"{point} by {KINDS[kind]}: {fault}" for fault in wrong]
                 ends = ", ".join(map(str, case.codes))

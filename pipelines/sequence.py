@@ -226,6 +226,8 @@ class _Driver:
             original = mine
             if mine is None:
                 original = self._find_or_claim(fingerprint, task, stack)
+            else:
+                self.store.drop_claim(fingerprint, label=self._label(task))
             record.reused = original is not None
             if original is not None:
                 record.reused_from = original.tags.get(tags.REUSED_FROM) if mine else original.uri
@@ -288,10 +290,9 @@ class _Driver:
         while self.within is None or self.within.share:
             found = self.store.find_stage(fingerprint)
             if found:
+                self.store.drop_claim(fingerprint, label=self._label(task))
                 return found[0]
-            claim = self.store.claim_stage(
-                fingerprint, label=f"stage {task!r} of run {self.run_id!r}", deadline_s=CLAIM_DEADLINE_S
-            )
+            claim = self.store.claim_stage(fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S)
             if claim is None:
                 continue
             stack.callback(claim.release, forget=True)
@@ -299,6 +300,10 @@ class _Driver:
             found = self.store.find_stage(fingerprint)
             return found[0] if found else None
         return None
+
+    def _label(self, task: str) -> str:
+        """What others read of a claim of this run."""
+        return f"stage {task!r} of run {self.run_id!r}"
 
     def _execute(self, work: StageWork, cells: list[Cell], cluster: RayCluster) -> None:
         """Train (if need be) and score, with as many attempts as the failure policy allows."""

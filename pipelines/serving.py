@@ -223,7 +223,8 @@ def connected(place: Place, *, verbose: bool) -> Iterator[bool]:
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
         wanted = place.replicas * (place.threads or 1)
-        options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+        # "local": without it Ray would join whatever cluster somebody has started on this machine.
+        options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
         # A busy machine takes longer than Ray Serve's 5 s to start the process that listens; it would be killed.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ray.init(**options)

@@ -31,7 +31,7 @@ OnEvent = Callable[[Event], None]
 EVENTS = "progress.jsonl"
 ERROR = "error.json"
 POLL_S = 0.25
-NODES_DEADLINE_S = 20.0
+NODES_DEADLINE_S = 10.0
 """How long a run waits at its start for nodes that are on their way, before it says what is missing."""
 RECOVERY_DEADLINE_S = 120.0
 """The same after nodes were lost."""
@@ -178,7 +178,8 @@ class RayCluster:
         if not ray.is_initialized():
             if not os.environ.get("RAY_ADDRESS"):
                 cpus = max(os.cpu_count() or 1, self._placement.workers)
-                options |= {"num_cpus": cpus, "include_dashboard": False}
+                # "local": without it Ray would join whatever cluster somebody has started on this machine.
+                options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
                 self._own = True
             elif passed := _passed_on():
                 options["runtime_env"] = {"env_vars": passed}
@@ -366,7 +367,8 @@ def _lost(error: Exception, last: Event) -> AmloraError:
             f" nodes, {LESS_MEMORY}"
         )
     told = "; ".join(f"rank {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes.items())
-    return WorkersLostError(f"{told or str(error).strip().splitlines()[0]}{where}")
+    cause = getattr(error, "controller_failure", error)
+    return WorkersLostError(f"{told or str(cause).strip().splitlines()[0]}{where}")
 
 
 @contextlib.contextmanager

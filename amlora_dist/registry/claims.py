@@ -296,6 +296,16 @@ def claim_or_wait(
             log.debug("another run was faster to claim %s", fingerprint)
 
 
+def drop_claim(entries: Entries, fingerprint: str, label: str) -> None:
+    """Delete a claim that was left by a holder of this label, who died after its work was published.
+
+    Nobody waits for such a claim or replaces it: whoever looks for the fingerprint finds the version first.
+    """
+    state = read_state(entries, stage_key(fingerprint))
+    if state is not None and state.who.get("label") == label:
+        _delete(entries, state.key, up_to=state.epoch)
+
+
 def _claim(
     entries: Entries, key: str, state: LeaseState | None, *, label: str, numbers: Iterable[int]
 ) -> LeaseState | None:

@@ -253,6 +253,10 @@ class Store(Runs):
             self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing
         )
 
+    def drop_claim(self, training_fingerprint: str, *, label: str) -> None:
+        """Delete the claim that a dead driver of this label left on work that is published."""
+        claims.drop_claim(self.lease_entries, training_fingerprint, label)
+
     # ---- inside -----------------------------------------------------------------------------------------------
 
     def _counted(self, versions: list[Version]) -> list[Version]:

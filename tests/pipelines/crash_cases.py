@@ -68,6 +68,8 @@ class Outcome:
     """Version that the alias points at."""
     statuses: dict[str, int]
     """How many MLflow runs have which status."""
+    leases: list[str]
+    """Leases and claims that nobody gave back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ def outcome_of(home: Path, stdout: str) -> Outcome:
             "SELECT version FROM registered_model_aliases WHERE name = ? AND alias = 'current'", (name,)
         ).fetchone()
         statuses = dict(database.execute("SELECT status, count(*) FROM runs GROUP BY status").fetchall())
+        leases = database.execute(
+            "SELECT name FROM registered_models WHERE name LIKE 'amlora.lease.%' AND name NOT IN"
+            " (SELECT name FROM registered_model_tags WHERE key = 'amlora.released') ORDER BY name"
+        ).fetchall()
     _, run, root = versions[-1][1].replace("runs:/", "runs/").split("/", 2)
     (file,) = (home / "artifacts").glob(f"*/{run}/artifacts/{root}/manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -118,6 +124,7 @@ def outcome_of(home: Path, stdout: str) -> Outcome:
         stages=[fingerprint for _, _, fingerprint in versions],
         current=str(current[0]),
         statuses=statuses,
+        leases=[name for (name,) in leases],
     )
 
 
@@ -146,7 +153,7 @@ def crash(
         codes.append(command.wait(400))
     assert command is not None
     outcome = outcome_of(home, command.stdout) if codes[-1] == 0 else None
-    return Crashed(point, kind, once.exists(), codes, time.monotonic() - began, outcome, command.stderr)
+    return Crashed(point, kind, Path(f"{once}.{point}").exists(), codes, time.monotonic() - began, outcome, command.stderr)
 
 
 def faults(crashed: Crashed, calm: Outcome) -> list[str]:

@@ -19,7 +19,7 @@ from amlora_dist.training.failures import (
     memory_watched,
 )
 from pipelines.failure_policy import RETRIES, Failure, decide
-from pipelines.stage import WorkersLostError, told_by
+from pipelines.stage import WorkersLostError, _fit, _FitError, told_by
 
 LOST = WorkersLostError("rank 1 died")
 
@@ -123,6 +123,29 @@ def test_a_killed_worker_is_lost(tmp_path: Path) -> None:
     error = told_by(tmp_path / "none", Group({0: RuntimeError("head\nThe worker died: SIGKILL")}), {})
     assert isinstance(error, WorkersLostError)
     assert str(error) == "rank 0: The worker died: SIGKILL"
+
+
+def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers(tmp_path: Path) -> None:
+    from ray.exceptions import NodeDiedError, ObjectLostError, OwnerDiedError
+    from ray.train import ControllerError, WorkerGroupError
+
+    for error in (
+        ObjectLostError("ab" * 28, None, ""),
+        OwnerDiedError("ab" * 28, None, ""),
+        NodeDiedError("the node died"),
+        ControllerError(NodeDiedError("the node died")),
+        WorkerGroupError("could not start", {}),
+    ):
+
+        class Trainer:
+            def fit(self, error: Exception = error) -> None:
+                raise error
+
+        with pytest.raises(_FitError) as caught:
+            _fit(Trainer(), lambda: None)
+        lost = told_by(tmp_path / "none", caught.value.cause, LAST)
+        assert isinstance(lost, WorkersLostError)
+        assert not isinstance(error, ControllerError) or str(lost).startswith("the node died, after step 7")
 
 
 @pytest.mark.parametrize(

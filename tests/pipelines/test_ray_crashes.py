@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(900)]
 
 CASES = cases()
 ARGUMENTS = ("--run-id", "r", "--json")
+LONG = "training.epochs=60"
+"""A stage of 240 steps, which takes long enough to lose a node in its middle."""
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +105,16 @@ def test_a_second_sigint_ends_at_once(config: Path, home: Path, tmp_path: Path) 
 
 
 def test_a_node_that_is_lost_in_mid_stage_is_waited_for_and_the_stage_goes_on(
-    config: Path, home: Path, undisturbed: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, home: Path, empty_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.cluster_utils import Cluster
 
+    undisturbed = calm(spawned, tmp_path / "calm", config, empty_home, LONG)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the workers of the nodes
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        process = start(tmp_path / "start", config, home, RAY_ADDRESS=cluster.address)
+        process = start(tmp_path / "start", config, home, LONG, RAY_ADDRESS=cluster.address)
         wait_until(lambda: checkpoints(home) >= 2, process, "two checkpoints")
         cluster.remove_node(nodes[1], allow_graceful=False)
         wait_until(lambda: "trying again from the last checkpoint" in process.stderr, process, "the loss was noticed")
@@ -123,17 +126,40 @@ def test_a_node_that_is_lost_in_mid_stage_is_waited_for_and_the_stage_goes_on(
 
 
 def test_a_node_that_does_not_come_back_ends_the_run_with_what_is_missing(
-    config: Path, home: Path, tmp_path: Path
+    config: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        patience = {"RAY_ADDRESS": cluster.address, "AMLORA_RESOURCES_DEADLINE_S": "20"}
+        process = start(tmp_path / "start", config, home, LONG, **patience)
+        wait_until(lambda: checkpoints(home) >= 2, process, "two checkpoints")
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        assert process.wait(300) == 2, process.stderr
+        assert "2 workers need 2 CPUs, the cluster has 1" in process.stderr
+    finally:
+        cluster.shutdown()
+
+
+def test_a_cluster_that_is_too_small_is_refused_within_30_seconds_and_not_joined_without_an_address(
+    config: Path, home: Path, undisturbed: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         began = time.monotonic()
         process = start(tmp_path / "start", config, home, RAY_ADDRESS=cluster.address)
         assert process.wait(120) == 2
-        assert time.monotonic() - began < 60, "imports, 20 s of patience, and no pending for ever"
+        assert time.monotonic() - began < 30, "imports, 10 s of patience, and no pending for ever"
         assert "2 workers need 2 CPUs, the cluster has 1" in process.stderr
+        alone = start(tmp_path / "alone", config, home)  # starts a Ray of its own, though this one runs here
+        assert alone.wait(300) == 0, alone.stderr
+        assert outcome_of(home, alone.stdout) == undisturbed
     finally:
         cluster.shutdown()
 

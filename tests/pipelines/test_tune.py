@@ -109,7 +109,7 @@ def test_the_search_reads_no_test_row_before_it_has_a_winner(world: dict[str, An
 
 
 def test_a_trial_whose_process_died_goes_on_inside_its_sequence(world: dict[str, Any]) -> None:
-    assert (world["folder"] / "died").exists(), "a process was killed"
+    assert (world["folder"] / "died.step_done").exists(), "a process was killed"
     assert any("its process died" in line for line in world["notes"])
 
 

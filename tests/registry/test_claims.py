@@ -21,6 +21,7 @@ from amlora_dist.registry.claims import (
     acquire,
     claim_or_wait,
     counted,
+    drop_claim,
     format_numbers,
     parse_numbers,
     read_state,
@@ -307,6 +308,18 @@ def test_a_waiting_run_takes_over_from_a_dead_one(memory: Memory, stop: list[Lea
     assert mine.epoch == 2
     with pytest.raises(LeaseLostError):
         claim.check()
+
+
+def test_a_claim_left_on_published_work_is_dropped_by_the_run_that_left_it(memory: Memory) -> None:
+    fingerprint, mine = "f" * 64, "stage 'agnews' of run 'a'"
+    claim = claim_or_wait(memory, fingerprint, label=mine, deadline_s=1, timing=QUICK)
+    assert claim is not None
+    kill(claim)
+    drop_claim(memory, fingerprint, "stage 'agnews' of run 'b'")
+    assert read_state(memory, stage_key(fingerprint)) is not None, "not its own"
+    drop_claim(memory, fingerprint, mine)
+    drop_claim(memory, fingerprint, mine)
+    assert memory.rows == {}
 
 
 def test_waiting_has_a_deadline_that_names_the_holder(memory: Memory) -> None:
