@@ -172,8 +172,8 @@ def test_a_trial_behind_the_others_is_stopped_and_its_run_closed(world: dict[str
 
 def test_a_trial_that_can_never_fit_is_refused_at_once(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", "0")
-    with pytest.raises(UserError, match="64 workers need 64 CPUs, the cluster has 2"):
-        search(world["config"], "vast", "workers=64", "training.batch_size=64")
+    with pytest.raises(UserError, match="4 workers need 4 CPUs, the cluster has 2"):
+        search(world["config"], "vast", "workers=4", "training.batch_size=4")
 
 
 @pytest.mark.crash
