@@ -88,7 +88,7 @@ class Soak:
             os.kill(driver.pid, signal.SIGKILL)
             return "driver"
         if victim == "worker":
-            workers = sorted(process.pid for process in self.ours(WORKER))
+            workers = sorted(self.ours(WORKER))
             if not workers:
                 return None
             with suppress(ProcessLookupError):
@@ -100,16 +100,16 @@ class Soak:
         self.nodes.append(self.cluster.add_node(num_cpus=1, wait=False))
         return "node"
 
-    def ours(self, *words: str) -> list[psutil.Process]:
-        """Living processes of this cluster whose title holds one of the words; those whose raylet has died, too."""
+    def ours(self, *words: str) -> dict[int, str]:
+        """Title by pid of living processes of this cluster with one of the words in it; also those whose raylet died."""
         below = {process.pid for process in psutil.Process().children(recursive=True)}
-        found = []
+        found = {}
         for process in psutil.process_iter():
             try:
                 orphan = process.ppid() == 1 and process.create_time() >= self.clock
                 title = " ".join(process.cmdline())  # a zombie has none
                 if (orphan or process.pid in below) and any(word in title for word in words):
-                    found.append(process)
+                    found[process.pid] = title
             except psutil.Error:
                 continue
         return found
@@ -159,13 +159,13 @@ class Soak:
         for driver in self.drivers:
             if driver.poll() is None:
                 driver.kill()
-        for process in self.left(WORKER, CONTROLLER):
-            self.fault(f"orphan: {process.pid} {process.name()}")
+        for pid, title in self.left(WORKER, CONTROLLER).items():
+            self.fault(f"orphan: {pid} {title}")
         self.cluster.shutdown()
-        for process in self.left("ray::", "raylet", "gcs_server", "pipelines.cli"):
-            self.fault(f"left after the cluster: {process.pid} {process.name()}")
+        for pid, title in self.left("ray::", "raylet", "gcs_server", "pipelines.cli").items():
+            self.fault(f"left after the cluster: {pid} {title[:200]}")
 
-    def left(self, *words: str) -> list[psutil.Process]:
+    def left(self, *words: str) -> dict[int, str]:
         """Those of our processes that do not end in time."""
         deadline = time.monotonic() + ENDED_DEADLINE_S
         while (found := self.ours(*words)) and time.monotonic() < deadline:
@@ -228,7 +228,10 @@ def main() -> None:
         traceback.print_exc()
         soak.fault(f"{type(error).__name__}: {error}")
     finally:
-        soak.end()
+        try:
+            soak.end()
+        except Exception as error:  # noqa: BLE001
+            soak.fault(f"at the end: {type(error).__name__}: {error}")
         kills = ", ".join(f"{soak.killed[victim]} of a {victim}" for victim in VICTIMS)
         soak.say(
             f"seed {options.seed}: {rounds} rounds, {soak.killed.total()} kills ({kills}), {soak.starts} starts of a driver,"
