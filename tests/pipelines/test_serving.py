@@ -75,9 +75,10 @@ def started() -> Iterator[list[Server]]:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("requests", [240, pytest.param(2000, marks=pytest.mark.crash)])
 def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
-    tmp_path: Path, amlora_home: Path, started: list[Server]
+    tmp_path: Path, amlora_home: Path, started: list[Server], requests: int
 ) -> None:
     """The whole story in one server, because starting Ray takes most of the time."""
     folders = write_versions(tmp_path)
@@ -112,7 +113,8 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         return moved
 
     # one client moves the alias and waits, the others go on asking
-    counts = ask_all(server.url, right, requests=240, clients=4, at={60: move(1), 160: move(2)})
+    moves = {requests // 4: move(1), 2 * requests // 3: move(2)}
+    counts = ask_all(server.url, right, requests=requests, clients=4, at=moves)
     assert set(counts) == {version.uri for version in versions}
 
     with ThreadPoolExecutor(4) as pool:
