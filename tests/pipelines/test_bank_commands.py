@@ -6,19 +6,27 @@ import csv
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from amlora_dist.adapters.router import FixedRouter
+from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.exports import gap_between
 from amlora_dist.registry.runs import Runs
 from amlora_dist.registry.store import Store
+from pipelines.bank_exports import measure_gap
 from pipelines.bank_work import difference
 from pipelines.cli import app
 from pipelines.text_work import Line, drained
@@ -142,9 +150,61 @@ def test_export_prints_and_stores_the_gap_to_the_mixture(bank: Path, tmp_path: P
     good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
     index = json.loads((tmp_path / "merged" / "export.json").read_text())
     assert index["gap_to_mixture"]["largest_logit_difference"] > 0
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    # what was measured on the bank is what the plain model that was written does
+    plain, tokenizer = (one.from_pretrained(tmp_path / "merged") for one in (AutoModelForCausalLM, AutoTokenizer))
+    rows = [tokenizer(f"{text}\nAnswer:", return_tensors="pt")["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        merged = torch.cat([plain(input_ids=row).logits[:, -1] for row in rows])
+    model = AMLoRAModel.from_bank(bank, device="cpu")
+    assert index["gap_to_mixture"] == pytest.approx(gap_between(model.next_token_logits(TEXTS), merged), abs=1e-4)
+
+
+def test_the_gap_of_top1_is_that_of_the_strongest_row_alone(bank: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    router = FixedRouter(TASKS, (0.5, 0.3, 0.2))
+    write_working_bank(tmp_path / "mixing", bank.parent / "base", router=router)
+    model = AMLoRAModel.from_bank(tmp_path / "mixing", device="cpu")
+    alone = model.to_peft("colours")
+    rows = [model.tokenizer(f"{text}\nAnswer:", return_tensors="pt")["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        strongest = torch.cat([alone(input_ids=row).logits[:, -1] for row in rows])
+    expected = gap_between(model.next_token_logits(TEXTS), strongest)
+    assert expected["largest_logit_difference"] > 1e-2
+    assert measure_gap(model, TEXTS, None) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_client_for_vllm_asks_for_the_adapter_that_the_router_picks(
+    bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place of vLLM, which needs a GPU, something that answers as it does and notes what it was asked."""
     good("export", bank, tmp_path / "vllm", "--format", "vllm", "--device", "cpu")
-    assert (tmp_path / "vllm" / "client.py").is_file()
+    asked: list[dict[str, Any]] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))) | {"path": self.path})
+            body = json.dumps({"choices": [{"text": " flat "}]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_words: Any) -> None:
+            """Nothing on standard error."""
+
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for text in TEXTS:
+            url = f"http://127.0.0.1:{server.server_port}"
+            monkeypatch.setattr(sys, "argv", ["client.py", str(bank), text, url])
+            runpy.run_path(str(tmp_path / "vllm" / "client.py"), run_name="__main__")
+        server.shutdown()
+    served = (tmp_path / "vllm" / "serve.sh").read_text()
+    assert [one["model"] for one in asked] == list(TASKS) and all(f"{task}=./" in served for task in TASKS)
+    assert [one["prompt"] for one in asked] == [f"{text}\nAnswer:" for text in TEXTS]
+    assert {one["path"] for one in asked} == {"/v1/completions"}
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["answer"] for one in told] == ["flat"] * 3
 
 
 @pytest.mark.parametrize(
@@ -251,6 +311,11 @@ def test_versions_aliases_pull_and_verify(home: Path, tmp_path: Path, monkeypatc
     assert sum("adapter_model" in path for path in fetched) == 1, "two adapters were there, beside it"
     assert len(read_bank(tmp_path / "three").statistics) == 3
     fetched.clear()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    drawn = amlora("pull", "models:/helpdesk@champion", tmp_path / "bar").stderr
+    assert "4/4" in drawn and "━" in drawn
+    monkeypatch.delenv("FORCE_COLOR")
     good("pull", "models:/helpdesk@champion", tmp_path / "three")
     assert not any("adapter_model" in path for path in fetched)
 
@@ -277,7 +342,7 @@ def test_prune_refuses_what_others_refer_to_and_removes_the_rest(home: Path, tmp
 
 @pytest.mark.integration
 def test_a_model_comes_straight_from_the_registry(home: Path, tmp_path: Path) -> None:
-    """The developer's journey: a published bank, by its URI, in a process of its own."""
+    """The developer's journey: a published bank, by its URI, in a process of its own, line by line."""
     store = Store.open(home)
     write_working_bank(tmp_path / "bank", tmp_path / "base")
     parent = store.parent_run("journey", "journey", {})
@@ -295,9 +360,23 @@ def test_a_model_comes_straight_from_the_registry(home: Path, tmp_path: Path) ->
     )
     values = {tags.TRAINING_FINGERPRINT: "f" * 64, tags.RUN_ID: "journey"}
     store.publish("journey", tmp_path / "bank", stage_run=run, tags=values, epoch=1, guard=lambda: None)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "classify", "models:/journey@current", "--device", "cpu"],
-        input="\n".join(TEXTS), capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["routed_to"] for line in done.stdout.splitlines()] == list(TASKS)
+    arguments = ["classify", "models:/journey@current", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *arguments], text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        watch = threading.Timer(240, process.kill)
+        watch.start()
+        try:
+            for text, task in zip(TEXTS, TASKS, strict=True):  # each is answered while standard input stays open
+                process.stdin.write(text + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                assert json.loads(line)["routed_to"] == task
+            process.stdin.close()
+            assert process.wait() == 0, process.stderr.read()
+        finally:
+            watch.cancel()
+            process.kill()

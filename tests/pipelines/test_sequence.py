@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
+from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry.store import Store
+from amlora_dist.training.result import read_result
 from pipelines.progress import Silent
 from pipelines.sequence import load_result, run_sequence
 from tests.tiny_folder import write_config, write_task
@@ -72,6 +75,17 @@ def test_a_sequence_publishes_one_version_per_stage_and_a_second_start_trains_no
     assert len(store.counted_versions("one")) == 3
     shown = load_result("one")
     assert shown["accuracy_matrix"] == first["accuracy_matrix"]
+
+
+def test_what_was_trained_is_pulled_to_another_path_with_the_same_logits_bit_for_bit(tmp_path: Path, home: Path) -> None:
+    result = run(write_config(tmp_path, tasks=("colours", "shapes")), "round")
+    first = AMLoRAModel.from_bank("models:/round@current", device="cpu")
+    elsewhere = Store.open(home).pull("models:/round@current", tmp_path / "elsewhere" / "bank", statistics=False)
+    again = AMLoRAModel.from_bank(elsewhere, device="cpu")
+    trained = [home / "storage" / "stages" / stage["fingerprint"] / "trained" for stage in result["stages"]]
+    assert [adapter.digest() for adapter in again.bank.adapters] == [read_result(one).adapter.digest() for one in trained]
+    texts = ["the wall looks red", "a ball is round", "juice"]
+    assert torch.equal(again.next_token_logits(texts), first.next_token_logits(texts))
 
 
 def test_an_appended_task_alone_is_trained_and_other_changes_are_refused(tmp_path: Path, home: Path) -> None:

@@ -25,6 +25,8 @@ from pipelines.cli import app
 from tests.bank_with_base import write_working_bank
 from tests.serving.load import TEXTS, ask_all, expected, publish, write_versions
 
+KEY = "s3cret"
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -36,10 +38,10 @@ def free_port() -> int:
 class Server:
     """``amlora serve`` and what it prints."""
 
-    def __init__(self, home: Path, log: Path, bank: str, *options: str, key: str | None = None) -> None:
+    def __init__(self, home: Path, log: Path, bank: str, *options: str, key: str) -> None:
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        environment = os.environ | {"AMLORA_HOME": str(home)} | ({"AMLORA_API_KEY": key} if key else {})
+        environment = os.environ | {"AMLORA_HOME": str(home), "AMLORA_API_KEY": key}
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-m", "pipelines.cli", "serve", bank, "--port", str(self.port), "--device", "cpu"]
         with log.open("wb") as file:
@@ -75,9 +77,10 @@ def started() -> Iterator[list[Server]]:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("requests", [240, pytest.param(2000, marks=pytest.mark.crash)])
 def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
-    tmp_path: Path, amlora_home: Path, started: list[Server]
+    tmp_path: Path, amlora_home: Path, started: list[Server], requests: int
 ) -> None:
     """The whole story in one server, because starting Ray takes most of the time."""
     folders = write_versions(tmp_path)
@@ -88,11 +91,14 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         model = AMLoRAModel.from_bank(folder, device="cpu")
         right[version.uri] = (model.tasks, expected(model))
     store.set_alias("words", "champion", versions[0])
-    server = Server(amlora_home, tmp_path / "log", "models:/words@champion", "--poll", "0.3", "--request-timeout", "60")
+    options = ("--poll", "0.3", "--request-timeout", "60")
+    server = Server(amlora_home, tmp_path / "log", "models:/words@champion", *options, key=KEY)
     started.append(server)
     server.wait(f"serving models:/words/1 at {server.url}")
 
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="no or wrong API key"):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0).models.list()
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     messages: Any = [{"role": "user", "content": TEXTS[0]}]
     said = client.chat.completions.create(model="words", messages=messages, max_tokens=5, extra_body={"routing": True})
     assert said.system_fingerprint == "models:/words/1"
@@ -112,13 +118,15 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         return moved
 
     # one client moves the alias and waits, the others go on asking
-    counts = ask_all(server.url, right, requests=240, clients=4, at={60: move(1), 160: move(2)})
+    moves = {requests // 4: move(1), 2 * requests // 3: move(2)}
+    counts = ask_all(server.url, right, requests=requests, clients=4, at=moves, key=KEY)
     assert set(counts) == {version.uri for version in versions}
 
     with ThreadPoolExecutor(4) as pool:
         def ask(text: str) -> httpx.Response:
             body = {"prompt": text, "max_tokens": 40, "raw": True}
-            return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            headers = {"authorization": f"Bearer {KEY}"}
+            return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
 
         asked = [pool.submit(ask, text) for text in TEXTS[:4]]
         threading.Event().wait(0.15)

@@ -124,21 +124,32 @@ def test_mlflow_loads_a_folder_and_answers_as_the_model_does(tmp_path: Path) -> 
 
 
 @pytest.mark.integration
-def test_mlflow_models_serve_answers(tmp_path: Path, repository: Path) -> None:
+def test_mlflow_models_serve_answers_as_the_model_does(
+    embedded_home: Path, name: str, tmp_path: Path, repository: Path
+) -> None:
+    from amlora_dist.model import AMLoRAModel
     from tests.bank_with_base import write_working_bank
+    from tests.serving.load import publish
 
     write_working_bank(tmp_path / "bank", tmp_path / "base")
+    store = Store.open(embedded_home)
+    store.set_alias(name, tags.CHAMPION, publish(store, name, tmp_path / "bank"))
+    uri = f"models:/{name}@champion"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(tmp_path / "bank"), "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [*command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(repository), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env=os.environ | {
+                "PYTHONPATH": str(repository), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "MLFLOW_TRACKING_URI": store.connection.uri,
+            },
         )  # fmt: skip
     try:
-        body = json.dumps({"dataframe_records": [{"text": "the wall looks red"}]}).encode()
+        texts = ["the wall looks red", "a box is flat", "big house"]
+        body = json.dumps({"dataframe_records": [{"text": text} for text in texts]}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
         )
@@ -151,7 +162,7 @@ def test_mlflow_models_serve_answers(tmp_path: Path, repository: Path) -> None:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.5)
         assert answer is not None, (tmp_path / "log").read_text()[-3000:]
-        assert [type(text) for text in answer["predictions"]] == [str]
+        assert answer["predictions"] == AMLoRAModel.from_bank(tmp_path / "bank", device="cpu").predict(texts)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

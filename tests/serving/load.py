@@ -64,6 +64,7 @@ def ask_all(
     requests: int,
     clients: int,
     at: dict[int, Callable[[], Any]],
+    key: str | None = None,
 ) -> Counter[str]:
     """Send ``requests`` requests of both kinds from ``clients`` threads; each answer must be, in all its parts, that
     of the version that it names.
@@ -74,6 +75,7 @@ def ask_all(
         requests: in all.
         clients: threads.
         at: what to do when so many requests were sent.
+        key: that the server asks for.
 
     Returns:
         how many answers came from each version.
@@ -82,7 +84,8 @@ def ask_all(
 
     def work() -> None:
         nonlocal sent
-        with httpx.Client(base_url=url, timeout=60) as client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        with httpx.Client(base_url=url, timeout=60, headers=headers) as client:
             while True:
                 with lock:
                     number = sent

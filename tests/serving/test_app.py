@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,30 @@ def test_pieces_of_a_stream_add_up_to_the_answer(server: Running, model: AMLoRAM
     assert set(reasons) <= {"stop", "length"} and routes == 3
     last = json.loads(chunks[-1])
     assert last["choices"] == [] and last["usage"]["completion_tokens"] > 0
+
+
+def test_a_stream_is_sent_while_it_is_written(
+    server: Running, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = zip(TEXTS, model.predict(TEXTS, max_new_tokens=6), strict=True)
+    text, whole = next((text, answer) for text, answer in answers if len(answer.split()) > 2)
+    bank, come, in_time = server.service.bank, threading.Event(), []
+    advance = bank.advance
+
+    def waiting(*arguments: Any) -> None:
+        in_time.append(come.wait(timeout=20))
+        advance(*arguments)
+
+    monkeypatch.setattr(bank, "advance", waiting)
+    body = {"prompt": text, "max_tokens": 6, "stream": True, "routing": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        first = json.loads(next(lines))
+        come.set()  # the second token is not thought of before the first event is here
+        *rest, done = lines
+    assert first["choices"][0]["routing"]["task"] and done == "[DONE]"
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in rest) == whole
+    assert in_time and all(in_time)
 
 
 def test_classifications_are_the_models_labels(server: Running, model: AMLoRAModel) -> None:
@@ -233,6 +258,9 @@ def test_limits_of_body_concurrency_and_time_have_their_own_answers(model: AMLoR
             yield b"x" * 1500
 
         assert server.client.post("/v1/completions", content=chunks()).status_code == 413
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 50\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
         busy = server.post("/v1/completions", prompt=["red"] * 3)
         assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
         prefill = bank.prefill

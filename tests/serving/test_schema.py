@@ -35,7 +35,7 @@ def test_the_schema_describes_what_there_is(server: Running) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("examples", [30, pytest.param(200, marks=pytest.mark.crash)])
+@pytest.mark.parametrize("examples", [30, pytest.param(200, marks=[pytest.mark.crash, pytest.mark.timeout(1800)])])
 def test_no_request_made_from_the_schema_meets_a_fault_or_an_answer_it_does_not_describe(
     schema: Any, quick: Running, examples: int
 ) -> None:
