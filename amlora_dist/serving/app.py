@@ -27,7 +27,7 @@ from amlora_dist.serving.answers import Writer, cards, classify, conversation, e
 from amlora_dist.serving.following import Follower
 from amlora_dist.serving.gatekeeper import Gatekeeper
 from amlora_dist.serving.jobs import BusyError, Ended, LateError, StoppingError
-from amlora_dist.serving.service import Service, UnknownModelError
+from amlora_dist.serving.service import Service, UnknownModelError, unknown_model
 
 STATUS: list[tuple[type[AmloraError], int, str, str | None]] = [
     (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
@@ -111,8 +111,10 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     @app.get("/v1/models/{model:path}", responses={n: errors[n] for n in (401, 404) if n in errors})
     async def model(model: str) -> wire.ModelCard:
         """One of them."""
-        service.task_of(service.bank, model)
-        return next(card for card in cards(service.bank) if card.id == model)
+        for card in cards(service.bank):
+            if card.id == model:
+                return card
+        raise unknown_model(service.bank, model)
 
     @app.post(
         "/v1/completions",

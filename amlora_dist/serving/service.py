@@ -71,8 +71,7 @@ class Service:
         name, colon, task = (model or bank.name).partition(":")
         if name == bank.name and (not colon or task in bank.tasks):
             return task if colon else None
-        known = ", ".join([bank.name, *(f"{bank.name}:{task}" for task in bank.tasks)])
-        raise UnknownModelError(f"model: found {model!r}, served are {known}")
+        raise unknown_model(bank, model)
 
     def check_texts(self, texts: Sequence[str], question: str | None, labels: Sequence[str] | None = None) -> None:
         """Refuse what is beyond the limits.
@@ -153,3 +152,8 @@ class Exchange:
         """Of all texts."""
         return sum(job.prompt_tokens for job in self.jobs)
 
+
+def unknown_model(bank: ServedBank, model: str | None) -> UnknownModelError:
+    """The error that names the models there are."""
+    known = ", ".join([bank.name, *(f"{bank.name}:{task}" for task in bank.tasks)])
+    return UnknownModelError(f"model: found {model!r}, served are {known}")

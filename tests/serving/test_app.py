@@ -31,6 +31,7 @@ def test_the_bank_and_each_of_its_tasks_are_models(server: Running) -> None:
     assert found[1]["parent"] == "words" and found[1]["labels"] == TOPICS["colours"][0]
     assert server.client.get("/v1/models/words:shapes").json()["task"] == "shapes"
     assert server.client.get("/v1/models/words:fruit").status_code == 404
+    assert server.client.get("/v1/models/%0A").status_code == 404, "the path's pattern makes an empty name of it"
 
 
 def test_completions_are_the_models_answers_with_their_routing(server: Running, model: AMLoRAModel) -> None:
