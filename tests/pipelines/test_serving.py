@@ -122,16 +122,24 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
     counts = ask_all(server.url, right, requests=requests, clients=4, at=moves, key=KEY)
     assert set(counts) == {version.uri for version in versions}
 
-    with ThreadPoolExecutor(4) as pool:
-        def ask(text: str) -> httpx.Response:
-            body = {"prompt": text, "max_tokens": 40, "raw": True}
-            headers = {"authorization": f"Bearer {KEY}"}
-            return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    begun = threading.Barrier(5, timeout=60)
 
+    def ask(text: str) -> str:
+        """The last line of an answer that has begun when the server is told to stop."""
+        body = {"prompt": text, "max_tokens": 40, "raw": True, "stream": True}
+        headers = {"authorization": f"Bearer {KEY}"}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            lines = answer.iter_lines()
+            next(lines)
+            begun.wait()
+            return [line for line in lines if line][-1]
+
+    with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, text) for text in TEXTS[:4]]
-        threading.Event().wait(0.15)
+        begun.wait()
         server.process.send_signal(signal.SIGTERM)
-        assert [one.result().status_code for one in asked] == [200] * 4
+        assert [one.result() for one in asked] == ["data: [DONE]"] * 4
     assert server.process.wait(timeout=90) == 143, server.log.read_text()
     assert "stopping; what runs is finished first" in server.log.read_text()
     assert "Traceback" not in server.log.read_text()
