@@ -71,7 +71,7 @@ def main() -> None:
         for value in args.l1
         if args.gates and (form, cut) != ("absolute", 0.0)  # with nothing cut off the two forms are one
     }
-    with config_of(args, file, ("colours", "shapes", "sizes")) as (config, overrides):
+    with config_of(args, file, ("colours", "shapes")) as (config, overrides):
         if args.tasks and not args.quick:
             overrides = [*overrides, f"tasks={json.dumps(load_config(file).tasks[: args.tasks])}"]
         found = sweep(config, overrides, list(dict.fromkeys([*cells.values(), *gates.values()])), args)

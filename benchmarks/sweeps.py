@@ -61,7 +61,7 @@ def config_of(args: argparse.Namespace, file: Path, tasks: tuple[str, ...]) -> I
     args.seeds = args.seeds[:1]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AMLORA_HOME"] = f"{folder}/home"
-        training = {"epochs": 2, "batch_size": 6, "learning_rate": 3e-2, "warmup_steps": 2, "probe_rows": 8}
+        training = {"epochs": 1, "batch_size": 6, "learning_rate": 3e-2, "warmup_steps": 2, "probe_rows": 8}
         yield write_config(Path(folder), tasks=tasks, training=training), [*LEAST]
 
 

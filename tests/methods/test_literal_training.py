@@ -75,6 +75,9 @@ def test_a_bank_of_literal_with_prior_is_published_and_loads_with_its_prior(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from amlora_dist.model import AMLoRAModel
+    from amlora_dist.registry.store import Store
+    from amlora_dist.reporting.facts import read_run
+    from amlora_dist.reporting.routing_facts import routing_by_stage
     from pipelines.progress import Silent
     from pipelines.sequence import run_sequence
 
@@ -82,7 +85,10 @@ def test_a_bank_of_literal_with_prior_is_published_and_loads_with_its_prior(
     file = write_config(tmp_path, tasks=("colours", "shapes"))
     config = load_config(file, [*LITERAL, "router.literal.prior=true", "training.epochs=1", "evaluate=last"])
     result = run_sequence(config, run_id="prior", progress=Silent())
-    assert len(result["stages"]) == 2
+    facts = read_run(Store.open(tmp_path / "home"), "prior")
+    (routing,) = routing_by_stage(facts)
+    assert routing.stage == 2 and routing.learned_accuracy is not None, "the last stage alone is scored, and it routes"
+    assert all(p.zeros is not None for p in facts.cell("router", "shapes") or [])
     model = AMLoRAModel.from_bank("models:/prior@current", tracking_uri=result["tracking_uri"], device="cpu")
     assert model.mixture.router is not None and model.mixture.routing.select
     assert set(LiteralSettings.__dataclass_fields__) <= set(model.bank.manifest.router.settings)
