@@ -93,7 +93,8 @@ def measure(args: argparse.Namespace) -> None:
         for kind, text in dict.fromkeys((k, t) for s, k, t, _ in found if s == style):
             cells = {name: found.get((style, kind, text, name)) for name in names}
             table.append({"kind": kind, "text": Path(text).stem} | {name: cell(values) for name, values in cells.items()})
-        show(f"{style}: AUROC against {', '.join(Path(t).stem for t in args.trained)}; layers {layers}", table, ("kind", "text", *names))
+        trained = ", ".join(Path(task).stem for task in args.trained)
+        show(f"{style}: AUROC against {trained}; layers {layers}", table, ("kind", "text", *names))
 
 
 def cell(values: list[float] | None) -> str | None:
