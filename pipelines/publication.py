@@ -148,7 +148,7 @@ class Publication:
         tensors = {} if router is None else router.tensors()
         settings = {} if router is None else router.settings()
         if method.uses_selectors:
-            kind = self.materials.config.router.kind
+            kind: str = self.materials.config.router.kind
             settings = asdict(self.materials.config.router.literal) | ({} if router is None else {PRIOR_KEY: settings})
         else:
             assert router is not None, "without selectors something else weighs the adapters"
