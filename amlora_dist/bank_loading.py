@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from amlora_dist.adapters.inject import Mixture, inject
-from amlora_dist.adapters.router import router_from
+from amlora_dist.adapters.router import PRIOR_KEY, router_from
 from amlora_dist.adapters.settings import LiteralSettings, RouterSettings
 from amlora_dist.adapters.targets import Target, layer_stacks, linear_sizes
 from amlora_dist.adapters.task_choice import SwitchRouter
@@ -44,10 +44,13 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank) -> Mixture:
     manifest = bank.manifest
     try:
         router_settings = RouterSettings(**manifest.training_configuration.get("router", {}))
-        literal = LiteralSettings(**bank.router_settings) if manifest.router.kind == "literal" else None
+        own = dict(bank.router_settings)
+        prior = own.pop(PRIOR_KEY, None)
+        literal = LiteralSettings(**own) if manifest.router.kind == "literal" else None
     except (ValidationError, TypeError) as error:
         raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
-    router = None if literal is not None else router_from(bank.router, bank.router_settings)
+    described = bank.router_settings if literal is None else prior
+    router = None if described is None else router_from(bank.router, described)
     return inject(
         transformer,
         bank_targets(transformer, manifest.targets),

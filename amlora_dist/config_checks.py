@@ -54,6 +54,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         return faults
     if config.training.cache_trunk and sizes_known:
         faults |= _trunk_faults(config)
+    if config.workers and not faulty(("router",)) and config.router.kind == "literal":
+        faults |= _two_stage_faults(config)
     sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
     section = section_faults(
         config.deepspeed,
@@ -198,6 +200,14 @@ def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
         return {}
     found, hint = "true with adapters.layers: all", "no layer lies below an adapted one; above_router leaves half"
     return {("training", "cache_trunk"): Fault("training.cache_trunk", found, "false", hint)}
+
+
+def _two_stage_faults(config: RunConfig) -> dict[KeyPath, Fault]:
+    """While the adapter learns, the selectors have no gradient, and under ZeRO ranks must reduce equally many."""
+    where = ("router", "literal", "training")
+    if config.router.literal.training == "joint":
+        return {}
+    return {where: Fault(dotted(where), f"two_stage with workers: {config.workers}", "joint", "or workers: 0")}
 
 
 def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.inject import Mixture
+from amlora_dist.adapters.literal import mean_over_prompt
 from amlora_dist.adapters.router import Router
 from amlora_dist.adapters.task_choice import OnlyTasks, SomeGiven, SwitchRouter, routed_by
 from amlora_dist.bank_loading import (
@@ -426,7 +427,7 @@ class AMLoRAModel:
                 router = SomeGiven(router or inner, given)
         else:
             mask_BS = inputs["prompt_mask"]
-            routing["on_select"] = lambda _path, selection: selected.append(_mean_weight(selection.weights, mask_BS))
+            routing["on_select"] = lambda _path, selection: selected.append(mean_over_prompt(selection.weights, mask_BS))
         with routed_by(router):
             state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
@@ -467,11 +468,3 @@ def _each(name: str, given: Names, count: int) -> list[str | None]:
     if len(values) != count:
         raise UserError(f"{name}: found {len(values)} for {count} texts, expected one for all or one for each")
     return values
-
-
-def _mean_weight(weights_BSN: Tensor, mask_BS: Tensor) -> Tensor:
-    """Mean over the prompt's tokens, (B, N); the decoder behind an encoder, and gates per sequence, have others."""
-    if weights_BSN.shape[1] != mask_BS.shape[1]:
-        return weights_BSN.mean(dim=1)
-    mask_BS1 = mask_BS.to(weights_BSN)[..., None]
-    return (weights_BSN * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1).clamp(min=1)

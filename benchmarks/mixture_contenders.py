@@ -21,9 +21,9 @@ from amlora_dist.adapters.targets import Target, default_router_layer, find_targ
 
 RANK, ALPHA = 8, 32.0
 DECODED = 8
-"""Tokens per decoding measurement; the prompt's pass is not timed, but for X-LoRA every token repeats it."""
+"""Tokens per decoding measurement, each time from the same prompt, whose pass is not timed."""
 UNCACHED = 2
-"""Tokens per decoding measurement of a contender that has no KV cache."""
+"""Tokens per decoding measurement of a contender that has no KV cache: every token repeats the prompt's pass."""
 
 Step = Callable[[], float]
 
@@ -166,19 +166,25 @@ def steps_of(
         model.zero_grad(set_to_none=True)
         return seconds
 
+    prefilled: list[Any] = []  # the cache of the prompt, and the first token
+
     def decode() -> float:
         model.eval()
         with torch.no_grad():
-            out = model(input_ids=ids, use_cache=True, **gate)
-            token = out.logits[:, -1:].argmax(-1)
+            if not prefilled:
+                out = model(input_ids=ids, use_cache=True, **gate)
+                prefilled.extend([out.past_key_values, out.logits[:, -1:].argmax(-1)])
+            cache, first = prefilled
 
             def tokens() -> None:
-                nonlocal out, token
+                token = first
                 for _ in range(DECODED):
-                    out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                    out = model(input_ids=token, past_key_values=cache, use_cache=True)
                     token = out.logits[:, -1:].argmax(-1)
 
-            return timed(tokens) / DECODED
+            seconds = timed(tokens) / DECODED
+            cache.crop(-DECODED)
+            return seconds
 
     def decode_uncached() -> float:
         model.eval()
@@ -233,6 +239,19 @@ class Field:
         inject(model, self.targets, self.adapters, router=router)
         return Contender("amlora_routed", steps_of(model, self.case, gate={}, train=None))
 
+    def amlora_above_router(self) -> Contender:
+        model, trained = self.weights.model(), self.weights.model()
+        width = self.case.config.hidden_size
+        targets = find_targets(model, AdapterSettings(), default_router_layer(model))
+        adapters = [random_adapter(targets, i) for i in range(self.count)]
+        router = FlatRouter(torch.randn(self.count, width) / width, [adapter.task for adapter in adapters])
+        inject(model, targets, adapters, router=router)
+        new = NewAdapter(task="new", rank=RANK, alpha=ALPHA)
+        last = inject(trained, targets, adapters[:-1], new=new).one_hot(self.count - 1, self.case.batch)
+        steps = steps_of(model, self.case, gate={}, train=None)
+        steps["forward_backward"] = steps_of(trained, self.case, gate={}, train={"task_gate": last})["forward_backward"]
+        return Contender("amlora_above_router", steps)
+
     def loop(self) -> Contender:
         steps = steps_of(self.serving("loop"), self.case, gate={}, train=None)
         last = torch.zeros(self.case.batch, self.count)
@@ -249,10 +268,18 @@ class Field:
         return model
 
     def peft_lora(self) -> Contender:
+        return self._peft_lora("peft_lora", autocast=False)
+
+    def peft_lora_fp32(self) -> Contender:
+        return self._peft_lora("peft_lora_fp32", autocast=True)
+
+    def _peft_lora(self, name: str, *, autocast: bool) -> Contender:
+        """``autocast``: PEFT keeps LoRAs of a bf16 model in fp32, its default; otherwise in the model's dtype, as ours."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=self._names())
-        return Contender("peft_lora", steps_of(get_peft_model(self.weights.model(), config), self.case, gate={}, train={}))
+        model = get_peft_model(self.weights.model(), config, autocast_adapter_dtype=autocast)
+        return Contender(name, steps_of(model, self.case, gate={}, train={}))
 
     def peft_xlora(self) -> Contender:
         from peft import XLoraConfig, get_peft_model
@@ -270,7 +297,7 @@ class Field:
 
         top = ArrowConfig(top_k=min(3, self.count))
         model = create_arrow_model(self.weights.model(), task_specific_adapter_paths=self._saved(), arrow_config=top)
-        return Contender("peft_arrow", steps_of(model, self.case, gate={}, train=None))
+        return Contender("peft_arrow", steps_of(model.to(self.dtype), self.case, gate={}, train=None))
 
     def _names(self) -> list[str]:
         return sorted({target.path.rsplit(".", 1)[-1] for target in self.targets})
@@ -295,7 +322,17 @@ class Field:
         return paths
 
 
-CONTENDERS = ("peft_lora", "amlora", "amlora_routed", "loop", "peft_xlora", "peft_arrow")
+REFERENCE = "peft_lora"
+CONTENDERS = (
+    REFERENCE,
+    "amlora",
+    "amlora_routed",
+    "amlora_above_router",
+    "loop",
+    "peft_lora_fp32",
+    "peft_xlora",
+    "peft_arrow",
+)
 """Methods of ``Field``. The first is what the others are compared with."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import amlora_dist
+from amlora_dist.adapters.router import PRIOR_KEY
 from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
@@ -142,10 +143,16 @@ class Publication:
             stored=stored,
             task_spec=None if spec is None else task_entry(spec),
         )
-        router = method_for(self.materials.stage_settings()).router([r.statistics for r in results])
+        method = method_for(self.materials.stage_settings())
+        router = method.router([r.statistics for r in results])
         tensors = {} if router is None else router.tensors()
-        kind = self.materials.config.router.kind if router is None else router.kind
-        settings = asdict(self.materials.config.router.literal) if router is None else router.settings()
+        settings = {} if router is None else router.settings()
+        if method.uses_selectors:
+            kind: str = self.materials.config.router.kind
+            settings = asdict(self.materials.config.router.literal) | ({} if router is None else {PRIOR_KEY: settings})
+        else:
+            assert router is not None, "without selectors something else weighs the adapters"
+            kind = router.kind
         base = self.materials.base
         manifest = Manifest(
             base=BaseEntry(

@@ -191,6 +191,14 @@ class LiteralSelector(nn.Module):
         return {"weight": torch.cat(weights), "bias": torch.cat(biases)}
 
 
+def mean_over_prompt(values_BSN: Tensor, mask_BS: Tensor) -> Tensor:
+    """Mean over the prompt's tokens, (B, N); the decoder behind an encoder, and gates per sequence, have others."""
+    if values_BSN.shape[1] != mask_BS.shape[1]:
+        return values_BSN.mean(dim=1)
+    mask_BS1 = mask_BS.to(values_BSN)[..., None]
+    return (values_BSN * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1).clamp(min=1)
+
+
 def _pool(raw_BSN: Tensor, mask_BS: Tensor | None) -> Tensor:
     if mask_BS is None:
         return raw_BSN.mean(dim=1)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from amlora_dist.adapters.statistics import TaskStatistics
 
+PRIOR_KEY = "prior_router"
+"""Under this key the settings of a literal bank hold those of its prior's router."""
 ABSTAIN_FROM = 3.0
 """Standard deviations of relative Mahalanobis distance at which abstention begins; one further it is complete."""
 
@@ -277,9 +279,12 @@ def build_router(settings: RouterSettings, statistics: Sequence[TaskStatistics],
     """
     if settings.kind == "uniform":
         return UniformRouter([s.task for s in statistics])
-    if settings.kind == "literal" and not settings.literal.prior:
-        return None
-    router = posterior_router(statistics, shrinkage=settings.shrinkage, gate=settings.gate)
+    gate = settings.gate
+    if settings.kind == "literal":
+        if not settings.literal.prior:
+            return None
+        gate = replace(gate, threshold=0.0, abstention=False)  # the posterior itself: the selectors make it sparse, or not
+    router = posterior_router(statistics, shrinkage=settings.shrinkage, gate=gate)
     return PermutedRouter.shuffled(router, seed) if settings.kind == "permuted" else router
 
 

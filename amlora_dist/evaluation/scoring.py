@@ -11,17 +11,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from amlora_dist.adapters.literal import mean_over_prompt
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, contexts_per_pass, plan_labels
 from amlora_dist.evaluation.text_metrics import METRICS
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.literal import Selection
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""
@@ -60,7 +65,10 @@ class Prediction:
     loglikelihoods: list[float] | None = None
     """Summed log-likelihood of each label, nats."""
     gates: list[float] | None = None
-    """The router's weight of each task; None where the gate was given or there is no router."""
+    """The router's weight of each task; None where the gate was given or there is no router. Of selectors (the literal
+    router) the mean weight over layers and the prompt's tokens."""
+    zeros: float | None = None
+    """Of selectors: share of those weights that is exactly 0."""
 
 
 def score_task(
@@ -76,6 +84,7 @@ def score_task(
     max_new_tokens: int | None = None,
     task_gate_row: int | None = None,
     tasks: int = 0,
+    selectors: bool = False,
     encoder_decoder: bool = False,
     rank: int = 0,
     world: int = 1,
@@ -93,6 +102,7 @@ def score_task(
             label, so that every output that could be a label has room to end.
         task_gate_row: give every prompt the row of this task (the oracle), or `ZERO_ROW`, instead of the router's gate.
         tasks: rows of the bank; 0 means a plain transformer, which gets no routing arguments.
+        selectors: the layers weigh the adapters themselves (the literal router): note what they chose.
         forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine).
         all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
             soon as its rows have ended, and several processes decode a fixed number of tokens.
@@ -127,7 +137,7 @@ def score_task(
                     plan,
                     steps=steps,
                     passes=contexts_per_pass(longest, batch_size, plan) if plan else 0,
-                    routing=_Routing(tasks, task_gate_row),
+                    routing=_Routing(tasks, task_gate_row, selectors),
                     device=device,
                     all_done=all_done,
                     trunk=trunk,
@@ -203,14 +213,18 @@ class _Routing:
 
     tasks: int
     row: int | None
+    selectors: bool = False
     gates: Tensor | None = None
     """(B, T), once the router has been asked."""
+    selected: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of each layer with a selector: its mean weights (B, T), and the share of each that is 0."""
 
     def arguments(self, prompt_mask: Tensor) -> dict[str, Any]:
         if not self.tasks:
             return {}
         if self.row is None:
-            return {"prompt_mask": prompt_mask, "on_route": self._note}
+            select = {"on_select": partial(self._select, prompt_mask)} if self.selectors else {}
+            return {"prompt_mask": prompt_mask, "on_route": self._note, **select}
         gate = torch.zeros(prompt_mask.shape[0], self.tasks, device=prompt_mask.device)
         if self.row != ZERO_ROW:
             gate[:, self.row] = 1.0
@@ -218,6 +232,18 @@ class _Routing:
 
     def _note(self, _features_BD: Tensor | None, gate_BT: Tensor | None) -> None:
         self.gates = gate_BT
+
+    def _select(self, mask_BS: Tensor, _path: str, selection: Selection) -> None:
+        weights = selection.weights
+        zeros = (weights == 0).to(weights)
+        self.selected.append((mean_over_prompt(weights, mask_BS), mean_over_prompt(zeros, mask_BS)))
+
+    def answers(self) -> tuple[list[list[float]] | None, list[float] | None]:
+        """Gates of each row, and of selectors the share of zeros."""
+        if not self.selected:
+            return None if self.gates is None else self.gates.float().tolist(), None
+        means, zeros = (torch.stack(found).float().mean(dim=0) for found in zip(*self.selected, strict=True))
+        return means.tolist(), zeros.mean(dim=1).tolist()
 
 
 @dataclass(slots=True)
@@ -227,6 +253,7 @@ class _Scored:
     outputs: list[tuple[list[int], bool]]
     scores: list[list[float]] | None
     gates: list[list[float]] | None
+    zeros: list[float] | None
 
 
 def _score_batch(
@@ -249,13 +276,14 @@ def _score_batch(
     state = decoder.prefill(
         tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"]), **more
     )
+    gates, zeros = routing.answers()
     if trunk is not None and kept is not None:
         trunk.fill(state.cache, kept)
     scores = None
     if plan is not None:
         scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
     outputs = decoder.greedy(state, steps, all_done)
-    return _Scored(outputs, scores, None if routing.gates is None else routing.gates.float().tolist())
+    return _Scored(outputs, scores, gates, zeros)
 
 
 def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metric: str) -> list[Prediction]:
@@ -280,6 +308,7 @@ def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metr
                 ranked_correct=None if ranked is None else ranked == example.label,
                 loglikelihoods=scores,
                 gates=scored.gates[index] if scored.gates else None,
+                zeros=scored.zeros[index] if scored.zeros else None,
             )
         )
     return made

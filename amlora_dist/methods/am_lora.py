@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from amlora_dist.methods.base import Method
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.router import Router
-    from amlora_dist.adapters.statistics import TaskStatistics
+    from amlora_dist.adapters.literal import Selection
 
 
 class AMLoRA(Method):
@@ -27,7 +27,7 @@ class AMLoRA(Method):
     def reads(self, stage: int) -> dict[str, Any]:
         values = super().reads(stage)
         if self._literal:
-            values["literal"] = asdict(self.settings.router.literal) | {"l1": self.settings.training.l1}
+            values["literal"] = asdict(self.settings.router.literal) | {"l1_on_gates": self.settings.training.l1}
         return values
 
     @property
@@ -38,10 +38,23 @@ class AMLoRA(Method):
         return stage > 1 and self.settings.router.recipes and not self._literal
 
     def training_gate(self, tasks: int) -> Tensor | None:
-        return None if self._literal else super().training_gate(tasks)
+        return None if self._literal and not self.selectors_alone else super().training_gate(tasks)
 
-    def router(self, statistics: Sequence[TaskStatistics]) -> Router | None:
-        return None if self._literal else super().router(statistics)
+    @property
+    def selectors_alone(self) -> bool:
+        return self._literal and self.settings.router.literal.training == "two_stage"
+
+    @property
+    def sees_selections(self) -> bool:
+        return self._literal and self.settings.training.l1 > 0 and self.settings.router.literal.penalty != "none"
+
+    def selection_loss(self, chosen: Sequence[tuple[Selection, Tensor | None]]) -> Tensor:
+        """lambda x sum over layers of the reading of the L1 term that ``router.literal.penalty`` names."""
+        from amlora_dist.adapters.sparsity import penalty
+
+        name = self.settings.router.literal.penalty
+        terms = [penalty(name, one.gates, one.scores, mask) for one, mask in chosen]
+        return self.settings.training.l1 * torch.stack(terms).sum()
 
     @property
     def _literal(self) -> bool:

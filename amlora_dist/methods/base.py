@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.adapters.literal import Selection
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.statistics import TaskStatistics
     from amlora_dist.training.result import Result
@@ -141,6 +142,26 @@ class Method:
     def extra_loss(self, mixture: Mixture) -> Tensor | None:
         """A term of the parameters, added to every step's loss, equal on all ranks; None for none."""
         return None
+
+    @property
+    def selectors_alone(self) -> bool:
+        """Whether the layers' selectors learn after the adapter, each for half of the steps: the adapter under
+        ``Method.training_gate``, then the selectors, which weigh it as it is."""
+        return False
+
+    @property
+    def sees_selections(self) -> bool:
+        """Whether ``selection_loss`` is part of the loss."""
+        return False
+
+    def selection_loss(self, chosen: Sequence[tuple[Selection, Tensor | None]]) -> Tensor:
+        """A term of what the layers' selectors chose in one pass, a mean over its rows.
+
+        Args:
+            chosen: of each layer its selection and a mask (B, S) that weighs the positions that count, sum 1 in every
+                row; None where the gate is one for the whole row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sees selections but makes no loss of them")
 
     def teacher_gate(self, tasks: int) -> Tensor | None:
         """Task gate (tasks,) under which every batch is answered once more, without gradient, for ``distillation``."""

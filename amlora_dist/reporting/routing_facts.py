@@ -28,7 +28,8 @@ class StageRouting:
 def is_routed(facts: RunFacts) -> bool:
     """Whether a router chooses per input, and its gates are there to read."""
     name = str(facts.result["method"])
-    return name in METHODS and method_class(name).routed and bool(facts.stages) and _gates(facts, 1) != {}
+    stages = range(1, len(facts.stages) + 1)  # with `evaluate: last` the last one alone was scored
+    return name in METHODS and method_class(name).routed and any(_gates(facts, stage) for stage in stages)
 
 
 def routing_by_stage(facts: RunFacts) -> list[StageRouting]:

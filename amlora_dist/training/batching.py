@@ -6,13 +6,19 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq, epoch_order
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.literal import Selection
+
+    Chosen = list[tuple[Selection, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +105,20 @@ class LossComputer:
             logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def logits(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target."""
+    def logits(
+        self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None, chosen: Chosen | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target.
+
+        ``chosen`` is filled with what the layers' selectors chose, for ``Method.selection_loss``.
+        """
         make = collate_seq2seq if self._encoder_decoder else collate
         side = "right" if self._encoder_decoder else "left"
         batch = {k: t.to(self._device) for k, t in make(examples, pad_id=self._pad, side=side).items()}  # type: ignore[arg-type]
         labels_BL = batch.pop("labels")
         inputs: dict[str, Any] = dict(batch) | {"use_cache": False}
+        if chosen is not None:
+            inputs["on_select"] = partial(self._note, chosen, batch["attention_mask"], labels_BL != IGNORED)
         if gate_T is not None:
             inputs["task_gate"] = gate_T.to(self._device).expand(len(examples), -1)
         if self._encoder_decoder:
@@ -122,6 +135,16 @@ class LossComputer:
             logits = forward(**inputs).logits[:, -keep:-1]
             labels_BL = labels_BL[:, -(keep - 1) :]
         return logits, labels_BL
+
+    def _note(self, chosen: Chosen, tokens_BL: Tensor, answer_BL: Tensor, path: str, selection: Selection) -> None:
+        """With the positions that count, every row alike: no padding, and of a decoder that is not its own prompt the
+        answer. What a gate of a whole row was pooled from is the selector's business."""
+        mask = None
+        if selection.pooled is None:
+            layer = self._model.get_submodule(path)
+            mask = (answer_BL if getattr(layer, "pools_start", False) else tokens_BL).float()
+            mask = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        chosen.append((selection, mask))
 
 
 def target_tokens(rows: Sequence[Example]) -> int:

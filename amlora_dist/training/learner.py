@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, Stopp
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.zero import Engine
+
+if TYPE_CHECKING:
+    from amlora_dist.training.batching import Chosen
 
 STOP_FILE = "STOP"
 """When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
@@ -42,14 +45,19 @@ class Learner:
         fingerprint: str,
         gate: Tensor | None,
         extra_loss: Callable[[], Tensor | None],
+        selection_loss: Callable[[Chosen], Tensor] | None = None,
+        use_selectors: Callable[[bool], None] | None = None,
         teacher_gate: Tensor | None = None,
         distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
     ) -> None:
+        """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
+        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
         self.teacher_gate, self.distillation = teacher_gate, distillation
+        self.selection_loss, self.use_selectors = selection_loss, use_selectors
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
@@ -121,14 +129,17 @@ class Learner:
         ranks = self.engine.ranks
         batch = [self.examples[i] for i in self.schedule.rows(step)]
         tokens = target_tokens(batch)
+        phase, step, steps = self._phase(step)
         total = torch.zeros(3, device=self.engine.device)
         for part, counts in micro_batches(batch, ranks.rank, self.layout):
-            loss, distilled = self._losses(part)
+            loss, distilled, selection = self._losses(part, phase)
             loss = loss / tokens if counts else loss * 0.0
             total[0] += loss.detach()
             added = torch.zeros((), device=self.engine.device)
             if distilled is not None and counts:
                 added = added + distilled / tokens
+            if selection is not None and counts:
+                added = added + selection * (len(part) / len(batch))
             extra = self.extra_loss()
             if extra is not None:
                 added = added + extra / (ranks.world * self.layout.accumulation)
@@ -141,19 +152,31 @@ class Learner:
         if not math.isfinite(added_sum):
             return math.nan, stop > 0
         if math.isfinite(loss_sum):
-            self.engine.step(rate_factor(step, self.schedule.steps, self.settings))
+            self.engine.step(rate_factor(step, steps, self.settings), phase)
         return loss_sum, stop > 0
 
-    def _losses(self, part: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
-        """Sums over the target tokens of a micro-batch: cross-entropy, and distillation if the method has a teacher."""
+    def _phase(self, step: int) -> tuple[int, int, int]:
+        """Phase of a step, which of the phase's steps it is, and how many these are."""
+        if self.use_selectors is None:
+            return 1, step, self.schedule.steps
+        half = self.schedule.steps // 2
+        self.use_selectors(step >= half)
+        return (1, step, half) if step < half else (2, step - half, self.schedule.steps - half)
+
+    def _losses(self, part: Sequence[Example], phase: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of a micro-batch: cross-entropy and, if the method has a teacher, distillation, sums over the target tokens;
+        and the term of what the selectors chose, a mean over rows."""
+        gate = self.gate if phase == 1 else None
         if self.teacher_gate is None or self.distillation is None:
-            return self.loss(self.engine.forward, part, self.gate), None
+            chosen: Chosen | None = [] if self.selection_loss is not None else None
+            loss = self.loss.cross_entropy(*self.loss.logits(self.engine.forward, part, gate, chosen))
+            return loss, None, self.selection_loss(chosen) if self.selection_loss is not None and chosen else None
         with torch.no_grad():
             teacher_BLV, _ = self.loss.logits(self.engine.model, part, self.teacher_gate)
         logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate)
         targets = labels_BL != IGNORED
         distilled = self.distillation(logits_BLV[targets].float(), teacher_BLV[targets].float())
-        return self.loss.cross_entropy(logits_BLV, labels_BL), distilled
+        return self.loss.cross_entropy(logits_BLV, labels_BL), distilled, None
 
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()

@@ -56,28 +56,35 @@ class ProximalAdamW(torch.optim.AdamW):
         parameter.copy_(torch.where(parameter.abs() > threshold, shrunk, 0.0))
 
 
-def parameter_groups(trainable: Mapping[str, nn.Parameter], settings: TrainingSettings) -> list[dict[str, Any]]:
+def parameter_groups(
+    trainable: Mapping[str, nn.Parameter], settings: TrainingSettings, *, selectors_alone: bool = False
+) -> list[dict[str, Any]]:
     """The adapter's group, and the recipe's: no weight decay, its own learning rate, L1 as a mean over modules.
 
-    ``trainable`` is keyed by ``a.<module>``, ``b.<module>``, ``recipe.<module>``, ``selector.<name>``.
+    ``trainable`` is keyed by ``a.<module>``, ``b.<module>``, ``recipe.<module>``, ``selector.<name>``. With
+    ``selectors_alone`` the adapter learns in phase 1 of the stage and the selectors in phase 2 (``set_rates``).
     """
     recipe = [p for name, p in trainable.items() if name.startswith("recipe.")]
-    other = [p for name, p in trainable.items() if not name.startswith("recipe.")]
+    selectors = [p for name, p in trainable.items() if name.startswith("selector.") and selectors_alone]
+    apart = {id(p) for p in (*recipe, *selectors)}
+    other = [p for p in trainable.values() if id(p) not in apart]
     groups: list[dict[str, Any]] = []
-    if other:
-        groups.append(
-            {
-                "params": other,
-                "lr": settings.learning_rate,
-                "base_lr": settings.learning_rate,
-                "weight_decay": settings.weight_decay,
-                "l1": 0.0,
-            }
-        )
+    for phase, members in ((1, other), (2, selectors)):
+        if members:
+            groups.append(
+                {
+                    "params": members,
+                    "lr": settings.learning_rate,
+                    "base_lr": settings.learning_rate,
+                    "weight_decay": settings.weight_decay,
+                    "l1": 0.0,
+                    "phase": phase,
+                }
+            )
     if recipe:
         rate = settings.recipe_learning_rate
         groups.append(
-            {"params": recipe, "lr": rate, "base_lr": rate, "weight_decay": 0.0, "l1": settings.l1 / len(recipe)}
+            {"params": recipe, "lr": rate, "base_lr": rate, "weight_decay": 0.0, "l1": settings.l1 / len(recipe), "phase": 1}
         )
     return groups
 
@@ -93,7 +100,7 @@ def rate_factor(step: int, total: int, settings: TrainingSettings) -> float:
     return 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its base rate times ``factor``."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, phase: int = 1) -> None:
+    """Set the learning rate of a phase's groups to their base rate times ``factor``, of the others to 0."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = group["base_lr"] * factor if group.get("phase", 1) == phase else 0.0

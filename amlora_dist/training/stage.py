@@ -93,6 +93,7 @@ class _Stage:
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
         self.config = self._deepspeed_config() if distributed else None
+        self._mixture: Mixture | None = None
 
     def run(self) -> None:
         if not self.method.trains:
@@ -111,6 +112,7 @@ class _Stage:
         else:
             mixture, statistics = self._train(model, parents)
         mixture.set_router(self.method.router(statistics))
+        self._mixture = mixture
         self._score_all(mixture.model, mixture.task_names, self._trunk(mixture, decodes=True))
 
     def _ready(self, model: Any) -> Any:
@@ -138,6 +140,8 @@ class _Stage:
             device=self.device,
             trunk=None if trunk is None else trunk.states,
         )
+        if self.method.uses_selectors:
+            mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
         self.method.prepare(mixture, parents)
         gate = self.method.training_gate(len(mixture.task_names))
         learner = Learner(
@@ -152,6 +156,8 @@ class _Stage:
             fingerprint=work.fingerprint,
             gate=gate,
             extra_loss=lambda: self.method.extra_loss(mixture),
+            selection_loss=self.method.selection_loss if self.method.sees_selections else None,
+            use_selectors=mixture.use_selectors if self.method.selectors_alone else None,
             teacher_gate=self.method.teacher_gate(len(mixture.task_names)),
             distillation=self.method.distillation,
             report=self.report,
@@ -220,7 +226,7 @@ class _Stage:
 
     def _engine(self, mixture: Mixture) -> Engine:
         trainable = mixture.trainable()
-        groups = parameter_groups(trainable, self.settings.training)
+        groups = parameter_groups(trainable, self.settings.training, selectors_alone=self.method.selectors_alone)
         betas = self.settings.training.betas
         if self.config is None:
             return PlainEngine(
@@ -330,6 +336,8 @@ class _Stage:
         examples = self._examples(cell.task, cell.split)
         labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
         row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(tasks, cell)}[cell.mode]
+        if self._mixture is not None and self.method.uses_selectors:
+            self._mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
         began = time.monotonic()
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(examples)})
         mend = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
@@ -346,6 +354,7 @@ class _Stage:
                 max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
                 task_gate_row=row,
                 tasks=len(tasks),
+                selectors=self.method.uses_selectors,
                 encoder_decoder=self.base.encoder_decoder,
                 rank=self.ranks.rank,
                 world=self.ranks.world,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amlora_dist.errors import UserError
-from amlora_dist.training.optimizer import ProximalAdamW
+from amlora_dist.training.optimizer import ProximalAdamW, set_rates
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """``loss`` is this rank's part of the global loss: the gradients of all ranks and micro-batches add up."""
 
-    def step(self, factor: float) -> None:
+    def step(self, factor: float, phase: int = 1) -> None:
         """One optimizer step at ``factor`` times the base learning rates."""
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
@@ -131,9 +131,8 @@ class PlainEngine:
                 master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad.float()
                 parameter.grad = None
 
-    def step(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+    def step(self, factor: float, phase: int = 1) -> None:
+        set_rates(self._optimizer, factor, phase)
         if self._clip:
             nn.utils.clip_grad_norm_(list(self._masters.values()), self._clip)
         self._optimizer.step()
@@ -221,9 +220,8 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, factor: float) -> None:
-        for group in self._client.param_groups:
-            group["lr"] = group["base_lr"] * factor
+    def step(self, factor: float, phase: int = 1) -> None:
+        set_rates(self._client, factor, phase)
         self._engine.step()
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
