@@ -94,7 +94,8 @@ class MixtureLinear(nn.Module):
             self.new_a = nn.Parameter(new.a.to(device, dtype))
             self.new_b = nn.Parameter(new.b.to(device, dtype))
             if adapters and new.recipe is not None and new.learn_recipe:
-                self.recipe = nn.Parameter(new.recipe.to(device, torch.float32))
+                # Like A and B: ZeRO-3 wants one dtype for all that is trained, and the engine keeps the master in fp32.
+                self.recipe = nn.Parameter(new.recipe.to(device, dtype))
         self._add_constants(adapters, new, device)
 
     def _add_constants(self, adapters: list[Adapter], new: NewWeights | None, device: torch.device) -> None:

@@ -61,3 +61,22 @@ def test_two_ranks_under_zero_equal_one_process(
     for name in first:
         assert first[name]["losses"] == pytest.approx(expected[name]["losses"], rel=1e-4)
         assert first[name]["memory"] == pytest.approx(expected[name]["memory"], rel=1e-2, abs=1e-6)
+
+
+def recipe_of(file: str, folder: str, zero_stage: int | None) -> tuple[list[float], list[float]]:
+    """Losses of the second stage, and the sizes of the weights of the first adapter that it learned."""
+    run, where = (in_this_process, []) if zero_stage is None else (on_this_rank, [f"deepspeed.zero_stage={zero_stage}"])
+    config = load_config(file, ["dtype=bf16", "training.epochs=1", "training.batch_size=12", *where])
+    second = stages(config, Path(folder), run, score=False)[1].result
+    return second.training["losses"], [float(recipe.abs().sum()) for recipe in second.adapter.recipe.values()]
+
+
+@pytest.mark.integration
+def test_recipes_are_learned_in_bf16_under_zero_3(alone: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    file, _ = alone
+    losses, sizes = recipe_of(file, str(tmp_path / "alone"), None)
+    first, second = on_ranks(2, recipe_of, file, str(tmp_path / "stages"), 3)
+    assert first == second
+    assert first[0] == pytest.approx(losses, rel=2e-2)
+    assert min(first[1]) > 0, "every layer's weight has left its start"
+    assert sum(first[1]) == pytest.approx(sum(sizes), rel=0.05), "bf16 moves single ones by more"
