@@ -15,7 +15,7 @@ driver when it has registered the version."""
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
     config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 2})
     undisturbed = calm(spawned, tmp_path / "calm", config, empty_home)
@@ -25,7 +25,7 @@ def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result
     starts = []
     for number in (1, 2, 3):
         starts.append(spawned(tmp_path / f"start-{number}", "run", str(config), "--run-id", "r", "--json", **environment))
-        starts[-1].wait(400)
+        starts[-1].wait(800)
     told = [start.stderr for start in starts]
     assert [start.poll() for start in starts] == [-9, 1, 0], told
     assert told[0].count("trying again from the last checkpoint") == 2, told[0]
