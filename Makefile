@@ -48,7 +48,7 @@ test: lint
 	$(BIN)/pytest -q
 
 test-unit: setup
-	$(BIN)/pytest -q -m 'not integration and not crash'
+	$(BIN)/pytest -q -m 'not integration'
 
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0

@@ -26,6 +26,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A crash test is an integration test too: ``-m "not integration"`` leaves the quick ones."""
+    for item in items:
+        if item.get_closest_marker("crash"):
+            item.add_marker("integration")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def default_store() -> None:
     """Fixtures of a module are made before those of its tests: an earlier module's store is not for them either."""
