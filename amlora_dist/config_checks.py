@@ -55,7 +55,7 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.training.cache_trunk and sizes_known:
         faults |= _trunk_faults(config)
     if config.workers and not faulty(("router",)) and config.router.kind == "literal":
-        faults |= _two_stage_faults(config)
+        faults |= _literal_faults(config)
     sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
     section = section_faults(
         config.deepspeed,
@@ -202,12 +202,22 @@ def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
     return {("training", "cache_trunk"): Fault("training.cache_trunk", found, "false", hint)}
 
 
-def _two_stage_faults(config: RunConfig) -> dict[KeyPath, Fault]:
-    """While the adapter learns, the selectors have no gradient, and under ZeRO ranks must reduce equally many."""
-    where = ("router", "literal", "training")
-    if config.router.literal.training == "joint":
-        return {}
-    return {where: Fault(dotted(where), f"two_stage with workers: {config.workers}", "joint", "or workers: 0")}
+def _literal_faults(config: RunConfig) -> dict[KeyPath, Fault]:
+    """What the selectors of the literal router cannot do on workers.
+
+    In two stages they have no gradient while the adapter learns, and under ZeRO ranks must reduce equally many; they are
+    fp32, and ZeRO-3 wants one dtype for all that is trained.
+    """
+    faults: dict[KeyPath, Fault] = {}
+    where: KeyPath
+    if config.router.literal.training != "joint":
+        where = ("router", "literal", "training")
+        faults[where] = Fault(dotted(where), f"two_stage with workers: {config.workers}", "joint", "or workers: 0")
+    if config.zero_stage == 3 and config.dtype != "fp32":
+        where = ("deepspeed", "zero_stage")
+        found = f"3 with router.kind: literal and dtype: {config.dtype}"
+        faults[where] = Fault(dotted(where), found, "0, 1 or 2", "or dtype: fp32")
+    return faults
 
 
 def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> list[str]:

@@ -62,6 +62,13 @@ def test_two_stages_with_workers_are_refused_before_anything_starts(tmp_path: Pa
         validate_config(file, [*LITERAL, "workers=2", "router.literal.training=two_stage"])
 
 
+def test_bf16_under_zero_3_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = write_config(tmp_path)
+    with pytest.raises(FaultsError, match="literal and dtype: bf16"):
+        validate_config(file, [*LITERAL, "workers=2", "dtype=bf16", "deepspeed.zero_stage=3"])
+    validate_config(file, [*LITERAL, "workers=2", "dtype=bf16", "deepspeed.zero_stage=2"])
+
+
 def test_with_the_posterior_as_prior_the_layers_gate_by_task(tmp_path: Path) -> None:
     both = ("colours", "shapes")
     *_, last = run(tmp_path, "prior", "router.literal.prior=true", tasks=both, score=True)

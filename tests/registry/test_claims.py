@@ -220,6 +220,7 @@ def test_an_answer_lost_on_the_way_does_not_lose_the_claim(memory: Memory, stop:
     memory.create_entry = twice  # type: ignore[method-assign]
     stop.append(acquire(memory, KEY, timing=QUICK))
     stop[0].check()
+    assert not stop[0].lost
 
 
 def test_an_observer_that_was_suspended_itself_judges_nobody_dead(memory: Memory, stop: list[Lease]) -> None:
