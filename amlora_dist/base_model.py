@@ -7,6 +7,8 @@ the functions that need them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -24,6 +26,8 @@ from amlora_dist.digests import file_digest, value_digest
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -229,24 +233,41 @@ def _is_whole(target: Path) -> bool:
 
 
 def _convert(folder: Path, file: str, target: Path) -> None:
-    """GGUF -> safetensors. transformers cannot save a model it read from GGUF, so the weights go through a fresh one."""
+    """GGUF -> safetensors, under another name until it is whole."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(quantised.state_dict())
-    fresh.tie_weights()
+    with _read_once():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    fresh.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    # transformers does not save a model that it read from GGUF, because it counts as quantised.
+    del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(aside)
+    model.generation_config.save_pretrained(aside)
     weights = aside / "model.safetensors"
+    save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
     mark = {"from": file, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
     (aside / "CONVERTED").write_text(json.dumps(mark))
     shutil.rmtree(target, ignore_errors=True)
     aside.replace(target)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a GGUF file's vocabulary entry by entry, for the tokenizer, the configuration and the weights
+    again, and makes the table of tensor names anew for every module of the model. Here each is done once."""
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, call in slow.items():
+        setattr(gguf, name, functools.cache(call))
+    try:
+        yield
+    finally:
+        for name, call in slow.items():
+            setattr(gguf, name, call)
