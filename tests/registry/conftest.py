@@ -73,7 +73,12 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    """A registered model of this test's own: the stores are shared."""
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A registered model of this test's own, gone after it: the stores are shared, and some tests damage what they made."""
     words = request.node.name.partition("[")[0].removeprefix("test_").split("_")
-    return "-".join(words[:12]) + f"-{time.time_ns() % 10**9}"
+    model = "-".join(words[:12]) + f"-{time.time_ns() % 10**9}"
+    yield model
+    if "store" in request.fixturenames:
+        store: Store = request.getfixturevalue("store")
+        if model in store.registered_models():
+            store.connection.client.delete_registered_model(model)
