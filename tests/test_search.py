@@ -11,7 +11,6 @@ import yaml
 from amlora_dist.config import load_config, with_values
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.search import dimensions, nested, points
-from pipelines.search.halving import Halving
 
 SPACE: dict[str, Any] = {"training.l1": {"grid": [0.0, 0.1]}, "adapters.rank": {"choice": [2, 4, 8]}}
 
@@ -198,15 +197,3 @@ def test_the_shipped_search_is_right(repository: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(repository)
     made = plan(Path("configs/search.yaml"))
     assert made.trials == 6 and made.stages == 4
-
-
-def test_halving_lets_the_best_share_go_on_and_says_the_same_twice() -> None:
-    halving = Halving(4, grace=2, reduction=2)
-    assert halving.rungs == [2]
-    assert halving.goes_on(1, 1, 0.0), "before the first rung nobody is stopped"
-    assert [halving.goes_on(n, 2, v) for n, v in ((1, 0.5), (2, 0.4), (3, 0.5), (4, 0.6), (5, 0.5))] == [
-        True, False, True, True, True,
-    ]  # fmt: skip
-    assert not halving.goes_on(2, 2, 0.9) and halving.goes_on(1, 2, 0.1)
-    assert halving.goes_on(6, 3, 0.0) and halving.goes_on(7, 2, None)
-    assert Halving(9, grace=1, reduction=2).rungs == [1, 2, 4, 8]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -14,6 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from amlora_dist.errors import TrainingError
+from amlora_dist.training.failures import StoppedError
 from pipelines.search.trial import Order, run_trial
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
 
     Raises:
         TrainingError: nothing was at work for `PENDING_DEADLINE_S`.
+        AmloraError: what broke the search (``_Search.broken``).
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -62,7 +69,27 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    with _terminable(search):
+        tuner.fit()
+    if search.broken:
+        raise search.broken
+
+
+@contextlib.contextmanager
+def _terminable(search: _Search) -> Iterator[None]:
+    """Inside, SIGTERM ends the search in order, with exit code 143. Ray's own handler would leave with code 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        search.broken = search.broken or StoppedError("the search was told to end; the same command goes on from here")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _resources(search: _Search, gpus: bool) -> dict[str, float]:
@@ -90,7 +117,9 @@ class _Proposer(_Stateless, Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._search.next()
+        found = None
+        with self._search.breaking():
+            found = self._search.next()
         if found is None:
             return Searcher.FINISHED
         trial, config = found
@@ -115,7 +144,8 @@ class _Proposer(_Stateless, Searcher):
         if error:
             return  # `_Watch` knows why
         report = _reported(result)
-        self._search.ended(self._numbers[trial_id], report, None if report else "it ended before its first stage")
+        with self._search.breaking():
+            self._search.ended(self._numbers[trial_id], report, None if report else "it ended before its first stage")
 
     def save(self, checkpoint_path: str) -> None:
         """The journal is what a search is rebuilt from."""
@@ -130,7 +160,9 @@ class _Stopper(_Stateless, FIFOScheduler):
         self._search = search
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._search.stopped_by(json.loads(result["report"]))
+        stop = False
+        with self._search.breaking():
+            stop = self._search.stopped_by(json.loads(result["report"]))
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
 
@@ -145,13 +177,16 @@ class _Watch(_Stateless, tune.Callback):
         order = json.loads(trial.config["order"])
         said = str(trial.get_error() or "").strip().splitlines()
         told = f"its process died {self._search.plan.settings.retries + 1} times ({said[-1] if said else 'no word why'})"
-        self._search.ended(order["number"], _reported(trial.last_result), told)
+        with self._search.breaking():
+            self._search.ended(order["number"], _reported(trial.last_result), told)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         order = json.loads(trial.config["order"])
         self._search.progress.note(f"  trial {order['number']}: its process died; it is started again and goes on")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._search.broken:
+            raise self._search.broken
         working = any(trial.status == "RUNNING" for trial in trials)
         waiting = any(trial.status == "PENDING" for trial in trials)
         now = time.monotonic()

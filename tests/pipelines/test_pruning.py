@@ -1,0 +1,196 @@
+"""Pruning by stage: which trials are stopped, and that neither speed nor kills nor what breaks changes it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from amlora_dist.config import load_config
+from amlora_dist.errors import HeldError
+from pipelines.preflight import Demand
+from pipelines.progress import Silent
+from pipelines.search.driver import _Search
+from pipelines.search.halving import OPEN, Halving
+from pipelines.search.journal import Journal
+from pipelines.search.outcome import search_result
+from pipelines.search.plan import Plan, plan_search
+
+STAGES = 4
+
+
+def halving(values: Mapping[int, float | None], **settings: Any) -> Halving:
+    made = Halving(STAGES, list(values), **{"grace": 2, "reduction": 2} | settings)
+    for number, value in values.items():
+        made.record(number, 1, 0.0)
+        made.record(number, 2, value)
+    return made
+
+
+def test_the_best_share_goes_on_and_ties_go_on() -> None:
+    made = halving({1: 0.5, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.5})
+    assert made.rungs == [2]
+    assert [made.verdict(n) for n in range(1, 6)] == [None, 2, None, None, None]
+    assert Halving(9, [], grace=1, reduction=2).rungs == [1, 2, 4, 8]
+
+
+def test_before_the_first_rung_nobody_is_stopped_and_an_undefined_value_lets_pass() -> None:
+    made = Halving(STAGES, [1, 2], grace=2, reduction=2)
+    made.record(1, 1, 0.9)
+    made.record(2, 1, 0.1)
+    assert made.verdict(2) is None
+    assert halving({1: 0.9, 2: None}).verdict(2) is None
+
+
+def test_nobody_can_say_until_those_that_started_before_have_come_or_ended() -> None:
+    made = Halving(STAGES, [3, 1, 2], grace=1, reduction=2)
+    made.record(1, 1, 0.1)
+    assert made.verdict(1) == OPEN
+    made.record(2, 1, 0.2)
+    made.record(3, 1, 0.3)
+    assert [made.verdict(n) for n in (3, 1, 2)] == [None, 1, None]
+    failed = Halving(STAGES, [3, 1], grace=1, reduction=2)
+    failed.record(1, 1, 0.1)
+    failed.end(3)
+    assert failed.verdict(1) is None
+
+
+def test_who_was_stopped_at_one_rung_does_not_count_at_the_next() -> None:
+    made = Halving(8, [1, 2, 3], grace=1, reduction=2)
+    for number, first, second in ((1, 0.5, 0.2), (2, 0.4, 0.9), (3, 0.5, 0.3)):
+        made.record(number, 1, first)
+        made.record(number, 2, second)
+    assert [made.verdict(n) for n in (1, 2, 3)] == [None, 1, None], "0.9 came from a trial that should have stopped"
+
+
+class Memory:
+    """What a journal asks of a store, kept in memory; ``broken`` is raised by the next write."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, str]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.broken: Exception | None = None
+
+    def find_runs(self, wanted: Mapping[str, str]) -> list[Any]:
+        found = [type("Run", (), {"run": run, "tags": dict(tags)}) for run, tags in self.runs.items()]
+        return [run for run in found if all(run.tags.get(key) == value for key, value in wanted.items())]
+
+    def trial_run(self, above: str, search_id: str, number: int, values: Mapping[str, Any]) -> str:
+        wanted = {"amlora.kind": "trial", "amlora.search": search_id, "amlora.trial": str(number)}
+        self.runs.setdefault(f"run-{number}", {}).update(wanted)
+        return f"run-{number}"
+
+    def set_tags(self, run: str, values: Mapping[str, str]) -> None:
+        if self.broken:
+            raise self.broken
+        self.runs[run].update(values)
+
+    def log_json(self, run: str, name: str, value: dict[str, Any]) -> None:
+        self.files[run] = dict(value)
+
+    def load_json(self, run: str, name: str) -> dict[str, Any] | None:
+        return self.files.get(run)
+
+    def log_metrics_batch(self, run: str, rows: Any) -> None: ...
+
+    def end_run(self, run: str, status: str) -> None: ...
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    space = {"adapters.rank": {"grid": [2, 4, 8]}, "training.l1": {"grid": [0.0, 0.1, 0.2, 0.3]}}
+    data = {
+        "name": "x", "workers": 0, "model": {"source": "owner/model"},
+        "tasks": [f"helpdesk/{name}" for name in ("email_route", "chat_mood", "call_urgency", "review_topic")],
+        "search": {"space": space, "scheduler": "asha", "grace_stages": 1},
+    }  # fmt: skip
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return plan_search(load_config(file), str(file))
+
+
+def open_search(plan: Plan, store: Memory) -> _Search:
+    journal = Journal(store, "above", "s", lambda: None)  # type: ignore[arg-type]
+    demand = Demand(0, 1, 1, STAGES, "fp32", 0)
+    return _Search(plan, "s", journal, Silent(), Path("home"), Path("storage"), demand, False)
+
+
+def report(number: int, stage: int) -> dict[str, Any]:
+    """Of a trial whose scores depend on it and its stage alone."""
+    draw = [random.Random(f"{number % 3 if at == 1 else number}.{at}").random() for at in range(1, stage + 1)]
+    record = {"task": "t", "reused": False, "reused_from": None, "train_seconds": 1.0}
+    record |= {"score_seconds": 1.0, "other_seconds": 0.0}
+    return {
+        "number": number, "stage": stage, "tasks": ["t"], "metrics": {"average_performance": draw[-1], "forgetting": 0.0},
+        "objectives": [draw[-1]], "curve": [{"average_performance": one} for one in draw], "records": [record] * stage,
+        "accuracy_matrix": [],
+    }  # fmt: skip
+
+
+def run(plan: Plan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
+    """A search whose trials report in any order, which is killed so many times, and of which trial 5 fails."""
+    draw, store = random.Random(seed), Memory()
+    for start in range(kills + 1):
+        search, working, steps = open_search(plan, store), {}, itertools.count()
+        until = None if start == kills else draw.randrange(1, 30)
+        while until is None or next(steps) < until:
+            while len(working) < at_once and (found := search.next()):
+                working[found[0].number] = 0
+            if not working:
+                break
+            number = draw.choice(sorted(working))
+            working[number] += 1
+            told = report(number, working[number])
+            if number == 5 and working[number] == 3:
+                search.ended(5, report(5, 2), "a loss that is not finite")
+            elif search.stopped_by(told) or working[number] == STAGES:
+                search.ended(number, told, None)
+            else:
+                continue
+            del working[number]
+    assert search.broken is None
+    result = search_result(plan, "s", "model", list(search.journal.trials.values()), "uri")
+    assert result["cost"]["stages_surplus"] <= result["cost"]["stages_pruned"]
+    return {key: result[key] for key in ("ranking", "winner", "runner_up")} | {
+        "trials": [
+            (t["number"], t["outcome"], t["error"], t["metrics"], t["curve"], len(t["stages"])) for t in result["trials"]
+        ],
+        "counts": [result["cost"][f"stages_{what}"] for what in ("trained", "reused", "pruned", "total")],
+    }
+
+
+def test_the_same_trials_are_pruned_whoever_is_faster_and_whatever_was_killed(plan: Plan) -> None:
+    alone = run(plan, at_once=1, kills=0, seed=0)
+    outcomes = [outcome for _, outcome, *_ in alone["trials"]]
+    assert outcomes.count("pruned") >= 4 and outcomes.count("finished") >= 3 and outcomes[4] in ("failed", "pruned")
+    for seed in range(40):
+        assert run(plan, at_once=1 + seed % 4, kills=seed % 5, seed=seed) == alone, seed
+
+
+def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: Plan) -> None:
+    store = Memory()
+    search = open_search(plan, store)
+    found = search.next()
+    assert found is not None
+    store.broken = HeldError("another driver has this search")
+    with search.breaking():
+        search.ended(found[0].number, report(found[0].number, STAGES), None)
+    assert search.broken is store.broken
+    with search.breaking():
+        raise HeldError("a later one")
+    assert search.broken is store.broken
+
+
+def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
+    search = open_search(plan, Memory())
+    found = search.next()
+    assert found is not None
+    search.stopped_by(report(1, 1))
+    search.ended(1, report(1, 1), None)
+    assert search.journal.trials[1].outcome == "failed"
+    assert search.journal.trials[1].report["error"] == "it ended after stage 1 of 4"
