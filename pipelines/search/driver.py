@@ -271,8 +271,14 @@ class _Search:
         return f"{self.search_id}-t{number:03d}"
 
     def stopped_by(self, report: dict[str, Any]) -> bool:
-        """A trial has reported; whether the scheduler stops it."""
+        """A trial has reported; whether the scheduler stops it.
+
+        Raises:
+            UserError: it lacked what all trials need (``trial.is_outage``).
+        """
         if "error" in report:
+            if report.get("outage"):
+                raise UserError(f"trial {report['number']}: {report['error']} (the same command goes on from there)")
             return False
         trial = self.journal.trials[report["number"]]
         at = report.get("first_step")

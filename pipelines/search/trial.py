@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amlora_dist.config import from_mapping
-from amlora_dist.errors import AmloraError, HeldError
+from amlora_dist.errors import AmloraError, HeldError, is_full
 from amlora_dist.search import DIRECTIONS
 from pipelines.progress import Silent
 
@@ -96,7 +96,15 @@ def run_trial(config: Mapping[str, Any]) -> None:
         raise SystemExit(0) from None
     except AmloraError as error:
         with contextlib.suppress(SystemExit):
-            tune.report({"report": json.dumps(last | {"error": str(error)})})
+            tune.report({"report": json.dumps(last | {"error": str(error), "outage": is_outage(error)})})
+
+
+def is_outage(error: AmloraError) -> bool:
+    """Whether a trial failed for want of what all trials need: a disk with room, MLflow within reach. Then the search
+    ends, and the trial goes on in its next start; to take it for failed would be the end of it."""
+    from amlora_dist.registry.connection import StoreError
+
+    return isinstance(error, StoreError) or is_full(error)
 
 
 def _report(result: Mapping[str, Any], objectives: list[str]) -> dict[str, Any]:

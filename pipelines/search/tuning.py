@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -19,7 +14,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from amlora_dist.errors import TrainingError
-from amlora_dist.training.failures import StoppedError
 from pipelines.search.trial import Order, run_trial
 
 if TYPE_CHECKING:
@@ -69,27 +63,9 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
             verbose=0,
         ),
     )
-    with _terminable(search):
-        tuner.fit()
+    tuner.fit()
     if search.broken:
         raise search.broken
-
-
-@contextlib.contextmanager
-def _terminable(search: _Search) -> Iterator[None]:
-    """Inside, SIGTERM ends the search in order, with exit code 143. Ray's own handler would leave with code 15."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        search.broken = search.broken or StoppedError("the search was told to end; the same command goes on from here")
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _resources(search: _Search, gpus: bool) -> dict[str, float]:

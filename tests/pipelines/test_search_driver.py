@@ -1,25 +1,31 @@
-"""Pruning by stage: which trials are stopped, and that neither speed nor kills nor what breaks changes it."""
+"""A search as Ray Tune asks and tells it, without Ray: which trials are stopped, that neither speed nor kills change it,
+what ends it, and how many trials have room."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from amlora_dist.config import load_config
-from amlora_dist.errors import HeldError
-from pipelines.preflight import Demand
+from amlora_dist.errors import HeldError, TrainingError, UserError
+from amlora_dist.registry.connection import StoreAwayError
+from pipelines import preflight
+from pipelines.preflight import GIB, Demand, Supply
 from pipelines.progress import Silent
 from pipelines.search.driver import _Search
 from pipelines.search.halving import OPEN, Halving
 from pipelines.search.journal import Journal
 from pipelines.search.outcome import search_result
 from pipelines.search.plan import Plan, plan_search
+from pipelines.search.trial import is_outage
 
 STAGES = 4
 
@@ -77,7 +83,7 @@ class Memory:
         self.broken: Exception | None = None
 
     def find_runs(self, wanted: Mapping[str, str]) -> list[Any]:
-        found = [type("Run", (), {"run": run, "tags": dict(tags)}) for run, tags in self.runs.items()]
+        found = [SimpleNamespace(run=run, tags=dict(tags)) for run, tags in self.runs.items()]
         return [run for run in found if all(run.tags.get(key) == value for key, value in wanted.items())]
 
     def trial_run(self, above: str, search_id: str, number: int, values: Mapping[str, Any]) -> str:
@@ -136,7 +142,8 @@ def run(plan: Plan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
     """A search whose trials report in any order, which is killed so many times, and of which trial 5 fails."""
     draw, store = random.Random(seed), Memory()
     for start in range(kills + 1):
-        search, working, steps = open_search(plan, store), {}, itertools.count()
+        search, steps = open_search(plan, store), itertools.count()
+        working: dict[int, int] = {}
         until = None if start == kills else draw.randrange(1, 30)
         while until is None or next(steps) < until:
             while len(working) < at_once and (found := search.next()):
@@ -181,9 +188,6 @@ def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: 
     with search.breaking():
         search.ended(found[0].number, report(found[0].number, STAGES), None)
     assert search.broken is store.broken
-    with search.breaking():
-        raise HeldError("a later one")
-    assert search.broken is store.broken
 
 
 def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
@@ -194,3 +198,46 @@ def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
     search.ended(1, report(1, 1), None)
     assert search.journal.trials[1].outcome == "failed"
     assert search.journal.trials[1].report["error"] == "it ended after stage 1 of 4"
+
+
+def test_a_full_disk_ends_the_search_and_not_the_trial(plan: Plan) -> None:
+    full = UserError("cannot write a checkpoint under x: No space left on device; make room")
+    assert is_outage(full) and is_outage(StoreAwayError("MLflow does not answer"))
+    assert not is_outage(UserError("adapters.targets: matches nothing")) and not is_outage(TrainingError("not finite"))
+    search = open_search(plan, Memory())
+    assert search.next() is not None
+    with search.breaking():
+        search.stopped_by({"number": 1, "error": str(full), "outage": True})
+    assert "make room" in str(search.broken) and search.journal.trials[1].outcome is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "fewest", "supply", "share", "at_once"),
+    [
+        (0, 0, Supply(cpus=8, memory=100 * GIB), 1.0, 8),
+        (0, 0, Supply(cpus=8, memory=1 * GIB), 1.0, 3),
+        (4, 4, Supply(cpus=8, memory=100 * GIB), 1.0, 2),
+        (8, 2, Supply(cpus=5, memory=100 * GIB), 1.0, 1),
+        (0, 0, Supply(cpus=64, gpus=4), 0.25, 16),
+        (0, 0, Supply(cpus=64, gpus=4), 0.6, 4),
+        (2, 2, Supply(cpus=1, gpus=4), 0.5, 4),
+        (2, 2, Supply(cpus=64, gpus=4), 1.0, 2),
+    ],
+)
+def test_as_many_trials_work_at_once_as_fit(
+    workers: int, fewest: int, supply: Supply, share: float, at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = open_search(plan, Memory())
+    search.plan = replace(plan, base=replace(plan.base, workers=workers), listed=[{}] * 100)
+    search.demand = Demand(fewest, 1, 1, STAGES, "fp32", 0, share)
+    monkeypatch.setattr(preflight, "in_cluster", lambda: supply)
+    assert search.room(bool(supply.gpus)) == at_once
+
+
+def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = open_search(plan, Memory())
+    search.plan = replace(plan, base=replace(plan.base, workers=4))
+    search.demand = Demand(4, 1, 1, STAGES, "fp32", 0)
+    monkeypatch.setattr(preflight, "in_cluster", lambda: Supply(cpus=2, memory=100 * GIB))
+    with pytest.raises(UserError, match=r"one trial needs 4 processes.*the cluster has 2 CPUs"):
+        search.room(False)
