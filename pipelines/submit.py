@@ -104,7 +104,8 @@ def _below(config_file: Path, working_dir: Path) -> str:
 def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
     """The job's environment; what outlives the job must lie on shared storage."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **given}
-    if config.storage is not None and not _is_absolute(config.storage):
+    url = config.storage is not None and "://" in config.storage
+    if config.storage is not None and not url and not _is_absolute(config.storage):
         raise UserError(
             f"storage: found {config.storage!r}, expected an absolute path that all nodes share: a job's current directory"
             " is thrown away with the job"
@@ -114,6 +115,11 @@ def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
             raise UserError(
                 "storage: found nothing, expected a folder that all nodes share (storage=/mnt/shared/amlora): checkpoints in"
                 " a job's own directory would be thrown away with the job"
+            )
+        if url:
+            raise UserError(
+                f"--env: found no AMLORA_HOME beside storage={config.storage}, expected --env AMLORA_HOME=FOLDER, of any"
+                " node its own: models and checkpoints in work lie there"
             )
         variables["AMLORA_HOME"] = str(Path(config.storage) / HOME)
     return variables

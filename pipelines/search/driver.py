@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import home, to_mapping
+from amlora_dist.config import home, storage_of, to_mapping
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
 from amlora_dist.registry import claims, tags
 from amlora_dist.registry.store import Store
@@ -69,7 +69,7 @@ def run_search(
     place = home()
     preflight.check_home(place)
     demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
-    storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+    storage, _ = storage_of(config)
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
     preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)

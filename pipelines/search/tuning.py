@@ -28,8 +28,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupted search ends at once and goes on later
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial lets go of its run before its process is used again
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a configuration mean the directory of the command
 }
 
 
@@ -107,6 +107,8 @@ class _Proposer(_Stateless, Searcher):
             mlflow_run=trial.run,
             config=config,
             home=str(self._search.home),
+            folder=os.getcwd(),
+            tracking_uri=self._search.journal.tracking_uri,
             objectives=list(settings.objectives),
             stages=self._search.plan.stages,
             gpus=settings.gpus or 1.0,

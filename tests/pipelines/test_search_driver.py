@@ -4,9 +4,10 @@ what ends it, and how many trials have room."""
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from amlora_dist.config import load_config
 from amlora_dist.errors import HeldError, TrainingError, UserError
 from amlora_dist.registry.connection import StoreAwayError
+from amlora_dist.registry.store import Store
 from pipelines import preflight
 from pipelines.preflight import GIB, Demand, Supply
 from pipelines.progress import Silent
@@ -25,7 +27,8 @@ from pipelines.search.halving import OPEN, Halving
 from pipelines.search.journal import Journal
 from pipelines.search.outcome import search_result
 from pipelines.search.plan import Plan, plan_search
-from pipelines.search.trial import is_outage
+from pipelines.search.trial import Order, is_outage, run_trial
+from tests.tiny_folder import write_config
 
 STAGES = 4
 
@@ -105,6 +108,10 @@ class Memory:
     def log_metrics_batch(self, run: str, rows: Any) -> None: ...
 
     def end_run(self, run: str, status: str) -> None: ...
+
+    @property
+    def connection(self) -> Any:
+        return SimpleNamespace(uri="sqlite:////somewhere/mlflow.db")
 
 
 @pytest.fixture
@@ -241,3 +248,58 @@ def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: Plan, monke
     monkeypatch.setattr(preflight, "in_cluster", lambda: Supply(cpus=2, memory=100 * GIB))
     with pytest.raises(UserError, match=r"one trial needs 4 processes.*the cluster has 2 CPUs"):
         search.room(False)
+
+
+def order_of(search: _Search) -> Order:
+    """Of the next trial, as Ray Tune carries it."""
+    from pipelines.search.tuning import _Proposer
+
+    return Order(**json.loads(_Proposer(search, gpus=False).suggest("any")["order"]))
+
+
+def test_what_breaks_a_search_comes_out_of_ray_tune_as_it_was(plan: Plan) -> None:
+    from pipelines.search.tuning import _Proposer, _Watch
+
+    search = open_search(plan, Memory())
+    _Watch(search).on_step_end(0, [])
+    search.broken = HeldError("another driver has this search")
+    with pytest.raises(HeldError, match="another driver"):
+        _Watch(search).on_step_end(0, [])
+    search = open_search(plan, store := Memory())
+    store.broken = StoreAwayError("MLflow does not answer")
+    assert _Proposer(search, gpus=False).suggest("any") == "FINISHED" and search.broken is store.broken
+
+
+@pytest.mark.integration
+def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    config = write_config(
+        tmp_path, tasks=("colours", "shapes"), search={"space": {"training.l1": {"grid": [0.0, 0.5]}}},
+    )  # fmt: skip
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    data["tasks"] = [str(Path(task).relative_to(tmp_path)) for task in data["tasks"]]
+    config.write_text(yaml.safe_dump(data), encoding="utf-8")
+    for name in ("AMLORA_HOME", "MLFLOW_TRACKING_URI", "TUNE_FUNCTION_THREAD_TIMEOUT_S"):
+        monkeypatch.setenv(name, "of another search")
+    monkeypatch.chdir(tmp_path)
+    store = Store.open(tmp_path / "home", f"sqlite:///{tmp_path}/mlflow.db")
+    above = store.search_run("model", "s", "s-champion", {})
+    made = plan_search(load_config(config), str(config))
+    journal = Journal(store, above, "s", lambda: None)
+    demand = Demand(0, 1, 1, STAGES, "fp32", 0)
+    search = _Search(made, "s", journal, Silent(), tmp_path / "home", tmp_path / "home" / "storage", demand, False)
+    order = order_of(search)
+    monkeypatch.chdir("/")  # as on a node where somebody else has started Ray
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
+    run_trial({"order": json.dumps(asdict(order))})
+    assert [(one["stage"], len(one["records"]), len(one["curve"])) for one in said] == [(1, 1, 1), (2, 2, 2)]
+    assert not any("error" in one for one in said) and said[0]["first_step"] is not None
+    sequence = store.find_runs({"amlora.kind": "sequence", "amlora.run_id": "s-t001"})
+    assert [run.tags["mlflow.parentRunId"] for run in sequence] == [order.mlflow_run], "in the store of the search"
+    said.clear()
+    run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})})
+    assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]
