@@ -103,9 +103,6 @@ def search_faults(
     for dimension in found:
         faults += _value_faults(config, dimension, with_values)
     faults += size_faults(config.search, found)
-    if config.search.scheduler == "asha" and config.evaluation.cells == "last":
-        where, hint = "search.scheduler", "evaluate: last scores the last stage only; leave it out"
-        faults.append(Fault(where, "asha", "scores after every stage", hint))
     return {tuple(fault.where.split(".")): fault for fault in faults}
 
 

@@ -36,6 +36,7 @@ import psutil
 import yaml
 from sweeps import REPOSITORY, write_json
 
+from amlora_dist.base_model import ModelSettings, resolve_base
 from amlora_dist.evaluation.intervals import difference_interval
 from amlora_dist.registry.store import Store
 from pipelines.search.intervals import last_row, mean_of_row
@@ -139,6 +140,15 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
     return file
 
 
+def convert(homes: Path, args: argparse.Namespace) -> None:
+    """Bring the model into the form that runs read, once for all searches."""
+    if args.models is not None and not (homes / "models").exists():
+        shutil.copytree(args.models, homes / "models")
+    (homes / "models").mkdir(exist_ok=True)
+    if not args.quick:
+        resolve_base(ModelSettings(source=args.model), homes)
+
+
 def run(mode: str, config: Path, homes: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One search in a home of its own, from the shell: from its start, from where it was killed, or as it ended."""
     home = homes / mode
@@ -152,9 +162,8 @@ def run(mode: str, config: Path, homes: Path, args: argparse.Namespace) -> dict[
     else:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
-        if args.models is not None:
-            shutil.copytree(args.models, home / "models")
-        Store.open(home)  # MLflow's tables, which a user makes once
+        (home / "models").symlink_to(homes / "models")
+        Store.open(home)  # MLflow's tables, which a user makes once, like the converted model
     overrides = [SWITCHES[name] for name in MODES[mode]]
     command = [sys.executable, "-m", "pipelines.cli", "tune", str(config), *overrides, "--search-id", "cost", "--json"]
     began, cpus = time.time(), psutil.cpu_count() or 1
@@ -260,6 +269,7 @@ def main() -> None:
         homes = (args.homes or Path(aside)).absolute()
         homes.mkdir(parents=True, exist_ok=True)
         config = write_config(homes, args)
+        convert(homes, args)
         found: dict[str, dict[str, Any]] = {}
         for mode in modes:
             found[mode] = one = run(mode, config, homes, args)

@@ -96,6 +96,9 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"space": {"training.l1": {"grid": list(range(1000))}, "training.epochs": {"grid": list(range(1, 1001))}}},
         ("a grid of 1,000,000 trials", "search.num_samples")),
     "a range in a grid": ({"space": {"training.l1": {"uniform": [0, 1]}}}, ("search.space.training.l1", "random")),
+    "fractions of a whole number": (
+        {"space": {"adapters.rank": {"uniform": [2, 8]}}, "algorithm": "random", "num_samples": 2},
+        ("search.space.adapters.rank", "uniform with 5.7", "a whole number")),
     "ends the wrong way": (
         {"space": {"training.l1": {"uniform": [1, 0]}}, "algorithm": "random"}, ("a low end below the high end",)),
     "unknown kind": ({"space": {"training.l1": {"chioce": [1]}}}, ("search.space.training.l1", "did you mean 'choice'?")),
@@ -197,3 +200,22 @@ def test_the_shipped_search_is_right(repository: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(repository)
     made = plan(Path("configs/search.yaml"))
     assert made.trials == 6 and made.stages == 4
+
+
+@pytest.mark.parametrize(
+    ("search", "cells"),
+    [
+        ({}, "last"),
+        ({"scheduler": "asha"}, "seen"),
+        ({"objective": "forgetting"}, "seen"),
+    ],
+)
+def test_trials_are_scored_after_every_stage_where_that_is_read_whatever_the_champion_wants(
+    search: dict[str, Any], cells: str, config: Path
+) -> None:
+    data = yaml.safe_load(config.read_text(encoding="utf-8")) | {"evaluate": "last"}
+    config.write_text(yaml.safe_dump(data), encoding="utf-8")
+    change(config, **search)
+    made = plan(config)
+    assert made.config({"training.l1": 0.1}).evaluation.cells == cells
+    assert made.champion({"training.l1": 0.1}, "model").evaluation.cells == "last"

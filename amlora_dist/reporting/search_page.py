@@ -262,7 +262,8 @@ def _cost(result: Result) -> list[Block]:
         x_name="stages",
         digits=0,
     )
-    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in result["cost"].items()]
+    told = {key: value for key, value in result["cost"].items() if key != "began_at"}
+    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in told.items()]
     return [chart, TableBlock("cost", "In all", Table(["", "value"], rows), "Seconds are summed over trials.", digits=1)]
 
 
