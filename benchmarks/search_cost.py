@@ -11,7 +11,7 @@ the two winners' average performance on the test rows that contains 0.
 With ``--homes`` the searches are durable: killed, the same command goes on inside the search it was in, adds up what its
 starts have cost, and takes finished ones as they are. The two that are compared come first.
 
-    python benchmarks/search_cost.py --data-dir ROWS --homes FOLDER --json out.json   # two hours on two cores
+    python benchmarks/search_cost.py --data-dir ROWS --homes FOLDER --json out.json   # an hour and a half on two cores
     python benchmarks/search_cost.py --quick --json out.json                          # a tiny model, within a minute
 """
 
