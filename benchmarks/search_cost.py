@@ -109,7 +109,8 @@ def idle_share(samples: list[Sample], began: float, seconds: float, cpus: int) -
 
 
 def write_config(folder: Path, args: argparse.Namespace) -> Path:
-    """The search with everything switched on. Of the winner only what is compared is scored on the test rows."""
+    """The search with everything switched on. Trials are scored after every stage in all modes, pruned or not; of the
+    winner no more than that is scored on the test rows."""
     values = {"training.l1": {"grid": [0.0, 0.1, 0.3, 1.0]}, "adapters.rank": {"grid": [4, 8, 16]}}
     if args.quick:
         sys.path.insert(0, str(REPOSITORY))
@@ -130,7 +131,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
         }  # fmt: skip
     config |= {"name": "search-cost", "workers": 0}
     config["training"]["cache_trunk"] = True
-    config["evaluation"] = config.get("evaluation", {}) | {"cells": "last", "untrained": False, "oracle": False}
+    config["evaluation"] = config.get("evaluation", {}) | {"cells": "seen", "untrained": False, "oracle": False}
     config["search"] = {"space": values, "scheduler": "asha", "grace_stages": args.grace, "reduction": args.reduction}
     file = folder / "search.yaml"
     text = yaml.safe_dump(config, sort_keys=False)
