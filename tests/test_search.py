@@ -165,6 +165,15 @@ def test_a_path_that_matters_somewhere_in_the_space_is_taken(config: Path) -> No
     assert plan(config).trials == 4
 
 
+def test_rows_of_the_next_task_among_a_stages_own_can_be_searched(config: Path) -> None:
+    change(config, space={"boundary_mix": {"grid": [0.0, 0.2]}})
+    assert plan(config).order == [1, 2]
+    alone = yaml.safe_load(config.read_text(encoding="utf-8")) | {"tasks": ["helpdesk/email_route"]}
+    config.write_text(yaml.safe_dump(alone), encoding="utf-8")
+    with pytest.raises(FaultsError, match="does not read"):
+        plan(config)
+
+
 def test_trials_of_different_lengths_are_refused(config: Path) -> None:
     change(config, space={"tasks": {"choice": [["helpdesk/email_route"], ["helpdesk/email_route", "helpdesk/chat_mood"]]}})
     with pytest.raises(FaultsError, match="trials of 1 and 2 stages"):

@@ -115,6 +115,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
     first = {
         "seed": config.seed, "method": config.method, "dtype": config.dtype, "model": asdict(config.model),
         "parent": config.parent, "tasks": config.tasks, "task_defaults": defaults,
+        "boundary_mix": config.boundary_mix if len(config.tasks) > 1 else 0.0,
         "reads": method.reads(1 if config.parent is None else 2),
     }  # fmt: skip
     gate = {"kind": config.router.kind, **asdict(config.router.gate)} if method.routed else {}
