@@ -68,7 +68,8 @@ class RunConfig:
     registered_model: Name | None = None
     """Name of this run's model in the MLflow registry; default: the run id. Runs never share one."""
     storage: str | None = None
-    """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``."""
+    """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``. With ``workers: 0``
+    also a URL that fsspec knows: the folder stays in ``AMLORA_HOME``, of any node its own, and checkpoints are copied."""
     model: ModelSettings
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
@@ -97,6 +98,15 @@ class RunConfig:
 def home() -> Path:
     """``AMLORA_HOME`` (default ``.amlora``), absolute: the folder of everything the program writes."""
     return Path(os.environ.get("AMLORA_HOME") or ".amlora").expanduser().absolute()
+
+
+def storage_of(config: RunConfig) -> tuple[Path, str | None]:
+    """The folder of checkpoints and caches, absolute; and where checkpoints are copied to, if ``storage`` is a URL."""
+    if config.storage is None:
+        return home() / "storage", None
+    if "://" in config.storage:
+        return home() / "storage", config.storage.rstrip("/")
+    return Path(config.storage).expanduser().absolute(), None
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:

@@ -42,9 +42,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.min_workers is not None and config.min_workers > max(1, config.workers):
         found, expected = str(config.min_workers), f"at most workers, which is {config.workers}"
         faults[("min_workers",)] = Fault("min_workers", found, expected)
-    if config.storage is not None and "://" in config.storage:
-        expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
-        faults[("storage",)] = Fault("storage", shown(config.storage), expected, "artifacts go to object storage by MLflow")
+    if config.storage is not None and "://" in config.storage and (fault := _url_fault(config.storage, config.workers)):
+        faults[("storage",)] = fault
     sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
     share, uneven = divmod(config.training.batch_size, max(1, config.workers))
     micro = config.training.micro_batch_size or max(1, share)
@@ -69,6 +68,24 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     return faults
 
 
+def _url_fault(url: str, workers: int) -> Fault | None:
+    """What is wrong with ``storage: url``."""
+    if workers:
+        expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
+        return Fault("storage", shown(url), expected, "or workers: 0, whose checkpoints are copied to a URL")
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        return Fault("storage", shown(url), "a URL that can be reached here", str(error))
+    except ValueError:
+        hint = did_you_mean(scheme, fsspec.available_protocols())
+        return Fault("storage", shown(url), "a folder, or a URL that fsspec knows", hint)
+    return None
+
+
 UNSEARCHABLE = (
     "name", "workers", "data_dir", "registered_model", "storage", "mlflow", "deepspeed", "search", "evaluation",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
@@ -86,9 +103,6 @@ def search_faults(
     for dimension in found:
         faults += _value_faults(config, dimension, with_values)
     faults += size_faults(config.search, found)
-    if config.search.scheduler == "asha" and config.evaluation.cells == "last":
-        where, hint = "search.scheduler", "evaluate: last scores the last stage only; leave it out"
-        faults.append(Fault(where, "asha", "scores after every stage", hint))
     return {tuple(fault.where.split(".")): fault for fault in faults}
 
 

@@ -83,10 +83,13 @@ class Dimension:
         return self.kind in ("choice", "grid")
 
     def extremes(self) -> tuple[Any, ...]:
-        """Values to check: all of a list, the ends of a range."""
+        """Values to check: all of a list; the ends of a range and, of one of fractions, a fraction in it."""
         if self.kind == "randint":
             return (self.values[0], self.values[1] - 1)
-        return self.values
+        if self.listed:
+            return self.values
+        low, high = self.values
+        return (low, high, low + (high - low) * 0.618034)
 
     def draw(self, generator: random.Random) -> Any:
         """One value."""

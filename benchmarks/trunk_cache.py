@@ -2,7 +2,7 @@
 
 Both take turns, batch by batch, in one process and on one model, so that a busy machine slows them alike; the cached
 side is timed when its files are there, and what filling them costs is told beside it. ``same_loss`` is the largest
-difference between the two losses of a batch (nats per target token).
+difference between the two losses of a batch (nats per target token), as training begins.
 
     python benchmarks/trunk_cache.py --json out.json
     python benchmarks/trunk_cache.py --quick
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from sweeps import write_json
 
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import AdapterSettings
@@ -82,9 +82,10 @@ def measure(base: Any, layers: str, dtype: str, tokens: int, args: argparse.Name
         apart = 0.0
         for round_ in range(args.rounds + 1):
             for batch in batches:
-                with torch.no_grad():
-                    both = [float(side(model, batch, gate)) / target_tokens(batch) for side in sides.values()]
-                apart = max(apart, abs(both[0] - both[1]))
+                if not round_:
+                    with torch.no_grad():
+                        both = [float(side(model, batch, gate)) / target_tokens(batch) for side in sides.values()]
+                    apart = max(apart, abs(both[0] - both[1]))
                 for name, side in sides.items():
                     began = time.perf_counter()
                     engine.backward(side(engine.forward, batch, gate) / target_tokens(batch))
@@ -123,22 +124,21 @@ def main() -> None:
         args.batches, args.rounds, cases = 2, 1, [("above_router", "bf16", 64), ("last:6", "bf16", 64)]
     base = resolve_base(ModelSettings(source=args.model), home())
     found = []
+    about = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(), "batch": args.batch, "attention": args.attention,
+    }  # fmt: skip
     heads = ("plain s", "cached s", "speed-up")
     print(f"{'adapted':14}{'dtype':7}{'tokens':>7}{''.join(f'{h:>10}' for h in heads)}{'fill s':>9}{'same loss':>11}")
     for layers, dtype, tokens in cases:
         one = measure(base, layers, dtype, tokens, args)
         found.append(one)
+        write_json(args.json, {"about": about, "rows": found})
         print(
             f"{layers:14}{dtype:7}{tokens:7}{one['plain_step_s']:10.3f}{one['cached_step_s']:10.3f}"
             f"{one['speed_up']:10.2f}{one['fill_s_per_batch']:9.3f}{one['same_loss']:11.1e}",
             flush=True,
         )
-    if args.json:
-        about = {
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(), "batch": args.batch, "attention": args.attention,
-        }  # fmt: skip
-        args.json.write_text(json.dumps({"about": about, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

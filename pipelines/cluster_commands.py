@@ -74,27 +74,39 @@ def submit(
     run_id: Annotated[
         str | None, typer.Option(help="Name of the durable run; the same id attaches or goes on. Default: name and time.")
     ] = None,
+    search_id: Annotated[
+        str | None, typer.Option(help="The same for `amlora tune`, where CONFIG has a `search` section.")
+    ] = None,
     working_dir: Annotated[Path, typer.Option(help="Shipped but for what .gitignore names; at most 100 MB.")] = Path("."),
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the driver and its workers; repeat.")] = None,
     runtime_env: Annotated[Path | None, typer.Option(help="YAML of Ray's runtime environment, such as pip.")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the submission id and leave.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run CONFIG as a job on a Ray cluster, print what it prints, and exit with its exit code."""
+    """Run CONFIG as a job on a Ray cluster, print what it prints, and exit with its exit code.
+
+    A CONFIG with a `search` section is searched (`amlora tune`), unless --run-id is given.
+    """
     import time
 
     from amlora_dist.config import load_config
+    from amlora_dist.errors import UserError
     from pipelines.jobs import Jobs
-    from pipelines.run_ids import checked_run_id
+    from pipelines.run_ids import checked_run_id, checked_search_id
     from pipelines.submit import environment_from, exit_code_of, runtime_env_from, submit_run, to_stdout
 
-    name = load_config(config, overrides).name
-    run_id = checked_run_id(run_id or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_id and search_id:
+        raise UserError("--run-id and --search-id: found both, expected one: a job is a run or a search")
+    settings = load_config(config, overrides)
+    search = search_id is not None or (run_id is None and settings.search is not None)
+    checked = checked_search_id if search else checked_run_id
+    name = checked(search_id or run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     environment, more = environment_from(env or []), runtime_env_from(runtime_env)
     cluster = Jobs(address)
     made = submit_run(
-        cluster, config, overrides or [], run_id, working_dir=working_dir, environment=environment, runtime_env=more
-    )
+        cluster, config, overrides or [], name, working_dir=working_dir, environment=environment, runtime_env=more,
+        search=search,
+    )  # fmt: skip
     told = "runs already; following it" if made.attached else "submitted"
     typer.echo(f"job {made.job.id}: {told}; `amlora logs {made.job.id} --follow` shows it, `amlora stop` ends it", err=True)
     if no_wait:

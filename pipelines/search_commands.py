@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from amlora_dist.errors import UserError
+from pipelines.run_ids import checked_search_id
 
 Answered = Callable[..., AbstractContextManager[None]]
 
@@ -45,22 +44,24 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
         ] = False,
     ) -> None:
         """Search over whole sequences with Ray Tune; the winner gets the alias `champion`."""
-        began = time.time()
         with answered(verbose=verbose):
+            import psutil
+
             from amlora_dist.config import validate_config
             from pipelines.progress import progress_for
             from pipelines.quiet import standard_output_kept
 
             settings, _ = validate_config(config, overrides)
-            search_id = _checked(search_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            search_id = checked_search_id(search_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             progress = progress_for()
             with standard_output_kept(), contextlib.closing(progress):
                 from pipelines.search.driver import run_search
 
                 progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
                 result = run_search(
-                    settings, file=str(config), search_id=search_id, progress=progress, began=began, verbose=verbose
-                )
+                    settings, file=str(config), search_id=search_id, progress=progress,
+                    began=psutil.Process().create_time(), verbose=verbose,
+                )  # fmt: skip
             if as_json:
                 sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
                 return
@@ -68,9 +69,3 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
             from pipelines.search.display import show_search
 
             show_search(result, console_for())
-
-
-def _checked(search_id: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", search_id):
-        raise UserError(f"--search-id: found {search_id!r}, expected at most 80 letters, digits and _ . -")
-    return search_id

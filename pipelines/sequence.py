@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import RunConfig, home, to_mapping
+from amlora_dist.config import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
+from amlora_dist.training.mirror import Mirror
 from amlora_dist.training.result import read_result, write_result
 from amlora_dist.training.work import Cell, Mode, Parent, StageWork
 from pipelines import preflight, results
@@ -85,12 +86,14 @@ def _run_sequence(
     config.registered_model = config.registered_model or run_id
     began = time.monotonic()
     materials = gather_materials(config, place)
-    storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+    storage, copies = storage_of(config)
     demand = materials.demand(within.gpus if within else 1.0)
     elsewhere = bool(config.workers and os.environ.get("RAY_ADDRESS"))
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not elsewhere)))
     if elsewhere:
         preflight.knock()
+    if copies:
+        Mirror(copies).check()
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
     refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
@@ -251,6 +254,8 @@ class _Driver:
                 version = mine
             record.version = version.number
             bank.version = version
+            if work.mirror:
+                Mirror(work.mirror).forget()
         told = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
         self.progress.note(f"stage {index} {task}: {told}, version {record.version} of {self.model_name}")
         return record
@@ -380,7 +385,13 @@ class _Driver:
             data_digests=digests,
             sealed=c.evaluation.sealed,
             cache=str(home() / "cache"),
+            mirror=self._mirror(fingerprint),
         )
+
+    def _mirror(self, fingerprint: str) -> str | None:
+        """Where a stage's checkpoints are copied to."""
+        copies = storage_of(self.config)[1]
+        return f"{copies}/stages/{fingerprint}" if copies else None
 
     # -- scores -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""``amlora submit``: a run as a Ray job. The same run id attaches to the job that runs, or goes on as its next attempt."""
+"""``amlora submit``: a run, or a search, as a Ray job. The same id attaches to the job that runs, or goes on as its next
+attempt."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Submission:
 
 def submit_run(
     jobs: Jobs, config_file: Path, overrides: list[str], run_id: str, *, working_dir: Path,
-    environment: dict[str, str], runtime_env: dict[str, Any],
+    environment: dict[str, str], runtime_env: dict[str, Any], search: bool = False,
 ) -> Submission:  # fmt: skip
     """Start the run on the cluster, unless an attempt at it is running.
 
@@ -39,10 +40,11 @@ def submit_run(
         jobs: of the cluster.
         config_file: below ``working_dir``.
         overrides: as for ``amlora run``.
-        run_id: name of the durable run.
+        run_id: name of the durable run, or search.
         working_dir: folder that is shipped and that relative paths are relative to.
         environment: variables of the driver and its workers.
         runtime_env: more of Ray's runtime environment, such as ``pip``.
+        search: the job is ``amlora tune``, not ``amlora run``.
 
     Raises:
         UserError, FaultsError: the configuration, the folder or the cluster.
@@ -51,12 +53,17 @@ def submit_run(
     if running := next((job for job in reversed(attempts) if job.running), None):
         return Submission(running, attached=True)
     config = load_config(config_file, overrides)
+    if search:
+        from pipelines.search.plan import plan_search
+
+        plan_search(config, str(config_file))
     shipped = _below(config_file, working_dir)
     variables = _variables(config, environment)
     shipment = collect(working_dir)
     if shipped not in shipment.files:
         raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
-    command = ["python", "-m", "pipelines.cli", "run", shipped, *overrides, "--run-id", run_id]
+    what, named = ("tune", "--search-id") if search else ("run", "--run-id")
+    command = ["python", "-m", "pipelines.cli", what, shipped, *overrides, named, run_id]
     with tempfile.TemporaryDirectory(prefix="amlora-submit-") as aside:
         archive = Path(aside) / "working_dir.zip"
         pack(shipment, archive)
@@ -72,7 +79,7 @@ def submit_run(
 
 
 def exit_code_of(job: Job) -> int:
-    """The exit code of ``amlora run`` on the cluster.
+    """The exit code of the command on the cluster.
 
     Raises:
         TrainingError: the job ended without one: its node died, or its environment could not be made.
@@ -97,7 +104,8 @@ def _below(config_file: Path, working_dir: Path) -> str:
 def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
     """The job's environment; what outlives the job must lie on shared storage."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **given}
-    if config.storage is not None and not _is_absolute(config.storage):
+    url = config.storage is not None and "://" in config.storage
+    if config.storage is not None and not url and not _is_absolute(config.storage):
         raise UserError(
             f"storage: found {config.storage!r}, expected an absolute path that all nodes share: a job's current directory"
             " is thrown away with the job"
@@ -107,6 +115,11 @@ def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
             raise UserError(
                 "storage: found nothing, expected a folder that all nodes share (storage=/mnt/shared/amlora): checkpoints in"
                 " a job's own directory would be thrown away with the job"
+            )
+        if url:
+            raise UserError(
+                f"--env: found no AMLORA_HOME beside storage={config.storage}, expected --env AMLORA_HOME=FOLDER, of any"
+                " node its own: models and checkpoints in work lie there"
             )
         variables["AMLORA_HOME"] = str(Path(config.storage) / HOME)
     return variables

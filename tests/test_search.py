@@ -11,7 +11,6 @@ import yaml
 from amlora_dist.config import load_config, with_values
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.search import dimensions, nested, points
-from pipelines.search.halving import Halving
 
 SPACE: dict[str, Any] = {"training.l1": {"grid": [0.0, 0.1]}, "adapters.rank": {"choice": [2, 4, 8]}}
 
@@ -97,6 +96,9 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"space": {"training.l1": {"grid": list(range(1000))}, "training.epochs": {"grid": list(range(1, 1001))}}},
         ("a grid of 1,000,000 trials", "search.num_samples")),
     "a range in a grid": ({"space": {"training.l1": {"uniform": [0, 1]}}}, ("search.space.training.l1", "random")),
+    "fractions of a whole number": (
+        {"space": {"adapters.rank": {"uniform": [2, 8]}}, "algorithm": "random", "num_samples": 2},
+        ("search.space.adapters.rank", "uniform with 5.7", "a whole number")),
     "ends the wrong way": (
         {"space": {"training.l1": {"uniform": [1, 0]}}, "algorithm": "random"}, ("a low end below the high end",)),
     "unknown kind": ({"space": {"training.l1": {"chioce": [1]}}}, ("search.space.training.l1", "did you mean 'choice'?")),
@@ -163,6 +165,15 @@ def test_a_path_that_matters_somewhere_in_the_space_is_taken(config: Path) -> No
     assert plan(config).trials == 4
 
 
+def test_rows_of_the_next_task_among_a_stages_own_can_be_searched(config: Path) -> None:
+    change(config, space={"boundary_mix": {"grid": [0.0, 0.2]}})
+    assert plan(config).order == [1, 2]
+    alone = yaml.safe_load(config.read_text(encoding="utf-8")) | {"tasks": ["helpdesk/email_route"]}
+    config.write_text(yaml.safe_dump(alone), encoding="utf-8")
+    with pytest.raises(FaultsError, match="does not read"):
+        plan(config)
+
+
 def test_trials_of_different_lengths_are_refused(config: Path) -> None:
     change(config, space={"tasks": {"choice": [["helpdesk/email_route"], ["helpdesk/email_route", "helpdesk/chat_mood"]]}})
     with pytest.raises(FaultsError, match="trials of 1 and 2 stages"):
@@ -200,13 +211,20 @@ def test_the_shipped_search_is_right(repository: Path, monkeypatch: pytest.Monke
     assert made.trials == 6 and made.stages == 4
 
 
-def test_halving_lets_the_best_share_go_on_and_says_the_same_twice() -> None:
-    halving = Halving(4, grace=2, reduction=2)
-    assert halving.rungs == [2]
-    assert halving.goes_on(1, 1, 0.0), "before the first rung nobody is stopped"
-    assert [halving.goes_on(n, 2, v) for n, v in ((1, 0.5), (2, 0.4), (3, 0.5), (4, 0.6), (5, 0.5))] == [
-        True, False, True, True, True,
-    ]  # fmt: skip
-    assert not halving.goes_on(2, 2, 0.9) and halving.goes_on(1, 2, 0.1)
-    assert halving.goes_on(6, 3, 0.0) and halving.goes_on(7, 2, None)
-    assert Halving(9, grace=1, reduction=2).rungs == [1, 2, 4, 8]
+@pytest.mark.parametrize(
+    ("search", "cells"),
+    [
+        ({}, "last"),
+        ({"scheduler": "asha"}, "seen"),
+        ({"objective": "forgetting"}, "seen"),
+    ],
+)
+def test_trials_are_scored_after_every_stage_where_that_is_read_whatever_the_champion_wants(
+    search: dict[str, Any], cells: str, config: Path
+) -> None:
+    data = yaml.safe_load(config.read_text(encoding="utf-8")) | {"evaluate": "last"}
+    config.write_text(yaml.safe_dump(data), encoding="utf-8")
+    change(config, **search)
+    made = plan(config)
+    assert made.config({"training.l1": 0.1}).evaluation.cells == cells
+    assert made.champion({"training.l1": 0.1}, "model").evaluation.cells == "last"

@@ -262,7 +262,8 @@ def _cost(result: Result) -> list[Block]:
         x_name="stages",
         digits=0,
     )
-    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in result["cost"].items()]
+    told = {key: value for key, value in result["cost"].items() if key != "began_at"}
+    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in told.items()]
     return [chart, TableBlock("cost", "In all", Table(["", "value"], rows), "Seconds are summed over trials.", digits=1)]
 
 
@@ -293,7 +294,7 @@ def _summary(result: Result) -> str:
         value = _points(runner_up["metrics"]["average_performance"])
         text += f" The runner-up ({described(runner_up['values'])}) has {value} on the dev rows."
     cost = result["cost"]
-    saved = cost["stages_reused"] + cost["stages_pruned"]
+    saved = cost["stages_reused"] + cost["stages_pruned"] - cost.get("stages_surplus", 0)
     return text + f" {cost['stages_trained']} stages were trained; {saved} were shared or never needed."
 
 

@@ -17,6 +17,7 @@ from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
+from amlora_dist.training.mirror import Mirror
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.zero import Engine
@@ -50,20 +51,25 @@ class Learner:
         teacher_gate: Tensor | None = None,
         distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
+        mirror: str | None = None,
     ) -> None:
         """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
-        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``."""
+        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: URL
+        that checkpoints are copied to, and fetched from where the folder has none as new."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
         self.teacher_gate, self.distillation = teacher_gate, distillation
         self.selection_loss, self.use_selectors = selection_loss, use_selectors
+        self.mirror = None if mirror is None else Mirror(mirror)
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
 
     def resume(self) -> Progress | None:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
+        if self.mirror is not None:
+            self.mirror.fetch(self.folder / "checkpoints")
         found = newest_checkpoint(self.folder / "checkpoints", self.fingerprint)
         steps = self.engine.ranks.gather(-1 if found is None else found[1].step)
         if found is None or len(set(steps)) != 1:
@@ -181,4 +187,6 @@ class Learner:
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()
         if self.engine.ranks.rank == 0:
-            save_checkpoint(self.folder / "checkpoints", state, progress)
+            saved = save_checkpoint(self.folder / "checkpoints", state, progress)
+            if self.mirror is not None:
+                self.mirror.keep(saved)

@@ -161,6 +161,7 @@ class _Stage:
             teacher_gate=self.method.teacher_gate(len(mixture.task_names)),
             distillation=self.method.distillation,
             report=self.report,
+            mirror=work.mirror,
         )
         progress = learner.resume()
         if progress is None:

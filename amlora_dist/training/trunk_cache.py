@@ -1,10 +1,10 @@
 """What the frozen trunk makes of each row, kept in memory-mapped files: computed once for all epochs, stages and trials.
 
 A file is named by the digest of its row's tokens, in a folder named by the digest of all else that decides the states:
-base model, layer, dtype, attention implementation, device, library versions. Rows are computed alone and unpadded, so
-that a hit and a miss give the same bits, whoever wrote the file. Files are written aside and renamed, and end with a
-checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When the
-files of all folders together pass the limit, those that were used longest ago go.
+base model, layer, dtype, attention implementation, device, processor, library versions. Rows are computed alone and
+unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files are written aside and renamed, and end
+with a checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When
+the files of all folders together pass the limit, those that were used longest ago go.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class TrunkCache:
         self.width = trunk.kept_width if decodes else trunk.width
         """Numbers kept of a token."""
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["cpu"] = torch.backends.cpu.get_cpu_capability()  # another one rounds in another way
         key = {**decided_by, **versions, "layer": str(trunk.layer), "dtype": str(dtype), "width": str(self.width)}
         self._folder = folder / value_digest(key)[:32]
         self._checked: set[str] = set()

@@ -83,6 +83,8 @@ class StageWork:
     """Splits that must not be opened."""
     cache: str = ""
     """Folder of files that may be deleted at any time; absolute, on any node its own."""
+    mirror: str | None = None
+    """Where checkpoints are copied to (``training.mirror``)."""
 
     @property
     def path(self) -> Path:

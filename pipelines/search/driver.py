@@ -11,19 +11,20 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import home, to_mapping
-from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.config import home, storage_of, to_mapping
+from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
 from amlora_dist.registry import claims, tags
 from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
 from pipelines.materials import gather_materials
 from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
-from pipelines.search.halving import Halving
+from pipelines.search.halving import OPEN, Halving
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
@@ -68,7 +69,7 @@ def run_search(
     place = home()
     preflight.check_home(place)
     demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
-    storage = (Path(config.storage).expanduser() if config.storage else place / "storage").absolute()
+    storage, _ = storage_of(config)
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
     preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
@@ -141,8 +142,10 @@ def _score_winner(
 class Timing:
     """Of this start of a search."""
 
+    began_at: float
+    """When Ray was asked for the first thing, seconds since 1970."""
     wall_seconds: float
-    """From the first thing that Ray was asked for to the end of the last trial."""
+    """From then to the end of the last trial."""
     first_step_seconds: float | None
     """From the command to the first optimizer step of any trial; None: nothing was trained."""
     concurrent: int
@@ -171,15 +174,22 @@ class _Search:
         self.halving: Halving | None = None
         if plan.settings.scheduler == "asha":
             settings = plan.settings
-            self.halving = Halving(plan.stages, grace=settings.grace_stages, reduction=settings.reduction)
-            for trial, ended in journal.events():
-                if ended:
-                    self._relive(trial)
+            order = plan.order or range(1, plan.trials + 1)
+            self.halving = Halving(plan.stages, order, grace=settings.grace_stages, reduction=settings.reduction)
+            for trial in journal.trials.values():
+                if trial.outcome:
+                    self._relive(self.halving, trial)
+        self._reports: dict[int, dict[int, dict[str, Any]]] = {}
+        """What each trial has said after each stage."""
+        self._undecided: dict[int, dict[str, Any]] = {}
+        """What trials said last that have ended, and of which the scheduler cannot say yet whether they should have."""
         self.first_step: float | None = None
+        self.broken: AmloraError | None = None
+        """Why the search itself cannot go on."""
 
     def run(self, began: float) -> Timing:
         """Run what is left of the trials."""
-        started, concurrent = time.monotonic(), 0
+        began_at, started, concurrent = time.time(), time.monotonic(), 0
         done = [trial for trial in self.journal.trials.values() if trial.outcome]
         if done:
             self.progress.note(f"{len(done)} of {self.plan.trials} trials have ended in an earlier start")
@@ -195,8 +205,10 @@ class _Search:
                 from pipelines.search.tuning import tune_trials
 
                 tune_trials(self, concurrent, gpus=cluster.use_gpus())
+            if left := sorted(number for number, trial in self.journal.trials.items() if not trial.outcome):
+                raise TrainingError(f"trials {left} have not ended; start the same command again to go on with them")
         first = None if self.first_step is None else self.first_step - began
-        return Timing(time.monotonic() - started, first, concurrent)
+        return Timing(began_at, time.monotonic() - started, first, concurrent)
 
     def room(self, gpus: bool) -> int:
         """Trials that the cluster has room for at once.
@@ -204,46 +216,69 @@ class _Search:
         Raises:
             UserError: not even for one.
         """
-        workers, share = max(1, self.plan.base.workers), self.demand.gpu_share
+        share = self.demand.gpu_share
+        most, fewest = max(1, self.plan.base.workers), max(1, self.demand.workers)
         have = preflight.in_cluster()
         cpus, cards = math.floor(have.cpus or 0), have.gpus or 0.0
-        slots = cpus // workers
-        if gpus:
-            # A share of one GPU does not reach into another: 0.6 of a GPU fits once into each.
-            seats = int(cards) * math.floor(1 / share) if share < 1 else int(cards // share)
-            slots = min(slots, seats) if self.plan.base.workers == 0 else seats // workers
-        elif have.memory is not None:
-            slots = min(slots, have.memory // self.demand.memory)
+
+        def fitting(workers: int) -> int:
+            slots = cpus // workers
+            if gpus:
+                # A share of one GPU does not reach into another: 0.6 of a GPU fits once into each.
+                seats = int(cards) * math.floor(1 / share) if share < 1 else int(cards // share)
+                slots = min(slots, seats) if self.plan.base.workers == 0 else seats // workers
+            elif have.memory is not None:
+                slots = min(slots, have.memory // self.demand.memory)
+            return slots
+
+        slots = fitting(most) or min(fitting(fewest), 1)  # with fewer than it wants, a trial takes all that there is
         if slots < 1:
             raise UserError(
-                f"workers: one trial needs {workers} processes, {workers * share if gpus else 0:g} GPUs and"
+                f"workers: one trial needs {fewest} processes, {fewest * share if gpus else 0:g} GPUs and"
                 f" {self.demand.memory / 1e9:.1f} GB, the cluster has {cpus} CPUs, {cards:g} GPUs and"
                 f" {(have.memory or 0) / 1e9:.1f} GB; lower `workers` or add nodes"
             )
         return min(slots, self.plan.settings.max_concurrent or slots, self.plan.trials)
 
+    @contextlib.contextmanager
+    def breaking(self) -> Iterator[None]:
+        """Inside, what ends the search is kept in ``broken``: Ray Tune would make a traceback, or a failed trial, of it."""
+        try:
+            yield
+        except AmloraError as error:
+            self.broken = self.broken or error
+
     # -- asked and told by Ray Tune -------------------------------------------------------------------------------
 
     def next(self) -> tuple[Trial, dict[str, Any]] | None:
         """The next trial to start and the configuration of its run; None: there is none."""
-        proposed = self.proposals.next()
-        if proposed is None:
-            return None
-        number, values = proposed
-        config = self.plan.config(values)
-        if not self.plan.settings.share_stages:
-            config.storage = str(self.storage / "trials" / self.run_id(number))
-        trial = self.journal.start(number, values)
-        self.progress.note(f"trial {number}/{self.plan.trials}: {described(values)}")
-        return trial, to_mapping(config)
+        while (proposed := self.proposals.next()) is not None:
+            number, values = proposed
+            trial = self.journal.start(number, values)
+            self.progress.note(f"trial {number}/{self.plan.trials}: {described(values)}")
+            try:
+                config = self.plan.config(values)
+            except FaultsError as error:  # of an algorithm's: listed points were checked before anything started
+                self.ended(number, None, str(error))
+                continue
+            if not self.plan.settings.share_stages:
+                config.storage = str(self.storage / "trials" / self.run_id(number))
+            return trial, to_mapping(config)
+        return None
 
     def run_id(self, number: int) -> str:
         """Of a trial's run."""
         return f"{self.search_id}-t{number:03d}"
 
     def stopped_by(self, report: dict[str, Any]) -> bool:
-        """A trial has reported; whether the scheduler stops it."""
+        """A trial has reported; whether the scheduler stops it.
+
+        Raises:
+            UserError: it lacked what all trials need (``trial.is_outage``).
+        """
         if "error" in report:
+            if report.get("outage"):
+                raise UserError(f"trial {report['number']}: {report['error']} (the same command goes on from there)")
             return False
         trial = self.journal.trials[report["number"]]
         at = report.get("first_step")
@@ -258,29 +293,44 @@ class _Search:
             f"  trial {trial.number}, stage {report['stage']}/{self.plan.stages} {record['task']}: {how},"
             f" {self.objective} {shown}"
         )
-        return not self._goes_on(trial.number, report["stage"], value)
+        self._reports.setdefault(trial.number, {})[int(report["stage"])] = report
+        if self.halving is None:
+            return False
+        self.halving.record(trial.number, report["stage"], None if value is None else self.sign * value)
+        self._decide()
+        return self.halving.verdict(trial.number) not in (None, OPEN)
 
     def ended(self, number: int, report: dict[str, Any] | None, error: str | None) -> None:
         """A trial has ended, by itself, by the scheduler, or because its process died too often."""
-        trial = self.journal.trials[number]
         report = report or {"number": number, "stage": 0, "metrics": {}, "records": [], "objectives": []}
-        if error:
-            report = report | {"error": error}
-        whole = report["stage"] == self.plan.stages
-        outcome: Any = "failed" if "error" in report else "finished" if whole else "pruned"
-        self.journal.end(trial, outcome, report)
+        self._undecided[number] = report | {"error": error} if error else report
+        if self.halving is not None:
+            self.halving.end(number)
+        self._decide()
+
+    def _decide(self) -> None:
+        """Close the trials that have ended and of which the scheduler knows by now where they should have."""
+        for number, report in sorted(self._undecided.items()):
+            stop = None if self.halving is None else self.halving.verdict(number)
+            if stop != OPEN:
+                del self._undecided[number]
+                self._close(number, report, stop)
+
+    def _close(self, number: int, report: dict[str, Any], stop: int | None) -> None:
+        if stop is not None:  # it counts as it was then, whatever it did until its rivals were there
+            report = self._reports[number][stop] | {"surplus": report["records"][stop:]}
+        elif "error" not in report and report["stage"] < self.plan.stages:
+            report = report | {"error": f"it ended after stage {report['stage']} of {self.plan.stages}"}
+        outcome: Any = "pruned" if stop is not None else "failed" if "error" in report else "finished"
+        self.journal.end(self.journal.trials[number], outcome, report)
         self.proposals.tell(number, outcome, report.get("objectives") or [])
         if outcome != "finished":
             told = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
             self.progress.note(f"  trial {number} {outcome}: {told}")
 
-    def _goes_on(self, number: int, stage: int, value: float | None) -> bool:
-        if self.halving is None:
-            return True
-        return self.halving.goes_on(number, stage, None if value is None else self.sign * value)
-
-    def _relive(self, trial: Trial) -> None:
+    def _relive(self, halving: Halving, trial: Trial) -> None:
         """Let the scheduler know what an ended trial reported, stage by stage."""
         for stage, metrics in enumerate(trial.report.get("curve") or [], start=1):
-            self._goes_on(trial.number, stage, metrics.get(self.objective))
-
+            value = metrics.get(self.objective)
+            halving.record(trial.number, stage, None if value is None else self.sign * value)
+        halving.end(trial.number)

@@ -61,6 +61,11 @@ class Journal:
             self.trials[number] = trial
         self._count = max([0, *(t.asked for t in self.trials.values()), *(t.told or 0 for t in self.trials.values())])
 
+    @property
+    def tracking_uri(self) -> str:
+        """Where it is written; absolute."""
+        return self._store.connection.uri
+
     def events(self) -> list[tuple[Trial, bool]]:
         """Starts (False) and ends (True) of all trials, in their order."""
         both = [(t.asked, t, False) for t in self.trials.values()]

@@ -44,7 +44,9 @@ class Plan:
     def config(self, values: Mapping[str, Any]) -> RunConfig:
         """The run of a trial: scored on the dev split, nothing else of the search in it."""
         made = with_values(self.base, values)
-        last = made.evaluation.cells == "last"
+        # `last` is enough for the average performance at the end; pruning and forgetting need the rows before it.
+        last = made.evaluation.cells == "last" and self.settings.scheduler == "none"
+        last = last and self.settings.objectives == ["average_performance"]
         made.evaluation = replace(
             made.evaluation,
             split="dev",
@@ -113,6 +115,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
     first = {
         "seed": config.seed, "method": config.method, "dtype": config.dtype, "model": asdict(config.model),
         "parent": config.parent, "tasks": config.tasks, "task_defaults": defaults,
+        "boundary_mix": config.boundary_mix if len(config.tasks) > 1 else 0.0,
         "reads": method.reads(1 if config.parent is None else 2),
     }  # fmt: skip
     gate = {"kind": config.router.kind, **asdict(config.router.gate)} if method.routed else {}

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amlora_dist.config import from_mapping
-from amlora_dist.errors import AmloraError, HeldError
+from amlora_dist.errors import AmloraError, HeldError, is_full
 from amlora_dist.search import DIRECTIONS
 from pipelines.progress import Silent
 
+LEAVING_S = "300"
+"""Seconds for which a stopped trial may close what it has open."""
 HELD_DEADLINE_S = 120.0
 """Seconds for which a trial waits for its run to be let go."""
 
@@ -29,6 +31,10 @@ class Order:
     config: dict[str, Any]
     """Of the trial's run (``to_mapping``)."""
     home: str
+    folder: str
+    """That relative paths of the configuration mean, if this node has it."""
+    tracking_uri: str
+    """MLflow's, where the configuration names none: this process has not the search's variables."""
     objectives: list[str]
     stages: int
     """Of the whole sequence."""
@@ -62,7 +68,12 @@ def run_trial(config: Mapping[str, Any]) -> None:
     from pipelines.sequence import Within, run_sequence
 
     order = Order(**json.loads(config["order"]))
-    os.environ["AMLORA_HOME"] = order.home
+    os.environ["AMLORA_HOME"], os.environ["MLFLOW_TRACKING_URI"] = order.home, order.tracking_uri
+    # Read by Tune in this process: a stopped trial lets go of its run before its process is used again. With the 2 s that
+    # Tune gives on its own the next trial would be lost when this one takes longer.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = LEAVING_S
+    with contextlib.suppress(OSError):
+        os.chdir(order.folder)
     set_up(verbose=order.verbose)
     run_config = from_mapping(order.config)
     if run_config.workers == 0 and order.threads:
@@ -96,7 +107,15 @@ def run_trial(config: Mapping[str, Any]) -> None:
         raise SystemExit(0) from None
     except AmloraError as error:
         with contextlib.suppress(SystemExit):
-            tune.report({"report": json.dumps(last | {"error": str(error)})})
+            tune.report({"report": json.dumps(last | {"error": str(error), "outage": is_outage(error)})})
+
+
+def is_outage(error: AmloraError) -> bool:
+    """Whether a trial failed for want of what all trials need: a disk with room, MLflow within reach. Then the search
+    ends, and the trial goes on in its next start; to take it for failed would be the end of it."""
+    from amlora_dist.registry.connection import StoreError
+
+    return isinstance(error, StoreError) or is_full(error)
 
 
 def _report(result: Mapping[str, Any], objectives: list[str]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupted search ends at once and goes on later
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial lets go of its run before its process is used again
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a configuration mean the directory of the command
 }
 
 
@@ -38,6 +38,7 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
 
     Raises:
         TrainingError: nothing was at work for `PENDING_DEADLINE_S`.
+        AmloraError: what broke the search (``_Search.broken``).
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -63,6 +64,8 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
         ),
     )
     tuner.fit()
+    if search.broken:
+        raise search.broken
 
 
 def _resources(search: _Search, gpus: bool) -> dict[str, float]:
@@ -90,7 +93,9 @@ class _Proposer(_Stateless, Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._search.next()
+        found = None
+        with self._search.breaking():
+            found = self._search.next()
         if found is None:
             return Searcher.FINISHED
         trial, config = found
@@ -102,6 +107,8 @@ class _Proposer(_Stateless, Searcher):
             mlflow_run=trial.run,
             config=config,
             home=str(self._search.home),
+            folder=os.getcwd(),
+            tracking_uri=self._search.journal.tracking_uri,
             objectives=list(settings.objectives),
             stages=self._search.plan.stages,
             gpus=settings.gpus or 1.0,
@@ -115,7 +122,8 @@ class _Proposer(_Stateless, Searcher):
         if error:
             return  # `_Watch` knows why
         report = _reported(result)
-        self._search.ended(self._numbers[trial_id], report, None if report else "it ended before its first stage")
+        with self._search.breaking():
+            self._search.ended(self._numbers[trial_id], report, None if report else "it ended before its first stage")
 
     def save(self, checkpoint_path: str) -> None:
         """The journal is what a search is rebuilt from."""
@@ -130,7 +138,9 @@ class _Stopper(_Stateless, FIFOScheduler):
         self._search = search
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._search.stopped_by(json.loads(result["report"]))
+        stop = False
+        with self._search.breaking():
+            stop = self._search.stopped_by(json.loads(result["report"]))
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
 
@@ -145,13 +155,16 @@ class _Watch(_Stateless, tune.Callback):
         order = json.loads(trial.config["order"])
         said = str(trial.get_error() or "").strip().splitlines()
         told = f"its process died {self._search.plan.settings.retries + 1} times ({said[-1] if said else 'no word why'})"
-        self._search.ended(order["number"], _reported(trial.last_result), told)
+        with self._search.breaking():
+            self._search.ended(order["number"], _reported(trial.last_result), told)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         order = json.loads(trial.config["order"])
         self._search.progress.note(f"  trial {order['number']}: its process died; it is started again and goes on")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._search.broken:
+            raise self._search.broken
         working = any(trial.status == "RUNNING" for trial in trials)
         waiting = any(trial.status == "PENDING" for trial in trials)
         now = time.monotonic()

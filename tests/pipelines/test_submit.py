@@ -83,6 +83,19 @@ def test_the_jobs_exit_code_is_the_commands(nodes: Nodes, tmp_path: Path) -> Non
     assert "matches no linear layer" in bad.stdout
 
 
+def test_a_search_is_submitted_as_a_run_is(nodes: Nodes, tmp_path: Path) -> None:
+    write_config(
+        tmp_path, tasks=("colours",), search={"space": {"training.learning_rate": {"grid": [0.03, 0.01]}}},
+        evaluation={"batch_size": 5, "cells": "last", "untrained": False, "oracle": False},
+    )  # fmt: skip
+    (tmp_path / ".gitignore").write_text("shared/\nmodel-llama/\n")
+    done = amlora(nodes, tmp_path, "submit", "run.yaml", f"storage={tmp_path}/shared", "--search-id", "found")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "models:/found@champion" in done.stdout
+    listed = json.loads(amlora(nodes, tmp_path, "jobs", "--json").stdout)
+    assert [(job["id"], job["run_id"]) for job in listed if job["run_id"] == "found"] == [("found-1", "found")]
+
+
 def test_what_cannot_work_is_refused_before_anything_is_sent(nodes: Nodes, tmp_path: Path) -> None:
     write_config(tmp_path, tasks=("colours",))
     refused = amlora(nodes, tmp_path, "submit", "run.yaml", RAY_AUTH_TOKEN="wrong" * 8)
@@ -91,6 +104,12 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(nodes: Nodes, tmp_p
     assert missing.returncode == 2 and "wants a token and there is none" in missing.stderr
     nowhere = amlora(nodes, tmp_path, "submit", "run.yaml", "--run-id", "x")
     assert nowhere.returncode == 2 and "storage: found nothing, expected a folder that all nodes share" in nowhere.stderr
+    both = amlora(nodes, tmp_path, "submit", "run.yaml", "--run-id", "x", "--search-id", "y")
+    assert both.returncode == 2 and "--run-id and --search-id: found both" in both.stderr
+    nothing = amlora(nodes, tmp_path, "submit", "run.yaml", "--search-id", "y")
+    assert nothing.returncode == 2 and "no `search` section" in nothing.stderr
+    url = amlora(nodes, tmp_path, "submit", "run.yaml", "storage=memory://x", "--run-id", "x")
+    assert url.returncode == 2 and "--env AMLORA_HOME=FOLDER" in url.stderr
     unknown = amlora(nodes, tmp_path, "stop", "nobody")
     assert unknown.returncode == 2 and "no job or run 'nobody'" in unknown.stderr
 

@@ -21,6 +21,11 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 
 SPACE = {"training.l1": {"grid": [0.0, 0.5]}, "adapters.rank": {"grid": [2, 4]}}
 
+PRUNED = {
+    "space": {"training.learning_rate": {"grid": [0.03, 1e-9, 0.02]}, "training.l1": {"grid": [0.0, 0.5]}},
+    "scheduler": "asha", "grace_stages": 1,
+}  # fmt: skip
+
 
 def start(config: Path, home: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -56,11 +61,14 @@ def wait_for_trials(home: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError("the search proposed no trial within 300 s")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_three_times_at_random_the_search_ends_with_the_same_table(workers: int, tmp_path: Path) -> None:
-    config = write_config(tmp_path, search={"space": SPACE}, workers=workers)
+@pytest.mark.parametrize(("workers", "search"), [(0, {"space": SPACE}), (1, {"space": SPACE}), (0, PRUNED)])
+def test_killed_three_times_at_random_the_search_ends_with_the_same_table(
+    workers: int, search: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, search=search, workers=workers)
     calm = finish(config, tmp_path / "calm")
-    assert [trial["outcome"] for trial in calm["trials"]] == ["finished"] * 4
+    outcomes = [trial["outcome"] for trial in calm["trials"]]
+    assert ("pruned" in outcomes) if "scheduler" in search else outcomes == ["finished"] * 4
     home, draw = tmp_path / "hurt", random.Random(workers)
     killed = 0
     for _ in range(3):

@@ -1,0 +1,305 @@
+"""A search as Ray Tune asks and tells it, without Ray: which trials are stopped, that neither speed nor kills change it,
+what ends it, and how many trials have room."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from amlora_dist.config import load_config
+from amlora_dist.errors import HeldError, TrainingError, UserError
+from amlora_dist.registry.connection import StoreAwayError
+from amlora_dist.registry.store import Store
+from pipelines import preflight
+from pipelines.preflight import GIB, Demand, Supply
+from pipelines.progress import Silent
+from pipelines.search.driver import _Search
+from pipelines.search.halving import OPEN, Halving
+from pipelines.search.journal import Journal
+from pipelines.search.outcome import search_result
+from pipelines.search.plan import Plan, plan_search
+from pipelines.search.trial import Order, is_outage, run_trial
+from tests.tiny_folder import write_config
+
+STAGES = 4
+
+
+def halving(values: Mapping[int, float | None], **settings: Any) -> Halving:
+    made = Halving(STAGES, list(values), **{"grace": 2, "reduction": 2} | settings)
+    for number, value in values.items():
+        made.record(number, 1, 0.0)
+        made.record(number, 2, value)
+    return made
+
+
+def test_the_best_share_goes_on_and_ties_go_on() -> None:
+    made = halving({1: 0.5, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.5})
+    assert made.rungs == [2]
+    assert [made.verdict(n) for n in range(1, 6)] == [None, 2, None, None, None]
+    assert Halving(9, [], grace=1, reduction=2).rungs == [1, 2, 4, 8]
+
+
+def test_before_the_first_rung_nobody_is_stopped_and_an_undefined_value_lets_pass() -> None:
+    made = Halving(STAGES, [1, 2], grace=2, reduction=2)
+    made.record(1, 1, 0.9)
+    made.record(2, 1, 0.1)
+    assert made.verdict(2) is None
+    assert halving({1: 0.9, 2: None}).verdict(2) is None
+
+
+def test_nobody_can_say_until_those_that_started_before_have_come_or_ended() -> None:
+    made = Halving(STAGES, [3, 1, 2], grace=1, reduction=2)
+    made.record(1, 1, 0.1)
+    assert made.verdict(1) == OPEN
+    made.record(2, 1, 0.2)
+    made.record(3, 1, 0.3)
+    assert [made.verdict(n) for n in (3, 1, 2)] == [None, 1, None]
+    failed = Halving(STAGES, [3, 1], grace=1, reduction=2)
+    failed.record(1, 1, 0.1)
+    failed.end(3)
+    assert failed.verdict(1) is None
+
+
+def test_who_was_stopped_at_one_rung_does_not_count_at_the_next() -> None:
+    made = Halving(8, [1, 2, 3], grace=1, reduction=2)
+    for number, first, second in ((1, 0.5, 0.2), (2, 0.4, 0.9), (3, 0.5, 0.3)):
+        made.record(number, 1, first)
+        made.record(number, 2, second)
+    assert [made.verdict(n) for n in (1, 2, 3)] == [None, 1, None], "0.9 came from a trial that should have stopped"
+
+
+class Memory:
+    """What a journal asks of a store, kept in memory; ``broken`` is raised by the next write."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, str]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.broken: Exception | None = None
+
+    def find_runs(self, wanted: Mapping[str, str]) -> list[Any]:
+        found = [SimpleNamespace(run=run, tags=dict(tags)) for run, tags in self.runs.items()]
+        return [run for run in found if all(run.tags.get(key) == value for key, value in wanted.items())]
+
+    def trial_run(self, above: str, search_id: str, number: int, values: Mapping[str, Any]) -> str:
+        wanted = {"amlora.kind": "trial", "amlora.search": search_id, "amlora.trial": str(number)}
+        self.runs.setdefault(f"run-{number}", {}).update(wanted)
+        return f"run-{number}"
+
+    def set_tags(self, run: str, values: Mapping[str, str]) -> None:
+        if self.broken:
+            raise self.broken
+        self.runs[run].update(values)
+
+    def log_json(self, run: str, name: str, value: dict[str, Any]) -> None:
+        self.files[run] = dict(value)
+
+    def load_json(self, run: str, name: str) -> dict[str, Any] | None:
+        return self.files.get(run)
+
+    def log_metrics_batch(self, run: str, rows: Any) -> None: ...
+
+    def end_run(self, run: str, status: str) -> None: ...
+
+    @property
+    def connection(self) -> Any:
+        return SimpleNamespace(uri="sqlite:////somewhere/mlflow.db")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    space = {"adapters.rank": {"grid": [2, 4, 8]}, "training.l1": {"grid": [0.0, 0.1, 0.2, 0.3]}}
+    data = {
+        "name": "x", "workers": 0, "model": {"source": "owner/model"},
+        "tasks": [f"helpdesk/{name}" for name in ("email_route", "chat_mood", "call_urgency", "review_topic")],
+        "search": {"space": space, "scheduler": "asha", "grace_stages": 1},
+    }  # fmt: skip
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return plan_search(load_config(file), str(file))
+
+
+def open_search(plan: Plan, store: Memory) -> _Search:
+    journal = Journal(store, "above", "s", lambda: None)  # type: ignore[arg-type]
+    demand = Demand(0, 1, 1, STAGES, "fp32", 0)
+    return _Search(plan, "s", journal, Silent(), Path("home"), Path("storage"), demand, False)
+
+
+def report(number: int, stage: int) -> dict[str, Any]:
+    """Of a trial whose scores depend on it and its stage alone."""
+    draw = [random.Random(f"{number % 3 if at == 1 else number}.{at}").random() for at in range(1, stage + 1)]
+    record = {"task": "t", "reused": False, "reused_from": None, "train_seconds": 1.0}
+    record |= {"score_seconds": 1.0, "other_seconds": 0.0}
+    return {
+        "number": number, "stage": stage, "tasks": ["t"], "metrics": {"average_performance": draw[-1], "forgetting": 0.0},
+        "objectives": [draw[-1]], "curve": [{"average_performance": one} for one in draw], "records": [record] * stage,
+        "accuracy_matrix": [],
+    }  # fmt: skip
+
+
+def run(plan: Plan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
+    """A search whose trials report in any order, which is killed so many times, and of which trial 5 fails."""
+    draw, store = random.Random(seed), Memory()
+    for start in range(kills + 1):
+        search, steps = open_search(plan, store), itertools.count()
+        working: dict[int, int] = {}
+        until = None if start == kills else draw.randrange(1, 30)
+        while until is None or next(steps) < until:
+            while len(working) < at_once and (found := search.next()):
+                working[found[0].number] = 0
+            if not working:
+                break
+            number = draw.choice(sorted(working))
+            working[number] += 1
+            told = report(number, working[number])
+            if number == 5 and working[number] == 3:
+                search.ended(5, report(5, 2), "a loss that is not finite")
+            elif search.stopped_by(told) or working[number] == STAGES:
+                search.ended(number, told, None)
+            else:
+                continue
+            del working[number]
+    assert search.broken is None
+    result = search_result(plan, "s", "model", list(search.journal.trials.values()), "uri")
+    assert result["cost"]["stages_surplus"] <= result["cost"]["stages_pruned"]
+    return {key: result[key] for key in ("ranking", "winner", "runner_up")} | {
+        "trials": [
+            (t["number"], t["outcome"], t["error"], t["metrics"], t["curve"], len(t["stages"])) for t in result["trials"]
+        ],
+        "counts": [result["cost"][f"stages_{what}"] for what in ("trained", "reused", "pruned", "total")],
+    }
+
+
+def test_the_same_trials_are_pruned_whoever_is_faster_and_whatever_was_killed(plan: Plan) -> None:
+    alone = run(plan, at_once=1, kills=0, seed=0)
+    outcomes = [outcome for _, outcome, *_ in alone["trials"]]
+    assert outcomes.count("pruned") >= 4 and outcomes.count("finished") >= 3 and outcomes[4] in ("failed", "pruned")
+    for seed in range(16):
+        assert run(plan, at_once=1 + seed % 4, kills=seed % 5, seed=seed) == alone, seed
+
+
+def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: Plan) -> None:
+    store = Memory()
+    search = open_search(plan, store)
+    found = search.next()
+    assert found is not None
+    store.broken = HeldError("another driver has this search")
+    with search.breaking():
+        search.ended(found[0].number, report(found[0].number, STAGES), None)
+    assert search.broken is store.broken
+
+
+def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
+    search = open_search(plan, Memory())
+    found = search.next()
+    assert found is not None
+    search.stopped_by(report(1, 1))
+    search.ended(1, report(1, 1), None)
+    assert search.journal.trials[1].outcome == "failed"
+    assert search.journal.trials[1].report["error"] == "it ended after stage 1 of 4"
+
+
+def test_a_full_disk_ends_the_search_and_not_the_trial(plan: Plan) -> None:
+    full = UserError("cannot write a checkpoint under x: No space left on device; make room")
+    assert is_outage(full) and is_outage(StoreAwayError("MLflow does not answer"))
+    assert not is_outage(UserError("adapters.targets: matches nothing")) and not is_outage(TrainingError("not finite"))
+    search = open_search(plan, Memory())
+    assert search.next() is not None
+    with search.breaking():
+        search.stopped_by({"number": 1, "error": str(full), "outage": True})
+    assert "make room" in str(search.broken) and search.journal.trials[1].outcome is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "fewest", "supply", "share", "at_once"),
+    [
+        (0, 0, Supply(cpus=8, memory=100 * GIB), 1.0, 8),
+        (0, 0, Supply(cpus=8, memory=1 * GIB), 1.0, 3),
+        (4, 4, Supply(cpus=8, memory=100 * GIB), 1.0, 2),
+        (8, 2, Supply(cpus=5, memory=100 * GIB), 1.0, 1),
+        (0, 0, Supply(cpus=64, gpus=4), 0.25, 16),
+        (0, 0, Supply(cpus=64, gpus=4), 0.6, 4),
+        (2, 2, Supply(cpus=1, gpus=4), 0.5, 4),
+        (2, 2, Supply(cpus=64, gpus=4), 1.0, 2),
+    ],
+)
+def test_as_many_trials_work_at_once_as_fit(
+    workers: int, fewest: int, supply: Supply, share: float, at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = open_search(plan, Memory())
+    search.plan = replace(plan, base=replace(plan.base, workers=workers), listed=[{}] * 100)
+    search.demand = Demand(fewest, 1, 1, STAGES, "fp32", 0, share)
+    monkeypatch.setattr(preflight, "in_cluster", lambda: supply)
+    assert search.room(bool(supply.gpus)) == at_once
+
+
+def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = open_search(plan, Memory())
+    search.plan = replace(plan, base=replace(plan.base, workers=4))
+    search.demand = Demand(4, 1, 1, STAGES, "fp32", 0)
+    monkeypatch.setattr(preflight, "in_cluster", lambda: Supply(cpus=2, memory=100 * GIB))
+    with pytest.raises(UserError, match=r"one trial needs 4 processes.*the cluster has 2 CPUs"):
+        search.room(False)
+
+
+def order_of(search: _Search) -> Order:
+    """Of the next trial, as Ray Tune carries it."""
+    from pipelines.search.tuning import _Proposer
+
+    return Order(**json.loads(_Proposer(search, gpus=False).suggest("any")["order"]))
+
+
+def test_what_breaks_a_search_comes_out_of_ray_tune_as_it_was(plan: Plan) -> None:
+    from pipelines.search.tuning import _Proposer, _Watch
+
+    search = open_search(plan, Memory())
+    _Watch(search).on_step_end(0, [])
+    search.broken = HeldError("another driver has this search")
+    with pytest.raises(HeldError, match="another driver"):
+        _Watch(search).on_step_end(0, [])
+    search = open_search(plan, store := Memory())
+    store.broken = StoreAwayError("MLflow does not answer")
+    assert _Proposer(search, gpus=False).suggest("any") == "FINISHED" and search.broken is store.broken
+
+
+@pytest.mark.integration
+def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    config = write_config(
+        tmp_path, tasks=("colours", "shapes"), search={"space": {"training.l1": {"grid": [0.0, 0.5]}}},
+    )  # fmt: skip
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    data["tasks"] = [str(Path(task).relative_to(tmp_path)) for task in data["tasks"]]
+    config.write_text(yaml.safe_dump(data), encoding="utf-8")
+    for name in ("AMLORA_HOME", "MLFLOW_TRACKING_URI", "TUNE_FUNCTION_THREAD_TIMEOUT_S"):
+        monkeypatch.setenv(name, "of another search")
+    monkeypatch.chdir(tmp_path)
+    store = Store.open(tmp_path / "home", f"sqlite:///{tmp_path}/mlflow.db")
+    above = store.search_run("model", "s", "s-champion", {})
+    made = plan_search(load_config(config), str(config))
+    journal = Journal(store, above, "s", lambda: None)
+    demand = Demand(0, 1, 1, STAGES, "fp32", 0)
+    search = _Search(made, "s", journal, Silent(), tmp_path / "home", tmp_path / "home" / "storage", demand, False)
+    order = order_of(search)
+    monkeypatch.chdir("/")  # as on a node where somebody else has started Ray
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
+    run_trial({"order": json.dumps(asdict(order))})
+    assert [(one["stage"], len(one["records"]), len(one["curve"])) for one in said] == [(1, 1, 1), (2, 2, 2)]
+    assert not any("error" in one for one in said) and said[0]["first_step"] is not None
+    sequence = store.find_runs({"amlora.kind": "sequence", "amlora.run_id": "s-t001"})
+    assert [run.tags["mlflow.parentRunId"] for run in sequence] == [order.mlflow_run], "in the store of the search"
+    said.clear()
+    run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})})
+    assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]
