@@ -1,4 +1,7 @@
-"""Two crash points through Ray and DeepSpeed in one run; ``make test-crash`` has all of them, one by one."""
+"""Two crash points through Ray and DeepSpeed, ZeRO-3 on two ranks, in one run; ``make test-crash`` has them all, one by one.
+
+The undisturbed run beside it is compared with one process that has neither.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.crash_cases import calm, matrix_config, outcome_of, spawned
+from amlora_dist.config import load_config
+from pipelines.progress import Silent
+from pipelines.sequence import run_sequence
+from tests.pipelines.crash_cases import calm, matrix_config, outcome_of, spawned, within_one_row
 
 DEATHS = ("step_done:kill:3", "artifacts_uploaded:kill")
 """In stage 1 a worker at its third step, and the driver when it has uploaded."""
@@ -16,8 +22,11 @@ DEATHS = ("step_done:kill:3", "artifacts_uploaded:kill")
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
 def test_a_run_that_died_twice_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
-    config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 2})
+    config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 3})
     undisturbed = calm(spawned, tmp_path / "calm", config, empty_home)
+    alone = run_sequence(load_config(config, ["workers=0", "deepspeed={}"]), run_id="alone", progress=Silent())
+    assert undisturbed.stages[0] == alone["stages"][0]["fingerprint"]
+    assert within_one_row(undisturbed.matrices["accuracy_matrix"], alone["accuracy_matrix"])
     home, once = tmp_path / "home", tmp_path / "died"
     shutil.copytree(empty_home, home)
     environment = {"AMLORA_HOME": str(home), "AMLORA_CRASH": ",".join(DEATHS), "AMLORA_CRASH_ONCE": str(once)}

@@ -1,4 +1,7 @@
-"""Whole sequences through Ray Train and DeepSpeed: two ranks, ZeRO-3, a decoder and an encoder-decoder."""
+"""A whole sequence through Ray Train and DeepSpeed: two ranks, ZeRO-3, an encoder-decoder.
+
+A decoder goes the same way in ``test_ray_crash_points.py``, whose undisturbed run serves both.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import ray
 from amlora_dist.config import load_config
 from pipelines.progress import Silent
 from pipelines.sequence import run_sequence
+from tests.pipelines.crash_cases import within_one_row
 from tests.tiny_folder import write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
@@ -31,15 +35,11 @@ def run(config: Path, run_id: str, *overrides: str) -> dict[str, Any]:
     return run_sequence(load_config(config, list(overrides)), run_id=run_id, progress=Silent())
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_three_tasks_under_zero_3_with_two_ranks_equal_one_process(kind: str, tmp_path: Path, amlora_home: Path) -> None:
-    config = write_config(tmp_path, kind)
+def test_three_tasks_under_zero_3_with_two_ranks_equal_one_process(tmp_path: Path, amlora_home: Path) -> None:
+    config = write_config(tmp_path, "t5")
     two = run(config, "two", "workers=2", "deepspeed.zero_stage=3")
     assert [stage["version"] for stage in two["stages"]] == [1, 2, 3]
     os.environ["AMLORA_HOME"] = str(amlora_home.parent / "alone")
     one = run(config, "one")
     assert one["stages"][0]["fingerprint"] == two["stages"][0]["fingerprint"]
-    for row_one, row_two in zip(one["accuracy_matrix"], two["accuracy_matrix"], strict=True):
-        for x, y in zip(row_one, row_two, strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or abs(x - y) <= 1 / 9 + 1e-9, "each cell within one row"
+    assert within_one_row(one["accuracy_matrix"], two["accuracy_matrix"])
