@@ -148,7 +148,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda b: (b / ADAPTER).write_bytes(b""), "expected a whole safetensors file"),
     "40 bytes, as ungathered adapters have": (lambda b: save_file({}, b / ADAPTER), "4 tensors missing"),
     "huge header": (lambda b: (b / ADAPTER).write_bytes(b"\xff" * 64), "expected a whole safetensors file"),
-    "a pickle for weights": (lambda b: (b / ADAPTER).write_bytes(pickle.dumps({"a": 1})), "expected a whole safetensors file"),
+    "a pickle for weights": (
+        lambda b: (b / ADAPTER).write_bytes(pickle.dumps({"a": 1})), "expected a whole safetensors file"
+    ),
     "missing": (lambda b: (b / ADAPTER).unlink(), "missing"),
     "a folder instead of a file": (lambda b: ((b / RECIPE).unlink(), (b / RECIPE).mkdir()), "missing"),
     "not a number": (_nan, "NaN or infinity in 16 of 16"),
