@@ -41,8 +41,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
-    """Deals tests out to processes (tests/scheduling.py)."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling | None:
+    """Deals whole files out to processes (tests/scheduling.py); another ``--dist`` is left to pytest-xdist."""
+    if config.getoption("dist") != "loadfile":
+        return None
     from tests.scheduling import ByGroup
 
     config.option.loadscopereorder = False  # the order is ours
