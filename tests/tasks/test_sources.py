@@ -230,7 +230,7 @@ def test_files_that_are_missing_empty_or_of_another_kind_are_one_clear_line(tmp_
     with pytest.raises(UserError, match=r"unknown suffix '\.txt'.*source\.format"):
         load_task(make_spec(tmp_path, splits=splits))
     (tmp_path / "train.parquet").write_text("PAR?")
-    with pytest.raises(UserError, match=r"train\.parquet: not Parquet"):
+    with pytest.raises(UserError, match=r"train\.parquet: found 4 bytes, expected Parquet"):
         load_task(make_spec(tmp_path, splits={"train": "train.parquet", "test": "test.jsonl"}))
 
 
