@@ -20,10 +20,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.pop("AMLORA_CRASH", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amlora_dist.crash_points import POINTS
+from pipelines.quiet import set_up
 from tests.forked import Server
 from tests.pipelines.crash_cases import (
     DIES_AT_IN_WORKER,
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage, with workers")
     parser.add_argument("--points", default=",".join(POINTS), help="comma-separated; default: all")
     options = parser.parse_args()
+    set_up(verbose=False)
     points = options.points.split(",")
     if unknown := sorted(set(points) - set(POINTS)):
         parser.error(f"--points: {', '.join(unknown)} unknown; there are {', '.join(POINTS)}")

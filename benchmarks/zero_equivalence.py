@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -27,6 +28,7 @@ import torch
 from amlora_dist.config import load_config
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.work import StageWork
+from pipelines.quiet import set_up
 from tests.methods.stages import stages
 from tests.tiny_folder import write_config
 from tests.training.ranks import on_ranks
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a stage")
     parser.add_argument("--json", type=Path, help="write the differences there, too")
     options = parser.parse_args()
+    set_up(verbose=False)
     epochs = max(1, options.steps * BATCH // ROWS)
     training = {"epochs": epochs, "batch_size": BATCH, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 1000}
     rows: list[Row] = []

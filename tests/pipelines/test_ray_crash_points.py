@@ -1,4 +1,4 @@
-"""Two crash points through Ray and DeepSpeed, ZeRO-3 on two ranks, in one run; ``make test-crash`` has them all, one by one.
+"""Four crash points through Ray and DeepSpeed, ZeRO-3 on two ranks, in one run; ``make test-crash`` has all, one by one.
 
 The undisturbed run beside it is compared with one process that has neither.
 """
@@ -15,13 +15,14 @@ from pipelines.progress import Silent
 from pipelines.sequence import run_sequence
 from tests.pipelines.crash_cases import calm, matrix_config, outcome_of, spawned, within_one_row
 
-DEATHS = ("step_done:kill:3", "artifacts_uploaded:kill")
-"""In stage 1 a worker at its third step, and the driver when it has uploaded."""
+DEATHS = ("step_done:kill:3", "training_ended:raise", "artifacts_uploaded:kill", "version_registered:raise:2")
+"""In stage 1 a worker at its third step, a worker when it has trained, the driver when it has uploaded; in stage 2 the
+driver when it has registered the version."""
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
-def test_a_run_that_died_twice_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
+def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
     config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 3})
     undisturbed = calm(spawned, tmp_path / "calm", config, empty_home)
     alone = run_sequence(load_config(config, ["workers=0", "deepspeed={}"]), run_id="alone", progress=Silent())
@@ -31,12 +32,12 @@ def test_a_run_that_died_twice_through_ray_ends_with_the_undisturbed_result(empt
     shutil.copytree(empty_home, home)
     environment = {"AMLORA_HOME": str(home), "AMLORA_CRASH": ",".join(DEATHS), "AMLORA_CRASH_ONCE": str(once)}
     starts = []
-    for number in (1, 2):
+    for number in (1, 2, 3):
         starts.append(spawned(tmp_path / f"start-{number}", "run", str(config), "--run-id", "r", "--json", **environment))
         starts[-1].wait(800)
     told = [start.stderr for start in starts]
-    assert [start.poll() for start in starts] == [-9, 0], told
-    assert told[0].count("trying again from the last checkpoint") == 1, told[0]
+    assert [start.poll() for start in starts] == [-9, 1, 0], told
+    assert told[0].count("trying again from the last checkpoint") == 2, told[0]
     assert sorted(file.name for file in tmp_path.glob("died.*")) == sorted(
         "died." + death.partition(":")[0] for death in DEATHS
     )
