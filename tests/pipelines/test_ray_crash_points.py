@@ -22,12 +22,11 @@ driver when it has registered the version."""
 
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
-def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
+def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result(
+    empty_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 3})
     undisturbed = calm(spawned, tmp_path / "calm", config, empty_home)
-    alone = run_sequence(load_config(config, ["workers=0", "deepspeed={}"]), run_id="alone", progress=Silent())
-    assert undisturbed.stages[0] == alone["stages"][0]["fingerprint"]
-    assert within_one_row(undisturbed.matrices["accuracy_matrix"], alone["accuracy_matrix"])
     home, once = tmp_path / "home", tmp_path / "died"
     shutil.copytree(empty_home, home)
     environment = {"AMLORA_HOME": str(home), "AMLORA_CRASH": ",".join(DEATHS), "AMLORA_CRASH_ONCE": str(once)}
@@ -42,3 +41,8 @@ def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result
         "died." + death.partition(":")[0] for death in DEATHS
     )
     assert outcome_of(home, starts[-1].stdout) == undisturbed
+
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "alone"))  # in a store of its own, or it would train nothing
+    alone = run_sequence(load_config(config, ["workers=0", "deepspeed={}"]), run_id="alone", progress=Silent())
+    assert undisturbed.stages[0] == alone["stages"][0]["fingerprint"] and not alone["stages"][0]["reused"]
+    assert within_one_row(undisturbed.matrices["accuracy_matrix"], alone["accuracy_matrix"])
