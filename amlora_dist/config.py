@@ -6,11 +6,12 @@ Reading a configuration imports nothing heavy and reports every fault at once. R
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,16 +22,18 @@ from pydantic.dataclasses import dataclass
 from amlora_dist import config_checks
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
-from amlora_dist.errors import Fault, FaultsError
+from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.evaluation.settings import EvaluationSettings
 from amlora_dist.methods.settings import MethodSettings
-from amlora_dist.schema import check, shown, without
+from amlora_dist.schema import check, fields_at, shown, without
 from amlora_dist.search import SearchSettings, nested
 from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
 from amlora_dist.training import deepspeed_section
 from amlora_dist.training.settings import DeepSpeedSection, TrainingSettings
 
+_WHOLE = "configuration"
+"""What messages call a configuration whose file is not known where they are made."""
 STRICT_KEYS = ConfigDict(extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 
@@ -142,6 +145,26 @@ def validate_config(path: Path | str, overrides: list[str] | None = None) -> tup
     return config, specs
 
 
+@contextlib.contextmanager
+def named_file(path: Path | str, overrides: list[str] | None = None) -> Iterator[None]:
+    """Inside, what turns out to be wrong with a value later on (against the model, the rows, the store or the cluster) is
+    told with the place that the value came from: the configuration's file, or the command line.
+
+    Raises:
+        UserError: in place of one whose message begins with a key (``router.layer: found 40, ...``).
+    """
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"(([a-z_]+)[^:\s]*): ", str(error))
+        of_a_key = found is not None and found[2] in (_WHOLE, *fields_at(RunConfig, ()))
+        if found is None or not of_a_key or type(error) is not UserError:  # the others name a file of their own
+            raise
+        given = any(text.partition("=")[0] == found[1] for text in overrides or [])
+        rest = str(error).removeprefix(f"{_WHOLE}: ")
+        raise UserError(f"{'command line' if given else path}: {rest}") from error
+
+
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON values; ``from_mapping`` takes it back."""
     mapping: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
@@ -152,7 +175,7 @@ def from_mapping(mapping: dict[str, Any]) -> RunConfig:
     """A configuration from what ``to_mapping`` made. Raises FaultsError where it no longer fits this code."""
     config, faults = check(RunConfig, mapping)
     if config is None:
-        raise FaultsError("configuration", list(faults.values()))
+        raise FaultsError(_WHOLE, list(faults.values()))
     return config
 
 
@@ -172,7 +195,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     if made is not None:
         faults |= config_checks.cross_faults(made, lambda path: False)
     if made is None or faults:
-        raise FaultsError("configuration", list(faults.values()))
+        raise FaultsError(_WHOLE, list(faults.values()))
     return made
 
 

@@ -138,7 +138,7 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
                 faults[inner] = Fault(where, fault.found, fault.expected, fault.hint)
             continue
         except UserError as error:
-            faults[path] = Fault(dotted(path), shown(ref), "a task that can be read", str(error))
+            faults[path] = Fault(dotted(path), shown(ref), "a task", str(error))
             continue
         if spec.name in [other.name for other in specs]:
             hint = "give it another `name`"
@@ -147,7 +147,7 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
         for n, missing in enumerate(_missing_files(spec, config.data_dir, learned=path[0] == "tasks")):
             where = f"{dotted(path)} ({spec.name})"
             file: KeyPath = (*path, "files", n)
-            faults[file] = Fault(where, f"no file {missing}", "the data of the task")
+            faults[file] = Fault(where, f"no file {missing}", "the data of the task", f"put it there, or mend {spec.origin}")
     return specs[: len(config.tasks)], faults
 
 

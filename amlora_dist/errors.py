@@ -76,3 +76,12 @@ _FULL_WORDS = (
 def is_full(error: Exception) -> bool:
     """Whether an error of the system, of SQLite or of what lies between says that a disk has no room (or a quota)."""
     return getattr(error, "errno", None) in _FULL_NUMBERS or any(words in str(error) for words in _FULL_WORDS)
+
+
+def plain_reason(error: BaseException) -> str:
+    """Why, without numbers and the names of classes: ``connection refused`` for ``<urlopen error [Errno 111] ...>``."""
+    inner = getattr(error, "reason", None)
+    if isinstance(inner, BaseException):
+        return plain_reason(inner)
+    text = getattr(error, "strerror", None) or (inner if isinstance(inner, str) else "") or str(error)
+    return str(text[:1].lower() + text[1:])

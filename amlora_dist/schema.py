@@ -33,14 +33,19 @@ _EXPECTED = {
 }
 _PATTERNS = {
     r"^(above_router|all|last:[1-9][0-9]*)$": "above_router, all or last:K (such as last:6)",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "letters, digits, '_', '.' and '-', a letter or digit first",
+    r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)?$": "small letters, digits, '_', '.' and '-', and at most one '/' inside",
+    r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$": "models:/NAME@ALIAS or models:/NAME/VERSION",
+    r"^[0-9a-f]{64}$": "a sha256 digest",
+    r"^router\.safetensors$": "router.safetensors",
 }
 _BOUNDS = {
     "greater_than": ("gt", "a number above {}"),
     "greater_than_equal": ("ge", "a number of at least {}"),
     "less_than": ("lt", "a number below {}"),
     "less_than_equal": ("le", "a number of at most {}"),
-    "too_short": ("min_length", "at least {} of them"),
-    "too_long": ("max_length", "at most {} of them"),
+    "too_short": ("min_length", "a list of at least {}"),
+    "too_long": ("max_length", "a list of at most {}"),
 }
 
 
@@ -99,7 +104,7 @@ def unknown_key(cls: type[Any], path: KeyPath) -> tuple[str, str]:
         elsewhere = [section for section, keys in _sections(cls) if word in keys]
         hint = f"did you mean {dotted((*elsewhere[0], word))!r}?" if len(elsewhere) == 1 else ""
     if hint:
-        return "a known key", hint
+        return "a known one", hint
     return f"one of {', '.join(known)}" if known else "no keys below this one", ""
 
 
@@ -183,7 +188,7 @@ def _fault(cls: type[Any], data: Any, path: KeyPath, item: Any) -> Fault:
         return Fault(where, "an unknown key", expected, hint)
     if kind.startswith("missing"):
         return Fault(where, "nothing", "a value (it has no default)")
-    expected, hint = _expected(kind, context, str(item["msg"])), ""
+    expected, hint = expected_words(item), ""
     if kind == "literal_error" and isinstance(value, str):
         words = [word.strip(" '") for word in str(context["expected"]).replace(" or ", ",").split(",")]
         hint = did_you_mean(value, words)
@@ -201,7 +206,9 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _expected(kind: str, context: dict[str, Any], message: str) -> str:
+def expected_words(item: Any) -> str:
+    """What pydantic expected where it found one of its errors, in plain words."""
+    kind, context, message = item["type"], item.get("ctx", {}), str(item["msg"])
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         bound = context[key]

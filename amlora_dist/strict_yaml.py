@@ -83,7 +83,7 @@ def read_document(path: Path) -> Document:
         faults = list(_walk(node, (), lines, ())) if node is not None else []
         data = loader.construct_document(node) if node is not None and not _cyclic(faults) else None
     except yaml.YAMLError as error:
-        raise FaultsError(name, [_syntax_fault(error)]) from None
+        raise FaultsError(name, [_syntax_fault(error, text)]) from None
     finally:
         loader.dispose()
     if _cyclic(faults):
@@ -110,7 +110,7 @@ def parse_value(text: str) -> Any:
             raise ValueError(f"{faults[0].where}: {faults[0].found}")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ValueError(_syntax_fault(error).found) from None
+        raise ValueError(_syntax_fault(error, text).hint) from None
     finally:
         loader.dispose()
 
@@ -165,9 +165,16 @@ def _cyclic(faults: list[Fault]) -> bool:
     return any(fault.hint == _CYCLE for fault in faults)
 
 
-def _syntax_fault(error: yaml.YAMLError) -> Fault:
+def _syntax_fault(error: yaml.YAMLError, text: str) -> Fault:
+    """Where the text stops being YAML, the line that stands there (or where what was not closed begins), and why."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return Fault("file", " ".join(str(error).split()), "YAML")
-    mark = error.problem_mark or error.context_mark
-    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
-    return Fault(where, error.problem or error.context or "text that is not YAML", "YAML")
+        return Fault("file", "text that is not YAML", "YAML", " ".join(str(error).split()))
+    lines = text.splitlines()
+    marks = [mark for mark in (error.problem_mark, error.context_mark) if mark is not None]
+    mark = next((one for one in marks if one.line < len(lines) and lines[one.line].strip()), None)
+    reason = " ".join((error.problem or error.context or "").replace("'<stream end>'", "the end of the file").split())
+    if mark is None:
+        return Fault("file", "text that is not YAML", "YAML", reason)
+    line = lines[mark.line].strip()
+    found = repr(line if len(line) <= 60 else f"{line[:57]}...")
+    return Fault(f"line {mark.line + 1}", found, "YAML", reason)

@@ -60,17 +60,16 @@ def run(
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from amlora_dist.config import validate_config
+        from amlora_dist.config import named_file, validate_config
         from pipelines.progress import progress_for
         from pipelines.quiet import standard_output_kept
 
         settings, _ = validate_config(config, overrides)
         run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         progress = progress_for()
-        with standard_output_kept(), contextlib.closing(progress):
+        with standard_output_kept(), contextlib.closing(progress), named_file(config, overrides):
             from pipelines.sequence import run_sequence
 
-            progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
             result = run_sequence(settings, run_id=run_id, progress=progress, verbose=verbose)
         _print_result(result, as_json=as_json)
 

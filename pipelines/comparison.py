@@ -269,7 +269,7 @@ class _Driver:
             result: dict[str, Any] | None = self.store.load_json(found[-1].run, results.FILE)
             if result is not None and result["tasks"] == self.plan.names[order]:
                 return result
-        return run_sequence(config, run_id=run_id, progress=self.progress, verbose=self.verbose)
+        return run_sequence(config, run_id=run_id, progress=self.progress, verbose=self.verbose, alone=False)
 
     def _save(self) -> None:
         self.store.log_json(self.journal, FILE, self.comparison)

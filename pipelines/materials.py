@@ -169,6 +169,10 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         if spec.name in specs:
             raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
         specs[spec.name] = spec
+        try:
+            template_for(spec, spec.prompt_style)
+        except UserError as error:
+            raise UserError(f"{spec.origin}: {error}") from error
         splits = ("train", config.evaluation.split) if place < len(config.tasks) else (config.evaluation.split,)
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlora_dist.errors import UserError
+from amlora_dist.errors import UserError, plain_reason
 
 GIB = 1 << 30
 PROCESS_BYTES = 300 << 20
@@ -80,19 +80,20 @@ def missing(demand: Demand, supply: Supply) -> list[str]:
         found.append(_too_few(count, "CPUs", supply.cpus))
     if not supply.gpus and supply.memory is not None and supply.memory < demand.memory:
         found.append(
-            f"memory: {_size(demand.memory)} at least for {max(count, 1)} processes with {demand.parameters:,} parameters in"
-            f" {demand.dtype}, there are {_size(supply.memory)}; lower `workers`, take dtype=bf16, or deepspeed.zero_stage=3"
+            f"workers: {count} need {_size(demand.memory)} of memory at least, with {demand.parameters:,} parameters in"
+            f" {demand.dtype}; there are {_size(supply.memory)}: lower `workers`, or set dtype=bf16 or"
+            " deepspeed.zero_stage=3"
         )
     each = PROCESS_BYTES + (demand.parameters * BYTES[demand.dtype] if demand.zero_stage < 3 else 0)
     if not supply.gpus and not found and supply.largest_node is not None and supply.largest_node < each:
         found.append(
-            f"memory: {_size(each)} at least on one node for one worker, the largest node has {_size(supply.largest_node)};"
-            " take deepspeed.zero_stage=3, or larger nodes"
+            f"workers: one needs {_size(each)} of memory at least on one node, the largest node has"
+            f" {_size(supply.largest_node)}: set deepspeed.zero_stage=3, or take larger nodes"
         )
     if supply.disk is not None and supply.disk < demand.disk:
         found.append(
-            f"disk: {_size(demand.disk)} at least for checkpoints and adapters under {supply.storage}, there are"
-            f" {_size(supply.disk)}; make room, or point `storage` (AMLORA_HOME) at another disk"
+            f"storage: {supply.storage} needs {_size(demand.disk)} at least for checkpoints and adapters, its disk has"
+            f" {_size(supply.disk)}: make room, or name a folder on another disk (default: in AMLORA_HOME)"
         )
     return found
 
@@ -104,11 +105,11 @@ def refuse(lacking: Sequence[str]) -> None:
         UserError: names everything.
     """
     if lacking:
-        raise UserError("this run can never fit here:\n" + "\n".join(f"  - {one}" for one in lacking))
+        raise UserError("configuration: this run can never fit here:\n" + "\n".join(f"  - {one}" for one in lacking))
 
 
-def check_home(folder: Path) -> None:
-    """See that ``AMLORA_HOME`` is a folder that can be written, or can be made.
+def check_folder(folder: Path, name: str = "AMLORA_HOME") -> None:
+    """See that what ``name`` says is a folder that can be written, or can be made.
 
     Raises:
         UserError: it is not.
@@ -116,7 +117,9 @@ def check_home(folder: Path) -> None:
     above = _existing(folder)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "cannot be written" if above.is_dir() else "is no folder"
-        raise UserError(f"AMLORA_HOME: {folder}: {above} {what}; set AMLORA_HOME to a folder that can be written")
+        raise UserError(
+            f"{name}: found {folder}, expected a folder that can be written ({above} {what}); set it to another folder"
+        )
 
 
 def _existing(folder: Path) -> Path:
@@ -162,18 +165,18 @@ def knock() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto", "local"):
         return
-    if "://" in address:
-        raise UserError(
-            f"RAY_ADDRESS: found {address!r}, expected HOST:PORT of the cluster's head; from outside the cluster use"
-            " `amlora submit`"
-        )
     host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal() or int(port) > 65535:
+        raise UserError(
+            f"RAY_ADDRESS: found {address!r}, expected HOST:PORT of the cluster's head; unset it to use this machine, or"
+            " use `amlora submit` from outside the cluster"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_DEADLINE_S).close()
-    except (OSError, ValueError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
-            f"RAY_ADDRESS: no Ray cluster at {address!r} ({error}); start it, mend the address, or unset RAY_ADDRESS to use"
-            " this machine"
+            f"RAY_ADDRESS: found {address!r}, expected the address of a Ray cluster that answers ({plain_reason(error)}):"
+            " start it, mend the address, or unset RAY_ADDRESS to use this machine"
         ) from error
 
 
@@ -193,7 +196,7 @@ def deadline_s(default: float) -> float:
 
 def _too_few(workers: int, kind: str, have: float, each: float = 1.0) -> str:
     need = f"{workers} workers need {workers * each:g} {kind}"
-    return f"workers: {need}, the cluster has {have:g}; lower `workers` or add nodes"
+    return f"workers: {need}, the cluster has {have:g}: lower `workers`, or add nodes"
 
 
 def _size(count: int) -> str:

@@ -72,7 +72,7 @@ def compare(
 
     progress = progress_for()
     with standard_output_kept(), contextlib.closing(progress):
-        from amlora_dist.config import load_config
+        from amlora_dist.config import load_config, named_file
         from pipelines.comparison import plan_comparison, run_comparison
 
         name = run_id or f"{load_config(config, overrides).name}-compared"
@@ -85,7 +85,8 @@ def compare(
             learning_rates=_numbers("--learning-rates", learning_rates, float),
             comparison_id=name,
         )
-        result = run_comparison(plan, command=_command(), progress=progress, verbose=verbose)
+        with named_file(config, overrides):
+            result = run_comparison(plan, command=_command(), progress=progress, verbose=verbose)
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
         return

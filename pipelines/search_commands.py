@@ -47,17 +47,16 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
         with answered(verbose=verbose):
             import psutil
 
-            from amlora_dist.config import validate_config
+            from amlora_dist.config import named_file, validate_config
             from pipelines.progress import progress_for
             from pipelines.quiet import standard_output_kept
 
             settings, _ = validate_config(config, overrides)
             search_id = checked_search_id(search_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             progress = progress_for()
-            with standard_output_kept(), contextlib.closing(progress):
+            with standard_output_kept(), contextlib.closing(progress), named_file(config, overrides):
                 from pipelines.search.driver import run_search
 
-                progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
                 result = run_search(
                     settings, file=str(config), search_id=search_id, progress=progress,
                     began=psutil.Process().create_time(), verbose=verbose,

@@ -61,9 +61,15 @@ class Within:
 
 
 def run_sequence(
-    config: RunConfig, *, run_id: str, progress: Progress, verbose: bool = False, within: Within | None = None
+    config: RunConfig,
+    *,
+    run_id: str,
+    progress: Progress,
+    verbose: bool = False,
+    within: Within | None = None,
+    alone: bool = True,
 ) -> dict[str, Any]:
-    """Run a sequence to its end, from wherever it is; ``within`` a search, or on its own.
+    """Run a sequence to its end, from wherever it is; ``within`` a search, in a comparison (not ``alone``), or on its own.
 
     Returns:
         The result as ``amlora run --json`` prints it.
@@ -75,18 +81,19 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     with disk_watched():
-        return _run_sequence(config, run_id, progress, verbose, within)
+        return _run_sequence(config, run_id, progress, verbose, within, alone and within is None)
 
 
 def _run_sequence(
-    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None
+    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None, alone: bool
 ) -> dict[str, Any]:
     place = home()
-    preflight.check_home(place)
+    preflight.check_folder(place)
     config.registered_model = config.registered_model or run_id
     began = time.monotonic()
     materials = gather_materials(config, place)
     storage, copies = storage_of(config)
+    preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)
     elsewhere = bool(config.workers and os.environ.get("RAY_ADDRESS"))
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not elsewhere)))
@@ -98,6 +105,8 @@ def _run_sequence(
     mapping = to_mapping(config)
     refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
     with store.hold_run(run_id, config.registered_model) as lease:
+        if alone:
+            progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
         store.ensure_current(config.registered_model, lease.check)  # a version may have been registered just before a crash
         parent_run = store.parent_run(config.registered_model, run_id, mapping, below=within.run if within else None)
         driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage, within)

@@ -187,7 +187,10 @@ class RayCluster:
             try:
                 ray.init(**options)
             except ConnectionError as error:
-                raise UserError(f"RAY_ADDRESS: cannot join the Ray cluster: {error}; is it running?") from error
+                raise UserError(
+                    f"RAY_ADDRESS: found {os.environ.get('RAY_ADDRESS', '')!r}, expected a Ray cluster that can be joined"
+                    f" ({' '.join(str(error).split())[:300]}); start it, or mend the address"
+                ) from error
         self._started = True
 
     def _workers(self) -> int:
@@ -366,9 +369,24 @@ def _lost(error: Exception, last: Event) -> AmloraError:
             f"a worker ({who}) was killed because its node ran out of memory{where}; use fewer workers on a node or larger"
             f" nodes, {LESS_MEMORY}"
         )
-    told = "; ".join(f"rank {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in causes.items())
+    told = "; ".join(f"rank {rank}: {_plain(str(cause))}" for rank, cause in causes.items())
     cause = getattr(error, "controller_failure", error)
     return WorkersLostError(f"{told or str(cause).strip().splitlines()[0]}{where}")
+
+
+_CAUSES = {
+    "its process died": ("worker process has died", "actor died", "actor is dead", "killed by SIG"),
+    "lost its connection to another worker": (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "/gloo/", "GLHF",
+    ),
+}  # fmt: skip
+"""In plain words, what Ray and the network libraries (gloo, NCCL) say at length of a worker; ``-v`` shows it all."""
+
+
+def _plain(said: str) -> str:
+    """Why a worker was lost, on one line."""
+    known = (plain for plain, words in _CAUSES.items() if any(word in said for word in words))
+    return next(known, (said.strip().splitlines() or ["no reason is known"])[-1][:300])
 
 
 @contextlib.contextmanager

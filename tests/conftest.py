@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from xdist.scheduler import Scheduling
+
     from tests.forked import Server
 
 # Before torch is imported: two workers and the tests' own process share two cores.
@@ -27,11 +29,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A crash test is an integration test too: ``-m "not integration"`` leaves the quick ones."""
     for item in items:
         if item.get_closest_marker("crash"):
             item.add_marker("integration")
+    if hasattr(config, "workerinput"):  # one of several processes
+        from tests.scheduling import longest_first
+
+        longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling | None:
+    """Deals whole files out to processes (tests/scheduling.py); another ``--dist`` is left to pytest-xdist."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.scheduling import ByGroup
+
+    config.option.loadscopereorder = False  # the order is ours
+    return ByGroup(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -54,7 +54,7 @@ class Child:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"no end within {timeout:.0f} s:\n{self.stderr[-3000:]}")
-            time.sleep(0.01)
+            time.sleep(0.05)
         assert self.returncode is not None
         return self.returncode
 

@@ -51,7 +51,7 @@ def test_configurations_in_the_repository_are_valid(name, repository):
 
 
 ONE_FAULT = {
-    "unknown key": ("sed: 1", "sed", "an unknown key", "a known key", "did you mean 'seed'?"),
+    "unknown key": ("sed: 1", "sed", "an unknown key", "a known one", "did you mean 'seed'?"),
     "key of a section at the top": ("epochs: 1", "epochs", "unknown key", "", "did you mean 'training.epochs'?"),
     "key that resembles nothing": ("zzz: 1", "zzz", "an unknown key", "one of name, seed, method", "line 4"),
     "unknown key in a section": ("training: {epoch: 1}", "training.epoch", "unknown key", "", "did you mean 'epochs'?"),
@@ -216,7 +216,8 @@ def test_required_keys_are_named(write):
 
 
 def test_text_that_is_not_yaml_is_a_fault_with_its_line(write):
-    assert list(faults_of(write("name: demo\ntasks: [a\nseed: 1\n"))) == ["line 3, column 5"]
+    ((where, fault),) = faults_of(write("name: demo\ntasks: [a\nseed: 1\n")).items()
+    assert (where, fault.found) == ("line 3", "'seed: 1'")
 
 
 def test_bytes_that_are_not_utf8_are_a_fault(tmp_path):
@@ -263,8 +264,8 @@ BAD_OVERRIDES = {
     "two dots": ("training..epochs=3", "command line", "key.path=value"),
     "not YAML": ("seed=[1", "command line, seed", "a YAML value"),
     "place outside a list": ("tasks[7]=mnli", "command line, tasks[7]", "an item number 7"),
-    "unknown path": ("training.epoch=3", "training.epoch", "a known key"),
-    "unknown section": ("trainig.epochs=3", "trainig", "a known key"),
+    "unknown path": ("training.epoch=3", "training.epoch", "a known one"),
+    "unknown section": ("trainig.epochs=3", "trainig", "a known one"),
 }
 
 

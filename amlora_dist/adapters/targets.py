@@ -209,7 +209,7 @@ def _no_match(model: PreTrainedModel, settings: AdapterSettings, names: list[str
             f"name some of its linear layers instead: {could}"
         )
     hints = [get_close_matches(name, linear, n=1) for name in names]
-    hint = "".join(f"; did you mean {close[0]!r}?" for close in hints if close)
+    hint = "".join(f" (did you mean {close[0]!r}?)" for close in hints if close)
     return (
         f"adapters.targets: {', '.join(repr(name) for name in names)} matches no linear layer of "
         f"{type(model).__name__} with adapters.layers {settings.layers!r}{hint}; its linear layers are: {could}"

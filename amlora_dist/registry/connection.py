@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
-from amlora_dist.errors import AmloraError, UserError, is_full
+from amlora_dist.errors import AmloraError, UserError, is_full, plain_reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +36,8 @@ CALL_DEADLINE_S = 120.0
 OUTAGE_DEADLINE_S = 900.0
 """How long a call waits for a tracking server that has gone away in mid-run."""
 KNOCK_DEADLINE_S = 20.0
-VARIABLE = "MLFLOW_TRACKING_URI"
+KEY, VARIABLE = "mlflow.tracking_uri", "MLFLOW_TRACKING_URI"
+"""Who names the store: the configuration (or --tracking-uri), or the environment."""
 _TRANSIENT = {"TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
 _LOCKED = ("database is locked", "database table is locked")
 _AWAY = ("failed with exception", "failed with timeout exception", "error code 502", "error code 503", "error code 504")
@@ -180,7 +181,8 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
         StoreError: another process has prepared the SQLite file for longer than the deadline.
     """
     home = home.resolve()
-    given, tracking_uri = tracking_uri, tracking_uri or os.environ.get(VARIABLE)
+    where = KEY if tracking_uri else VARIABLE if os.environ.get(VARIABLE) else "AMLORA_HOME"
+    tracking_uri = tracking_uri or os.environ.get(VARIABLE)
     uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
     if not tracking_uri and any(sign in str(home) for sign in "?#%"):
         raise UserError(
@@ -188,27 +190,22 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
         )
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise UserError(
-            f"mlflow.tracking_uri: found {uri!r}{_origin(given)}; MLflow keeps no registry in plain files. "
-            "Give http(s)://HOST:PORT, sqlite:////ABSOLUTE/FILE.db, or leave it out for the embedded store"
+            f"{where}: found {uri!r}, expected http(s)://HOST:PORT or sqlite:////ABSOLUTE/FILE.db (MLflow keeps no registry"
+            " in plain files); or leave it out for the embedded store"
         )
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
         path, sign, options = uri.removeprefix("sqlite:///").partition("?")
         uri = f"sqlite:///{Path(path).absolute()}{sign}{options}"
     if uri.startswith(("http:", "https:")):
-        _knock(uri)
-    client = _open_sqlite(uri) if uri.startswith("sqlite:") else _client(uri)
+        _knock(uri, where)
+    client = _open_sqlite(uri, where) if uri.startswith("sqlite:") else _client(uri, where)
     if uri.startswith(("http:", "https:", "databricks")):
         return Connection(client, uri, artifacts=None)
     return Connection(client, uri, artifacts=str(home / "artifacts"))
 
 
-def _origin(given: str | None) -> str:
-    """Where a URI came from that nobody wrote into a configuration."""
-    return "" if given else f" (from {VARIABLE})"
-
-
-def _client(uri: str) -> MlflowClient:
+def _client(uri: str, where: str) -> MlflowClient:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -218,11 +215,13 @@ def _client(uri: str) -> MlflowClient:
         client.search_registered_models(max_results=1)
     except MlflowException as error:
         mend = NO_ROOM if is_full(error) else "mend the store or give another URI"
-        raise UserError(f"mlflow.tracking_uri: cannot use {uri}: {_first_line(str(error))}; {mend}") from error
+        raise UserError(
+            f"{where}: found {uri}, expected a store that can be used ({_first_line(str(error))}); {mend}"
+        ) from error
     return client
 
 
-def _knock(uri: str) -> None:
+def _knock(uri: str, where: str) -> None:
     """Fail at once when nobody listens: MLflow's own client would try for two minutes."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=KNOCK_DEADLINE_S):
@@ -231,18 +230,18 @@ def _knock(uri: str) -> None:
         return  # an answer, if only of a proxy; MLflow's client says more
     except (OSError, ValueError) as error:
         raise UserError(
-            f"mlflow.tracking_uri: {uri} does not answer within {KNOCK_DEADLINE_S:.0f} s ({error}); "
-            "start the server, or change the URI"
+            f"{where}: found {uri}, expected a server that answers within {KNOCK_DEADLINE_S:.0f} s"
+            f" ({plain_reason(error)}); start it, or mend the address"
         ) from error
 
 
-def _open_sqlite(uri: str) -> MlflowClient:
+def _open_sqlite(uri: str, where: str) -> MlflowClient:
     file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{file.parent}: {error.strerror}; AMLORA_HOME and mlflow.tracking_uri must name folders that can be written"
+            f"{where}: found {file}, expected a file in a folder that can be written ({plain_reason(error)}); name another"
         ) from error
     try:
         with FileLock(f"{file}.lock", timeout=FIRST_USE_DEADLINE_S):
@@ -252,14 +251,14 @@ def _open_sqlite(uri: str) -> MlflowClient:
                 log.warning(
                     "%s: SQLite journal mode is %s, not WAL (a network disk?); writers will wait longer", file, mode
                 )
-            return _client(uri)
+            return _client(uri, where)
     except Timeout as error:
         raise StoreError(
             f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"
         ) from error
     except (sqlite3.Error, PermissionError) as error:
-        mend = NO_ROOM if is_full(error) else "it is no SQLite file, or cannot be written"
-        raise UserError(f"mlflow.tracking_uri: {file}: {error}; {mend}") from error
+        mend = NO_ROOM if is_full(error) else "name another file, or leave it out for the embedded store"
+        raise UserError(f"{where}: found {file}, expected a SQLite file that can be written ({error}); {mend}") from error
 
 
 def _quiet() -> None:

@@ -28,6 +28,8 @@ class Candidate:
     version: Version
     counts: bool
     """False: written by a driver that had lost its run."""
+    damage: str = ""
+    """Why its manifest cannot be read, if it cannot."""
     reasons: list[str] = field(default_factory=list)
     """Why it has to stay; empty: it can go."""
 
@@ -69,8 +71,10 @@ def point_alias(store: Store, registered_model: str, number: int, alias: str) ->
 
 
 def candidates(store: Store, registered_model: str, numbers: Sequence[int] | None = None) -> list[Candidate]:
-    """Versions to remove with what speaks against each: an alias, another version that refers to its storage, a run
-    at work.
+    """Versions to remove with what speaks against each: an alias, another version that refers to its storage or whose
+    manifest cannot be read (nobody knows what it refers to, until it is deleted itself), a run at work.
+
+    Neither another damaged version nor the alias ``current``, which moves on to the newest one left, keeps a damaged one.
 
     Args:
         store: which has them.
@@ -79,7 +83,6 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
 
     Raises:
         UserError: no such model or version.
-        BankError: a version's manifest cannot be read, so that nobody knows what it refers to.
     """
     named = aliases(store, registered_model)
     versions = store.versions(registered_model)
@@ -92,13 +95,15 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
             raise UserError(f"models:/{registered_model}: no version {missing[0]}; there are {sorted(there)}")
         wanted = [there[number] for number in sorted(set(numbers))]
     leaving = {version.uri for version in wanted}
-    references = _references(store, leaving)
+    references, unknown = _references(store, leaving)
     found = []
     for version in wanted:
-        one = Candidate(version, version.number in counted)
-        one.reasons += [f"alias {alias!r} points at it" for alias, number in named.items() if number == version.number]
+        own = [alias for alias, number in named.items() if number == version.number]
+        one = Candidate(version, version.number in counted, _damage(store, version))
+        one.reasons += [f"alias {alias!r} points at it" for alias in own if alias != tags.CURRENT or not one.damage]
         users = sorted(uri for uri, parts in references.items() if uri not in leaving and parts(version))
         one.reasons += [f"{uri} keeps parts there" for uri in users]
+        one.reasons += [] if one.damage else unknown  # else two damaged versions would keep each other for ever
         if (state := claims.read_state(store.lease_entries, claims.run_key(version.run_id))) and not state.released:
             one.reasons.append(f"run {version.run_id!r} is held by a driver (or died without letting go: run it again)")
         found.append(one)
@@ -122,6 +127,8 @@ def remove(store: Store, chosen: Sequence[Candidate]) -> None:
         log.info("deleted %s", version.uri)
     for one in chosen:
         _delete_artifacts(store, one.version)
+    for registered_model in {one.version.registered_model for one in chosen if one.damage}:
+        store.ensure_current(registered_model, lambda: None)
 
 
 def _delete_artifacts(store: Store, version: Version) -> None:
@@ -135,19 +142,37 @@ def _delete_artifacts(store: Store, version: Version) -> None:
     connection.call("delete artifacts", repository.delete_artifacts, version.artifact_path)
 
 
-def _references(store: Store, leaving: set[str]) -> dict[str, Callable[[Version], bool]]:
-    """For every version that stays, whether it keeps parts in the storage of a given one."""
+def _references(store: Store, leaving: set[str]) -> tuple[dict[str, Callable[[Version], bool]], list[str]]:
+    """For every version that stays, whether it keeps parts in the storage of a given one; and of those whose manifest
+    cannot be read, that nobody knows, and the way out."""
     found: dict[str, Callable[[Version], bool]] = {}
+    unknown: list[str] = []
     for name in store.registered_models():
         for version in store.versions(name):
             if version.uri in leaving or not version.artifact_path:
                 continue
             try:
-                manifest = manifest_of(store, version)
+                found[version.uri] = _uses(manifest_of(store, version), version)
             except BankError as error:
-                raise BankError(f"{error}\nnothing is removed while it is not known what {version.uri} needs") from error
-            found[version.uri] = _uses(manifest, version)
-    return found
+                unknown.append(
+                    f"{version.uri} may keep parts there, for its manifest cannot be read ({_first_line(error)}): mend it,"
+                    f" or delete it first with `amlora prune {name} {version.number} --yes`"
+                )
+    return found, unknown
+
+
+def _damage(store: Store, version: Version) -> str:
+    if not version.artifact_path:
+        return ""
+    try:
+        manifest_of(store, version)
+    except BankError as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _uses(manifest: Manifest, own: Version) -> Callable[[Version], bool]:

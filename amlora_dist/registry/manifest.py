@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
 from amlora_dist.registry.task_entry import TaskEntry
+from amlora_dist.schema import expected_words
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -270,7 +271,7 @@ def parse_manifest(text: str, file: str = FILE) -> Manifest:
     manifest = _validated(data, file)
     if digest != manifest.digest():
         raise BankError(
-            f"{file}: digest: found {_short(digest)}, expected {manifest.digest()}; "
+            f"{file}: digest: found {_short(digest)[:13]}..., expected '{manifest.digest()[:12]}...; "
             "the manifest was changed after it was written: fetch the bank again"
         )
     return manifest
@@ -282,9 +283,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BankError(f"{folder}: no such folder; give the folder of a bank, or pull one with: amlora pull")
     if not file.is_file() or file.is_symlink():
-        raise BankError(f"{file}: missing or not a plain file; this is not the folder of a bank")
+        raise BankError(f"{file}: missing, or not a plain file; give the folder of a bank, or pull one with: amlora pull")
     if file.stat().st_size > MAX_BYTES:
-        raise BankError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_BYTES}")
+        raise BankError(f"{file}: found {file.stat().st_size} bytes, expected at most {MAX_BYTES}; fetch the bank again")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -307,7 +308,7 @@ def _validated(data: dict[str, Any], file: str) -> Manifest:
     except ValidationError as error:
         lines = [
             f"  - {'.'.join(str(part) for part in fault['loc']) or 'the whole'}: "
-            f"found {_short(fault.get('input'))}, {fault['msg']}"
+            f"found {_short(fault.get('input'))}, expected {expected_words(fault)}"
             for fault in error.errors(include_url=False)
         ]
         raise BankError(

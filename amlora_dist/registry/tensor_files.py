@@ -57,7 +57,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 tensors[name] = opened.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise BankError(
-            f"{file}: not a whole safetensors file of {file.stat().st_size} bytes ({error}); fetch the bank again"
+            f"{file}: found {file.stat().st_size} bytes, expected a whole safetensors file; fetch the bank again"
         ) from error
     for name, tensor in tensors.items():
         check_finite(file, name, tensor)
@@ -70,5 +70,5 @@ def check_finite(file: Path | str, name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(tensor)).sum())
         raise BankError(
             f"{file}: {name}: found NaN or infinity in {count} of {tensor.numel()} values, expected finite values; "
-            "training has diverged (lower training.learning_rate) or the file is damaged"
+            "training has diverged (lower training.learning_rate), or the file is damaged (fetch the bank again)"
         )

@@ -128,7 +128,8 @@ def compile_template(source: str, *, where: str) -> Template:
     try:
         return _SANDBOX.from_string(source)
     except TemplateSyntaxError as error:
-        raise UserError(f"{where}: line {error.lineno}: {error.message}") from None
+        found = repr(source if len(source) <= 60 else f"{source[:57]}...")
+        raise UserError(f"{where}: found {found}, expected Jinja (line {error.lineno}: {error.message}); mend it") from None
 
 
 def render(template: Template, values: Mapping[str, object], *, where: str) -> str:

@@ -61,7 +61,8 @@ def check_columns(needed: list[str], present: list[str], where: str) -> None:
     for column in needed:
         if column not in present:
             raise UserError(
-                f"{where}: no column {column!r}{meant(column, present)}; it has {', '.join(map(str, present))}"
+                f"{where}: found no column {column!r}{meant(column, present)}, it has {', '.join(map(str, present))}; mend"
+                " the data, or `columns` of the task"
             )
 
 
@@ -85,7 +86,9 @@ def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec)
         reader = {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[known]
         rows = list(reader(path, needed))
         if not rows:
-            raise UserError(f"{path}: the file has no rows")
+            raise UserError(
+                f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or mend {spec.origin}"
+            )
         yield from (rows[place] for place in _spaced(len(rows), spec.source))
 
 
@@ -106,10 +109,15 @@ def _read_jsonl(path: Path, needed: list[str]) -> Iterator[RawRow]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+            found = line.strip() if len(line) <= 60 else f"{line[:57]}..."
+            raise UserError(
+                f"{path}, line {number}: found {found!r}, expected one JSON object a line ({error.msg} at column"
+                f" {error.colno}); mend the line, or set source.format"
+            ) from None
         if not isinstance(values, dict):
             raise UserError(
-                f"{path}, line {number}: found {type(values).__name__}, expected one JSON object a line (JSON lines)"
+                f"{path}, line {number}: found {type(values).__name__}, expected one JSON object a line; mend the line, or"
+                " set source.format"
             )
         seen.update(values)
         yield RawRow(str(path), number, values)
@@ -156,7 +164,10 @@ def _read_parquet(path: Path, needed: list[str]) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(str(path), number, values)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not Parquet ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"{path}: found {path.stat().st_size} bytes, expected Parquet ({reason}); write it again"
+        ) from None
 
 
 def _read_hub(spec: TaskSpec, split: str) -> Iterator[RawRow]:

@@ -290,7 +290,7 @@ def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
         there = [path.parent.relative_to(data_dir).as_posix() for path in sorted(data_dir.glob("**/test.jsonl"))]
         raise UserError(
             f"data_dir {data_dir}: no folder {name!r} for task {spec.name!r}{meant(name, there)}; "
-            f"it holds {', '.join(there) or 'no task'}"
+            f"it holds {', '.join(there) or 'no task'}: put the mirror there, or mend data_dir"
         )
     return folder
 
@@ -335,7 +335,7 @@ def _find(ref: str, base_dir: Path) -> Path:
     if ref.endswith((".yaml", ".yml")):
         path = base_dir / Path(ref).expanduser()
         if not path.is_file():
-            raise UserError(f"task file {path} does not exist")
+            raise UserError(f"task file {path} does not exist; a path begins at the current folder")
         return path
     tails = {name.rpartition("/")[2]: name for name in files}
     near = meant(ref.lower(), [*files, *tails])

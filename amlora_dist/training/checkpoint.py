@@ -92,29 +92,38 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
     return target
 
 
-def newest_checkpoint(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], Progress] | None:
-    """The newest committed checkpoint of this fingerprint, or None. Says why it passes over the others."""
+def newest_checkpoint(
+    folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Progress] | None:
+    """The newest committed checkpoint of this fingerprint with tensors of these names and shapes, or None. Says why it
+    passes over the others."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         reason = _fault(candidate)
         if reason is None:
             try:
-                return _read(candidate, fingerprint)
+                return _read(candidate, fingerprint, shapes)
             except (SafetensorError, OSError, TypeError, ValueError) as error:  # committed, but not by this code
                 reason = str(error)
         log.warning("passing over checkpoint %s: %s", candidate, reason)
     return None
 
 
-def _read(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], Progress]:
+def _read(
+    folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Progress]:
     progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     if progress.fingerprint != fingerprint:
         raise ValueError(f"it belongs to fingerprint {str(progress.fingerprint)[:12]}")
     if folder.name != f"step-{progress.step:08d}" or len(progress.losses) != progress.step:
         raise ValueError(f"its progress says step {progress.step} and has {len(progress.losses)} losses")
     state = load_file(folder / "state.safetensors")
+    if strange := sorted(state.keys() ^ shapes.keys()):
+        raise ValueError(f"{strange[0]} is {'not there' if strange[0] in shapes else 'of no trained parameter'}")
     for name, tensor in state.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} is {tensor.dtype} or holds NaN or infinity, expected finite torch.float32")
+        if tuple(tensor.shape) != shapes[name]:  # copying would spread a smaller one over the parameter
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
     return state, progress
 
 

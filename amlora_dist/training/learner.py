@@ -70,11 +70,13 @@ class Learner:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
         if self.mirror is not None:
             self.mirror.fetch(self.folder / "checkpoints")
-        found = newest_checkpoint(self.folder / "checkpoints", self.fingerprint)
+        found = newest_checkpoint(self.folder / "checkpoints", self.fingerprint, self.engine.state_shapes())
         steps = self.engine.ranks.gather(-1 if found is None else found[1].step)
         if found is None or len(set(steps)) != 1:
             if set(steps) != {-1}:
-                raise TrainingError(f"stage {self.stage!r}: ranks see different checkpoints ({steps}): storage not shared")
+                raise TrainingError(
+                    f"ranks see different checkpoints (steps {steps}); `storage` must be one folder that all nodes mount"
+                )
             return None
         state, progress = found
         self.engine.import_state(state, progress.step)
@@ -91,7 +93,7 @@ class Learner:
         """
         began, before = time.monotonic(), progress.seconds
         for step in range(progress.step, self.schedule.steps):
-            place = f"stage {self.stage!r}, {batch_text(step + 1, self._rows(step))}"
+            place = batch_text(step + 1, self._rows(step))
             with memory_watched(place, LESS_MEMORY, step + 1):
                 loss, stop = self._step(step)
             if not math.isfinite(loss):

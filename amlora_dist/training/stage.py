@@ -172,7 +172,7 @@ class _Stage:
         progress = learner.run(progress)
         reach("training_ended")
         if weights_checksum(engine.model, trainable) != before:
-            raise TrainingError(f"stage {work.task!r}: the base model or an old adapter changed while training")
+            raise TrainingError("the base model or an old adapter changed while training")
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
@@ -241,7 +241,7 @@ class _Stage:
         wanted = {id(parameter) for parameter in named.values()}
         stray = [n for n, p in mixture.model.named_parameters() if p.requires_grad and id(p) not in wanted]
         if stray or not wanted:
-            raise TrainingError(f"stage {self.work.task!r}: parameters outside the new adapter would train: {stray}")
+            raise TrainingError(f"parameters outside the new adapter would train: {stray}")
         kinds: dict[str, int] = {}
         for name, parameter in named.items():
             kind = name.split(".", 1)[0]

@@ -69,7 +69,9 @@ def shards_of(folder: Path) -> dict[str, Path]:
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     missing = sorted({name for name in named.values() if not (folder / name).is_file()})
     if missing:
-        raise UserError(f"model.source: {folder} lacks {len(missing)} of its shards, the first is {missing[0]}")
+        raise UserError(
+            f"model.source: {folder} lacks {len(missing)} of its shards, the first is {missing[0]}; fetch the model again"
+        )
     return {tensor: folder / name for tensor, name in named.items()}
 
 

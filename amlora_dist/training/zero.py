@@ -93,6 +93,14 @@ class Engine(Protocol):
     def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Take up what ``export_state`` gave after ``steps`` optimizer steps, at any world size and ZeRO stage."""
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that ``export_state`` gives."""
+
+
+def _state_shapes(trainable: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trainable.items()}
+    return {f"{key}.{name}": shape for name, shape in shapes.items() for key in ("master", *MOMENTS)}
+
 
 class PlainEngine:
     """One process without DeepSpeed: fp32 master weights beside a model of any dtype."""
@@ -165,6 +173,10 @@ class PlainEngine:
                     key: state[f"{key}.{name}"].to(master.device, copy=True) for key in MOMENTS
                 }
         self._copy_masters()
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return _state_shapes(self._parameters)
+
 
 @dataclass(frozen=True, slots=True)
 class _Fragment:
@@ -262,6 +274,9 @@ class DeepSpeedEngine:
                 for target, key in ((fragment.flat.detach(), "master"), *((kept[key], key) for key in MOMENTS)):
                     part = state[f"{key}.{name}"].reshape(-1).narrow(0, fragment.start, fragment.count)
                     fragment.narrow(target).copy_(part.to(target.device))
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return _state_shapes(self._trainable)
 
     @property
     def _partitioned(self) -> bool:

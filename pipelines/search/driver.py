@@ -67,9 +67,10 @@ def run_search(
     """
     plan = plan_search(config, file)
     place = home()
-    preflight.check_home(place)
+    preflight.check_folder(place)
     demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
     storage, _ = storage_of(config)
+    preflight.check_folder(storage, "storage")
     preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
     preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
@@ -79,6 +80,7 @@ def run_search(
     refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE, grows=False)
     key = claims.run_key(f"search.{search_id}")
     with claims.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
+        progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
         champion = f"{search_id}-champion"
         search_run = store.search_run(model, search_id, champion, mapping)
         status = "KILLED"

@@ -49,13 +49,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return file, learned(file, str(folder / "stages"), None)
 
 
+def on_two_ranks(file: str, folder: str) -> dict[str, Any]:
+    """All that the tests look at."""
+    found: dict[str, Any] = {f"ZeRO-{stage}": learned(file, f"{folder}/zero-{stage}", stage) for stage in (2, 3)}
+    return found | {"recipe": recipe_of(file, f"{folder}/recipe", 3)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(alone: tuple[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank; in one process group, for starting it is slow."""
+    return on_ranks(2, on_two_ranks, alone[0], str(tmp_path_factory.mktemp("ranks")))
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_under_zero_equal_one_process(
-    zero_stage: int, alone: tuple[str, dict[str, Any]], tmp_path: Path
+    zero_stage: int, alone: tuple[str, dict[str, Any]], two_ranks: list[dict[str, Any]]
 ) -> None:
-    file, expected = alone
-    first, second = on_ranks(2, learned, file, str(tmp_path / "stages"), zero_stage)
+    _, expected = alone
+    first, second = (found[f"ZeRO-{zero_stage}"] for found in two_ranks)
     assert first == second
     assert set(METHODS) - set(first) == (set(PENALISED) if zero_stage == 3 else set())
     for name in first:
@@ -72,10 +84,11 @@ def recipe_of(file: str, folder: str, zero_stage: int | None) -> tuple[list[floa
 
 
 @pytest.mark.integration
-def test_recipes_are_learned_in_bf16_under_zero_3(alone: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
-    file, _ = alone
-    losses, sizes = recipe_of(file, str(tmp_path / "alone"), None)
-    first, second = on_ranks(2, recipe_of, file, str(tmp_path / "stages"), 3)
+def test_recipes_are_learned_in_bf16_under_zero_3(
+    alone: tuple[str, dict[str, Any]], two_ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    losses, sizes = recipe_of(alone[0], str(tmp_path / "alone"), None)
+    first, second = (found["recipe"] for found in two_ranks)
     assert first == second
     assert first[0] == pytest.approx(losses, rel=2e-2)
     assert min(first[1]) > 0, "every layer's weight has left its start"

@@ -170,6 +170,12 @@ def faults(crashed: Crashed, calm: Outcome) -> list[str]:
     return found
 
 
+def within_one_row(found: list[list[float | None]], expected: list[list[float | None]]) -> bool:
+    """Whether each cell of an accuracy matrix over nine test rows is at most one row away."""
+    pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
+    return all(x is y is None or (x is not None and y is not None and abs(x - y) <= 1 / 9 + 1e-9) for x, y in pairs)
+
+
 def cases() -> list[tuple[str, str]]:
     """Every point with every kind."""
     return [(point, kind) for point in POINTS for kind in KINDS]

@@ -125,6 +125,23 @@ def test_a_killed_worker_is_lost(tmp_path: Path) -> None:
     assert str(error) == "rank 0: The worker died: SIGKILL"
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Traceback ...\nRuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+         " [127.0.0.1]:4711. This may indicate a remote rank failure. GLHF", "lost its connection to another worker"),
+        ("NCCL error: remote process exited or there was a network error", "lost its connection to another worker"),
+        ("A worker health check failed.\nThe actor is dead because its worker process has died. Worker exit type:"
+         " SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2.", "its process died"),
+        ("Traceback ...\nValueError: x", "ValueError: x"),
+        ("", "no reason is known"),
+    ],
+)  # fmt: skip
+def test_why_a_worker_was_lost_is_told_in_plain_words(said: str, told: str, tmp_path: Path) -> None:
+    error = told_by(tmp_path / "none", Group({1: RuntimeError(said)}), {"step": 7})
+    assert str(error) == f"rank 1: {told}, after step 7"
+
+
 def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers(tmp_path: Path) -> None:
     from ray.exceptions import NodeDiedError, ObjectLostError, OwnerDiedError
     from ray.train import ControllerError, WorkerGroupError

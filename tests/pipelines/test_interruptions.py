@@ -161,7 +161,9 @@ def test_a_loss_that_is_twice_not_finite_at_one_step_is_named_and_not_tried_agai
     child = runs.start("training.learning_rate=1e30", "training.clip=0")
     assert child.wait() == 4, child.stderr
     assert child.stderr.count("trying again from the last checkpoint") == 1
-    last = child.stderr.strip().splitlines()[-1]
+    told = child.stderr.strip().splitlines()
+    last = told[-1]
+    assert all(line.count("colours") == 1 for line in told if "not finite" in line), "the stage is named once"
     for part in ("stage 'colours'", "step ", "rows ", "lower training.learning_rate", "2 failures in the same place"):
         assert part in last
 

@@ -24,9 +24,9 @@ def test_what_fits_lacks_nothing() -> None:
     [
         (SMALL, Supply(cpus=1, gpus=0), ["workers: 2", "2 CPUs", "has 1", "add nodes"]),
         (LARGE, Supply(cpus=64, gpus=8), ["workers: 16", "16 GPUs", "has 8"]),
-        (LARGE, Supply(cpus=64, gpus=0, memory=64 * GIB), ["memory: 13", "70,000,000,000", "64.0 GiB", "zero_stage=3"]),
+        (LARGE, Supply(cpus=64, gpus=0, memory=64 * GIB), ["workers: 16 need 13", "70,000,000,000", "64.0 GiB", "=3"]),
         (SMALL, Supply(cpus=2, gpus=0, memory=9 * GIB, largest_node=GIB // 2), ["on one node", "0.5 GiB", "larger nodes"]),
-        (SMALL, Supply(disk=1 << 20, storage=Path("/data")), ["disk: ", "/data", "1.0 MiB", "`storage`"]),
+        (SMALL, Supply(disk=1 << 20, storage=Path("/data")), ["storage: /data", "1.0 MiB", "another disk"]),
     ],
     ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
 )
@@ -37,8 +37,8 @@ def test_what_is_missing_is_named_with_the_mend(demand: Demand, supply: Supply, 
 
 def test_everything_is_told_at_once() -> None:
     told = missing(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
-    assert [line.partition(":")[0] for line in told] == ["workers", "memory", "disk"]
-    with pytest.raises(UserError, match=r"never fit here:\n  - workers: .*\n  - memory: .*\n  - disk: "):
+    assert [line.partition(":")[0] for line in told] == ["workers", "workers", "storage"]
+    with pytest.raises(UserError, match=r"never fit here:\n  - workers: .*CPUs.*\n  - workers: .*memory.*\n  - storage: "):
         refuse(told)
     refuse([])
 

@@ -36,9 +36,9 @@ def amlora(nodes: Nodes, folder: Path, *arguments: str, **environment: str) -> s
 
 
 def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_path: Path) -> None:
-    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    config = write_config(tmp_path, tasks=("colours",))
     shared = tmp_path / "shared"
-    told = ["run.yaml", f"storage={shared}", "training.epochs=120", "--run-id", "job"]
+    told = ["run.yaml", f"storage={shared}", "training.epochs=200", "training.checkpoint_every=10", "--run-id", "job"]
     (tmp_path / ".gitignore").write_text("shared/\nmodel-llama/\n")
     assert config.name == "run.yaml"
 

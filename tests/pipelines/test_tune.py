@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     config = write_config(folder, search={"space": SPACE})
     data = yaml.safe_load(config.read_text(encoding="utf-8"))
     data["tasks"] = [str(Path(task).relative_to(folder)) for task in data["tasks"]]  # of the directory of the command
-    config.write_text(yaml.safe_dump(data), encoding="utf-8")
+    config.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     sealed, notes = Sealed(folder / "tasks"), Notes()
     notes.on_winner = sealed.open
     with pytest.MonkeyPatch.context() as patch:

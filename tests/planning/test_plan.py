@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
@@ -17,6 +18,7 @@ from amlora_dist.planning.memory import GIB, Layout
 from amlora_dist.planning.plan import Cluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
+from pipelines.cli import app
 from pipelines.plan_page import bytes_of
 
 SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
@@ -116,7 +118,7 @@ def test_the_70b_sequence_is_planned_offline_from_its_configuration(repository: 
     assert not by[(2, "none")]["fits"] and by[(3, "none")]["fits"]
     assert by[(2, "none")]["bytes"]["weights"] == 2 * (70_553_706_496 + plan["stages"][-1]["bank"])
 
-    refused = amlora(repository, config, *machine, "deepspeed.zero_stage=2")
-    assert refused.returncode == 2
+    refused = CliRunner().invoke(app, ["plan", config, *machine, "deepspeed.zero_stage=2"])
+    assert refused.exit_code == 2
     assert "the smallest change that does: deepspeed.zero_stage=3" in refused.stdout
     assert "does not fit this cluster" in refused.stderr

@@ -144,11 +144,13 @@ def _config(key: str, value: object) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (_truncate, "not a whole safetensors file"),
-    "empty file": (lambda b: (b / ADAPTER).write_bytes(b""), "not a whole safetensors file"),
+    "truncated": (_truncate, "expected a whole safetensors file"),
+    "empty file": (lambda b: (b / ADAPTER).write_bytes(b""), "expected a whole safetensors file"),
     "40 bytes, as ungathered adapters have": (lambda b: save_file({}, b / ADAPTER), "4 tensors missing"),
-    "huge header": (lambda b: (b / ADAPTER).write_bytes(b"\xff" * 64), "not a whole safetensors file"),
-    "a pickle for weights": (lambda b: (b / ADAPTER).write_bytes(pickle.dumps({"a": 1})), "not a whole safetensors file"),
+    "huge header": (lambda b: (b / ADAPTER).write_bytes(b"\xff" * 64), "expected a whole safetensors file"),
+    "a pickle for weights": (
+        lambda b: (b / ADAPTER).write_bytes(pickle.dumps({"a": 1})), "expected a whole safetensors file"
+    ),
     "missing": (lambda b: (b / ADAPTER).unlink(), "missing"),
     "a folder instead of a file": (lambda b: ((b / RECIPE).unlink(), (b / RECIPE).mkdir()), "missing"),
     "not a number": (_nan, "NaN or infinity in 16 of 16"),

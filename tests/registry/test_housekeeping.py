@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.errors import UserError
-from amlora_dist.registry import tags
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.registry import housekeeping, tags
 from amlora_dist.registry.housekeeping import aliases, candidates, point_alias, remove
+from amlora_dist.registry.manifest import Manifest
 from amlora_dist.registry.pulling import pull_home
 from amlora_dist.registry.store import Store
+from amlora_dist.registry.versions import Version
 from tests.registry.tiny_banks import publish_sequence
 
 pytestmark = pytest.mark.integration
@@ -35,3 +37,36 @@ def test_a_version_that_others_refer_to_stays_and_the_rest_goes_with_its_files(
     whole = pull_home(store, store.resolve(f"models:/{name}@champion"), tmp_path / "banks")
     assert sorted(folder.name for folder in (whole / "adapters").iterdir()) == ["1-a", "2-b"]
     assert store.has_artifact(first.run, first.artifact_path)
+
+
+def test_a_damaged_version_keeps_what_it_may_need_until_it_is_deleted_itself(
+    store: Store, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, other = f"{name}-broken", f"{name}-other"
+    *_, damaged = publish_sequence(store, broken, tmp_path, tasks=("a", "b"))
+    publish_sequence(store, other, tmp_path, tasks=("a",))
+    stale = publish_sequence(store, other, tmp_path, tasks=("a", "b"), start=2)[0]
+    store.set_alias(other, tags.CURRENT, store.versions(other)[0])
+    real = housekeeping.manifest_of
+
+    def manifest_of(store: Store, version: Version) -> Manifest:
+        if version.uri == damaged.uri:
+            raise BankError("manifest.json: not JSON\nfetch the bank again")
+        return real(store, version)
+
+    monkeypatch.setattr(housekeeping, "manifest_of", manifest_of)
+    (kept,) = candidates(store, other, [stale.number])
+    (reason,) = kept.reasons
+    assert damaged.uri in reason and "manifest.json: not JSON)" in reason
+    assert f"delete it first with `amlora prune {broken} 2 --yes`" in reason
+    with pytest.raises(UserError, match=r"has to stay.*nothing was deleted"):
+        remove(store, [kept])
+
+    remove(store, candidates(store, broken, [2]))
+    assert aliases(store, broken) == {tags.CURRENT: 1}, "the alias of a damaged version moves on"
+    (free,) = candidates(store, other, [stale.number])
+    assert free.reasons == []
+    remove(store, [free])
+    assert [version.number for version in store.versions(other)] == [1]
+    for model in (broken, other):
+        store.connection.client.delete_registered_model(model)

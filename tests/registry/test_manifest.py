@@ -145,7 +145,7 @@ def test_a_folder_without_manifest_and_a_link_to_one_are_refused(tmp_path: Path,
         read_manifest(tmp_path)
 
 
-@given(st.text(max_size=60))
+@given(st.text(alphabet="ab./\\:~- \n\x00\x7f\u00e9", max_size=20))  # of all characters it would first make a table
 def test_an_accepted_path_stays_below_its_root(path: str) -> None:
     try:
         check_relative_path(path)

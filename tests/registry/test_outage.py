@@ -22,7 +22,7 @@ from pipelines.sequence import run_sequence
 from tests.registry.tiny_banks import TASKS, publish_sequence
 from tests.tiny_folder import write_config
 
-pytestmark = pytest.mark.crash
+pytestmark = pytest.mark.integration
 
 
 class Wire:
@@ -81,6 +81,7 @@ def wire(tracking_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire
     wire.close()
 
 
+@pytest.mark.crash
 def test_what_was_cut_off_in_mid_publication_goes_on_when_the_server_is_back(
     wire: Wire, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,6 +137,7 @@ class Cutting(Silent):
             self.wire.cut()
 
 
+@pytest.mark.crash
 def test_a_run_that_gave_up_says_so_and_goes_on_when_the_server_is_back(
     wire: Wire, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

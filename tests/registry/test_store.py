@@ -51,6 +51,7 @@ def test_each_adapter_is_stored_once(store: Store, name: str, tmp_path: Path) ->
         assert stored[0].startswith(f"{version.artifact_path}/adapters/{index}-")
 
 
+@pytest.mark.parametrize("store", ["embedded"], indirect=True)  # what is uploaded is the same for any store
 def test_version_fifteen_adds_its_own_adapter_the_router_and_little_else(
     store: Store, name: str, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from amlora_dist.base_model import BaseModel, load_model
@@ -52,6 +52,15 @@ def write(folder: Path, kind: str) -> BaseModel:
         made = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=kind == "tied"))
         made.save_pretrained(folder, max_shard_size="20KB")
     return BaseModel(kind, None, folder, "", kind == "t5", "llama" if kind in ("llama", "tied") else kind)
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(tmp_path: Path) -> None:
+    base = BaseModel("tiny", None, write_model(tmp_path / "tiny", "llama"), "", False, "llama")
+    file = base.path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if ".2.mlp.down_proj" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors of Llama.*, the first is .*2.mlp.down_proj.weight; give the"):
+        load_model(base, dtype=torch.float32)
 
 
 Weights = dict[str, tuple[list[float], str]]

@@ -29,6 +29,7 @@ from tests.registry.tiny_banks import tiny_adapter
 
 FINGERPRINT = "f" * 64
 NEWEST = "step-00000006"
+SHAPES = {"master.a.m": (3, 4), "exp_avg.a.m": (3, 4)}
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
@@ -86,6 +87,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut, committed": (lambda f: (os.truncate(f / "state.safetensors", 50), commit(f)), "deserializing header"),
     "NaN, committed": (lambda f: tensors(f, lambda t: t["master.a.m"].fill_(float("nan"))), "holds NaN"),
     "dtype, committed": (lambda f: tensors(f, lambda t: t.update({"master.a.m": torch.zeros(2).half()})), "float16"),
+    "shape, committed": (
+        lambda f: tensors(f, lambda t: t.update({"exp_avg.a.m": torch.zeros(1, 4)})), "shape (1, 4), expected (3, 4)"
+    ),
+    "a tensor too few, committed": (lambda f: tensors(f, lambda t: t.pop("exp_avg.a.m")), "exp_avg.a.m is not there"),
+    "a tensor too many, committed": (
+        lambda f: tensors(f, lambda t: t.update({"master.a.x": torch.zeros(1)})), "master.a.x is of no trained parameter"
+    ),
 }  # fmt: skip
 
 
@@ -96,7 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     act, reason = DAMAGE[damage]
     act(checkpoints / NEWEST)
     with caplog.at_level(logging.WARNING):
-        found = newest_checkpoint(checkpoints, FINGERPRINT)
+        found = newest_checkpoint(checkpoints, FINGERPRINT, SHAPES)
     assert found is not None and found[1].step == 4
     assert torch.equal(found[0]["master.a.m"], state(4)["master.a.m"])
     assert reason in caplog.text and NEWEST in caplog.text
@@ -105,14 +113,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 def test_without_a_good_checkpoint_the_stage_starts_at_its_beginning(checkpoints: Path) -> None:
     for folder in checkpoints.glob("step-*"):
         (folder / "COMMIT").unlink()
-    assert newest_checkpoint(checkpoints, FINGERPRINT) is None
-    assert newest_checkpoint(checkpoints / "not-there", FINGERPRINT) is None
+    assert newest_checkpoint(checkpoints, FINGERPRINT, SHAPES) is None
+    assert newest_checkpoint(checkpoints / "not-there", FINGERPRINT, SHAPES) is None
 
 
 def test_an_interrupted_checkpoint_is_replaced_by_the_next_try(checkpoints: Path) -> None:
     (checkpoints / NEWEST / "COMMIT").unlink()
     save(checkpoints, 6)
-    found = newest_checkpoint(checkpoints, FINGERPRINT)
+    found = newest_checkpoint(checkpoints, FINGERPRINT, SHAPES)
     assert found is not None and found[1].step == 6
 
 
@@ -132,7 +140,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_rubbish(size: int, c
     with no_file_above(size), pytest.raises(UserError, match=r"cannot write a checkpoint under .*: make room"):
         save(checkpoints, 30)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", NEWEST]
-    found = newest_checkpoint(checkpoints, FINGERPRINT)
+    found = newest_checkpoint(checkpoints, FINGERPRINT, SHAPES)
     assert found is not None and found[1].step == 6
 
 
@@ -210,7 +218,7 @@ def test_any_changed_byte_gives_the_right_state_or_none(
     }[kind]
     try:
         file.write_bytes(changed)
-        found = newest_checkpoint(folder / "checkpoints", FINGERPRINT)
+        found = newest_checkpoint(folder / "checkpoints", FINGERPRINT, SHAPES)
         assert found is None or all(torch.equal(found[0][name], tensor) for name, tensor in state(6).items())
         try:
             assert read_result(folder / "trained").adapter.digest() == a_result().adapter.digest()
