@@ -35,7 +35,7 @@ NODES_DEADLINE_S = 10.0
 """How long a run waits at its start for nodes that are on their way, before it says what is missing."""
 RECOVERY_DEADLINE_S = 120.0
 """The same after nodes were lost."""
-PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_")
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_", "HF_HOME")
 """How settings of the network libraries, of DeepSpeed and of the Hub begin, which workers on other nodes need too."""
 
 
