@@ -379,7 +379,7 @@ class _Driver:
             mixed=mixed,
             data_digests=digests,
             sealed=c.evaluation.sealed,
-            cache=str(home() / "cache"),
+            cache=str((self.storage if c.storage else home()) / "cache"),
         )
 
     # -- scores -------------------------------------------------------------------------------------------------

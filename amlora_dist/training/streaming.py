@@ -89,8 +89,8 @@ def sources_of(base: BaseModel, shards: Mapping[str, Path]) -> Sources | None:
     for name, shape in shapes.items():
         parts = [_shape(shards[part], part) for part in found.get(name, [])]
         whole = len(parts) == 1 and parts[0] == shape
-        ends = bool(parts) and all(part[1:] == shape[2:] for part in parts) and sum(map(math.prod, parts)) == math.prod(shape)
-        if not (whole or ends):
+        joined = bool(parts) and all(part[1:] == shape[2:] for part in parts)
+        if not whole and not (joined and sum(map(math.prod, parts)) == math.prod(shape)):
             return None
     return found
 
@@ -107,7 +107,7 @@ def _joined(model: Any, shards: Mapping[str, Path]) -> Sources:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     steps = {
-        pattern: ([type(step).__name__ for step in rule.operations], [getattr(step, "dim", None) for step in rule.operations])
+        pattern: [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
         for rule in converters
         for pattern in rule.source_patterns
     }
@@ -117,7 +117,7 @@ def _joined(model: Any, shards: Mapping[str, Path]) -> Sources:
         name, pattern = rename_source_key(tensor, renamings, converters)
         if pattern is None:
             parts.setdefault(name, {}).setdefault("", []).append(tensor)
-        elif steps[pattern] in ((["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"], [0, 1])):
+        elif steps[pattern] in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
             parts.setdefault(name, {}).setdefault(pattern, []).append(tensor)
     out: Sources = {}
     for name, groups in parts.items():
