@@ -43,8 +43,9 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         found, expected = str(config.min_workers), f"at most workers, which is {config.workers}"
         faults[("min_workers",)] = Fault("min_workers", found, expected)
     if config.storage is not None and "://" in config.storage:
-        expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
-        faults[("storage",)] = Fault("storage", shown(config.storage), expected, "artifacts go to object storage by MLflow")
+        expected = "a folder that all nodes mount: files in it are renamed and appended to, which object storage cannot"
+        hint = "artifacts go to object storage by MLflow; docs/cluster.md says why and what to use instead"
+        faults[("storage",)] = Fault("storage", shown(config.storage), expected, hint)
     sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
     share, uneven = divmod(config.training.batch_size, max(1, config.workers))
     micro = config.training.micro_batch_size or max(1, share)

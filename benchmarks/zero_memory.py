@@ -57,9 +57,11 @@ def main() -> None:
         measure(json.loads(arguments.work))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        lines = list(run(arguments, Path(folder)))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(lines, indent=2) + "\n")
+        lines = []
+        for line in run(arguments, Path(folder)):
+            lines.append(line)
+            if arguments.json:  # after every line: the large ones take minutes
+                arguments.json.write_text(json.dumps(lines, indent=2) + "\n")
     if any(not line["holds"] for line in lines):
         sys.exit("measured and planned differ by more than 5%, or loading took more than its bound")
 

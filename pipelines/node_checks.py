@@ -57,13 +57,16 @@ class Probe:
         }
 
     def write(self, storage: str, name: str, text: str) -> str | None:
-        """Write a file as checkpoints are written: aside, then renamed. What went wrong, or None."""
+        """Write a file as checkpoints are written, aside and then renamed, and append to it, as progress is told. What went
+        wrong, or None."""
         folder = Path(storage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{name}.{os.getpid()}"
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(text[:8], encoding="utf-8")
             aside.replace(folder / name)
+            with (folder / name).open("a", encoding="utf-8") as file:
+                file.write(text[8:])
         except OSError as error:
             return f"{error.strerror or error}".lower()
         return None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from amlora_dist.config import load_config, validate_config
-from amlora_dist.errors import FaultsError
+from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.training.work import StageWork
 from pipelines.preflight import Demand
 from pipelines.stage import Placement, _passed_on
 from tests.tiny_folder import write_config
@@ -44,13 +46,24 @@ def test_limits_and_storage_that_cannot_be_are_refused(tmp_path: Path) -> None:
         validate_config(config, ["storage=s3://bucket/x"])
 
 
+def test_a_node_that_does_not_have_the_base_model_says_so(tmp_path: Path) -> None:
+    where = {"source": "org/model", "revision": None, "path": str(tmp_path / "hub"), "digest": "", "encoder_decoder": False}
+    work = SimpleNamespace(base=where | {"model_type": "llama"})
+    with pytest.raises(UserError, match=r"'org/model' lies in .*hub where the driver runs.* nothing there.*HF_HOME"):
+        StageWork.base_model(work)  # type: ignore[arg-type]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    assert StageWork.base_model(work).path == tmp_path / "hub"  # type: ignore[arg-type]
+
+
 def test_settings_of_the_network_reach_workers_on_other_nodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
-    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    for name in ("SOMETHING_ELSE", "HF_TOKEN"):
+        monkeypatch.setenv(name, "x")
     passed = _passed_on()
     assert passed["NCCL_SOCKET_IFNAME"] == "eth0" and passed["GLOO_SOCKET_IFNAME"] == "eth1"
-    assert "SOMETHING_ELSE" not in passed
+    assert "SOMETHING_ELSE" not in passed and "HF_TOKEN" not in passed, "a secret is not put where a dashboard shows it"
     # A job's own variables reach its workers already; naming them twice is a conflict to Ray.
     job = {"runtime_env": {"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
