@@ -124,7 +124,8 @@ class Probe:
                 timeout=CONNECT_S, auth=(name, secret) if name else None,
             )  # fmt: skip
         except requests.RequestException as error:
-            return str(error).splitlines()[0][:200]
+            told = str(error).splitlines()[0]
+            return (told.partition("Caused by ")[2] or told)[:200]
         return None if answer.ok else f"{answer.status_code} {answer.reason}: {answer.text[:100].strip()}"
 
 

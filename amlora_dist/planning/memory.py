@@ -110,6 +110,8 @@ class Memory:
     """Most bytes on the host while this rank loads the base model."""
     nvme: int = 0
     """Bytes that this rank keeps on its node's disk."""
+    reader: int = 0
+    """Bytes that one rank of the cluster holds besides while it loads: for NVMe transformers reads, all of it on rank 0."""
 
     @property
     def gpu(self) -> int:
@@ -166,8 +168,7 @@ def memory_of(
     if layout.offload == "nvme" and zero == 3:
         host += size * SWAP_BUFFERS
         nvme, weights = weights, 0
-    # For NVMe transformers loads, and one rank reads everything.
-    loading = whole if zero < 3 or layout.offload == "nvme" else part + size * shape.largest_layer
+    loading = whole if zero < 3 else part + size * shape.largest_layer
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -177,6 +178,7 @@ def memory_of(
         host=host,
         loading=loading,
         nvme=nvme,
+        reader=whole if nvme else 0,
     )
 
 

@@ -137,7 +137,7 @@ def make_plan(
     def row(candidate: Layout, on: Cluster = cluster) -> Row:
         candidate = replace(candidate, ranks=on.gpus)
         memory = memory_of(shape, trained, candidate, size=recipe.size, length=longest, targets=targets, eager=eager)
-        host = on.gpus_per_node * max(memory.host, memory.loading)
+        host = on.gpus_per_node * max(memory.host, memory.loading) + memory.reader
         fits = memory.gpu <= on.gpu_memory and (on.host_memory is None or host <= on.host_memory)
         return Row(candidate, memory, fits, host)
 

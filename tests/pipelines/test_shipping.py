@@ -48,7 +48,9 @@ def test_too_much_is_refused_with_the_largest_files_named(tmp_path: Path, monkey
 
 
 def test_what_this_machines_own_runs_have_written_is_not_shipped(tmp_path: Path) -> None:
-    write(tmp_path, **{".amlora/mlflow.db": "x", "a.py": "x", "sub/.amlora/models/w": "x", "sub/__pycache__/a.pyc": "x"})
+    write(tmp_path, **{".amlora/mlflow.db": "x", "a.py": "x", "sub/.amlora/models/weights": "x"})
+    (tmp_path / "sub" / "__pycache__").mkdir()
+    (tmp_path / "sub" / "__pycache__" / "a.pyc").write_text("x")
     assert list(shipping.collect(tmp_path).files) == ["a.py"]
 
 

@@ -63,7 +63,7 @@ def test_offloading_moves_bytes_to_the_host_or_to_its_disk() -> None:
     assert of(2, offload="optimizer").weights == of(2).weights
     disk = of(3, offload="nvme")
     assert disk.weights == 0 and disk.nvme == of(3).weights and disk.host == 2 * 500_000_000, "the buffers on the way"
-    assert disk.loading == of(2).loading, "read whole: parts are streamed to memory only"
+    assert disk.reader == of(2).loading and moved.reader == 0, "read whole on one rank: parts are streamed to memory only"
 
 
 def test_activations_by_hand() -> None:
