@@ -41,11 +41,14 @@ def collect(folder: Path) -> Shipment:
     if not folder.is_dir():
         raise UserError(f"--working-dir: no folder {str(folder)!r}")
     files: dict[str, int] = {}
-    root = _root(folder)
-    below = f"{folder.resolve().relative_to(root).as_posix()}/" if folder.resolve() != root else ""
-    above = [Path(*folder.resolve().parts[:n]) for n in range(len(root.parts), len(folder.resolve().parts))]
-    outer = [Rules.of(place, f"{place.relative_to(root).as_posix()}/" if place != root else "") for place in above]
-    _walk(folder, below, [rules for rules in outer if rules], files, (folder.resolve(),))
+    inside, root = folder.resolve(), _root(folder)
+    places = [place for place in (*reversed(inside.parents), inside) if place.is_relative_to(root)]
+    ignoring = [rules for place in places[:-1] if (rules := Rules.of(place, _below(root, place)))]
+    below = _below(root, inside)
+    try:
+        _walk(folder, below, ignoring, files, (inside,))
+    except OSError as error:
+        raise UserError(f"--working-dir: cannot read {error.filename}: {error.strerror}") from error
     files = {name.removeprefix(below): size for name, size in files.items()}
     shipment = Shipment(folder, dict(sorted(files.items())))
     if shipment.size > MOST_BYTES:
@@ -63,6 +66,11 @@ def _root(folder: Path) -> Path:
     """The repository that ``folder`` lies in, whose ignore files speak of it too; itself where there is none."""
     inside = folder.resolve()
     return next((place for place in (inside, *inside.parents) if (place / ".git").exists()), inside)
+
+
+def _below(root: Path, folder: Path) -> str:
+    """What paths in ``folder`` begin with, seen from ``root``."""
+    return "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
 
 
 def _walk(folder: Path, below: str, ignoring: list[Rules], files: dict[str, int], above: tuple[Path, ...]) -> None:
