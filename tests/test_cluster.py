@@ -197,6 +197,32 @@ def test_every_command_and_option_exists() -> None:
         assert used <= options, (words, used - options)
 
 
+@pytest.mark.integration
+def test_every_flag_of_the_programs_that_are_started_exists() -> None:
+    from mlflow.cli import cli as mlflow
+    from ray.scripts.scripts import start, stop
+
+    def flags(command: Any) -> set[str]:
+        return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+    every = {container["name"]: container for _, document in ALL for container in containers(document)}
+    server = every["mlflow"]
+    assert server["command"] == ["mlflow", "server"]
+    used = {argument.partition("=")[0] for argument in server["args"]}
+    assert used <= flags(mlflow.commands["server"]), used - flags(mlflow.commands["server"])
+    launcher = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    for line in (*launcher["head_start_ray_commands"], *launcher["worker_start_ray_commands"]):
+        program, verb, *rest = line.split()
+        assert program == "ray" and verb in ("start", "stop")
+        used = {word.partition("=")[0] for word in rest}
+        assert used <= flags({"start": start, "stop": stop}[verb]), line
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        spec = documents(KUBERAY / name)[0]["spec"]
+        spec = spec.get("rayClusterSpec", spec)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert {f"--{key}" for key in group["rayStartParams"]} <= flags(start)
+
+
 def test_every_configuration_that_is_named_exists_and_every_override_is_a_key() -> None:
     from amlora_dist.config import load_config
 
