@@ -2,9 +2,10 @@
 
 A sequence of two tasks is run by ``amlora run`` on two workers; the same model, adapter, rows and batches are then
 trained by a loop in plain PyTorch + DeepSpeed, two processes with gloo, without Ray, MLflow, checkpoints and progress.
+Compared is the first stage, from its second step on, without the trunk's cache, which the loop does not have.
 
-    python benchmarks/overhead.py            # the demo's model and rows
-    python benchmarks/overhead.py --quick    # a tiny random model
+    python benchmarks/overhead.py --json overhead.json     # the demo's model and rows
+    python benchmarks/overhead.py --quick                  # a tiny random model
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,28 +28,36 @@ RANKS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny random model: shows that it runs, no figure")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3, help="of the plain loop; the fastest counts")
+    parser.add_argument("--json", type=Path, help="write what is printed there, too")
+    parser.add_argument("--rounds", type=int, help="of the plain loop; default 3, with --quick 1")
     parser.add_argument("--loop", help=argparse.SUPPRESS)
+    parser.add_argument("--timed", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.loop:
         plain_loop(json.loads(arguments.loop))
         return
+    if arguments.timed:
+        timed_run(Path(arguments.timed[0]), arguments.timed[1:])
+        return
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config, overrides = quick_run(folder) if arguments.quick else (REPOSITORY / "configs" / "demo.yaml", TWO_TASKS)
-        told = measure_run(folder, config, overrides)
-        plain = max((measure_loop(folder, told["work"]) for _ in range(arguments.rounds)), key=lambda r: r["rate"])
-    stages = told["stages"]
-    rate = max(stage["tokens_per_second"] for stage in stages)
+        told = measure_run(folder, config, [*overrides, "training.cache_trunk=false"])
+        plain = [measure_loop(folder, told["work"])["rate"] for _ in range(rounds)]
     out = {
-        "tokens_per_second": {"amlora": rate, "plain": plain["rate"], "ratio": rate / plain["rate"]},
+        "tokens_per_second": {
+            "amlora": told["rate"], "plain_fastest": max(plain), "plain_median": statistics.median(plain),
+            "ratio_to_fastest": told["rate"] / max(plain), "ratio_to_median": told["rate"] / statistics.median(plain),
+        },
         "first_step_after_seconds": told["first_step"],
         "first_step_split": told["start"],
         "between_stages_seconds": told["between"],
         "between_stages_split": told["between_split"],
-    }
-    print(json.dumps(out, indent=2) if arguments.json else shown(out))
+    }  # fmt: skip
+    print(shown(out))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(out, indent=2) + "\n")
 
 
 TWO_TASKS = ["tasks=[helpdesk/email_route,helpdesk/chat_mood]", "evaluation.untrained=false", "evaluation.oracle=false"]
@@ -59,6 +69,34 @@ def quick_run(folder: Path) -> tuple[Path, list[str]]:
     from tests.tiny_folder import write_config
 
     return write_config(folder, tasks=("colours", "shapes"), workers=RANKS, deepspeed={"zero_stage": 2}), []
+
+
+def timed_run(spans: Path, arguments: list[str]) -> None:
+    """``amlora`` itself, with the times of what its driver does written to ``spans``, a line each."""
+    import functools
+
+    from pipelines import cli, publication, stage
+
+    def timed(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def outer(*given: Any, **more: Any) -> Any:
+            began = time.time()
+            try:
+                return inner(*given, **more)
+            finally:
+                with spans.open("a") as file:
+                    file.write(json.dumps({"what": name, "began": began, "ended": time.time()}) + "\n")
+
+        setattr(owner, name, outer)
+
+    timed(stage.RayCluster, "ready")
+    timed(stage.RayCluster, "run")
+    timed(publication.Publication, "upload_scores")
+    timed(publication.Publication, "publish")
+    sys.argv = ["amlora", *arguments]
+    cli.main()
 
 
 def shown(out: dict[str, Any]) -> str:
@@ -73,44 +111,58 @@ def shown(out: dict[str, Any]) -> str:
 
 
 def measure_run(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run it, and read the times from the workers' own progress files."""
-    home = folder / "home"
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(config), *overrides, "--run-id", "overhead", "--json"]
+    """Run it, and read the times from the driver's spans and the workers' own progress files."""
+    home, spans = folder / "home", folder / "spans.jsonl"
+    command = [
+        sys.executable, __file__, "--timed", str(spans), "run", str(config), *overrides, "--run-id", "overhead", "--json",
+    ]  # fmt: skip
     environment = os.environ | {"AMLORA_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
     began = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    result = json.loads(done.stdout)
+    driver = [json.loads(line) for line in spans.read_text().splitlines()]
+    ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
     events = []
-    for stage in result["stages"]:
+    for stage in json.loads(done.stdout)["stages"]:
         file = home / "storage" / "stages" / stage["fingerprint"] / "progress.jsonl"
         events.append([json.loads(line) for line in file.read_text().splitlines()])
 
-    def at(stage: int, kind: str, last: bool = False) -> float:
-        found = [event["time"] for event in events[stage] if event["kind"] == kind]
-        return float(found[-1] if last else found[0])
+    def at(stage: int, kind: str) -> float:
+        return float(next(event["time"] for event in events[stage] if event["kind"] == kind))
 
-    def split(stage: int, start: float) -> dict[str, float]:
-        worker = next(event for event in events[stage] if event["kind"] == "worker")
-        first = next(event for event in events[stage] if event["kind"] == "step")
+    def worker(stage: int) -> dict[str, float]:
+        """From the moment that the driver hands the stage to Ray Train."""
+        first = next(event for event in events[stage] if event["kind"] == "worker")
         return {
-            "driver": worker["process"] - start,
-            "Ray starts the worker": worker["entered"] - worker["process"],
-            "imports in the worker": worker["time"] - worker["entered"],
-            "model and engine": at(stage, "trainable") - worker["time"],
+            "Ray: controller and workers": first["entered"] - runs[stage]["began"],
+            "imports in the worker": first["time"] - first["entered"],
+            "loading the model, engine": at(stage, "trainable") - first["time"],
             "features of the rows": at(stage, "statistics") - at(stage, "trainable"),
-            "first step": first["time"] - at(stage, "statistics"),
+            "first step": at(stage, "step") - at(stage, "statistics"),
         }
 
+    steps = [event for event in events[0] if event["kind"] == "step"]
     left = max(event["time"] for event in events[0])
+    gap = [span for span in driver if runs[0]["ended"] <= span["began"] < runs[1]["began"]]
+    publishing = sum(span["ended"] - span["began"] for span in gap if span["what"] in ("upload_scores", "publish"))
     return {
-        "stages": result["stages"],
+        "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
         "work": {"config": str(config), "overrides": overrides, "home": str(home)},
         "first_step": at(0, "step") - began,
-        "start": split(0, began),
+        "start": {
+            "imports and checks in the driver": ready[0]["began"] - began,
+            "Ray: starting the cluster": ready[0]["ended"] - ready[0]["began"],
+            "driver": runs[0]["began"] - ready[0]["ended"],
+            **worker(0),
+        },
         "between": at(1, "step") - left,
-        "between_split": split(1, left),
+        "between_split": {
+            "Ray: ending the workers": runs[0]["ended"] - left,
+            "publishing": publishing,
+            "driver": runs[1]["began"] - runs[0]["ended"] - publishing,
+            **worker(1),
+        },
     }
 
 
@@ -173,13 +225,10 @@ def plain_loop(work: dict[str, Any]) -> None:
         },
     )  # fmt: skip
     gate = torch.ones(size, 1)
-    began, tokens, warm = 0.0, 0, 2
+    began, tokens = 0.0, 0
     for epoch in range(config.training.epochs):
         order = epoch_order(len(rows), seed=0, stage=name, epoch=epoch)
         for start in range(0, len(order) - config.training.batch_size + 1, config.training.batch_size):
-            if warm:
-                warm -= 1
-                began, tokens = time.monotonic(), 0
             batch = sorted((rows[i] for i in order[start : start + config.training.batch_size]), key=lambda r: len(r.prompt))
             mine = batch[work["rank"] :: RANKS]
             tensors = collate(mine, pad_id=tokenizer.pad_token_id, side="left")
@@ -189,6 +238,9 @@ def plain_loop(work: dict[str, Any]) -> None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -(keep - 1) :].flatten(), ignore_index=-100)
             engine.backward(loss)
             engine.step()
+            if not began:  # the first step warms up
+                began = time.monotonic()
+                continue
             tokens += sum(len(row.prompt) + len(row.target) for row in batch)
     print(json.dumps({"rate": tokens / (time.monotonic() - began)}))
 

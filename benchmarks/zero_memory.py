@@ -4,9 +4,12 @@ Two (or more) processes with gloo load a random Llama as a stage loads it, injec
 training step, and count the bytes they hold: parameters, gradients, optimizer state. Under ZeRO-3 the largest resident
 memory while loading is compared with partition + largest layer + 256 MiB above what the process had after its imports.
 
-    python benchmarks/zero_memory.py                                  # 0.7 B parameters, fp32 and bf16, 2 ranks
-    python benchmarks/zero_memory.py --quick                          # 5 M parameters, some seconds a line
-    python benchmarks/zero_memory.py --like llama-3-70b --layers 2 --vocabulary 1024 --dtype bf16 --zero 3
+    python benchmarks/zero_memory.py --json memory.json               # 0.7 B parameters, fp32 and bf16, 2 ranks
+    python benchmarks/zero_memory.py --quick                          # 5 M parameters, all stages in the same two processes
+    python benchmarks/zero_memory.py --like llama-3-70b --layers 2 --vocabulary 1024 --dtype bf16 --zero 3 --stage
+
+``--stage`` lets the checkpoint go through ``amlora run`` as well: one whole stage under ZeRO-3 on two workers of Ray, with
+training, scoring and publication.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 SLACK = 256 * MIB
 RANK, TASKS = 8, 2
@@ -44,16 +49,19 @@ def main() -> None:
     parser.add_argument("--zero", action="append", type=int, choices=[0, 1, 2, 3], help="default: all")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the random checkpoint is written; default: a temporary folder")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--stage", action="store_true", help="also run one stage on it, through Ray and under ZeRO-3")
+    parser.add_argument("--json", type=Path, help="write what is printed there, too")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         measure(json.loads(arguments.work))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        lines = list(run(arguments, Path(folder)))
-    if arguments.json:
-        print(json.dumps(lines, indent=2))
+        lines = []
+        for line in run(arguments, Path(folder)):
+            lines.append(line)
+            if arguments.json:  # after every line: the large ones take minutes
+                arguments.json.write_text(json.dumps(lines, indent=2) + "\n")
     if any(not line["holds"] for line in lines):
         sys.exit("measured and planned differ by more than 5%, or loading took more than its bound")
 
@@ -69,15 +77,21 @@ def run(arguments: argparse.Namespace, folder: Path) -> Iterable[dict[str, Any]]
         values["num_hidden_layers"] = arguments.layers or values["num_hidden_layers"]
         values["vocab_size"] = arguments.vocabulary or values["vocab_size"]
     for dtype in arguments.dtype or ["fp32", "bf16"]:
-        model = folder / dtype
+        model = folder / dtype / "model-llama"
+        model.mkdir(parents=True)
         write_model(model, values, dtype)
-        for zero in arguments.zero or [0, 1, 2, 3]:
-            line = compare(model, dtype, zero, arguments.ranks)
-            if not arguments.json:
+        wanted = arguments.zero or [0, 1, 2, 3]
+        # Fresh processes for each stage, as a run has them, for what one leaves behind would serve the next; the imports
+        # are all that --quick would wait for.
+        for zeros in [wanted] if arguments.quick else [[zero] for zero in wanted]:
+            for line in compare(model, dtype, zeros, arguments.ranks):
                 show(line)
+                yield line
+        if arguments.stage:
+            line = run_one_stage(model, dtype)
+            print(" ".join(f"{key.replace('_', ' ')} {value}" for key, value in line.items()), flush=True)
             yield line
-        for file in model.iterdir():
-            file.unlink()
+        shutil.rmtree(model)
 
 
 def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
@@ -100,7 +114,7 @@ def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def compare(model: Path, dtype: str, zero: int, ranks: int) -> dict[str, Any]:
+def compare(model: Path, dtype: str, zeros: list[int], ranks: int) -> Iterable[dict[str, Any]]:
     """Measured, beside planned."""
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
     from amlora_dist.base_model import ModelSettings
@@ -111,21 +125,54 @@ def compare(model: Path, dtype: str, zero: int, ranks: int) -> dict[str, Any]:
     old = RANK * shape.adapter_width
     trained = Trained(new=old + len(shape.targets), old=old)
     size = 2 if dtype == "bf16" else 4
-    planned = memory_of(shape, trained, Layout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False)
     began = time.monotonic()
-    told = processes(model, dtype, zero, ranks)
-    worst = {key: max(rank[key] for rank in told) for key in told[0]}
-    line: dict[str, Any] = {"dtype": dtype, "zero": zero, "ranks": ranks, "parameters": shape.parameters}
-    holds = True
-    for key in ("weights", "gradients", "optimizer"):
-        expected = getattr(planned, key)
-        line[key] = {"measured": worst[key], "planned": expected}
-        holds = holds and abs(worst[key] - expected) <= 0.05 * expected
-    line["loading"] = {"measured": worst["loading"]}
-    if zero == 3:
-        line["loading"]["bound"] = planned.loading + SLACK
-        holds = holds and worst["loading"] <= planned.loading + SLACK
-    return line | {"holds": holds, "seconds": round(time.monotonic() - began, 1)}
+    told = processes(model, dtype, zeros, ranks)
+    seconds = round((time.monotonic() - began) / len(zeros), 1)
+    for place, zero in enumerate(zeros):
+        planned = memory_of(
+            shape, trained, Layout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False
+        )  # fmt: skip
+        worst = {key: max(rank[place][key] for rank in told) for key in told[0][place]}
+        line: dict[str, Any] = {"dtype": dtype, "zero": zero, "ranks": ranks, "parameters": shape.parameters}
+        holds = True
+        for key in ("weights", "gradients", "optimizer"):
+            expected = getattr(planned, key)
+            line[key] = {"measured": worst[key], "planned": expected}
+            holds = holds and abs(worst[key] - expected) <= 0.05 * expected
+        line["loading"] = {"measured": worst["loading"]}
+        if zero == 3:
+            line["loading"] |= {"bound": planned.loading + SLACK, "partition": planned.weights}
+            line["loading"]["largest_layer"] = size * shape.largest_layer
+            holds = holds and worst["loading"] <= planned.loading + SLACK
+        yield line | {"holds": holds, "seconds": seconds}
+
+
+def run_one_stage(model: Path, dtype: str) -> dict[str, Any]:
+    """One task of four rows learned, scored and published by ``amlora run`` on two workers under ZeRO-3."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.tiny_folder import write_config, write_tokenizer
+
+    write_tokenizer(model, closes_prompts=False)
+    config = write_config(
+        model.parent, tasks=("colours",), workers=2, dtype=dtype, adapters={"rank": RANK}, deepspeed={"zero_stage": 3},
+        task_defaults={"max_length": 24, "max_train": 4, "max_test": 2}, evaluation={"untrained": False, "oracle": False},
+        training={"epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(config), "--run-id", "stage", "--json"]
+    home = model.parent / "home"
+    environment = os.environ | {"AMLORA_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the stage failed with exit code {done.returncode}, see above")
+    (stage,) = json.loads(done.stdout)["stages"]
+    trained = json.loads((home / "storage" / "stages" / stage["fingerprint"] / "trained" / "training.json").read_text())
+    return {
+        "stage": stage["task"], "dtype": dtype, "zero": 3, "ranks": 2, "steps": trained["step"],
+        "losses": [round(loss, 4) for loss in trained["losses"]], "train_seconds": round(stage["train_seconds"], 1),
+        "score_seconds": round(stage["score_seconds"], 1), "version": stage["version"],
+        "seconds": round(time.monotonic() - began, 1), "holds": True,
+    }  # fmt: skip
 
 
 def show(line: dict[str, Any]) -> None:
@@ -140,12 +187,12 @@ def show(line: dict[str, Any]) -> None:
     print(" ".join(parts), "holds" if line["holds"] else "DOES NOT HOLD", flush=True)
 
 
-def processes(model: Path, dtype: str, zero: int, ranks: int) -> list[dict[str, int]]:
-    """One fresh process for each rank."""
+def processes(model: Path, dtype: str, zeros: list[int], ranks: int) -> list[list[dict[str, int]]]:
+    """One fresh process for each rank; what each says of each ZeRO stage."""
     with tempfile.TemporaryDirectory() as meeting:
         started = []
         for rank in range(ranks):
-            work = {"model": str(model), "dtype": dtype, "zero": zero, "rank": rank, "ranks": ranks, "meet": meeting}
+            work = {"model": str(model), "dtype": dtype, "zeros": zeros, "rank": rank, "ranks": ranks, "meet": meeting}
             environment = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1", "DEEPSPEED_LOG_LEVEL": "error", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
@@ -159,9 +206,19 @@ def processes(model: Path, dtype: str, zero: int, ranks: int) -> list[dict[str, 
 
 
 def measure(work: dict[str, Any]) -> None:
-    """One rank: prints what it holds."""
-    import torch
+    """One rank: prints what it holds under each ZeRO stage."""
     import torch.distributed as dist
+
+    from amlora_dist.training.zero import join_process_group
+
+    dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=work["ranks"])
+    join_process_group()
+    print(json.dumps([measured(work, zero) for zero in work["zeros"]]))
+
+
+def measured(work: dict[str, Any], zero: int) -> dict[str, int]:
+    """Bytes by kind, at the worst moment of loading and of one training step."""
+    import torch
 
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import NewAdapter, inject
@@ -171,19 +228,17 @@ def measure(work: dict[str, Any]) -> None:
     from amlora_dist.training.optimizer import parameter_groups
     from amlora_dist.training.settings import TrainingSettings
     from amlora_dist.training.streaming import load_partitioned
-    from amlora_dist.training.zero import DeepSpeedEngine, deepspeed_config, join_process_group
+    from amlora_dist.training.zero import DeepSpeedEngine, deepspeed_config
 
-    dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=work["ranks"])
-    join_process_group()
     dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
-    section = {"zero_optimization": {"stage": work["zero"]}}
+    section = {"zero_optimization": {"stage": zero}}
     config = deepspeed_config(section, dtype=dtype, micro=1, accumulation=1, world=work["ranks"], clip=1.0)
     base = BaseModel("random", None, Path(work["model"]), "", False, "llama")
     import transformers.models.llama.modeling_llama  # noqa: F401  what loading imports is not what it loads
 
     before = memory("VmRSS")
     forget_peak()
-    if work["zero"] == 3:
+    if zero == 3:
         model: Any = load_partitioned(base, config, dtype=dtype, attention="sdpa")
     else:
         model = load_model(base, dtype=dtype, attention="sdpa")
@@ -218,7 +273,7 @@ def measure(work: dict[str, Any]) -> None:
     own = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     states = [t for state in client.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
     held["optimizer"] = unique([t for t in (*masters, *states) if t.untyped_storage().data_ptr() not in own])
-    print(json.dumps(held | {"loading": loading}))
+    return held | {"loading": loading}
 
 
 def gradient_bytes(engine: Any) -> int:

@@ -6,6 +6,7 @@ import json
 import shlex
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def examine_cluster(jobs: Jobs, storage: str | None, tracking_uri: str | None, w
     command = ["python", "-m", "pipelines.node_checks", "--storage", storage]
     if tracking_uri:
         command += ["--tracking-uri", tracking_uri]
-    job_id = f"amlora-doctor-{time.strftime('%Y%m%d-%H%M%S')}"
+    job_id = f"amlora-doctor-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with tempfile.TemporaryDirectory(prefix="amlora-doctor-") as aside:
         archive = Path(aside) / "working_dir.zip"
         pack(collect(working_dir), archive)

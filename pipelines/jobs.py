@@ -143,6 +143,8 @@ class Jobs:
                 if "already exists" in str(error):
                     return False
                 raise UserError(f"{self.address} does not take the job: {_line(error)}") from error
+            except (TypeError, ValueError) as error:  # Ray's own checks of the runtime environment, before it sends it
+                raise UserError(f"--runtime-env: {_line(error)}") from error
         return True
 
     def logs(self, job_id: str) -> str:

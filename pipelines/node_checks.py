@@ -6,19 +6,22 @@ Started as a job by ``amlora doctor --address``; prints one JSON object a line b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -28,6 +31,9 @@ MARK = "amlora-check: "
 PACKAGES = ("amlora-dist", "ray", "torch", "transformers", "deepspeed", "mlflow", "safetensors")
 DEADLINE_S = 120.0
 CONNECT_S = 5.0
+DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Stores that MLflow reaches without a server of its own, and where they listen."""
+Ask = Callable[..., dict[str, Any]]
 
 
 class Probe:
@@ -44,18 +50,23 @@ class Probe:
             "memory": psutil.virtual_memory().available,
             "shared_memory": _free(Path("/dev/shm")),
             "disk": _free(Path(storage)),
+            "local_disk": _free(Path(tempfile.gettempdir())),
             "gpus": _gpus(),
             "files": _open_files(),
+            "hub": os.environ.get("HF_HOME"),
         }
 
     def write(self, storage: str, name: str, text: str) -> str | None:
-        """Write a file as checkpoints are written: aside, then renamed. What went wrong, or None."""
+        """Write a file as checkpoints are written, aside and then renamed, and append to it, as progress is told. What went
+        wrong, or None."""
         folder = Path(storage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{name}.{os.getpid()}"
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(text[:8], encoding="utf-8")
             aside.replace(folder / name)
+            with (folder / name).open("a", encoding="utf-8") as file:
+                file.write(text[8:])
         except OSError as error:
             return f"{error.strerror or error}".lower()
         return None
@@ -71,7 +82,8 @@ class Probe:
 
     def remove(self, storage: str, name: str) -> None:
         """Take the own file away again."""
-        (Path(storage) / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (Path(storage) / name).unlink()
 
     def listen(self) -> tuple[str, int]:
         """Address that others can try, as gloo and NCCL will: any free port."""
@@ -91,22 +103,36 @@ class Probe:
         return out
 
     def mlflow(self, uri: str) -> str | None:
-        """Why MLflow cannot be reached from here; None if it can."""
+        """Why MLflow cannot be used from here; None if it can."""
         if uri.startswith("sqlite:///"):
             file = Path(uri.removeprefix("sqlite:///"))
             return None if file.parent.is_dir() else f"no folder {file.parent}"
+        where = urlsplit(uri)
+        if port := DATABASES.get(where.scheme.partition("+")[0]):
+            try:
+                socket.create_connection((where.hostname or "", where.port or port), timeout=CONNECT_S).close()
+            except OSError as error:
+                return f"{where.hostname}: {error.strerror or error}".lower()
+            return None
         import requests
 
+        # Not /health: a server answers that to anybody, and refuses the rest to a host name it was not told.
+        name, secret = (os.environ.get(f"MLFLOW_TRACKING_{what}", "") for what in ("USERNAME", "PASSWORD"))
         try:
-            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_S)
+            answer = requests.get(
+                f"{uri.rstrip('/')}/api/2.0/mlflow/registered-models/search", params={"max_results": 1},
+                timeout=CONNECT_S, auth=(name, secret) if name else None,
+            )  # fmt: skip
         except requests.RequestException as error:
-            return str(error).splitlines()[0][:200]
-        return None if answer.ok else f"{answer.status_code} {answer.reason}"
+            told = str(error).splitlines()[0]
+            return (told.partition("Caused by ")[2] or told)[:200]
+        return None if answer.ok else f"{answer.status_code} {answer.reason}: {answer.text[:100].strip()}"
 
 
 def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
     """All checks of all nodes of the cluster that this process is connected to."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
@@ -118,16 +144,33 @@ def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
     if len(set(names.values())) < len(names):
         names = {node: f"{name} {node[:6]}" for node, name in names.items()}
 
-    def ask(method: str, *arguments: Any) -> dict[str, Any]:
-        waiting = {node: getattr(probe, method).remote(*arguments) for node, probe in probes.items()}
-        return {node: ray.get(ref, timeout=DEADLINE_S) for node, ref in waiting.items()}
+    silent: dict[str, str] = {}
+
+    def ask(method: str, *arguments: Any, own: dict[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
+        """Every node's answer; one that gives none is not asked again."""
+        deadline = time.monotonic() + DEADLINE_S
+        waiting = {
+            node: getattr(probe, method).remote(*arguments, *(own or {}).get(node, ())) for node, probe in probes.items()
+        }
+        out: dict[str, Any] = {}
+        for node, ref in waiting.items():
+            try:
+                out[node] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
+            except RayError as error:
+                silent[node] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                del probes[node]
+        return out
 
     yield Check("nodes", "ok", f"{len(nodes)}: {', '.join(names.values())}")
     facts = ask("facts", storage)
-    yield from _versions(facts, names)
+    if facts:
+        yield from _versions(facts, names)
     for node, found in facts.items():
         yield from _machine(names[node], found)
-    yield from _storage(storage, probes, names, ask)
+        yield _graphics(names[node], found["gpus"], nodes[node]["Resources"].get("GPU", 0.0))
+    if len(facts) > 1:
+        yield from _hub(storage, facts, names)
+    yield from _storage(storage, list(probes), names, ask)
     if tracking_uri:
         for node, fault in ask("mlflow", tracking_uri).items():
             mend = "open the port to this node, start the server, or allow its name (--allowed-hosts)" if fault else ""
@@ -137,6 +180,9 @@ def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
         told = "; ".join(f"{names[other]}: {why}" for other, why in unreachable.items())
         mend = "open all TCP ports between the nodes: gloo and NCCL choose them freely" if unreachable else ""
         yield Check(f"{names[node]} ports", "bad" if unreachable else "ok", told or "reaches every node", mend)
+    for node, reason in silent.items():
+        mend = "see whether it lives (`ray list nodes`) and runs the same image, start it again"
+        yield Check(f"{names[node]} node", "bad", f"gave no answer: {reason}", mend)
 
 
 def _versions(facts: dict[str, Any], names: dict[str, str]) -> Iterator[Check]:
@@ -156,6 +202,7 @@ def _machine(name: str, found: dict[str, Any]) -> Iterator[Check]:
         ("memory", "memory", ENOUGH_MEMORY, "end something, or take fewer workers a node"),
         ("shared memory", "shared_memory", ENOUGH_SHARED_MEMORY, "start the container with a larger /dev/shm (--shm-size)"),
         ("disk", "disk", ENOUGH_DISK, "make room on the storage"),
+        ("local disk", "local_disk", ENOUGH_DISK, "make room: Ray keeps logs, packages and spilled objects there"),
     ):
         free = found[key]
         if free is not None:
@@ -164,21 +211,39 @@ def _machine(name: str, found: dict[str, Any]) -> Iterator[Check]:
     fine = found["files"] is None or found["files"] >= ENOUGH_FILES
     if not fine:
         yield Check(f"{name} open files", "warn", str(found["files"]), f"ulimit -n {ENOUGH_FILES * 4}")
-    yield Check(f"{name} GPUs", "ok", ", ".join(found["gpus"]) or "none")
 
 
-def _storage(storage: str, probes: dict[str, Any], names: dict[str, str], ask: Any) -> Iterator[Check]:
+def _graphics(name: str, found: list[str], offered: float) -> Check:
+    """``found``: names of the GPUs that torch sees; ``offered``: how many Ray counts."""
+    counted = Counter(found)
+    told = ", ".join(f"{count} x {kind}" for kind, count in counted.items()) or "none"
+    if offered > len(found):
+        mend = "take the image with CUDA, start its container with the GPUs (--gpus=all), look at the driver's version"
+        return Check(f"{name} GPUs", "bad", f"Ray counts {offered:g}, torch sees {told}", mend)
+    return Check(f"{name} GPUs", "ok", told + (f"; Ray offers {offered:g}" if offered < len(found) else ""))
+
+
+def _hub(storage: str, facts: dict[str, Any], names: dict[str, str]) -> Iterator[Check]:
+    """The driver fetches a base model from the Hub into ``HF_HOME``, and workers on every node read it there."""
+    places = {node: fact["hub"] for node, fact in facts.items()}
+    if len(set(places.values())) == 1 and None not in places.values():
+        yield Check("HF_HOME", "ok", str(next(iter(places.values()))))
+        return
+    told = "; ".join(f"{names[node]}: {place or 'not set'}" for node, place in places.items())
+    mend = f"for base models from the Hub set it on every node to one shared folder, such as {Path(storage) / 'huggingface'}"
+    yield Check("HF_HOME", "warn", told, mend)
+
+
+def _storage(storage: str, nodes: list[str], names: dict[str, str], ask: Ask) -> Iterator[Check]:
     """Every node writes a file, then every node looks for all of them."""
-    import ray
-
     run = uuid.uuid4().hex[:8]
-    written = {node: (f"amlora-doctor-{run}-{node[:12]}", uuid.uuid4().hex) for node in probes}
-    waiting = {node: probe.write.remote(storage, *written[node]) for node, probe in probes.items()}
-    faults = {node: ray.get(ref, timeout=DEADLINE_S) for node, ref in waiting.items()}
-    expected = {name: text for node, (name, text) in written.items() if faults[node] is None}
+    written = {node: (f"amlora-doctor-{run}-{node[:12]}", uuid.uuid4().hex) for node in nodes}
+    faults = ask("write", storage, own=written)
+    expected = {name: text for node, (name, text) in written.items() if faults.get(node, "silent") is None}
     by_file = {name: node for node, (name, _) in written.items()}
     missing = ask("sees", storage, expected)
-    for node in probes:
+    ask("remove", storage, own={node: (name,) for node, (name, _) in written.items()})
+    for node in missing:
         if faults[node]:
             mend = "mount it there, writable by this user"
             yield Check(f"{names[node]} storage", "bad", f"{storage}: {faults[node]}", mend)
@@ -188,7 +253,6 @@ def _storage(storage: str, probes: dict[str, Any], names: dict[str, str], ask: A
             yield Check(f"{names[node]} storage", "bad", f"{storage}: does not see what was written on {others}", mend)
         else:
             yield Check(f"{names[node]} storage", "ok", f"{storage}: writable and shared")
-    ray.get([probe.remove.remote(storage, written[node][0]) for node, probe in probes.items()], timeout=DEADLINE_S)
 
 
 def _version(package: str) -> str | None:
@@ -212,12 +276,10 @@ def _read(file: Path) -> str | None:
 
 
 def _gpus() -> list[str]:
+    """Names, one for each GPU."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    counted = Counter(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
-    return [f"{count} x {name}" for name, count in counted.items()]
+    return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def _open_files() -> int | None:
@@ -237,7 +299,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import ray
 
-    ray.init(log_to_driver=False)
+    # Older versions of Ray hide a node's GPUs from whoever asks for none of them, as the probes do.
+    ray.init(log_to_driver=False, runtime_env={"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}})
     for check in examine_nodes(arguments.storage, arguments.tracking_uri):
         fields = {"name": check.name, "state": check.state, "found": check.found, "mend": check.mend}
         print(MARK + json.dumps(fields), flush=True)

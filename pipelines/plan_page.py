@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.task import TaskSpec
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+OFFLOADED = {
+    "none": "", "optimizer": " + optimizer on the host", "parameters": " + weights on the host",
+    "both": " + both on the host", "nvme": " + weights on NVMe",
+}  # fmt: skip
 CHARACTERS_PER_TOKEN = 3
 """Of a label's text: the tokenizer is not there yet, and this counts rather too many tokens."""
 
@@ -83,12 +87,16 @@ def plan_of(
     if bandwidth is None:
         bandwidth = 25.0 if cluster.nodes > 1 else 300.0
     machine = Machine(gpus=cluster.gpus, tflops=tflops, utilisation=utilisation, bandwidth=bandwidth)
-    return make_plan(
+    made = make_plan(
         shape_of(config.model, config.adapters, config.router),
         [_task_shape(config, spec, rows) for spec in specs],
         recipe, layout, cluster, machine,
         eager=config.model.attention == "eager", whole_parameters=method.reads_parameters,
     )  # fmt: skip
+    if config.workers != cluster.gpus:
+        told = f"workers: {config.workers} in the configuration, planned are {cluster.gpus}: run with workers={cluster.gpus}"
+        made.remarks.append(told)
+    return made
 
 
 def _configuration(file: Path, overrides: list[str] | None) -> tuple[RunConfig, list[TaskSpec]]:
@@ -151,13 +159,14 @@ def show_plan(plan: Plan) -> None:
     for row in plan.rows:
         m = row.memory
         chosen = (row.layout.zero, row.layout.offload) == (plan.configured.layout.zero, plan.configured.layout.offload)
-        name = f"{row.layout.zero}" + ("" if row.layout.offload == "none" else f" + offload {row.layout.offload}")
+        name = f"{row.layout.zero}{OFFLOADED[row.layout.offload]}"
         amounts = (m.weights, m.gradients, m.optimizer, m.activations, m.buffers, m.gpu, row.host_per_node)
         table.add_row(
             name + (" *" if chosen else ""), *(f"{n / GIB:,.3f}" for n in amounts), "yes" if row.fits else "no"
         )
     console.print(table)
     console.print("* as configured; host/node: while loading, or by offloading, whichever is more\n", markup=False)
+    _show_activations(plan)
     _show_stages(plan)
     for remark in plan.remarks:
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
@@ -170,6 +179,23 @@ def show_plan(plan: Plan) -> None:
         console.print("does not fit, whatever is changed; take a smaller model or larger GPUs", markup=False)
 
 
+def _show_activations(plan: Plan) -> None:
+    console = console_for()
+    console.print("Activations of one GPU, GiB, without | with checkpointing, by tokens of a row", soft_wrap=True)
+    lengths = sorted({entry["length"] for entry in plan.activations})
+    by = {(entry["micro_batch"], entry["length"]): entry for entry in plan.activations}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("micro-batch", no_wrap=True)
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right", no_wrap=True)
+    for micro in sorted({micro for micro, _ in by}):
+        cells = [by[micro, length] for length in lengths]
+        told = (f"{cell['without'] / GIB:,.3f} | {cell['with_checkpointing'] / GIB:,.3f}" for cell in cells)
+        table.add_row(str(micro), *told)
+    console.print(table)
+    console.print()
+
+
 def _show_stages(plan: Plan) -> None:
     console = console_for()
     machine, total = plan.machine, plan.totals()
@@ -179,18 +205,21 @@ def _show_stages(plan: Plan) -> None:
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "steps", "tokens", "PFLOP", "gathered", "checkpoints", "version", "training h", "scoring h"):
+    for heading in (
+        "stage", "steps", "tokens", "PFLOP", "gathered", "bank", "checkpoints", "version", "training h", "scoring h"
+    ):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in plan.stages:
         table.add_row(
             f"{stage.index} {stage.task}", f"{stage.steps:,}", f"{stage.tokens:,}",
             f"{(stage.training_flops + stage.scoring_flops) / 1e15:,.1f}", f"{stage.gathered_bytes / 1e12:,.2f} TB",
-            f"{stage.checkpoint_bytes / 1e6:,.1f} MB", f"{stage.registry_bytes / 1e6:,.1f} MB",
+            f"{plan.recipe.size * stage.bank / 1e6:,.1f} MB", f"{stage.checkpoint_bytes / 1e6:,.1f} MB",
+            f"{stage.registry_bytes / 1e6:,.1f} MB",
             f"{stage.training_hours:.2f}", f"{stage.scoring_hours:.2f}",
         )  # fmt: skip
     table.add_row(
         "all", f"{total['steps']:,}", f"{total['tokens']:,}", f"{total['flops'] / 1e15:,.1f}",
-        f"{sum(s.gathered_bytes for s in plan.stages) / 1e12:,.2f} TB", "", f"{total['registry_bytes'] / 1e6:,.1f} MB",
+        f"{sum(s.gathered_bytes for s in plan.stages) / 1e12:,.2f} TB", "", "", f"{total['registry_bytes'] / 1e6:,.1f} MB",
         f"{total['training_hours']:.2f}", f"{total['scoring_hours']:.2f}",
     )  # fmt: skip
     console.print(table)

@@ -393,9 +393,14 @@ class _Driver:
             mixed=mixed,
             data_digests=digests,
             sealed=c.evaluation.sealed,
-            cache=str(home() / "cache"),
+            cache=str(self._cache()),
             mirror=self._mirror(fingerprint),
         )
+
+    def _cache(self) -> Path:
+        """The trunk's cache: where the nodes share a folder, there."""
+        shared = self.config.storage is not None and storage_of(self.config)[1] is None
+        return (self.storage if shared else home()) / "cache"
 
     def _mirror(self, fingerprint: str) -> str | None:
         """Where a stage's checkpoints are copied to."""

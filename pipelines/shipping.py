@@ -11,13 +11,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pathspec import GitIgnoreSpec
-
 from amlora_dist.errors import UserError
+from pipelines.ignoring import Rules, excluded
 
 MOST_BYTES = 100_000_000
 NAMED = 5
-NEVER = (".git", "__pycache__")
+NEVER = (".git", ".amlora", "__pycache__")
+"""Nobody's cargo: history, what this machine's own runs have written, and compiled code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,15 @@ def collect(folder: Path) -> Shipment:
     if not folder.is_dir():
         raise UserError(f"--working-dir: no folder {str(folder)!r}")
     files: dict[str, int] = {}
-    _walk(folder, "", [], files)
+    inside, root = folder.resolve(), _root(folder)
+    places = [place for place in (*reversed(inside.parents), inside) if place.is_relative_to(root)]
+    ignoring = [rules for place in places[:-1] if (rules := Rules.of(place, _below(root, place)))]
+    below = _below(root, inside)
+    try:
+        _walk(folder, below, ignoring, files, (inside,))
+    except OSError as error:
+        raise UserError(f"--working-dir: cannot read {error.filename}: {error.strerror}") from error
+    files = {name.removeprefix(below): size for name, size in files.items()}
     shipment = Shipment(folder, dict(sorted(files.items())))
     if shipment.size > MOST_BYTES:
         largest = sorted(files.items(), key=lambda item: -item[1])[:NAMED]
@@ -54,30 +62,34 @@ def collect(folder: Path) -> Shipment:
     return shipment
 
 
-def _walk(folder: Path, below: str, ignoring: list[tuple[str, GitIgnoreSpec]], files: dict[str, int]) -> None:
-    """Add the files of ``folder``; ``ignoring``: the ``.gitignore`` files above, with the folder each stands in."""
-    rules = folder / ".gitignore"
-    if rules.is_file():
-        ignoring = [*ignoring, (below, GitIgnoreSpec.from_lines(rules.read_text(encoding="utf-8").splitlines()))]
+def _root(folder: Path) -> Path:
+    """The repository that ``folder`` lies in, whose ignore files speak of it too; itself where there is none."""
+    inside = folder.resolve()
+    return next((place for place in (inside, *inside.parents) if (place / ".git").exists()), inside)
+
+
+def _below(root: Path, folder: Path) -> str:
+    """What paths in ``folder`` begin with, seen from ``root``."""
+    return "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+
+
+def _walk(folder: Path, below: str, ignoring: list[Rules], files: dict[str, int], above: tuple[Path, ...]) -> None:
+    """Add the files of ``folder``; ``ignoring``: what the ignore files above say; ``above``: the folders on the way, so
+    that a link to one of them ends there."""
+    if rules := Rules.of(folder, below):
+        ignoring = [*ignoring, rules]
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             name = f"{below}{entry.name}"
-            inner = entry.is_dir(follow_symlinks=False)
-            if entry.name in NEVER or _ignored(name + "/" * inner, ignoring):
+            inner = entry.is_dir()
+            if entry.name in NEVER or excluded(name, inner, ignoring):
                 continue
             if inner:
-                _walk(Path(entry.path), f"{name}/", ignoring, files)
+                place = Path(entry.path).resolve()
+                if place not in above:
+                    _walk(Path(entry.path), f"{name}/", ignoring, files, (*above, place))
             elif entry.is_file():
                 files[name] = entry.stat().st_size
-
-
-def _ignored(name: str, ignoring: list[tuple[str, GitIgnoreSpec]]) -> bool:
-    """As git decides it: the innermost file that says anything about a path is right."""
-    for below, spec in reversed(ignoring):
-        said = spec.check_file(name.removeprefix(below)).include
-        if said is not None:
-            return bool(said)
-    return False
 
 
 def pack(shipment: Shipment, target: Path) -> None:
@@ -85,7 +97,11 @@ def pack(shipment: Shipment, target: Path) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name in shipment.files:
             source = shipment.folder / name
+            try:
+                content, mode = source.read_bytes(), source.stat().st_mode
+            except OSError as error:
+                raise UserError(f"--working-dir: cannot read {source}: {error.strerror}") from error
             entry = zipfile.ZipInfo(name)  # dated 1980: time of day is no content
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (source.stat().st_mode & 0o777) << 16
-            archive.writestr(entry, source.read_bytes())
+            entry.external_attr = (mode & 0o777) << 16
+            archive.writestr(entry, content)

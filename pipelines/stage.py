@@ -35,7 +35,7 @@ NODES_DEADLINE_S = 10.0
 """How long a run waits at its start for nodes that are on their way, before it says what is missing."""
 RECOVERY_DEADLINE_S = 120.0
 """The same after nodes were lost."""
-PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_")
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_", "HF_HOME")
 """How settings of the network libraries, of DeepSpeed and of the Hub begin, which workers on other nodes need too."""
 
 
@@ -110,10 +110,23 @@ class RayCluster:
         """
         self._start()
         deadline = time.monotonic() + preflight.deadline_s(RECOVERY_DEADLINE_S if again else NODES_DEADLINE_S)
-        while lacking := preflight.missing(self._placement.demand, preflight.in_cluster()):
-            if self._own or time.monotonic() > deadline:
-                preflight.refuse(lacking)
-            time.sleep(0.5)
+        asked: list[dict[str, float]] = []
+        try:
+            while lacking := preflight.missing(self._placement.demand, supply := preflight.in_cluster()):
+                if self._own or time.monotonic() > deadline:
+                    preflight.refuse(lacking)
+                if (bundles := self._bundles(supply)) != asked:
+                    _ask_for(bundles)
+                    asked = bundles
+                time.sleep(0.5)
+        finally:
+            if asked:
+                _ask_for([])  # the stage's own workers keep the nodes from here on
+
+    def _bundles(self, supply: preflight.Supply) -> list[dict[str, float]]:
+        """What the workers will take, for an autoscaler; as CPUs where no node with a GPU has come yet."""
+        demand = self._placement.demand
+        return [{"GPU": demand.gpu_share} if supply.gpus else {"CPU": 1.0}] * demand.workers
 
     def run(self, work: StageWork, on_event: OnEvent, attempt: int, watch: Callable[[], None]) -> None:
         """Run one stage on fresh workers; ``watch`` is called twice a second and may raise to end it.
@@ -217,6 +230,14 @@ class RayCluster:
 
     def _threads(self, gpus: bool, workers: int) -> int:
         return 0 if gpus else self._placement.threads or max(1, (os.cpu_count() or 1) // workers)
+
+
+def _ask_for(bundles: list[dict[str, float]]) -> None:
+    """Tell the cluster's autoscaler what is waited for: it adds nodes for what is asked, and nothing asks before the nodes
+    are there. A cluster of fixed size takes no notice."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
 
 
 def _passed_on() -> dict[str, str]:

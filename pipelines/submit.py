@@ -162,8 +162,12 @@ def runtime_env_from(file: Path | None) -> dict[str, Any]:
         raise UserError(f"--runtime-env: {file}: expected a mapping such as `pip: [...]`")
     if "working_dir" in value:
         raise UserError(f"--runtime-env: {file}: working_dir is given by --working-dir")
-    if not isinstance(value.get("env_vars", {}), dict):
+    variables = value.get("env_vars", {})
+    if not isinstance(variables, dict):
         raise UserError(f"--runtime-env: {file}: env_vars: expected a mapping of strings")
+    for key, given in variables.items():
+        if not isinstance(key, str) or not isinstance(given, str):
+            raise UserError(f"--runtime-env: {file}: env_vars.{key}: found {given!r}, expected a string: quote it")
     return value
 
 

@@ -64,7 +64,9 @@ def version() -> str:
 
 def pinned(package: str) -> str:
     text = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    return re.search(rf"^{package}==(.*)$", text, re.MULTILINE)[1]
+    found = re.search(rf"^{package}==(.*)$", text, re.MULTILINE)
+    assert found, f"{package} is not in constraints.txt"
+    return found[1]
 
 
 def everything() -> str:
@@ -195,6 +197,32 @@ def test_every_command_and_option_exists() -> None:
         assert used <= options, (words, used - options)
 
 
+@pytest.mark.integration
+def test_every_flag_of_the_programs_that_are_started_exists() -> None:
+    from mlflow.cli import cli as mlflow
+    from ray.scripts.scripts import start, stop
+
+    def flags(command: Any) -> set[str]:
+        return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+    every = {container["name"]: container for _, document in ALL for container in containers(document)}
+    server = every["mlflow"]
+    assert server["command"] == ["mlflow", "server"]
+    used = {argument.partition("=")[0] for argument in server["args"]}
+    assert used <= flags(mlflow.commands["server"]), used - flags(mlflow.commands["server"])
+    launcher = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    for line in (*launcher["head_start_ray_commands"], *launcher["worker_start_ray_commands"]):
+        program, verb, *rest = line.split()
+        assert program == "ray" and verb in ("start", "stop")
+        used = {word.partition("=")[0] for word in rest}
+        assert used <= flags({"start": start, "stop": stop}[verb]), line
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        spec = documents(KUBERAY / name)[0]["spec"]
+        spec = spec.get("rayClusterSpec", spec)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert {f"--{key}" for key in group["rayStartParams"]} <= flags(start)
+
+
 def test_every_configuration_that_is_named_exists_and_every_override_is_a_key() -> None:
     from amlora_dist.config import load_config
 
@@ -213,8 +241,9 @@ def test_every_environment_variable_is_read_by_somebody() -> None:
     sources = [*(REPOSITORY / "amlora_dist").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")]
     own = "\n".join(file.read_text(encoding="utf-8") for file in sources)
     manifests = "\n".join(file.read_text(encoding="utf-8") for file in MANIFESTS)
-    # What the programs in the containers read: PostgreSQL's and MinIO's images, pip, Python, CUDA's runtime, NCCL.
-    others = re.compile(r"(POSTGRES_|PGDATA|MINIO_ROOT_|PIP_|PYTHON|NVIDIA_|NCCL_|AWS_|PATH$)")
+    # What the programs in the containers read: PostgreSQL's and MinIO's images, pip, Python, CUDA's runtime, NCCL, the Hub's
+    # client.
+    others = re.compile(r"(POSTGRES_|PGDATA|MINIO_ROOT_|PIP_|PYTHON|NVIDIA_|NCCL_|AWS_|HF_(HOME|TOKEN)$|PATH$)")
     ray_files = Path(ray.__file__).parent
     for name in sorted(named):
         if others.match(name) or name in own or f"$({name})" in manifests:
@@ -250,6 +279,40 @@ def test_a_retried_job_is_the_same_run() -> None:
     job = documents(KUBERAY / "rayjob.yaml")[0]["spec"]
     assert job["backoffLimit"] >= 1 and "--run-id llama3-70b" in job["entrypoint"] and "$(" not in job["entrypoint"]
     assert "storage=/mnt/shared/" in job["entrypoint"], "what it resumes from outlives the cluster"
+
+
+def test_the_pod_that_hands_a_job_over_passes_the_network_policy() -> None:
+    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
+    rules = [r for r in policies["amlora-ray"]["ingress"] if {"port": 8265, "protocol": "TCP"} in r.get("ports", [])]
+    admitted = [peer["podSelector"]["matchLabels"] for rule in rules for peer in rule["from"] if "podSelector" in peer]
+    template = documents(KUBERAY / "rayjob.yaml")[0]["spec"]["submitterPodTemplate"]
+    assert template["metadata"]["labels"] in admitted
+    assert template["spec"]["restartPolicy"] == "Never", "a Job's pod must say so"
+    (container,) = template["spec"]["containers"]
+    assert "command" not in container, "KubeRay's own, with the token"
+
+
+def test_what_the_driver_fetches_from_the_hub_lies_where_all_nodes_read_it() -> None:
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        every = containers(documents(KUBERAY / name)[0])
+        nodes = [container for container in every if container["name"] in ("ray-head", "ray-worker")]
+        assert len(nodes) == 3
+        for node in nodes:
+            variables = {entry["name"]: entry for entry in node["env"]}
+            mounted = {mount["mountPath"] for mount in node["volumeMounts"] if mount["name"] == "shared"}
+            for variable in ("HF_HOME", "AMLORA_HOME"):
+                assert any(variables[variable]["value"].startswith(f"{place}/") for place in mounted)
+            assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"] is True
+    launcher = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))["docker"]["run_options"]
+    assert "--volume=/mnt/shared:/mnt/shared" in launcher and "--env=HF_HOME=/mnt/shared/huggingface" in launcher
+
+
+def test_everything_that_an_image_installs_has_one_version() -> None:
+    installed = re.findall(r"pip install (.*)", DOCKERFILE)
+    assert installed and all("-c constraints.txt" in line or "-c /tmp/constraints.txt" in line for line in installed)
+    names = {word for line in installed for word in re.findall(r"(?<= )([a-z][a-z0-9-]+)(?= |$)", line.split("&&")[0])}
+    for name in names - {"constraints"}:
+        assert pinned(name), name
 
 
 def test_every_container_asks_for_resources_and_ray_is_not_reachable_by_all() -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from amlora_dist.planning.shapes import Shape
 
@@ -32,11 +32,14 @@ FRAGMENTATION = 0.05
 """Share of the planned bytes that the allocator loses. An assumption."""
 BUCKET = 500_000_000
 LIVE = 1_000_000_000
-PREFETCH = 50_000_000
 PERSISTENT = 100_000
-"""DeepSpeed's defaults, in elements: reduce bucket, gathered parameters kept, gathered ahead, never partitioned."""
+SWAP_BUFFERS = 5 * 100_000_000
+"""DeepSpeed's defaults, in elements: reduce bucket, gathered parameters kept, never partitioned; on the host on the way to
+and from NVMe."""
 
-Offload = Literal["none", "optimizer", "parameters"]
+Offload = Literal["none", "optimizer", "parameters", "both", "nvme"]
+"""What leaves the GPU: the optimizer's state to the host (ZeRO 1 to 3), the weights to the host (ZeRO-3), both, or the
+weights to the node's NVMe disk (ZeRO-3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,6 @@ class Layout:
     zero: int
     ranks: int
     offload: Offload = "none"
-    """``parameters`` keeps weights and optimizer state on the host (ZeRO-3), ``optimizer`` its state only (ZeRO 1 to 3)."""
     checkpointing: bool = False
     micro_batch: int = 1
     """Examples of one forward pass of one rank."""
@@ -67,11 +69,11 @@ class Layout:
             value = given.get(name, given.get(f"stage3_{name}", default))
             return default if value == "auto" else int(value)
 
-        offload: Offload = "none"
-        if _device(given, "offload_optimizer"):
-            offload = "optimizer"
-        if _device(given, "offload_param"):
-            offload = "parameters"
+        optimizer, parameters = _device(given, "offload_optimizer"), _device(given, "offload_param")
+        offload: Offload = "none" if optimizer == "none" or zero == 0 else "optimizer"
+        if parameters != "none" and zero == 3:
+            offload = "both" if offload == "optimizer" else "parameters"
+            offload = "nvme" if parameters == "nvme" else offload
         return cls(
             zero=zero,
             ranks=ranks,
@@ -88,8 +90,8 @@ class Layout:
         return replace(self, zero=zero, offload=offload)
 
 
-def _device(section: Mapping[str, Any], name: str) -> bool:
-    return str((section.get(name) or {}).get("device", "none")) != "none"
+def _device(section: Mapping[str, Any], name: str) -> str:
+    return str((section.get(name) or {}).get("device", "none"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,10 @@ class Memory:
     """Bytes that offloading keeps on the host for this rank."""
     loading: int
     """Most bytes on the host while this rank loads the base model."""
+    nvme: int = 0
+    """Bytes that this rank keeps on its node's disk."""
+    reader: int = 0
+    """Bytes that one rank of the cluster holds besides while it loads: for NVMe transformers reads, all of it on rank 0."""
 
     @property
     def gpu(self) -> int:
@@ -152,13 +158,16 @@ def memory_of(
     if zero > 0:
         staged = size * layout.bucket
         buffers += staged * (2 if layout.overlap and zero < 3 else 1)
-    host = 0
-    if layout.offload != "none" and zero > 0:
+    host = nvme = 0
+    if layout.offload in ("optimizer", "both") and zero > 0:
         host += optimizer + 4 * -(-t // w)  # and the fp32 gradients that the host's step reads
         optimizer = 0
-    if layout.offload == "parameters" and zero == 3:
+    if layout.offload in ("parameters", "both") and zero == 3:
         host += weights
         weights = 0
+    if layout.offload == "nvme" and zero == 3:
+        host += size * SWAP_BUFFERS
+        nvme, weights = weights, 0
     loading = whole if zero < 3 else part + size * shape.largest_layer
     return Memory(
         weights=weights,
@@ -168,6 +177,8 @@ def memory_of(
         buffers=buffers,
         host=host,
         loading=loading,
+        nvme=nvme,
+        reader=whole if nvme else 0,
     )
 
 
@@ -207,3 +218,22 @@ def activations(shape: Shape, layout: Layout, *, size: int, length: int, targets
     # Logits at the answers only: as computed, in fp32, their log-softmax, and the gradients of the first two.
     logits = layout.micro_batch * (targets + 1) * shape.vocabulary * (2 * size + 12)
     return tokens * kept + logits
+
+
+def activation_table(
+    shape: Shape, layout: Layout, *, size: int, lengths: Sequence[int], targets: int, eager: bool
+) -> list[dict[str, int]]:
+    """Bytes of activations by rows of a micro-batch and tokens of a row, without and with checkpointing."""
+    micros = sorted({1, 2, 4, 8, layout.micro_batch})
+    return [
+        {"micro_batch": micro, "length": length}
+        | {
+            name: activations(
+                shape, replace(layout, micro_batch=micro, checkpointing=keep), size=size, length=length,
+                targets=min(targets, length), eager=eager,
+            )
+            for name, keep in (("without", False), ("with_checkpointing", True))
+        }
+        for micro in micros
+        for length in lengths
+    ]  # fmt: skip

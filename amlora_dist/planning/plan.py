@@ -6,7 +6,7 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.planning.memory import GIB, Layout, Memory, Offload, Trained, memory_of
+from amlora_dist.planning.memory import GIB, Layout, Memory, Offload, Trained, activation_table, memory_of
 from amlora_dist.planning.work import Machine, Recipe, StageWork, TaskShape, stages
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SMALL_BUCKET = 50_000_000
 MOST_NODES = 1024
 CHOICES: tuple[tuple[int, Offload], ...] = (
     (0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"),
-    (3, "parameters"),
+    (3, "parameters"), (3, "both"), (3, "nvme"),
 )  # fmt: skip
 """ZeRO stages and offloads that are compared."""
 
@@ -61,6 +61,8 @@ class Plan:
     stages: list[StageWork]
     mend: dict[str, Any] | None
     remarks: list[str]
+    activations: list[dict[str, int]]
+    """``memory.activation_table`` for the longest row of the tasks, and for shorter ones."""
 
     def to_json(self) -> dict[str, Any]:
         """Bytes, counts, FLOPs and hours under names that say so."""
@@ -76,6 +78,7 @@ class Plan:
             "machine": asdict(self.machine),
             "configured": _row_json(self.configured),
             "memory": [_row_json(row) for row in self.rows],
+            "activations": self.activations,
             "stages": [asdict(stage) for stage in self.stages],
             "totals": self.totals(),
             "fits": self.configured.fits,
@@ -134,7 +137,7 @@ def make_plan(
     def row(candidate: Layout, on: Cluster = cluster) -> Row:
         candidate = replace(candidate, ranks=on.gpus)
         memory = memory_of(shape, trained, candidate, size=recipe.size, length=longest, targets=targets, eager=eager)
-        host = on.gpus_per_node * max(memory.host, memory.loading)
+        host = on.gpus_per_node * max(memory.host, memory.loading) + memory.reader
         fits = memory.gpu <= on.gpu_memory and (on.host_memory is None or host <= on.host_memory)
         return Row(candidate, memory, fits, host)
 
@@ -165,22 +168,22 @@ def make_plan(
     rows = [
         row(layout.with_zero(zero, offload)) for zero, offload in CHOICES if not (whole_parameters and zero == 3)
     ]
-    return Plan(
-        shape, cluster, machine, recipe, configured, rows, work, mend, _remarks(shape, recipe, layout, configured, cluster)
+    table = activation_table(
+        shape, layout, size=recipe.size, lengths=sorted({-(-longest // n) for n in (4, 2, 1)}), targets=targets, eager=eager
     )
+    remarks = _remarks(shape, recipe, layout, configured, cluster)
+    return Plan(shape, cluster, machine, recipe, configured, rows, work, mend, remarks, table)
 
 
-def _distance(before: Layout, after: Layout) -> tuple[int, int, int, int, int]:
+def _distance(before: Layout, after: Layout) -> tuple[int, int, bool, int, int]:
     """How much a change asks for: first how many keys change, then the kind that costs least time."""
-    offload = ("none", "optimizer", "parameters").index(after.offload)
-    changed = (
-        after.bucket != before.bucket,
-        after.zero != before.zero,
+    return (
+        len(_changes(before, after, 0, 0)),
+        ("none", "optimizer", "parameters", "both", "nvme").index(after.offload),
         after.checkpointing != before.checkpointing,
-        after.micro_batch != before.micro_batch,
-        after.offload != before.offload,
+        after.zero,
+        before.micro_batch - after.micro_batch,
     )
-    return sum(changed), offload, changed[2], after.zero, before.micro_batch - after.micro_batch
 
 
 def _changes(before: Layout, after: Layout, nodes: int, needed: int) -> dict[str, Any]:
@@ -195,10 +198,21 @@ def _changes(before: Layout, after: Layout, nodes: int, needed: int) -> dict[str
         out["training.gradient_checkpointing"] = after.checkpointing
     if after.micro_batch != before.micro_batch:
         out["training.micro_batch_size"] = after.micro_batch
-    if after.offload != before.offload:
-        name = "offload_param" if after.offload == "parameters" else "offload_optimizer"
-        out[f"deepspeed.zero_optimization.{name}.device"] = "cpu"
+    then, now = _devices(before), _devices(after)
+    for name in ("offload_optimizer", "offload_param"):
+        if now[name] != then[name]:
+            out[f"deepspeed.zero_optimization.{name}.device"] = now[name]
+    if now["offload_param"] == "nvme" != then["offload_param"]:
+        out["deepspeed.zero_optimization.offload_param.nvme_path"] = "/local/nvme"
     return out
+
+
+def _devices(layout: Layout) -> dict[str, str]:
+    """DeepSpeed's keys for where the optimizer's state and the weights are."""
+    parameters = {"parameters": "cpu", "both": "cpu", "nvme": "nvme"}.get(layout.offload, "none")
+    return {
+        "offload_optimizer": "cpu" if layout.offload in ("optimizer", "both") else "none", "offload_param": parameters
+    }  # fmt: skip
 
 
 def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, cluster: Cluster) -> list[str]:

@@ -173,9 +173,8 @@ def _scoring(
 ) -> tuple[float, float]:
     """Prompts read once and answers decoded token by token, for the cells that ``evaluation`` asks for."""
     last = index == len(tasks)
-    scored = list(tasks if recipe.cells == "all" or last else tasks[: index + 1])
-    if recipe.cells == "last" and not last:
-        scored = []
+    upto = {"all": len(tasks), "last": index if last else 0, "seen": index}.get(recipe.cells, index + 1)
+    scored = list(tasks[:upto])
     if recipe.untrained and index == 1:
         scored += tasks
     if recipe.oracle and last:

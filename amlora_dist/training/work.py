@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,19 @@ class StageWork:
         return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 
     def base_model(self) -> BaseModel:
-        return BaseModel(**{**self.base, "path": Path(self.base["path"])})
+        """The base model, which lies in the folder where the driver found it.
+
+        Raises:
+            UserError: this node has no such folder.
+        """
+        path = Path(self.base["path"])
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.source: {self.base['source']!r} lies in {path} where the driver runs, and node {platform.node()} has"
+                " nothing there; put it into a folder that all nodes share: for a model from the Hub set HF_HOME to one on"
+                " every node, for a package's AMLORA_HOME"
+            )
+        return BaseModel(**{**self.base, "path": path})
 
     def spec(self, task: str) -> TaskSpec:
         return read_mapping(self.tasks[task], origin=Path(f"task {task}"))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from amlora_dist.config import load_config, validate_config
-from amlora_dist.errors import FaultsError
+from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.training.work import StageWork
+from pipelines import preflight
 from pipelines.preflight import Demand
-from pipelines.stage import Placement, _passed_on
+from pipelines.stage import Placement, RayCluster, _passed_on
 from tests.tiny_folder import write_config
 
 
@@ -44,13 +48,46 @@ def test_limits_and_storage_that_cannot_be_are_refused(tmp_path: Path) -> None:
         validate_config(config, ["storage=s3://bucket/x"])
 
 
+def test_a_cluster_that_grows_is_asked_for_what_is_waited_for_and_then_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = placement_of(write_config(tmp_path, tasks=("colours",), workers=2), fewest=2)
+    memory = {"memory": 64 << 30, "largest_node": 64 << 30}
+    none, one = preflight.Supply(cpus=0, gpus=0, **memory), preflight.Supply(cpus=16, gpus=1, **memory)
+    grows = iter([none, none, one, preflight.Supply(cpus=32, gpus=2, **memory)])
+    asked: list[Any] = []
+    monkeypatch.setattr(preflight, "in_cluster", lambda: next(grows))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    cluster = RayCluster(placement, verbose=False)
+    monkeypatch.setattr(cluster, "_start", lambda: None)
+    cluster.ready(again=True)
+    assert asked == [[{"CPU": 1.0}] * 2, [{"GPU": 1.0}] * 2, []]
+
+    monkeypatch.setattr(preflight, "in_cluster", lambda: none)
+    monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", "0.1")
+    with pytest.raises(UserError, match="can never fit"):
+        cluster.ready(again=False)
+    assert asked[3:] == [[{"CPU": 1.0}] * 2, []], "what was asked for is taken back"
+
+
+def test_a_node_that_does_not_have_the_base_model_says_so(tmp_path: Path) -> None:
+    where = {"source": "org/model", "revision": None, "path": str(tmp_path / "hub"), "digest": "", "encoder_decoder": False}
+    work = SimpleNamespace(base=where | {"model_type": "llama"})
+    with pytest.raises(UserError, match=r"'org/model' lies in .*hub where the driver runs.* nothing there.*HF_HOME"):
+        StageWork.base_model(work)  # type: ignore[arg-type]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    assert StageWork.base_model(work).path == tmp_path / "hub"  # type: ignore[arg-type]
+
+
 def test_settings_of_the_network_reach_workers_on_other_nodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
-    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    for name in ("SOMETHING_ELSE", "HF_TOKEN"):
+        monkeypatch.setenv(name, "x")
     passed = _passed_on()
     assert passed["NCCL_SOCKET_IFNAME"] == "eth0" and passed["GLOO_SOCKET_IFNAME"] == "eth1"
-    assert "SOMETHING_ELSE" not in passed
+    assert "SOMETHING_ELSE" not in passed and "HF_TOKEN" not in passed, "a secret is not put where a dashboard shows it"
     # A job's own variables reach its workers already; naming them twice is a conflict to Ray.
     job = {"runtime_env": {"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))

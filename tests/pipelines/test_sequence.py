@@ -149,3 +149,11 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     assert [stage["reused"] for stage in other["stages"]] == [False, False], "trained anew, in an empty store"
     assert [stage["fingerprint"] for stage in other["stages"]] == [stage["fingerprint"] for stage in plain["stages"]]
     assert outcome(other, elsewhere)["adapters"] == digests
+
+
+def test_one_setting_moves_checkpoints_and_the_trunks_cache_to_a_folder_that_nodes_share(tmp_path: Path, home: Path) -> None:
+    config, shared = write_config(tmp_path, tasks=("colours",)), tmp_path / "shared"
+    quick = ("training.epochs=1", "training.cache_trunk=true", "evaluation.untrained=false", "evaluation.oracle=false")
+    run(config, "shared", f"storage={shared}", *quick)
+    assert list(shared.glob("stages/*/checkpoints/*/COMMIT")) and list(shared.glob("cache/trunk/*/*/*"))
+    assert not (home / "storage").exists() and not (home / "cache" / "trunk").exists()

@@ -47,6 +47,13 @@ def test_too_much_is_refused_with_the_largest_files_named(tmp_path: Path, monkey
         shipping.collect(tmp_path / "nowhere")
 
 
+def test_what_this_machines_own_runs_have_written_is_not_shipped(tmp_path: Path) -> None:
+    write(tmp_path, **{".amlora/mlflow.db": "x", "a.py": "x", "sub/.amlora/models/weights": "x"})
+    (tmp_path / "sub" / "__pycache__").mkdir()
+    (tmp_path / "sub" / "__pycache__" / "a.pyc").write_text("x")
+    assert list(shipping.collect(tmp_path).files) == ["a.py"]
+
+
 def test_equal_files_make_an_equal_archive(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", a="1", sub__b="2"), write(tmp_path / "two", sub__b="2", a="1")
     for folder in (one, two):
@@ -79,7 +86,10 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--env: found 'A', expected KEY=VALUE"):
         environment_from(["A"])
     assert runtime_env_from(None) == {}
-    wrong = {"[1]": "expected a mapping", "working_dir: x": "given by --working-dir", "a: [": "cannot read"}
+    wrong = {
+        "[1]": "expected a mapping", "working_dir: x": "given by --working-dir", "a: [": "cannot read",
+        "env_vars: [1]": "expected a mapping", "env_vars: {A: 1}": "env_vars.A: found 1, expected a string: quote it",
+    }  # fmt: skip
     for text, message in wrong.items():
         file = tmp_path / "env.yaml"
         file.write_text(text)

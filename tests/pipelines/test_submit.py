@@ -6,12 +6,16 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from amlora_dist.errors import UserError
+from pipelines.jobs import Jobs
 from tests.ray_nodes import Nodes
 from tests.tiny_folder import write_config
 
@@ -71,6 +75,24 @@ def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_pa
     assert [(job["id"], job["run_id"], job["attempt"]) for job in listed] == [("job-1", "job", 1), ("job-2", "job", 2)]
     assert listed[1]["status"] == "SUCCEEDED" and listed[0]["status"] in ("STOPPED", "FAILED")
     assert amlora(nodes, tmp_path, "logs", "job-2").stdout.endswith(done.stdout[-200:])
+
+
+def test_of_two_who_submit_at_the_same_moment_one_starts_the_job(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", nodes.environment["RAY_AUTH_TOKEN_PATH"])
+    cluster, both = Jobs(nodes.address), threading.Barrier(2)
+
+    def submit(_: int) -> bool:
+        both.wait(timeout=30)
+        return cluster.submit("twin-1", "echo once", {}, {"amlora_run_id": "twin"})
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(submit, range(2))) == [False, True]
+    assert [(job.id, job.attempt) for job in cluster.of_run("twin")] == [("twin-1", 1)]
+    told: list[str] = []
+    assert cluster.follow("twin-1", told.append).status == "SUCCEEDED"
+    assert "".join(told).count("once") == 1
+    with pytest.raises(UserError, match=r"--runtime-env: .*pip"):
+        cluster.submit("twin-2", "true", {"pip": 3}, {})
 
 
 def test_the_jobs_exit_code_is_the_commands(nodes: Nodes, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.adapters.targets import find_targets
 from amlora_dist.base_model import ModelSettings
-from amlora_dist.planning.memory import Layout, Trained, activations, memory_of
+from amlora_dist.planning.memory import Layout, Trained, activation_table, activations, memory_of
 from amlora_dist.planning.shapes import Shape, shape_of
 from amlora_dist.planning.work import forward_flops
 
@@ -51,13 +51,19 @@ def test_llama_3_8b_on_eight_gpus_by_hand() -> None:
     assert of(3).loading == of(3).weights + 2 * 218_112_000, "its part, and one layer"
 
 
-def test_offloading_moves_bytes_to_the_host() -> None:
+def test_offloading_moves_bytes_to_the_host_or_to_its_disk() -> None:
     t = 1_703_936
     moved = of(3, offload="parameters")
-    assert moved.weights == moved.optimizer == 0
-    assert moved.host == of(3).weights + (12 + 4) * t // 8
+    assert moved.weights == 0 and moved.optimizer == of(3).optimizer, "DeepSpeed moves what it is told to, no more"
+    assert moved.host == of(3).weights
+    both = of(3, offload="both")
+    assert both.weights == both.optimizer == 0
+    assert both.host == of(3).weights + (12 + 4) * t // 8
     assert of(2, offload="optimizer").host == (12 + 4) * t // 8
     assert of(2, offload="optimizer").weights == of(2).weights
+    disk = of(3, offload="nvme")
+    assert disk.weights == 0 and disk.nvme == of(3).weights and disk.host == 2 * 500_000_000, "the buffers on the way"
+    assert disk.reader == of(2).loading and moved.reader == 0, "read whole on one rank: parts are streamed to memory only"
 
 
 def test_activations_by_hand() -> None:
@@ -74,6 +80,26 @@ def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
     }}  # fmt: skip
     made = Layout.of(section, zero=3, ranks=4, micro_batch=1, checkpointing=True)
     assert made == Layout(3, 4, "parameters", True, 1, 7, 8, False, 9)
+
+    def offload(zero: int, **devices: str) -> str:
+        given = {"zero_optimization": {name: {"device": device} for name, device in devices.items()}}
+        return Layout.of(given, zero=zero, ranks=4, micro_batch=1, checkpointing=False).offload
+
+    assert offload(3, offload_param="cpu", offload_optimizer="cpu") == "both"
+    assert offload(3, offload_param="nvme") == "nvme"
+    assert offload(2, offload_param="cpu", offload_optimizer="cpu") == "optimizer", "weights stay where they are whole"
+    assert offload(0, offload_optimizer="cpu") == "none"
+
+
+def test_activations_are_told_by_rows_and_tokens_with_and_without_checkpointing() -> None:
+    layout = Layout(zero=3, ranks=8, micro_batch=3)
+    table = activation_table(eight_b(), layout, size=2, lengths=[130, 520], targets=8, eager=False)
+    assert [(e["micro_batch"], e["length"]) for e in table] == [(b, n) for b in (1, 2, 3, 4, 8) for n in (130, 520)]
+    by = {(e["micro_batch"], e["length"]): e for e in table}
+    assert by[2, 520] == {
+        "micro_batch": 2, "length": 520, "without": of(2).activations,
+        "with_checkpointing": of(2, checkpointing=True).activations,
+    }  # fmt: skip
 
 
 def tiny(tmp_path: Path, attention: str, dtype: torch.dtype) -> tuple[Shape, Any, Any]:

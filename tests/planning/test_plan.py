@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def planned(zero: int = 2, memory: float = 80, **more: Any) -> Plan:
 def test_a_run_that_fits_needs_no_change() -> None:
     plan = planned()
     assert plan.configured.fits and plan.mend is None
-    assert [row.layout.zero for row in plan.rows] == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert [row.layout.zero for row in plan.rows] == [0, 1, 1, 2, 2, 3, 3, 3, 3, 3]
 
 
 def test_the_smallest_change_is_named_and_is_enough() -> None:
@@ -54,6 +55,26 @@ def test_the_smallest_change_is_named_and_is_enough() -> None:
     layout = Layout(**{"zero": 2, "ranks": 8, "micro_batch": 4, changes[key]: value})
     again = make_plan(SHAPE, TASKS, RECIPE, layout, Cluster(1, 8, 20 * GIB), MACHINE)
     assert again.configured.fits
+
+
+def test_weights_go_to_the_host_by_one_key_and_to_disk_where_the_host_is_small() -> None:
+    big = shape_of(ModelSettings(source="llama-3.1-405b"), AdapterSettings(), RouterSettings())
+    layout = Layout(zero=3, ranks=8, micro_batch=1, checkpointing=True, bucket=10_000_000, live=10_000_000)
+    plan = make_plan(big, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE)
+    assert plan.mend == {"deepspeed.zero_optimization.offload_param.device": "cpu"}
+    small = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+    rows = {r.layout.offload: r for r in make_plan(small, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE).rows}
+    assert rows["nvme"].memory.nvme == rows["none"].memory.weights
+
+
+def test_scored_tasks_are_those_of_the_run() -> None:
+    def flops(cells: str) -> list[float]:
+        recipe = replace(RECIPE, cells=cells, untrained=False, oracle=False)
+        return [s.scoring_flops for s in stages(SHAPE, TASKS, recipe, Layout(zero=2, ranks=8, micro_batch=4), MACHINE)]
+
+    one = flops("seen")[0]
+    assert flops("seen+next")[0] == 2 * one and flops("all")[0] == 3 * one
+    assert flops("last")[:2] == [0, 0] and flops("last")[2] == flops("all")[2] == flops("seen")[2]
 
 
 def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from amlora_dist.base_model import BaseModel, load_model
 from amlora_dist.errors import UserError
-from amlora_dist.training.streaming import load_partitioned, read_range, shards_of
+from amlora_dist.training.streaming import load_partitioned, read_range, shards_of, sources_of
 from amlora_dist.training.zero import deepspeed_config, join_process_group, whole_parameters
 from tests.tiny_folder import write_model
 from tests.training.ranks import on_ranks
@@ -61,6 +62,37 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_drawn_at_random(tmp_path
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack 1 tensors of Llama.*, the first is .*2.mlp.down_proj.weight; give the"):
         load_model(base, dtype=torch.float32)
+
+
+def test_experts_are_streamed_too_each_from_its_own_tensors(tmp_path: Path) -> None:
+    base = write(tmp_path, "mixtral")
+    shards = shards_of(tmp_path)
+    sources = sources_of(base, shards)
+    assert sources is not None
+    experts = {name for name, parts in sources.items() if len(parts) > 1}
+    assert len(experts) == 2 * 3, "both weights of the experts in each of three layers"
+    for name, parameter in load_model(base, dtype=torch.float32).named_parameters():
+        parts = []
+        for tensor in sources[name]:
+            with safe_open(shards[tensor], framework="pt") as file:
+                parts.append(file.get_tensor(tensor).flatten())
+        assert torch.equal(torch.cat(parts).view_as(parameter), parameter), name
+
+
+def test_what_is_made_in_another_way_is_left_to_transformers(tmp_path: Path) -> None:
+    base = write(tmp_path, "llama")
+    shards = shards_of(tmp_path)
+    assert sources_of(base, shards) == {name: [name] for name in shards}
+    lacking = {name: file for name, file in shards.items() if "layers.1.mlp.up_proj" not in name}
+    assert sources_of(base, lacking) is None
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    base = write(tmp_path, "mixtral")
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match=r"model.source: cannot read .*model.safetensors: .*; fetch the model again"):
+        shards_of(tmp_path)
+    assert base.path == tmp_path
 
 
 Weights = dict[str, tuple[list[float], str]]

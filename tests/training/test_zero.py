@@ -35,7 +35,13 @@ class Toy(nn.Module):
         return self.base(x) + ((x @ self.a.t()) * (1 + self.c)) @ self.b.t()
 
 
-def _engine(stage: int | None, dtype: torch.dtype, micro: int, accumulation: int) -> tuple[Toy, Engine]:
+OFFLOADS = {2: ("offload_optimizer",), 3: ("offload_optimizer", "offload_param")}
+"""What can leave the device, by ZeRO stage."""
+
+
+def _engine(
+    stage: int | None, dtype: torch.dtype, micro: int, accumulation: int, offload: tuple[str, ...] = ()
+) -> tuple[Toy, Engine]:
     model = Toy(dtype)
     trainable = {"a.m": model.a, "b.m": model.b, "recipe.m": model.c}
     groups = parameter_groups(trainable, SETTINGS)
@@ -45,8 +51,9 @@ def _engine(stage: int | None, dtype: torch.dtype, micro: int, accumulation: int
         )
         return model, plain
     join_process_group()
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0} | {name: {"device": "cpu"} for name in offload}
     config = deepspeed_config(
-        {"zero_stage": stage, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}},
+        {"zero_stage": stage, "zero_optimization": zero},
         dtype=dtype,
         micro=micro,
         accumulation=accumulation,
@@ -76,11 +83,12 @@ def _steps(engine: Engine, dtype: torch.dtype, first: int, last: int, accumulati
 
 
 def _run(
-    stage: int | None, dtype_name: str, accumulation: int, state: dict[str, Any] | None, first: int, last: int
-) -> tuple[list[float], dict[str, Any]]:
+    stage: int | None, dtype_name: str, accumulation: int, state: dict[str, Any] | None, first: int, last: int,
+    offload: tuple[str, ...] = (),
+) -> tuple[list[float], dict[str, Any]]:  # fmt: skip
     dtype = torch.float32 if dtype_name == "fp32" else torch.bfloat16
     world = 1 if stage is None else dist.get_world_size()
-    _, engine = _engine(stage, dtype, 8 // world // accumulation, accumulation)
+    _, engine = _engine(stage, dtype, 8 // world // accumulation, accumulation, offload)
     if state is not None:
         engine.import_state({name: torch.tensor(value) for name, value in state.items()}, first)
     losses = _steps(engine, dtype, first, last, accumulation)
@@ -98,6 +106,10 @@ def _every_case() -> dict[str, Any]:
         half = _run(stage, dtype, accumulation, None, 0, 4)
         rest = _run(stage, dtype, accumulation, half[1], 4, 8)
         out[f"{stage}-{dtype}"] = (whole, half, rest)
+    for stage, offload in OFFLOADS.items():
+        whole = _run(stage, "fp32", 1, None, 0, 8, offload)
+        half = _run(stage, "fp32", 1, None, 0, 4, offload)
+        out[f"{stage}-offloaded"] = (whole, half, _run(stage, "fp32", 1, half[1], 4, 8, offload))
     return out
 
 
@@ -125,6 +137,15 @@ def test_two_ranks_equal_one_process_and_resume_exactly(
         zeros = torch.tensor(whole[1]["master.recipe.m"]) == 0
         assert bool(zeros.any()) and not bool(zeros.all()), "the proximal step makes exact zeros under ZeRO"
         assert torch.equal(zeros, torch.tensor(state["master.recipe.m"]) == 0)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", OFFLOADS)
+def test_offloading_to_the_host_changes_no_step_and_resumes_exactly(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    losses, _ = _run(None, "fp32", 1, None, 0, 8)
+    whole, half, rest = two_ranks[0][f"{stage}-offloaded"]
+    assert half[0] + rest[0] == whole[0] and rest[1] == whole[1]
+    assert max(abs(x - y) / x for x, y in zip(losses, whole[0], strict=True)) < 1e-5
 
 
 @pytest.mark.integration
