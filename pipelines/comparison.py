@@ -24,7 +24,7 @@ from amlora_dist.reporting.facts import read_run
 from amlora_dist.schema import did_you_mean
 from amlora_dist.strict_yaml import read_document
 from pipelines import results
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.same_configuration import differences, refuse_other_configuration
 from pipelines.sequence import run_sequence
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class _Driver:
     def _candidate(self, contender: Contender, order: str, seed: int, rate: float) -> float | None:
         """Average performance on the dev split, None where training diverged."""
         run_id = f"{self.plan.comparison_id}.{contender.name}.tune-{rate:g}"
-        only = ("split=dev", "cells=last", "untrained=false", "oracle=false", "also=[]", "paraphrases=0")
+        only = ("split=dev", "cells=last", "untrained=false", "oracle=false", "also=[]", "paraphrases=0", "knockout=false")
         more = [f"evaluation.{key}" for key in only]
         self.progress.note(f"{contender.name}: trying learning rate {rate:g}")
         try:
@@ -284,24 +284,21 @@ def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
     made = plan.to_json()
     if stored is None:
         return made | {"tuning": {}, "failed": [], "runs": [], "methods": {}}
-    for key in ("config", "learning_rates", "tuned_on"):
-        if stored[key] != made[key]:
-            raise UserError(
-                f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({key.replace('_', ' ')}:"
-                f" {_differing(stored[key], made[key])}); methods, seeds and orders may be added to it, the rest needs"
-                " another --run-id"
-            )
+    told = [differences(stored["config"], made["config"])]
+    told += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
+    if any(told):
+        raise UserError(
+            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, told))}); methods,"
+            " seeds and orders may be added to it, the rest needs another --run-id"
+        )
     changed = [name for name, tasks in made["orders"].items() if stored["orders"].get(name, tasks) != tasks]
     if changed:
         raise UserError(f"--orders: {changed[0]!r} of comparison {plan.comparison_id!r} was {stored['orders'][changed[0]]}")
     return stored | made
 
 
-def _differing(stored: Any, made: Any) -> str:
-    if isinstance(stored, dict) and isinstance(made, dict):
-        keys = sorted(key for key in stored.keys() | made.keys() if stored.get(key) != made.get(key))
-        return ", ".join(f"{key}: {_differing(stored.get(key), made.get(key))}" for key in keys)
-    return f"{stored!r} then, {made!r} now"
+def _differing(key: str, stored: Any, made: Any) -> str:
+    return "" if stored == made else f"{key.replace('_', ' ')}: {stored!r} then, {made!r} now"
 
 
 def _contenders(names: Sequence[str]) -> list[Contender]:

@@ -77,7 +77,7 @@ def run_page(facts: RunFacts) -> Page:
             Section(
                 "Routing",
                 "Which adapters answer for which task, over test rows; the router is never told the task.",
-                run_charts.routing_blocks(facts, routing),
+                [*run_charts.routing_blocks(facts, routing), *run_charts.knockout_blocks(facts)],
             ),
             Section(
                 "What stages took over",

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
+from amlora_dist.adapters.prompts import Lead
 from amlora_dist.adapters.statistics import TaskStatistics, merge, merge_holdouts
-from amlora_dist.adapters.targets import default_router_layer, find_targets
+from amlora_dist.adapters.targets import default_router_layer
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
@@ -41,7 +42,7 @@ from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.work import Cell, StageWork
+from amlora_dist.training.work import WITHOUT, Cell, StageWork
 from amlora_dist.training.zero import (
     Alone,
     DeepSpeedEngine,
@@ -92,6 +93,7 @@ class _Stage:
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
+        self.lead = Lead(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
         self.config = self._deepspeed_config() if distributed else None
         self._mixture: Mixture | None = None
 
@@ -213,12 +215,12 @@ class _Stage:
     def _new_adapter(self, adapters: list[Adapter]) -> NewAdapter:
         start = self.method.start_from(adapters)
         recipe = self.method.constant_recipe(len(adapters)) if adapters else None
-        s = self.settings
+        rank, alpha = self.method.rank_and_alpha
         return NewAdapter(
             task=self.work.task,
-            rank=s.adapters.rank,
-            alpha=s.adapters.alpha,
-            seed=named_seed(s.seed, "adapter", self.work.task),
+            rank=rank,
+            alpha=alpha,
+            seed=named_seed(self.settings.seed, "adapter", self.work.task),
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
             recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
             learn_recipe=self.method.learns_recipe(self.work.index),
@@ -333,9 +335,12 @@ class _Stage:
 
     def _score(self, model: Any, tasks: list[str], cell: Cell, trunk: TrunkCache | None) -> None:
         spec = self.work.spec(cell.task)
-        examples = self._examples(cell.task, cell.split)
+        examples = self._examples(cell.task, cell.split, plain=cell.mode == "untrained")
         labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
-        row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(tasks, cell)}[cell.mode]
+        row = ZERO_ROW if cell.mode == "untrained" else _position(tasks, cell)
+        if self._mixture is not None:
+            out = cell.mode.removeprefix(WITHOUT)
+            self._mixture.silence(None if out == cell.mode else int(out) - 1)
         if self._mixture is not None and self.method.uses_selectors:
             self._mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
         began = time.monotonic()
@@ -379,11 +384,12 @@ class _Stage:
         if self.ranks.rank == 0:
             self._report(event)
 
-    def _examples(self, task: str, split: str) -> list[Example]:
+    def _examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
+        """Rows as the model reads them; ``plain``: without the places of learned prompts."""
         spec = self.work.spec(task)
         data = self.work.data(task, (split,))
         template = template_for(spec, spec.prompt_style)
-        return encode(
+        examples = encode(
             data.rows[split],
             spec,
             template,
@@ -391,6 +397,9 @@ class _Stage:
             max_length=int(spec.max_length or 512),
             encoder_decoder=self.base.encoder_decoder,
         )
+        if self.lead is None or plain:
+            return examples
+        return [replace(example, prompt=self.lead.before(example.prompt)) for example in examples]
 
     def _load_base(self) -> Any:
         dtype, attention = DTYPES[self.settings.dtype], self.settings.attention
@@ -405,7 +414,7 @@ class _Stage:
     def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
         layer = self.settings.router.layer
         layer = default_router_layer(model) if layer is None else layer
-        targets = find_targets(model, self.settings.adapters, layer)
+        targets = self.method.targets(model, layer)
         literal = self.settings.router.literal if self.method.uses_selectors else None
         return inject(
             model,
@@ -416,6 +425,7 @@ class _Stage:
             router_layer=layer,
             skip_tokens=self.settings.router.skip_tokens,
             literal=literal,
+            lead=self.lead,
         )
 
     def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:

@@ -31,6 +31,7 @@ DECLARED: dict[str, dict[str, set[str]]] = {
     "replay": {"later": {"replay_rows"}},
     "ewc": {"first": {"ewc_rows"}, "later": {"ewc_rows", "ewc_weight"}},
     "lwf": {"later": {"lwf_weight", "lwf_temperature"}},
+    "l2p": {"first": {"prompt_pool", "prompt_tokens"}, "later": {"prompt_pool", "prompt_tokens"}},
     "per_task": {},
     "joint": {},
     "base": {},

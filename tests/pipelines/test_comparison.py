@@ -173,7 +173,7 @@ def test_methods_may_be_added_and_other_changes_are_refused(again: Path, compare
     with pytest.raises(UserError, match="was started otherwise"):
         run_comparison(plan(again, learning_rates=[0.5]), command="", progress=Silent())
     rates = [0.003, 0.03]
-    with pytest.raises(UserError, match=r"adapters: rank: 4 then, 2 now"):
+    with pytest.raises(UserError, match=r"adapters.rank: 4 then, 2 now"):
         run_comparison(plan(again, learning_rates=rates, overrides=["adapters.rank=2"]), command="", progress=Silent())
 
 
