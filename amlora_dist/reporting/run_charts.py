@@ -16,6 +16,9 @@ from amlora_dist.reporting.routing_facts import StageRouting
 LINE_POINTS = 160
 """Points of a drawn loss curve; the CSV behind it has every step."""
 
+SHOWN_LINES = 30
+"""Of a table that grows with tasks x stages."""
+
 
 def short_names(tasks: Sequence[str]) -> list[str]:
     """Names without a folder that all share (``helpdesk/``)."""
@@ -115,7 +118,30 @@ def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Blo
         " exactly 0."
     )
     charts.append(TableBlock("routing", "Routing task by task", Table(columns, rows), caption))
+    if len(routing) > 1:
+        charts.append(_attention_by_stage(routing))
     return charts
+
+
+def _attention_by_stage(routing: Sequence[StageRouting]) -> TableBlock:
+    """The attention mass after every stage: what a new task took from the old ones."""
+    adapters = routing[-1].statistics.adapters
+    rows: list[list[Value]] = []
+    for one in routing:
+        found = one.statistics
+        for task, line, zero in zip(found.tasks, found.mass, found.zero_mass, strict=True):
+            mass = dict(zip(found.adapters, line or [], strict=False))
+            rows.append([one.stage, task, *(mass.get(adapter) for adapter in adapters), zero])
+    columns = ["after stage", "task", *short_names(adapters), "zero adapter"]
+    many = len(rows) > SHOWN_LINES
+    return TableBlock(
+        "attention-by-stage",
+        "Attention mass after every stage",
+        Table(columns, rows),
+        f"The first {SHOWN_LINES} lines; the CSV has all." if many else "",
+        digits=2,
+        shown=Table(columns, rows[:SHOWN_LINES]) if many else None,
+    )
 
 
 def knockout_blocks(facts: RunFacts) -> list[Block]:

@@ -254,7 +254,7 @@ def _raw(facts: RunFacts) -> list[Block]:
         text = predictions_csv(facts, number)
         if text is None:
             continue
-        size += len(text)
+        size += len(text.encode())
         if size > PREDICTIONS_BYTES:
             left_out.append(number)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,6 +208,34 @@ def test_a_run_that_fails_for_good_leaves_the_others_going(
     monkeypatch.setattr(comparison_module, "run_sequence", real)
     mended = run_comparison(plan(config, methods=["base", "seq_lora"]), command="", progress=Silent())
     assert list(mended["methods"]) == ["base", "seq_lora"] and mended["failed"] == []
+
+
+@pytest.mark.integration
+def test_after_the_outputs_are_deleted_the_same_comparison_gives_exactly_the_same_numbers(
+    config: Path, amlora_home: Path
+) -> None:
+    def numbers() -> dict[str, Any]:
+        made = plan(config, methods=["am_lora", "replay"], learning_rates=[0.003, 0.03])
+        found = run_comparison(made, command="amlora compare", progress=Silent())
+        for line in found["methods"].values():
+            del line["train_seconds"]  # of the machine, not of the training
+        return found
+
+    first = numbers()
+    shutil.rmtree(amlora_home)
+    assert numbers() == first
+
+
+def test_a_comparison_that_an_older_version_began_goes_on(config: Path) -> None:
+    made = plan(config)
+    old = made.to_json() | {"tuning": {"am_lora": {"chosen": None, "scores": {}}}}
+    old = json.loads(json.dumps(old))
+    del old["config"]["evaluation"]["knockout"], old["config"]["method_settings"]
+    old["config"]["workers"] = 2  # changes no number
+    assert comparison_module._resumed(made, old)["tuning"] == old["tuning"]
+    old["config"]["training"]["epochs"] = 7
+    with pytest.raises(UserError, match=r"training\.epochs: 7 then, 1 now"):
+        comparison_module._resumed(made, old)
 
 
 @pytest.mark.crash
