@@ -78,6 +78,9 @@ class Plan:
     def run_id(self, contender: Contender, order: str, seed: int) -> str:
         return f"{self.comparison_id}.{contender.name}.{order}.s{seed}"
 
+    def candidate_id(self, contender: Contender, rate: float) -> str:
+        return f"{self.comparison_id}.{contender.name}.tune-{rate:g}"
+
     def config(self, contender: Contender, order: str, seed: int, rate: float | None, more: Sequence[str] = ()) -> RunConfig:
         """The configuration of one run."""
         own = [f"method={contender.method}", f"seed={seed}", f"tasks={json.dumps(self.orders[order])}", *contender.overrides]
@@ -149,8 +152,9 @@ def plan_comparison(
         raise UserError(f"--learning-rates: {own[0]} in --methods sets it already; leave one of the two out")
     for contender in plan.contenders:
         for order in plan.orders:
-            run_id = plan.run_id(contender, order, plan.seeds[-1])
-            if len(run_id) > 100:
+            longest = [plan.run_id(contender, order, seed) for seed in plan.seeds]
+            longest += [plan.candidate_id(contender, rate) for rate in plan.learning_rates]
+            if len(run_id := max(longest, key=len)) > 100:
                 raise UserError(f"--run-id: the run id {run_id!r} has {len(run_id)} letters, at most 100 fit; shorten it")
             plan.config(contender, order, plan.seeds[0], None)
         if base.workers and base.zero_stage == 3 and method_class(contender.method).reads_parameters:
@@ -247,7 +251,7 @@ class _Driver:
 
     def _candidate(self, contender: Contender, order: str, seed: int, rate: float) -> float | None:
         """Average performance on the dev split, None where training diverged."""
-        run_id = f"{self.plan.comparison_id}.{contender.name}.tune-{rate:g}"
+        run_id = self.plan.candidate_id(contender, rate)
         only = ("split=dev", "cells=last", "untrained=false", "oracle=false", "also=[]", "paraphrases=0", "knockout=false")
         more = [f"evaluation.{key}" for key in only]
         self.progress.note(f"{contender.name}: trying learning rate {rate:g}")

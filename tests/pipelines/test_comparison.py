@@ -77,6 +77,7 @@ def test_contenders_may_be_variants_and_carry_overrides(config: Path) -> None:
         ({"overrides": ["registered_model=one"]}, "registered_model cannot be shared"),
         ({"overrides": ["training.epochs=0"]}, "training.epochs"),
         ({"comparison_id": "c" * 95}, "at most 100 fit"),
+        ({"comparison_id": "c" * 80, "learning_rates": [0.00125]}, "at most 100 fit"),
         ({"overrides": ["workers=2", "deepspeed.zero_stage=3"], "methods": ["ewc"]}, "'ewc' cannot run under ZeRO-3"),
     ],
 )
