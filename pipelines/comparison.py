@@ -319,6 +319,9 @@ def _contenders(names: Sequence[str]) -> list[Contender]:
         if bad := [one for one in overrides if "=" not in one]:
             raise UserError(f"--methods: found {text!r}, expected METHOD:KEY.PATH=VALUE, but {bad[0]!r} has no =")
         found.append(_with_overrides(known[name], overrides))
+    names = [contender.name for contender in found]
+    if twice := [text for text, name in zip(chosen, names, strict=True) if names.count(name) > 1]:
+        raise UserError(f"--methods: {' and '.join(map(repr, twice))} would have the same name in the table; run them apart")
     return found
 
 

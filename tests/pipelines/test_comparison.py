@@ -69,6 +69,7 @@ def test_contenders_may_be_variants_and_carry_overrides(config: Path) -> None:
         ({"methods": ["ewc:weight"]}, "has no ="),
         ({"methods": ["ewc:method_settings.ewc_weigth=3"]}, "ewc_weigth"),
         ({"methods": ["ewc", "ewc"]}, "--methods: ewc stands twice"),
+        ({"methods": ["ewc:training.batch_size=6", "ewc:evaluation.batch_size=6"]}, "the same name in the table"),
         ({"seeds": [1, 1]}, "--seeds: 1 stands twice"),
         ({"orders": ["1-2-3"]}, "each of the places 1 to 2 once, such as 2-1"),
         ({"orders": ["no-such"]}, "found 'no-such', expected a configuration"),
