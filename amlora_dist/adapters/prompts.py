@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.call import active_call
 from amlora_dist.adapters.literal import Selection
-from amlora_dist.adapters.mixture import MixtureLinear
+from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
 from amlora_dist.adapters.targets import Target, routing_stack
 from amlora_dist.adapters.wide import beside
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from amlora_dist.adapters.bank import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,10 @@ class PromptEmbedding(MixtureLinear):
     the pool, as long as there are any left that no stage has had, and then those of the whole pool that match best.
     """
 
-    def __init__(self, *args: object, lead: Lead, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(
+        self, base: nn.Module, path: str, adapters: list[Adapter], new: NewWeights | None = None, *, lead: Lead
+    ) -> None:
+        super().__init__(base, path, adapters, new)
         self.lead = lead
 
     @staticmethod
