@@ -227,7 +227,7 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
 
 
 @pytest.mark.parametrize("name", ["o_lora", "ewc", "l2p"])
-def test_what_reads_parameters_beside_the_pass_is_refused_under_zero_3_before_anything_starts(name: str, tmp_path: Path) -> None:
+def test_what_zero_3_cannot_do_for_a_method_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours",), method=name)
     with pytest.raises(UserError, match=f"zero_stage: 3 partitions the parameters that method '{name}'"):
         gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=3"]), tmp_path)
