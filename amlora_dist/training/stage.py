@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
 from amlora_dist.adapters.boundaries import mixed_shares
@@ -36,6 +36,7 @@ from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_to
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
 from amlora_dist.training.checkpoint import Progress, write_text
+from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
@@ -53,7 +54,6 @@ from amlora_dist.training.zero import (
     deepspeed_config,
     inference_model,
     join_process_group,
-    local_part,
 )
 
 __all__ = ["StoppedError", "run_stage"]
@@ -473,29 +473,6 @@ class _Stage:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:
-    """Checksum of the bits of all parameters but some, as this rank holds them: two sums modulo 2^64.
-
-    They are sums of eight-byte words. The second weighs every word by its place, so that exchanged values show too. A
-    changed bit changes the first sum; it is no defence against an adversary.
-    """
-    plain = weighted = 0
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters(), start=1):
-            if id(parameter) in leave_out:
-                continue
-            part = local_part(parameter).detach().contiguous().view(-1).view(torch.uint8)
-            if part.data_ptr() % 8:
-                part = part.clone()
-            places = torch.arange(1, min(len(part), 1 << 20) + 1, device=part.device)
-            whole = len(part) // 8 * 8
-            for words in (part[:whole].view(torch.int64), part[whole:].to(torch.int64)):
-                for piece in words.split(1 << 20):
-                    plain += int(piece.sum())
-                    weighted += number * int((piece * places[: len(piece)]).sum())
-    return plain % (1 << 64), weighted % (1 << 64)
 
 
 def _held_out(count: int, share: float, seed: int) -> list[int]:
