@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from amlora_dist.adapters.inject import Mixture, inject
+from amlora_dist.adapters.prompts import Lead, embedding_target
 from amlora_dist.adapters.router import PRIOR_KEY, router_from
 from amlora_dist.adapters.settings import LiteralSettings, RouterSettings
 from amlora_dist.adapters.targets import Target, layer_stacks, linear_sizes
@@ -35,8 +36,8 @@ def sharing_copy(transformer: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(transformer, weights)
 
 
-def inject_bank(transformer: PreTrainedModel, bank: Bank) -> Mixture:
-    """Put a bank with its router into its base model.
+def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mixture:
+    """Put a bank with its router into its base model; ``eos_id`` is its tokenizer's end token.
 
     Raises:
         BankError: a module, a setting or a shape that this base model does not have.
@@ -51,14 +52,17 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank) -> Mixture:
         raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
     described = bank.router_settings if literal is None else prior
     router = None if described is None else router_from(bank.router, described)
+    lead = Lead(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
+    targets = [embedding_target(transformer)] if lead else bank_targets(transformer, manifest.targets)
     return inject(
         transformer,
-        bank_targets(transformer, manifest.targets),
+        targets,
         bank.adapters,
         router=None if router is None else SwitchRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
         skip_tokens=router_settings.skip_tokens,
+        lead=lead,
     )
 
 

@@ -77,7 +77,7 @@ def scoring_fingerprint(
 
     Args:
         bank: training fingerprints of the stages in order; the base model's digest for ``untrained``.
-        mode: ``router``, ``oracle`` or ``untrained``.
+        mode: ``router``, ``oracle``, ``untrained``, or ``without.N``.
         router: kind and gate settings; empty unless the router weighs.
         task: its name (the oracle gives its row).
         split: ``test`` or ``dev``.

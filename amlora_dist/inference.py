@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.bank import rows
+from amlora_dist.adapters.prompts import Lead
 from amlora_dist.errors import UserError
 from amlora_dist.registry.task_entry import TaskEntry
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
@@ -105,6 +106,7 @@ class Prompter:
         self.bank_template = manifest.bank_template
         self.tokenizer = tokenizer
         self.encoder_decoder = manifest.base.encoder_decoder
+        self.lead = Lead(manifest.prompt_tokens, int(tokenizer.eos_token_id))
         self._positions = None if self.encoder_decoder else positions
         self._lock = threading.Lock()
 
@@ -138,7 +140,7 @@ class Prompter:
             if not request.text.strip():
                 raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
-        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens
         for (task, question, raw), group in groups.items():
             limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
             given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
@@ -152,7 +154,7 @@ class Prompter:
                     raise UserError(
                         f"the prompt has {len(tokens)} tokens; with {new_tokens} new ones the model has room for {room}"
                     )
-                request.tokens = tokens
+                request.tokens = self.lead.before(tokens)
 
     def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of labels, without end-of-sequence."""

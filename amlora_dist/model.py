@@ -139,8 +139,9 @@ class AMLoRAModel:
             plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention)
             plain.to(where)
         transformer = sharing_copy(plain)
-        mixture = inject_bank(transformer, loaded)
-        made = cls(loaded, found, transformer, load_tokenizer(found.path), mixture, uri=uri)
+        tokenizer = load_tokenizer(found.path)
+        mixture = inject_bank(transformer, loaded, eos_id=int(tokenizer.eos_token_id))
+        made = cls(loaded, found, transformer, tokenizer, mixture, uri=uri)
         made._plain = plain
         return made
 

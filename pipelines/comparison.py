@@ -24,7 +24,7 @@ from amlora_dist.reporting.facts import read_run
 from amlora_dist.schema import did_you_mean
 from amlora_dist.strict_yaml import read_document
 from pipelines import results
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.same_configuration import differences, refuse_other_configuration
 from pipelines.sequence import run_sequence
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class Plan:
 
     def run_id(self, contender: Contender, order: str, seed: int) -> str:
         return f"{self.comparison_id}.{contender.name}.{order}.s{seed}"
+
+    def candidate_id(self, contender: Contender, rate: float) -> str:
+        return f"{self.comparison_id}.{contender.name}.tune-{rate:g}"
 
     def config(self, contender: Contender, order: str, seed: int, rate: float | None, more: Sequence[str] = ()) -> RunConfig:
         """The configuration of one run."""
@@ -149,8 +152,9 @@ def plan_comparison(
         raise UserError(f"--learning-rates: {own[0]} in --methods sets it already; leave one of the two out")
     for contender in plan.contenders:
         for order in plan.orders:
-            run_id = plan.run_id(contender, order, plan.seeds[-1])
-            if len(run_id) > 100:
+            longest = [plan.run_id(contender, order, seed) for seed in plan.seeds]
+            longest += [plan.candidate_id(contender, rate) for rate in plan.learning_rates]
+            if len(run_id := max(longest, key=len)) > 100:
                 raise UserError(f"--run-id: the run id {run_id!r} has {len(run_id)} letters, at most 100 fit; shorten it")
             plan.config(contender, order, plan.seeds[0], None)
         if base.workers and base.zero_stage == 3 and method_class(contender.method).reads_parameters:
@@ -247,8 +251,8 @@ class _Driver:
 
     def _candidate(self, contender: Contender, order: str, seed: int, rate: float) -> float | None:
         """Average performance on the dev split, None where training diverged."""
-        run_id = f"{self.plan.comparison_id}.{contender.name}.tune-{rate:g}"
-        only = ("split=dev", "cells=last", "untrained=false", "oracle=false", "also=[]", "paraphrases=0")
+        run_id = self.plan.candidate_id(contender, rate)
+        only = ("split=dev", "cells=last", "untrained=false", "oracle=false", "also=[]", "paraphrases=0", "knockout=false")
         more = [f"evaluation.{key}" for key in only]
         self.progress.note(f"{contender.name}: trying learning rate {rate:g}")
         try:
@@ -284,24 +288,21 @@ def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
     made = plan.to_json()
     if stored is None:
         return made | {"tuning": {}, "failed": [], "runs": [], "methods": {}}
-    for key in ("config", "learning_rates", "tuned_on"):
-        if stored[key] != made[key]:
-            raise UserError(
-                f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({key.replace('_', ' ')}:"
-                f" {_differing(stored[key], made[key])}); methods, seeds and orders may be added to it, the rest needs"
-                " another --run-id"
-            )
+    told = [differences(stored["config"], made["config"])]
+    told += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
+    if any(told):
+        raise UserError(
+            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, told))}); methods,"
+            " seeds and orders may be added to it, the rest needs another --run-id"
+        )
     changed = [name for name, tasks in made["orders"].items() if stored["orders"].get(name, tasks) != tasks]
     if changed:
         raise UserError(f"--orders: {changed[0]!r} of comparison {plan.comparison_id!r} was {stored['orders'][changed[0]]}")
     return stored | made
 
 
-def _differing(stored: Any, made: Any) -> str:
-    if isinstance(stored, dict) and isinstance(made, dict):
-        keys = sorted(key for key in stored.keys() | made.keys() if stored.get(key) != made.get(key))
-        return ", ".join(f"{key}: {_differing(stored.get(key), made.get(key))}" for key in keys)
-    return f"{stored!r} then, {made!r} now"
+def _differing(key: str, stored: Any, made: Any) -> str:
+    return "" if stored == made else f"{key.replace('_', ' ')}: {stored!r} then, {made!r} now"
 
 
 def _contenders(names: Sequence[str]) -> list[Contender]:
@@ -318,6 +319,9 @@ def _contenders(names: Sequence[str]) -> list[Contender]:
         if bad := [one for one in overrides if "=" not in one]:
             raise UserError(f"--methods: found {text!r}, expected METHOD:KEY.PATH=VALUE, but {bad[0]!r} has no =")
         found.append(_with_overrides(known[name], overrides))
+    names = [contender.name for contender in found]
+    if twice := [text for text, name in zip(chosen, names, strict=True) if names.count(name) > 1]:
+        raise UserError(f"--methods: {' and '.join(map(repr, twice))} would have the same name in the table; run them apart")
     return found
 
 

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     """Print a comparison (what ``amlora compare --json`` prints)."""
-    from amlora_dist.reporting.comparison_report import difference_table, method_table
+    from amlora_dist.reporting.comparison_report import also_table, difference_table, method_table
 
     parts: list[RenderableType] = [_table(method_table(comparison), f"comparison {comparison['comparison_id']}")]
     if comparison["differences"]:
         parts.append(_table(difference_table(comparison), "\npaired differences of average performance"))
+    if (further := also_table(comparison)) is not None:
+        parts.append(_table(further, "\ntest sets that no stage learned"))
     for failed in comparison["failed"]:
         parts.append(Text(f"failed: {failed['run_id']}: {failed['reason']}", style="bold red"))
     parts.append(Text(f"\nreport   amlora report {comparison['comparison_id']}"))

@@ -15,6 +15,7 @@ from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
 from amlora_dist.training.settings import StageSettings
+from amlora_dist.training.work import WITHOUT
 from pipelines.preflight import Demand
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Materials:
         """Of one cell, under a bank whose stages have these training fingerprints."""
         spec, split = self.specs[task], self.config.evaluation.split
         router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)}
-        router = router if mode == "router" and method.routed else {}
+        router = router if (mode == "router" or mode.startswith(WITHOUT)) and method.routed else {}
         return scoring_fingerprint(
             bank=[self.base.digest] if mode == "untrained" else bank,
             mode=mode,
@@ -181,14 +182,15 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
     base = resolve_base(config.model, home)
-    parameters, trainable = check_targets(config, base)
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
-    materials = Materials(config, base, specs, data, _dtype(config.dtype), parameters, trainable)
-    if config.workers and config.zero_stage == 3 and method_for(materials.stage_settings()).reads_parameters:
+    materials = Materials(config, base, specs, data, _dtype(config.dtype))
+    method = method_for(materials.stage_settings())
+    materials.parameters, materials.trainable = check_targets(method, base)
+    if config.workers and config.zero_stage == 3 and method.reads_parameters:
         raise UserError(
-            f"deepspeed.zero_stage: 3 partitions the parameters that method {config.method!r} puts a penalty on; use 0, 1"
-            " or 2"
+            f"deepspeed.zero_stage: 3 partitions the parameters that method {config.method!r} reads beside the pass; use 0,"
+            " 1 or 2"
         )
     return materials
 
@@ -202,7 +204,7 @@ def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
     ]
 
 
-def check_targets(config: RunConfig, base: BaseModel) -> tuple[int, int]:
+def check_targets(method: Method, base: BaseModel) -> tuple[int, int]:
     """See that the adapters have layers to adapt, on a model without weights.
 
     Returns:
@@ -211,14 +213,15 @@ def check_targets(config: RunConfig, base: BaseModel) -> tuple[int, int]:
     Raises:
         UserError: nothing matches; lists what could.
     """
-    from amlora_dist.adapters.targets import check_router_layer, default_router_layer, find_targets
+    from amlora_dist.adapters.targets import check_router_layer, default_router_layer
     from amlora_dist.base_model import meta_model
 
     model = meta_model(base)
-    layer = default_router_layer(model) if config.router.layer is None else config.router.layer
+    asked = method.settings.router.layer
+    layer = default_router_layer(model) if asked is None else asked
     check_router_layer(model, layer)
-    targets = find_targets(model, config.adapters, layer)
-    trainable = sum(config.adapters.rank * (target.in_features + target.out_features) for target in targets)
+    rank, _ = method.rank_and_alpha
+    trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
     return sum(parameter.numel() for parameter in model.parameters()), trainable
 
 

@@ -66,6 +66,8 @@ def plan_of(
     method = method_for(settings)
     if not method.trains:
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
+    if method.lead:
+        raise UserError(f"method: {config.method!r} trains prompts; only methods that train LoRA can be planned")
     share = BatchLayout.of(config.training.batch_size, cluster.gpus, config.training.micro_batch_size)
     layout = Layout.of(
         config.deepspeed, zero=config.zero_stage, ranks=cluster.gpus, micro_batch=share.micro,
@@ -82,6 +84,7 @@ def plan_of(
         cells=config.evaluation.cells,
         untrained=config.evaluation.untrained,
         oracle=config.evaluation.oracle,
+        knockout=config.evaluation.knockout,
         size=4 if config.dtype == "fp32" else 2,
     )
     if bandwidth is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.evaluation import metrics
+from amlora_dist.training.work import WITHOUT
 
 if TYPE_CHECKING:
     from pipelines.publication import StageRecord
@@ -41,6 +42,12 @@ def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
 
     oracle = _row(tasks, stages[-1].scores, "oracle", "accuracy") if stages else []
     return Matrices(rows("accuracy"), rows("ranked_accuracy"), oracle if any(v is not None for v in oracle) else None)
+
+
+def _knockout(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[Row] | None:
+    """Accuracy with each adapter of the bank silent, in its order; None where that was not scored."""
+    count = len({one["mode"] for one in scores if one["mode"].startswith(WITHOUT)})
+    return [_row(tasks, scores, f"{WITHOUT}{n}", "accuracy") for n in range(1, count + 1)] or None
 
 
 def _also(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,6 +91,7 @@ def result(
         "ranked_accuracy_matrix": found.ranked_accuracy[1:],
         "untrained": untrained if any(value is not None for value in untrained) else None,
         "oracle": found.oracle,
+        "knockout": _knockout(tasks, stages[-1].scores if stages else []),
         "also": _also(tasks, stages[-1].scores if stages else []),
         "metrics": {name: complete.get(name) for name in METRICS},
         "stages": [stage.public() for stage in stages],

@@ -43,8 +43,21 @@ def refuse_other_configuration(
     """
     found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
-    if stored is None:
-        return
+    if stored is not None and (told := differences(stored, mapping, free=free, grows=grows)):
+        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
+
+
+def differences(
+    stored: dict[str, Any], mapping: dict[str, Any], *, free: tuple[str, ...] = (*IRRELEVANT, "search"), grows: bool = False
+) -> str:
+    """What two configurations differ in, but for what changes no result, in words; empty if they do not.
+
+    Args:
+        stored: the earlier one, as any version of this project wrote it.
+        mapping: the configuration now.
+        free: keys that may differ.
+        grows: whether tasks may be appended.
+    """
     with contextlib.suppress(FaultsError):
         stored = to_mapping(from_mapping(stored))  # what this version of the code has added stands at its default
     differing = sorted(
@@ -57,12 +70,10 @@ def refuse_other_configuration(
     before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
     if grows and now[: len(before)] != before:
         differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
-    if differing:
-        told = "; ".join(
-            f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
-            for key in differing
-        )
-        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
+    return "; ".join(
+        f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
+        for key in differing
+    )
 
 
 def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:

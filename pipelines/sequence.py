@@ -25,7 +25,7 @@ from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.mirror import Mirror
 from amlora_dist.training.result import read_result, write_result
-from amlora_dist.training.work import Cell, Mode, Parent, StageWork
+from amlora_dist.training.work import WITHOUT, Cell, Mode, Parent, StageWork
 from pipelines import preflight, results
 from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
@@ -427,6 +427,9 @@ class _Driver:
             cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
         if evaluation.oracle and last and self.method.inherits:
             cells += [self._cell("oracle", task, fingerprints) for task in self.tasks]
+        if evaluation.knockout and last and self.method.inherits:
+            silent = [f"{WITHOUT}{n}" for n in range(1, len(fingerprints) + 1)]
+            cells += [self._cell(mode, task, fingerprints) for mode in silent for task in self.tasks]
         return cells
 
     def _cell(self, mode: Mode, task: str, fingerprints: list[str]) -> Cell:

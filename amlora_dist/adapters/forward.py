@@ -50,7 +50,8 @@ class Routing:
 
     ``router`` None: every call brings its gate, or (``select``) the layers' own selectors make it. ``tasks``: length
     of a gate. ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early,
-    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered.
+    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``prompted``: inputs have learned
+    prompts, which features choose, whatever gives the gate.
     """
 
     router: Router | None
@@ -59,6 +60,7 @@ class Routing:
     partial_pass: bool
     select: bool
     whole_passes: bool = False
+    prompted: bool = False
     checkpointed: list[Any] = field(default_factory=list)
 
     @property
@@ -136,7 +138,7 @@ class RoutedForward:
                 call.task_gate = router.gates(None, _batch(kwargs))
         elif task_gate is None and not routing.select:
             raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
-        call.want_features = call.gates_of is not None or on_route is not None
+        call.want_features = call.gates_of is not None or on_route is not None or routing.prompted
         if call.want_features and routing.partial_pass:
             call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes))
         return call

@@ -18,6 +18,7 @@ from amlora_dist.adapters.call import active_call
 from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
 from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
+from amlora_dist.adapters.prompts import Lead, PromptEmbedding
 from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, routing_stack
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import UserError
@@ -100,6 +101,11 @@ class Mixture:
         if use and any(module.selector is None for module in self.modules.values()):
             raise UserError("this mixture was injected without selectors")
         self.routing.select = use
+
+    def silence(self, adapter: int | None) -> None:
+        """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: all are heard. Between calls."""
+        for module in self.modules.values():
+            module.silent = adapter
 
     def set_recipe(self, values: dict[str, Tensor]) -> None:
         """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
@@ -252,6 +258,7 @@ def inject(
     literal: LiteralSettings | None = None,
     router_layer: int | None = None,
     skip_tokens: int = 2,
+    lead: Lead | None = None,
 ) -> Mixture:
     """Replace the ``targets`` of ``model`` by mixture layers and let the model's calls carry gates.
 
@@ -265,6 +272,7 @@ def inject(
         literal: let every mixture layer make its own gate with the paper's selector instead.
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
         skip_tokens: first prompt tokens that features leave out.
+        lead: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
 
     Raises:
         UserError: if an adapter does not fit the targets, or the model has a mixture already.
@@ -282,6 +290,9 @@ def inject(
     for target in targets:
         base = model.get_submodule(target.path)
         learned = _new_weights(new, target, len(adapters)) if new is not None else None
+        if lead is not None:
+            modules[target.path] = PromptEmbedding(base, target.path, adapters, learned, lead=lead)
+            continue
         modules[target.path] = MixtureLinear(
             base,
             target.path,
@@ -293,7 +304,8 @@ def inject(
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)
-    routing = Routing(None, tasks, skip_tokens, partial_pass=below, select=literal is not None)
+    skip = skip_tokens + (0 if lead is None else lead.tokens)
+    routing = Routing(None, tasks, skip, partial_pass=below, select=literal is not None, prompted=lead is not None)
     mixture = Mixture(model, targets, adapters, new, modules, routing, k)
     mixture.set_router(router)
     return mixture

@@ -69,14 +69,16 @@ class MixtureLinear(nn.Module):
         pools_start: bool = False,
     ) -> None:
         super().__init__()
-        sizes = linear_sizes(base)
+        sizes = self.sizes(base)
         if sizes is None:
-            raise TypeError(f"{path}: {type(base).__name__} is not a linear layer")
+            raise TypeError(f"{path}: {type(base).__name__} is not a layer that {type(self).__name__} can adapt")
         self.in_features, self.out_features = sizes
         self.base = base
         self.path = path
         self.selector = selector
         self.pools_start = pools_start
+        self.silent: int | None = None
+        """Adapter that adds nothing, whatever weighs it (``Mixture.silence``)."""
         weight = next(base.parameters())
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
@@ -97,6 +99,11 @@ class MixtureLinear(nn.Module):
                 # Like A and B: ZeRO-3 wants one dtype for all that is trained, and the engine keeps the master in fp32.
                 self.recipe = nn.Parameter(new.recipe.to(device, dtype))
         self._add_constants(adapters, new, device)
+
+    @staticmethod
+    def sizes(base: nn.Module) -> tuple[int, int] | None:
+        """(in features, out features); None for what this cannot adapt."""
+        return linear_sizes(base)
 
     def _add_constants(self, adapters: list[Adapter], new: NewWeights | None, device: torch.device) -> None:
         """``spread`` (N, R) has each adapter's scale in its rank columns; ``mix`` (T, R) is G of the constant rows,
@@ -137,7 +144,11 @@ class MixtureLinear(nn.Module):
         if self.recipe is not None:
             own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
             mix_TR = torch.cat([mix_TR, (own_N @ self.spread)[None]])
-        return task_gate_BT.to(mix_TR.device) @ mix_TR
+        return self._heard(task_gate_BT.to(mix_TR.device) @ mix_TR)
+
+    def _heard(self, gate_R: Tensor) -> Tensor:
+        """Gates of rank columns (..., R), 0 in those of a silent adapter."""
+        return gate_R if self.silent is None else gate_R * (self.spread[self.silent] == 0)
 
     def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
         """The base layer's output plus the gated adapters'.
@@ -235,6 +246,6 @@ class MixtureLinear(nn.Module):
         selection = selector(z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN)
         if call is not None:
             call.selected(self.path, selection)
-        gate_BSR = selection.weights @ self.spread
+        gate_BSR = self._heard(selection.weights @ self.spread)
         y = self._base(x)
         return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)

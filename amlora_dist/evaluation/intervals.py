@@ -122,17 +122,20 @@ def _row_counts(cells: Cells) -> list[int]:
     return counts
 
 
-def resampled(cells: Cells, *, seed: int, resamples: int = RESAMPLES) -> list[list[list[float | None]]]:
+def resampled(
+    cells: Cells, *, seed: int, resamples: int = RESAMPLES, places: Sequence[int] | None = None
+) -> list[list[list[float | None]]]:
     """Accuracy matrices of resampled rows (see `metric_interval`).
 
     A task's draws depend on the seed, its place and its number of rows alone. So what several runs over the same tasks
-    and rows give can be averaged or subtracted matrix by matrix: what they share is drawn alike.
+    and rows give can be averaged or subtracted matrix by matrix: what they share is drawn alike. ``places`` says which
+    task each column is, where runs have them in different orders; default: 0, 1, 2, ...
     """
     means_TIS: NDArray[np.float64] = np.full((len(cells), len(cells[0]), resamples), np.nan)
     for i, count in enumerate(_row_counts(cells)):
         if not count:
             continue
-        generator = np.random.default_rng([seed, i])
+        generator = np.random.default_rng([seed, i if places is None else places[i]])
         times_SN = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
         for t, line in enumerate(cells):
             if line[i]:

@@ -24,6 +24,9 @@ class EvaluationSettings:
     """Score every task once more after the last stage with so many other wordings of its question, which no stage saw."""
     oracle: bool = True
     """Score the last bank once more with the true task's row, as the upper bound of routing."""
+    knockout: bool = False
+    """Score the last bank once more for each adapter, with that adapter silent wherever gates or recipes use it: as many
+    passes over all tasks as there are adapters."""
 
     @property
     def sealed(self) -> tuple[str, ...]:

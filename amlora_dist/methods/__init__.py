@@ -17,6 +17,7 @@ METHODS = {
     "replay": "amlora_dist.methods.replay:Replay",
     "ewc": "amlora_dist.methods.ewc:EWC",
     "lwf": "amlora_dist.methods.lwf:LwF",
+    "l2p": "amlora_dist.methods.l2p:L2P",
     "per_task": "amlora_dist.methods.per_task:PerTask",
     "joint": "amlora_dist.methods.joint:Joint",
     "base": "amlora_dist.methods.untrained:Untrained",

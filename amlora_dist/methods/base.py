@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.literal import Selection
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.statistics import TaskStatistics
+    from amlora_dist.adapters.targets import Target
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
@@ -55,7 +58,8 @@ class Method:
     alters_inputs: ClassVar[bool] = False
     """Whether rows reach the model changed (prompts in front, other embeddings): then no trunk is cached for it."""
     reads_parameters: ClassVar[bool] = False
-    """Whether ``extra_loss`` or ``remember`` read the new adapter's parameters, which ZeRO-3 partitions: refused there."""
+    """Whether the loss reads the new adapter's parameters outside of a pass of the model, or makes a second pass inside
+    of one: ZeRO-3, which partitions parameters, is refused."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Keys of ``method_settings`` that decide what stages from the second on train."""
 
@@ -110,6 +114,22 @@ class Method:
         return {stage: None}
 
     # -- the adapter ----------------------------------------------------------------------------------------------
+
+    def targets(self, model: PreTrainedModel, router_layer: int) -> list[Target]:
+        """The layers that are adapted."""
+        from amlora_dist.adapters.targets import find_targets
+
+        return find_targets(model, self.settings.adapters, router_layer)
+
+    @property
+    def rank_and_alpha(self) -> tuple[int, float]:
+        """Of the adapter that a stage trains."""
+        return self.settings.adapters.rank, self.settings.adapters.alpha
+
+    @property
+    def lead(self) -> int:
+        """Tokens in front of every input where learned prompts stand (``adapters.prompts``)."""
+        return 0
 
     @property
     def uses_selectors(self) -> bool:

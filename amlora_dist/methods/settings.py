@@ -22,3 +22,11 @@ class MethodSettings:
     """``lwf``: weight of the distillation from the model before the stage."""
     lwf_temperature: float = Field(default=2.0, gt=0)
     """``lwf``: temperature of both distributions in the distillation."""
+    prompt_pool: int = Field(default=160, ge=1)
+    """``l2p``: prompts in the pool, each of one token."""
+    prompt_tokens: int = Field(default=10, ge=1)
+    """``l2p``: prompts in front of an input; every stage trains as many new ones, while the pool has some left."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens > self.prompt_pool:
+            raise ValueError(f"prompt_tokens {self.prompt_tokens} of a pool of {self.prompt_pool} (prompt_pool)")

@@ -59,6 +59,7 @@ class Recipe:
     cells: str
     untrained: bool
     oracle: bool
+    knockout: bool
     size: int
     """Bytes of an element of the model."""
 
@@ -179,6 +180,8 @@ def _scoring(
         scored += tasks
     if recipe.oracle and last:
         scored += tasks
+    if recipe.knockout and last:
+        scored += [*tasks] * index
     flops = passes = 0.0
     for task in scored:
         row = task.length + task.answer

@@ -53,9 +53,9 @@ def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapte
 
 
 def peft_config(manifest: Manifest, line: AdapterEntry) -> dict[str, Any]:
-    """PEFT's ``adapter_config.json`` of one adapter."""
+    """PEFT's ``adapter_config.json`` of one adapter; of a pool of prompts one that PEFT refuses."""
     return {
-        "peft_type": "LORA",
+        "peft_type": "AMLORA_PROMPTS" if manifest.prompt_tokens else "LORA",
         "task_type": "SEQ_2_SEQ_LM" if manifest.base.encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": manifest.base.source,
         "revision": manifest.base.revision,

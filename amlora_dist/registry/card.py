@@ -19,6 +19,15 @@ _INPUTS = [
 ]
 _PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
 
+_KINDS = {
+    False: (
+        "Each `adapters/<k>-<task>` is a plain PEFT adapter (`peft.PeftModel.from_pretrained`), without its recipe of",
+        "earlier adapters.",
+    ),
+    True: ("Each `adapters/<k>-<task>` is the pool of prompts as it was after that task: keys in A, prompts in B.",),
+}
+"""What the adapters are: LoRA, or pools of prompts."""
+
 
 def mlmodel() -> str:
     """YAML of a pyfunc model whose loader module reads the folder; nothing is pickled.
@@ -81,8 +90,7 @@ def readme(manifest: Manifest) -> str:
         'model = AMLoRAModel.from_bank("this/folder")',
         "```",
         "",
-        "Each `adapters/<k>-<task>` is a plain PEFT adapter (`peft.PeftModel.from_pretrained`), without its recipe of",
-        "earlier adapters.",
+        *_KINDS[manifest.prompt_tokens > 0],
         "",
         "**In MLflow every adapter is stored once.** A version holds only the adapter of its own stage and refers to",
         "the earlier ones, so stock `mlflow.artifacts.download_artifacts` gives a version without its referred",

@@ -40,8 +40,10 @@ def row_adapter(bank: Bank, task: str) -> Adapter:
     """A task's row as one adapter without a recipe, in fp32.
 
     Raises:
-        UserError: no such task.
+        UserError: no such task, or a bank of prompts.
     """
+    if bank.manifest.prompt_tokens:
+        raise UserError("this bank holds prompts (method l2p), which other tools cannot choose by input: no form for them")
     if task not in bank.manifest.tasks:
         raise UserError(f"task: found {task!r}, the bank's tasks are {', '.join(bank.manifest.tasks)}")
     place = bank.manifest.tasks.index(task)

@@ -216,6 +216,21 @@ class Manifest:
         """Every adapted module, sorted."""
         return sorted({module for entry in self.adapters for module in entry.targets})
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens in front of every input where prompts stand, if the adapters are pools of them (method ``l2p``); else 0.
+
+        Raises:
+            BankError: the configuration does not say how many.
+        """
+        if self.method != "l2p":
+            return 0
+        section = self.training_configuration.get("method_settings")
+        found = section.get("prompt_tokens") if isinstance(section, dict) else None
+        if type(found) is not int or not 0 < found <= min((line.rank for line in self.adapters), default=1):
+            raise BankError(f"{FILE}: method_settings.prompt_tokens: found {_short(found)}, expected 1 to the pool's size")
+        return found
+
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values, without the digest; target modules that all adapters share are written once."""
         mapping: dict[str, Any] = TypeAdapter(Manifest).dump_python(self, mode="json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from amlora_dist.evaluation import metrics
@@ -57,13 +58,16 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
         ``methods``: for each its ``runs`` (number), ``train_seconds`` (mean of a run) and ``metrics``: by name ``mean``,
         ``deviation`` and ``range`` over runs, and the ``interval`` of the mean over test rows. ``differences``: for each
         other method the average performance of the reference minus its own over the runs both have, with ``interval``,
-        ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by method. ``by_order``: average
-        performance by method and order. ``runs``: one line a run.
+        ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by method. ``also``: the same of test sets
+        that no stage learned. ``by_order``: average performance by method and order. ``runs``: one line a run.
     """
     methods = list(dict.fromkeys(entry.method for entry in entries))
     of = {method: [entry for entry in entries if entry.method == method] for method in methods}
     references = _references(entries)
-    table = {method: _method(of[method], references) for method in methods}
+    places: dict[str, int] = {}  # a task's rows are drawn alike wherever an order has it
+    for task in (task for entry in entries for task in entry.facts.tasks):
+        places.setdefault(task, len(places))
+    table = {method: _method(of[method], references, places) for method in methods}
     return {
         "reference": reference,
         "methods": {method: line for method, (line, _) in table.items()},
@@ -73,31 +77,35 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
             if method != reference and reference in table
         },
         "tasks": {method: _by_task(of[method]) for method in methods},
+        "also": {method: _also(of[method]) for method in methods},
         "by_order": {method: _by_order(of[method]) for method in methods},
         "runs": [_run(entry, table[entry.method][1][entry.pair]) for entry in entries],
     }
 
 
 def _method(
-    entries: Sequence[Entry], references: Callable[[Entry], dict[str, Sequence[Number]]]
+    entries: Sequence[Entry], references: Callable[[Entry], dict[str, Sequence[Number]]], places: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[tuple[str, int], dict[str, _Sample]]]:
-    samples = {entry.pair: _samples(entry, references(entry)) for entry in entries}
+    samples = {entry.pair: _samples(entry, references(entry), places) for entry in entries}
     names = list(dict.fromkeys(name for one in samples.values() for name in one))
     seconds = [sum(stage.public["train_seconds"] or 0.0 for stage in entry.facts.stages) for entry in entries]
     found = {name: _summary([one[name] for one in samples.values() if name in one]) for name in names}
     return {"runs": len(entries), "train_seconds": statistics.fmean(seconds), "metrics": found}, samples
 
 
-def _samples(entry: Entry, references: dict[str, Sequence[Number]]) -> dict[str, _Sample]:
+def _samples(
+    entry: Entry, references: dict[str, Sequence[Number]], places: Mapping[str, int]
+) -> dict[str, _Sample]:
     """Every metric of one run."""
     facts = entry.facts
+    sampled = partial(_sampled, places=[places[task] for task in facts.tasks])
     ranked = facts.result["ranked_accuracy_matrix"][-1:]
-    ranked_sample = _sampled(ranked, facts.cells(ranked=True)[-1:], {"ranked_average_performance": _mean})
+    ranked_sample = sampled(ranked, facts.cells(ranked=True)[-1:], {"ranked_average_performance": _mean})
     if not facts.in_sequence:
-        return _sampled(facts.matrix[-1:], facts.cells()[-1:], {"average_performance": _mean}) | ranked_sample
-    found = _sampled(facts.matrix, facts.cells(), metrics.METRICS) | ranked_sample
+        return sampled(facts.matrix[-1:], facts.cells()[-1:], {"average_performance": _mean}) | ranked_sample
+    found = sampled(facts.matrix, facts.cells(), metrics.METRICS) | ranked_sample
     if (oracle := facts.result.get("oracle")) is not None:
-        found |= _sampled([oracle], facts.oracle_cells()[1:], {"oracle": _mean})
+        found |= sampled([oracle], facts.oracle_cells()[1:], {"oracle": _mean})
     if (single := references.get("single")) is not None:
         value = metrics.forward_transfer_single(facts.matrix, single)
         found["forward_transfer_single"] = _Sample(value, [])
@@ -120,8 +128,10 @@ def _references(entries: Sequence[Entry]) -> Callable[[Entry], dict[str, Sequenc
     return lambda entry: lent.get(entry.pair, {})
 
 
-def _sampled(matrix: metrics.Matrix, cells: Cells, wanted: Mapping[str, Metric]) -> dict[str, _Sample]:
-    means, drawn = cell_means(cells), resampled(cells, seed=0, resamples=RESAMPLES)
+def _sampled(
+    matrix: metrics.Matrix, cells: Cells, wanted: Mapping[str, Metric], *, places: Sequence[int]
+) -> dict[str, _Sample]:
+    means, drawn = cell_means(cells), resampled(cells, seed=0, resamples=RESAMPLES, places=places)
     return {
         name: _Sample(metric(matrix), [metric(one) for one in drawn] if metric(means) is not None else [])
         for name, metric in wanted.items()
@@ -167,6 +177,15 @@ def _by_task(entries: Sequence[Entry]) -> dict[str, Number]:
     tasks = list(dict.fromkeys(task for entry in entries for task in entry.facts.tasks))
     lines = [dict(zip(entry.facts.tasks, entry.facts.matrix[-1], strict=True)) for entry in entries]
     return {task: metrics.mean([line[task] for line in lines if task in line]) for task in tasks}
+
+
+def _also(entries: Sequence[Entry]) -> dict[str, Number]:
+    """Mean score on each test set that no stage learned (shifted text, other wordings)."""
+    scores: dict[str, list[Number]] = {}
+    for entry in entries:
+        for one in entry.facts.result.get("also") or []:
+            scores.setdefault(one["task"], []).append(one["accuracy"])
+    return {name: metrics.mean(values) for name, values in scores.items()}
 
 
 def _by_order(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def difference_table(comparison: dict[str, Any]) -> Table:
     return Table([f"{comparison['reference']} minus", "AP", "± over runs", "low", "high", "wins", "of runs"], rows)
 
 
+def also_table(comparison: dict[str, Any]) -> Table | None:
+    """Mean scores on test sets that no stage learned, by method; None where there are none."""
+    further = {method: one for method, one in (comparison.get("also") or {}).items() if one}
+    sets = list(dict.fromkeys(name for one in further.values() for name in one))
+    rows: list[list[Value]] = [[method, *(one.get(name) for name in sets)] for method, one in further.items()]
+    return Table(["method", *sets], rows) if sets else None
+
+
 def _summary(comparison: dict[str, Any], ranking: Sequence[str]) -> str:
     found, reference = comparison["methods"], comparison["reference"]
     best = ranking[0]
@@ -205,6 +213,9 @@ def _tasks(comparison: dict[str, Any]) -> list[Block]:
             column_name="task",
         )
     ]
+    if (further := also_table(comparison)) is not None:
+        caption = "Mean over runs, after the last stage: shifted text, or questions in other words."
+        blocks.append(TableBlock("also", "Test sets that no stage learned", further, caption))
     orders = list(comparison["orders"])
     if len(orders) > 1:
         rows: list[list[Value]] = [

@@ -30,6 +30,8 @@ DASHES = ("-", "--", "-.", ":")
 INK, GREY, PALE = "#1f2430", "#6b7280", "#e5e7eb"
 WIDTH = 4.7
 """Inches of a plain chart: legible without scrolling on a phone, two beside each other on a desk."""
+LONGEST_NAME = 32
+"""Letters of a name beside a chart of that width."""
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -302,7 +304,8 @@ def dot_plot(
     with mpl.rc_context(_STYLE):
         height = 0.27 * len(dots) + 0.6
         figure, axes = _figure(WIDTH, height)
-        labels = 0.075 * max((len(dot.name) for dot in dots), default=0) + 0.2
+        names = [_cut(dot.name) for dot in dots]
+        labels = 0.075 * max(map(len, names), default=0) + 0.2
         axes.set_position((labels / WIDTH, 0.48 / height, 1 - (labels + 0.65) / WIDTH, 0.27 * len(dots) / height))
         if zero:
             axes.axvline(0.0, color=GREY, linewidth=0.8)
@@ -316,12 +319,17 @@ def dot_plot(
             axes.annotate(f"{dot.value:.{digits}f}", (1, place), (4, 0), xycoords=("axes fraction", "data"),
                           textcoords="offset points", va="center", size=8)  # fmt: skip
         axes.set(ylim=(len(dots) - 0.5, -0.5), xlabel=x_name, xlim=x_range)
-        axes.set_yticks(range(len(dots)), [dot.name for dot in dots])
+        axes.set_yticks(range(len(dots)), names)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=PALE, linewidth=0.7)
         axes.set_axisbelow(True)
     rows: list[list[Value]] = [[dot.name, dot.value, dot.low, dot.high] for dot in dots]
     return Chart(name, title, caption, figure, Table(["", x_name, "low", "high"], rows))
+
+
+def _cut(name: str) -> str:
+    """A name that leaves the drawing room; the numbers behind it have the whole."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def short_number(value: float, digits: int) -> str:

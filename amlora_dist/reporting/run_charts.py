@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from amlora_dist.evaluation.intervals import mean_interval
+from amlora_dist.evaluation.metrics import minus
 from amlora_dist.reporting.diagnosis import Recipe
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Chart, Number, Series, Table, Value, bar_chart, heat_map, line_chart
@@ -14,6 +15,9 @@ from amlora_dist.reporting.routing_facts import StageRouting
 
 LINE_POINTS = 160
 """Points of a drawn loss curve; the CSV behind it has every step."""
+
+SHOWN_LINES = 30
+"""Of a table that grows with tasks x stages."""
 
 
 def short_names(tasks: Sequence[str]) -> list[str]:
@@ -114,7 +118,63 @@ def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Blo
         " exactly 0."
     )
     charts.append(TableBlock("routing", "Routing task by task", Table(columns, rows), caption))
+    if len(routing) > 1:
+        charts.append(_attention_by_stage(routing))
     return charts
+
+
+def _attention_by_stage(routing: Sequence[StageRouting]) -> TableBlock:
+    """The attention mass after every stage: what a new task took from the old ones."""
+    adapters = routing[-1].statistics.adapters
+    rows: list[list[Value]] = []
+    for one in routing:
+        found = one.statistics
+        for task, line, zero in zip(found.tasks, found.mass, found.zero_mass, strict=True):
+            mass = dict(zip(found.adapters, line or [], strict=False))
+            rows.append([one.stage, task, *(mass.get(adapter) for adapter in adapters), zero])
+    columns = ["after stage", "task", *short_names(adapters), "zero adapter"]
+    many = len(rows) > SHOWN_LINES
+    return TableBlock(
+        "attention-by-stage",
+        "Attention mass after every stage",
+        Table(columns, rows),
+        f"The first {SHOWN_LINES} lines; the CSV has all." if many else "",
+        digits=2,
+        shown=Table(columns, rows[:SHOWN_LINES]) if many else None,
+    )
+
+
+def knockout_blocks(facts: RunFacts) -> list[Block]:
+    """What each task loses with each adapter silent."""
+    if (silenced := facts.result.get("knockout")) is None:
+        return []
+    adapters = [*facts.materials.get("parent_tasks", []), *(stage.task for stage in facts.stages)]
+    last = facts.matrix[-1]
+    values = [[minus(score, whole) for score, whole in zip(line, last, strict=True)] for line in silenced]
+    own = [(adapters.index(task), n) for n, task in enumerate(facts.tasks) if task in adapters]
+    names = [f"without {name}" for name in short_names(adapters)]
+    return [
+        heat_map(
+            "knockout",
+            "Knock-out: accuracy lost with an adapter silent",
+            "Accuracy of the last bank with one adapter adding nothing, wherever gates or recipes use it, less its accuracy"
+            " as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each other.",
+            names,
+            short_names(facts.tasks),
+            values,
+            low=None,
+            high=None,
+            diverging=True,
+            marked=own,
+            row_name="bank",
+            column_name="task",
+        ),
+        TableBlock(
+            "knockout-accuracy",
+            "Knock-out accuracy",
+            Table(["", *facts.tasks], [["as it is", *last], *([n, *line] for n, line in zip(names, silenced, strict=True))]),
+        ),
+    ]
 
 
 def _routing_curves(routing: Sequence[StageRouting]) -> Chart:

@@ -77,7 +77,7 @@ def run_page(facts: RunFacts) -> Page:
             Section(
                 "Routing",
                 "Which adapters answer for which task, over test rows; the router is never told the task.",
-                run_charts.routing_blocks(facts, routing),
+                [*run_charts.routing_blocks(facts, routing), *run_charts.knockout_blocks(facts)],
             ),
             Section(
                 "What stages took over",
@@ -254,7 +254,7 @@ def _raw(facts: RunFacts) -> list[Block]:
         text = predictions_csv(facts, number)
         if text is None:
             continue
-        size += len(text)
+        size += len(text.encode())
         if size > PREDICTIONS_BYTES:
             left_out.append(number)
         else:

@@ -146,8 +146,8 @@ class Learner:
             added = torch.zeros((), device=self.engine.device)
             if distilled is not None and counts:
                 added = added + distilled / tokens
-            if selection is not None and counts:
-                added = added + selection * (len(part) / len(batch))
+            if selection is not None:  # at weight 0 too: a gradient on some ranks only would hang a collective
+                added = added + selection * (counts * len(part) / len(batch))
             extra = self.extra_loss()
             if extra is not None:
                 added = added + extra / (ranks.world * self.layout.accumulation)

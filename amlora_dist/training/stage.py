@@ -10,19 +10,20 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
+from amlora_dist.adapters.prompts import Lead
 from amlora_dist.adapters.statistics import TaskStatistics, merge, merge_holdouts
-from amlora_dist.adapters.targets import default_router_layer, find_targets
+from amlora_dist.adapters.targets import default_router_layer
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
@@ -35,13 +36,14 @@ from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_to
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
 from amlora_dist.training.checkpoint import Progress, write_text
+from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.work import Cell, StageWork
+from amlora_dist.training.work import WITHOUT, Cell, StageWork
 from amlora_dist.training.zero import (
     Alone,
     DeepSpeedEngine,
@@ -52,7 +54,6 @@ from amlora_dist.training.zero import (
     deepspeed_config,
     inference_model,
     join_process_group,
-    local_part,
 )
 
 __all__ = ["StoppedError", "run_stage"]
@@ -92,6 +93,7 @@ class _Stage:
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
+        self.lead = Lead(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
         self.config = self._deepspeed_config() if distributed else None
         self._mixture: Mixture | None = None
 
@@ -214,12 +216,12 @@ class _Stage:
     def _new_adapter(self, adapters: list[Adapter]) -> NewAdapter:
         start = self.method.start_from(adapters)
         recipe = self.method.constant_recipe(len(adapters)) if adapters else None
-        s = self.settings
+        rank, alpha = self.method.rank_and_alpha
         return NewAdapter(
             task=self.work.task,
-            rank=s.adapters.rank,
-            alpha=s.adapters.alpha,
-            seed=named_seed(s.seed, "adapter", self.work.task),
+            rank=rank,
+            alpha=alpha,
+            seed=named_seed(self.settings.seed, "adapter", self.work.task),
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
             recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
             learn_recipe=self.method.learns_recipe(self.work.index),
@@ -334,9 +336,12 @@ class _Stage:
 
     def _score(self, model: Any, tasks: list[str], cell: Cell, trunk: TrunkCache | None) -> None:
         spec = self.work.spec(cell.task)
-        examples = self._examples(cell.task, cell.split)
+        examples = self._examples(cell.task, cell.split, plain=cell.mode == "untrained")
         labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
-        row = {"untrained": ZERO_ROW, "router": None, "oracle": _position(tasks, cell)}[cell.mode]
+        row = ZERO_ROW if cell.mode == "untrained" else _position(tasks, cell)
+        if self._mixture is not None:
+            out = cell.mode.removeprefix(WITHOUT)
+            self._mixture.silence(None if out == cell.mode else int(out) - 1)
         if self._mixture is not None and self.method.uses_selectors:
             self._mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
         began = time.monotonic()
@@ -380,11 +385,12 @@ class _Stage:
         if self.ranks.rank == 0:
             self._report(event)
 
-    def _examples(self, task: str, split: str) -> list[Example]:
+    def _examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
+        """Rows as the model reads them; ``plain``: without the places of learned prompts."""
         spec = self.work.spec(task)
         data = self.work.data(task, (split,))
         template = template_for(spec, spec.prompt_style)
-        return encode(
+        examples = encode(
             data.rows[split],
             spec,
             template,
@@ -392,6 +398,9 @@ class _Stage:
             max_length=int(spec.max_length or 512),
             encoder_decoder=self.base.encoder_decoder,
         )
+        if self.lead is None or plain:
+            return examples
+        return [replace(example, prompt=self.lead.before(example.prompt)) for example in examples]
 
     def _load_base(self) -> Any:
         dtype, attention = DTYPES[self.settings.dtype], self.settings.attention
@@ -406,7 +415,7 @@ class _Stage:
     def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
         layer = self.settings.router.layer
         layer = default_router_layer(model) if layer is None else layer
-        targets = find_targets(model, self.settings.adapters, layer)
+        targets = self.method.targets(model, layer)
         literal = self.settings.router.literal if self.method.uses_selectors else None
         return inject(
             model,
@@ -417,6 +426,7 @@ class _Stage:
             router_layer=layer,
             skip_tokens=self.settings.router.skip_tokens,
             literal=literal,
+            lead=self.lead,
         )
 
     def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
@@ -464,29 +474,6 @@ class _Stage:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:
-    """Checksum of the bits of all parameters but some, as this rank holds them: two sums modulo 2^64.
-
-    They are sums of eight-byte words. The second weighs every word by its place, so that exchanged values show too. A
-    changed bit changes the first sum; it is no defence against an adversary.
-    """
-    plain = weighted = 0
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters(), start=1):
-            if id(parameter) in leave_out:
-                continue
-            part = local_part(parameter).detach().contiguous().view(-1).view(torch.uint8)
-            if part.data_ptr() % 8:
-                part = part.clone()
-            places = torch.arange(1, min(len(part), 1 << 20) + 1, device=part.device)
-            whole = len(part) // 8 * 8
-            for words in (part[:whole].view(torch.int64), part[whole:].to(torch.int64)):
-                for piece in words.split(1 << 20):
-                    plain += int(piece.sum())
-                    weighted += number * int((piece * places[: len(piece)]).sum())
-    return plain % (1 << 64), weighted % (1 << 64)
 
 
 def _held_out(count: int, share: float, seed: int) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -17,7 +17,9 @@ from amlora_dist.tasks.task import TaskSpec, read_mapping
 from amlora_dist.training.result import is_whole
 from amlora_dist.training.settings import StageSettings
 
-Mode = Literal["untrained", "router", "oracle"]
+Mode = str
+"""``untrained``, ``router``, ``oracle`` (told the task), or ``without.N``: as ``router``, the Nth adapter silent."""
+WITHOUT = "without."
 
 
 @dataclass(frozen=True, slots=True)

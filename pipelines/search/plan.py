@@ -55,6 +55,7 @@ class Plan:
             oracle=False,
             also=[],
             paraphrases=0,
+            knockout=False,
         )
         made.registered_model = None
         return made

@@ -282,3 +282,18 @@ def test_a_constant_recipe_is_the_last_row() -> None:
     layer = MixtureLinear(base, PATH, adapters, constant)
     assert layer.recipe is None
     torch.testing.assert_close(layer(x, gate), MixtureLinear(base, PATH, adapters, learned)(x, gate))
+
+
+def test_a_silent_adapter_adds_nothing_whatever_uses_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base, adapters = make_base("plain", 6, 5, generator), make_adapters([2, 3], 6, 5, generator)
+    x, gate = randn(generator, 2, 4, 6), torch.tensor([[0.7, 0.3], [0.0, 1.0]])
+    layer = MixtureLinear(base, PATH, adapters)
+    before = layer(x, gate)
+    adapters[0].b[PATH] = torch.zeros_like(adapters[0].b[PATH])
+    expected = MixtureLinear(base, PATH, adapters)(x, gate)
+    layer.silent = 0
+    torch.testing.assert_close(layer(x, gate), expected)
+    assert not torch.allclose(before, expected), "the second row's recipe uses it too"
+    layer.silent = None
+    assert torch.equal(layer(x, gate), before)

@@ -68,6 +68,7 @@ def test_contenders_may_be_variants_and_carry_overrides(config: Path) -> None:
         ({"methods": ["ewc:weight"]}, "has no ="),
         ({"methods": ["ewc:method_settings.ewc_weigth=3"]}, "ewc_weigth"),
         ({"methods": ["ewc", "ewc"]}, "--methods: ewc stands twice"),
+        ({"methods": ["ewc:training.batch_size=6", "ewc:evaluation.batch_size=6"]}, "the same name in the table"),
         ({"seeds": [1, 1]}, "--seeds: 1 stands twice"),
         ({"orders": ["1-2-3"]}, "each of the places 1 to 2 once, such as 2-1"),
         ({"orders": ["no-such"]}, "found 'no-such', expected a configuration"),
@@ -76,6 +77,7 @@ def test_contenders_may_be_variants_and_carry_overrides(config: Path) -> None:
         ({"overrides": ["registered_model=one"]}, "registered_model cannot be shared"),
         ({"overrides": ["training.epochs=0"]}, "training.epochs"),
         ({"comparison_id": "c" * 95}, "at most 100 fit"),
+        ({"comparison_id": "c" * 80, "learning_rates": [0.00125]}, "at most 100 fit"),
         ({"overrides": ["workers=2", "deepspeed.zero_stage=3"], "methods": ["ewc"]}, "'ewc' cannot run under ZeRO-3"),
     ],
 )
@@ -173,7 +175,7 @@ def test_methods_may_be_added_and_other_changes_are_refused(again: Path, compare
     with pytest.raises(UserError, match="was started otherwise"):
         run_comparison(plan(again, learning_rates=[0.5]), command="", progress=Silent())
     rates = [0.003, 0.03]
-    with pytest.raises(UserError, match=r"adapters: rank: 4 then, 2 now"):
+    with pytest.raises(UserError, match=r"adapters.rank: 4 then, 2 now"):
         run_comparison(plan(again, learning_rates=rates, overrides=["adapters.rank=2"]), command="", progress=Silent())
 
 
@@ -207,6 +209,33 @@ def test_a_run_that_fails_for_good_leaves_the_others_going(
     monkeypatch.setattr(comparison_module, "run_sequence", real)
     mended = run_comparison(plan(config, methods=["base", "seq_lora"]), command="", progress=Silent())
     assert list(mended["methods"]) == ["base", "seq_lora"] and mended["failed"] == []
+
+
+@pytest.mark.integration
+def test_without_its_outputs_the_same_comparison_gives_exactly_the_same_numbers(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbers(home: str) -> dict[str, Any]:
+        monkeypatch.setenv("AMLORA_HOME", str(tmp_path / home))
+        made = plan(config, methods=["am_lora", "replay"], learning_rates=[0.003, 0.03])
+        found = run_comparison(made, command="amlora compare", progress=Silent())
+        for line in found["methods"].values():
+            assert line.pop("train_seconds") > 0  # of the machine, not of the training
+        return found
+
+    assert numbers("first") == numbers("second")
+
+
+def test_a_comparison_that_an_older_version_began_goes_on(config: Path) -> None:
+    made = plan(config)
+    old = made.to_json() | {"tuning": {"am_lora": {"chosen": None, "scores": {}}}}
+    old = json.loads(json.dumps(old))
+    del old["config"]["evaluation"]["knockout"], old["config"]["method_settings"]
+    old["config"]["workers"] = 2  # changes no number
+    assert comparison_module._resumed(made, old)["tuning"] == old["tuning"]
+    old["config"]["training"]["epochs"] = 7
+    with pytest.raises(UserError, match=r"training\.epochs: 7 then, 1 now"):
+        comparison_module._resumed(made, old)
 
 
 @pytest.mark.crash

@@ -26,7 +26,7 @@ SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSe
 TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
 RECIPE = Recipe(
     batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, evaluation_batch=16,
-    cells="seen+next", untrained=True, oracle=True, size=2,
+    cells="seen+next", untrained=True, oracle=True, knockout=False, size=2,
 )  # fmt: skip
 MACHINE = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=300)
 

@@ -95,3 +95,11 @@ def test_csv_quotes_what_a_task_name_may_hold() -> None:
 )
 def test_short_numbers(value: float, digits: int, text: str) -> None:
     assert short_number(value, digits) == text
+
+
+def test_long_names_leave_a_dot_plot_its_room_and_stand_whole_in_the_data() -> None:
+    name = "am_lora-threshold-0.3-temperature-1-form-absolute-layers-last"
+    chart = dot_plot("long", "", "", [Dot(name, 0.5, 0.4, 0.6)], x_name="accuracy")
+    (axes,) = chart.figure.axes
+    assert axes.get_position().width > 0.2
+    assert name not in chart.svg() and name in chart.data.csv()

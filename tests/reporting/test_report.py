@@ -8,11 +8,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from amlora_dist.adapters import router as router_module
+from amlora_dist.adapters.router import PosteriorRouter, posterior_router
+from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
@@ -136,6 +140,31 @@ def test_planted_routing_faults_are_found_in_real_runs(folder: Path, run: Run, t
         assert rule in {f.rule for f in page.findings or [] if f.level == "alarm"}, (overrides, page.findings)
     healthy = report(store, "three", folder / "healthy.html").findings or []
     assert not {finding.rule for finding in healthy if finding.level == "alarm"} & set(planted.values())
+
+
+def test_a_router_collapsed_on_purpose_is_found_in_a_real_run(
+    folder: Path, run: Run, two_tasks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(statistics: Sequence[TaskStatistics], **more: Any) -> PosteriorRouter:
+        made = posterior_router(statistics, **more)
+        made.bias[0] += 1e6
+        return made
+
+    monkeypatch.setattr(router_module, "posterior_router", collapsed)
+    run("collapsed", two_tasks, "router.gate.threshold=0.11")  # scores of a gate that no other run has
+    findings = report(Store.open(folder / "home"), "collapsed", folder / "collapsed.html").findings or []
+    assert [f.title for f in findings if f.rule == "router_collapsed"] == ["The router has collapsed on colours"]
+
+
+def test_knock_out_shows_what_each_task_owes_to_each_adapter(folder: Path, run: Run, two_tasks: str) -> None:
+    found = run("knockout", two_tasks, "evaluation.knockout=true")
+    lost = [[before - now for before, now in zip(found.matrix[-1], line, strict=True)] for line in found.result["knockout"]]
+    assert len(lost) == 2 and lost[0][0] > 0.2, "without its own adapter a task is lost"
+    assert found.matrix == run("two", two_tasks).matrix, "the other scores are what they are without it"
+    file = folder / "knockout.html"
+    page = report(Store.open(folder / "home"), "knockout", file)
+    assert "knockout" in {chart.name for chart in page.charts}
+    assert 'download="knockout-accuracy.csv"' in file.read_text(encoding="utf-8")
 
 
 def test_the_command_writes_the_report_and_says_where(folder: Path, facts: RunFacts) -> None:

@@ -1,0 +1,70 @@
+"""The numbers of a comparison, from runs written by hand: no model, no store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from amlora_dist.evaluation.scoring import Prediction
+from amlora_dist.reporting.comparing import Entry, compare
+from amlora_dist.reporting.comparison_report import also_table
+from amlora_dist.reporting.facts import RunFacts, StageFacts
+
+ROWS = {"first": [1.0] * 30 + [0.0] * 10, "second": ([1.0] + [0.0] * 3) * 10}
+"""Score of each test row after the last stage, by task."""
+
+
+def entry(method: str, order: Sequence[str], *, seed: int = 0, also: Sequence[dict[str, Any]] = ()) -> Entry:
+    """A run whose every stage scored every task alike."""
+    name = "-".join(order)
+    means = [sum(ROWS[task]) / len(ROWS[task]) for task in order]
+    predictions = {
+        task: [
+            Prediction(row=n, answer="", output="", ended=True, correct=score, ranked=0, ranked_correct=score > 0)
+            for n, score in enumerate(ROWS[task], start=1)
+        ]
+        for task in order
+    }
+    stages = []
+    for task in order:
+        scores = [{"mode": "router", "task": one, "fingerprint": one} for one in order]
+        public = {"task": task, "train_seconds": 1.0, "reused": False}
+        stages.append(StageFacts(task, "", public, {}, scores))
+    result = {
+        "tasks": list(order), "method": method, "seed": seed, "untrained": None, "oracle": None, "also": list(also),
+        "accuracy_matrix": [means] * 2, "ranked_accuracy_matrix": [means] * 2,
+    }  # fmt: skip
+    facts = RunFacts(f"{method}.{name}.{seed}", "", "", result, {}, {}, stages, predictions)
+    return Entry(method, name, seed, facts)
+
+
+def interval(entries: Sequence[Entry]) -> list[float]:
+    found: list[float] = compare(entries, "seq_lora")["methods"]["seq_lora"]["metrics"]["average_performance"]["interval"]
+    return found
+
+
+def test_more_orders_of_the_same_test_rows_do_not_make_the_interval_over_rows_narrower() -> None:
+    one = interval([entry("seq_lora", ["first", "second"])])
+    both = interval([entry("seq_lora", ["first", "second"]), entry("seq_lora", ["second", "first"])])
+    assert both == pytest.approx(one), "the same rows were scored twice: that is no further evidence about rows"
+    assert one[0] < 0.5 < one[1]
+
+
+def test_equal_runs_of_two_methods_differ_by_exactly_nothing() -> None:
+    orders = (["first", "second"], ["second", "first"])
+    made = [entry(method, order) for order in orders for method in ("seq_lora", "replay")]
+    difference = compare(made, "seq_lora")["differences"]["replay"]
+    assert difference["mean"] == 0.0 and difference["interval"] == [0.0, 0.0] and difference["wins"] == 0
+
+
+def test_test_sets_that_no_stage_learned_are_compared_too() -> None:
+    shifted = [{"task": "shifted", "accuracy": score, "ranked_accuracy": None, "rows": 9} for score in (0.25, 0.75)]
+    order = ["first", "second"]
+    made = [entry("seq_lora", order, seed=n, also=[one]) for n, one in enumerate(shifted)] + [entry("per_task", order)]
+    found = compare(made, "seq_lora")
+    assert found["also"] == {"seq_lora": {"shifted": 0.5}, "per_task": {}}
+    table = also_table(found)
+    assert table is not None and table.columns == ["method", "shifted"] and table.rows == [["seq_lora", 0.5]]
+    assert also_table(compare(made[-1:], "per_task")) is None
