@@ -160,7 +160,7 @@ def memory_of(
         buffers += staged * (2 if layout.overlap and zero < 3 else 1)
     host = nvme = 0
     if layout.offload in ("optimizer", "both") and zero > 0:
-        host += optimizer + 4 * -(-t // w)  # and the fp32 gradients that the host's step reads
+        host += (12 + 4) * -(-t // w)  # masters, moments, and the fp32 gradients that the host's step reads
         optimizer = 0
     if layout.offload in ("parameters", "both") and zero == 3:
         host += weights
