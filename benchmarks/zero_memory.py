@@ -270,7 +270,8 @@ def measured(work: dict[str, Any], zero: int) -> dict[str, int]:
     gc.collect()
     held["weights"] = unique(getattr(p, "ds_tensor", p) for p in engine.model.parameters())
     masters = [p for group in client.param_groups for p in group["params"]]
-    own = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    masters += getattr(engine._optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3 lends them to the client for a step
+    own = {getattr(p, "ds_tensor", p).untyped_storage().data_ptr() for p in engine.model.parameters()}
     states = [t for state in client.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
     held["optimizer"] = unique([t for t in (*masters, *states) if t.untyped_storage().data_ptr() not in own])
     return held | {"loading": loading}

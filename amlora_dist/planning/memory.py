@@ -3,13 +3,13 @@
 Letters: P parameters of the base model, t of what trains, W ranks, s bytes of an element (2 in bf16, 4 in fp32).
 The base model and all earlier adapters are frozen: they have no gradients and no optimizer state, whatever the stage.
 
-====== ======================== ========================= ==================
+====== ======================== ========================= ==========================
 ZeRO   weights                  gradients                 optimizer state
-====== ======================== ========================= ==================
+====== ======================== ========================= ==========================
 0      s (P + bank + t)         4 t (6 t in bf16)         12 t (8 t in fp32)
 1, 2   the same                 4 t / W                   12 t / W
-3      s x sum of ceil(p / W)   4 t / W (6 t / W in bf16) 12 t / W
-====== ======================== ========================= ==================
+3      s x sum of ceil(p / W)   8 t / W (6 t / W in bf16) 12 t / W (8 t / W in fp32)
+====== ======================== ========================= ==========================
 
 What DeepSpeed 0.19 holds was read from its source and is measured against these lines by
 ``benchmarks/zero_memory.py``.
@@ -160,7 +160,7 @@ def memory_of(
         buffers += staged * (2 if layout.overlap and zero < 3 else 1)
     host = nvme = 0
     if layout.offload in ("optimizer", "both") and zero > 0:
-        host += optimizer + 4 * -(-t // w)  # and the fp32 gradients that the host's step reads
+        host += (12 + 4) * -(-t // w)  # masters, moments, and the fp32 gradients that the host's step reads
         optimizer = 0
     if layout.offload in ("parameters", "both") and zero == 3:
         host += weights
@@ -186,15 +186,15 @@ def _gradients(t: int, w: int, zero: int, size: int) -> int:
     """At the step, when the optimizer reads them in fp32."""
     if zero == 0:
         return 4 * t + (size * t if size < 4 else 0)
-    kept = size if zero == 3 and size < 4 else 0  # ZeRO-3 keeps its partition in the model's dtype beside them
+    kept = size if zero == 3 else 0  # ZeRO-3 flattens its partition, in the model's dtype, into a copy of its own
     return (4 + kept) * -(-t // w)
 
 
 def _optimizer(t: int, w: int, zero: int, size: int) -> int:
-    """fp32 master weights and Adam's two moments; without ZeRO an fp32 model is its own master."""
+    """fp32 master weights and Adam's two moments; an fp32 model is its own master without ZeRO and under ZeRO-3."""
     if zero == 0:
         return (8 if size == 4 else 12) * t
-    return 12 * -(-t // w)
+    return (8 if zero == 3 and size == 4 else 12) * -(-t // w)  # under ZeRO-3, too, the weights' partition is the master
 
 
 def activations(shape: Shape, layout: Layout, *, size: int, length: int, targets: int, eager: bool) -> int:
