@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import node_checks
 from pipelines.node_checks import PACKAGES, Probe, _graphics, _hub, _storage, _versions
 
 
@@ -58,7 +59,8 @@ def test_a_folder_of_hub_models_that_nodes_do_not_share_is_told() -> None:
     assert told("/mnt/hub", None) == told(None, None) == told("/a", "/b") == ["warn"]
 
 
-def test_nodes_that_write_to_folders_of_their_own_are_named(tmp_path: Path) -> None:
+def test_nodes_that_write_to_folders_of_their_own_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_checks, "CONNECT_S", 0.5)
     folders = {"a": tmp_path / "one", "b": tmp_path / "one", "c": tmp_path / "other"}
     probes = {node: Probe() for node in folders}
 
