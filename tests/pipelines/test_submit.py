@@ -90,7 +90,7 @@ def test_of_two_who_submit_at_the_same_moment_one_starts_the_job(nodes: Nodes, m
     assert [(job.id, job.attempt) for job in cluster.of_run("twin")] == [("twin-1", 1)]
     told: list[str] = []
     assert cluster.follow("twin-1", told.append).status == "SUCCEEDED"
-    assert "".join(told).count("once") == 1
+    assert "".join(told).splitlines().count("once") == 1
     with pytest.raises(UserError, match=r"--runtime-env: .*pip"):
         cluster.submit("twin-2", "true", {"pip": 3}, {})
 
@@ -105,6 +105,7 @@ def test_the_jobs_exit_code_is_the_commands(nodes: Nodes, tmp_path: Path) -> Non
     assert "matches no linear layer" in bad.stdout
 
 
+@pytest.mark.crash  # for its time: a Tune search in a Ray job
 def test_a_search_is_submitted_as_a_run_is(nodes: Nodes, tmp_path: Path) -> None:
     write_config(
         tmp_path, tasks=("colours",), search={"space": {"training.learning_rate": {"grid": [0.03, 0.01]}}},
