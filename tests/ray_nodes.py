@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from http.client import HTTPResponse
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -59,8 +61,7 @@ class Nodes:
             f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}",
             f"--metrics-export-port={free_port()}", f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
-        request = urllib.request.Request(f"{self.address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
-        self._wait("the dashboard", lambda: urllib.request.urlopen(request, timeout=2).status == 200)
+        self._wait("the dashboard", lambda: self._asked("/api/version").status == 200)
 
     def worker(self, name: str, cpus: int, address: str) -> None:
         """Start a worker node with a loopback address of its own, such as 127.0.0.2."""
@@ -68,6 +69,20 @@ class Nodes:
             name, f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={cpus}", f"--node-ip-address={address}",
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
         )  # fmt: skip
+
+    def joined(self, count: int) -> None:
+        """Wait until the head counts so many nodes, itself among them."""
+
+        def alive() -> bool:
+            listed = json.load(self._asked("/nodes?view=summary"))["data"]["summary"]
+            return sum(node["raylet"].get("state") == "ALIVE" for node in listed) == count
+
+        self._wait(f"{count} nodes", alive)
+
+    def _asked(self, path: str) -> HTTPResponse:
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {TOKEN}"})
+        response: HTTPResponse = urllib.request.urlopen(request, timeout=5)
+        return response
 
     def kill(self, name: str) -> None:
         """The machine is gone: every process of the node, at once."""

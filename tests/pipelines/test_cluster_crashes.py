@@ -32,7 +32,9 @@ def nodes() -> Iterator[Nodes]:
 def bring_up(nodes: Nodes) -> None:
     nodes.head(cpus=0)
     nodes.worker("first", 1, "127.0.0.2")
+    nodes.joined(2)  # one after the other: on one machine they would claim the same sockets
     nodes.worker("second", 1, "127.0.0.3")
+    nodes.joined(3)
 
 
 def submit(nodes: Nodes, folder: Path, run_id: str, *more: str) -> subprocess.CompletedProcess[str]:
