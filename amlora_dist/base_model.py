@@ -305,7 +305,8 @@ def _convert(folder: Path, file: str, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     tokenizer.save_pretrained(aside)
     # transformers does not save a model that it read from GGUF, because it counts as quantised.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(aside)
     model.generation_config.save_pretrained(aside)
