@@ -132,7 +132,8 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
     config |= {"name": "search-cost", "workers": 0}
     config["training"]["cache_trunk"] = True
     config["evaluation"] = config.get("evaluation", {}) | {"cells": "seen", "untrained": False, "oracle": False}
-    config["search"] = {"space": values, "scheduler": "asha", "grace_stages": args.grace, "reduction": args.reduction}
+    settings = {"scheduler": args.scheduler, "grace_stages": args.grace, "reduction": args.reduction}
+    config["search"] = {"space": values, **settings}
     file = folder / "search.yaml"
     text = yaml.safe_dump(config, sort_keys=False)
     if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=64, help="dev rows a task")
     parser.add_argument("--test", type=int, default=200, help="test rows a task, for the winner")
     parser.add_argument("--max-length", type=int, default=96, help="tokens of a prompt")
+    parser.add_argument("--scheduler", choices=["halving", "asha"], default="halving", help="what prunes")
     parser.add_argument("--grace", type=int, default=1, help="stages before the first rung of the pruning")
     parser.add_argument("--reduction", type=float, default=2.0, help="one of so many trials goes on from a rung")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), help="default: all of them; --quick: all and naive")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from amlora_dist.config import home, storage_of, to_mapping
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
@@ -24,7 +24,7 @@ from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
 from pipelines.materials import gather_materials
 from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
-from pipelines.search.halving import OPEN, Halving
+from pipelines.search.halving import OPEN, Halving, Rounds, Stopping
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
@@ -173,16 +173,19 @@ class _Search:
         self.objective = plan.settings.objectives[0]
         self.sign = 1.0 if DIRECTIONS[self.objective] == "max" else -1.0
         self.proposals: Proposals = proposals_for(plan, journal.events())
-        self.halving: Halving | None = None
-        if plan.settings.scheduler == "asha":
+        self.halving: Stopping | None = None
+        if plan.settings.scheduler != "none":
             settings = plan.settings
+            kind = Rounds if settings.scheduler == "halving" else Halving
             order = plan.order or range(1, plan.trials + 1)
-            self.halving = Halving(plan.stages, order, grace=settings.grace_stages, reduction=settings.reduction)
+            self.halving = kind(plan.stages, order, grace=settings.grace_stages, reduction=settings.reduction)
             for trial in journal.trials.values():
                 if trial.outcome:
                     self._relive(self.halving, trial)
         self._reports: dict[int, dict[int, dict[str, Any]]] = {}
         """What each trial has said after each stage."""
+        self._at_work: dict[int, int] = {}
+        """Trials that Ray Tune has, and after how many stages each was when it was given to it."""
         self._undecided: dict[int, dict[str, Any]] = {}
         """What trials said last that have ended, and of which the scheduler cannot say yet whether they should have."""
         self.first_step: float | None = None
@@ -252,8 +255,9 @@ class _Search:
 
     # -- asked and told by Ray Tune -------------------------------------------------------------------------------
 
-    def next(self) -> tuple[Trial, dict[str, Any]] | None:
-        """The next trial to start and the configuration of its run; None: there is none."""
+    def next(self) -> tuple[Trial, dict[str, Any]] | Literal["later"] | None:
+        """The next trial to start, or to go on, and the configuration of its run; ``later``: there will be one when others
+        have come further; None: there is none."""
         while (proposed := self.proposals.next()) is not None:
             number, values = proposed
             trial = self.journal.start(number, values)
@@ -263,10 +267,20 @@ class _Search:
             except FaultsError as error:  # of an algorithm's: listed points were checked before anything started
                 self.ended(number, None, str(error))
                 continue
-            if not self.plan.settings.share_stages:
-                config.storage = str(self.storage / "trials" / self.run_id(number))
-            return trial, to_mapping(config)
-        return None
+            return self._started(trial, config)
+        for number in self.halving.due() if self.halving else []:
+            if number not in self._at_work:
+                self._undecided.pop(number, None)
+                trial = self.journal.trials[number]
+                self.progress.note(f"trial {number} goes on: {described(trial.values)}")
+                return self._started(trial, self.plan.config(trial.values))
+        return "later" if self.halving and self.halving.due() else None
+
+    def _started(self, trial: Trial, config: RunConfig) -> tuple[Trial, dict[str, Any]]:
+        self._at_work[trial.number] = max(self._reports.get(trial.number, {}), default=0)
+        if not self.plan.settings.share_stages:
+            config.storage = str(self.storage / "trials" / self.run_id(trial.number))
+        return trial, to_mapping(config)
 
     def run_id(self, number: int) -> str:
         """Of a trial's run."""
@@ -300,13 +314,14 @@ class _Search:
             return False
         self.halving.record(trial.number, report["stage"], None if value is None else self.sign * value)
         self._decide()
-        return self.halving.verdict(trial.number) not in (None, OPEN)
+        return self.halving.waits(trial.number) or self.halving.verdict(trial.number) not in (None, OPEN)
 
     def ended(self, number: int, report: dict[str, Any] | None, error: str | None) -> None:
         """A trial has ended, by itself, by the scheduler, or because its process died too often."""
         report = report or {"number": number, "stage": 0, "metrics": {}, "records": [], "objectives": []}
         self._undecided[number] = report | {"error": error} if error else report
-        if self.halving is not None:
+        came_on = report["stage"] > self._at_work.pop(number, 0) and "error" not in self._undecided[number]
+        if self.halving is not None and not (came_on and (self.halving.waits(number) or number in self.halving.due())):
             self.halving.end(number)
         self._decide()
 
@@ -330,7 +345,7 @@ class _Search:
             told = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
             self.progress.note(f"  trial {number} {outcome}: {told}")
 
-    def _relive(self, halving: Halving, trial: Trial) -> None:
+    def _relive(self, halving: Stopping, trial: Trial) -> None:
         """Let the scheduler know what an ended trial reported, stage by stage."""
         for stage, metrics in enumerate(trial.report.get("curve") or [], start=1):
             value = metrics.get(self.objective)

@@ -50,7 +50,7 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
         tune_config=tune.TuneConfig(
             search_alg=_Proposer(search, gpus),
             scheduler=_Stopper(search),
-            num_samples=plan.trials,
+            num_samples=plan.trials * plan.stages,  # at most: a trial that waited is another one to Tune
             max_concurrent_trials=concurrent,
             reuse_actors=True,
             trial_dirname_creator=_directory,
@@ -96,6 +96,8 @@ class _Proposer(_Stateless, Searcher):
         found = None
         with self._search.breaking():
             found = self._search.next()
+        if found == "later":
+            return None
         if found is None:
             return Searcher.FINISHED
         trial, config = found
