@@ -142,7 +142,7 @@ def verify_bank(bank: str, tracking_uri: str | None) -> str:
 
 def _verified(folder: Path, name: str) -> str:
     bank = read_bank(folder)
-    check_publishable(bank)
+    check_publishable(bank.manifest, bank.adapters)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     parts = f"{len(bank.adapters)} adapters, router, {len(bank.statistics)} of {len(bank.adapters)} statistics"
     return f"{name}: good; {parts}, {size} bytes, digest {bank.manifest.digest()}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Job:
     ended: float | None
     exit_code: int | None
     message: str
+    configuration: dict[str, Any] | None = field(default=None, repr=False)
+    """What was submitted; None where nobody knows."""
 
     @property
     def running(self) -> bool:
@@ -249,7 +252,15 @@ def _job(details: Any) -> Job:
         ended=details.end_time / 1000 if details.end_time else None,
         exit_code=details.driver_exit_code,
         message=str(details.message or ""),
+        configuration=_configuration(metadata.get("amlora_config")),
     )
+
+
+def _configuration(text: str | None) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, TypeError):
+        value = json.loads(text or "")
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _disconnected() -> tuple[type[Exception], ...]:

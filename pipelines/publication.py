@@ -15,7 +15,7 @@ from amlora_dist.adapters.router import PRIOR_KEY
 from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
-from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_bank
+from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
 from amlora_dist.registry.manifest import (
     AccuracyMatrix,
     BaseEntry,
@@ -34,6 +34,7 @@ from amlora_dist.training.work import Cell, Parent
 from pipelines.results import STAGE_FILE, Matrices
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.statistics import TaskStatistics
     from amlora_dist.registry.claims import Lease
     from amlora_dist.registry.store import Store
     from amlora_dist.registry.versions import Version
@@ -115,6 +116,7 @@ class Publication:
         self.store, self.lease, self.registered_model, self.run_id = store, lease, registered_model, run_id
         self.parent_run, self.mapping, self.materials = parent_run, mapping, materials
         self._manifests: dict[str, Manifest] = {}
+        self._statistics: dict[str, TaskStatistics] = {}
 
     def publish(
         self,
@@ -126,11 +128,11 @@ class Publication:
         storage: Path,
     ) -> Version:
         """Publish the bank after a stage; ``original`` is the version of another run that it is taken over from."""
-        results = [read_result(Path(parent.folder)) for parent in parents]
+        newest = read_result(Path(parents[-1].folder))
         placement = self.store.placement(self.registered_model, record.run, self.lease.epoch)
         before = self.manifest_of(below, storage) if below is not None else None
         index = len(parents)
-        adapter = results[-1].adapter
+        adapter = newest.adapter
         stored, stored_statistics = self._stored(placement, original, index, record.task, storage)
         earlier = list(before.adapters) if before else []
         earlier_statistics = list(before.statistics) if before else []
@@ -144,7 +146,7 @@ class Publication:
             task_spec=None if spec is None else task_entry(spec),
         )
         method = method_for(self.materials.stage_settings())
-        router = method.router([r.statistics for r in results])
+        router = method.router([*(self._statistics_of(parent) for parent in parents[:-1]), newest.statistics])
         tensors = {} if router is None else router.tensors()
         settings = {} if router is None else router.settings()
         if method.uses_selectors:
@@ -169,7 +171,7 @@ class Publication:
             fan_in_fan_out=base.model_type in CONV1D_MODELS,
             statistics=[
                 *earlier_statistics,
-                statistics_entry(index, record.task, results[-1].continuation(), stored_statistics),
+                statistics_entry(index, record.task, newest.continuation(), stored_statistics),
             ],
             training_configuration=self.mapping,
             accuracy_matrix=AccuracyMatrix(
@@ -185,13 +187,15 @@ class Publication:
             epoch=self.lease.epoch,
         )
         folder = storage / "publishing" / f"{self.run_id}-{record.index}-{self.lease.epoch}"
-        manifest = write_bank(
+        manifest = write_version(
             folder,
             manifest,
-            [r.adapter for r in results],
+            record.run,
+            [adapter] if original is None else [],
             tensors,
-            {parent.task: r.continuation() for parent, r in zip(parents, results, strict=True)},
+            {record.task: newest.continuation()} if original is None else {},
         )
+        self._statistics[parents[-1].folder] = newest.statistics
         values = {
             tags.RUN_ID: self.run_id,
             tags.TASK: record.task,
@@ -208,6 +212,12 @@ class Publication:
         self._manifests[version.uri] = manifest
         shutil.rmtree(folder, ignore_errors=True)
         return version
+
+    def _statistics_of(self, parent: Parent) -> TaskStatistics:
+        """Statistics of an earlier stage, read once: a publication costs the same at every stage."""
+        if parent.folder not in self._statistics:
+            self._statistics[parent.folder] = read_result(Path(parent.folder)).statistics
+        return self._statistics[parent.folder]
 
     def _stored(
         self, placement: Any, original: Version | None, index: int, task: str, storage: Path

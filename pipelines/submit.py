@@ -3,6 +3,7 @@ attempt."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import tempfile
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import load_config
+from amlora_dist.config import load_config, to_mapping
 from amlora_dist.errors import TrainingError, UserError
 from pipelines.jobs import STOP_WAIT_S, Job, Jobs
+from pipelines.same_configuration import IRRELEVANT, differences
 from pipelines.shipping import collect, pack
 
 if TYPE_CHECKING:
@@ -47,12 +49,13 @@ def submit_run(
         search: the job is ``amlora tune``, not ``amlora run``.
 
     Raises:
-        UserError, FaultsError: the configuration, the folder or the cluster.
+        UserError, FaultsError: the configuration, the folder or the cluster; or a job of this id runs with another
+            configuration.
     """
+    config = load_config(config_file, overrides)
     attempts = jobs.of_run(run_id)
     if running := next((job for job in reversed(attempts) if job.running), None):
-        return Submission(running, attached=True)
-    config = load_config(config_file, overrides)
+        return _attached(running, config)
     if search:
         from pipelines.search.plan import plan_search
 
@@ -74,8 +77,20 @@ def submit_run(
         attempt = max((job.attempt or 0 for job in attempts), default=0) + 1
         job_id = f"{run_id}-{attempt}"
         # `exec`: signals and the exit code are the driver's own, not those of a shell around it.
-        started = jobs.submit(job_id, f"exec {shlex.join(command)}", environment_of_job, {"amlora_run_id": run_id})
-    return Submission(jobs.get(job_id), attached=not started)  # not started: somebody else has submitted it just now
+        metadata = {"amlora_run_id": run_id, "amlora_config": json.dumps(to_mapping(config))}
+        started = jobs.submit(job_id, f"exec {shlex.join(command)}", environment_of_job, metadata)
+    job = jobs.get(job_id)
+    return Submission(job, attached=False) if started else _attached(job, config)  # somebody else submitted it just now
+
+
+def _attached(job: Job, config: RunConfig) -> Submission:
+    """The job that runs, if it runs what is asked for."""
+    if job.configuration is not None and (told := differences(job.configuration, to_mapping(config), free=IRRELEVANT)):
+        raise UserError(
+            f"job {job.id} runs with another configuration: {told}. Use another id, undo that, or end it first with:"
+            f" amlora stop {job.id}"
+        )
+    return Submission(job, attached=True)
 
 
 def exit_code_of(job: Job) -> int:

@@ -20,7 +20,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,30 +135,64 @@ def write_bank(
     Raises:
         BankError: what is given does not agree with the manifest, or could not be read back.
     """
+    _check_given(manifest, adapters)
+    return _write(folder, manifest, adapters, router, statistics or {}, read_bank)
+
+
+def write_version(
+    folder: Path,
+    manifest: Manifest,
+    run: str,
+    adapters: list[Adapter],
+    router: Mapping[str, Tensor],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+) -> Manifest:
+    """Write what a version about to be published stores itself, however many adapters it refers to; as ``write_bank``.
+
+    Args:
+        folder: for ``Store.publish``.
+        manifest: of the whole bank.
+        run: the MLflow run that will keep the version's artifacts.
+        adapters: those whose ``stored`` is that run.
+        router: the bank's.
+        statistics: by task, of the same stages.
+    """
+    return _write(folder, manifest, adapters, router, statistics, lambda aside: read_version(aside, run))
+
+
+def _write(
+    folder: Path,
+    manifest: Manifest,
+    adapters: list[Adapter],
+    router: Mapping[str, Tensor],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    read: Callable[[Path], object],
+) -> Manifest:
     settings = manifest.router.settings
     entry = dataclasses.replace(manifest.router, digest=router_digest(router, manifest.router.kind, settings))
     manifest = replace(manifest, router=entry)
-    _check_given(manifest, adapters)
+    lines = {line.task: line for line in manifest.adapters}
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_frame(aside, manifest)
-        for line, adapter in zip(manifest.adapters, adapters, strict=True):
-            write_adapter(aside / line.folder, adapter)
+        write_frame(aside, manifest, [lines[adapter.task] for adapter in adapters])
+        for adapter in adapters:
+            write_adapter(aside / lines[adapter.task].folder, adapter)
         write_tensors(aside / ROUTER_FILE, router)
         for part in manifest.statistics:
-            if part.task in (statistics or {}):
-                write_tensors(aside / part.file, (statistics or {})[part.task])
-        read_bank(aside)
+            if part.task in statistics:
+                write_tensors(aside / part.file, statistics[part.task])
+        read(aside)
         swap_in(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
-def write_frame(folder: Path, manifest: Manifest) -> None:
-    """Write what follows from the manifest alone: ``manifest.json``, configurations of PEFT and MLflow, README.md."""
-    for line in manifest.adapters:
+def write_frame(folder: Path, manifest: Manifest, adapters: Sequence[AdapterEntry]) -> None:
+    """Write what follows from the manifest alone: ``manifest.json``, README.md, MLflow's configuration and PEFT's of some
+    adapters."""
+    for line in adapters:
         config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
         write_text(folder / line.folder / CONFIG_FILE, config)
     write_text(folder / "MLmodel", card.mlmodel())
@@ -189,6 +223,28 @@ def read_bank(folder: Path, *, statistics: bool = True) -> Bank:
     return Bank(manifest=manifest, adapters=adapters, router=read_router(folder, manifest), statistics=found)
 
 
+def read_version(folder: Path, run: str) -> tuple[Manifest, list[Adapter]]:
+    """Read what ``run`` is about to publish, with the checks of ``read_bank``; parts stored elsewhere may be absent.
+
+    Returns:
+        The manifest, and the adapters that lie in the folder.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    lines = [
+        line
+        for line in manifest.adapters
+        if line.stored is None or line.stored.run == run or (folder / line.folder).exists()
+    ]
+    adapters = [read_adapter(folder, manifest, line) for line in lines]
+    _check_widths(folder, adapters)
+    for part in manifest.statistics:
+        if (folder / part.file).exists():
+            read_statistics(folder, part)
+    read_router(folder, manifest)
+    return manifest, adapters
+
+
 def read_router(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Read the router's tensors and compare their digest."""
     tensors = read_tensors(folder / ROUTER_FILE)
@@ -204,7 +260,7 @@ def read_statistics(folder: Path, part: StatisticsEntry) -> dict[str, Tensor]:
     return tensors
 
 
-def check_publishable(bank: Bank) -> None:
+def check_publishable(manifest: Manifest, adapters: Iterable[Adapter]) -> None:
     """Refuse what loads but was never trained or gathered: an adapter that adds nothing.
 
     Under ZeRO-3 an adapter saved without gathering is empty or zero although training looked fine (peft#2892).
@@ -212,9 +268,11 @@ def check_publishable(bank: Bank) -> None:
     Raises:
         BankError: every B of an adapter is zero, or the bank has no adapter.
     """
-    if not bank.adapters:
+    if not manifest.adapters:
         raise BankError("a bank without adapters is not published; train at least one stage")
-    for line, adapter in zip(bank.manifest.adapters, bank.adapters, strict=True):
+    lines = {line.task: line for line in manifest.adapters}
+    for adapter in adapters:
+        line = lines[adapter.task]
         silent = [module for module, b in adapter.b.items() if not bool(b.any())]
         if len(silent) == len(adapter.b):
             raise BankError(

@@ -9,11 +9,12 @@ from pathlib import Path
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry import claims, tags, transfer
-from amlora_dist.registry.bank_folder import check_publishable, read_bank
+from amlora_dist.registry.bank_folder import check_publishable
+from amlora_dist.registry.bank_folder import read_version as read_version_folder
 from amlora_dist.registry.claims import Lease, Timing, counted
 from amlora_dist.registry.connection import Connection, connect, is_code
 from amlora_dist.registry.lease_entries import LeaseEntries
-from amlora_dist.registry.manifest import Manifest, Stored
+from amlora_dist.registry.manifest import Manifest, Stored, read_manifest
 from amlora_dist.registry.runs import Runs, check_model_name
 from amlora_dist.registry.transfer import Progress
 from amlora_dist.registry.versions import Placement, Version, parse_uri, read_version
@@ -25,6 +26,7 @@ class Store(Runs):
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self.lease_entries = LeaseEntries(connection)
+        self._seen: set[Stored] = set()
 
     @classmethod
     def open(cls, home: Path, tracking_uri: str | None = None) -> Store:
@@ -139,7 +141,7 @@ class Store(Runs):
 
         Args:
             registered_model: this run's own.
-            folder: a whole bank (``write_bank``).
+            folder: ``write_version``'s; or a whole bank, whose every part is then checked.
             stage_run: MLflow run of the stage.
             tags: of the version; training fingerprint and run id are required (``registry/tags.py``).
             epoch: of the lease.
@@ -150,19 +152,20 @@ class Store(Runs):
             UserError: the registered model belongs to another run.
         """
         root = self.placement(registered_model, stage_run, epoch).root
-        bank = read_bank(folder)
-        check_publishable(bank)
-        values = _version_tags(tags, bank.manifest, epoch, root)
+        manifest, adapters = read_version_folder(folder, stage_run)
+        check_publishable(manifest, adapters)
+        values = _version_tags(tags, manifest, epoch, root)
         found = self._same(registered_model, values)
         if found is None:
-            transfer.check_placement(bank.manifest, stage_run, root)
-            transfer.check_referred(self, bank.manifest, stage_run)
-            files = transfer.own_files(bank.manifest, stage_run)
+            transfer.check_placement(manifest, stage_run, root)
+            transfer.check_referred(self, manifest, stage_run, self._seen)
+            files = transfer.own_files(manifest, stage_run)
             guard()
             self._own(registered_model, values[_RUN_ID])
             transfer.upload(self, folder, files, stage_run, root)
             reach("artifacts_uploaded")
             transfer.read_back(self, folder, files, stage_run, root)
+            self._seen.update(line.stored for line in manifest.adapters if line.stored is not None)
             reach("read_back")
             guard()
             found = self._call("register a version", self._register, registered_model, stage_run, root, values)
@@ -187,14 +190,14 @@ class Store(Runs):
         Args:
             registered_model: this run's own.
             original: the version whose training is reused (``find_stage``).
-            folder: a whole bank whose manifest keeps the ``stored`` of every adapter as ``original`` has it, with
+            folder: as in ``publish``; its manifest keeps the ``stored`` of every adapter as ``original`` has it, with
                 this run's id, scores and gate settings.
             stage_run: MLflow run of the stage in this run.
             tags: as in ``publish``.
             epoch: as in ``publish``.
             guard: as in ``publish``.
         """
-        manifest = read_bank(folder, statistics=False).manifest
+        manifest = read_manifest(folder)
         if own := [line.folder for line in manifest.adapters if line.stored is None or line.stored.run == stage_run]:
             raise BankError(f"{own[0]}: stored by this run, expected a reference to {original.uri} or an earlier stage")
         marked = {**tags, _REUSED_FROM: original.uri}

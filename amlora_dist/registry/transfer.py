@@ -99,21 +99,28 @@ def read_back(runs: Runs, folder: Path, files: list[str], run: str, root: str) -
                 )
 
 
-def check_referred(runs: Runs, manifest: Manifest, run: str) -> None:
+def check_referred(runs: Runs, manifest: Manifest, run: str, seen: set[Stored]) -> None:
     """See that the store has what this version refers to, so that nobody publishes what cannot be pulled.
+
+    Args:
+        runs: the store.
+        manifest: of the version.
+        run: keeps the version's own parts.
+        seen: what this process has seen there before, which is not asked again; what is found is added.
 
     Raises:
         BankError: names the adapter and the run it should be in.
     """
     for line in manifest.adapters:
         stored = line.stored
-        if stored is None or stored.run == run:
+        if stored is None or stored.run == run or stored in seen:
             continue
         if not runs.has_artifact(stored.run, f"{stored.artifact_path}/{ADAPTER_FILES[0]}"):
             raise BankError(
                 f"{line.folder}: not in the store at run {stored.run}, {stored.artifact_path}; it came from another "
                 "store: publish it here first by giving it this run's placement"
             )
+        seen.add(stored)
 
 
 def pull(
@@ -175,7 +182,7 @@ def assemble(
         progress: called before each part.
     """
     _prune(part, manifest)
-    write_frame(part, manifest)
+    write_frame(part, manifest, manifest.adapters)
     wanted = manifest.statistics if statistics else []
     total = len(manifest.adapters) + len(wanted) + 1
     tell = progress or _silent

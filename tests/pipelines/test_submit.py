@@ -42,7 +42,7 @@ def amlora(nodes: Nodes, folder: Path, *arguments: str, **environment: str) -> s
 def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_path: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",))
     shared = tmp_path / "shared"
-    told = ["run.yaml", f"storage={shared}", "training.epochs=200", "training.checkpoint_every=10", "--run-id", "job"]
+    told = ["run.yaml", f"storage={shared}", "training.epochs=400", "training.checkpoint_every=10", "--run-id", "job"]
     (tmp_path / ".gitignore").write_text("shared/\nmodel-llama/\n")
     assert config.name == "run.yaml"
 
@@ -54,6 +54,8 @@ def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_pa
         assert time.monotonic() < deadline, amlora(nodes, tmp_path, "logs", "job").stdout
         time.sleep(0.3)
 
+    other = amlora(nodes, tmp_path, "submit", *told, "training.l1=0.5", "--no-wait")
+    assert other.returncode == 2 and "job-1 runs with another configuration: training.l1: " in other.stderr, other.stderr
     again = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", "submit", *told, "--address", nodes.address],
         cwd=tmp_path, env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -174,7 +174,8 @@ def test_a_trial_behind_the_others_is_stopped_and_its_run_closed(
     assert len(result["trials"][1]["stages"]) == 1
     assert result["cost"]["stages_pruned"] >= 2
     store = Store.open(home)
-    assert {run.status for run in store.find_runs({"amlora.run_id": f"{scheduler}-t002", "amlora.kind": "sequence"})} == {"KILLED"}
+    sequences = store.find_runs({"amlora.run_id": f"{scheduler}-t002", "amlora.kind": "sequence"})
+    assert {run.status for run in sequences} == {"KILLED"}
     (run,) = store.find_runs({"amlora.search": scheduler, "amlora.trial": "2", "amlora.kind": "trial"})
     assert (run.status, run.tags["amlora.outcome"]) == ("KILLED", "pruned")
 

@@ -12,9 +12,9 @@ import torch
 
 from amlora_dist.errors import BankError, LeaseLostError, UserError
 from amlora_dist.registry import tags
-from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
 from amlora_dist.registry.claims import Timing
-from amlora_dist.registry.manifest import Lineage, Stored, read_manifest
+from amlora_dist.registry.manifest import Lineage, Stored, read_manifest, replace
 from amlora_dist.registry.store import Store
 from tests.registry.tiny_banks import TASKS, fingerprint, publish_sequence, rewrite, tiny_adapter, tiny_bank
 
@@ -68,6 +68,30 @@ def test_version_fifteen_adds_its_own_adapter_the_router_and_little_else(
     assert sum(sizes.values()) - sizes[statistics] <= own + router + 64 * 1024
     store.pull(last.uri, tmp_path / "pulled")
     assert len(read_bank(tmp_path / "pulled").adapters) == 15
+
+
+def test_a_version_is_written_and_published_from_its_own_parts_alone(store: Store, name: str, tmp_path: Path) -> None:
+    publish_sequence(store, name, tmp_path, tasks=TASKS[:2])
+    whole = read_bank(tmp_path / f"{name}-2-e1")
+    run = store.stage_run(store.parent_run(name, name, {}), "3 third", fingerprint(name, 3))
+    place, made = store.placement(name, run, 1), tiny_adapter("third", 3)
+    line = adapter_entry(made, 3, training_fingerprint=fingerprint(name, 3), parent=whole.manifest.parent_digest())
+    part = statistics_entry(3, "third", whole.statistics[TASKS[0]])
+    draft = replace(
+        whole.manifest,
+        adapters=[*whole.manifest.adapters, dataclasses.replace(line, stored=place.of(line.folder))],
+        statistics=[*whole.manifest.statistics, dataclasses.replace(part, stored=place.of(part.file))],
+    )
+    folder = tmp_path / "third"
+    with pytest.raises(BankError, match="adapters/3-third"):
+        write_version(folder, draft, run, [], whole.router, {})
+    written = write_version(folder, draft, run, [made], whole.router, {"third": whole.statistics[TASKS[0]]})
+    assert [path.name for path in (folder / "adapters").iterdir()] == ["3-third"]
+    values = {tags.TRAINING_FINGERPRINT: fingerprint(name, 3), tags.RUN_ID: name}
+    version = store.publish(name, folder, stage_run=run, tags=values, epoch=1, guard=lambda: None)
+    pulled = read_bank(store.pull_version(version, tmp_path / "pulled"))
+    assert pulled.manifest == written
+    assert [a.digest() for a in pulled.adapters] == [*(a.digest() for a in whole.adapters), made.digest()]
 
 
 def test_publishing_twice_changes_nothing(store: Store, name: str, tmp_path: Path) -> None:
