@@ -271,10 +271,10 @@ class Store(Runs):
 
     def _same(self, registered_model: str, values: Mapping[str, str]) -> Version | None:
         """The version that an earlier call registered for this fingerprint and epoch."""
-        for version in self.versions(registered_model):
-            if all(version.tags.get(key) == values[key] for key in (_TRAINING_FINGERPRINT, _EPOCH)):
-                return version
-        return None
+        check_model_name(registered_model)
+        stage = f"tags.`{_TRAINING_FINGERPRINT}` = '{values[_TRAINING_FINGERPRINT]}'"
+        found = self._search(f"name = '{registered_model}' and {stage}")
+        return next((version for version in found if version.tags.get(_EPOCH) == values[_EPOCH]), None)
 
     def _register(self, registered_model: str, run: str, root: str, values: dict[str, str]) -> Version:
         """Find or create: repeated when the store was busy, so it looks first."""
