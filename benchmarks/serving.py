@@ -9,11 +9,13 @@ them alike:
 - ``switched``: (b) the same process holds every task's PEFT LoRA and switches by ``set_adapter``; clients name the task
   of each text, and only rows of one task share a pass.
 
-Answers are greedy and have ``--tokens`` tokens (random adapters do not end them earlier: the mean is printed).
+Answers are greedy and have at most ``--tokens`` tokens; the mean is printed. Behind "Answer:" they are short, as labels
+are. ``--ending "" --tokens 32`` lets the model write on, as in a conversation.
 The goals: at least 0.9x the requests per second of (a), at least 2x of (b). The figures are written after each number of
 clients, so that what ends the run later loses none of them.
 
     python benchmarks/serving.py --json out.json
+    python benchmarks/serving.py --ending "" --tokens 32 --clients 8 32 --requests 24 --rounds 3 --json long.json
     python benchmarks/serving.py --quick
 """
 
@@ -134,7 +136,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=32, help="of a block")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each contender")
-    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
+    parser.add_argument("--ending", default="\nAnswer:", help="behind each text; an empty one lets the model write on")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a replica")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--quick", action="store_true", help="few requests, to see that it runs")
@@ -152,7 +155,7 @@ def main() -> None:
     enough = Place(host="127.0.0.1", port=args.port, replicas=len(CONTENDERS), threads=args.threads)
     with tempfile.TemporaryDirectory() as folder:
         bank = Path(folder) / "bank"
-        texts = serving_contenders.make_bank(bank, args.model, args.copies)
+        texts = serving_contenders.make_bank(bank, args.model, args.copies, args.ending)
         names = [f"{task}-{copy}" for copy in range(args.copies) for task in serving_contenders.TASKS]
         urls = {}
         with connected(enough, verbose=False) as own_serve:

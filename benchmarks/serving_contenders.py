@@ -33,9 +33,9 @@ TASKS = [f"helpdesk/{name}" for name in ("email_route", "chat_mood", "call_urgen
 RANK = 8
 
 
-def make_bank(folder: Path, source: str, copies: int) -> list[str]:
+def make_bank(folder: Path, source: str, copies: int, ending: str) -> list[str]:
     """Write a bank with small random adapters on the base model ``source`` and a router that knows the support-desk
-    tasks, ``copies`` times each. Returns test prompts of all tasks, mixed."""
+    tasks, ``copies`` times each. Returns test texts of all tasks, mixed, each with ``ending`` behind it."""
     base = resolve_base(ModelSettings(source=source), home())
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base.path)
     targets = find_targets(model, AdapterSettings(rank=RANK), default_router_layer(model))
@@ -79,7 +79,7 @@ def make_bank(folder: Path, source: str, copies: int) -> list[str]:
         stage=len(names),
     )
     write_bank(folder, manifest, adapters, router.tensors(), {s.task: s.tensors() for s in statistics})
-    return [f"{row.text}\nAnswer:" for rows in zip(*(one.rows["test"][:40] for one in data), strict=True) for row in rows]
+    return [f"{row.text}{ending}" for rows in zip(*(one.rows["test"][:40] for one in data), strict=True) for row in rows]
 
 
 class OneLora(ServedBank):
