@@ -49,7 +49,7 @@ class Job:
     exit_code: int | None
     message: str
     configuration: dict[str, Any] | None = field(default=None, repr=False)
-    """What was submitted; None where nobody knows."""
+    """What was submitted and decides its result; None where nobody knows."""
 
     @property
     def running(self) -> bool:

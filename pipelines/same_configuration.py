@@ -17,6 +17,10 @@ IRRELEVANT = (
     "training.cache_trunk", "training.cache_trunk_gb",
 )  # fmt: skip
 """Keys that may differ between two starts: they change no result."""
+FREE_IN_RUN = (*IRRELEVANT, "search")
+"""The same of a run, which does not read the search."""
+FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
+"""The same of a search."""
 
 
 def refuse_other_configuration(
@@ -25,7 +29,7 @@ def refuse_other_configuration(
     mapping: dict[str, Any],
     name: str,
     *,
-    free: tuple[str, ...] = (*IRRELEVANT, "search"),
+    free: tuple[str, ...] = FREE_IN_RUN,
     grows: bool = True,
 ) -> None:
     """The same id goes on with the same configuration, but for what changes no result.
@@ -48,7 +52,7 @@ def refuse_other_configuration(
 
 
 def differences(
-    stored: dict[str, Any], mapping: dict[str, Any], *, free: tuple[str, ...] = (*IRRELEVANT, "search"), grows: bool = False
+    stored: dict[str, Any], mapping: dict[str, Any], *, free: tuple[str, ...] = FREE_IN_RUN, grows: bool = False
 ) -> str:
     """What two configurations differ in, but for what changes no result, in words; empty if they do not.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.config import load_config, to_mapping
 from amlora_dist.errors import TrainingError, UserError
 from pipelines.jobs import STOP_WAIT_S, Job, Jobs
-from pipelines.same_configuration import IRRELEVANT, differences
+from pipelines.same_configuration import FREE_IN_RUN, FREE_IN_SEARCH, IRRELEVANT, differences
 from pipelines.shipping import collect, pack
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def submit_run(
     config = load_config(config_file, overrides)
     attempts = jobs.of_run(run_id)
     if running := next((job for job in reversed(attempts) if job.running), None):
-        return _attached(running, config)
+        return _attached(running, config, search)
     if search:
         from pipelines.search.plan import plan_search
 
@@ -77,15 +77,20 @@ def submit_run(
         attempt = max((job.attempt or 0 for job in attempts), default=0) + 1
         job_id = f"{run_id}-{attempt}"
         # `exec`: signals and the exit code are the driver's own, not those of a shell around it.
-        metadata = {"amlora_run_id": run_id, "amlora_config": json.dumps(to_mapping(config))}
+        # Everybody who sees the cluster sees this: nothing that may hold a password, such as MLflow's address.
+        compared = {key: value for key, value in to_mapping(config).items() if key not in IRRELEVANT}
+        metadata = {"amlora_run_id": run_id, "amlora_config": json.dumps(compared)}
         started = jobs.submit(job_id, f"exec {shlex.join(command)}", environment_of_job, metadata)
     job = jobs.get(job_id)
-    return Submission(job, attached=False) if started else _attached(job, config)  # somebody else submitted it just now
+    if started:
+        return Submission(job, attached=False)
+    return _attached(job, config, search)  # somebody else has submitted it just now
 
 
-def _attached(job: Job, config: RunConfig) -> Submission:
+def _attached(job: Job, config: RunConfig, search: bool) -> Submission:
     """The job that runs, if it runs what is asked for."""
-    if job.configuration is not None and (told := differences(job.configuration, to_mapping(config), free=IRRELEVANT)):
+    free = FREE_IN_SEARCH if search else FREE_IN_RUN
+    if job.configuration is not None and (told := differences(job.configuration, to_mapping(config), free=free)):
         raise UserError(
             f"job {job.id} runs with another configuration: {told}. Use another id, undo that, or end it first with:"
             f" amlora stop {job.id}"

@@ -23,7 +23,7 @@ from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
 from pipelines.materials import gather_materials
-from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
+from pipelines.same_configuration import FREE_IN_SEARCH, refuse_other_configuration
 from pipelines.search.halving import OPEN, Halving, Rounds, Stopping
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
     from amlora_dist.registry.claims import Lease
     from pipelines.preflight import Demand
     from pipelines.progress import Progress
-
-
-FREE = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
-"""Keys that may differ between two starts of one search."""
 
 
 def run_search(
@@ -77,7 +73,7 @@ def run_search(
     model = config.registered_model or search_id
     mapping = to_mapping(config)
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
-    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE, grows=False)
+    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE_IN_SEARCH, grows=False)
     key = claims.run_key(f"search.{search_id}")
     with claims.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")

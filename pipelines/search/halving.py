@@ -20,32 +20,40 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 OPEN = 0
 """A verdict: nobody can say yet, because others have yet to come to a rung that this trial has reached."""
 
 
-class Stopping(Protocol):
-    """A scheduler of trials, which is told of their values, larger being better."""
+class Stopping:
+    """A scheduler of trials, which is told of their values, larger being better; this one lets all go on."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, dict[int, float | None]] = {}
+        self._ended: set[int] = set()
 
     def record(self, trial: int, stage: int, value: float | None) -> None:
         """A trial's value after ``stage`` stages; None (undefined there) lets it pass. Told again, nothing changes."""
+        self._values.setdefault(trial, {})[stage] = value
 
     def end(self, trial: int) -> None:
         """A trial will come no further, for whatever reason."""
+        self._ended.add(trial)
 
     def verdict(self, trial: int) -> int | None:
         """After how many stages the trial stops; None: it goes on, or has come to its end; `OPEN`."""
+        return None
 
     def waits(self, trial: int) -> bool:
         """Whether the trial is to stop where it is until it is told to go on."""
+        return False
 
     def due(self) -> list[int]:
         """Trials that are to go on and may have waited, in order."""
+        return []
 
 
-class Halving:
+class Halving(Stopping):
     """Rungs, and the values recorded at them; larger is better.
 
     Args:
@@ -56,9 +64,8 @@ class Halving:
     """
 
     def __init__(self, stages: int, order: Sequence[int], *, grace: int, reduction: float) -> None:
+        super().__init__()
         self.reduction, self._order = reduction, order
-        self._values: dict[int, dict[int, float | None]] = {}
-        self._ended: set[int] = set()
         self.rungs: list[int] = []
         """After how many stages it decides."""
         at = float(grace)
@@ -66,22 +73,6 @@ class Halving:
             if math.floor(at) not in self.rungs:
                 self.rungs.append(math.floor(at))
             at *= reduction
-
-    def record(self, trial: int, stage: int, value: float | None) -> None:
-        """See `Stopping`."""
-        self._values.setdefault(trial, {})[stage] = value
-
-    def end(self, trial: int) -> None:
-        """See `Stopping`."""
-        self._ended.add(trial)
-
-    def waits(self, trial: int) -> bool:
-        """Nobody does."""
-        return False
-
-    def due(self) -> list[int]:
-        """Nobody has waited."""
-        return []
 
     def verdict(self, trial: int) -> int | None:
         """See `Stopping`."""
@@ -117,7 +108,7 @@ class Halving:
         return value >= seen[-math.ceil(len(seen) / self.reduction)]
 
 
-class Rounds:
+class Rounds(Stopping):
     """Successive halving (Jamieson and Talwalkar 2016) with a rung after every stage from ``grace`` on.
 
     All trials come to a rung and wait there; the best ``ceil(n / reduction)`` of the n that came go on; ties go on. Which
@@ -131,22 +122,21 @@ class Rounds:
     """
 
     def __init__(self, stages: int, order: Sequence[int], *, grace: int, reduction: float) -> None:
+        super().__init__()
         self.rung = min(grace, stages)
         """Where the trials that are not stopped are to come to."""
         self._stages, self._reduction = stages, reduction
         self._going = list(order)
         self._stopped: dict[int, int] = {}
-        self._values: dict[int, dict[int, float | None]] = {}
-        self._ended: set[int] = set()
 
     def record(self, trial: int, stage: int, value: float | None) -> None:
         """See `Stopping`."""
-        self._values.setdefault(trial, {})[stage] = value
+        super().record(trial, stage, value)
         self._decide()
 
     def end(self, trial: int) -> None:
         """See `Stopping`."""
-        self._ended.add(trial)
+        super().end(trial)
         self._decide()
 
     def verdict(self, trial: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from amlora_dist.config import load_config, to_mapping
 from amlora_dist.errors import UserError
+from pipelines.jobs import Job
 from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
+from pipelines.submit import _attached
 from tests.tiny_folder import write_config
 
 FREE = {
@@ -66,3 +69,27 @@ def test_what_changes_results_is_refused_with_both_values_and_the_mend(override:
     with pytest.raises(UserError) as error:
         start_again(config, override)
     assert str(error.value) == f"run id 'r' exists with another configuration: {told}. Use another id, or undo that"
+
+
+@pytest.mark.parametrize(
+    ("search", "override", "told"),
+    [
+        (False, "search.space={training.l1: {grid: [0.5]}}", None),
+        (False, "mlflow.tracking_uri=http://user:secret@mlflow:5000", None),
+        (False, "training.l1=0.5", "job r-1 runs with another configuration: training.l1: "),
+        (True, "search.max_concurrent=1", None),
+        (True, "search.space={training.l1: {grid: [0.5]}}", "search.space"),
+    ],
+)
+def test_a_job_that_runs_is_attached_to_if_it_runs_what_is_asked_for(
+    search: bool, override: str, told: str | None, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path, search={"space": {"training.l1": {"grid": [0.0, 0.1]}}})
+    compared = {key: value for key, value in to_mapping(load_config(file)).items() if key not in IRRELEVANT}
+    job = Job("r-1", "RUNNING", "r", 1, None, None, None, "", compared)
+    if told is None:
+        assert _attached(job, load_config(file, [override]), search).attached
+        return
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        _attached(job, load_config(file, [override]), search)
+    assert "amlora stop r-1" in str(error.value)

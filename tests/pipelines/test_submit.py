@@ -56,6 +56,8 @@ def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_pa
 
     other = amlora(nodes, tmp_path, "submit", *told, "training.l1=0.5", "--no-wait")
     assert other.returncode == 2 and "job-1 runs with another configuration: training.l1: " in other.stderr, other.stderr
+    entry = json.loads(amlora(nodes, tmp_path, "jobs", "--json").stdout)[0]
+    assert not {"mlflow", "storage", "data_dir"} & entry["configuration"].keys(), "whoever sees the cluster sees this"
     again = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", "submit", *told, "--address", nodes.address],
         cwd=tmp_path, env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
