@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.base_model import BaseModel, resolve_base
 from amlora_dist.config import RunConfig
+from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
 from amlora_dist.methods import method_for
@@ -135,6 +136,15 @@ class Materials:
             labels=spec.label_texts,
             dtype=self.dtype,
         )
+
+    def features_fingerprint(self, method: Method, task: str) -> str | None:
+        """Of what the router reads of a task's rows; None where no score of them can hold for a later bank too."""
+        if not method.inherits or method.alters_inputs or method.uses_selectors:
+            return None
+        router = self.config.router
+        read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}
+        read |= {"batch": self.config.evaluation.batch_size, "attention": self.config.model.attention}
+        return value_digest({"rows": self.scoring_fingerprint(method, [], "untrained", task), **read})
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the model and the rows, JSON-able."""

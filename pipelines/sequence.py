@@ -420,22 +420,37 @@ class _Driver:
             wanted = {"all": len(self.tasks), "last": index if last else 0, "seen": index}
             upto = wanted.get(evaluation.cells, index + 1)
             upto = upto if self.names == self.tasks else len(self.tasks)
-            cells = [self._cell("router", task, fingerprints) for task in self.tasks[:upto]]
+            before = self.stages[-1].scores if self.stages and self.method.inherits else []
+            known = {score["task"]: score["fingerprint"] for score in before if score["mode"] == "router"}
+            cells = [self._cell("router", task, fingerprints, known.get(task)) for task in self.tasks[:upto]]
+        routed = {cell.task: cell.fingerprint for cell in cells}
         if last and not self.method.told_task:
             cells += [self._cell("router", task, fingerprints) for task in self.materials.also]
         if evaluation.untrained and (index == 1 or last):
             cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
         if evaluation.oracle and last and self.method.inherits:
-            cells += [self._cell("oracle", task, fingerprints) for task in self.tasks]
+            cells += [self._cell("oracle", task, fingerprints, routed[task]) for task in self.tasks]
         if evaluation.knockout and last and self.method.inherits:
             silent = [f"{WITHOUT}{n}" for n in range(1, len(fingerprints) + 1)]
-            cells += [self._cell(mode, task, fingerprints) for mode in silent for task in self.tasks]
+            cells += [self._cell(mode, task, fingerprints, routed[task]) for mode in silent for task in self.tasks]
         return cells
 
-    def _cell(self, mode: Mode, task: str, fingerprints: list[str]) -> Cell:
+    def _cell(self, mode: Mode, task: str, fingerprints: list[str], before: str | None = None) -> Cell:
+        """``before``: scoring fingerprint of the same rows under other gates."""
+        evaluation = self.config.evaluation
         fingerprint = self.materials.scoring_fingerprint(self.method, fingerprints, mode, task)
-        folder = self.storage / "scores" / fingerprint
-        return Cell(task, self.config.evaluation.split, mode, fingerprint, str(folder))
+        features = self.materials.features_fingerprint(self.method, task)
+        if features is None:
+            before = None
+        return Cell(
+            task,
+            evaluation.split,
+            mode,
+            fingerprint,
+            folder=str(self.storage / "scores" / fingerprint),
+            before=None if before is None else str(self.storage / "scores" / before),
+            features=None if features is None else str(self.storage / "features" / f"{features}.safetensors"),
+        )
 
     def _known_scores(self, stage_run: str) -> dict[str, dict[str, Any]]:
         """Scores that this stage has in MLflow, by scoring fingerprint."""

@@ -74,6 +74,8 @@ class Mixture:
         self.router_layer = router_layer
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
         self.device: torch.device = next(iter(modules.values())).mix_bits.device
+        self.silent: int | None = None
+        """The adapter that ``silence`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
         self._wrap(router_layer)
@@ -104,8 +106,13 @@ class Mixture:
 
     def silence(self, adapter: int | None) -> None:
         """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: all are heard. Between calls."""
+        self.silent = adapter
         for module in self.modules.values():
             module.silent = adapter
+
+    def uses(self, task: int, adapter: int) -> bool:
+        """Whether the row of ``task`` (both 0-based) has weight on ``adapter`` in any module, silent or not."""
+        return any(module.uses(task, adapter) for module in self.modules.values())
 
     def set_recipe(self, values: dict[str, Tensor]) -> None:
         """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""

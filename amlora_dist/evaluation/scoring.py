@@ -92,6 +92,7 @@ def score_task(
     forward: Forward | None = None,
     all_done: Callable[[bool], bool] | None = None,
     trunk: KeptTrunk | None = None,
+    on_features: Callable[[int, Tensor], None] | None = None,
 ) -> list[Prediction]:
     """Score this rank's share of ``examples``; `merge` joins the shares.
 
@@ -107,6 +108,7 @@ def score_task(
         all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
             soon as its rows have ended, and several processes decode a fixed number of tokens.
         trunk: what is kept of prompts, so that they need not pass through the frozen layers below the adapters.
+        on_features: called with the number of each row of this rank's share and the features (d,) that the router read.
 
     Raises:
         UserError: an unknown metric, unusable labels, or prompts without room for an answer.
@@ -144,6 +146,9 @@ def score_task(
                 )
                 if counts:
                     predictions += _predictions(batch, scored, tokenizer, metric)
+                    if on_features is not None and scored.features is not None:
+                        for example, features_D in zip(batch, scored.features.float().cpu(), strict=True):
+                            on_features(example.row, features_D)
     finally:
         model.train(was_training)
     return sorted(predictions, key=lambda prediction: prediction.row)
@@ -216,6 +221,8 @@ class _Routing:
     selectors: bool = False
     gates: Tensor | None = None
     """(B, T), once the router has been asked."""
+    features: Tensor | None = None
+    """(B, d) that it read, if it reads any."""
     selected: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each layer with a selector: its mean weights (B, T), and the share of each that is 0."""
 
@@ -230,8 +237,8 @@ class _Routing:
             gate[:, self.row] = 1.0
         return {"prompt_mask": prompt_mask, "task_gate": gate}
 
-    def _note(self, _features_BD: Tensor | None, gate_BT: Tensor | None) -> None:
-        self.gates = gate_BT
+    def _note(self, features_BD: Tensor | None, gate_BT: Tensor | None) -> None:
+        self.features, self.gates = features_BD, gate_BT
 
     def _select(self, mask_BS: Tensor, _path: str, selection: Selection) -> None:
         weights = selection.weights
@@ -254,6 +261,7 @@ class _Scored:
     scores: list[list[float]] | None
     gates: list[list[float]] | None
     zeros: list[float] | None
+    features: Tensor | None
 
 
 def _score_batch(
@@ -283,7 +291,7 @@ def _score_batch(
     if plan is not None:
         scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
     outputs = decoder.greedy(state, steps, all_done)
-    return _Scored(outputs, scores, gates, zeros)
+    return _Scored(outputs, scores, gates, zeros, routing.features)
 
 
 def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metric: str) -> list[Prediction]:

@@ -28,8 +28,9 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
-from amlora_dist.evaluation.scoring import ZERO_ROW, deal, score_task, summarise, write_predictions
+from amlora_dist.evaluation.scoring import ZERO_ROW, Prediction, deal, score_task, summarise, write_predictions
 from amlora_dist.evaluation.scoring import merge as merge_shares
+from amlora_dist.evaluation.unchanged import gates_from, unchanged, write_features
 from amlora_dist.methods import method_for
 from amlora_dist.methods.base import Trained
 from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_tokens
@@ -345,12 +346,16 @@ class _Stage:
         if self._mixture is not None and self.method.uses_selectors:
             self._mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
         began = time.monotonic()
-        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(examples)})
+        kept = self.ranks.gather(self._kept(cell, examples, row) if self.ranks.rank == 0 else [])[0]
+        known = {prediction.row for prediction in kept}
+        rest = [example for example in examples if example.row not in known]
+        features: dict[int, Tensor] = {}
+        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
         mend = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
         with memory_watched(f"scoring task {cell.task!r}", mend):
             share = score_task(
                 model,
-                examples,
+                rest,
                 tokenizer=self.tokenizer,
                 pad_id=self.tokenizer.pad_token_id,
                 eos_id=self.tokenizer.eos_token_id,
@@ -366,15 +371,34 @@ class _Stage:
                 world=self.ranks.world,
                 device=self.device,
                 all_done=self._all_done,
-                trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in examples) else None,
+                trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in rest) else None,
+                on_features=features.__setitem__ if cell.mode == "router" and not kept else None,
             )
-        predictions = merge_shares(self.ranks.gather(share))
+        predictions = merge_shares([kept, *self.ranks.gather(share)])
+        if cell.features is not None:
+            shares = self.ranks.gather(features)
+            features = {number: vector for one in shares for number, vector in one.items()}
         if self.ranks.rank == 0:
-            summary = summarise(predictions) | {"seconds": time.monotonic() - began, **asdict(cell)}
+            took = {"seconds": time.monotonic() - began, "kept": len(kept)}
+            summary = summarise(predictions) | took | asdict(replace(cell, before=None, features=None))
             folder = Path(cell.folder)
+            if cell.features is not None and features:
+                write_features(Path(cell.features), features)
             write_predictions(folder / "predictions.jsonl", predictions)
             write_text(folder / "summary.json", json.dumps(summary))
         self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, **summarise(predictions)})
+
+    def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
+        """Predictions of an earlier score that hold for this cell too."""
+        mixture = self._mixture
+        if mixture is None or mixture.router is None or cell.before is None:
+            return []
+        rows = [example.row for example in examples]
+        path = None if cell.features is None else Path(cell.features)
+        gates = gates_from(mixture.router, path, rows) if row is None else mixture.one_hot(row, len(rows)).cpu()
+        silent = mixture.silent
+        changed = [] if silent is None else [t for t in range(len(mixture.task_names)) if mixture.uses(t, silent)]
+        return [] if gates is None else unchanged(Path(cell.before), rows, gates, noted=row is None, changed=changed)
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

@@ -41,6 +41,10 @@ class Cell:
     fingerprint: str
     folder: str
     """Where predictions and summary go; whole when ``summary.json`` is there."""
+    before: str | None = None
+    """Folder of a score of the same rows that may differ from this one in the gates only (``evaluation.unchanged``)."""
+    features: str | None = None
+    """File of what the router reads of these rows."""
 
     @property
     def done(self) -> bool:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.ray_nodes import Nodes
+from tests.ray_nodes import REPOSITORY, Nodes
 from tests.tiny_folder import write_config
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600)]
 
 SAME = ("accuracy_matrix", "ranked_accuracy_matrix", "untrained", "oracle")
 
@@ -42,10 +43,10 @@ def submit(nodes: Nodes, folder: Path, run_id: str, *more: str) -> subprocess.Co
         sys.executable, "-m", "pipelines.cli", "submit", "run.yaml", f"storage={folder / run_id}", "--run-id", run_id,
         "--address", nodes.address, *more,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=folder, env=nodes.environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=folder, env=nodes.environment, capture_output=True, text=True, timeout=1500)
 
 
-def wait_for(there: Callable[[], bool], what: str, deadline_s: float = 240.0) -> None:
+def wait_for(there: Callable[[], bool], what: str, deadline_s: float = 600.0) -> None:
     deadline = time.monotonic() + deadline_s
     while not there():
         assert time.monotonic() < deadline, f"waited {deadline_s:.0f} s for {what}"
@@ -76,11 +77,26 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {key: result[key] for key in SAME} | {"adapters": adapters}
 
 
-def test_a_lost_node_and_a_lost_head_change_nothing(nodes: Nodes, tmp_path: Path) -> None:
+def write_tiny(folder: Path) -> None:
     write_config(
-        tmp_path, tasks=("colours", "shapes"), workers=2, placement="SPREAD", deepspeed={"zero_stage": 2},
+        folder, tasks=("colours", "shapes"), workers=2, placement="SPREAD", deepspeed={"zero_stage": 2},
         training={"epochs": 60, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 5},
     )  # fmt: skip
+
+
+def write_demo(folder: Path) -> None:
+    """The demo as it is shipped, with checkpoints often enough to die between two of a stage."""
+    config = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text(encoding="utf-8"))
+    config["training"]["checkpoint_every"] = 4
+    config["placement"] = "SPREAD"
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("write", "first_task"), [(write_tiny, "colours"), (write_demo, "helpdesk/email_route")])
+def test_a_lost_node_and_a_lost_head_change_nothing(
+    write: Callable[[Path], None], first_task: str, nodes: Nodes, tmp_path: Path
+) -> None:
+    write(tmp_path)
     (tmp_path / ".gitignore").write_text("calm/\ndisturbed/\nmodel-llama/\nhome/\n")
     bring_up(nodes)
     calm = submit(nodes, tmp_path, "calm")
@@ -99,7 +115,7 @@ def test_a_lost_node_and_a_lost_head_change_nothing(nodes: Nodes, tmp_path: Path
     bring_up(nodes)
     resumed = submit(nodes, tmp_path, "disturbed")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resumed after step" in resumed.stdout and "stage 1 colours: " in resumed.stdout
+    assert "resumed after step" in resumed.stdout and f"stage 1 {first_task}: " in resumed.stdout
     assert all(step >= before[stage] for stage, step in checkpoints(folder).items())
     assert outcome(folder) == outcome(tmp_path / "calm"), "equal bit for bit"
 

@@ -151,6 +151,23 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     assert outcome(other, elsewhere)["adapters"] == digests
 
 
+def test_rows_whose_gate_is_what_it_was_are_not_scored_again(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path)
+    every = run(config, "every", "evaluation.knockout=true")
+    scores = [json.loads(file.read_text(encoding="utf-8")) for file in (home / "storage" / "scores").glob("*/summary.json")]
+    modes = ("untrained", "router", "oracle")
+    kept = {mode: sum(score["kept"] for score in scores if score["mode"] == mode) for mode in modes}
+    assert kept["untrained"] == 0 and kept["router"] > 0 and kept["oracle"] > 0
+    assert sum(score["kept"] for score in scores if score["mode"].startswith("without.")) > 0
+    assert all(score["rows"] == 9 for score in scores), "scores count all rows, kept or not"
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "elsewhere"))
+    last = run(config, "last", "evaluation.cells=last", "evaluation.oracle=false")
+    assert last["accuracy_matrix"][-1] == every["accuracy_matrix"][-1], "here nothing was scored before"
+    assert last["ranked_accuracy_matrix"][-1] == every["ranked_accuracy_matrix"][-1]
+
+
 def test_one_setting_moves_checkpoints_and_the_trunks_cache_to_a_folder_that_nodes_share(tmp_path: Path, home: Path) -> None:
     config, shared = write_config(tmp_path, tasks=("colours",)), tmp_path / "shared"
     quick = ("training.epochs=1", "training.cache_trunk=true", "evaluation.untrained=false", "evaluation.oracle=false")
