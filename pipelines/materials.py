@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.base_model import BaseModel, resolve_base
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
@@ -121,9 +122,16 @@ class Materials:
 
     def scoring_fingerprint(self, method: Method, bank: list[str], mode: str, task: str) -> str:
         """Of one cell, under a bank whose stages have these training fingerprints."""
-        spec, split = self.specs[task], self.config.evaluation.split
         router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)}
-        router = router if (mode == "router" or mode.startswith(WITHOUT)) and method.routed else {}
+        return self._scoring(bank, mode, router if _routes(mode) and method.routed else {}, task)
+
+    def scored_by_default(self, bank: list[str], task: str) -> str:
+        """Of the cell of this bank and task under the default router: a run that varies the gates of another's bank differs
+        from it in few rows."""
+        return self._scoring(bank, "router", {"kind": RouterSettings().kind, **asdict(GateSettings())}, task)
+
+    def _scoring(self, bank: list[str], mode: str, router: dict[str, Any], task: str) -> str:
+        spec, split = self.specs[task], self.config.evaluation.split
         return scoring_fingerprint(
             bank=[self.base.digest] if mode == "untrained" else bank,
             mode=mode,
@@ -144,7 +152,7 @@ class Materials:
         router = self.config.router
         read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}
         read |= {"batch": self.config.evaluation.batch_size, "attention": self.config.model.attention}
-        return value_digest({"rows": self.scoring_fingerprint(method, [], "untrained", task), **read})
+        return value_digest({"rows": self._scoring([], "untrained", {}, task), **read})
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the model and the rows, JSON-able."""
@@ -241,3 +249,7 @@ def _dtype(asked: str) -> str:
     import torch
 
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _routes(mode: str) -> bool:
+    return mode == "router" or mode.startswith(WITHOUT)

@@ -364,7 +364,8 @@ class _Driver:
             self.progress.note(f"  resumed after step {event['step']}")
         elif kind == "scored":
             value = event["accuracy"]
-            self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows)")
+            kept = f", {event['kept']} of them answered as before" if event.get("kept") else ""
+            self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows{kept})")
 
     def _work(
         self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank, rows: dict[str, int | None]
@@ -437,18 +438,18 @@ class _Driver:
 
     def _cell(self, mode: Mode, task: str, fingerprints: list[str], before: str | None = None) -> Cell:
         """``before``: scoring fingerprint of the same rows under other gates."""
-        evaluation = self.config.evaluation
-        fingerprint = self.materials.scoring_fingerprint(self.method, fingerprints, mode, task)
-        features = self.materials.features_fingerprint(self.method, task)
-        if features is None:
-            before = None
+        evaluation, materials = self.config.evaluation, self.materials
+        fingerprint = materials.scoring_fingerprint(self.method, fingerprints, mode, task)
+        features = materials.features_fingerprint(self.method, task)
+        alike = [] if features is None or mode == "untrained" else [before, materials.scored_by_default(fingerprints, task)]
+        scores = self.storage / "scores"
         return Cell(
             task,
             evaluation.split,
             mode,
             fingerprint,
-            folder=str(self.storage / "scores" / fingerprint),
-            before=None if before is None else str(self.storage / "scores" / before),
+            folder=str(scores / fingerprint),
+            before=tuple(str(scores / one) for one in alike if one not in (None, fingerprint)),
             features=None if features is None else str(self.storage / "features" / f"{features}.safetensors"),
         )
 

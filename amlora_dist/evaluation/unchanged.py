@@ -58,31 +58,33 @@ def gates_from(router: Router, path: Path | None, rows: Sequence[int]) -> Tensor
 
 
 def unchanged(
-    before: Path, rows: Sequence[int], gates_BT: Tensor, *, noted: bool, changed: Collection[int] = ()
+    before: Sequence[Path], rows: Sequence[int], gates_BT: Tensor, *, noted: bool, changed: Collection[int] = ()
 ) -> list[Prediction]:
-    """Predictions of an earlier score that still hold.
+    """Predictions of earlier scores that still hold.
 
     Args:
-        before: folder of that score, under a bank whose tasks are the first of this one's.
+        before: folders of those scores, under banks whose tasks are this one's or the first of them. Folders that were
+            deleted, are damaged or are of other rows are passed over.
         rows: numbers of the rows to score now.
         gates_BT: their gates now.
         noted: whether these come from the router, so that predictions tell them.
         changed: tasks (0-based) whose row of the bank is not what it was.
-
-    Returns:
-        none where ``before`` was deleted, is damaged or is of other rows.
     """
+    wanted = dict(zip(rows, gates_BT.tolist(), strict=True))
+    found: dict[int, Prediction] = {}
+    for folder in before:
+        for old in _predictions(folder, wanted.keys()):
+            gates = wanted[old.row]
+            if old.gates is None or len(old.gates) > len(gates) or any(gates[task] for task in changed):
+                continue
+            if [*old.gates, *[0.0] * (len(gates) - len(old.gates))] == gates:
+                found.setdefault(old.row, replace(old, gates=gates if noted else None))
+    return [found[row] for row in rows if row in found]
+
+
+def _predictions(folder: Path, rows: Collection[int]) -> list[Prediction]:
     try:
-        known = {p.row: p for p in read_predictions(before / "predictions.jsonl")}
+        found = read_predictions(folder / "predictions.jsonl")
     except (OSError, UserError, UnicodeDecodeError):
         return []
-    if known.keys() != set(rows):
-        return []
-    out = []
-    for row, gates in zip(rows, gates_BT.tolist(), strict=True):
-        old = known[row].gates
-        if old is None or len(old) > len(gates) or [*old, *[0.0] * (len(gates) - len(old))] != gates:
-            continue
-        if not any(gates[task] for task in changed):
-            out.append(replace(known[row], gates=gates if noted else None))
-    return out
+    return found if {prediction.row for prediction in found} == set(rows) else []

@@ -380,25 +380,27 @@ class _Stage:
             features = {number: vector for one in shares for number, vector in one.items()}
         if self.ranks.rank == 0:
             took = {"seconds": time.monotonic() - began, "kept": len(kept)}
-            summary = summarise(predictions) | took | asdict(replace(cell, before=None, features=None))
+            summary = summarise(predictions) | took | asdict(replace(cell, before=(), features=None))
             folder = Path(cell.folder)
             if cell.features is not None and features:
                 write_features(Path(cell.features), features)
             write_predictions(folder / "predictions.jsonl", predictions)
             write_text(folder / "summary.json", json.dumps(summary))
-        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, **summarise(predictions)})
+        done = {"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": len(kept)}
+        self.report(done | summarise(predictions))
 
     def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
         """Predictions of an earlier score that hold for this cell too."""
         mixture = self._mixture
-        if mixture is None or mixture.router is None or cell.before is None:
+        if mixture is None or mixture.router is None or not cell.before:
             return []
         rows = [example.row for example in examples]
         path = None if cell.features is None else Path(cell.features)
         gates = gates_from(mixture.router, path, rows) if row is None else mixture.one_hot(row, len(rows)).cpu()
         silent = mixture.silent
         changed = [] if silent is None else [t for t in range(len(mixture.task_names)) if mixture.uses(t, silent)]
-        return [] if gates is None else unchanged(Path(cell.before), rows, gates, noted=row is None, changed=changed)
+        before = [Path(folder) for folder in cell.before]
+        return [] if gates is None else unchanged(before, rows, gates, noted=row is None, changed=changed)
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

@@ -41,8 +41,9 @@ class Cell:
     fingerprint: str
     folder: str
     """Where predictions and summary go; whole when ``summary.json`` is there."""
-    before: str | None = None
-    """Folder of a score of the same rows that may differ from this one in the gates only (``evaluation.unchanged``)."""
+    before: tuple[str, ...] = ()
+    """Folders of scores of the same rows that differ from this one in nothing but the gates (``evaluation.unchanged``);
+    those that are not there are passed over."""
     features: str | None = None
     """File of what the router reads of these rows."""
 

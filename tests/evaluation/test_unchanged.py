@@ -68,7 +68,7 @@ def test_what_holds_after_new_tasks_is_what_scoring_again_gives(scored: tuple[st
     rows = [p.row for p in before]
     gates = gates_from(mixture.router, folder / "features.safetensors", rows)
     assert gates is not None
-    kept = unchanged(folder, rows, gates, noted=True)
+    kept = unchanged([folder], rows, gates, noted=True)
     assert 3 < len(kept) < ROWS, "some rows are answered as before, some by new tasks"
     full = score(mixture, kind)
     known = {p.row for p in kept}
@@ -82,7 +82,7 @@ def test_the_oracle_takes_over_what_the_router_gave_wholly_to_the_right_task(
 ) -> None:
     kind, folder, before = scored
     mixture = with_bank(2, kind)
-    kept = unchanged(folder, [p.row for p in before], mixture.one_hot(1, ROWS), noted=False)
+    kept = unchanged([folder], [p.row for p in before], mixture.one_hot(1, ROWS), noted=False)
     assert kept and {p.row for p in kept} == {p.row for p in before if p.gates == [0.0, 1.0]}
     oracle = {p.row: p for p in score(mixture, kind, task_gate_row=1)}
     agree(kept, [oracle[p.row] for p in kept])
@@ -97,7 +97,7 @@ def test_a_silent_adapter_changes_the_rows_that_use_it(silent: int, tmp_path: Pa
     changed = [task for task in range(3) if mixture.uses(task, silent)]
     assert changed == {0: [0, 2], 1: [1], 2: [2]}[silent], "the third task's recipe uses the first adapter"
     gates = torch.tensor([p.gates for p in before])
-    kept = unchanged(tmp_path, [p.row for p in before], gates, noted=True, changed=changed)
+    kept = unchanged([tmp_path], [p.row for p in before], gates, noted=True, changed=changed)
     assert 0 < len(kept) < ROWS
     full = {p.row: p for p in score(mixture, "llama")}
     agree(kept, [full[p.row] for p in kept])
@@ -117,9 +117,10 @@ def test_whatever_is_missing_damaged_or_of_other_rows_is_scored_again(
     assert mixture.router is not None
     rows, file = [p.row for p in before], folder / "features.safetensors"
     gates = gates_from(mixture.router, file, rows)
-    assert gates is not None and len(unchanged(folder, rows, gates, noted=True)) == ROWS
-    assert unchanged(folder, rows[1:], gates[1:], noted=True) == [], "predictions of other rows"
-    assert unchanged(folder / "nowhere", rows, gates, noted=True) == []
+    assert gates is not None
+    assert unchanged([folder / "nowhere", folder], rows, gates, noted=True) == before
+    assert unchanged([folder], rows[1:], gates[1:], noted=True) == [], "predictions of other rows"
+    assert unchanged([folder / "nowhere"], rows, gates, noted=True) == []
     assert read_features(file, rows[1:]) is None, "features of other rows"
     assert read_features(folder / "nowhere", rows) is None
     backwards = read_features(file, rows[::-1])
@@ -128,4 +129,4 @@ def test_whatever_is_missing_damaged_or_of_other_rows_is_scored_again(
     file.write_bytes(file.read_bytes()[:-9])
     assert gates_from(mixture.router, file, rows) is None
     (folder / "predictions.jsonl").write_bytes(b'{"row": 1, \xff\n')
-    assert unchanged(folder, rows, gates, noted=True) == []
+    assert unchanged([folder], rows, gates, noted=True) == []
