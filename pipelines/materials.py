@@ -123,7 +123,9 @@ class Materials:
     def scoring_fingerprint(self, method: Method, bank: list[str], mode: str, task: str) -> str:
         """Of one cell, under a bank whose stages have these training fingerprints."""
         router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)}
-        return self._scoring(bank, mode, router if _routes(mode) and method.routed else {}, task)
+        router = router if _routes(mode) and method.routed else {}
+        anew = {} if self.config.evaluation.reuse else {"reuse": False}
+        return self._scoring(bank, mode, router | anew, task)
 
     def scored_by_default(self, bank: list[str], task: str) -> str:
         """Of the cell of this bank and task under the default router: a run that varies the gates of another's bank differs
@@ -147,7 +149,7 @@ class Materials:
 
     def features_fingerprint(self, method: Method, task: str) -> str | None:
         """Of what the router reads of a task's rows; None where no score of them can hold for a later bank too."""
-        if not method.inherits or method.alters_inputs or method.uses_selectors:
+        if not self.config.evaluation.reuse or not method.inherits or method.alters_inputs or method.uses_selectors:
             return None
         router = self.config.router
         read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}

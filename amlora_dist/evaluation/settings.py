@@ -28,6 +28,11 @@ class EvaluationSettings:
     """Score the last bank once more for each adapter, with that adapter silent wherever gates or recipes use it: as many
     passes over all tasks as there are adapters."""
 
+    reuse: bool = True
+    """A row whose gate is what it was at an earlier score of the same bank or of its beginnings keeps its prediction; false
+    puts every row of every cell through the model. What a prediction depends on is the same; low precision may round it
+    otherwise."""
+
     @property
     def sealed(self) -> tuple[str, ...]:
         """Splits that the run must not open: who chooses by the dev split has no business with test rows."""

@@ -151,9 +151,7 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     assert outcome(other, elsewhere)["adapters"] == digests
 
 
-def test_rows_whose_gate_is_what_it_was_are_not_scored_again(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_whose_gate_is_what_it_was_are_not_scored_again(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path)
     every = run(config, "every", "evaluation.knockout=true")
     scores = [json.loads(file.read_text(encoding="utf-8")) for file in (home / "storage" / "scores").glob("*/summary.json")]
@@ -166,10 +164,11 @@ def test_rows_whose_gate_is_what_it_was_are_not_scored_again(
     stored = [json.loads(file.read_text(encoding="utf-8")) for file in (home / "storage" / "scores").glob("*/summary.json")]
     more = [score["kept"] for score in stored if score not in scores and score["mode"] == "router"]
     assert len(more) == 6 and max(more) == 9, "one adapter alone has the gate 1 under every router"
-    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "elsewhere"))
-    last = run(config, "last", "evaluation.cells=last", "evaluation.oracle=false")
-    assert last["accuracy_matrix"][-1] == every["accuracy_matrix"][-1], "here nothing was scored before"
-    assert last["ranked_accuracy_matrix"][-1] == every["ranked_accuracy_matrix"][-1]
+    anew = run(config, "anew", "evaluation.reuse=false")
+    assert all(stage["reused"] for stage in anew["stages"]), "scores alone are made again"
+    assert sum(stage["score_seconds"] for stage in anew["stages"]) > 0
+    for key in ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained"):
+        assert anew[key] == every[key]
 
 
 def test_one_setting_moves_checkpoints_and_the_trunks_cache_to_a_folder_that_nodes_share(tmp_path: Path, home: Path) -> None:
