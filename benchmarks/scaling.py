@@ -1,10 +1,12 @@
 """How the cost of a stage grows with the number of tasks before it: step time, scoring, publication, memory.
 
 One run of N tasks on a tiny random model in this process. Expected: a step costs the same at every stage (within 10%),
-publication too (a version refers to adapters that are stored already), scoring grows by one task a stage, and what is held
-in memory while a stage trains grows by one adapter and its statistics.
+publication too (a version refers to adapters that are stored already), scoring grows by one task a stage where every row
+goes through the model, and what is held in memory while a stage trains grows by one adapter and its statistics. With
+``--reuse``, as runs are by default, rows whose gate has not changed keep their prediction; ``scored_rows`` are the others.
 
     python benchmarks/scaling.py --json scaling.json     # 30 tasks
+    python benchmarks/scaling.py --reuse --json reuse.json
     python benchmarks/scaling.py --quick                 # 4 tasks
 """
 
@@ -30,18 +32,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 tasks")
     parser.add_argument("--tasks", type=int, default=30)
+    parser.add_argument("--reuse", action="store_true", help="rows may keep their prediction")
     parser.add_argument("--json", type=Path, help="write what is printed there, too")
     arguments = parser.parse_args()
     count = 4 if arguments.quick else arguments.tasks
     with tempfile.TemporaryDirectory() as place:
-        lines = run(Path(place), count)
+        lines = run(Path(place), count, reuse=arguments.reuse)
     laws = {name: law(lines, key) for name, key in LAWS.items()}
     laws["memory"]["adapter_bytes"] = statistics.median(line["adapter_bytes"] for line in lines)
     for line in lines:
         print(
             f"stage {line['stage']:2}: step {line['step_ms']:6.1f} ms, scoring {line['scoring_seconds']:6.2f} s for"
-            f" {line['scored_tasks']:2} tasks, publishing {line['publishing_seconds']:5.2f} s and"
-            f" {line['published_bytes']:,} bytes, {line['held_bytes']:,} bytes held, {line['adapter_bytes']:,} in files"
+            f" {line['scored_rows']:3} rows of {line['scored_tasks']:2} tasks,"
+            f" publishing {line['publishing_seconds']:5.2f} s and {line['published_bytes']:,} bytes,"
+            f" {line['held_bytes']:,} bytes held, {line['adapter_bytes']:,} in files"
         )
     for name, found in laws.items():
         print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in found.items()))
@@ -55,6 +59,7 @@ LAWS = {
     "published (bytes, flat)": "published_bytes",
     "scoring (s for each task, flat)": "scoring_seconds_per_task",
     "scoring (s, a straight line)": "scoring_seconds",
+    "scoring (rows through the model)": "scored_rows",
     "memory": "held_bytes",
 }
 
@@ -114,7 +119,7 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def run(folder: Path, count: int) -> list[dict[str, Any]]:
+def run(folder: Path, count: int, *, reuse: bool) -> list[dict[str, Any]]:
     home = folder / "home"
     os.environ["AMLORA_HOME"] = str(home)
     sys.path.insert(0, str(REPOSITORY))
@@ -133,14 +138,16 @@ def run(folder: Path, count: int) -> list[dict[str, Any]]:
         folder, tasks=tuple(names),
         training={"epochs": 4, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "probe_rows": 8},
     )  # fmt: skip
-    settings = load_config(config, ["evaluation.untrained=false", "evaluation.oracle=false"])
+    settings = load_config(config, ["evaluation.untrained=false", "evaluation.oracle=false", f"evaluation.reuse={reuse}"])
     publishing: list[float] = []
+    scored_rows: list[int] = []
     publish = Publication.publish
 
-    def timed(*given: Any, **more: Any) -> Any:
+    def timed(self: Publication, record: Any, *given: Any) -> Any:
         began = time.perf_counter()
-        version = publish(*given, **more)
+        version = publish(self, record, *given)
         publishing.append(time.perf_counter() - began)
+        scored_rows.append(sum(score["rows"] - score["kept"] for score in record.scores))
         return version
 
     Publication.publish = timed  # type: ignore[method-assign]
@@ -158,6 +165,7 @@ def run(folder: Path, count: int) -> list[dict[str, Any]]:
                 "train_seconds": stage["train_seconds"],
                 "scoring_seconds": stage["score_seconds"],
                 "scored_tasks": scored,
+                "scored_rows": scored_rows[index - 1],
                 "scoring_seconds_per_task": stage["score_seconds"] / scored,
                 "publishing_seconds": publishing[index - 1],
                 "published_bytes": watch.published[index - 1],
