@@ -58,6 +58,12 @@ def rows(adapters: list[Adapter], module: str) -> Tensor:
     return out
 
 
+def tasks_using(adapters: Sequence[Adapter], place: int) -> list[int]:
+    """Tasks (0-based) whose row of the bank has weight on the adapter at ``place``, in any module."""
+    later = [t for t in range(place + 1, len(adapters)) if any(bool(r[place] != 0) for r in adapters[t].recipe.values())]
+    return [place, *later]
+
+
 def recipe_summary(adapter: Adapter, earlier: Sequence[str]) -> dict[str, Any] | None:
     """A recipe in a few numbers, for reports; None where there is none.
 

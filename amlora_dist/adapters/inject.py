@@ -110,10 +110,6 @@ class Mixture:
         for module in self.modules.values():
             module.silent = adapter
 
-    def uses(self, task: int, adapter: int) -> bool:
-        """Whether the row of ``task`` (both 0-based) has weight on ``adapter`` in any module, silent or not."""
-        return any(module.uses(task, adapter) for module in self.modules.values())
-
     def set_recipe(self, values: dict[str, Tensor]) -> None:
         """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
         for path, value in values.items():

@@ -140,20 +140,11 @@ class MixtureLinear(nn.Module):
 
     def rank_gates(self, task_gate_BT: Tensor) -> Tensor:
         """Gate times scale of every rank column, (B, R) fp32."""
-        mix_TR = self._mix()
-        return self._heard(task_gate_BT.to(mix_TR.device) @ mix_TR)
-
-    def uses(self, task: int, adapter: int) -> bool:
-        """Whether the row of ``task`` (both 0-based) has weight on ``adapter``, silent or not. Waits for the device."""
-        return bool(self._mix()[task, self.spread[adapter] != 0].any())
-
-    def _mix(self) -> Tensor:
-        """Rows of G times scale, (T, R) fp32."""
         mix_TR = self.mix_bits.view(torch.float32)
-        if self.recipe is None:
-            return mix_TR
-        own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
-        return torch.cat([mix_TR, (own_N @ self.spread)[None]])
+        if self.recipe is not None:
+            own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
+            mix_TR = torch.cat([mix_TR, (own_N @ self.spread)[None]])
+        return self._heard(task_gate_BT.to(mix_TR.device) @ mix_TR)
 
     def _heard(self, gate_R: Tensor) -> Tensor:
         """Gates of rank columns (..., R), 0 in those of a silent adapter."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
+from amlora_dist.adapters.bank import Adapter, recipe_summary, rows, tasks_using
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.prompts import Lead
@@ -97,6 +97,8 @@ class _Stage:
         self.lead = Lead(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
         self.config = self._deepspeed_config() if distributed else None
         self._mixture: Mixture | None = None
+        self._adapters: list[Adapter] = []
+        """Of the finished bank."""
 
     def run(self) -> None:
         if not self.method.trains:
@@ -109,7 +111,8 @@ class _Stage:
         model = self._load_base()
         if self.work.is_trained:
             parents.append(read_result(self.work.trained))
-            mixture = self._inject(model, [p.adapter for p in parents], new=None)
+            self._adapters = [parent.adapter for parent in parents]
+            mixture = self._inject(model, self._adapters, new=None)
             mixture.model = self._ready(model)
             statistics = [p.statistics for p in parents]
         else:
@@ -179,6 +182,7 @@ class _Stage:
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
+        self._adapters = [*adapters, adapter]
         reach("adapter_gathered")
         if self.ranks.rank == 0:
             training = asdict(progress) | {
@@ -397,8 +401,7 @@ class _Stage:
         rows = [example.row for example in examples]
         path = None if cell.features is None else Path(cell.features)
         gates = gates_from(mixture.router, path, rows) if row is None else mixture.one_hot(row, len(rows)).cpu()
-        silent = mixture.silent
-        changed = [] if silent is None else [t for t in range(len(mixture.task_names)) if mixture.uses(t, silent)]
+        changed = [] if mixture.silent is None else tasks_using(self._adapters, mixture.silent)
         before = [Path(folder) for folder in cell.before]
         return [] if gates is None else unchanged(before, rows, gates, noted=row is None, changed=changed)
 

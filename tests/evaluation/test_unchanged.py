@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.bank import Adapter, tasks_using
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import FixedRouter, PosteriorRouter
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings
@@ -22,21 +22,29 @@ ROWS = 24
 MANY = LABELS["many tokens"]
 
 
-def with_bank(tasks: int, kind: str) -> Mixture:
-    """The first ``tasks`` of four adapters, the third with a recipe over the first, behind a sparse posterior router."""
-    model = tiny(kind)
-    generator = torch.Generator().manual_seed(3)
+NAMES = ["first", "second", "third", "fourth"]
+
+
+def bank(model: Any) -> list[Adapter]:
+    """Four adapters, the third with a recipe over the first."""
+    generator = torch.Generator().manual_seed(4)
     targets = find_targets(model, AdapterSettings(rank=2, alpha=2), 1)
-    names = ["first", "second", "third", "fourth"]
     adapters = []
-    for place, task in enumerate(names):
+    for place, task in enumerate(NAMES):
         a = {t.path: torch.randn(2, t.in_features, generator=generator) for t in targets}
         b = {t.path: torch.randn(t.out_features, 2, generator=generator) for t in targets}
         recipe = {t.path: torch.tensor([0.5, 0.0]) for t in targets} if place == 2 else {}
         adapters.append(Adapter(task, 2, 2.0, a, b, recipe))
-    keys = torch.randn(4, 16, generator=generator).double()[:tasks]
-    router = PosteriorRouter(names[:tasks], keys, torch.zeros(tasks).double(), 0.5, GateSettings(threshold=0.1))
-    return inject(model, targets, adapters[:tasks], router=router, router_layer=1)
+    return adapters
+
+
+def with_bank(tasks: int, kind: str) -> Mixture:
+    """The first ``tasks`` adapters behind a sparse posterior router."""
+    model = tiny(kind)
+    keys = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).double()[:tasks]
+    router = PosteriorRouter(NAMES[:tasks], keys, torch.zeros(tasks).double(), 0.5, GateSettings(threshold=0.1))
+    targets = find_targets(model, AdapterSettings(rank=2, alpha=2), 1)
+    return inject(model, targets, bank(model)[:tasks], router=router, router_layer=1)
 
 
 def score(mixture: Mixture, kind: str, **more: Any) -> list[Prediction]:
@@ -94,7 +102,7 @@ def test_a_silent_adapter_changes_the_rows_that_use_it(silent: int, tmp_path: Pa
     before = score(mixture, "llama")
     write_predictions(tmp_path / "predictions.jsonl", before)
     mixture.silence(silent)
-    changed = [task for task in range(3) if mixture.uses(task, silent)]
+    changed = tasks_using(bank(tiny("llama"))[:3], silent)
     assert changed == {0: [0, 2], 1: [1], 2: [2]}[silent], "the third task's recipe uses the first adapter"
     gates = torch.tensor([p.gates for p in before])
     kept = unchanged([tmp_path], [p.row for p in before], gates, noted=True, changed=changed)
