@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 def write_features(path: Path, features: dict[int, Tensor]) -> None:
     """Keep what the router read of each row, (d,) fp32 by row number; the file appears whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     rows = sorted(features)
-    save_file({"rows": torch.tensor(rows), "features": torch.stack([features[row] for row in rows])}, partial)
+    # Not save_file, whose error for a full disk is not an OSError.
+    partial.write_bytes(save({"rows": torch.tensor(rows), "features": torch.stack([features[row] for row in rows])}))
     partial.replace(path)
 
 

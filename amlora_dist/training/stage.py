@@ -383,8 +383,8 @@ class _Stage:
             shares = self.ranks.gather(features)
             features = {number: vector for one in shares for number, vector in one.items()}
         if self.ranks.rank == 0:
-            took = {"seconds": time.monotonic() - began, "kept": len(kept)}
-            summary = summarise(predictions) | took | asdict(replace(cell, before=(), features=None))
+            about = {key: value for key, value in asdict(cell).items() if key not in ("before", "features")}
+            summary = summarise(predictions) | {"seconds": time.monotonic() - began, "kept": len(kept)} | about
             folder = Path(cell.folder)
             if cell.features is not None and features:
                 write_features(Path(cell.features), features)
