@@ -17,7 +17,7 @@ from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
 from amlora_dist.training.settings import StageSettings
-from amlora_dist.training.work import WITHOUT
+from amlora_dist.training.work import WITHOUT, Cell, Mode
 from pipelines.preflight import Demand
 
 if TYPE_CHECKING:
@@ -126,6 +126,24 @@ class Materials:
         router = router if _routes(mode) and method.routed else {}
         anew = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | anew, task)
+
+    def cell(
+        self, method: Method, storage: Path, mode: Mode, task: str, bank: list[str], before: str | None = None
+    ) -> Cell:
+        """One cell to score; ``before`` is the scoring fingerprint of the same rows under other gates."""
+        fingerprint = self.scoring_fingerprint(method, bank, mode, task)
+        features = self.features_fingerprint(method, task)
+        alike = [] if features is None or mode == "untrained" else [before, self.scored_by_default(bank, task)]
+        scores = storage / "scores"
+        return Cell(
+            task,
+            self.config.evaluation.split,
+            mode,
+            fingerprint,
+            folder=str(scores / fingerprint),
+            before=tuple(str(scores / one) for one in alike if one not in (None, fingerprint)),
+            features=None if features is None else str(storage / "features" / f"{features}.safetensors"),
+        )
 
     def scored_by_default(self, bank: list[str], task: str) -> str:
         """Of the cell of this bank and task under the default router: a run that varies the gates of another's bank differs

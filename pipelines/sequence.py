@@ -437,21 +437,7 @@ class _Driver:
         return cells
 
     def _cell(self, mode: Mode, task: str, fingerprints: list[str], before: str | None = None) -> Cell:
-        """``before``: scoring fingerprint of the same rows under other gates."""
-        evaluation, materials = self.config.evaluation, self.materials
-        fingerprint = materials.scoring_fingerprint(self.method, fingerprints, mode, task)
-        features = materials.features_fingerprint(self.method, task)
-        alike = [] if features is None or mode == "untrained" else [before, materials.scored_by_default(fingerprints, task)]
-        scores = self.storage / "scores"
-        return Cell(
-            task,
-            evaluation.split,
-            mode,
-            fingerprint,
-            folder=str(scores / fingerprint),
-            before=tuple(str(scores / one) for one in alike if one not in (None, fingerprint)),
-            features=None if features is None else str(self.storage / "features" / f"{features}.safetensors"),
-        )
+        return self.materials.cell(self.method, self.storage, mode, task, fingerprints, before)
 
     def _known_scores(self, stage_run: str) -> dict[str, dict[str, Any]]:
         """Scores that this stage has in MLflow, by scoring fingerprint."""

@@ -6,10 +6,8 @@ process without either.
 
 from __future__ import annotations
 
-import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, recipe_summary, rows, tasks_using
+from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.prompts import Lead
@@ -28,23 +26,22 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
-from amlora_dist.evaluation.scoring import ZERO_ROW, Prediction, deal, score_task, summarise, write_predictions
-from amlora_dist.evaluation.scoring import merge as merge_shares
-from amlora_dist.evaluation.unchanged import gates_from, unchanged, write_features
+from amlora_dist.evaluation.scoring import deal
 from amlora_dist.methods import method_for
 from amlora_dist.methods.base import Trained
-from amlora_dist.tasks.batches import Example, collate_prompts, encode, label_tokens
+from amlora_dist.tasks.batches import Example, collate_prompts, encode
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
-from amlora_dist.training.checkpoint import Progress, write_text
+from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.checksum import weights_checksum
-from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
+from amlora_dist.training.failures import StoppedError, disk_watched
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.scoring import Report, Scoring
 from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.work import WITHOUT, Cell, StageWork
+from amlora_dist.training.work import StageWork
 from amlora_dist.training.zero import (
     Alone,
     DeepSpeedEngine,
@@ -60,9 +57,6 @@ from amlora_dist.training.zero import (
 __all__ = ["StoppedError", "run_stage"]
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[dict[str, Any]], None]
-"""Receives JSON-able progress events; called on rank 0 only."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATISTICS_BATCH = 16
@@ -96,13 +90,10 @@ class _Stage:
         )
         self.lead = Lead(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
         self.config = self._deepspeed_config() if distributed else None
-        self._mixture: Mixture | None = None
-        self._adapters: list[Adapter] = []
-        """Of the finished bank."""
 
     def run(self) -> None:
         if not self.method.trains:
-            self._score_all(self._ready(self._load_base()), [])
+            self._scoring(self._ready(self._load_base()), None, [], None).run()
             return
         parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
         for parent, result in zip(self.work.parents, parents, strict=True):
@@ -111,15 +102,29 @@ class _Stage:
         model = self._load_base()
         if self.work.is_trained:
             parents.append(read_result(self.work.trained))
-            self._adapters = [parent.adapter for parent in parents]
-            mixture = self._inject(model, self._adapters, new=None)
+            adapters, statistics = [p.adapter for p in parents], [p.statistics for p in parents]
+            mixture = self._inject(model, adapters, new=None)
             mixture.model = self._ready(model)
-            statistics = [p.statistics for p in parents]
         else:
-            mixture, statistics = self._train(model, parents)
+            mixture, adapters, statistics = self._train(model, parents)
         mixture.set_router(self.method.router(statistics))
-        self._mixture = mixture
-        self._score_all(mixture.model, mixture.task_names, self._trunk(mixture, decodes=True))
+        self._scoring(mixture.model, mixture, adapters, self._trunk(mixture, decodes=True)).run()
+
+    def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
+        return Scoring(
+            self.work,
+            self.method,
+            model,
+            mixture,
+            adapters,
+            trunk,
+            examples=self._examples,
+            tokenizer=self.tokenizer,
+            encoder_decoder=self.base.encoder_decoder,
+            ranks=self.ranks,
+            device=self.device,
+            report=self.report,
+        )
 
     def _ready(self, model: Any) -> Any:
         """A model that nothing will train, where it runs."""
@@ -127,7 +132,8 @@ class _Stage:
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def _train(self, model: Any, parents: list[Result]) -> tuple[Mixture, list[TaskStatistics]]:
+    def _train(self, model: Any, parents: list[Result]) -> tuple[Mixture, list[Adapter], list[TaskStatistics]]:
+        """The model with the bank in it, the bank's adapters, and the statistics of its tasks."""
         work, settings = self.work, self.settings
         adapters = [parent.adapter for parent in parents]
         mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
@@ -182,7 +188,6 @@ class _Stage:
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
-        self._adapters = [*adapters, adapter]
         reach("adapter_gathered")
         if self.ranks.rank == 0:
             training = asdict(progress) | {
@@ -191,7 +196,7 @@ class _Stage:
             }
             write_result(work.trained, Result(adapter, statistics[-1], training, memory))
         self.ranks.gather(None)  # nobody goes on before the result is there
-        return mixture, statistics
+        return mixture, [*adapters, adapter], statistics
 
     def _training_rows(self) -> tuple[list[Example], list[Example]]:
         """The rows that the stage is about, and those of earlier tasks that the method lets it see again."""
@@ -331,83 +336,6 @@ class _Stage:
                 out.append(features.cpu() if counts else features[:0].cpu())
         return torch.cat(out)
 
-    # -- scoring ------------------------------------------------------------------------------------------------
-
-    def _score_all(self, model: Any, tasks: list[str], trunk: TrunkCache | None = None) -> None:
-        for cell in self.work.cells:
-            if not cell.done:
-                self._score(model, tasks, cell, trunk)
-                reach("scores_written")
-
-    def _score(self, model: Any, tasks: list[str], cell: Cell, trunk: TrunkCache | None) -> None:
-        spec = self.work.spec(cell.task)
-        examples = self._examples(cell.task, cell.split, plain=cell.mode == "untrained")
-        labels = None if spec.free_text else label_tokens(spec, self.tokenizer, self.base.encoder_decoder)
-        row = ZERO_ROW if cell.mode == "untrained" else _position(tasks, cell)
-        if self._mixture is not None:
-            out = cell.mode.removeprefix(WITHOUT)
-            self._mixture.silence(None if out == cell.mode else int(out) - 1)
-        if self._mixture is not None and self.method.uses_selectors:
-            self._mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
-        began = time.monotonic()
-        kept = self.ranks.gather(self._kept(cell, examples, row) if self.ranks.rank == 0 else [])[0]
-        known = {prediction.row for prediction in kept}
-        rest = [example for example in examples if example.row not in known]
-        features: dict[int, Tensor] = {}
-        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
-        mend = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
-        with memory_watched(f"scoring task {cell.task!r}", mend):
-            share = score_task(
-                model,
-                rest,
-                tokenizer=self.tokenizer,
-                pad_id=self.tokenizer.pad_token_id,
-                eos_id=self.tokenizer.eos_token_id,
-                batch_size=self.work.evaluation_batch_size,
-                labels=labels,
-                metric=str(spec.metric),
-                max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
-                task_gate_row=row,
-                tasks=len(tasks),
-                selectors=self.method.uses_selectors,
-                encoder_decoder=self.base.encoder_decoder,
-                rank=self.ranks.rank,
-                world=self.ranks.world,
-                device=self.device,
-                all_done=self._all_done,
-                trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in rest) else None,
-                on_features=features.__setitem__ if cell.mode == "router" and not kept else None,
-            )
-        predictions = merge_shares([kept, *self.ranks.gather(share)])
-        if cell.features is not None:
-            shares = self.ranks.gather(features)
-            features = {number: vector for one in shares for number, vector in one.items()}
-        if self.ranks.rank == 0:
-            about = {key: value for key, value in asdict(cell).items() if key not in ("before", "features")}
-            summary = summarise(predictions) | {"seconds": time.monotonic() - began, "kept": len(kept)} | about
-            folder = Path(cell.folder)
-            if cell.features is not None and features:
-                write_features(Path(cell.features), features)
-            write_predictions(folder / "predictions.jsonl", predictions)
-            write_text(folder / "summary.json", json.dumps(summary))
-        done = {"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": len(kept)}
-        self.report(done | summarise(predictions))
-
-    def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
-        """Predictions of an earlier score that hold for this cell too."""
-        mixture = self._mixture
-        if mixture is None or mixture.router is None or not cell.before:
-            return []
-        rows = [example.row for example in examples]
-        path = None if cell.features is None else Path(cell.features)
-        gates = gates_from(mixture.router, path, rows) if row is None else mixture.one_hot(row, len(rows)).cpu()
-        changed = [] if mixture.silent is None else tasks_using(self._adapters, mixture.silent)
-        before = [Path(folder) for folder in cell.before]
-        return [] if gates is None else unchanged(before, rows, gates, noted=row is None, changed=changed)
-
-    def _all_done(self, done: bool) -> bool:
-        return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world
-
     # -- what both need -----------------------------------------------------------------------------------------
 
     def report(self, event: dict[str, Any]) -> None:
@@ -510,7 +438,3 @@ def _held_out(count: int, share: float, seed: int) -> list[int]:
     size = min(round(count * share), count - 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[: max(size, 0)].tolist()
-
-
-def _position(tasks: list[str], cell: Cell) -> int | None:
-    return tasks.index(cell.task) if cell.mode == "oracle" else None
