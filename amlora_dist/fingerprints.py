@@ -82,7 +82,7 @@ def scoring_fingerprint(
         task: its name (the oracle gives its row).
         split: ``test`` or ``dev``.
         rows_digest: of the rows scored.
-        prompt: `prompt_values`.
+        prompt: `prompt_values`; of a free-text task also the most tokens of an answer.
         metric: of the task.
         labels: verbalisers, which ranked accuracy needs.
         dtype: of the model.

@@ -159,7 +159,7 @@ class Materials:
             task=task,
             split=split,
             rows_digest=self.data[task].digest(split),
-            prompt=self.prompt(task),
+            prompt=self.prompt(task) | ({"answer": spec.max_answer_tokens} if spec.free_text else {}),
             metric=str(spec.metric),
             labels=spec.label_texts,
             dtype=self.dtype,

@@ -8,7 +8,8 @@ scoring after stage n then costs the rows of one or two tasks instead of n.
 
 from __future__ import annotations
 
-import os
+import json
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.scoring import Prediction, read_predictions
+from amlora_dist.evaluation.scoring import Prediction, read_predictions, summarise
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.router import Router
+
+DIGEST = "digest"
+"""Under this key a file of features says what its tensors' digest is."""
 
 
 def write_features(path: Path, features: dict[int, Tensor]) -> None:
@@ -29,21 +34,24 @@ def write_features(path: Path, features: dict[int, Tensor]) -> None:
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Several runs write the same file, on nodes whose process numbers may be the same.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     rows = sorted(features)
+    tensors = {"rows": torch.tensor(rows), "features": torch.stack([features[row] for row in rows])}
     # Not save_file, whose error for a full disk is not an OSError.
-    partial.write_bytes(save({"rows": torch.tensor(rows), "features": torch.stack([features[row] for row in rows])}))
+    partial.write_bytes(save(tensors, {DIGEST: tensors_digest(tensors)}))
     partial.replace(path)
 
 
 def read_features(path: Path, rows: Sequence[int]) -> Tensor | None:
     """Features (B, d) of ``rows`` in their order; None where the file is missing, damaged, or of other rows."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        found = load_file(path)
-        same = found["rows"].tolist() == sorted(rows)
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            whole = (file.metadata() or {}).get(DIGEST) == tensors_digest(found)
+        same = whole and found["rows"].tolist() == sorted(rows)
     except (OSError, SafetensorError, KeyError):
         return None
     place = {row: i for i, row in enumerate(sorted(rows))}
@@ -84,8 +92,11 @@ def unchanged(
 
 
 def _predictions(folder: Path, rows: Collection[int]) -> list[Prediction]:
+    """Those of a finished score of these very rows, which add up to its summary; none of any other."""
     try:
         found = read_predictions(folder / "predictions.jsonl")
-    except (OSError, UserError, UnicodeDecodeError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        whole = summarise(found).items() <= summary.items()
+    except (OSError, UserError, ValueError, AttributeError, TypeError):
         return []
-    return found if {prediction.row for prediction in found} == set(rows) else []
+    return found if whole and {prediction.row for prediction in found} == set(rows) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import FixedRouter, PosteriorRouter
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings
 from amlora_dist.adapters.targets import find_targets
-from amlora_dist.evaluation.scoring import Prediction, score_task, write_predictions
+from amlora_dist.evaluation.scoring import Prediction, score_task, summarise, write_predictions
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
 from tests.evaluation.tiny_models import EOS, LABELS, PAD, Words, examples, tiny
 
@@ -53,6 +54,12 @@ def score(mixture: Mixture, kind: str, **more: Any) -> list[Prediction]:
     return score_task(mixture.model, more.pop("rows", examples(ROWS, labels=MANY)), **(settings | more))
 
 
+def keep(folder: Path, found: list[Prediction]) -> None:
+    """As a finished score lies in its folder."""
+    write_predictions(folder / "predictions.jsonl", found)
+    (folder / "summary.json").write_text(json.dumps(summarise(found) | {"kept": 0}), encoding="utf-8")
+
+
 def agree(found: list[Prediction], expected: list[Prediction]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.loglikelihoods == pytest.approx(theirs.loglikelihoods, abs=1e-4)
@@ -64,7 +71,7 @@ def scored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, l
     """Kind of model, folder, and predictions under two tasks, with the features that the router read."""
     features: dict[int, torch.Tensor] = {}
     found = score(with_bank(2, request.param), request.param, on_features=features.__setitem__)
-    write_predictions(tmp_path / "predictions.jsonl", found)
+    keep(tmp_path, found)
     write_features(tmp_path / "features.safetensors", features)
     return request.param, tmp_path, found
 
@@ -100,7 +107,7 @@ def test_the_oracle_takes_over_what_the_router_gave_wholly_to_the_right_task(
 def test_a_silent_adapter_changes_the_rows_that_use_it(silent: int, tmp_path: Path) -> None:
     mixture = with_bank(3, "llama")
     before = score(mixture, "llama")
-    write_predictions(tmp_path / "predictions.jsonl", before)
+    keep(tmp_path, before)
     mixture.silence(silent)
     changed = tasks_using(bank(tiny("llama"))[:3], silent)
     assert changed == {0: [0, 2], 1: [1], 2: [2]}[silent], "the third task's recipe uses the first adapter"
@@ -134,7 +141,15 @@ def test_whatever_is_missing_damaged_or_of_other_rows_is_scored_again(
     backwards = read_features(file, rows[::-1])
     forwards = read_features(file, rows)
     assert backwards is not None and forwards is not None and torch.equal(backwards.flip(0), forwards)
-    file.write_bytes(file.read_bytes()[:-9])
-    assert gates_from(mixture.router, file, rows) is None
-    (folder / "predictions.jsonl").write_bytes(b'{"row": 1, \xff\n')
-    assert unchanged([folder], rows, gates, noted=True) == []
+    features = file.read_bytes()
+    for damaged in (features[:-9], features[:-9] + bytes([features[-9] ^ 1]) + features[-8:], b""):
+        file.write_bytes(damaged)
+        assert gates_from(mixture.router, file, rows) is None
+    answers = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    assert '"correct": 0.0' in answers
+    for text in (answers.replace('"correct": 0.0', '"correct": 1.0', 1), answers[:-30], '{"row": 1, \udcff\n'):
+        (folder / "predictions.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
+        assert unchanged([folder], rows, gates, noted=True) == []
+    keep(folder, before)
+    (folder / "summary.json").unlink()
+    assert unchanged([folder], rows, gates, noted=True) == [], "not a finished score"
