@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
@@ -169,6 +170,23 @@ def test_rows_whose_gate_is_what_it_was_are_not_scored_again(tmp_path: Path, hom
     assert sum(stage["score_seconds"] for stage in anew["stages"]) > 0
     for key in ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained"):
         assert anew[key] == every[key]
+
+
+def test_a_longer_free_text_answer_is_scored_anew_under_the_same_adapter(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",))
+    task = tmp_path / "tasks" / "colours.yaml"
+    spec = yaml.safe_load(task.read_text(encoding="utf-8"))
+    del spec["labels"]
+    spec["columns"] = {"text": "text", "answer": "label"}
+
+    def answered(tokens: int) -> dict[str, Any]:
+        task.write_text(yaml.safe_dump(spec | {"max_answer_tokens": tokens}), encoding="utf-8")
+        return run(config, f"tokens-{tokens}", "evaluation.untrained=false", "evaluation.oracle=false")
+
+    answered(1)
+    known = len(list((home / "storage" / "scores").iterdir()))
+    assert answered(4)["stages"][0]["reused"]
+    assert len(list((home / "storage" / "scores").iterdir())) == known + 1
 
 
 def test_one_setting_moves_checkpoints_and_the_trunks_cache_to_a_folder_that_nodes_share(tmp_path: Path, home: Path) -> None:
