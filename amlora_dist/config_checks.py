@@ -44,6 +44,10 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults[("min_workers",)] = Fault("min_workers", found, expected)
     if config.storage is not None and "://" in config.storage and (fault := _url_fault(config.storage, config.workers)):
         faults[("storage",)] = fault
+    apart = bool(config.workers and config.storage and "://" in config.storage)
+    if apart and config.search is not None and not config.search.share_stages:
+        expected = "true where storage is a URL and workers train, who keep the files of all trials in one place"
+        faults[("search", "share_stages")] = Fault("search.share_stages", "false", expected, "or storage on a folder")
     sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
     share, uneven = divmod(config.training.batch_size, max(1, config.workers))
     micro = config.training.micro_batch_size or max(1, share)
@@ -70,12 +74,11 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
 
 def _url_fault(url: str, workers: int) -> Fault | None:
     """What is wrong with ``storage: url``."""
-    if workers:
-        expected = "a folder that all nodes mount: checkpoints are renamed into place, which object storage cannot"
-        return Fault("storage", shown(url), expected, "or workers: 0, whose checkpoints are copied to a URL")
     import fsspec
 
     scheme = url.partition("://")[0]
+    if workers and scheme == "memory":
+        return Fault("storage", shown(url), "a folder, or a URL that all workers reach", "or workers: 0")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:

@@ -141,7 +141,7 @@ def doctor(
     address: Annotated[
         str | None, typer.Option(help="Dashboard of a cluster, such as http://head:8265: look at each of its nodes.")
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="With --address: the folder that all nodes share.")] = None,
+    storage: Annotated[str | None, typer.Option(help="With --address: the folder that all nodes share, or a URL.")] = None,
     working_dir: Annotated[Path, typer.Option(help="With --address: shipped, as `amlora submit` does.")] = Path("."),
     verbose: Verbose = False,
 ) -> None:

@@ -26,16 +26,17 @@ def examine_cluster(jobs: Jobs, storage: str | None, tracking_uri: str | None, w
 
     Args:
         jobs: of the cluster.
-        storage: the folder that all nodes should share.
+        storage: the folder that all nodes should share, or the URL.
         tracking_uri: of MLflow, as the nodes see it.
         working_dir: shipped, so that the cluster runs this code; empty if it has it installed.
 
     Raises:
         UserError: no storage is given, or the job could not run.
     """
-    if storage is None or not Path(storage).is_absolute():
+    if storage is None or not (Path(storage).is_absolute() or "://" in storage):
         raise UserError(
-            f"--storage: found {storage or 'nothing'}, expected the absolute path of the folder that all nodes share"
+            f"--storage: found {storage or 'nothing'}, expected the absolute path of the folder that all nodes share, or a"
+            " URL such as s3://bucket/amlora"
         )
     command = ["python", "-m", "pipelines.node_checks", "--storage", storage]
     if tracking_uri:

@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from amlora_dist.config import home
+from amlora_dist.errors import plain_reason
 from pipelines.doctor import ENOUGH_DISK, ENOUGH_FILES, ENOUGH_MEMORY, ENOUGH_SHARED_MEMORY, GIB, Check
 
 MARK = "amlora-check: "
@@ -49,7 +51,7 @@ class Probe:
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
             "memory": psutil.virtual_memory().available,
             "shared_memory": _free(Path("/dev/shm")),
-            "disk": _free(Path(storage)),
+            "disk": _free(home() if "://" in storage else Path(storage)),
             "local_disk": _free(Path(tempfile.gettempdir())),
             "gpus": _gpus(),
             "files": _open_files(),
@@ -57,8 +59,10 @@ class Probe:
         }
 
     def write(self, storage: str, name: str, text: str) -> str | None:
-        """Write a file as checkpoints are written, aside and then renamed, and append to it, as progress is told. What went
-        wrong, or None."""
+        """Write a file as checkpoints are written, aside and then renamed, and append to it, as progress is told; at a
+        URL in one piece. What went wrong, or None."""
+        if "://" in storage:
+            return _written(f"{storage}/{name}", text)
         folder = Path(storage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +79,19 @@ class Probe:
         """Names of the files that are not there, or not as they were written, after a while."""
         deadline = time.monotonic() + CONNECT_S
         while True:
-            missing = [name for name, text in expected.items() if _read(Path(storage) / name) != text]
+            missing = [name for name, text in expected.items() if _read(storage, name) != text]
             if not missing or time.monotonic() > deadline:
                 return missing
             time.sleep(0.2)
 
     def remove(self, storage: str, name: str) -> None:
         """Take the own file away again."""
-        with contextlib.suppress(OSError):
-            (Path(storage) / name).unlink()
+        with contextlib.suppress(Exception):
+            if "://" in storage:
+                system, path = _at(f"{storage}/{name}")
+                system.rm_file(path)
+            else:
+                (Path(storage) / name).unlink()
 
     def listen(self) -> tuple[str, int]:
         """Address that others can try, as gloo and NCCL will: any free port."""
@@ -168,7 +176,7 @@ def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
     for node, found in facts.items():
         yield from _machine(names[node], found)
         yield _graphics(names[node], found["gpus"], nodes[node]["Resources"].get("GPU", 0.0))
-    if len(facts) > 1:
+    if len(facts) > 1 and "://" not in storage:
         yield from _hub(storage, facts, names)
     yield from _storage(storage, list(probes), names, ask)
     if tracking_uri:
@@ -246,10 +254,12 @@ def _storage(storage: str, nodes: list[str], names: dict[str, str], ask: Ask) ->
     for node in missing:
         if faults[node]:
             mend = "mount it there, writable by this user"
+            if "://" in storage:
+                mend = "give the node its package for fsspec (s3fs, gcsfs, adlfs) and its credentials"
             yield Check(f"{names[node]} storage", "bad", f"{storage}: {faults[node]}", mend)
         elif missing[node]:
             others = ", ".join(names[by_file[name]] for name in missing[node])
-            mend = "mount the same folder on every node: each writes to its own"
+            mend = "give the same folder (or endpoint) to every node: each writes to its own"
             yield Check(f"{names[node]} storage", "bad", f"{storage}: does not see what was written on {others}", mend)
         else:
             yield Check(f"{names[node]} storage", "ok", f"{storage}: writable and shared")
@@ -268,11 +278,31 @@ def _free(folder: Path) -> int | None:
     return shutil.disk_usage(folder).free if folder.is_dir() else None
 
 
-def _read(file: Path) -> str | None:
+def _read(storage: str, name: str) -> str | None:
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
+        if "://" in storage:
+            system, path = _at(f"{storage}/{name}")
+            return bytes(system.cat_file(path)).decode()
+        return (Path(storage) / name).read_text(encoding="utf-8")
+    except Exception:  # noqa: BLE001  (every store has errors of its own)
         return None
+
+
+def _at(url: str) -> tuple[Any, str]:
+    from amlora_dist.training.mirror import file_system
+
+    return file_system(url)
+
+
+def _written(url: str, text: str) -> str | None:
+    """What went wrong, or None."""
+    try:
+        system, path = _at(url)
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(path, text.encode())
+    except Exception as error:  # noqa: BLE001
+        return plain_reason(error)
+    return None
 
 
 def _gpus() -> list[str]:

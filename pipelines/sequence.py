@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from amlora_dist.methods import method_for
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
-from amlora_dist.training.mirror import Mirror
+from amlora_dist.training.mirror import Copies
 from amlora_dist.training.result import read_result, write_result
 from amlora_dist.training.work import WITHOUT, Cell, Mode, Parent, StageWork
 from pipelines import preflight, results
@@ -100,7 +101,7 @@ def _run_sequence(
     if elsewhere:
         preflight.knock()
     if copies:
-        Mirror(copies).check()
+        Copies(copies, storage).check()
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
     refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
@@ -113,7 +114,7 @@ def _run_sequence(
         status = "FAILED"
         placement = Placement(
             config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
-            config.placement,
+            config.placement, None if copies is None else f"{copies}/ray",
         )  # fmt: skip
         try:
             with RayCluster(placement, verbose=verbose) as cluster:
@@ -234,6 +235,7 @@ class _Driver:
         if mine:
             known |= self._known_scores(record.run)
         work = self._work(index=position, task=task, fingerprint=fingerprint, folder=folder, bank=bank, rows=rows)
+        _bring(replace(work, cells=cells))
         with contextlib.ExitStack() as stack:
             original = mine
             if mine is None:
@@ -263,8 +265,8 @@ class _Driver:
                 version = mine
             record.version = version.number
             bank.version = version
-            if work.mirror:
-                Mirror(work.mirror).forget()
+            if work.mirror is not None:
+                work.mirror.forget()
         told = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
         self.progress.note(f"stage {index} {task}: {told}, version {record.version} of {self.model_name}")
         return record
@@ -280,6 +282,7 @@ class _Driver:
         folder = self.storage / "stages" / fingerprint
         if open_cells:
             work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=_Bank(), rows={})
+            _bring(replace(work, cells=cells))
             self._execute(work, open_cells, cluster)
         record.reused = not open_cells
         record.score(cells, known)
@@ -328,14 +331,18 @@ class _Driver:
             work.path.mkdir(parents=True, exist_ok=True)
             if self.config.workers:
                 cluster.ready(again=bool(failures))
+            _send(work)
             try:
                 with stops_handled(work.path):
                     if self.config.workers == 0:
                         run_in_process(work, self._on_event)
                     else:
                         cluster.run(work, self._on_event, len(failures) + 1, self._still_ours)
+                _bring(work)
                 return
             except AmloraError as error:
+                with contextlib.suppress(UserError):  # what the attempt ended with is what to say
+                    _bring(work)
                 failures.append(Failure.of(error, work.progress()))
                 verdict = decide(failures)
                 if not verdict.retry:
@@ -395,18 +402,15 @@ class _Driver:
             data_digests=digests,
             sealed=c.evaluation.sealed,
             cache=str(self._cache()),
-            mirror=self._mirror(fingerprint),
+            root=str(self.storage),
+            url=storage_of(c)[1],
+            apart=bool(storage_of(c)[1] and c.workers),
         )
 
     def _cache(self) -> Path:
         """The trunk's cache: where the nodes share a folder, there."""
         shared = self.config.storage is not None and storage_of(self.config)[1] is None
         return (self.storage if shared else home()) / "cache"
-
-    def _mirror(self, fingerprint: str) -> str | None:
-        """Where a stage's checkpoints are copied to."""
-        copies = storage_of(self.config)[1]
-        return f"{copies}/stages/{fingerprint}" if copies else None
 
     # -- scores -------------------------------------------------------------------------------------------------
 
@@ -491,6 +495,25 @@ class _Driver:
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
         return result
+
+
+def _send(work: StageWork) -> None:
+    """What workers need that share no folder with this process."""
+    if (copies := work.copies) is not None:
+        for folder in [*(Path(parent.folder) for parent in work.parents), *([work.trained] if work.is_trained else [])]:
+            copies.send(folder)
+
+
+def _bring(work: StageWork) -> None:
+    """What workers have made that share no folder with this process."""
+    if (copies := work.copies) is not None:
+        copies.bring(work.trained, lambda: work.is_trained)
+        for cell in work.cells:
+            copies.bring(Path(cell.folder), partial(_is_done, cell))
+
+
+def _is_done(cell: Cell) -> bool:
+    return cell.done
 
 
 def _statistics_digest(result: Any) -> str:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.config import home
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, TrainingError, UserError
+from amlora_dist.training.mirror import file_system
 from amlora_dist.training.work import StageWork
 from pipelines import preflight
+from pipelines.line import ERROR_EVENT, WorkersEnd, line_to
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -61,6 +64,8 @@ class Placement:
     """Examples of one optimizer step over all workers, who take equal shares."""
     strategy: str = "PACK"
     """Ray's placement of the workers: PACK or SPREAD."""
+    url: str | None = None
+    """Where Ray Train keeps its records instead, if nodes share no folder."""
 
     def fitting(self, available: int) -> int:
         """How many of ``available`` workers a stage takes; 0 if they are too few."""
@@ -135,18 +140,44 @@ class RayCluster:
             WorkersLostError: a worker or node died.
             UserError, TrainingError, StoppedError: what the stage itself said.
         """
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig
-
         gpus = self.use_gpus()
         workers = self._workers()
         work.path.mkdir(parents=True, exist_ok=True)
         error_file = work.path / ERROR
         error_file.unlink(missing_ok=True)
         name = f"{work.path.name}-{attempt}-{int(time.time())}"
-        trainer = _trainer_class()(
+        last: Event = {}
+
+        def keep(event: Event) -> None:
+            if event.get("kind") in ("step", "resumed"):
+                last.update(event)
+            on_event(event)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_followed(work.path / EVENTS, keep))
+            line = stack.enter_context(line_to(work.path, work.path / EVENTS, error_file)) if work.apart else None
+            trainer = self._trainer(work, name, gpus, workers, line)
+            try:
+                _fit(trainer, watch)
+                return
+            except _FitError as error:
+                failed = error.cause
+        raise told_by(error_file, failed, last) from failed
+
+    def _trainer(self, work: StageWork, name: str, gpus: bool, workers: int, line: Any) -> TorchTrainer:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig
+
+        url = self._placement.url
+        storage: dict[str, Any] = {"storage_path": str(self._placement.storage)}
+        if url is not None:
+            from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+            system, path = file_system(url)
+            storage = {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(system))}
+        return _trainer_class()(
             _worker,
-            train_loop_config={"work": work.to_json(), "threads": self._threads(gpus, workers)},
+            train_loop_config={"work": work.to_json(), "threads": self._threads(gpus, workers), "line": line},
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -156,23 +187,11 @@ class RayCluster:
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=str(self._placement.storage),
+                **storage,
                 # Whether to try again is for the failure policy to say; Ray's own default waits for nodes for ever.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
-        last: Event = {}
-
-        def keep(event: Event) -> None:
-            if event.get("kind") in ("step", "resumed"):
-                last.update(event)
-            on_event(event)
-
-        try:
-            with _followed(work.path / EVENTS, keep):
-                _fit(trainer, watch)
-        except _FitError as error:
-            raise told_by(error_file, error.cause, last) from error.cause
 
     def _start(self) -> None:
         if self._started:
@@ -282,10 +301,17 @@ def _worker(config: dict[str, Any]) -> None:
     if os.environ.get("AMLORA_VERBOSE") != "1":
         quiet_libraries()
     work = StageWork.from_json(config["work"])
+    if work.apart:
+        work = work.moved(home() / "storage", home() / "cache")
+        work.path.mkdir(parents=True, exist_ok=True)
+    end = WorkersEnd(config["line"], work.path)
     rank = get_context().get_world_rank()
     with contextlib.ExitStack() as stack:
         report: OnEvent = _ignore
-        if rank == 0:
+        if rank == 0 and work.apart:
+            report = end.tell
+            end.listen()
+        elif rank == 0:
             file = stack.enter_context((work.path / EVENTS).open("a", encoding="utf-8"))
 
             def report(event: Event) -> None:
@@ -298,7 +324,9 @@ def _worker(config: dict[str, Any]) -> None:
             run_stage(work, distributed=True, report=report, device=get_device())
         except AmloraError as error:
             told = {"class": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "rank": rank}
-            write_text(work.path / ERROR, json.dumps(told | {"step": getattr(error, "step", None)}))
+            told["step"] = getattr(error, "step", None)
+            write_text(work.path / ERROR, json.dumps(told))
+            end.tell(told | {"kind": ERROR_EVENT}, wait=True)
             raise
 
 

@@ -63,11 +63,11 @@ class Nodes:
         )  # fmt: skip
         self._wait("the dashboard", lambda: self._asked("/api/version").status == 200)
 
-    def worker(self, name: str, cpus: int, address: str) -> None:
-        """Start a worker node with a loopback address of its own, such as 127.0.0.2."""
+    def worker(self, name: str, cpus: int, address: str, **environment: str) -> None:
+        """Start a worker node with a loopback address of its own, such as 127.0.0.2, and more in its environment."""
         self._start(
             name, f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={cpus}", f"--node-ip-address={address}",
-            f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}", **environment,
         )  # fmt: skip
 
     def joined(self, count: int) -> None:
@@ -96,12 +96,12 @@ class Nodes:
             self.kill(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, **environment: str) -> None:
         ray = str(Path(sys.executable).parent / "ray")
         log = (self.folder / f"{name}.log").open("ab")
         command = [ray, "start", "--block", "--disable-usage-stats", f"--object-store-memory={100 << 20}", *arguments]
         self.running[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=self.environment | environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def _wait(self, what: str, there: object, deadline_s: float = 90.0) -> None:

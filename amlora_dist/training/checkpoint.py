@@ -49,6 +49,11 @@ class Progress:
     """World size, ZeRO stage and versions: recorded, not part of the fingerprint."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Of the checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -69,7 +74,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    target = folder / f"step-{progress.step:08d}"
+    target = folder / checkpoint_name(progress.step)
     aside = folder / f".{target.name}.{os.getpid()}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -93,11 +98,11 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
 
 
 def newest_checkpoint(
-    folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]], *, at: int | None = None
 ) -> tuple[dict[str, Tensor], Progress] | None:
-    """The newest committed checkpoint of this fingerprint with tensors of these names and shapes, or None. Says why it
-    passes over the others."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    """The newest committed checkpoint of this fingerprint with tensors of these names and shapes (the one ``at`` a step), or
+    None. Says why it passes over the others."""
+    for candidate in sorted(folder.glob("step-*" if at is None else checkpoint_name(at)), reverse=True):
         reason = _fault(candidate)
         if reason is None:
             try:
@@ -114,7 +119,7 @@ def _read(
     progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     if progress.fingerprint != fingerprint:
         raise ValueError(f"it belongs to fingerprint {str(progress.fingerprint)[:12]}")
-    if folder.name != f"step-{progress.step:08d}" or len(progress.losses) != progress.step:
+    if folder.name != checkpoint_name(progress.step) or len(progress.losses) != progress.step:
         raise ValueError(f"its progress says step {progress.step} and has {len(progress.losses)} losses")
     state = load_file(folder / "state.safetensors")
     if strange := sorted(state.keys() ^ shapes.keys()):

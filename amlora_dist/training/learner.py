@@ -15,15 +15,15 @@ from amlora_dist.crash_points import reach
 from amlora_dist.errors import TrainingError
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
-from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
+from amlora_dist.training.checkpoint import Progress, checkpoint_name, newest_checkpoint, save_checkpoint
 from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
-from amlora_dist.training.mirror import Mirror
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.zero import Engine
 
 if TYPE_CHECKING:
     from amlora_dist.training.batching import Chosen
+    from amlora_dist.training.mirror import Mirror
 
 STOP_FILE = "STOP"
 """When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
@@ -51,32 +51,43 @@ class Learner:
         teacher_gate: Tensor | None = None,
         distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
-        mirror: str | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
-        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: URL
+        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
         that checkpoints are copied to, and fetched from where the folder has none as new."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
         self.teacher_gate, self.distillation = teacher_gate, distillation
         self.selection_loss, self.use_selectors = selection_loss, use_selectors
-        self.mirror = None if mirror is None else Mirror(mirror)
+        self.mirror = mirror
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
 
     def resume(self) -> Progress | None:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
+        folder, ranks, shapes = self.folder / "checkpoints", self.engine.ranks, self.engine.state_shapes()
         if self.mirror is not None:
-            self.mirror.fetch(self.folder / "checkpoints")
-        found = newest_checkpoint(self.folder / "checkpoints", self.fingerprint, self.engine.state_shapes())
-        steps = self.engine.ranks.gather(-1 if found is None else found[1].step)
-        if found is None or len(set(steps)) != 1:
-            if set(steps) != {-1}:
-                raise TrainingError(
-                    f"ranks see different checkpoints (steps {steps}); `storage` must be one folder that all nodes mount"
-                )
+            self.mirror.fetch(folder)
+        found = newest_checkpoint(folder, self.fingerprint, shapes)
+        steps = ranks.gather(-1 if found is None else found[1].step)
+        if self.mirror is not None and len(set(steps)) != 1:  # a node has one that was not copied any more
+            name = checkpoint_name(steps[0])
+            if ranks.rank == 0 and found is not None:
+                self.mirror.keep(folder / name)
+            ranks.gather(None)  # nobody looks for it before it is there
+            if ranks.rank != 0:
+                self.mirror.bring(name, folder)
+            found = newest_checkpoint(folder, self.fingerprint, shapes, at=steps[0])
+            steps = ranks.gather(-1 if found is None else found[1].step)
+        if len(set(steps)) != 1:
+            raise TrainingError(
+                f"ranks see different checkpoints (steps {steps}); `storage` must be one folder that all nodes mount, or a"
+                " URL that all nodes can read and write"
+            )
+        if found is None:
             return None
         state, progress = found
         self.engine.import_state(state, progress.step)

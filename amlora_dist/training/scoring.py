@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.methods.base import Method
+    from amlora_dist.training.mirror import Copies
     from amlora_dist.training.trunk_cache import TrunkCache
     from amlora_dist.training.zero import Ranks
 
@@ -60,11 +61,27 @@ class Scoring:
     report: Report
 
     def run(self) -> None:
-        """Score them all."""
+        """Score them all; which are open is rank 0's word."""
+        copies = self.work.copies
+        if copies is not None and self.ranks.rank == 0:
+            self._bring(copies)
+        done = self.ranks.gather([cell.done for cell in self.work.cells])[0]
+        for cell in (cell for cell, known in zip(self.work.cells, done, strict=True) if not known):
+            self._score(cell)
+            if copies is not None and self.ranks.rank == 0:
+                for path in (cell.folder, cell.features):
+                    if path is not None and Path(path).exists():
+                        copies.send(Path(path))
+            reach("scores_written")
+
+    def _bring(self, copies: Copies) -> None:
+        """What other nodes have scored of this stage, and the scores before it that may still hold."""
         for cell in self.work.cells:
-            if not cell.done:
-                self._score(cell)
-                reach("scores_written")
+            copies.bring(Path(cell.folder), (Path(cell.folder) / "summary.json").is_file)
+            for folder in cell.before:
+                copies.bring(Path(folder), (Path(folder) / "summary.json").is_file)
+            if cell.features is not None:
+                copies.bring(Path(cell.features), Path(cell.features).is_file)
 
     def _score(self, cell: Cell) -> None:
         examples = self.examples(cell.task, cell.split, plain=cell.mode == "untrained")

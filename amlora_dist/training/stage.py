@@ -37,7 +37,7 @@ from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.failures import StoppedError, disk_watched
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
-from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
 from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
@@ -92,6 +92,7 @@ class _Stage:
         self.config = self._deepspeed_config() if distributed else None
 
     def run(self) -> None:
+        trained = self._agree()
         if not self.method.trains:
             self._scoring(self._ready(self._load_base()), None, [], None).run()
             return
@@ -100,7 +101,7 @@ class _Stage:
             if result.adapter.digest() != parent.digest:
                 raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
         model = self._load_base()
-        if self.work.is_trained:
+        if trained:
             parents.append(read_result(self.work.trained))
             adapters, statistics = [p.adapter for p in parents], [p.statistics for p in parents]
             mixture = self._inject(model, adapters, new=None)
@@ -109,6 +110,27 @@ class _Stage:
             mixture, adapters, statistics = self._train(model, parents)
         mixture.set_router(self.method.router(statistics))
         self._scoring(mixture.model, mixture, adapters, self._trunk(mixture, decodes=True)).run()
+
+    def _agree(self) -> bool:
+        """Whether the stage is trained, by rank 0's word; and bring what this node lacks, where nodes share no folder.
+
+        Raises:
+            UserError: the store of the copies is away, or what should be there is not.
+        """
+        work, copies = self.work, self.work.copies
+        if copies is None:
+            return bool(self.ranks.gather(work.is_trained)[0])
+        for parent in work.parents:
+            folder = Path(parent.folder)
+            copies.bring(folder, partial(is_whole, folder))
+        if self.ranks.rank == 0:
+            copies.bring(work.trained, partial(is_whole, work.trained))
+            if work.is_trained:
+                copies.send(work.trained)
+        trained = bool(self.ranks.gather(work.is_trained)[0])
+        if trained:
+            copies.bring(work.trained, partial(is_whole, work.trained))
+        return trained
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
         return Scoring(
@@ -195,6 +217,8 @@ class _Stage:
                 "mixed": mixed_shares(statistics),
             }
             write_result(work.trained, Result(adapter, statistics[-1], training, memory))
+            if work.copies is not None:
+                work.copies.send(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
         return mixture, [*adapters, adapter], statistics
 

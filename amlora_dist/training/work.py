@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from amlora_dist.base_model import BaseModel
+from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
+from amlora_dist.config import home
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, read_mapping
+from amlora_dist.training.mirror import Copies, Mirror
 from amlora_dist.training.result import is_whole
 from amlora_dist.training.settings import StageSettings
 
@@ -91,8 +93,12 @@ class StageWork:
     """Splits that must not be opened."""
     cache: str = ""
     """Folder of files that may be deleted at any time; absolute, on any node its own."""
-    mirror: str | None = None
-    """Where checkpoints are copied to (``training.mirror``)."""
+    root: str = ""
+    """The folder below which all others lie; absolute."""
+    url: str | None = None
+    """Where checkpoints are copied to, if nodes share no folder (``training.mirror``)."""
+    apart: bool = False
+    """Whether workers have folders of their own: then what is finished goes to ``url`` too, and comes from there."""
 
     @property
     def path(self) -> Path:
@@ -107,25 +113,68 @@ class StageWork:
     def is_trained(self) -> bool:
         return is_whole(self.trained)
 
+    @property
+    def copies(self) -> Copies | None:
+        """Copies of what is finished; None where driver and workers read the same folders."""
+        return Copies(self.url, Path(self.root)) if self.url is not None and self.apart else None
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Copies of this stage's checkpoints."""
+        return None if self.url is None else Copies(self.url, Path(self.root)).mirror(self.path)
+
     def progress(self) -> tuple[int, int]:
         """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
-        steps = [int(mark.parent.name.removeprefix("step-")) for mark in self.path.glob("checkpoints/step-*/COMMIT")]
+        names = [mark.parent.name for mark in self.path.glob("checkpoints/step-*/COMMIT")]
+        if self.apart and self.mirror is not None:
+            names += self.mirror.committed()
+        steps = [int(name.removeprefix("step-")) for name in names]
         return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 
+    def moved(self, root: Path, cache: Path) -> StageWork:
+        """The same work on a node whose own folder is ``root``."""
+
+        def here(path: str) -> str:
+            return str(root / Path(path).relative_to(self.root))
+
+        cells = [
+            replace(
+                cell,
+                folder=here(cell.folder),
+                before=tuple(here(folder) for folder in cell.before),
+                features=None if cell.features is None else here(cell.features),
+            )
+            for cell in self.cells
+        ]
+        parents = [replace(parent, folder=here(parent.folder)) for parent in self.parents]
+        return replace(
+            self, folder=here(self.folder), parents=parents, cells=cells, cache=str(cache), root=str(root)
+        )
+
     def base_model(self) -> BaseModel:
-        """The base model, which lies in the folder where the driver found it.
+        """The base model, in the folder where the driver found it; where nodes share none, brought to this node.
 
         Raises:
-            UserError: this node has no such folder.
+            UserError: this node has no such folder, or another model.
         """
-        path = Path(self.base["path"])
-        if not (path / "config.json").is_file():
+        path, source = Path(self.base["path"]), str(self.base["source"])
+        if (path / "config.json").is_file():
+            return BaseModel(**{**self.base, "path": path})
+        from_hub = path.parent.name == "snapshots"
+        if not self.apart or not (from_hub or source.startswith("package:")):
             raise UserError(
-                f"model.source: {self.base['source']!r} lies in {path} where the driver runs, and node {platform.node()} has"
+                f"model.source: {source!r} lies in {path} where the driver runs, and node {platform.node()} has"
                 " nothing there; put it into a folder that all nodes share: for a model from the Hub set HF_HOME to one on"
                 " every node, for a package's AMLORA_HOME"
             )
-        return BaseModel(**{**self.base, "path": path})
+        commit = path.name if from_hub else None
+        found = resolve_base(ModelSettings(source=source, revision=commit), home())
+        if found.digest != self.base["digest"]:
+            raise UserError(
+                f"model.source: {source!r} has digest {found.digest[:12]} on node {platform.node()}, where the driver runs"
+                f" {self.base['digest'][:12]}; use one image on all nodes"
+            )
+        return found
 
     def spec(self, task: str) -> TaskSpec:
         return read_mapping(self.tasks[task], origin=Path(f"task {task}"))

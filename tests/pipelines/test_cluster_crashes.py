@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from amlora_dist.training.mirror import file_system
 from tests.ray_nodes import REPOSITORY, Nodes
 from tests.tiny_folder import write_config
 
@@ -137,3 +141,57 @@ def test_an_elastic_stage_goes_on_with_the_workers_that_are_left(nodes: Nodes, t
     assert "trying again from the last checkpoint" in done.stdout and "resumed after step" in done.stdout
     (record,) = folder.glob("stages/*/trained/training.json")
     assert json.loads(record.read_text())["trained_with"]["workers"] == 1
+
+
+@pytest.mark.parametrize("scheme", ["file", "s3"])
+def test_nodes_that_share_nothing_but_a_url_survive_the_loss_of_one(scheme: str, nodes: Nodes, tmp_path: Path) -> None:
+    if scheme == "s3":
+        pytest.importorskip("s3fs", reason="s3:// needs the package s3fs")
+        if not os.environ.get("AWS_ENDPOINT_URL"):
+            pytest.skip("s3:// needs a server: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY")
+    url = f"file://{tmp_path}/bucket" if scheme == "file" else f"s3://amlora-{uuid.uuid4().hex[:8]}/runs"
+    write_tiny(tmp_path)
+    nodes.head(cpus=0)
+    # Rank 0 dies with a checkpoint that nobody has copied: on its node it is, on the other one it is not.
+    dies = {"AMLORA_CRASH": "checkpoint_committed:kill:2", "AMLORA_CRASH_ONCE": str(tmp_path / "crashed")}
+    for place, name in enumerate(("first", "second"), start=2):
+        nodes.worker(name, 1, f"127.0.0.{place}", AMLORA_HOME=str(tmp_path / name), **dies)
+        nodes.joined(place)
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(tmp_path / "run.yaml"), f"storage={url}",
+        "--run-id", "apart",
+    ]  # fmt: skip
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.gcs_port}", "AMLORA_HOME": str(tmp_path / "driver")}
+    log = (tmp_path / "log").open("wb")
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    system, root = file_system(url)
+
+    def copied() -> bool:
+        assert running.poll() is None, (tmp_path / "log").read_text()
+        marks = system.glob(f"{root}/stages/*/checkpoints/step-*/COMMIT")
+        return any(int(mark.split("/")[-2].removeprefix("step-")) >= 30 for mark in marks)
+
+    wait_for(copied, "copies of checkpoints after the first death")
+    nodes.kill("first")  # the node of rank 0, most likely: whoever wrote checkpoints, they are at the URL
+    shutil.rmtree(tmp_path / "first")
+    nodes.worker("third", 1, "127.0.0.4", AMLORA_HOME=str(tmp_path / "third"))
+    assert running.wait(timeout=900) == 0, (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text()
+    assert told.count("trying again from the last checkpoint") >= 2 and told.count("resumed after step") >= 2
+    for home in ("second", "third"):
+        assert list((tmp_path / home / "storage").glob("stages/*/trained/COMMIT")), "parents were brought to the node"
+
+    other_store = f"mlflow.tracking_uri=sqlite:///{tmp_path}/calm.db"
+    calm = subprocess.run(
+        [*command[:5], f"storage={tmp_path}/calm", other_store, *command[6:]],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert calm.returncode == 0, calm.stdout + calm.stderr
+    results = []
+    for uri in ([], ["--tracking-uri", f"sqlite:///{tmp_path}/calm.db"]):
+        shown = subprocess.run(
+            [*command[:3], "show", "apart", "--json", *uri], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert shown.returncode == 0, shown.stderr
+        results.append({key: json.loads(shown.stdout)[key] for key in SAME})
+    assert results[0] == results[1], "equal to a run that nothing happened to, over a shared folder"

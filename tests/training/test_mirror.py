@@ -12,7 +12,7 @@ import torch
 from amlora_dist.config import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
-from amlora_dist.training.mirror import Mirror
+from amlora_dist.training.mirror import Copies, Mirror
 from pipelines.progress import Silent
 from pipelines.sequence import run_sequence
 from tests.tiny_folder import write_config
@@ -33,13 +33,13 @@ def found(folder: Path) -> int | None:
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_another_machine_goes_on_from_the_newest_copy(scheme: str, tmp_path: Path) -> None:
     mirror = Mirror(f"{scheme}://{tmp_path}/copies")
-    mirror.check()
+    Copies(f"{scheme}://{tmp_path}/copies", tmp_path).check()
     for step in (1, 2, 3):
         mirror.keep(save(tmp_path / "here", step))
     assert mirror._names() == ["step-00000002", "step-00000003"], "as many as are kept here"
     there = tmp_path / "there"
     mirror.fetch(there)
-    assert found(there) == 3 and [one.name for one in there.iterdir()] == ["step-00000003"]
+    assert found(there) == 3 and [one.name for one in there.glob("step-*")] == ["step-00000003"]
     save(there, 4)
     mirror.fetch(there)
     assert found(there) == 4, "what is newer stays"
@@ -69,13 +69,14 @@ def test_a_store_that_is_away_costs_no_training(tmp_path: Path, caplog: pytest.L
     mirror.forget()
     assert found(tmp_path / "here") == 1 and "going on without" in caplog.text
     with pytest.raises(UserError, match="storage: cannot write to file://"):
-        mirror.check()
+        Copies(mirror.url, tmp_path).check()
 
 
 @pytest.mark.parametrize(
     ("url", "workers", "told"),
     [
-        ("s3://bucket/x", 2, "a folder that all nodes mount"),
+        ("memory://x", 2, "a URL that all workers reach"),
+        ("file:///mnt/x", 2, None),
         ("s4://bucket/x", 0, "a URL that fsspec knows"),
         ("memory://x", 0, None),
     ],
@@ -87,6 +88,44 @@ def test_a_url_is_taken_where_it_can_work(url: str, workers: int, told: str | No
         return
     with pytest.raises(FaultsError, match=told):
         load_config(config)
+
+
+def test_a_search_that_shares_nothing_needs_a_folder_for_each_trial(tmp_path: Path) -> None:
+    search = {"space": {"adapters.rank": {"choice": [2, 4]}}, "share_stages": False}
+    config = write_config(tmp_path, workers=2, storage="file:///mnt/x", search=search)
+    with pytest.raises(FaultsError, match=r"search.share_stages: found false, expected true where storage is a URL"):
+        load_config(config)
+    assert load_config(config, ["workers=0"]).search is not None
+
+
+def test_what_is_finished_is_sent_once_and_brought_whole(tmp_path: Path) -> None:
+    here, there = (Copies(f"file://{tmp_path}/copies", tmp_path / home) for home in ("here", "there"))
+    trained = tmp_path / "here" / "stages" / "f" / "trained"
+    trained.mkdir(parents=True)
+    (trained / "COMMIT").write_text("1")
+    (trained / "adapter").write_text("a")
+    (tmp_path / "here" / "features").write_text("one file")
+    here.send(trained)
+    (trained / "adapter").write_text("b")
+    here.send(trained)  # the same mark: the same content
+    here.send(tmp_path / "here" / "features")
+    mine = tmp_path / "there" / "stages" / "f" / "trained"
+    there.bring(mine, (mine / "COMMIT").is_file)
+    assert (mine / "adapter").read_text() == "a"
+    there.bring(tmp_path / "there" / "features", lambda: False)
+    assert (tmp_path / "there" / "features").read_text() == "one file"
+    (mine / "adapter").write_text("damaged")
+    there.bring(mine, (mine / "COMMIT").is_file)
+    assert (mine / "adapter").read_text() == "damaged", "whoever asks says what is whole"
+    there.bring(mine, lambda: False)
+    assert (mine / "adapter").read_text() == "a"
+
+    (tmp_path / "copies" / "stages" / "f" / "trained" / "COMMIT").unlink()
+    other = tmp_path / "there" / "stages" / "f" / "other"
+    third = Copies(f"file://{tmp_path}/copies", tmp_path / "third")
+    third.bring(tmp_path / "third" / "stages" / "f" / "trained", lambda: False)
+    there.bring(other, lambda: False)
+    assert not other.exists() and not (tmp_path / "third" / "stages" / "f" / "trained").exists(), "torn, or never there"
 
 
 class Cut(Silent):
