@@ -92,3 +92,15 @@ def test_a_node_of_another_version_is_named() -> None:
     torch = checks["torch"]
     assert (torch.state, torch.found) == ("bad", "1; node b has 2") and "one image" in torch.mend
     assert checks["amlora-dist"].found == "shipped with the job" and checks["ray"].state == "ok"
+
+
+def test_a_url_is_written_and_read_like_a_folder(tmp_path: Path) -> None:
+    probe, url = Probe(), f"file://{tmp_path}/bucket"
+    assert probe.write(url, "mine", "0123456789") is None and (tmp_path / "bucket" / "mine").read_text() == "0123456789"
+    assert probe.sees(url, {"mine": "0123456789"}) == []
+    assert probe.facts(url)["disk"] > 0, "of the node's own folder"
+    probe.remove(url, "mine")
+    assert not (tmp_path / "bucket" / "mine").exists()
+    (tmp_path / "file").write_text("in the way")
+    assert "not a directory" in str(probe.write(f"file://{tmp_path}/file/bucket", "mine", "text"))
+    assert "s4" in str(probe.write("s4://bucket", "mine", "text"))
