@@ -10,6 +10,7 @@ Shapes in names: B batch, L tokens, D hidden size, T tasks.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,28 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 
 
 @dataclass(slots=True, eq=False)
+class KeptGate:
+    """A gate (B, T) that stays from call to call, and what each mixture layer has made of it: which part of the bank it
+    reaches and with which weights need not be found out again for every token. Copies begin anew."""
+
+    task_gate: Tensor
+    layers: dict[object, Any] = field(default_factory=dict)
+    _tasks: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGate:
+        return KeptGate(copy.deepcopy(self.task_gate, memo))
+
+    def tasks(self) -> tuple[int, ...]:
+        """Tasks that any row weighs; all of them on an accelerator, which would have to be waited for, and which does not
+        mind a few more columns."""
+        if self._tasks is None:
+            weighed = (self.task_gate != 0).any(dim=0).tolist() if self.task_gate.device.type == "cpu" else None
+            count = self.task_gate.shape[1]
+            self._tasks = tuple(task for task in range(count) if weighed is None or weighed[task])
+        return self._tasks
+
+
+@dataclass(slots=True, eq=False)
 class MixtureCall:
     """One call of the model: the gate, or what it takes to compute it when the routing layer is reached.
 
@@ -43,7 +66,8 @@ class MixtureCall:
     the layers' own selectors gate them, with the task gate, if there is one, as prior. ``pooled`` is what
     sequence-level selectors made of this call's prompt, by module path, ``carried_pooled`` what an earlier call left.
     ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
-    pass ends where they end, and leaves it there (``adapters.trunk``).
+    pass ends where they end, and leaves it there (``adapters.trunk``). ``kept``: the gate came with a KV cache, which will
+    bring it again.
     """
 
     owner: object
@@ -62,6 +86,7 @@ class MixtureCall:
     captures: bool = False
     pooled: dict[str, Tensor] = field(default_factory=dict)
     carried_pooled: dict[str, Tensor] = field(default_factory=dict)
+    kept: KeptGate | None = None
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -199,10 +224,12 @@ def _fit_mask(mask_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Luggage:
-    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N)."""
+    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N); ``kept``
+    once the gate was used for more than its prompt."""
 
     task_gate: Tensor | None
     pooled: dict[str, Tensor]
+    kept: KeptGate | None = None
 
     def rows(self, pick: Callable[[Tensor], Tensor]) -> Luggage:
         """The same for other rows."""

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from amlora_dist.adapters.call import (
     FeaturesReady,
+    KeptGate,
     Luggage,
     MixtureCall,
     OnRoute,
@@ -129,6 +130,8 @@ class RoutedForward:
         if luggage is not None:
             call.carried_pooled = luggage.pooled
             call.task_gate = luggage.task_gate if task_gate is None else task_gate
+            if task_gate is None and luggage.task_gate is not None:
+                call.kept = luggage.kept or KeptGate(luggage.task_gate)
             return call
         call.on_route = on_route
         if task_gate is None and router is not None:
@@ -195,7 +198,7 @@ class RoutedForward:
             if call.task_gate is not None and isinstance(output, ModelOutput):
                 output[GATE_KEY] = call.task_gate
             return output
-        luggage = Luggage(call.task_gate, call.carried_pooled | call.pooled)
+        luggage = Luggage(call.task_gate, call.carried_pooled | call.pooled, call.kept)
         entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for item in (cache, *entries):
             if isinstance(item, Cache):

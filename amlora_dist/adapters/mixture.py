@@ -10,6 +10,7 @@ features exists. Exact, because a gate is one number per adapter.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amlora_dist.adapters.bank import Adapter, rows
-from amlora_dist.adapters.call import MixtureCall, current_call
+from amlora_dist.adapters.call import KeptGate, MixtureCall, current_call
 from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.adapters.wide import GatedLinear, beside, gated_linear
@@ -33,6 +34,13 @@ class NewWeights:
     scale: float
     recipe: Tensor | None
     learn_recipe: bool = True
+
+
+def _reach(row_N: Tensor, ranks: list[int]) -> tuple[int, int]:
+    """First rank column of the first adapter that a row of G uses, and the end of the last one's."""
+    ends = list(itertools.accumulate(ranks))
+    used = row_N.nonzero().flatten().tolist()
+    return (ends[used[0]] - ranks[used[0]], ends[used[-1]]) if used else (0, 0)
 
 
 class MixtureLinear(nn.Module):
@@ -115,6 +123,7 @@ class MixtureLinear(nn.Module):
         spread = torch.block_diag(*(torch.full((1, rank), scale) for rank, scale in scales))
         gates = torch.eye(len(scales))
         gates[: len(adapters), : len(adapters)] = rows(adapters, self.path)
+        self._reach = [_reach(row, [rank for rank, _ in scales]) for row in gates]
         if new is not None and new.recipe is not None:
             gates[-1, :-1] = new.recipe.float()
         if self.recipe is not None:
@@ -179,6 +188,8 @@ class MixtureLinear(nn.Module):
                 f"{self.path}: the call has {task_gate.shape[0]} gates, this layer an input of shape {tuple(x.shape)}: "
                 "its first axis is not the batch, so it cannot be a target"
             )
+        if call is not None and call.kept is not None and self._can_keep(x):
+            return self._kept(x, call.kept)
         gate_BR = self.rank_gates(task_gate)
         return self._fused(x, gate_BR) if self._can_fuse(x) else self._unfused(x, gate_BR)
 
@@ -200,6 +211,32 @@ class MixtureLinear(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
         )
+
+    def _can_keep(self, x: Tensor) -> bool:
+        """Whether the adapters that a gate does not reach can be left out: nothing trains, nobody shards them (ZeRO-3)."""
+        old = self.old_a
+        return (
+            old is not None
+            and self.new_a is None
+            and not torch.is_grad_enabled()
+            and not hasattr(old, "ds_id")
+            and old.dtype == x.dtype
+            and self._can_fuse(x)
+        )
+
+    def _kept(self, x: Tensor, kept: KeptGate) -> Tensor:
+        """With the rank columns that ``kept`` reaches, from the first to the last: the others have gate 0."""
+        assert isinstance(self.base, nn.Linear) and self.old_a is not None and self.old_b is not None
+        found = kept.layers.get(self)
+        if found is None or found[0] != self.silent:
+            reached = [self._reach[task] for task in kept.tasks()]
+            begin, end = min((r[0] for r in reached), default=0), max((r[1] for r in reached), default=0)
+            gate_BR = self.rank_gates(kept.task_gate)[:, begin:end].expand(x.shape[0], -1).contiguous()
+            parts = [(self.old_a[begin:end], self.old_b[:, begin:end])] if end > begin else []
+            found = kept.layers[self] = (self.silent, gate_BR, parts)
+        _, gate_BR, parts = found
+        y_XO = gated_linear(x.reshape(-1, self.in_features), gate_BR, self.base.weight, self.base.bias, parts)
+        return y_XO.view(*x.shape[:-1], self.out_features)
 
     def _fused(self, x: Tensor, gate_BR: Tensor) -> Tensor:
         assert isinstance(self.base, nn.Linear)

@@ -133,6 +133,47 @@ def gate_in(cache: object) -> Tensor:
     return luggage.task_gate
 
 
+def test_decoding_reads_the_adapters_that_the_gate_reaches_and_no_others() -> None:
+    model = tiny_llama()
+    targets = targets_of(model, layers="all")
+    mixture = inject(model, targets, random_adapters(targets, RANKS, recipes=False), router=None)
+    one_hot = torch.eye(len(RANKS))
+    for gate in (one_hot[[1, 1, 2]], one_hot[[0, 2, 0]], 0 * one_hot[[0, 0, 0]], torch.rand(3, len(RANKS))):
+        with torch.no_grad():
+            cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
+            assert carried(cache).kept is None, "nothing was decoded yet"  # type: ignore[union-attr]
+            step = model(input_ids=prompts(3, 2), past_key_values=copy.deepcopy(cache)).logits
+            whole = model(input_ids=torch.cat([prompts(3, 5), prompts(3, 2)], dim=1), task_gate=gate).logits[:, 5:]
+            torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
+            model(input_ids=prompts(3, 1), past_key_values=cache)
+        kept = carried(cache).kept  # type: ignore[union-attr]
+        assert kept is not None and len(kept.layers) == len(mixture.modules)
+        used = [task for task in range(len(RANKS)) if gate[:, task].any()]
+        ranks = sum(RANKS[used[0] : used[-1] + 1]) if used else 0
+        for _, gates, parts in kept.layers.values():
+            assert gates.shape == (3, ranks) and sum(a.shape[0] for a, _ in parts) == ranks
+        assert copy.deepcopy(cache).luggage.kept.layers == {}, "weights are not copied with a cache"
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        assert carried(cache).kept is None, "other rows, another gate"  # type: ignore[union-attr]
+
+
+def test_a_silent_adapter_is_silent_in_the_middle_of_decoding() -> None:
+    model = tiny_llama()
+    targets = targets_of(model, layers="all")
+    mixture = inject(model, targets, random_adapters(targets, RANKS, recipes=False), router=None)
+    with torch.no_grad():
+        gate = torch.eye(len(RANKS))[[1, 1, 1]]
+        cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
+        model(input_ids=prompts(3, 1), past_key_values=cache)
+        assert all(parts for _, _, parts in carried(cache).kept.layers.values())  # type: ignore[union-attr]
+        mixture.silence(1)
+        model(input_ids=prompts(3, 1), past_key_values=cache)
+        assert not any(gates.any() for _, gates, _ in carried(cache).kept.layers.values())  # type: ignore[union-attr]
+        mixture.silence(None)
+        model(input_ids=prompts(3, 1), past_key_values=cache)
+        assert all(gates.any() for _, gates, _ in carried(cache).kept.layers.values())  # type: ignore[union-attr]
+
+
 def test_the_gate_follows_every_operation_on_the_caches_rows() -> None:
     model = tiny_llama()
     routed(model)
