@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +234,7 @@ class _Driver:
         if mine:
             known |= self._known_scores(record.run)
         work = self._work(index=position, task=task, fingerprint=fingerprint, folder=folder, bank=bank, rows=rows)
-        _bring(replace(work, cells=cells))
+        replace(work, cells=cells).bring()
         with contextlib.ExitStack() as stack:
             original = mine
             if mine is None:
@@ -282,7 +281,7 @@ class _Driver:
         folder = self.storage / "stages" / fingerprint
         if open_cells:
             work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=_Bank(), rows={})
-            _bring(replace(work, cells=cells))
+            replace(work, cells=cells).bring()
             self._execute(work, open_cells, cluster)
         record.reused = not open_cells
         record.score(cells, known)
@@ -331,18 +330,18 @@ class _Driver:
             work.path.mkdir(parents=True, exist_ok=True)
             if self.config.workers:
                 cluster.ready(again=bool(failures))
-            _send(work)
+            work.send()
             try:
                 with stops_handled(work.path):
                     if self.config.workers == 0:
                         run_in_process(work, self._on_event)
                     else:
                         cluster.run(work, self._on_event, len(failures) + 1, self._still_ours)
-                _bring(work)
+                work.bring()
                 return
             except AmloraError as error:
                 with contextlib.suppress(UserError):  # what the attempt ended with is what to say
-                    _bring(work)
+                    work.bring()
                 failures.append(Failure.of(error, work.progress()))
                 verdict = decide(failures)
                 if not verdict.retry:
@@ -379,7 +378,7 @@ class _Driver:
     ) -> StageWork:
         m, c = self.materials, self.config
         base = asdict(m.base) | {"path": str(m.base.path)}
-        split = c.evaluation.split
+        split, url = c.evaluation.split, storage_of(c)[1]
         digests = {f"{name}/{split}": data.digest(split) for name, data in m.data.items()}
         mixed = m.mixed_rows(task, self.names)
         digests |= {f"{name}/train": m.data[name].digest("train") for name in (*rows, *mixed)}
@@ -401,16 +400,11 @@ class _Driver:
             mixed=mixed,
             data_digests=digests,
             sealed=c.evaluation.sealed,
-            cache=str(self._cache()),
+            cache=str((self.storage if c.storage is not None and url is None else home()) / "cache"),
             root=str(self.storage),
-            url=storage_of(c)[1],
-            apart=bool(storage_of(c)[1] and c.workers),
+            url=url,
+            apart=bool(url and c.workers),
         )
-
-    def _cache(self) -> Path:
-        """The trunk's cache: where the nodes share a folder, there."""
-        shared = self.config.storage is not None and storage_of(self.config)[1] is None
-        return (self.storage if shared else home()) / "cache"
 
     # -- scores -------------------------------------------------------------------------------------------------
 
@@ -495,25 +489,6 @@ class _Driver:
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
         return result
-
-
-def _send(work: StageWork) -> None:
-    """What workers need that share no folder with this process."""
-    if (copies := work.copies) is not None:
-        for folder in [*(Path(parent.folder) for parent in work.parents), *([work.trained] if work.is_trained else [])]:
-            copies.send(folder)
-
-
-def _bring(work: StageWork) -> None:
-    """What workers have made that share no folder with this process."""
-    if (copies := work.copies) is not None:
-        copies.bring(work.trained, lambda: work.is_trained)
-        for cell in work.cells:
-            copies.bring(Path(cell.folder), partial(_is_done, cell))
-
-
-def _is_done(cell: Cell) -> bool:
-    return cell.done
 
 
 def _statistics_digest(result: Any) -> str:

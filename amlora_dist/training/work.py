@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
-from amlora_dist.config import home
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, read_mapping
@@ -131,6 +131,19 @@ class StageWork:
         steps = [int(name.removeprefix("step-")) for name in names]
         return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 
+    def send(self) -> None:
+        """From the driver: copy what workers need who have folders of their own."""
+        if (copies := self.copies) is not None:
+            for folder in [Path(parent.folder) for parent in self.parents] + [self.trained] * self.is_trained:
+                copies.send(folder)
+
+    def bring(self) -> None:
+        """To the driver: fetch what such workers have made."""
+        if (copies := self.copies) is not None:
+            copies.bring(self.trained, partial(is_whole, self.trained))
+            for cell in self.cells:
+                copies.bring(Path(cell.folder), partial(getattr, cell, "done"))
+
     def moved(self, root: Path, cache: Path) -> StageWork:
         """The same work on a node whose own folder is ``root``."""
 
@@ -168,7 +181,8 @@ class StageWork:
                 " every node, for a package's AMLORA_HOME"
             )
         commit = path.name if from_hub else None
-        found = resolve_base(ModelSettings(source=source, revision=commit), home())
+        home = Path(self.root).parent  # of a node that has a folder of its own
+        found = resolve_base(ModelSettings(source=source, revision=commit), home)
         if found.digest != self.base["digest"]:
             raise UserError(
                 f"model.source: {source!r} has digest {found.digest[:12]} on node {platform.node()}, where the driver runs"

@@ -78,7 +78,7 @@ def started() -> Iterator[list[Server]]:
 
 @pytest.mark.integration
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("requests", [240, pytest.param(2000, marks=pytest.mark.crash)])
+@pytest.mark.parametrize("requests", [160, pytest.param(2000, marks=pytest.mark.crash)])
 def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
     tmp_path: Path, amlora_home: Path, started: list[Server], requests: int
 ) -> None:
