@@ -39,6 +39,7 @@ def parser_of(doc: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--test", type=int, default=200, help="test rows a task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default=name, help="of the sweep in AMLORA_HOME; another for other settings")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the configuration")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="a tiny random model: ends within a minute, shows nothing")
     return parser
@@ -53,7 +54,7 @@ def config_of(args: argparse.Namespace, file: Path, tasks: tuple[str, ...]) -> I
     if not args.quick:
         sizes = [f"task_defaults.max_train={args.rows}", f"task_defaults.max_test={args.test}"]
         local = [] if args.data_dir is None else [f"data_dir={args.data_dir.absolute()}"]
-        yield file, [*LEAST, *sizes, *local, "training.cache_trunk=true"]
+        yield file, [*LEAST, *sizes, *local, "training.cache_trunk=true", *args.set]
         return
     sys.path.insert(0, str(REPOSITORY))
     from tests.tiny_folder import write_config
@@ -62,7 +63,7 @@ def config_of(args: argparse.Namespace, file: Path, tasks: tuple[str, ...]) -> I
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AMLORA_HOME"] = f"{folder}/home"
         training = {"epochs": 1, "batch_size": 6, "learning_rate": 3e-2, "warmup_steps": 2, "probe_rows": 8}
-        yield write_config(Path(folder), tasks=tasks, training=training), [*LEAST]
+        yield write_config(Path(folder), tasks=tasks, training=training), [*LEAST, *args.set]
 
 
 def sweep(file: Path, overrides: list[str], methods: Sequence[str], args: argparse.Namespace) -> dict[str, list[RunFacts]]:
