@@ -18,6 +18,7 @@ from pipelines.progress import Progress, Silent
 from pipelines.sequence import run_sequence
 from tests.pipelines.crash_cases import within_one_row
 from tests.tiny_folder import write_config
+from tests.watching import Watching
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -39,19 +40,8 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ray.shutdown()
 
 
-class Watching(Silent):
-    """Keeps what is said; sends this process a signal ``after`` so many steps."""
-
-    def __init__(self, after: int = -1) -> None:
-        self.left, self.lines = after, list[str]()
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGTERM)
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(config: Path, run_id: str, progress: Progress, *overrides: str) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def test_what_was_stopped_and_killed_ends_as_with_a_shared_folder(theirs: Path, 
         tmp_path, tasks=("colours", "shapes"), workers=2, deepspeed={"zero_stage": 2},
         training={"epochs": 40, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 10},
     )  # fmt: skip
-    first, second = Watching(after=45), Watching()
+    first, second = Watching(after=45, then=terminate), Watching()
     with pytest.raises(StoppedError) as stopped:
         run(config, "apart", first, f"storage=file://{tmp_path}/bucket")
     assert stopped.value.exit_code == 143 and "  resumed after step 30" in first.lines, "after a death"

@@ -13,9 +13,9 @@ from amlora_dist.config import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.mirror import Copies, Mirror
-from pipelines.progress import Silent
 from pipelines.sequence import run_sequence
 from tests.tiny_folder import write_config
+from tests.watching import Watching
 
 FINGERPRINT = "f" * 64
 
@@ -128,21 +128,6 @@ def test_what_is_finished_is_sent_once_and_brought_whole(tmp_path: Path) -> None
     assert not other.exists() and not (tmp_path / "third" / "stages" / "f" / "trained").exists(), "torn, or never there"
 
 
-class Cut(Silent):
-    """Ends the run after so many steps, and keeps what is said."""
-
-    def __init__(self, after: int) -> None:
-        self.left, self.lines = after, list[str]()
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.integration
 def test_a_stage_goes_on_where_a_machine_that_is_gone_left_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = f"sqlite:///{tmp_path}/shared.db"
@@ -152,10 +137,10 @@ def test_a_stage_goes_on_where_a_machine_that_is_gone_left_it(tmp_path: Path, mo
     )  # fmt: skip
     monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "gone"))
     with pytest.raises(KeyboardInterrupt):
-        run_sequence(load_config(config), run_id="moved", progress=Cut(7))
+        run_sequence(load_config(config), run_id="moved", progress=Watching(after=7))
     (tmp_path / "gone").rename(tmp_path / "out-of-sight")
     monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "other"))
-    second, began = Cut(-1), time.monotonic()
+    second, began = Watching(), time.monotonic()
     result = run_sequence(load_config(config), run_id="moved", progress=second)
     assert "  resumed after step 6" in second.lines and result["stages"][0]["version"] == 1
     assert not list((tmp_path / "copies" / "stages").glob("*/*")), "published: nobody needs the copies"
