@@ -121,8 +121,8 @@ class WorkersEnd:
         from ray.exceptions import RayError
 
         pause = threading.Event()
-        with contextlib.suppress(RayError, OSError):
-            while not pause.wait(POLL_S):
+        while not pause.wait(POLL_S):
+            with contextlib.suppress(RayError, OSError):  # an answer that is late is asked for again
                 if ray.get(self._line.stopped.remote(), timeout=DEADLINE_S):
                     self._stop.touch()
                     return

@@ -163,8 +163,8 @@ class Copies:
 
     def _away(self, what: str, error: Exception) -> UserError:
         return UserError(
-            f"storage: {what} {self.url}: {plain_reason(error)}; mend the address or its permissions, then run the same"
-            " command again: it goes on"
+            f"storage: {what} {self.url}: {plain_reason(error)}; mend the address, its permissions or this node's disk,"
+            " then run the same command again: it goes on"
         )
 
 
@@ -197,8 +197,11 @@ def _get(system: Any, source: str, path: Path, whole: Callable[[], bool]) -> Non
         if whole():
             return
         if system.isfile(source):
-            system.get_file(source, str(aside))
-            aside.replace(path)
+            try:
+                system.get_file(source, str(aside))
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
             return
         names = [str(found).rstrip("/").rpartition("/")[2] for found in _listed(system, source)]
         if not set(MARKS) & set(names):
