@@ -112,7 +112,7 @@ class Decoder:
     ) -> None:
         self.pad_id, self.eos_id, self.encoder_decoder = pad_id, eos_id, encoder_decoder
         self._forward: Forward = forward or model
-        self._config: Any = model.config
+        self.config: Any = model.config
         accepted = inspect.signature(type(model).forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
         self._takes_positions = "position_ids" in accepted and not encoder_decoder
@@ -123,7 +123,7 @@ class Decoder:
         ``routing`` (``prompt_mask``, ``task_gate``, ``on_route``) goes to the forward call of a model with a mixture.
         """
         if self.encoder_decoder:
-            start = self._config.decoder_start_token_id
+            start = self.config.decoder_start_token_id
             start_B1 = torch.full_like(input_ids_BS[:, :1], start)
             out = self._forward(
                 input_ids=input_ids_BS, attention_mask=mask_BS, decoder_input_ids=start_B1, use_cache=True, **routing
@@ -205,18 +205,19 @@ class Decoder:
                 scores_BL[:, label] += own_BK.sum(-1)
         return scores_BL
 
-    def check_room(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Refuse prompts that leave no room for an answer.
 
-        Raises:
-            UserError: more positions are needed than the model has.
-        """
-        room = getattr(self._config, "max_position_embeddings", None)
-        if room is not None and not self.encoder_decoder and prompt_tokens + new_tokens > room:
-            raise UserError(
-                f"task_defaults.max_length: a prompt of {prompt_tokens} tokens and an answer of up to {new_tokens} "
-                f"exceed the model's {room} positions: lower max_length to {room - new_tokens} or less"
-            )
+def check_room(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse prompts that leave a causal model no room for an answer; ``config`` is the transformer's.
+
+    Raises:
+        UserError: more positions are needed than the model has.
+    """
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and not config.is_encoder_decoder and prompt_tokens + new_tokens > room:
+        raise UserError(
+            f"task_defaults.max_length: a prompt of {prompt_tokens} tokens and an answer of up to {new_tokens} "
+            f"exceed the model's {room} positions: lower max_length to {room - new_tokens} or less"
+        )
 
 
 def contexts_per_pass(prompt_tokens: int, batch_size: int, plan: LabelPlan) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.literal import mean_over_prompt
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, check_room, contexts_per_pass, plan_labels
 from amlora_dist.evaluation.text_metrics import METRICS
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
@@ -123,7 +123,7 @@ def score_task(
     steps = max(map(len, labels)) + 1 if labels is not None else int(max_new_tokens or 0)
     longest = max(len(example.prompt) for example in examples)
     decoder = Decoder(model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=encoder_decoder, forward=forward)
-    decoder.check_room(longest, steps)
+    check_room(decoder.config, longest, steps)
     if all_done is None and world == 1:
         all_done = bool
     predictions: list[Prediction] = []

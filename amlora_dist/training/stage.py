@@ -26,6 +26,7 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
+from amlora_dist.evaluation.decoding import check_room
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.methods import method_for
 from amlora_dist.methods.base import Trained
@@ -165,6 +166,7 @@ class _Stage:
         before = weights_checksum(engine.model, trainable)
 
         own, replayed = self._training_rows()
+        check_room(model.config, max(len(row.prompt) for row in own), max(len(row.target) for row in own))
         trunk = self._trunk(mixture)
         statistics = self._statistics(mixture, own, [parent.statistics for parent in parents], engine, trunk)
         loss = LossComputer(

@@ -51,6 +51,17 @@ def outcome(result: dict[str, Any], home: Path) -> dict[str, Any]:
     }
 
 
+def test_prompts_without_room_for_an_answer_are_refused_before_anything_is_trained(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",))
+    rows = tmp_path / "tasks" / "colours" / "train.jsonl"
+    first = {"text": "red " + "paint " * 80, "label": "red"}
+    rows.write_text(rows.read_text(encoding="utf-8") + json.dumps(first) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"task_defaults\.max_length: .* the model's 64 positions: lower max_length to 62"):
+        run(config, "long", "task_defaults.max_length=100")
+    assert not list(home.rglob("step-*")) and not list(home.rglob("trained")), "neither a checkpoint nor a result"
+    assert run(config, "long-cut", "task_defaults.max_length=62")["stages"][0]["version"] == 1
+
+
 def test_a_sequence_publishes_one_version_per_stage_and_a_second_start_trains_nothing(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path)
     first = run(config, "one")
