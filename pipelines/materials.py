@@ -234,10 +234,11 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
 
 
 def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
-    """The task with at most ``count`` other wordings of its question, each under a name of its own."""
+    """The task with at most ``count`` other wordings of its question, each under a name of its own, with the same rows."""
     wordings = spec.prompt.paraphrases[:count]
+    source = replace(spec.source, mirror=spec.source.mirror or spec.name)
     return [
-        replace(spec, name=f"{spec.name}.paraphrase{n}", prompt=replace(spec.prompt, question=wording))
+        replace(spec, name=f"{spec.name}.paraphrase{n}", source=source, prompt=replace(spec.prompt, question=wording))
         for n, wording in enumerate(wordings, start=1)
     ]
 

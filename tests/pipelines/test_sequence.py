@@ -62,6 +62,21 @@ def test_prompts_without_room_for_an_answer_are_refused_before_anything_is_train
     assert run(config, "long-cut", "task_defaults.max_length=62")["stages"][0]["version"] == 1
 
 
+def test_other_wordings_are_scored_on_the_same_rows_of_a_mirror(tmp_path: Path, home: Path) -> None:
+    """What ``data_dir`` holds for a Hub task is found under the task's own name, whatever its wording is called."""
+    config = write_config(tmp_path, tasks=("colours",))
+    task = yaml.safe_load((tmp_path / "tasks" / "colours.yaml").read_text(encoding="utf-8"))
+    task["source"] = {"kind": "hub", "repository": "owner/colours", "revision": "0" * 40}
+    task["splits"] = {split: split for split in ("train", "dev", "test")}
+    task["prompt"] = {"question": "what", "paraphrases": ["what the", "what a"]}
+    hub = tmp_path / "hub.yaml"
+    hub.write_text(yaml.safe_dump(task), encoding="utf-8")
+    mirror = (f"tasks={json.dumps([str(hub)])}", f"data_dir={tmp_path / 'tasks'}", "task_defaults.prompt_style=question")
+    result = run(config, "worded", *mirror, "evaluation.paraphrases=2")
+    assert [one["task"] for one in result["also"]] == ["colours.paraphrase1", "colours.paraphrase2"]
+    assert all(0.0 <= one["accuracy"] <= 1.0 and one["rows"] == 9 for one in result["also"])
+
+
 def test_a_sequence_publishes_one_version_per_stage_and_a_second_start_trains_nothing(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path)
     first = run(config, "one")
