@@ -225,10 +225,13 @@ class _Stage:
         return mixture, [*adapters, adapter], statistics
 
     def _training_rows(self) -> tuple[list[Example], list[Example]]:
-        """The rows that the stage is about, and those of earlier tasks that the method lets it see again."""
+        """The rows that the stage is about, and those of earlier tasks that the method lets it see again.
+
+        Tasks come by name: the fingerprint says whose rows they are, not in which order a sequence has them.
+        """
         own: list[Example] = []
         replayed: list[Example] = []
-        for task, limit in (self.work.rows or {self.work.task: None}).items():
+        for task, limit in sorted((self.work.rows or {self.work.task: None}).items()):
             examples = self._examples(task, "train")
             if limit is None:
                 own += examples

@@ -214,6 +214,18 @@ def test_joint_training_sees_the_rows_of_all_tasks_in_one_stage(tmp_path: Path) 
     assert only.result.statistics.count + only.result.statistics.holdout_count == 48
 
 
+def test_joint_training_is_the_same_in_every_order_of_the_tasks(tmp_path: Path) -> None:
+    found = []
+    for tasks in (("colours", "shapes"), ("shapes", "colours")):
+        (folder := tmp_path / tasks[0]).mkdir()
+        config = load_config(write_config(folder, tasks=tasks), ["method=joint", "training.epochs=1"])
+        found += stages(config, folder / "joint", score=False)
+    one, other = found
+    assert one.work.fingerprint == other.work.fingerprint, "the second is not trained at all where both have one journal"
+    assert one.result.training["losses"] == other.result.training["losses"]
+    assert one.result.adapter.digest() == other.result.adapter.digest()
+
+
 def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_elsewhere() -> None:
     method = method_for(settings_for("lwf", lwf_weight=0.5, lwf_temperature=2.0))
     assert method.teacher_gate(1) is None
