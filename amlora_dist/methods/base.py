@@ -104,7 +104,8 @@ class Method:
     def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
         """Tasks whose training rows a stage learns from, and how many of each at most; None for all of them.
 
-        The router's statistics are taken over the tasks without a limit. The rows are part of the fingerprint.
+        The router's statistics are taken over the tasks without a limit. The rows are part of the fingerprint; the order of
+        the mapping is not, and means nothing.
 
         Args:
             stage: its name.
