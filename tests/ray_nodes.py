@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,14 +15,10 @@ import urllib.request
 from http.client import HTTPResponse
 from pathlib import Path
 
+from tests.ports import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOKEN = "a-token-for-tests-only-0123456789abcdef"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Nodes:

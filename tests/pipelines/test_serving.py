@@ -23,16 +23,10 @@ from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry.store import Store
 from pipelines.cli import app
 from tests.bank_with_base import write_working_bank
+from tests.ports import free_port
 from tests.serving.load import TEXTS, ask_all, expected, publish, write_versions
 
 KEY = "s3cret"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Server:

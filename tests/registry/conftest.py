@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.registry.store import Store
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +30,7 @@ def embedded_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of an MLflow server with proxied artifacts."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--serve-artifacts"]
     command += ["--artifacts-destination", str(folder / "artifacts")]

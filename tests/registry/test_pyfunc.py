@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.pyfunc import BankModel, complete
 from amlora_dist.registry.store import Store
+from tests.ports import free_port
 from tests.registry.tiny_banks import TASKS, publish_sequence, tiny_bank
 
 
@@ -135,9 +135,7 @@ def test_mlflow_models_serve_answers_as_the_model_does(
     store = Store.open(embedded_home)
     store.set_alias(name, tags.CHAMPION, publish(store, name, tmp_path / "bank"))
     uri = f"models:/{name}@champion"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(

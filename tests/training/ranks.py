@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.ports import free_port
 
 
 def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
@@ -26,11 +27,8 @@ def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args:
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Results of ``function(*args)`` on ``world`` ranks; results must be plain values (tensors as lists)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     out = context.Manager().Queue()
-    mp.spawn(_entry, args=(world, port, function, args, out), nprocs=world, join=True)
+    mp.spawn(_entry, args=(world, free_port(), function, args, out), nprocs=world, join=True)
     results = [out.get(timeout=60) for _ in range(world)]
     return [value for _, value in sorted(results, key=lambda pair: pair[0])]
