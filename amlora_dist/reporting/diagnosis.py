@@ -283,15 +283,33 @@ def not_learned(e: Evidence) -> Iterator[Finding]:
 
 
 def diverged(e: Evidence) -> Iterator[Finding]:
-    """A stage whose loss ended where it began, or higher."""
+    """A stage whose loss ended where it began, or higher.
+
+    One that began from an earlier task's row may have begun where there was nothing left to gain: as long as its loss
+    did not rise by more than twice the standard error of the difference, that is a note.
+    """
+    began_from = {recipe.task: recipe.started_from for recipe in e.recipes}
     for task, losses in e.losses.items():
         part = max(1, len(losses) // 5)
-        if len(losses) >= 8 and _mean(losses[-part:]) >= _mean(losses[:part]):
+        first, last = losses[:part], losses[-part:]
+        if len(losses) < 8 or _mean(last) < _mean(first):
+            continue
+        numbers = f"{_mean(first):.2f} at the beginning, {_mean(last):.2f} at the end (nats per token)."
+        source = began_from.get(task)
+        if source is not None and _mean(last) - _mean(first) <= 2 * (_error(first) ** 2 + _error(last) ** 2) ** 0.5:
+            yield Finding(
+                "note",
+                "loss_not_falling",
+                f"{task} stayed where {source} had left it",
+                f"Its training began from {source}'s row, and its loss did not fall from there: {numbers}",
+                "Right for tasks that are alike; otherwise look at its accuracy, and give it more rows or steps.",
+            )
+        else:
             yield Finding(
                 "alarm",
                 "loss_not_falling",
                 f"The loss of {task} did not fall",
-                f"{_mean(losses[:part]):.2f} at the beginning, {_mean(losses[-part:]):.2f} at the end (nats per token).",
+                numbers,
                 "Lower training.learning_rate, or raise it if the loss hardly moved.",
             )
 
@@ -356,6 +374,14 @@ def _beyond_chance(high: Number, low: Number, rows: Sequence[int], place: int) -
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def _percent(share: float) -> str:

@@ -161,6 +161,15 @@ def test_a_loss_that_did_not_fall_is_found() -> None:
     assert alarms(replace(healthy(), losses={"amazon": [2.0] * 10 + [2.5] * 10})) == ["loss_not_falling"]
 
 
+def test_a_stage_that_began_where_nothing_was_left_to_gain_is_a_note_until_its_loss_rises() -> None:
+    flat = [0.5, 0.7] * 10 + [0.75]
+    noted = diagnose(replace(healthy(), losses={"yahoo": flat}))
+    assert [(f.level, f.rule) for f in noted] == [("note", "loss_not_falling")]
+    assert noted[0].title == "yahoo stayed where amazon had left it"
+    assert alarms(replace(healthy(), losses={"amazon": flat})) == ["loss_not_falling"], "it began from no other task"
+    assert alarms(replace(healthy(), losses={"yahoo": [0.5, 0.7] * 8 + [1.0, 1.2] * 2})) == ["loss_not_falling"]
+
+
 def test_prompts_that_tell_the_task_and_skipped_rows_are_notes() -> None:
     told = replace(healthy(), leaks={"dbpedia": ["prompt_style: named"]}, bad_rows={"yahoo": 3})
     assert [(f.level, f.rule) for f in diagnose(told)] == [("note", "prompts_tell_the_task"), ("note", "rows_skipped")]
