@@ -7,9 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
 
 Text = Annotated[str, Field(min_length=1)]
+# A bare Literal takes whatever Python finds equal: 0.0 for False, true for 1.
+One = Annotated[int, Field(ge=1, le=1)]
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]
 
 
 class _Asked(BaseModel):
@@ -45,7 +56,7 @@ class Writing(_Asked):
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     """Only 0."""
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -72,8 +83,8 @@ class CompletionRequest(Writing):
     """Send the prompt as it is, without the bank's template."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """New tokens at most; default: what the answers of the bank's tasks need."""
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: Off | None = None
     logprobs: None = None
     logit_bias: None = None
     suffix: None = None
@@ -109,7 +120,7 @@ class ChatRequest(Writing):
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """New tokens at most; default: what the answers of the bank's tasks need."""
-    logprobs: Literal[False] | None = None
+    logprobs: Off | None = None
     response_format: None = None
     tools: None = None
 

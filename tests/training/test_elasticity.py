@@ -63,7 +63,7 @@ def on_two_ranks(config: Path, folder: Path) -> list[float]:
 @pytest.mark.integration
 def test_a_stage_goes_on_with_other_workers_and_another_zero_stage(tmp_path: Path) -> None:
     training = {
-        "epochs": 3, "batch_size": 6, "learning_rate": 3e-2, "warmup_steps": 2, "checkpoint_every": 3, "probe_rows": 8,
+        "epochs": 3, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 3, "probe_rows": 8,
     }  # fmt: skip
     config = write_config(tmp_path, tasks=("colours", "shapes"), training=training)
     undisturbed = rest(config, tmp_path / "whole", None)
@@ -78,4 +78,4 @@ def test_a_stage_goes_on_with_other_workers_and_another_zero_stage(tmp_path: Pat
     }
     assert found["one process, then one"] == undisturbed, "equal, bit for bit"
     worst = {name: max(abs(x - y) for x, y in zip(losses, undisturbed, strict=True)) for name, losses in found.items()}
-    assert all(value <= 1e-4 for value in worst.values()), worst
+    assert all(value <= 1e-5 for value in worst.values()), worst
