@@ -71,7 +71,7 @@ def loss_and_gradients(made: Mixture, rows: list[Example], trunk: TrunkCache | N
 
 @pytest.mark.parametrize("layers", ["above_router", "last:1"])
 def test_losses_and_gradients_are_those_without_a_cache(layers: str, folder: Path, tmp_path: Path) -> None:
-    rows, exact = examples(), torch.float64  # not on how a processor rounds fp32 does it hang
+    rows, exact = examples(), torch.float64  # processors round fp32 each in their own way
     plain, gradients = loss_and_gradients(mixture(folder, layers, exact), rows, None)
     cached = mixture(folder, layers, exact)
     cache = cache_for(cached, tmp_path, dtype=exact)
