@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -101,8 +101,7 @@ def settled_attention(asked: str, *, gpu: bool) -> Literal["sdpa", "eager", "fla
     """The implementation that ``model.attention`` means on such a device."""
     if asked == "auto":
         return "sdpa" if gpu else "eager"
-    assert asked in ("sdpa", "eager", "flash_attention_2")
-    return asked
+    return cast(Literal["sdpa", "eager", "flash_attention_2"], asked)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMER: dict[str, Any] = {}
+FORMER: dict[str, Any] = {
+    "prompt_format": 1,
+    "router.keys": "task",
+    "router.depths": [],
+    "router.max_text_tokens": None,
+    "router.gate.lost": 0.03,
+    "answer.evidence": "model",
+    "answer.beta": "calibrated",
+    "evaluation.prompts": "own",
+}
 """Key path -> what version 0.1 did, which did not know the key."""
 
 

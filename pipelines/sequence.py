@@ -93,6 +93,7 @@ def _run_sequence(
     began = time.monotonic()
     materials = gather_materials(config, place)
     config = materials.config
+    config.registered_model = config.registered_model or run_id
     storage, copies = storage_of(config)
     preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)
@@ -400,6 +401,7 @@ class _Driver:
             rows=rows,
             mixed=mixed,
             data_digests=digests,
+            plain_texts=m.plain_texts,
             sealed=c.evaluation.sealed,
             cache=str((self.storage if c.storage is not None and url is None else home()) / "cache"),
             root=str(self.storage),

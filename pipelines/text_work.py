@@ -19,7 +19,7 @@ from amlora_dist.errors import UserError
 from pipelines.quiet import standard_output_kept
 
 if TYPE_CHECKING:
-    from amlora_dist.inference import Route
+    from amlora_dist.evaluation.requests import Route
     from amlora_dist.model import AMLoRAModel
 
 Form = Literal["jsonl", "csv", "text"]

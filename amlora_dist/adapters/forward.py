@@ -126,7 +126,8 @@ class RoutedForward:
         routing, router = self.routing, self.routing.router
         if task_gate is not None:
             task_gate = self._checked(task_gate, _batch(kwargs))
-        call = MixtureCall(routing, routing.depths, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
+        mask = self.prompt_mask(kwargs, prompt_mask)
+        call = MixtureCall(routing, routing.depths, task_gate, mask=mask, select=routing.select)
         call.skip_tokens = routing.skip_tokens
         luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
         if luggage is not None:

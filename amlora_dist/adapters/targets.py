@@ -119,6 +119,11 @@ def routing_stack(model: PreTrainedModel) -> LayerStack:
     return layer_stacks(model)[0]
 
 
+def default_depths(layer: int) -> list[int]:
+    """Layers whose states are features beside those of the routing layer: the one at half of its depth."""
+    return [layer // 2] if layer >= 2 else []
+
+
 def default_router_layer(model: PreTrainedModel) -> int:
     """k: the middle of the depth of the stack that the router reads."""
     return len(routing_stack(model).layers) // 2

@@ -13,12 +13,15 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.reading import Reading
 
 Forward = Callable[..., Any]
 """Calls the transformer with keyword arguments and returns its ``ModelOutput``."""
@@ -134,6 +137,39 @@ class Decoder:
         if self._keeps_logits:
             inputs["logits_to_keep"] = 1
         out = self._forward(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=True, **inputs, **routing)
+        return Prefilled(out.past_key_values, out.logits[:, -1], mask_BS, positions_BS[:, -1:] + 1)
+
+    def positions(self, mask_BL: Tensor) -> dict[str, Tensor]:
+        """``position_ids`` of tokens under this mask, if the model takes them: padding, wherever it is, counts nothing."""
+        return {"position_ids": (mask_BL.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+
+    def resume(
+        self, reading: Reading, kept_BL: Tensor, rest_BR: Tensor, rest_mask_BR: Tensor, *, task_gate: Tensor
+    ) -> Prefilled:
+        """The pass over prompts whose texts were read already (causal models): the layers below the adapters run over the
+        rest of each prompt alone, those above over all of it.
+
+        Args:
+            reading: of the texts; its cache is consumed.
+            kept_BL: 1 on the tokens of each text that its prompt holds.
+            rest_BR: the rest of each prompt, padded on the left, so that the last column is everybody's last token.
+            rest_mask_BR: 1 but for padding.
+            task_gate: (B, T).
+        """
+        assert reading.kept is not None, "a reading without what was kept is prefilled anew"
+        kept, length = reading.kept, kept_BL.shape[1]
+        mask_BS = torch.cat([kept_BL, rest_mask_BR], dim=1)
+        positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = self.positions(mask_BS)
+        later = {name: tensor[:, length:] for name, tensor in inputs.items()}
+        states_BRD = kept.trunk.extend(kept.cache, rest_BR, mask_BS, later)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = 1  # type: ignore[assignment]
+        out = self._forward(
+            input_ids=torch.cat([reading.ids_BL, rest_BR], dim=1), attention_mask=mask_BS, use_cache=True, **inputs,
+            trunk_states=torch.cat([kept.states_BLD, states_BRD], dim=1), task_gate=task_gate,
+        )  # fmt: skip
+        kept.trunk.hand_over(out.past_key_values, kept.cache)
         return Prefilled(out.past_key_values, out.logits[:, -1], mask_BS, positions_BS[:, -1:] + 1)
 
     def advance(self, state: Prefilled, tokens_BK: Tensor) -> Tensor:

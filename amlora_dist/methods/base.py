@@ -78,9 +78,7 @@ class Method:
             "dtype": s.dtype,
             "attention": s.attention,
             "adapters": asdict(s.adapters),
-            "router": {
-                key: getattr(s.router, key) for key in ("layer", "shrinkage", "skip_tokens", "holdout")
-            },
+            "router": self._read_of_router(),
             "training": {
                 key: getattr(s.training, key)
                 for key in ("epochs", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip")
@@ -94,6 +92,13 @@ class Method:
         if stage > 1 and self.uses:
             values["method_settings"] = {key: getattr(s.method_settings, key) for key in self.uses}
         return values
+
+    def _read_of_router(self) -> dict[str, Any]:
+        router = self.settings.router
+        read = {"layer": router.layer, "skip_tokens": router.skip_tokens, "holdout": router.holdout}
+        if self.settings.prompt_format.text_alone:  # the texts that are left out of training, and what is read of the rest
+            return read | {"depths": router.depths}
+        return read | {"shrinkage": router.fixed_shrinkage}
 
     # -- which stages there are, and what they learn from ---------------------------------------------------------
 
@@ -202,7 +207,8 @@ class Method:
         """Who weighs the adapters of the finished bank; None leaves it to the layers' own selectors."""
         from amlora_dist.adapters.router import build_router
 
-        return build_router(self.settings.router, statistics, seed=self.settings.seed)
+        text_alone = self.settings.prompt_format.text_alone
+        return build_router(self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone)
 
 
 class Baseline(Method):

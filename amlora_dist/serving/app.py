@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from amlora_dist import __version__
 from amlora_dist.errors import AmloraError, UserError
-from amlora_dist.inference import Route
+from amlora_dist.evaluation.requests import Route
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving import meters
 from amlora_dist.serving.answers import Writer, cards, classify, conversation, error_body, listed

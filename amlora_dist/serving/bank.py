@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Prefilled, plan_labels
-from amlora_dist.inference import Classification, Request, Route, routes
+from amlora_dist.evaluation.requests import Classification, Request, Route, routes
 from amlora_dist.model import AMLoRAModel
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from amlora_dist.errors import AmloraError
-from amlora_dist.inference import Classification, Request, Route
+from amlora_dist.evaluation.requests import Classification, Request, Route
 from amlora_dist.serving.bank import ServedBank
 
 

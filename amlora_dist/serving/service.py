@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from amlora_dist.errors import AmloraError, UserError
-from amlora_dist.inference import Request
+from amlora_dist.evaluation.requests import Request
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.jobs import Classified, Ended, EngineError, Event, Failed, Job, LateError, Sampling

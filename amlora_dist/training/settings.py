@@ -10,7 +10,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.methods.settings import MethodSettings
+from amlora_dist.tasks.prompt_format import PromptFormat
 
 STRICT_KEYS = ConfigDict(extra="forbid")
 
@@ -63,3 +65,5 @@ class StageSettings:
     router: RouterSettings
     training: TrainingSettings
     method_settings: MethodSettings = field(default_factory=MethodSettings)
+    prompt_format: PromptFormat = field(default_factory=lambda: PromptFormat(1))
+    answer: AnswerSettings = field(default_factory=AnswerSettings)
