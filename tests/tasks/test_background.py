@@ -32,7 +32,7 @@ def test_parts_hold_every_kind_and_each_kind_of_comparison_stands_alone() -> Non
     parts = background.parts()
     assert list(parts) == sorted(parts)
     assert {*COMPARISONS, "news", "questions", "chat", "code", "lists", "languages", "noise"} <= set(parts)
-    assert 14 <= len(parts) <= 24
+    assert 16 <= len(parts) <= 32
 
 
 @pytest.mark.parametrize("part", background.parts())
