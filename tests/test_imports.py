@@ -37,6 +37,7 @@ LIGHT = [
     "amlora_dist",
     "amlora_dist.config",
     "amlora_dist.errors",
+    "amlora_dist.tasks.background",
     "amlora_dist.tasks.task",
     "amlora_dist.tasks.prompts",
     "amlora_dist.adapters.settings",
