@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
 KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
+FLAT_INPUTS = {"opt": ("fc1", "fc2")}
+"""Layers, by ``config.model_type``, whose input has lost its batch axis."""
+
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
@@ -304,6 +307,7 @@ def inject(
             selector=None if literal is None else _selector(literal, target, adapters, new, base),
             pools_start=_reads_answer(model, target),
         )
+        modules[target.path].flat_input = target.path.rpartition(".")[2] in FLAT_INPUTS.get(model.config.model_type, ())
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)

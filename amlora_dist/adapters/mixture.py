@@ -85,6 +85,8 @@ class MixtureLinear(nn.Module):
         self.path = path
         self.selector = selector
         self.pools_start = pools_start
+        self.flat_input = False
+        """Whether the model hands this layer the tokens of all sequences in one row, sequence after sequence."""
         self.silent: int | None = None
         """Adapter that adds nothing, whatever weighs it (``Mixture.silence``)."""
         weight = next(base.parameters())
@@ -183,6 +185,8 @@ class MixtureLinear(nn.Module):
         if call is not None:
             task_gate = call.gate()
         assert task_gate is not None
+        if self.flat_input and x.dim() == 2 and task_gate.shape[0] > 1:
+            return self.forward(x.view(task_gate.shape[0], -1, self.in_features), task_gate).flatten(0, 1)
         if task_gate.shape[0] not in (1, x.shape[0]):
             raise UserError(
                 f"{self.path}: the call has {task_gate.shape[0]} gates, this layer an input of shape {tuple(x.shape)}: "
