@@ -11,7 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMER: dict[str, Any] = {}
+FORMER: dict[str, Any] = {
+    "adapters.use_rslora": False,
+    "adapters.dropout": 0.0,
+    "training.lora_plus": 1.0,
+    "training.label_smoothing": 0.0,
+}
 """Key path -> what version 0.1 did, which did not know the key."""
 
 

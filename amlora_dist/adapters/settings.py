@@ -21,6 +21,10 @@ class AdapterSettings:
     targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "auto"
     """Linear layers by what they do: ``mlp``, ``attention``, ``all-linear`` (but the output head); by their names (last
     part of the module path); or both in a list. ``auto`` takes PEFT's default for the architecture, mostly q and v."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that higher ranks are not scaled down to nothing."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the new adapter's input that is dropped while it learns."""
     layers: str = Field(default="above_router", pattern=r"^(above_router|all|last:[1-9][0-9]*)$")
     """Which decoder layers are adapted: ``above_router``, ``last:K`` or ``all`` (then routing needs a partial pass)."""
 
