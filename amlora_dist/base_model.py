@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -44,6 +44,9 @@ _TOKENIZERS = (
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
 
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
 class ModelSettings:
     """The base model, which never changes."""
@@ -52,7 +55,7 @@ class ModelSettings:
     """A Hub id, a local folder, or ``package:NAME`` for a package that carries a model."""
     revision: str | None = None
     """Commit or tag of a Hub repository; pin it."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Attention = "auto"
     """transformers' attention implementation; ``auto``: eager on CPUs, where PyTorch's fused one trains several times
     slower, and sdpa on GPUs. What ``auto`` means is settled where the run starts, and kept with the run."""
 
@@ -97,11 +100,11 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
     )
 
 
-def settled_attention(asked: str, *, gpu: bool) -> Literal["sdpa", "eager", "flash_attention_2"]:
+def settled_attention(asked: Attention, *, gpu: bool) -> Attention:
     """The implementation that ``model.attention`` means on such a device."""
     if asked == "auto":
         return "sdpa" if gpu else "eager"
-    return cast(Literal["sdpa", "eager", "flash_attention_2"], asked)
+    return asked
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -20,6 +20,10 @@ FORMER: dict[str, Any] = {
     "answer.evidence": "model",
     "answer.beta": "calibrated",
     "evaluation.prompts": "own",
+    "adapters.use_rslora": False,
+    "adapters.dropout": 0.0,
+    "training.lora_plus": 1.0,
+    "training.label_smoothing": 0.0,
 }
 """Key path -> what version 0.1 did, which did not know the key."""
 

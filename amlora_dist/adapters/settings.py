@@ -18,8 +18,13 @@ class AdapterSettings:
     """r: rows of A, columns of B."""
     alpha: float = Field(default=32.0, gt=0)
     """LoRA's scale is alpha / r, as in Hu et al. 2021."""
-    targets: Literal["auto"] | list[str] = "auto"
-    """Names of linear layers (last part of the module path); ``auto`` takes PEFT's default for the architecture."""
+    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "auto"
+    """Linear layers by what they do: ``mlp``, ``attention``, ``all-linear`` (but the output head); by their names (last
+    part of the module path); or both in a list. ``auto`` takes PEFT's default for the architecture, mostly q and v."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that higher ranks are not scaled down to nothing."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the new adapter's input that is dropped while it learns."""
     layers: str = Field(default="above_router", pattern=r"^(above_router|all|last:[1-9][0-9]*)$")
     """Which decoder layers are adapted: ``above_router``, ``last:K`` or ``all`` (then routing needs a partial pass)."""
 

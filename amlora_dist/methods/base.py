@@ -8,12 +8,15 @@ does differently. ``docs/methods.md`` shows how to add one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from amlora_dist.former_values import unlike_former
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,13 +80,14 @@ class Method:
         values: dict[str, Any] = {
             "dtype": s.dtype,
             "attention": s.attention,
-            "adapters": asdict(s.adapters),
+            "adapters": unlike_former("adapters", asdict(s.adapters)),
             "router": self._read_of_router(),
             "training": {
                 key: getattr(s.training, key)
                 for key in ("epochs", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip")
             }
-            | {"betas": list(s.training.betas)},
+            | {"betas": list(s.training.betas)}
+            | unlike_former("training", {key: getattr(s.training, key) for key in ("lora_plus", "label_smoothing")}),
         }
         if stage > 1 and self.learns_recipe(stage):
             values["recipe"] = {
@@ -129,8 +133,10 @@ class Method:
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:
-        """Of the adapter that a stage trains."""
-        return self.settings.adapters.rank, self.settings.adapters.alpha
+        """Of the adapter that a stage trains; its scale is alpha / r."""
+        rank, alpha = self.settings.adapters.rank, self.settings.adapters.alpha
+        # Scales are alpha / r everywhere, as in a PEFT folder without ``use_rslora``: rsLoRA's is written into alpha.
+        return rank, alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha
 
     @property
     def lead(self) -> int:

@@ -34,6 +34,11 @@ class TrainingSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus: float = Field(default=1.0, ge=1)
+    """Learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, who take 16)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an answer token's target that is spread over the vocabulary, for rows with a label; free text is learned
+    as it is."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all trainable parameters; 0 turns clipping off."""

@@ -201,6 +201,7 @@ class _Stage:
             folder=work.path,
             fingerprint=work.fingerprint,
             gate=gate,
+            dropout=settings.adapters.dropout > 0,
             extra_loss=lambda: self.method.extra_loss(mixture),
             selection_loss=self.method.selection_loss if self.method.sees_selections else None,
             use_selectors=mixture.use_selectors if self.method.selectors_alone else None,
@@ -278,6 +279,7 @@ class _Stage:
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
             recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
             learn_recipe=self.method.learns_recipe(self.work.index),
+            dropout=self.settings.adapters.dropout,
         )
 
     def _statistics(self, engine: Engine) -> StageStatistics:
