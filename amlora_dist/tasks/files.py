@@ -51,6 +51,16 @@ class RawRow:
         return f"{self.file}, row {self.number}" if self.line is None else f"{self.file}, line {self.line}"
 
 
+@dataclass(frozen=True, slots=True)
+class Mends:
+    """What a caller's users can do, for messages."""
+
+    column: str
+    """About a column that is not there."""
+    form: str
+    """About a file that is of another form."""
+
+
 Line = tuple[int, str]
 """Number, from 1, and text with its end."""
 
@@ -62,7 +72,7 @@ def form_of(path: Path) -> Form | None:
     return SUFFIXES.get(path.suffix.lower())
 
 
-def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, mend: str) -> Iterator[RawRow]:
+def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, mends: Mends) -> Iterator[RawRow]:
     """Rows of a file, lazily.
 
     Args:
@@ -70,40 +80,35 @@ def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str
         form: how it is written.
         needed: columns that it must have. JSON lines are looked at to their end before one is missed.
         asked: columns that are read, of formats that keep columns apart; None: all.
-        mend: what to do about a column that is not there, for the message.
+        mends: what to do, for the messages.
 
     Raises:
         UserError: it is not there or not of its form, or a column is missing. Names the file, and line or column.
     """
     if form == "parquet":
-        yield from (RawRow(str(path), n, values) for n, values in tables.parquet_rows(path, needed, asked, mend))
+        yield from (RawRow(str(path), n, values) for n, values in tables.parquet_rows(path, needed, asked, mends.column))
     elif form == "saved":
-        yield from (RawRow(str(path), n, values) for n, values in tables.saved_rows(path, needed, asked, mend))
+        yield from (RawRow(str(path), n, values) for n, values in tables.saved_rows(path, needed, asked, mends.column))
     else:
         try:
             file = path.open("rb")
         except OSError as error:
             raise UserError(f"{path}: {plain_reason(error)}; give a file that can be read") from error
         with file:
-            yield from read_stream(file, str(path), form, needed, mend)
-
-
-def read_stream(file: BinaryIO, name: str, form: Form, needed: Sequence[str], mend: str) -> Iterator[RawRow]:
-    """Rows of an open file, as they come; ``name`` stands for it in messages. Otherwise as ``read_file``."""
-    yield from rows_of_lines(lines_of(file, name), name, form, needed, mend)
+            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, needed, mends)
 
 
 def rows_of_lines(
-    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], mend: str, column: str = "text"
+    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], mends: Mends, column: str = "text"
 ) -> Iterator[RawRow]:
     """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
     if form == "csv":
-        for number, line, values, fault in tables.csv_rows(lines, name, needed, mend):
+        for number, line, values, fault in tables.csv_rows(lines, name, needed, mends.column):
             yield RawRow(name, number, values, fault, line)
     elif form == "jsonl":
-        yield from _json_rows(lines, name, needed, mend)
+        yield from _json_rows(lines, name, needed, mends)
     elif form in ("text", "lines"):
-        yield from _plain_rows(lines, name, column, objects=form == "lines")
+        yield from _plain_rows(lines, name, column, mends if form == "lines" else None)
     else:
         raise UserError(f"{name}: a stream cannot be read as {form}; give a file")
 
@@ -173,11 +178,11 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
             ) from None
 
 
-def _plain_rows(lines: Iterator[Line], name: str, column: str, *, objects: bool) -> Iterator[RawRow]:
+def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Mends | None) -> Iterator[RawRow]:
     for number, line in lines:
         text = line.strip()
-        if objects and text.startswith("{"):
-            yield RawRow(name, number, _object(text, name, number, "mend the line, or give --format text"), line=number)
+        if objects is not None and text.startswith("{"):
+            yield RawRow(name, number, _object(text, name, number, objects), line=number)
         elif text:
             yield RawRow(name, number, {column: text}, line=number)
 
@@ -185,7 +190,7 @@ def _plain_rows(lines: Iterator[Line], name: str, column: str, *, objects: bool)
 # ---- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mend: str) -> Iterator[RawRow]:
+def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mends: Mends) -> Iterator[RawRow]:
     seen: set[str] = set()
     for number, line in lines:
         if not line.strip():
@@ -194,17 +199,17 @@ def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mend: st
         if not seen and re.match(r"\s*\[\s*(\{|\]|$)", line):
             rows = _array_rows(line + "".join(text for _, text in lines), name, number)
         else:
-            rows = iter([RawRow(name, number, _object(line, name, number), line=number)])
+            rows = iter([RawRow(name, number, _object(line, name, number, mends), line=number)])
         for row in rows:
             seen.update(row.values)
             yield row
     if seen:
-        tables.check_columns(needed, sorted(seen), name, mend)
+        tables.check_columns(needed, sorted(seen), name, mends.column)
 
 
-def _object(line: str, name: str, number: int, mend: str = "mend the line, or set source.format") -> dict[str, Any]:
-    where, expected = f"{name}, line {number}", "expected one JSON object a line"
-    value = _parsed(line, where, expected, mend)
+def _object(line: str, name: str, number: int, mends: Mends) -> dict[str, Any]:
+    where, expected, mend = f"{name}, line {number}", "expected one JSON object a line", f"mend the line, or {mends.form}"
+    value = _parsed(line.strip(), where, expected, mend)
     if not isinstance(value, dict):
         raise UserError(f"{where}: found {type(value).__name__}, {expected}; {mend}")
     return value
@@ -229,7 +234,7 @@ def _parsed(text: str, where: str, expected: str, mend: str) -> Any:
         raise UserError(f"{where}: found the key {str(error)!r} twice in one object, expected it once; {mend}") from None
     except json.JSONDecodeError as error:
         place = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno} of it"
-        raise UserError(f"{where}: found {_short(text.strip())}, {expected} ({place}); {mend}") from None
+        raise UserError(f"{where}: found {_short(text)}, {expected} ({place}); {mend}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand brackets
         reason = "brackets too deep in each other" if isinstance(error, RecursionError) else "a number that is too long"
         raise UserError(f"{where}: found {reason}, {expected}; {mend}") from None

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.files import SUFFIXES, Form, RawRow, form_of, read_file
+from amlora_dist.tasks.files import SUFFIXES, Form, Mends, RawRow, form_of, read_file
 from amlora_dist.tasks.prompts import variables_of
 from amlora_dist.tasks.tables import check_columns, dataset_rows, saved_fault
 from amlora_dist.tasks.task import SourceSpec, TaskSpec
 
 BUILTIN_DATA = Path(__file__).with_name("demo")
 _FORMS: dict[str, Form] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
-MEND = "mend the data, or `columns` of the task"
+MENDS = Mends("mend the data, or `columns` of the task", "set source.format")
 
 
 def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[RawRow] | None:
@@ -75,7 +75,7 @@ def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec)
         known = form_of(path) if kind == "auto" or path.is_dir() else _FORMS[kind]
         if known is None:
             raise UserError(f"{path}: unknown suffix {path.suffix!r}; use {', '.join(SUFFIXES)}, or set source.format")
-        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MEND))
+        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
         if not rows:
             raise UserError(
                 f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or mend {spec.origin}"
@@ -105,7 +105,7 @@ def _read_hub(spec: TaskSpec, split: str) -> Iterator[RawRow]:
             f"{' '.join(str(error).split())[:300]} (offline? give `data_dir` with a local mirror)"
         ) from error
     needed = needed_columns(spec)
-    check_columns(needed, data.column_names, where, MEND)
+    check_columns(needed, data.column_names, where, MENDS.column)
     asked = asked_columns(spec, needed)
     columns = [name for name in data.column_names if name in asked]
     for place, values in dataset_rows(data, columns, where, _spaced(len(data), source)):

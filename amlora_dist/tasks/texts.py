@@ -22,6 +22,7 @@ _KINDS: list[tuple[type | tuple[type, ...], str]] = [
     ((datetime.time, datetime.timedelta), "a time"),
     (decimal.Decimal, "a decimal number"),
 ]
+HALF = "half of a character"
 TAKEN = "a text, a whole number, true or false, or a finite number"
 """For messages: what ``text_of`` takes."""
 
@@ -39,7 +40,7 @@ def text_of(value: object) -> str:
     """
     if isinstance(value, str):
         if not value.isascii() and (place := lone_surrogate(value)) is not None:
-            raise NoTextError(f"half of a character (\\u{ord(value[place]):x}, at character {place + 1})")
+            raise NoTextError(f"{HALF} (\\u{ord(value[place]):x}, at character {place + 1})")
         return str(value)
     if isinstance(value, bool):
         return str(value)
