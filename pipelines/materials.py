@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
-from amlora_dist.base_model import BaseModel, resolve_base
+from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
@@ -198,9 +198,12 @@ class Materials:
 def gather_materials(config: RunConfig, home: Path) -> Materials:
     """Read and check everything that can be checked before a process is started.
 
+    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here.
+
     Raises:
         UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the mend.
     """
+    config = replace(config, model=replace(config.model, attention=settled_attention(config.model.attention, gpu=_gpu())))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
     for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
@@ -262,6 +265,12 @@ def check_targets(method: Method, base: BaseModel) -> tuple[int, int]:
     rank, _ = method.rank_and_alpha
     trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
     return sum(parameter.numel() for parameter in model.parameters()), trainable
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _dtype(asked: str) -> str:

@@ -92,6 +92,7 @@ def _run_sequence(
     config.registered_model = config.registered_model or run_id
     began = time.monotonic()
     materials = gather_materials(config, place)
+    config = materials.config
     storage, copies = storage_of(config)
     preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)

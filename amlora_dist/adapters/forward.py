@@ -51,7 +51,8 @@ class Routing:
 
     ``router`` None: every call brings its gate, or (``select``) the layers' own selectors make it. ``tasks``: length
     of a gate. ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early,
-    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``prompted``: inputs have learned
+    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``depths``: layers whose input
+    states, pooled, are the features; rising. ``prompted``: inputs have learned
     prompts, which features choose, whatever gives the gate.
     """
 
@@ -60,6 +61,7 @@ class Routing:
     skip_tokens: int
     partial_pass: bool
     select: bool
+    depths: tuple[int, ...]
     whole_passes: bool = False
     prompted: bool = False
     checkpointed: list[Any] = field(default_factory=list)
@@ -124,7 +126,7 @@ class RoutedForward:
         routing, router = self.routing, self.routing.router
         if task_gate is not None:
             task_gate = self._checked(task_gate, _batch(kwargs))
-        call = MixtureCall(routing, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
+        call = MixtureCall(routing, routing.depths, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
         call.skip_tokens = routing.skip_tokens
         luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
         if luggage is not None:
@@ -160,7 +162,10 @@ class RoutedForward:
         inputs = {name: kwargs[name] for name in TRUNK_INPUTS if name in trunk._names and kwargs.get(name) is not None}
         if not stop and "logits_to_keep" in trunk._names:
             inputs["logits_to_keep"] = 1
-        call = MixtureCall(self.routing, mask=mask, skip_tokens=self.routing.skip_tokens, bypass=True, stop=stop)
+        routing = self.routing
+        call = MixtureCall(
+            routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop
+        )
         call.want_features = True
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             trunk.inner(**inputs)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task import TaskSpec
 
+FIRST_FORMAT = PromptFormat(1)
 IGNORED = -100
 """Label that PyTorch's cross-entropy leaves out."""
 PROMPT_END = "Answer:"
@@ -36,6 +38,8 @@ class Example:
     """Answer tokens, the end-of-sequence token last."""
     label: int | None
     answer: str
+    text: tuple[int, ...] = ()
+    """The text's own ids, of which the router makes its features; empty in format 1, where it reads the whole prompt."""
 
 
 def encode(
@@ -46,11 +50,12 @@ def encode(
     *,
     max_length: int,
     encoder_decoder: bool,
+    prompt_format: PromptFormat = FIRST_FORMAT,
 ) -> list[Example]:
     """Tokenise prompts and targets of rows.
 
     A prompt longer than ``max_length`` tokens loses tokens at the end of its *text*; the question and ``Answer:`` are
-    never cut. A causal model's prompt and target are together what tokenising ``prompt + " " + answer`` gives.
+    never cut. In format 1 a causal model's prompt and target are together what tokenising ``prompt + " " + answer`` gives.
 
     Raises:
         UserError: the template alone is longer than ``max_length``, or the tokenizer has no end-of-sequence token.
@@ -58,15 +63,24 @@ def encode(
     eos = _eos(tokenizer)
     index = {text: place for place, text in enumerate(spec.label_texts)}
     answers: dict[str, tuple[int, ...]] = {}
-    prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
+    if prompt_format.text_alone:
+        texts = text_ids([row.text for row in rows], tokenizer, prompt_format.text_tokens)
+        made = TextPrompts(template, tokenizer, encoder_decoder, spec.name)
+        prompts = [
+            made.prompt(ids, max_length, text=row.text, fields=row.fields).ids
+            for row, ids in zip(rows, texts, strict=True)
+        ]
+    else:
+        texts = [()] * len(rows)
+        prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
     examples = []
-    for row, prompt in zip(rows, prompts, strict=True):
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
         if row.target not in answers:
             answers[row.target] = answer_tokens(row.target, tokenizer, encoder_decoder)
         target = answers[row.target]
         if spec.free_text:
             target = target[: spec.max_answer_tokens]
-        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target))
+        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target, text))
     return examples
 
 
