@@ -29,7 +29,7 @@ WORK = 2_000_000
 WORK_OF_INPUT = 32
 STEP = 10
 """What a step of a loop costs, and a call, in characters."""
-ITEM = 8
+ITEM = 16
 """What a value costs by itself, next to its characters."""
 DEEPEST = 20
 """Calls of macros and recursive loops inside each other; lists inside each other."""
