@@ -23,7 +23,17 @@ Bank = Annotated[
 ]
 Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 Source = Annotated[
-    str, typer.Argument(metavar="[FILE]", help="JSON lines, CSV or plain lines; - is standard input.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="[FILE]", help="JSON lines, CSV, Parquet or plain lines; - is standard input.", show_default=False
+    ),
+]
+Format = Annotated[
+    Literal["auto", "jsonl", "csv", "parquet", "text"],
+    typer.Option(help="Of the input; auto goes by its suffix or, without one, by its first line."),
+]
+Spreadsheet = Annotated[
+    bool, typer.Option("--spreadsheet", help="CSV whose texts no spreadsheet takes for formulas: a ' in front of = + - @.")
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
 Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
@@ -168,6 +178,8 @@ def generate(
     question: Question = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the tasks need.")] = None,
     column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -176,11 +188,12 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
-    from pipelines.text_work import answer_texts
+    from pipelines.text_work import Files, answer_texts
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
-    answer_texts(bank, source, output, column, batch_size, call, options)
+    files = Files(source, output, column, format, spreadsheet)
+    answer_texts(bank, files, batch_size, call, options)
 
 
 def classify(
@@ -193,6 +206,8 @@ def classify(
     task: Task = None,
     question: Question = None,
     column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -201,11 +216,12 @@ def classify(
     verbose: Verbose = False,
 ) -> None:
     """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
-    from pipelines.text_work import classify_texts
+    from pipelines.text_work import Files, classify_texts
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     call = {"labels": label or None, "task": task, "question": question}
-    classify_texts(bank, source, output, column, batch_size, call, options)
+    files = Files(source, output, column, format, spreadsheet)
+    classify_texts(bank, files, batch_size, call, options)
 
 
 def serve(
