@@ -118,7 +118,8 @@ def import_adapter(
     Raises:
         UserError: not a LoRA that a bank can hold, layers that differ from the bank's, no statistics in the bank.
     """
-    from amlora_dist.registry.exports import new_folder, read_peft
+    from amlora_dist.registry.exports import new_folder
+    from amlora_dist.registry.peft_adapters import read_peft
 
     texts = _texts(sample, column)
     new_folder(dest)
