@@ -220,7 +220,7 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 512,
     max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest text with its question.")] = 32768,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest body of a request.")] = 1048576,
-    max_texts: Annotated[int, typer.Option(min=1, help="Most texts of one request.")] = 64,
+    max_texts: Annotated[int, typer.Option(min=1, max=4096, help="Most texts of one request.")] = 64,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Most texts at once in a replica; then 429.")] = 256,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Most texts of one pass.")] = 32,

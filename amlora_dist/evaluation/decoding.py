@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise, takewhile, zip_longest
 from typing import Any
 
 import torch
@@ -69,17 +72,24 @@ def plan_labels(labels: Sequence[Sequence[int]], eos_id: int) -> LabelPlan:
     if not all(bare):
         raise UserError(f"label {bare.index(())} has no tokens: give it a text that the tokenizer can write")
     if len(set(bare)) < len(bare):
-        twice = next(i for i, label in enumerate(bare) if label in bare[:i])
-        raise UserError(f"labels {bare.index(bare[twice])} and {twice} have the same tokens: give them different texts")
-    ends = any(a != b and a == b[: len(a)] for a in bare for b in bare)
+        first: dict[tuple[int, ...], int] = {}
+        twice = next(i for i, label in enumerate(bare) if first.setdefault(label, i) != i)
+        raise UserError(f"labels {first[bare[twice]]} and {twice} have the same tokens: give them different texts")
+    # In lexicographic order what begins with a sequence follows it at once: a thousand labels need no million comparisons.
+    ends = any(b[: len(a)] == a for a, b in pairwise(sorted(bare)))
     candidates = [(*label, eos_id) for label in bare] if ends else bare
-    prefixes = {candidate[:-1] for candidate in candidates if len(candidate) > 1}
-    maximal = [p for p in prefixes if not any(p != q and p == q[: len(p)] for q in prefixes)]
+    ordered = sorted({candidate[:-1] for candidate in candidates if len(candidate) > 1})
+    maximal = [p for p, q in zip_longest(ordered, ordered[1:], fillvalue=()) if q[: len(p)] != p]
     contexts = sorted(maximal, key=lambda context: (len(context), context))
-    cover = [
-        next(i for i, context in enumerate(contexts) if context[: len(c) - 1] == c[:-1]) if len(c) > 1 else None
-        for c in candidates
-    ]
+    place = {context: i for i, context in enumerate(contexts)}
+
+    @cache
+    def covering(prefix: tuple[int, ...]) -> int:
+        """The first context that begins with ``prefix``; those that do stand together in ``maximal``."""
+        begin = bisect_left(maximal, prefix)
+        return min(place[q] for q in takewhile(lambda q: q[: len(prefix)] == prefix, maximal[begin:]))
+
+    cover = [covering(c[:-1]) if len(c) > 1 else None for c in candidates]
     return LabelPlan(tuple(candidates), tuple(contexts), tuple(cover), ends)
 
 

@@ -54,6 +54,8 @@ EVENT = {
     "required": ["data"],
 }
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
+MOST_SAID = 500
+"""Characters of one fault's name or message: an error must not send a client's megabyte back."""
 CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -220,9 +222,10 @@ async def _malformed(_request: Request, error: Exception) -> Response:
     lines: list[str] = []
     place: str | None = None
     for fault in error.errors()[:20]:
-        path = ".".join(str(part) for part in fault["loc"][1:])
+        path = ".".join(str(part)[:MOST_SAID] for part in fault["loc"][1:])  # a client's own keys may be among them
         place = place or path or None
-        lines.append(f"{path}: {fault['msg']}" if path else str(fault["msg"]))
+        message = str(fault["msg"])[:MOST_SAID]
+        lines.append(f"{path}: {message}" if path else message)
     detail = wire.ErrorDetail(message="; ".join(lines), type="invalid_request_error", param=place)
     return _refusal(400, wire.ErrorBody(error=detail))
 

@@ -24,11 +24,16 @@ from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Began, BusyError, Classified, Ended, Event, Failed, Job, Piece, StoppingError
 from amlora_dist.serving.rows import can_join, joined, keep
+from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.wording import Wording
 
 log = logging.getLogger(__name__)
 
+ROW_FAULTS = (AmloraError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError)
+"""What drawing one row's token or putting it into words may raise, its tokenizer's and torch's errors among them."""
+PASS_FAULTS = (RuntimeError, ValueError, IndexError)
+"""What a pass over the rows of several clients may raise: torch's errors, memory that ran out among them."""
 SIDE_BY_SIDE = 2
 """Groups that cannot be joined, at once: newcomers wait and share the next pass instead of having one each."""
 DEAD_AFTER_S = 300.0
@@ -194,14 +199,21 @@ class Engine:
         try:
             work(jobs)
         except AmloraError as error:
-            if len(jobs) == 1 or group is not None:
-                self._fail(jobs, error, group)
-            else:
-                for job in jobs:
-                    self._guarded([job], work)
-        except (RuntimeError, ValueError) as error:  # torch's, memory that ran out among them
+            self._apart(jobs, work, error, group)
+        except PASS_FAULTS as error:
             log.exception("a pass over %d texts failed", len(jobs))
+            self._apart(jobs, work, error, group)
+
+    def _apart(
+        self, jobs: list[Job], work: Callable[[list[Job]], None], error: Exception, group: Group | None
+    ) -> None:
+        """After a pass that failed, each of its jobs gets one of its own; only whose fault it is fails."""
+        if len(jobs) == 1 or group is not None:
             self._fail(jobs, error, group)
+            return
+        for job in jobs:
+            if job in self._inside:
+                self._guarded([job], work)
 
     def _fail(self, jobs: Sequence[Job], error: Exception, group: Group | None) -> None:
         if group is not None:
@@ -234,7 +246,7 @@ class Engine:
             assert job.sampling is not None
             job.tell(Began(route))
             generator = None
-            if job.sampling.temperature > 0:
+            if job.sampling.draws:
                 generator = torch.Generator()
                 if job.sampling.seed is None:
                     generator.seed()
@@ -252,10 +264,18 @@ class Engine:
 
     def _write(self, group: Group, _jobs: list[Job]) -> None:
         """The next token of every row; rows that it ends leave, the others are read on."""
-        tokens = self._chosen(group)
+        tokens: list[int] = group.state.logits.argmax(dim=-1).tolist()
         going: list[int] = []
-        for place, (row, token) in enumerate(zip(group.rows, tokens, strict=True)):
-            event = self._written(group.bank, row, token)
+        for place, row in enumerate(group.rows):
+            event: Event | None
+            try:
+                if row.generator is not None:
+                    assert row.job.sampling is not None
+                    tokens[place] = drawn(group.state.logits[place], row.job.sampling, row.generator)
+                event = self._written(group.bank, row, tokens[place])
+            except ROW_FAULTS as error:  # its own sampling, its own text: no other row may suffer for it
+                log.exception("a row of %d could not be written on", len(group.rows))
+                event = Failed(error)
             if event is None:
                 going.append(place)
             else:
@@ -289,24 +309,3 @@ class Engine:
         if ended or full:
             return Ended(wording.text, "stop" if ended else "length", count)
         return None
-
-    @staticmethod
-    def _chosen(group: Group) -> list[int]:
-        """Next token of each row: the most likely one, or drawn."""
-        tokens: list[int] = group.state.logits.argmax(dim=-1).tolist()
-        for place, row in enumerate(group.rows):
-            if row.generator is not None:
-                assert row.job.sampling is not None
-                tokens[place] = _drawn(group.state.logits[place], row.job.sampling.temperature, row.job.sampling.top_p,
-                                       row.generator)  # fmt: skip
-        return tokens
-
-
-def _drawn(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token from softmax(logits / temperature), cut to the fewest that hold ``top_p`` of the probability."""
-    shares_V = torch.softmax(logits_V.double().cpu() / temperature, dim=-1)
-    if top_p < 1:
-        ordered_V, place_V = shares_V.sort(descending=True)
-        ordered_V[ordered_V.cumsum(0) - ordered_V >= top_p] = 0
-        shares_V = torch.zeros_like(shares_V).scatter(0, place_V, ordered_V)
-    return int(torch.multinomial(shares_V, 1, generator=generator))

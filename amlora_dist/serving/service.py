@@ -18,6 +18,9 @@ from amlora_dist.serving.settings import ServeSettings
 GRACE_S = 30.0
 """The engine looks at deadlines between two passes; who waits for it waits this much longer."""
 
+MOST_SHOWN = 200
+"""Characters of what a client sent that come back in a message."""
+
 
 class UnknownModelError(UserError):
     """The request names a model that is not served here."""
@@ -156,4 +159,5 @@ class Exchange:
 def unknown_model(bank: ServedBank, model: str | None) -> UnknownModelError:
     """The error that names the models there are."""
     known = ", ".join([bank.name, *(f"{bank.name}:{task}" for task in bank.tasks)])
-    return UnknownModelError(f"model: found {model!r}, served are {known}")
+    found = model if model is None or len(model) <= MOST_SHOWN else f"{model[:MOST_SHOWN]}..."
+    return UnknownModelError(f"model: found {found!r}, served are {known}")
