@@ -12,17 +12,18 @@ from __future__ import annotations
 import copy
 import inspect
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, takewhile, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from amlora_dist.errors import UserError
 
+T = TypeVar("T")
 Forward = Callable[..., Any]
 """Calls the transformer with keyword arguments and returns its ``ModelOutput``."""
 
@@ -49,6 +50,11 @@ class LabelPlan:
     """For each label the index of the context that covers it; None for a label of one token."""
     ends: bool
     """EOS counts for all labels, because the tokens of one label begin another's."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest label, without EOS."""
+        return max(map(len, self.candidates)) - self.ends
 
     def passes(self, limit: int) -> list[range]:
         """Contexts of each pass, as indices: at most ``limit``, and of such lengths that little is padding."""
@@ -192,6 +198,10 @@ class Decoder:
 
         Makes the passes of ``plan.passes(contexts_per_pass)``, whatever the batch.
         """
+        return finished(self.scoring(state, plan, contexts_per_pass=contexts_per_pass))
+
+    def scoring(self, state: Prefilled, plan: LabelPlan, *, contexts_per_pass: int) -> Generator[int, None, Tensor]:
+        """``label_scores`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         device = state.logits.device
         first_L = torch.tensor([candidate[0] for candidate in plan.candidates], device=device)
         logits_BV = state.logits.float()
@@ -213,7 +223,19 @@ class Decoder:
                 at_K = torch.arange(len(next_K), device=device)
                 own_BK = logits_BCKV[:, place, at_K, next_K] - total_BCK[:, place, at_K]
                 scores_BL[:, label] += own_BK.sum(-1)
+            del logits, logits_BCKV, total_BCK  # not held while others run
+            yield batch * len(chunk) * width
         return scores_BL
+
+
+def finished(work: Generator[Any, None, T]) -> T:
+    """What a generator returns, run to its end without a stop."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def check_room(config: Any, prompt_tokens: int, new_tokens: int) -> None:

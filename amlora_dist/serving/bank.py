@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Prefilled, plan_labels
+from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.inference import Classification, Request, Route, routes
 from amlora_dist.model import AMLoRAModel
 
@@ -81,7 +81,7 @@ class ServedBank:
         (request,) = self.model.requests(text, question=question, task=task)
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
-            plan_labels(self.model.prompter.labels(request.labels), self.eos_id)
+            self.model.prompter.plan(request.labels)
         elif task is not None:
             self.model.labels_of(task)
         self.model.prompter.fill([request], new_tokens=self.answer_limit(task))
@@ -100,11 +100,18 @@ class ServedBank:
         """One more token for each row; ``state`` then has the scores of the one after it."""
         state.logits = self.model.decoder.advance(state, tokens_B1)[:, -1]
 
-    def classify(self, requests: Sequence[Request]) -> list[Classification]:
-        """Labels for the texts of different callers, in few passes."""
+    def classify(self, requests: Sequence[Request]) -> Generator[int, None, list[Classification]]:
+        """Labels for the texts of different callers, in few passes, with a stop after each: yields its tokens."""
         for place, request in enumerate(requests):
             request.place = place
-        return self.model.classified(requests, len(requests))
+        return self.model.classifying(requests, len(requests))
+
+    def labels_of(self, request: Request) -> tuple[str, ...]:
+        """Those that a text will be compared with; of a text that is yet to be routed the most that it may be."""
+        if request.labels is not None:
+            return request.labels
+        found = (self.described(task) or [] for task in ([request.task] if request.task else self.tasks))
+        return tuple(max(found, key=len, default=[]))
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,8 @@ Continuous batching. In each turn newcomers are read in one pass, whichever adap
 row), join the rows that are being written, and every row gets one more token in one pass; rows that are done leave.
 So nobody waits for somebody else's answer, and at most one bounded pass over new prompts (``prefill_tokens``) or one
 batch of classifications lies between two tokens of a stream. Rows of another version of the bank, or of models whose
-caches cannot be joined, run side by side in groups of their own.
+caches cannot be joined, run side by side in groups of their own. A turn's work is bounded, and what fails in it fails
+for whose fault it is: sampling and words are each row's own, and a pass that fails is repeated row by row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,9 @@ import torch
 from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
-from amlora_dist.serving.jobs import Began, BusyError, Classified, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.jobs import Began, BusyError, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.queueing import FairQueue
+from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.rows import can_join, joined, keep
 from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
@@ -32,10 +34,10 @@ log = logging.getLogger(__name__)
 
 ROW_FAULTS = (AmloraError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError)
 """What drawing one row's token or putting it into words may raise, its tokenizer's and torch's errors among them."""
-PASS_FAULTS = (RuntimeError, ValueError, IndexError)
-"""What a pass over the rows of several clients may raise: torch's errors, memory that ran out among them."""
 SIDE_BY_SIDE = 2
 """Groups that cannot be joined, at once: newcomers wait and share the next pass instead of having one each."""
+LOOK_EVERY_S = 0.25
+"""Between two looks at whose time is over among those who wait."""
 DEAD_AFTER_S = 300.0
 """A turn that takes longer than this hangs."""
 
@@ -74,10 +76,12 @@ class Engine:
         self._settings = settings
         self._observe: Observe = observe or (lambda kind, rows, seconds: None)
         self._wake = threading.Condition()
-        self._to_write: deque[Job] = deque()
-        self._to_classify: deque[Job] = deque()
+        self._to_write = FairQueue()
+        self._ranker = Ranker(settings, self._observe, self._end)
+        self._look_at = 0.0
         self._groups: list[Group] = []
         self._inside: set[Job] = set()
+        self._heavy_inside = 0
         self._stopping = False
         self._give_up_at = float("inf")
         self._turn_began: float | None = None
@@ -110,26 +114,42 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Texts that wait for their first pass."""
-        return len(self._to_write) + len(self._to_classify)
+        return len(self._to_write) + self._ranker.waiting
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Take all of these jobs, or none.
+    def check_room(self, texts: int, *, heavy: bool) -> None:
+        """Refuse what there is no room for, before any work goes into it.
+
+        Args:
+            texts: of one request.
+            heavy: whether it is of much work; such may fill half of the room.
 
         Raises:
             BusyError: more texts than ``max_concurrency``.
             StoppingError: it is shutting down.
         """
+        if self._stopping or not self._thread.is_alive():
+            raise StoppingError("the server is shutting down")
+        most, inside = self._settings.max_concurrency, len(self._inside)
+        if inside + texts > most:
+            raise BusyError(f"the server has {inside} texts at work and takes {most} at once; try again later")
+        if heavy and self._heavy_inside and self._heavy_inside + texts > most // 2:
+            raise BusyError(
+                f"the server has {self._heavy_inside} texts with many labels at work and takes {most // 2} of them at "
+                "once; try again later, or with fewer texts or labels in one request"
+            )
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all of these jobs, the texts of one request, or none. Raises as ``check_room``."""
+        if not jobs:
+            return
         with self._wake:
-            if self._stopping or not self._thread.is_alive():
-                raise StoppingError("the server is shutting down")
-            if len(self._inside) + len(jobs) > self._settings.max_concurrency:
-                raise BusyError(
-                    f"the server has {len(self._inside)} texts at work and takes {self._settings.max_concurrency} at once; "
-                    "try again later"
-                )
-            for job in jobs:
-                self._inside.add(job)
-                (self._to_classify if job.sampling is None else self._to_write).append(job)
+            self.check_room(len(jobs), heavy=jobs[0].heavy)
+            self._inside.update(jobs)
+            self._heavy_inside += sum(job.heavy for job in jobs)
+            if jobs[0].sampling is None:
+                self._ranker.add(jobs)
+            else:
+                self._to_write.add(jobs)
             self._wake.notify()
 
     # ---- the thread -------------------------------------------------------------------------------------------
@@ -153,38 +173,45 @@ class Engine:
             if not self._inside or time.monotonic() > self._give_up_at:
                 return False
             self._turn_began = time.monotonic()
-            to_classify = self._taken(self._to_classify, self._settings.batch_rows)
-            to_write = self._taken(self._to_write, self._room())
-        if to_classify:
-            self._together(to_classify, self._classify)
+            self._let_go(self._turn_began)
+            self._ranker.take()
+            to_write = self._to_write.taken(self._room(), self._settings.prefill_tokens)
+        start = time.perf_counter()
+        worked = self._ranker.work() | bool(to_write or self._groups)
         if to_write:
             self._together(to_write, self._read)
         for group in list(self._groups):
             self._guarded([row.job for row in group.rows], partial(self._write, group), group)
+        if worked:
+            self._ranker.share.other(time.perf_counter() - start)
+        if self._ranker.has_heavy:
+            wait_s = self._ranker.share.wait_s()
+            if wait_s == 0:
+                self._ranker.work_slowly()
+            elif not worked:
+                with self._wake:
+                    self._wake.wait(wait_s)
         return True
+
+    def _let_go(self, now: float) -> None:
+        """End waiting texts whose time is over or whose client has gone."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY_S
+
+        def is_over(job: Job) -> bool:
+            if (error := job.over()) is not None:
+                self._end(job, Failed(error))
+            return error is not None
+
+        self._to_write.without(is_over)
+        self._ranker.without(is_over)
 
     def _room(self) -> int:
         """Rows that may begin to be written in this turn."""
         if sum(not can_join(group.state) for group in self._groups) >= SIDE_BY_SIDE:
             return 0
         return self._settings.batch_rows - sum(len(group.rows) for group in self._groups)
-
-    def _taken(self, queue: deque[Job], room: int) -> list[Job]:
-        """The longest waiting jobs of one version of the bank that fit in a pass."""
-        taken: list[Job] = []
-        longest = 0
-        while queue and len(taken) < room:
-            job = queue[0]
-            if (error := job.over()) is not None:
-                queue.popleft()
-                self._end(job, Failed(error))
-                continue
-            longest = max(longest, job.prompt_tokens)
-            too_many = taken and longest * (len(taken) + 1) > self._settings.prefill_tokens
-            if too_many or (taken and job.bank is not taken[0].bank):
-                break
-            taken.append(queue.popleft())
-        return taken
 
     def _together(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
         """Do ``work`` for jobs that can share passes at once."""
@@ -224,17 +251,12 @@ class Engine:
 
     def _end(self, job: Job, event: Event) -> None:
         with self._wake:
-            self._inside.discard(job)
+            if job in self._inside:
+                self._inside.remove(job)
+                self._heavy_inside -= job.heavy
         job.tell(event)
 
     # ---- the passes -------------------------------------------------------------------------------------------
-
-    def _classify(self, jobs: list[Job]) -> None:
-        start = time.perf_counter()
-        found = jobs[0].bank.classify([job.request for job in jobs])
-        self._observe("classify", len(jobs), time.perf_counter() - start)
-        for job, one in zip(jobs, found, strict=True):
-            self._end(job, Classified(one))
 
     def _read(self, jobs: list[Job]) -> None:
         """One pass over the prompts; the rows then stand beside those that are being written."""

@@ -88,6 +88,8 @@ class Job:
     """None: to be classified."""
     stream: bool = False
     """Whether pieces are wanted."""
+    heavy: bool = False
+    """Part of a request of much work, which gives way to others."""
     cancelled: bool = False
     """Set by anyone: nobody waits for the answer any more."""
 

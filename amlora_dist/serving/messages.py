@@ -26,8 +26,12 @@ def _boolean(value: object) -> object:
 
 def _writable(value: str) -> str:
     """Half of a pair of surrogates is no character: no tokenizer takes it. Pydantic checks only where it counts."""
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise PydanticCustomError("string_unicode", "Input should be a valid string, found a lone surrogate in it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "string_unicode", "Input should be a valid unicode string, found a lone surrogate in it"
+        ) from None
     return value
 
 
