@@ -111,7 +111,7 @@ class ServedBank:
         if request.labels is not None:
             return request.labels
         found = (self.described(task) or [] for task in ([request.task] if request.task else self.tasks))
-        return tuple(max(found, key=len, default=[]))
+        return tuple(max(found, key=lambda labels: len(labels), default=[]))
 
 
 def check_name(name: str) -> None:

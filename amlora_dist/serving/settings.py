@@ -25,6 +25,8 @@ class ServeSettings:
     """Texts in the server at once, waiting ones too; more are answered with 429."""
     request_timeout_s: float = Field(default=120.0, gt=0)
     """From the request's arrival to its end; then 504, or an error event in a stream."""
+    read_timeout_s: float = Field(default=20.0, gt=0)
+    """For a request's head to come, and for its body; then the connection is closed, after 408 where it was the body."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows of one pass."""
     prefill_tokens: int = Field(default=4096, ge=1)
