@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ from amlora_dist.bank_loading import (
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.answering import Answering
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, picked, plan_labels
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
 from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
@@ -319,23 +319,28 @@ class AMLoRAModel:
 
     def classified(self, requests: Sequence[Request], batch_size: int) -> list[Classification]:
         """``classify`` for requests of different callers: each may have labels, a task and a question of its own."""
+        return finished(self.classifying(requests, batch_size))
+
+    @torch.no_grad()
+    def classifying(self, requests: Sequence[Request], batch_size: int) -> Generator[int, None, list[Classification]]:
+        """``classified`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         if self.answering is not None:
-            for named in {request.task for request in requests if request.task is not None and request.labels is None}:
-                self.labels_of(named)
-            found = self.answering.answered(requests, batch_size=batch_size, router=self._keyed, write=False)
-            return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
+            return (yield from self._classifying_keyed(self.answering, requests, batch_size))
         self._choose_labels([request for request in requests if request.labels is None], batch_size)
         ranked = [request for request in requests if request.labels]
-        texts_of_labels = {label for request in ranked for label in request.labels or ()}
-        longest = max(map(len, self.prompter.labels(sorted(texts_of_labels))), default=0)
-        self.prompter.fill(ranked, new_tokens=longest + 1)
+        # Room for each one's own labels: those of another caller must not cut this one's text.
+        sizes: dict[int, list[Request]] = {}
+        for request in ranked:
+            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
+        for longest, group in sizes.items():
+            self.prompter.fill(group, new_tokens=longest + 1)
         made: dict[int, Classification] = {}
         for request in requests:
             if not request.labels and request.gate is not None:
                 route = routes(request.gate[None], self.tasks, self.rows_TN)[0]
                 made[request.place] = Classification(None, request.task, {}, route)
         for batch in batches(ranked, batch_size):
-            made |= self._ranked(batch, batch_size)
+            made |= yield from self._ranking(batch, batch_size)
         return [made[place] for place in range(len(requests))]
 
     # ---- other shapes of the same bank ------------------------------------------------------------------------
@@ -407,6 +412,14 @@ class AMLoRAModel:
     def _keyed(self) -> KeyedRouter | None:
         """The router in place of the bank's own, on the model's device; None for the bank's."""
         return self._router.to(self.device) if isinstance(self._router, KeyedRouter) else None
+
+    def _classifying_keyed(
+        self, answering: Answering, requests: Sequence[Request], batch_size: int
+    ) -> Generator[int, None, list[Classification]]:
+        for named in {request.task for request in requests if request.task is not None and request.labels is None}:
+            self.labels_of(named)
+        found = yield from answering.answering(requests, batch_size=batch_size, router=self._keyed, write=False)
+        return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
     def requests(self, texts: str | Sequence[str], *, question: Names = None, task: Names = None) -> list[Request]:
         listed = [texts] if isinstance(texts, str) else list(texts)
@@ -482,7 +495,7 @@ class AMLoRAModel:
             state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
 
-    def _ranked(self, batch: Sequence[Request], batch_size: int) -> dict[int, Classification]:
+    def _ranking(self, batch: Sequence[Request], batch_size: int) -> Generator[int, None, dict[int, Classification]]:
         """One pass over all prompts; then the labels of each set behind the rows that have it."""
         state, gate_BT = self.prefill(batch)
         found = routes(gate_BT, self.tasks, self.rows_TN)
@@ -491,12 +504,20 @@ class AMLoRAModel:
         for row, request in enumerate(batch):
             sets.setdefault(request.labels or (), []).append(row)
         made: dict[int, Classification] = {}
+        yield longest * len(batch)
         for names, rows in sets.items():
-            plan = plan_labels(self.prompter.labels(names), self.decoder.eos_id)
+            plan = self.prompter.plan(names)
             part = state if len(rows) == len(batch) else picked(state, rows)
-            with torch.no_grad(), routed_by(self._router):
-                passes = contexts_per_pass(longest, batch_size, plan)
-                scores_BL = self.decoder.label_scores(part, plan, contexts_per_pass=passes)
+            passes = contexts_per_pass(longest, batch_size, plan)
+            scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)
+            while True:
+                try:
+                    with routed_by(self._router):  # only while it computes: others run at the stops, by theirs
+                        tokens = next(scoring)
+                except StopIteration as end:
+                    scores_BL: Tensor = end.value
+                    break
+                yield tokens
             shares, best = torch.softmax(scores_BL, dim=-1).tolist(), scores_BL.argmax(dim=-1).tolist()
             for row, share, winner in zip(rows, shares, best, strict=True):
                 scores = dict(zip(names, share, strict=True))

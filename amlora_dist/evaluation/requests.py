@@ -6,8 +6,9 @@ Shapes: B prompts, T tasks, N adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from amlora_dist.adapters.bank import rows
 from amlora_dist.adapters.prompts import Lead
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
@@ -30,6 +32,8 @@ DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
 MAX_PROMPT_TOKENS = 10_000_000
 """What the manifest's format allows; a model with a limit of its own has less."""
+PLANS = 64
+"""Sets of labels that stay planned."""
 RAW_TEMPLATE = "{{ text }}"
 
 
@@ -133,6 +137,9 @@ class Prompter:
         self._made: dict[str | None, TextPrompts] = {}
         self._lock = threading.Lock()
         self._one_at_a_time = _Locked(tokenizer, self._lock)
+        self.plan: Callable[[tuple[str, ...]], LabelPlan] = lru_cache(PLANS)(self._planned)
+        """How labels are ranked, worked out once for those that were asked for lately. Raises UserError: two of them are
+        the same to the tokenizer, or one is nothing."""
 
     def entry(self, task: str) -> TaskEntry:
         """What the bank knows of a task.
@@ -231,6 +238,9 @@ class Prompter:
             _check_words(text, "label", place, len(texts))
         with self._lock:
             return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+
+    def _planned(self, labels: tuple[str, ...]) -> LabelPlan:
+        return plan_labels(self.labels(labels), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
