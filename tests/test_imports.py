@@ -16,7 +16,7 @@ FLOORS = [
     {"serving"},
     {"model"},
     {"importing"},
-    {"bank_loading"},
+    {"bank_loading", "prompt_answering"},
     {"config", "config_checks", "inference"},
     {"training"},
     {"planning", "reporting"},
