@@ -15,6 +15,7 @@ from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
 from amlora_dist.former_values import unlike_former
 from amlora_dist.methods import method_for
+from amlora_dist.tasks import background
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
@@ -143,6 +144,8 @@ class Materials:
         if self.plain_texts and mode != "untrained":
             router |= {"prompts": "served", "answer": asdict(self.config.answer)}
             router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
+            if self.config.router.gate.abstention:
+                router |= {"background": background.digest()}
         anew = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | anew, task)
 
