@@ -23,7 +23,7 @@ from amlora_dist import config_checks
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.evaluation.settings import EvaluationSettings
+from amlora_dist.evaluation.settings import AnswerSettings, EvaluationSettings
 from amlora_dist.former_values import completed
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.schema import check, fields_at, shown, without
@@ -78,11 +78,14 @@ class RunConfig:
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
     task_defaults: TaskDefaults = Field(default_factory=TaskDefaults)
+    prompt_format: Literal[1, 2] = 2
+    """2: texts are tokenised by themselves, and the router reads nothing else. 1: as 0.1 did, for runs of its time."""
     boundary_mix: float = Field(default=0.0, ge=0, le=0.5)
     """Share of each stage's training rows that are the next task's, as in a stream whose boundaries nobody knows."""
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    answer: AnswerSettings = Field(default_factory=AnswerSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
     method_settings: MethodSettings = Field(default_factory=MethodSettings)

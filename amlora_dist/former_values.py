@@ -11,7 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMER: dict[str, Any] = {}
+FORMER: dict[str, Any] = {
+    "prompt_format": 1,
+    "router.keys": "task",
+    "router.depths": [],
+    "router.max_text_tokens": None,
+    "router.gate.lost": 0.03,
+    "answer.evidence": "model",
+    "answer.beta": "calibrated",
+    "evaluation.prompts": "own",
+    "adapters.use_rslora": False,
+    "adapters.dropout": 0.0,
+    "training.lora_plus": 1.0,
+    "training.label_smoothing": 0.0,
+}
 """Key path -> what version 0.1 did, which did not know the key."""
 
 

@@ -236,9 +236,14 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 512,
     max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest text with its question.")] = 32768,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest body of a request.")] = 1048576,
-    max_texts: Annotated[int, typer.Option(min=1, help="Most texts of one request.")] = 64,
+    max_texts: Annotated[int, typer.Option(min=1, max=4096, help="Most texts of one request.")] = 64,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Most texts at once in a replica; then 429.")] = 256,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that its head, and its body, may take.")] = 20.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients may call the server by; again for more; * for any.", show_default=False),
+    ] = None,
     batch_rows: Annotated[int, typer.Option(min=1, help="Most texts of one pass.")] = 32,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of one pass.")] = 4096,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias.")] = 10.0,
@@ -258,10 +263,10 @@ def serve(
     settings = ServeSettings(
         max_body_bytes=max_body_bytes, max_prompt_characters=max_prompt_characters, max_new_tokens=max_new_tokens,
         max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
-        prefill_tokens=prefill_tokens, poll_s=poll,
+        prefill_tokens=prefill_tokens, poll_s=poll, read_timeout_s=read_timeout,
     )  # fmt: skip
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
-    place = Place(host=host, port=port, replicas=replicas, threads=threads)
+    place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
 
 

@@ -118,7 +118,8 @@ def import_adapter(
     Raises:
         UserError: not a LoRA that a bank can hold, layers that differ from the bank's, no statistics in the bank.
     """
-    from amlora_dist.registry.exports import new_folder, read_peft
+    from amlora_dist.registry.exports import new_folder
+    from amlora_dist.registry.peft_adapters import read_peft
 
     texts = _texts(sample, column)
     new_folder(dest)
@@ -148,8 +149,8 @@ def _import(
     from amlora_dist.config import home
     from amlora_dist.importing import add_adapter, empty_manifest
     from amlora_dist.registry.bank_folder import read_bank
-    from amlora_dist.registry.task_entry import TaskEntry
     from amlora_dist.tasks.prompts import BANK_TEMPLATE
+    from amlora_dist.tasks.task_entry import TaskEntry
 
     before = None if onto is None else read_bank(_local(onto, tracking_uri, statistics=True))
     if before is None:

@@ -18,7 +18,7 @@ from pipelines.row_input import Asked, Line, opened
 from pipelines.row_output import check_fields, checked_place, writer
 
 if TYPE_CHECKING:
-    from amlora_dist.inference import Route
+    from amlora_dist.evaluation.requests import Route
     from amlora_dist.model import AMLoRAModel
 
 _END = object()

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.literal import Selection
 
 OnSelect = Callable[[str, "Selection"], None]
@@ -68,6 +69,7 @@ class MixtureCall:
     ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
     pass ends where they end, and leaves it there (``adapters.trunk``). ``kept``: the gate came with a KV cache, which will
     bring it again. ``depths``: features are the pooled states that enter these layers, side by side, (B, F).
+    ``dropout``: the new adapter's layers drop parts of their inputs.
     """
 
     owner: object
@@ -89,6 +91,7 @@ class MixtureCall:
     pooled: dict[str, Tensor] = field(default_factory=dict)
     carried_pooled: dict[str, Tensor] = field(default_factory=dict)
     kept: KeptGate | None = None
+    dropout: DropoutKeys | None = None
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.

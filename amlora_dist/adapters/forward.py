@@ -37,12 +37,13 @@ from amlora_dist.adapters.call import (
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.router import Router
 
 GATE_KEY = "task_gate"
 """Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
 TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
-EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states")
+EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states", "dropout_keys")
 
 
 @dataclass(slots=True, eq=False)
@@ -77,10 +78,11 @@ class RoutedForward:
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
-    Takes five arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
+    Takes six arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
     ``task_gate`` (B, T) or (1, T); ``on_route``, called with (features, task gate) when the routing layer is reached,
     also if the call brings its gate; ``on_select``, called with (module path, selection) by selectors;
-    ``trunk_states`` (B, tokens, D), what the layers below the first adapted one would come to (``adapters.trunk``).
+    ``trunk_states`` (B, tokens, D), what the layers below the first adapted one would come to (``adapters.trunk``);
+    ``dropout_keys``: drop parts of what the new adapter reads (``adapters.dropout``).
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class RoutedForward:
         on_route: OnRoute | None = None,
         on_select: OnSelect | None = None,
         trunk_states: Tensor | None = None,
+        dropout_keys: DropoutKeys | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward, inside a call that has or finds its gate."""
@@ -113,7 +116,7 @@ class RoutedForward:
         if self.encoder and call is not None and call.owner is self.routing:
             return self._carrying(self.inner(**kwargs), call)
         call = self._open(kwargs, prompt_mask, task_gate, on_route)
-        call.on_select, call.trunk = on_select, trunk_states
+        call.on_select, call.trunk, call.dropout = on_select, trunk_states, dropout_keys
         for module in self.routing.checkpointed:
             _let_gate_travel(module)
         with entered(call):
@@ -126,7 +129,8 @@ class RoutedForward:
         routing, router = self.routing, self.routing.router
         if task_gate is not None:
             task_gate = self._checked(task_gate, _batch(kwargs))
-        call = MixtureCall(routing, routing.depths, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
+        mask = self.prompt_mask(kwargs, prompt_mask)
+        call = MixtureCall(routing, routing.depths, task_gate, mask=mask, select=routing.select)
         call.skip_tokens = routing.skip_tokens
         luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
         if luggage is not None:

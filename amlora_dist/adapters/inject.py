@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
 KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
+FLAT_INPUTS = {"opt": ("fc1", "fc2")}
+"""Layers, by ``config.model_type``, whose input has lost its batch axis."""
+
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
@@ -51,6 +54,8 @@ class NewAdapter:
     """Start values (earlier adapters,) by module path; default: zeros."""
     learn_recipe: bool = True
     """Learn the weights of earlier adapters; otherwise ``recipe_init`` is a constant row."""
+    dropout: float = 0.0
+    """Share of the adapter's input that calls with ``dropout_keys`` drop."""
 
 
 class Mixture:
@@ -309,6 +314,8 @@ def inject(
             selector=None if literal is None else _selector(literal, target, adapters, new, base),
             pools_start=_reads_answer(model, target),
         )
+        modules[target.path].dropout = 0.0 if new is None else new.dropout
+        modules[target.path].flat_input = target.path.rpartition(".")[2] in FLAT_INPUTS.get(model.config.model_type, ())
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)

@@ -14,7 +14,7 @@ Shapes: J keys, T tasks, n rows, d features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -54,18 +54,17 @@ class Keys:
         """T"""
         return max(self.task) + 1
 
-    def log_posterior(self, features_nd: Tensor, temperature: float) -> Tensor:
-        """log p(j | f), (n, J) fp64. Scores are small differences of large numbers, hence fp64."""
-        scores = features_nd.to(self.weights) @ self.weights.T + self.bias
-        return torch.log_softmax(scores / temperature + self.log_prior, dim=-1)
+    def scores(self, features_nd: Tensor, temperature: float) -> Tensor:
+        """(w_j . f + b_j) / T, (n, J) fp64: small differences of large numbers."""
+        return (features_nd.to(self.weights) @ self.weights.T + self.bias) / temperature
 
-    def of_tasks(self, log_posterior_nJ: Tensor) -> Tensor:
+    def of_tasks(self, scores_nJ: Tensor) -> Tensor:
         """p(t | f), (n, T)"""
-        place = torch.tensor(self.task, device=log_posterior_nJ.device)
-        out = log_posterior_nJ.new_zeros(len(log_posterior_nJ), self.tasks)
-        return out.index_add_(1, place, log_posterior_nJ.exp())
+        place = torch.tensor(self.task, device=scores_nJ.device)
+        shares = torch.softmax(scores_nJ + self.log_prior, dim=-1)
+        return shares.new_zeros(len(shares), self.tasks).index_add_(1, place, shares)
 
-    def of_labels(self, log_posterior_nJ: Tensor, task: int, labels: int) -> Tensor | None:
+    def of_labels(self, scores_nJ: Tensor, task: int, labels: int) -> Tensor | None:
         """log p(label | f, task), (n, labels); None where the task has no keys for labels.
 
         A label that no row of the statistics had takes the least of the others.
@@ -73,10 +72,15 @@ class Keys:
         own = [j for j, (t, label) in enumerate(zip(self.task, self.label, strict=True)) if t == task and label >= 0]
         if not own:
             return None
-        places = torch.tensor([self.label[j] for j in own], device=log_posterior_nJ.device)
-        found = torch.log_softmax(log_posterior_nJ[:, own], dim=-1)
+        places = torch.tensor([self.label[j] for j in own], device=scores_nJ.device)
+        found = torch.log_softmax(scores_nJ[:, own], dim=-1)
         out = found.amin(dim=-1, keepdim=True).repeat(1, labels)
         return out.index_copy(1, places, found)
+
+    def best_task(self, scores_nJ: Tensor) -> Tensor:
+        """The task of the key that is likeliest of all, (n,): not always the likeliest task."""
+        place = torch.tensor(self.task, device=scores_nJ.device)
+        return place[(scores_nJ + self.log_prior).argmax(dim=-1)]
 
     def to(self, device: torch.device | str) -> Keys:
         """The same on another device."""
@@ -85,17 +89,10 @@ class Keys:
         )
 
     def only(self, tasks: Sequence[int]) -> Keys:
-        """Those of some tasks, as if the bank held no other; ``tasks`` become 0, 1, ... in their order."""
-        place = {task: number for number, task in enumerate(tasks)}
-        own = [j for j, task in enumerate(self.task) if task in place]
-        prior = self.log_prior[own]
-        return Keys(
-            self.weights[own],
-            self.bias[own],
-            tuple(place[self.task[j]] for j in own),
-            tuple(self.label[j] for j in own),
-            prior - prior.logsumexp(dim=0),
-        )
+        """The same keys, as if the bank held these tasks alone: the others have no prior."""
+        own = torch.tensor([task in set(tasks) for task in self.task], device=self.log_prior.device)
+        prior = self.log_prior.masked_fill(~own, -torch.inf)
+        return replace(self, log_prior=prior - prior.logsumexp(dim=0))
 
 
 def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Keys:
@@ -165,9 +162,10 @@ def _temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[floa
     for temperature in TEMPERATURES if held and len(keys.task) > 1 else ():
         loss = 0.0
         for place, rows in held:
-            shares = keys.log_posterior(rows.features, temperature)
-            own = keys.of_labels(shares, place, int(rows.labels.max()) + 1)
-            loss -= float(keys.of_tasks(shares)[:, place].clamp(min=1e-12).log().sum())
+            scores = keys.scores(rows.features, temperature)
+            by_label = statistics[place].by_label
+            own = None if by_label is None else keys.of_labels(scores, place, len(by_label.counts))
+            loss -= float(keys.of_tasks(scores)[:, place].clamp(min=1e-12).log().sum())
             if own is not None:
                 loss -= float(own.gather(1, rows.labels[:, None]).sum())
         if best[0] == 0.0 or loss < best[0]:
@@ -187,7 +185,7 @@ def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: floa
         if held is None or held.loglikelihoods is None or not len(held.labels):
             continue
         model = held.loglikelihoods.double()
-        own = keys.of_labels(keys.log_posterior(held.features, temperature), place, model.shape[1])
+        own = keys.of_labels(keys.scores(held.features, temperature), place, model.shape[1])
         if own is None:
             continue
         rows += len(model)

@@ -279,9 +279,10 @@ def merge_holdouts(parts: Sequence[TaskStatistics]) -> TaskStatistics:
 class Covariance:
     """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I of all tasks together, as something to solve with.
 
-    S is the pooled scatter within tasks (or ``within_labels``) and N the number of rows. With fewer factor rows than features the solve goes
-    through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d matrix; otherwise through
-    the Cholesky factor of the dense Sigma. Features without any spread (one row per task) have Sigma = I.
+    S is the pooled scatter within tasks (or ``within_labels``) and N the number of rows. With fewer factor rows than
+    features the solve goes through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d
+    matrix; otherwise through the Cholesky factor of the dense Sigma. Features without any spread (one row per task)
+    have Sigma = I.
 
     Raises:
         UserError: Sigma is singular (shrinkage 0 with too few rows).

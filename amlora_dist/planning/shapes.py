@@ -15,9 +15,12 @@ from amlora_dist.adapters.targets import (
     check_router_layer,
     default_router_layer,
     find_targets,
+    in_attention,
     layer_stacks,
 )
+from amlora_dist.base_model import making_errors
 from amlora_dist.errors import UserError
+from amlora_dist.model_folder import short
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
@@ -74,6 +77,13 @@ class Shape:
         return sum(layer.trains for layer in self.layers)
 
     @cached_property
+    def training_attentions(self) -> int:
+        """Of how many layers gradients pass through the attention too: not of the first one if only its MLP is adapted."""
+        first = self.targets[0]
+        lowest = [t for t in self.targets if (t.part, t.layer) == (first.part, first.layer)]
+        return self.training_layers - (not any(in_attention(target.path) for target in lowest))
+
+    @cached_property
     def adapter_width(self) -> int:
         """Elements of an adapter of rank 1: the sum of in and out features over the adapted layers."""
         return sum(target.in_features + target.out_features for target in self.targets)
@@ -92,11 +102,13 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
     kind = values.get("model_type")
     try:
         config = AutoConfig.for_model(**values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"model.source: {model.source!r}: transformers has no model type {kind!r} ({error})") from error
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        built = auto.from_config(config)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            built = auto.from_config(config, trust_remote_code=False)
+    except making_errors() as error:
+        raise UserError(
+            f"model.source: {model.source!r}: transformers has no model type {kind!r} of such values ({short(error)})"
+        ) from error
     k = default_router_layer(built) if router.layer is None else router.layer
     check_router_layer(built, k)
     return _measured(built, model.source, find_targets(built, adapters, k), k)

@@ -40,6 +40,14 @@ class Example:
     answer: str
     text: tuple[int, ...] = ()
     """The text's own ids, of which the router makes its features; empty in format 1, where it reads the whole prompt."""
+    span: tuple[int, int] | None = None
+    """Where the text stands in the prompt; None: it cannot be told apart."""
+
+    @property
+    def routing_mask(self) -> tuple[int, ...]:
+        """1 on the prompt's tokens that gates are made of: the text's, or all of them."""
+        start, end = self.span or (0, len(self.prompt))
+        return (0,) * start + (1,) * (end - start) + (0,) * (len(self.prompt) - end)
 
 
 def encode(
@@ -66,21 +74,21 @@ def encode(
     if prompt_format.text_alone:
         texts = text_ids([row.text for row in rows], tokenizer, prompt_format.text_tokens)
         made = TextPrompts(template, tokenizer, encoder_decoder, spec.name)
-        prompts = [
-            made.prompt(ids, max_length, text=row.text, fields=row.fields).ids
-            for row, ids in zip(rows, texts, strict=True)
+        found = [
+            made.prompt(ids, max_length, text=row.text, fields=row.fields) for row, ids in zip(rows, texts, strict=True)
         ]
+        prompts, spans = [prompt.ids for prompt in found], [prompt.span for prompt in found]
     else:
-        texts = [()] * len(rows)
+        texts, spans = [()] * len(rows), [None] * len(rows)
         prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
     examples = []
-    for row, prompt, text in zip(rows, prompts, texts, strict=True):
+    for row, prompt, text, span in zip(rows, prompts, texts, spans, strict=True):
         if row.target not in answers:
             answers[row.target] = answer_tokens(row.target, tokenizer, encoder_decoder)
         target = answers[row.target]
         if spec.free_text:
             target = target[: spec.max_answer_tokens]
-        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target, text))
+        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target, text, span))
     return examples
 
 
@@ -192,14 +200,15 @@ def epoch_order(count: int, *, seed: int, stage: str, epoch: int) -> list[int]:
 def collate(examples: Sequence[Example], *, pad_id: int, side: Side) -> dict[str, Tensor]:
     """Batch for a causal model: ``input_ids``, ``attention_mask``, ``labels``, ``prompt_mask``, each (B, T) int64.
 
-    ``labels`` is -100 outside targets; ``prompt_mask`` is 1 on the prompt's tokens only, which routing reads.
+    ``labels`` is -100 outside targets; ``prompt_mask`` is 1 on the tokens that routing reads: the text's, or the
+    whole prompt's in format 1.
     """
     whole = [one.prompt + one.target for one in examples]
     return {
-        "input_ids": _padded(whole, pad_id, side),
-        "attention_mask": _padded([(1,) * len(ids) for ids in whole], 0, side),
-        "labels": _padded([(IGNORED,) * len(one.prompt) + one.target for one in examples], IGNORED, side),
-        "prompt_mask": _padded([(1,) * len(one.prompt) + (0,) * len(one.target) for one in examples], 0, side),
+        "input_ids": padded(whole, pad_id, side),
+        "attention_mask": padded([(1,) * len(ids) for ids in whole], 0, side),
+        "labels": padded([(IGNORED,) * len(one.prompt) + one.target for one in examples], IGNORED, side),
+        "prompt_mask": padded([one.routing_mask + (0,) * len(one.target) for one in examples], 0, side),
     }
 
 
@@ -207,18 +216,20 @@ def collate_seq2seq(examples: Sequence[Example], *, pad_id: int, side: Side = "r
     """Batch for an encoder-decoder: prompts as ``input_ids`` (B, T), targets as ``labels`` (B, T of targets)."""
     return {
         **collate_prompts(examples, pad_id=pad_id, side=side),
-        "labels": _padded([one.target for one in examples], IGNORED, "right"),
+        "labels": padded([one.target for one in examples], IGNORED, "right"),
     }
 
 
 def collate_prompts(examples: Sequence[Example], *, pad_id: int, side: Side = "left") -> dict[str, Tensor]:
     """Prompts alone, for generation and features: ``input_ids``, ``attention_mask``, ``prompt_mask``, each (B, T)."""
-    mask = _padded([(1,) * len(one.prompt) for one in examples], 0, side)
-    ids = _padded([one.prompt for one in examples], pad_id, side)
-    return {"input_ids": ids, "attention_mask": mask, "prompt_mask": mask.clone()}
+    mask = padded([(1,) * len(one.prompt) for one in examples], 0, side)
+    ids = padded([one.prompt for one in examples], pad_id, side)
+    routing = padded([one.routing_mask for one in examples], 0, side)
+    return {"input_ids": ids, "attention_mask": mask, "prompt_mask": routing}
 
 
-def _padded(sequences: Sequence[tuple[int, ...]], fill: int, side: Side) -> Tensor:
+def padded(sequences: Sequence[tuple[int, ...]], fill: int, side: Side) -> Tensor:
+    """Rows of different lengths as one (B, T) int64 tensor."""
     width = max(len(ids) for ids in sequences)
     rows = []
     for ids in sequences:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.prompts import PromptTemplate
 
+DEFAULT_TEXT_TOKENS = 512
 TEXT_MARK = "\ue000\ue001"
 """Stands for the text while the rest of a prompt is rendered: private-use characters, which no text of a prompt needs."""
 
@@ -27,7 +28,7 @@ class PromptFormat:
     """How prompts become ids; a bank has one for life."""
 
     version: Literal[1, 2] = 2
-    text_tokens: int = 512
+    text_tokens: int = DEFAULT_TEXT_TOKENS
     """Format 2: most tokens of a text that are read at all, whatever the task; a task's ``max_length`` may keep fewer."""
 
     @property
@@ -53,9 +54,8 @@ class TextPrompt:
     """A prompt in format 2."""
 
     ids: tuple[int, ...]
-    kept: int
-    """Tokens of the text that the prompt holds; they begin at ``start``."""
-    start: int
+    span: tuple[int, int] | None
+    """Where the first tokens of the text stand; None: the text was tokenised with the rest."""
 
 
 def text_ids(texts: Sequence[str], tokenizer: Any, limit: int) -> list[tuple[int, ...]]:
@@ -121,7 +121,7 @@ class TextPrompts:
         if max_length <= taken:
             raise self._no_room(taken, max_length)
         kept = ids[: max_length - taken]
-        return TextPrompt((*around.before, *kept, *around.after), len(kept), len(around.before))
+        return TextPrompt((*around.before, *kept, *around.after), (len(around.before), len(around.before) + len(kept)))
 
     def _around(self, fields: Mapping[str, str] | None) -> Around | None:
         before, mark, after = self._template.render_text(TEXT_MARK, fields=fields).partition(TEXT_MARK)
@@ -137,7 +137,7 @@ class TextPrompts:
             inner = _ids(self._tokenizer, self._template.render_text(kept, fields=fields), split=True)
             length = len(self._ends.before) + len(inner) + len(self._ends.after)
             if length <= max_length:
-                return TextPrompt((*self._ends.before, *inner, *self._ends.after), 0, 0)
+                return TextPrompt((*self._ends.before, *inner, *self._ends.after), None)
             if not kept:
                 raise self._no_room(length, max_length)
             kept = kept[: min(len(kept) - 1, len(kept) * max_length // length)]

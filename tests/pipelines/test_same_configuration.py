@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from amlora_dist.base_model import settled_attention
+from amlora_dist.base_model import Attention, settled_attention
 from amlora_dist.config import flat, from_mapping, load_config, named_keys, to_mapping
 from amlora_dist.errors import UserError
 from amlora_dist.former_values import FORMER, completed
@@ -111,7 +111,7 @@ def test_keys_that_are_new_stand_in_an_old_run_at_what_was_done_then(config: Pat
 @pytest.mark.parametrize(
     ("asked", "cpu", "gpu"), [("auto", "eager", "sdpa"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")]
 )
-def test_attention_is_what_is_quick_on_the_device_unless_it_is_named(asked: str, cpu: str, gpu: str) -> None:
+def test_attention_is_what_is_quick_on_the_device_unless_it_is_named(asked: Attention, cpu: str, gpu: str) -> None:
     assert (settled_attention(asked, gpu=False), settled_attention(asked, gpu=True)) == (cpu, gpu)
 
 

@@ -38,7 +38,8 @@ BOMBS = {
     "a list doubled": (GROW + "{% set x = [x, x] %}" * 60 + "{{ x }}", STEPS),
     "a dictionary doubled": (GROW + "{% set x = {'a': x, 'b': x} %}" * 60 + "{{ x }}", STEPS),
     "lists in lists": (
-        "{% set n = namespace(x=[]) %}{% for i in range(99) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}", "lists into lists"
+        "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}",
+        "lists into lists",
     ),
     "a filter's width": ("{{ 'x' | center(10**9) }}", NUMBER),
     "a method's width": ("{{ 'x'.ljust(10**9) }}", NUMBER),
