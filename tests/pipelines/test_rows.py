@@ -16,9 +16,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from amlora_dist.inference import Answer, Classification, Route
 from typer.testing import CliRunner, Result
 
+from amlora_dist.evaluation.requests import Answer, Classification, Route
 from amlora_dist.model import AMLoRAModel
 from pipelines.cli import app
 from tests.registry.tiny_banks import tiny_bank
