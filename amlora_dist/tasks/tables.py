@@ -212,11 +212,17 @@ def saved_rows(
 
     try:
         data = datasets.load_from_disk(str(path))
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+    except (
+        pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path}: cannot be read as a saved data set ({_reason(error)}); save it again") from None
     present = list(data.column_names)
     check_columns(needed, present, str(path), mend)
     columns = [name for name in present if asked is None or name in asked]
+    for name in columns:
+        # Arrow takes the offsets of a file as they are, and reads past the end of memory where they are wrong.
+        _column(partial(_validated, data, name), name, path)
     for place, values in dataset_rows(data, columns, path, range(len(data))):
         yield place + 1, values
 
@@ -231,6 +237,11 @@ def dataset_rows(
         values = {name: _column(partial(_values, alone[name], part, name), name, where) for name in columns}
         for at, place in enumerate(part):
             yield place, {name: values[name][at] for name in columns}
+
+
+def _validated(data: Any, name: str) -> list[Any]:
+    data.data.column(name).validate(full=True)
+    return []
 
 
 def _values(data: Any, places: list[int], name: str) -> list[Any]:

@@ -284,3 +284,7 @@ def test_save_to_disk_folder_that_is_damaged_is_told(tmp_path: Path) -> None:
     next((tmp_path / "train").glob("*.arrow")).write_bytes(b"torn")
     with pytest.raises(UserError, match=r"train: cannot be read as a saved data set"):
         load_task(task(tmp_path, "train"))
+    columns = {"text": not_utf8(len(GOOD)), "label": pyarrow.array([row["label"] for row in GOOD])}
+    datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(columns))).save_to_disk(str(tmp_path / "bad"))
+    with pytest.raises(UserError, match=r"bad: column 'text' cannot be read"):
+        load_task(task(tmp_path, "bad"))
