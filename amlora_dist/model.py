@@ -296,6 +296,7 @@ class AMLoRAModel:
         if labels is not None:
             if not labels:
                 raise UserError("labels: found none, expected at least one (or leave them out: those of the task)")
+            self.prompter.labels(labels)  # says which is no text
             for request in requests:
                 request.labels = tuple(dict.fromkeys(labels))
         return self.classified(requests, batch_size)
