@@ -19,6 +19,9 @@ from amlora_dist.adapters.task_choice import SwitchRouter
 from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
 from amlora_dist.config import home
 from amlora_dist.errors import BankError, UserError
+from amlora_dist.evaluation.settings import AnswerSettings
+from amlora_dist.former_values import completed
+from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +47,7 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mix
     """
     manifest = bank.manifest
     try:
-        router_settings = RouterSettings(**manifest.training_configuration.get("router", {}))
+        router_settings = RouterSettings(**completed(manifest.training_configuration).get("router", {}))
         own = dict(bank.router_settings)
         prior = own.pop(PRIOR_KEY, None)
         literal = LiteralSettings(**own) if manifest.router.kind == "literal" else None
@@ -61,9 +64,33 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mix
         router=None if router is None else SwitchRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
+        depths=router_settings.depths or (),
         skip_tokens=router_settings.skip_tokens,
         lead=lead,
     )
+
+
+def bank_format(manifest: Manifest) -> PromptFormat:
+    """How a bank's prompts become ids.
+
+    Raises:
+        BankError: a format of a later version.
+    """
+    found = completed(manifest.training_configuration)
+    version, router = found["prompt_format"], found.get("router", {})
+    if version not in (1, 2):
+        raise BankError(
+            f"manifest: prompt_format: found {version!r}, expected 1 or 2; a newer bank needs a newer amlora-dist"
+        )
+    return PromptFormat(version, int(router.get("max_text_tokens") or DEFAULT_TEXT_TOKENS))
+
+
+def answer_settings(manifest: Manifest) -> AnswerSettings:
+    """How a bank weighs the labels of a task. Raises BankError where the settings do not fit this version."""
+    try:
+        return AnswerSettings(**completed(manifest.training_configuration)["answer"])
+    except (ValidationError, TypeError) as error:
+        raise BankError(f"manifest: the settings of its answers do not fit this version: {error}") from error
 
 
 def bank_targets(transformer: PreTrainedModel, paths: Sequence[str]) -> list[Target]:

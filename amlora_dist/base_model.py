@@ -46,6 +46,9 @@ _TOKENIZERS = (
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
 
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
 class ModelSettings:
     """The base model, which never changes."""
@@ -54,8 +57,9 @@ class ModelSettings:
     """A Hub id, a local folder, or ``package:NAME`` for a package that carries a model."""
     revision: str | None = None
     """Commit or tag of a Hub repository; pin it."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation."""
+    attention: Attention = "auto"
+    """transformers' attention implementation; ``auto``: eager on CPUs, where PyTorch's fused one trains several times
+    slower, and sdpa on GPUs. What ``auto`` means is settled where the run starts, and kept with the run."""
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -98,6 +102,13 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
         encoder_decoder=bool(config.get("is_encoder_decoder", False)),
         model_type=str(config.get("model_type") or ""),
     )
+
+
+def settled_attention(asked: Attention, *, gpu: bool) -> Attention:
+    """The implementation that ``model.attention`` means on such a device."""
+    if asked == "auto":
+        return "sdpa" if gpu else "eager"
+    return asked
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -23,7 +23,8 @@ from amlora_dist import config_checks
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.evaluation.settings import EvaluationSettings
+from amlora_dist.evaluation.settings import AnswerSettings, EvaluationSettings
+from amlora_dist.former_values import completed
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.schema import check, fields_at, shown, without
 from amlora_dist.search import SearchSettings, nested
@@ -77,11 +78,14 @@ class RunConfig:
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
     task_defaults: TaskDefaults = Field(default_factory=TaskDefaults)
+    prompt_format: Literal[1, 2] = 2
+    """2: texts are tokenised by themselves, and the router reads nothing else. 1: as 0.1 did, for runs of its time."""
     boundary_mix: float = Field(default=0.0, ge=0, le=0.5)
     """Share of each stage's training rows that are the next task's, as in a stream whose boundaries nobody knows."""
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    answer: AnswerSettings = Field(default_factory=AnswerSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
     method_settings: MethodSettings = Field(default_factory=MethodSettings)
@@ -173,10 +177,30 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def from_mapping(mapping: dict[str, Any]) -> RunConfig:
     """A configuration from what ``to_mapping`` made. Raises FaultsError where it no longer fits this code."""
-    config, faults = check(RunConfig, mapping)
+    config, faults = check(RunConfig, completed(mapping))
     if config is None:
         raise FaultsError(_WHOLE, list(faults.values()))
     return config
+
+
+def named_keys(path: Path | str, overrides: list[str] | None = None) -> frozenset[str]:
+    """Paths of the values that a file and the overrides give themselves (``training.epochs``); the rest is default."""
+    data = read_document(Path(path)).data
+    _short_forms(data, {}, {})
+    for text in overrides or []:
+        _apply(data, text, {}, {})
+    return frozenset(flat(data))
+
+
+def flat(mapping: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of nested sections by their paths; a list is one value, and so is a section with nothing in it."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{above}{key}.")
+        else:
+            out[f"{above}{key}"] = value
+    return out
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
-from amlora_dist.adapters.inject import inject
-from amlora_dist.adapters.router import posterior_router
+from amlora_dist.adapters.inject import Mixture, inject
+from amlora_dist.adapters.router import build_router
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.adapters.statistics import TaskStatistics
-from amlora_dist.bank_loading import bank_targets
+from amlora_dist.bank_loading import bank_format, bank_targets
 from amlora_dist.base_model import check_tokenizer, check_weights, load_model, load_tokenizer, meta_model
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
-from amlora_dist.inference import Prompter, Request, batches, tensors
+from amlora_dist.evaluation.requests import Prompter, Request
+from amlora_dist.former_values import completed
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry, TaskName, replace
+from amlora_dist.tasks.batches import Example, Side, collate_prompts
 from amlora_dist.tasks.label_checks import check_labels
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.training.batching import prompt_positions
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.base_model import BaseModel
     from amlora_dist.registry.bank_folder import Bank
-    from amlora_dist.registry.task_entry import TaskEntry
+    from amlora_dist.tasks.task_entry import TaskEntry
 
 METHOD = "imported"
 CONV1D = ("gpt2", "openai-gpt", "imagegpt")
@@ -85,7 +88,8 @@ def add_adapter(
     adapters = [] if before is None else before.adapters
     if before is not None:
         check_joinable(before, made)
-    settings = RouterSettings(**draft.training_configuration.get("router", {}))
+    settings = RouterSettings(**completed(draft.training_configuration).get("router", {}))
+    prompt_format = bank_format(draft)
     tokenizer = _checked_tokenizer(base, made, entry)
     model = load_model(base, dtype=torch.float32)
     mixture = inject(
@@ -93,6 +97,7 @@ def add_adapter(
         bank_targets(model, sorted(made.a)),
         [*adapters, made],
         router_layer=settings.layer,
+        depths=settings.depths or (),
         skip_tokens=settings.skip_tokens,
     )
     index = len(adapters) + 1
@@ -104,21 +109,19 @@ def add_adapter(
         task_spec=entry,
     )
     draft = replace(draft, adapters=[*draft.adapters, line])
-    prompter = Prompter(draft, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    requests = [Request(place, text, entry.question, made.task) for place, text in enumerate(texts)]
-    prompter.fill(requests, new_tokens=1)
-    features = []
-    for batch in batches(requests, BATCH):
-        inputs: dict[str, Any] = tensors(
-            batch, pad_id=int(tokenizer.pad_token_id), encoder_decoder=base.encoder_decoder, device=mixture.device
-        )
-        inputs |= prompt_positions(model, inputs["attention_mask"], encoder_decoder=base.encoder_decoder)
-        with torch.no_grad():
-            features.append(mixture.routing_features(**inputs).cpu())
-    own = TaskStatistics.from_features(made.task, torch.cat(features))
+    prompter = Prompter(
+        {line.task: line.task_spec for line in draft.adapters},
+        draft.bank_template,
+        tokenizer,
+        encoder_decoder=base.encoder_decoder,
+        positions=getattr(model.config, "max_position_embeddings", None),
+        prompt_format=prompt_format,
+    )
+    own = TaskStatistics.from_features(made.task, sample_features(model, mixture, prompter, base, made.task, entry, texts))
     known = {} if before is None else before.statistics
     statistics = [TaskStatistics.from_tensors(task, known[task]) for task in draft.tasks[:-1]] + [own]
-    router = posterior_router(statistics, shrinkage=settings.shrinkage, gate=settings.gate)
+    router = build_router(settings, statistics, seed=0, text_alone=prompt_format.text_alone)
+    assert router is not None, "banks that take adapters from elsewhere have a posterior router"
     draft = replace(
         draft,
         router=RouterEntry(kind=router.kind, settings=router.settings(), digest="0" * 64),
@@ -163,6 +166,34 @@ def _checked_tokenizer(base: BaseModel, made: Adapter, entry: TaskEntry) -> PreT
     labels = entry.labels or []
     check_labels(labels, tokenizer, encoder_decoder=base.encoder_decoder, where="--label", task=made.task)
     return tokenizer
+
+
+def sample_features(
+    model: Any, mixture: Mixture, prompter: Prompter, base: BaseModel, task: str, entry: TaskEntry, texts: Sequence[str]
+) -> Tensor:
+    """What the bank's router reads of texts, (rows, F): of the texts alone, or in format 1 of the task's prompts."""
+    requests = [Request(place, text, entry.question, task) for place, text in enumerate(texts)]
+    pad_id = int(prompter.tokenizer.pad_token_id)
+    if prompter.format.text_alone:
+        prompter.read(requests)
+        ends = prompter.ends
+        examples = [
+            Example(r.place, r.text_ids, (), None, "", span=(len(ends.before), len(r.text_ids) - len(ends.after)))
+            for r in requests
+        ]
+    else:
+        prompter.fill(requests, new_tokens=1)
+        examples = [Example(r.place, r.tokens, (), None, "") for r in requests]
+    features = []
+    for start in range(0, len(examples), BATCH):
+        side: Side = "right" if base.encoder_decoder else "left"
+        inputs: dict[str, Any] = dict(collate_prompts(examples[start : start + BATCH], pad_id=pad_id, side=side))
+        inputs |= prompt_positions(model, inputs["attention_mask"], encoder_decoder=base.encoder_decoder)
+        with torch.no_grad():
+            features.append(
+                mixture.routing_features(**{name: tensor.to(mixture.device) for name, tensor in inputs.items()}).cpu()
+            )
+    return torch.cat(features)
 
 
 def check_joinable(before: Bank, made: Adapter) -> None:

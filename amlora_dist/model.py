@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.inject import Mixture
+from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.adapters.literal import mean_over_prompt
 from amlora_dist.adapters.router import Router
 from amlora_dist.adapters.task_choice import OnlyTasks, SomeGiven, SwitchRouter, routed_by
 from amlora_dist.bank_loading import (
+    answer_settings,
+    bank_format,
     chosen_attention,
     chosen_device,
     chosen_dtype,
@@ -35,8 +38,9 @@ from amlora_dist.bank_loading import (
 )
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, picked, plan_labels
-from amlora_dist.inference import (
+from amlora_dist.evaluation.answering import Answering
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
+from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
     Prompter,
@@ -88,13 +92,32 @@ class AMLoRAModel:
         """The base model without a bank, which shares its weights with ``transformer``; set by ``from_bank``."""
         self.rows_TN = mean_rows(bank.adapters)
         positions = getattr(transformer.config, "max_position_embeddings", None)
-        self.prompter = Prompter(bank.manifest, tokenizer, positions)
+        manifest = bank.manifest
+        self.prompter = Prompter(
+            {line.task: line.task_spec for line in manifest.adapters},
+            manifest.bank_template,
+            tokenizer,
+            encoder_decoder=manifest.base.encoder_decoder,
+            positions=positions,
+            prompt_format=bank_format(manifest),
+            lead_tokens=manifest.prompt_tokens,
+        )
         self.decoder = Decoder(
             transformer,
             pad_id=int(tokenizer.pad_token_id),
             eos_id=int(tokenizer.eos_token_id),
             encoder_decoder=base.encoder_decoder,
         )
+        router = mixture.router.inner if isinstance(mixture.router, SwitchRouter) else mixture.router
+        self.answering: Answering | None = None
+        """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
+        if isinstance(router, KeyedRouter):
+            answer = answer_settings(manifest)
+            beta = None if answer.beta == "calibrated" else float(answer.beta)
+            self.answering = Answering(
+                mixture, self.decoder, self.prompter, router,
+                kind=answer.evidence, beta=beta, device=mixture.device, rows_TN=self.rows_TN,
+            )  # fmt: skip
 
     @classmethod
     def from_bank(
@@ -210,6 +233,8 @@ class AMLoRAModel:
             batch_size: texts of one pass.
         """
         requests = self.requests(texts, question=question)
+        if self.answering is not None:
+            return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         self.prompter.fill(requests, new_tokens=0)
         return routes(self._gates(requests, batch_size), self.tasks, self.rows_TN)
 
@@ -220,18 +245,28 @@ class AMLoRAModel:
         question: Names = None,
         task: Names = None,
         max_new_tokens: int | None = None,
+        free: bool = False,
         batch_size: int = 8,
     ) -> list[Answer]:
-        """Greedy answers, as the bank's accuracy was measured.
+        """Answers to plain texts, as the bank's accuracy was measured: a label's words where the task that a text is
+        routed to has labels, else what the model writes, greedily.
 
         Args:
-            texts: plain texts; the prompt is put around them: the bank's, or the task's where one is named.
-            question: asked of the text, for one or each.
+            texts: plain texts; the prompt of the routed or named task is put around them.
+            question: asked of the text in place of the task's own, for one or each.
             task: use this task's row and prompt instead of the router, for all or (None: route) for each.
-            max_new_tokens: longest answer; default: what the bank's tasks need.
+            max_new_tokens: longest answer that is written; default: what the task needs.
+            free: write, whatever the task.
             batch_size: texts of one pass.
         """
         requests = self.requests(texts, question=question, task=task)
+        if self.answering is not None:
+            for request in requests:
+                request.free = free
+            found = self.answering.answered(
+                requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed
+            )
+            return [Answer(one.text, one.ended, one.route) for one in found]
         named = {request.task for request in requests}
         steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
         self.prompter.fill(requests, new_tokens=steps)
@@ -240,8 +275,8 @@ class AMLoRAModel:
             state, gate_BT = self.prefill(batch)
             with torch.no_grad(), routed_by(self._router):
                 outputs = self.decoder.greedy(state, steps, bool)
-            found = routes(gate_BT, self.tasks, self.rows_TN)
-            for request, (tokens, ended), route in zip(batch, outputs, found, strict=True):
+            ways = routes(gate_BT, self.tasks, self.rows_TN)
+            for request, (tokens, ended), route in zip(batch, outputs, ways, strict=True):
                 made[request.place] = Answer(self.prompter.decode(tokens), ended, route)
         return [made[place] for place in range(len(requests))]
 
@@ -284,18 +319,28 @@ class AMLoRAModel:
 
     def classified(self, requests: Sequence[Request], batch_size: int) -> list[Classification]:
         """``classify`` for requests of different callers: each may have labels, a task and a question of its own."""
+        return finished(self.classifying(requests, batch_size))
+
+    @torch.no_grad()
+    def classifying(self, requests: Sequence[Request], batch_size: int) -> Generator[int, None, list[Classification]]:
+        """``classified`` with a stop after each pass, which yields the tokens that went through: others may run there."""
+        if self.answering is not None:
+            return (yield from self._classifying_keyed(self.answering, requests, batch_size))
         self._choose_labels([request for request in requests if request.labels is None], batch_size)
         ranked = [request for request in requests if request.labels]
-        texts_of_labels = {label for request in ranked for label in request.labels or ()}
-        longest = max(map(len, self.prompter.labels(sorted(texts_of_labels))), default=0)
-        self.prompter.fill(ranked, new_tokens=longest + 1)
+        # Room for each one's own labels: those of another caller must not cut this one's text.
+        sizes: dict[int, list[Request]] = {}
+        for request in ranked:
+            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
+        for longest, group in sizes.items():
+            self.prompter.fill(group, new_tokens=longest + 1)
         made: dict[int, Classification] = {}
         for request in requests:
             if not request.labels and request.gate is not None:
                 route = routes(request.gate[None], self.tasks, self.rows_TN)[0]
                 made[request.place] = Classification(None, request.task, {}, route)
         for batch in batches(ranked, batch_size):
-            made |= self._ranked(batch, batch_size)
+            made |= yield from self._ranking(batch, batch_size)
         return [made[place] for place in range(len(requests))]
 
     # ---- other shapes of the same bank ------------------------------------------------------------------------
@@ -315,7 +360,9 @@ class AMLoRAModel:
         if not isinstance(router, SwitchRouter):
             raise UserError("use_tasks: the layers of this bank weigh the adapters themselves (router kind literal)")
         other = copy.copy(self)
-        other._router = OnlyTasks(router.inner, sorted({self.tasks.index(task) for task in tasks}))
+        chosen = sorted({self.tasks.index(task) for task in tasks})
+        inner = router.inner
+        other._router = inner.only(chosen) if isinstance(inner, KeyedRouter) else OnlyTasks(inner, chosen)
         return other
 
     def to_peft(self, task: str) -> Any:
@@ -350,6 +397,8 @@ class AMLoRAModel:
         requests = self.requests(texts)
         for request in requests:
             request.gate = None if gate_BT is None else gate_BT[request.place].to(self.device)
+        if self.answering is not None:
+            return self.answering.next_token_logits(requests, batch_size=batch_size)
         self.prompter.fill(requests, new_tokens=1)
         found: dict[int, Tensor] = {}
         for batch in batches(requests, batch_size):
@@ -358,6 +407,19 @@ class AMLoRAModel:
         return torch.stack([found[place] for place in range(len(requests))])
 
     # ---- inside -----------------------------------------------------------------------------------------------
+
+    @property
+    def _keyed(self) -> KeyedRouter | None:
+        """The router in place of the bank's own, on the model's device; None for the bank's."""
+        return self._router.to(self.device) if isinstance(self._router, KeyedRouter) else None
+
+    def _classifying_keyed(
+        self, answering: Answering, requests: Sequence[Request], batch_size: int
+    ) -> Generator[int, None, list[Classification]]:
+        for named in {request.task for request in requests if request.task is not None and request.labels is None}:
+            self.labels_of(named)
+        found = yield from answering.answering(requests, batch_size=batch_size, router=self._keyed, write=False)
+        return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
     def requests(self, texts: str | Sequence[str], *, question: Names = None, task: Names = None) -> list[Request]:
         listed = [texts] if isinstance(texts, str) else list(texts)
@@ -433,7 +495,7 @@ class AMLoRAModel:
             state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
 
-    def _ranked(self, batch: Sequence[Request], batch_size: int) -> dict[int, Classification]:
+    def _ranking(self, batch: Sequence[Request], batch_size: int) -> Generator[int, None, dict[int, Classification]]:
         """One pass over all prompts; then the labels of each set behind the rows that have it."""
         state, gate_BT = self.prefill(batch)
         found = routes(gate_BT, self.tasks, self.rows_TN)
@@ -442,12 +504,20 @@ class AMLoRAModel:
         for row, request in enumerate(batch):
             sets.setdefault(request.labels or (), []).append(row)
         made: dict[int, Classification] = {}
+        yield longest * len(batch)
         for names, rows in sets.items():
-            plan = plan_labels(self.prompter.labels(names), self.decoder.eos_id)
+            plan = self.prompter.plan(names)
             part = state if len(rows) == len(batch) else picked(state, rows)
-            with torch.no_grad(), routed_by(self._router):
-                passes = contexts_per_pass(longest, batch_size, plan)
-                scores_BL = self.decoder.label_scores(part, plan, contexts_per_pass=passes)
+            passes = contexts_per_pass(longest, batch_size, plan)
+            scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)
+            while True:
+                try:
+                    with routed_by(self._router):  # only while it computes: others run at the stops, by theirs
+                        tokens = next(scoring)
+                except StopIteration as end:
+                    scores_BL: Tensor = end.value
+                    break
+                yield tokens
             shares, best = torch.softmax(scores_BL, dim=-1).tolist(), scores_BL.argmax(dim=-1).tolist()
             for row, share, winner in zip(rows, shares, best, strict=True):
                 scores = dict(zip(names, share, strict=True))

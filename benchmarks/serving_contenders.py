@@ -18,16 +18,16 @@ from amlora_dist.adapters.targets import default_router_layer, find_targets
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
 from amlora_dist.config import home
 from amlora_dist.evaluation.decoding import Prefilled
-from amlora_dist.inference import Request, Route, tensors
+from amlora_dist.evaluation.requests import Request, Route, tensors
 from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry
-from amlora_dist.registry.task_entry import task_entry
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
+from amlora_dist.tasks.task_entry import task_entry
 
 TASKS = [f"helpdesk/{name}" for name in ("email_route", "chat_mood", "call_urgency", "review_topic")]
 RANK = 8

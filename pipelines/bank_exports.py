@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
 from pipelines.quiet import standard_output_kept
-from pipelines.text_work import _form, _opened, read_lines
+from pipelines.row_input import opened
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
@@ -39,6 +40,7 @@ def export_bank(
         raise UserError("--weights TASK=WEIGHT belongs to --format merged, which needs at least one")
     if form in ("merged", "top1") and sample is None:
         raise UserError(f"--format {form} needs --sample FILE: texts to measure its gap to the mixture on")
+    texts = _texts(sample, column) if sample else None
     new_folder(dest)
     try:
         if form == "peft":
@@ -46,7 +48,7 @@ def export_bank(
             export_peft(dest, exported)
             yield f"{len(exported.adapters)} PEFT adapters, one for each task's row, are in {dest}"
             return
-        yield from _measured(bank, dest, form, shares, _texts(sample, column) if sample else None, options)
+        yield from _measured(bank, dest, form, shares, texts, options)
     except BaseException:
         discard(dest)
         raise
@@ -122,11 +124,11 @@ def import_adapter(
 
     check_options(task, labels)
     vacant(dest)
+    texts = _texts(sample, column)
     with standard_output_kept():
         made, config = read_peft(adapter, task)
         if not (base or onto or config.get("base_model_name_or_path")):
             raise UserError(f"{adapter}: its configuration names no base model; say which one with --base")
-        texts = _texts(sample, column)
         source = base or str(config.get("base_model_name_or_path") or "")
         bank = _import(made, texts, dest, onto=onto, labels=labels, question=question, source=source,
                        revision=None if base else config.get("revision"), base=base, tracking_uri=tracking_uri)  # fmt: skip
@@ -151,8 +153,8 @@ def _import(
     from amlora_dist.config import home
     from amlora_dist.importing import add_adapter, check_joinable, empty_manifest
     from amlora_dist.registry.bank_folder import read_bank
-    from amlora_dist.registry.task_entry import TaskEntry
     from amlora_dist.tasks.prompts import BANK_TEMPLATE
+    from amlora_dist.tasks.task_entry import TaskEntry
 
     before = None if onto is None else read_bank(_local(onto, tracking_uri, statistics=True))
     if before is not None:
@@ -201,12 +203,9 @@ def _shares(given: Sequence[str]) -> dict[str, float]:
 
 
 def _texts(sample: Path, column: str) -> list[str]:
-    """The first rows of a sample."""
-    with _opened(str(sample)) as file:
-        lines = read_lines(file, _form(sample), str(sample), column)
-        texts = [line.text for line, _ in zip(lines, range(SAMPLE_ROWS))]  # noqa: B905 (the shorter one ends it)
+    """Texts of the first rows of a sample."""
+    with opened(str(sample), column) as rows:
+        texts = [line.text for line in itertools.islice(rows.lines(asked=[column]), SAMPLE_ROWS)]
     if not texts:
-        raise UserError(f"{sample}: found no text, expected some")
+        raise UserError(f"{sample}: found no text, expected some; put the task's texts there")
     return texts
-
-

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from amlora_dist.config import named_file, validate_config
+        from amlora_dist.config import named_file, named_keys, validate_config
         from pipelines.progress import progress_for
         from pipelines.quiet import standard_output_kept
 
@@ -68,8 +68,10 @@ def run(
         run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         progress = progress_for()
         with standard_output_kept(), contextlib.closing(progress), named_file(config, overrides):
+            from pipelines.same_configuration import going_on
             from pipelines.sequence import run_sequence
 
+            settings = going_on(settings, named=named_keys(config, overrides), run_id=run_id)
             result = run_sequence(settings, run_id=run_id, progress=progress, verbose=verbose)
         _print_result(result, as_json=as_json)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import RunConfig, home, to_mapping, validate_config
+from amlora_dist.config import RunConfig, home, named_keys, to_mapping, validate_config
 from amlora_dist.errors import TrainingError, UserError
 from amlora_dist.methods import METHODS, method_class
 from amlora_dist.registry import tags
@@ -24,7 +24,7 @@ from amlora_dist.reporting.facts import read_run
 from amlora_dist.schema import did_you_mean
 from amlora_dist.strict_yaml import read_document
 from pipelines import results
-from pipelines.same_configuration import differences, refuse_other_configuration
+from pipelines.same_configuration import differences, refuse_other_configuration, taken_up
 from pipelines.sequence import run_sequence
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class Plan:
         """The configuration of one run."""
         own = [f"method={contender.method}", f"seed={seed}", f"tasks={json.dumps(self.orders[order])}", *contender.overrides]
         own += [] if rate is None else [f"training.learning_rate={rate!r}"]
-        config, _ = validate_config(self.file, [*self.overrides, *own, *more])
-        return config
+        given = [*self.overrides, *own, *more]
+        config, _ = validate_config(self.file, given)
+        return taken_up(config, to_mapping(self.base), named_keys(self.file, given))
 
     @property
     def grid(self) -> Iterator[tuple[Contender, str, int]]:
@@ -174,7 +175,10 @@ def run_comparison(plan: Plan, *, command: str, progress: Progress, verbose: boo
     """
     store = Store.open(home(), plan.base.mlflow.tracking_uri)
     journal = store.grouping_run(KIND, plan.comparison_id)
-    comparison = _resumed(plan, store.load_json(journal, FILE)) | {"command": command}
+    stored = store.load_json(journal, FILE)
+    if stored is not None:  # what the file does not name is what it was: new defaults change no old comparison
+        plan.base = taken_up(plan.base, stored["config"], named_keys(plan.file, plan.overrides))
+    comparison = _resumed(plan, stored) | {"command": command}
     driver = _Driver(plan, store, journal, progress, verbose, comparison)
     driver.tune()
     driver.run_grid()

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.adapters.settings import GateSettings, RouterSettings
-from amlora_dist.base_model import BaseModel, resolve_base
+from amlora_dist.adapters.settings import RouterSettings
+from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
+from amlora_dist.former_values import unlike_former
 from amlora_dist.methods import method_for
+from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
@@ -63,7 +66,14 @@ class Materials:
             router=c.router,
             training=c.training,
             method_settings=c.method_settings,
+            prompt_format=self.prompt_format,
+            answer=c.answer,
         )
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How prompts become ids."""
+        return PromptFormat(self.config.prompt_format, self.config.router.max_text_tokens or DEFAULT_TEXT_TOKENS)
 
     def demand(self, gpu_share: float = 1.0) -> Demand:
         """What the run needs at least."""
@@ -77,7 +87,12 @@ class Materials:
         """What turns this task's rows into token ids, for fingerprints."""
         spec = self.specs[task]
         template = template_for(spec, spec.prompt_style)
-        return prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
+        values = prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
+        if not self.prompt_format.text_alone:
+            return values
+        # Whoever is routed to this task is answered by its prompt and labels, so they are part of what a bank is.
+        answers = {"answer": spec.max_answer_tokens} if spec.free_text else {"labels": spec.label_texts}
+        return values | self.prompt_format.values() | answers
 
     def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
         """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
@@ -113,7 +128,7 @@ class Materials:
         return training_fingerprint(
             base_digest=self.base.digest,
             parent_adapters=adapters,
-            parent_statistics=statistics,
+            parent_statistics=[] if self.prompt_format.text_alone else statistics,
             task=task,
             rows_digest=self.data[task].digest("train") if own else "",
             prompt=self.prompt(task) if own else {},
@@ -124,8 +139,10 @@ class Materials:
 
     def scoring_fingerprint(self, method: Method, bank: list[str], mode: str, task: str) -> str:
         """Of one cell, under a bank whose stages have these training fingerprints."""
-        router = {"kind": self.config.router.kind, **asdict(self.config.router.gate)}
-        router = router if _routes(mode) and method.routed else {}
+        router = self._weighing(self.config.router) if _routes(mode) and method.routed else {}
+        if self.plain_texts and mode != "untrained":
+            router |= {"prompts": "served", "answer": asdict(self.config.answer)}
+            router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
         anew = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | anew, task)
 
@@ -147,10 +164,23 @@ class Materials:
             features=None if features is None else str(storage / "features" / f"{features}.safetensors"),
         )
 
+    @property
+    def plain_texts(self) -> bool:
+        """Whether rows are scored as plain texts, by what serves them, where the method's router can."""
+        return self.prompt_format.text_alone and self.config.evaluation.prompts == "served"
+
+    def _weighing(self, router: RouterSettings) -> dict[str, Any]:
+        """What of a router's settings decides its gates."""
+        return {"kind": router.kind, **unlike_former("router.gate", asdict(router.gate))}
+
     def scored_by_default(self, bank: list[str], task: str) -> str:
         """Of the cell of this bank and task under the default router: a run that varies the gates of another's bank differs
         from it in few rows."""
-        return self._scoring(bank, "router", {"kind": RouterSettings().kind, **asdict(GateSettings())}, task)
+        router = self._weighing(RouterSettings())
+        if self.plain_texts:
+            router |= {"prompts": "served", "answer": asdict(AnswerSettings())}
+            router |= {key: getattr(RouterSettings(), key) for key in ("keys", "shrinkage")}
+        return self._scoring(bank, "router", router, task)
 
     def _scoring(self, bank: list[str], mode: str, router: dict[str, Any], task: str) -> str:
         spec, split = self.specs[task], self.config.evaluation.split
@@ -173,6 +203,8 @@ class Materials:
             return None
         router = self.config.router
         read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}
+        if self.prompt_format.text_alone:
+            read |= {"depths": router.depths}
         read |= {"batch": self.config.evaluation.batch_size, "attention": self.config.model.attention}
         return value_digest({"rows": self._scoring([], "untrained", {}, task), **read})
 
@@ -200,9 +232,12 @@ class Materials:
 def gather_materials(config: RunConfig, home: Path) -> Materials:
     """Read and check everything that can be checked before a process is started.
 
+    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here.
+
     Raises:
         UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the mend.
     """
+    config = replace(config, model=replace(config.model, attention=settled_attention(config.model.attention, gpu=_gpu())))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
     for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
@@ -227,7 +262,15 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
     materials = Materials(config, base, specs, data, _dtype(config.dtype))
     method = method_for(materials.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
-    materials.parameters, materials.trainable = check_model(method, base, tasks)
+    materials.parameters, materials.trainable, depths = check_model(method, base, tasks)
+    if config.prompt_format == 2:
+        longest = max(int(spec.max_length or DEFAULT_TEXT_TOKENS) for spec in specs.values())
+        router = replace(
+            config.router,
+            depths=depths if config.router.depths is None else config.router.depths,
+            max_text_tokens=config.router.max_text_tokens or longest,
+        )
+        materials.config = replace(materials.config, router=router)
     if config.workers and config.zero_stage == 3 and method.reads_parameters:
         raise UserError(
             f"deepspeed.zero_stage: 3 partitions the parameters that method {config.method!r} reads beside the pass; use 0,"
@@ -249,6 +292,12 @@ def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
 def _first_rows(data: TaskData) -> list[Row]:
     """One row of each split: what their prompts have beside the text is alike in all."""
     return [row for rows in data.rows.values() for row in rows[:1]]
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _dtype(asked: str) -> str:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.sources import Row
 
 
-def check_model(method: Method, base: BaseModel, tasks: Iterable[tuple[TaskSpec, list[Row]]]) -> tuple[int, int]:
+def check_model(
+    method: Method, base: BaseModel, tasks: Iterable[tuple[TaskSpec, list[Row]]]
+) -> tuple[int, int, list[int]]:
     """See that the adapters have layers to adapt, on a model without weights, that the weights and the tokenizer are its
     own, and that the tokenizer can tell every task's labels apart.
 
@@ -28,7 +30,8 @@ def check_model(method: Method, base: BaseModel, tasks: Iterable[tuple[TaskSpec,
         tasks: with some rows of each, whose prompts must fit.
 
     Returns:
-        Parameters of the model, and of an adapter.
+        Parameters of the model, and of an adapter; and the layers below the routing layer that features take in by
+        default.
 
     Raises:
         UserError: the first thing that does not fit; lists what could.
@@ -44,15 +47,18 @@ def check_model(method: Method, base: BaseModel, tasks: Iterable[tuple[TaskSpec,
     return sizes
 
 
-def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int]:
-    from amlora_dist.adapters.targets import check_router_layer, default_router_layer
+def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
+    from amlora_dist.adapters.targets import check_router_layer, default_depths, default_router_layer
 
     asked = method.settings.router.layer
     layer = default_router_layer(model) if asked is None else asked
     check_router_layer(model, layer)
     rank, _ = method.rank_and_alpha
     trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
-    return sum(parameter.numel() for parameter in model.parameters()), trainable
+    depths = method.settings.router.depths or []
+    if any(depth >= layer for depth in depths):
+        raise UserError(f"router.depths: found {depths}, expected layers below the routing layer {layer}")
+    return sum(parameter.numel() for parameter in model.parameters()), trainable, default_depths(layer)
 
 
 def _check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:

@@ -27,8 +27,8 @@ from amlora_dist.registry.manifest import (
     read_manifest,
     statistics_file,
 )
-from amlora_dist.registry.task_entry import task_entry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.task_entry import task_entry
 from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
 from amlora_dist.training.work import Cell, Parent
 from pipelines.results import STAGE_FILE, Matrices

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config import from_mapping, to_mapping
+from amlora_dist.config import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.errors import FaultsError, UserError
 
 if TYPE_CHECKING:
@@ -21,6 +23,61 @@ FREE_IN_RUN = (*IRRELEVANT, "search")
 """The same of a run, which does not read the search."""
 FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
 """The same of a search."""
+
+
+RESOLVED = ("model.attention",)
+"""Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
+
+
+def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", search_id: str = "") -> RunConfig:
+    """The configuration of a start under an id that may exist: what the file does not name is what it was (`taken_up`).
+
+    Args:
+        config: as the file, the overrides and today's defaults give it.
+        named: of ``named_keys``.
+        run_id: of a run;
+        search_id: or of a search.
+    """
+    from amlora_dist.registry import tags
+    from amlora_dist.registry.store import Store
+
+    uri = config.mlflow.tracking_uri
+    if not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not (home() / "mlflow.db").exists():
+        return config  # nothing was ever run here, and a store is not made before the data have been looked at
+    store = Store.open(home(), uri)
+    wanted = {tags.KIND: "search", tags.SEARCH: search_id} if search_id else {tags.KIND: "sequence", tags.RUN_ID: run_id}
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    free = FREE_IN_SEARCH if search_id else FREE_IN_RUN
+    return config if stored is None else taken_up(config, stored, named, free=free)
+
+
+def taken_up(
+    config: RunConfig, stored: Mapping[str, Any], named: Collection[str], *, free: tuple[str, ...] = FREE_IN_RUN
+) -> RunConfig:
+    """``config`` with the values of ``stored`` for all keys that nobody named: new defaults change no old run.
+
+    ``auto`` counts as not named where what it meant was stored in its place.
+    """
+    try:
+        former = flat(to_mapping(from_mapping(dict(stored))))
+    except FaultsError:
+        return config  # it no longer fits this code; what differs is told by who compares
+    made = to_mapping(config)
+    asked = {key for key in named if not (key in RESOLVED and flat(made)[key] == "auto")}
+    for key in flat(made):
+        if key not in former or _free(key, free) or any(key == n or key.startswith(f"{n}.") for n in asked):
+            continue
+        *sections, last = key.split(".")
+        inner = made
+        for section in sections:
+            inner = inner[section]
+        inner[last] = former[key]
+    return from_mapping(made)
+
+
+def _free(key: str, free: tuple[str, ...]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in free)
 
 
 def refuse_other_configuration(
@@ -63,28 +120,19 @@ def differences(
         grows: whether tasks may be appended.
     """
     with contextlib.suppress(FaultsError):
-        stored = to_mapping(from_mapping(stored))  # what this version of the code has added stands at its default
+        stored = to_mapping(from_mapping(stored))  # what versions since then have added is at what was done then
     differing = sorted(
         key
-        for key in _flat(stored).keys() | _flat(mapping).keys()
-        if _flat(stored).get(key) != _flat(mapping).get(key)
+        for key in flat(stored).keys() | flat(mapping).keys()
+        if flat(stored).get(key) != flat(mapping).get(key)
         and not (grows and key == "tasks")
-        and not any(key == other or key.startswith(f"{other}.") for other in free)
+        and not _free(key, free)
     )
     before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
     if grows and now[: len(before)] != before:
         differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
     return "; ".join(
-        f"{key}: {_flat(stored).get(key)!r} then, {_flat(mapping).get(key)!r} now" if "(" not in key else key
+        f"{key}: {flat(stored).get(key)!r} then, {flat(mapping).get(key)!r} now" if "(" not in key else key
         for key in differing
     )
 
-
-def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{above}{key}.")
-        else:
-            out[f"{above}{key}"] = value
-    return out

@@ -47,7 +47,7 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
         with answered(verbose=verbose):
             import psutil
 
-            from amlora_dist.config import named_file, validate_config
+            from amlora_dist.config import named_file, named_keys, validate_config
             from pipelines.progress import progress_for
             from pipelines.quiet import standard_output_kept
 
@@ -55,8 +55,10 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
             search_id = checked_search_id(search_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             progress = progress_for()
             with standard_output_kept(), contextlib.closing(progress), named_file(config, overrides):
+                from pipelines.same_configuration import going_on
                 from pipelines.search.driver import run_search
 
+                settings = going_on(settings, named=named_keys(config, overrides), search_id=search_id)
                 result = run_search(
                     settings, file=str(config), search_id=search_id, progress=progress,
                     began=psutil.Process().create_time(), verbose=verbose,

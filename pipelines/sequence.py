@@ -89,9 +89,11 @@ def _run_sequence(
 ) -> dict[str, Any]:
     place = home()
     preflight.check_folder(place)
-    config.registered_model = config.registered_model or run_id
+    model = config.registered_model = config.registered_model or run_id
     began = time.monotonic()
     materials = gather_materials(config, place)
+    config = materials.config
+    config.registered_model = config.registered_model or run_id
     storage, copies = storage_of(config)
     preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)
@@ -104,11 +106,11 @@ def _run_sequence(
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
     refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
-    with store.hold_run(run_id, config.registered_model) as lease:
+    with store.hold_run(run_id, model) as lease:
         if alone:
             progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
-        store.ensure_current(config.registered_model, lease.check)  # a version may have been registered just before a crash
-        parent_run = store.parent_run(config.registered_model, run_id, mapping, below=within.run if within else None)
+        store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
+        parent_run = store.parent_run(model, run_id, mapping, below=within.run if within else None)
         driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage, within)
         status = "FAILED"
         placement = Placement(
@@ -399,6 +401,7 @@ class _Driver:
             rows=rows,
             mixed=mixed,
             data_digests=digests,
+            plain_texts=m.plain_texts,
             sealed=c.evaluation.sealed,
             cache=str((self.storage if c.storage is not None and url is None else home()) / "cache"),
             root=str(self.storage),

@@ -19,8 +19,8 @@ from amlora_dist.adapters.targets import Target, default_router_layer, find_targ
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import AccuracyMatrix, BaseEntry, Manifest, RouterEntry
-from amlora_dist.registry.task_entry import TaskEntry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.task_entry import TaskEntry
 from tests.registry.tiny_banks import fingerprint
 from tests.tiny_folder import TARGETS, TOPICS, write_model
 

@@ -71,7 +71,8 @@ ONE_FAULT = {
     "infinite": ("training: {l1: .inf}", "training.l1", "inf", "a finite number", ""),
     "slip in a word": ("dtype: bf-16", "dtype", "'bf-16'", "auto, fp32 or bf16", "did you mean 'bf16'?"),
     "pattern": ("adapters: {layers: last}", "adapters.layers", "'last'", "above_router, all or last:K", ""),
-    "wrong in every branch": ("adapters: {targets: 3}", "adapters.targets", "3", "auto, or a list", ""),
+    "wrong in every branch": ("adapters: {targets: 3}", "adapters.targets", "3", "auto, all-linear, attention or mlp, or a list", ""),  # noqa: E501
+    "a word misspelt": ("adapters: {targets: mpl}", "adapters.targets", "'mpl'", "attention or mlp", "did you mean 'mlp'"),
     "item of a list": ("adapters: {targets: [q, 3]}", "adapters.targets[1]", "3", "text", "put it in quotes"),
     "pair with one value": ("training: {betas: [0.9]}", "training.betas[1]", "nothing", "a value", ""),
     "unknown method": ("method: am_lore", "method", "'am_lore'", "am_lora", "did you mean 'am_lora'?"),

@@ -24,7 +24,10 @@ FLOORS = [
     {"methods"},
     {"evaluation"},
     {"adapters", "tasks", "search"},
-    {"base_model", "crash_points", "digests", "errors", "fingerprints", "model_folder", "schema", "strict_yaml"},
+    {
+        "base_model", "crash_points", "digests", "errors", "fingerprints", "former_values", "model_folder", "schema",
+        "strict_yaml",
+    },
 ]
 GROUND = FLOORS[-1]
 TOGETHER = [{"config", "config_checks"}, GROUND]
@@ -37,6 +40,7 @@ LIGHT = [
     "amlora_dist",
     "amlora_dist.config",
     "amlora_dist.errors",
+    "amlora_dist.tasks.background",
     "amlora_dist.tasks.task",
     "amlora_dist.tasks.prompts",
     "amlora_dist.adapters.settings",

@@ -35,10 +35,10 @@ def mixed_shares(statistics: Sequence[TaskStatistics]) -> dict[str, dict[str, fl
     *earlier, newest = statistics
     for other in earlier:
         apart = newest.mean - other.mean
-        scatter = sum((s.factor.square().sum(dim=0) for s in (other, newest)), torch.zeros_like(apart))
+        scatter = sum((s.task_factor.square().sum(dim=0) for s in (other, newest)), torch.zeros_like(apart))
         w = apart / scatter.clamp(min=1e-12 * float(scatter.max()) + 1e-300)
         gap = float(apart @ w)
-        spread = {s.task: float((s.factor @ w).square().sum()) / s.count for s in (other, newest)}
+        spread = {s.task: float((s.task_factor @ w).square().sum()) / s.count for s in (other, newest)}
         if gap <= 0 or gap**2 < APART**2 * min(spread.values()):
             continue
         for one, two in ((other, newest), (newest, other)):

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.literal import Selection
 
 OnSelect = Callable[[str, "Selection"], None]
@@ -67,16 +68,19 @@ class MixtureCall:
     sequence-level selectors made of this call's prompt, by module path, ``carried_pooled`` what an earlier call left.
     ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
     pass ends where they end, and leaves it there (``adapters.trunk``). ``kept``: the gate came with a KV cache, which will
-    bring it again.
+    bring it again. ``depths``: features are the pooled states that enter these layers, side by side, (B, F).
+    ``dropout``: the new adapter's layers drop parts of their inputs.
     """
 
     owner: object
+    depths: tuple[int, ...] = ()
     task_gate: Tensor | None = None
     gates_of: Callable[[Tensor], Tensor | None] | None = None
     mask: Tensor | None = None
     skip_tokens: int = 2
     on_route: OnRoute | None = None
     features: Tensor | None = None
+    at_depth: dict[int, Tensor] = field(default_factory=dict)
     want_features: bool = False
     bypass: bool = False
     stop: bool = False
@@ -87,6 +91,7 @@ class MixtureCall:
     pooled: dict[str, Tensor] = field(default_factory=dict)
     carried_pooled: dict[str, Tensor] = field(default_factory=dict)
     kept: KeptGate | None = None
+    dropout: DropoutKeys | None = None
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -98,12 +103,18 @@ class MixtureCall:
             raise UserError("a mixture layer ran before the routing layer: adapted layers must lie above it")
         return self.task_gate
 
-    def see(self, hidden_BLD: Tensor) -> None:
-        """Called with the hidden states that enter the routing layer: pools the features and computes the gate."""
+    def see(self, depth: int, hidden_BLD: Tensor) -> None:
+        """Called with the hidden states that enter one of the layers that are read: pools the features and, at the last
+        of them, computes the gate."""
         if not self.want_features or self.features is not None:
             return
+        if self.trunk is not None and not self.captures and len(self.depths) > 1:
+            raise UserError("a pass that brings the states of the lower layers cannot be routed: give it task_gate")
         with torch.no_grad():
-            features = pool_features(hidden_BLD, self.mask, self.skip_tokens)
+            self.at_depth[depth] = pool_features(hidden_BLD, self.mask, self.skip_tokens)
+            if depth != self.depths[-1]:
+                return
+            features = torch.cat([self.at_depth[one] for one in self.depths], dim=-1)
         if self.stop:
             self.features = features
             raise FeaturesReady

@@ -37,12 +37,13 @@ from amlora_dist.adapters.call import (
 from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.router import Router
 
 GATE_KEY = "task_gate"
 """Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
 TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
-EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states")
+EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states", "dropout_keys")
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +52,8 @@ class Routing:
 
     ``router`` None: every call brings its gate, or (``select``) the layers' own selectors make it. ``tasks``: length
     of a gate. ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early,
-    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``prompted``: inputs have learned
+    for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``depths``: layers whose input
+    states, pooled, are the features; rising. ``prompted``: inputs have learned
     prompts, which features choose, whatever gives the gate.
     """
 
@@ -60,6 +62,7 @@ class Routing:
     skip_tokens: int
     partial_pass: bool
     select: bool
+    depths: tuple[int, ...]
     whole_passes: bool = False
     prompted: bool = False
     checkpointed: list[Any] = field(default_factory=list)
@@ -75,10 +78,11 @@ class RoutedForward:
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
-    Takes five arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
+    Takes six arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
     ``task_gate`` (B, T) or (1, T); ``on_route``, called with (features, task gate) when the routing layer is reached,
     also if the call brings its gate; ``on_select``, called with (module path, selection) by selectors;
-    ``trunk_states`` (B, tokens, D), what the layers below the first adapted one would come to (``adapters.trunk``).
+    ``trunk_states`` (B, tokens, D), what the layers below the first adapted one would come to (``adapters.trunk``);
+    ``dropout_keys``: drop parts of what the new adapter reads (``adapters.dropout``).
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class RoutedForward:
         on_route: OnRoute | None = None,
         on_select: OnSelect | None = None,
         trunk_states: Tensor | None = None,
+        dropout_keys: DropoutKeys | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward, inside a call that has or finds its gate."""
@@ -111,7 +116,7 @@ class RoutedForward:
         if self.encoder and call is not None and call.owner is self.routing:
             return self._carrying(self.inner(**kwargs), call)
         call = self._open(kwargs, prompt_mask, task_gate, on_route)
-        call.on_select, call.trunk = on_select, trunk_states
+        call.on_select, call.trunk, call.dropout = on_select, trunk_states, dropout_keys
         for module in self.routing.checkpointed:
             _let_gate_travel(module)
         with entered(call):
@@ -124,7 +129,8 @@ class RoutedForward:
         routing, router = self.routing, self.routing.router
         if task_gate is not None:
             task_gate = self._checked(task_gate, _batch(kwargs))
-        call = MixtureCall(routing, task_gate, mask=self.prompt_mask(kwargs, prompt_mask), select=routing.select)
+        mask = self.prompt_mask(kwargs, prompt_mask)
+        call = MixtureCall(routing, routing.depths, task_gate, mask=mask, select=routing.select)
         call.skip_tokens = routing.skip_tokens
         luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
         if luggage is not None:
@@ -160,7 +166,10 @@ class RoutedForward:
         inputs = {name: kwargs[name] for name in TRUNK_INPUTS if name in trunk._names and kwargs.get(name) is not None}
         if not stop and "logits_to_keep" in trunk._names:
             inputs["logits_to_keep"] = 1
-        call = MixtureCall(self.routing, mask=mask, skip_tokens=self.routing.skip_tokens, bypass=True, stop=stop)
+        routing = self.routing
+        call = MixtureCall(
+            routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop
+        )
         call.want_features = True
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             trunk.inner(**inputs)

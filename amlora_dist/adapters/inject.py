@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
 KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
+FLAT_INPUTS = {"opt": ("fc1", "fc2")}
+"""Layers, by ``config.model_type``, whose input has lost its batch axis."""
+
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
@@ -51,6 +54,8 @@ class NewAdapter:
     """Start values (earlier adapters,) by module path; default: zeros."""
     learn_recipe: bool = True
     """Learn the weights of earlier adapters; otherwise ``recipe_init`` is a constant row."""
+    dropout: float = 0.0
+    """Share of the adapter's input that calls with ``dropout_keys`` drop."""
 
 
 class Mixture:
@@ -78,7 +83,7 @@ class Mixture:
         """The adapter that ``silence`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
-        self._wrap(router_layer)
+        self._wrap()
 
     @property
     def router(self) -> Router | None:
@@ -209,21 +214,22 @@ class Mixture:
         self._undo.clear()
         self._trunk = None
 
-    def _wrap(self, router_layer: int) -> None:
-        """Put the layers in, wrap the model's entry points and hook the routing layer."""
+    def _wrap(self) -> None:
+        """Put the layers in, wrap the model's entry points and hook the layers that the router reads."""
         model, routing = self.model, self.routing
         for path, module in self.modules.items():
             model.set_submodule(path, module)
             self._undo.append(partial(model.set_submodule, path, module.base))
 
-        def read_hidden(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def read_hidden(depth: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = active_call()
             if call is not None and call.owner is routing:
-                call.see(args[0] if args else kwargs["hidden_states"])
+                call.see(depth, args[0] if args else kwargs["hidden_states"])
 
         stack = routing_stack(model)
-        hook = stack.layers[router_layer].register_forward_pre_hook(read_hidden, with_kwargs=True)
-        self._undo.append(hook.remove)
+        for depth in routing.depths:
+            hook = stack.layers[depth].register_forward_pre_hook(partial(read_hidden, depth), with_kwargs=True)
+            self._undo.append(hook.remove)
         trunk = None
         if model.config.is_encoder_decoder:
             encoder = model.get_encoder()
@@ -260,6 +266,7 @@ def inject(
     router: Router | None = None,
     literal: LiteralSettings | None = None,
     router_layer: int | None = None,
+    depths: Sequence[int] = (),
     skip_tokens: int = 2,
     lead: Lead | None = None,
 ) -> Mixture:
@@ -274,6 +281,7 @@ def inject(
         router: gives calls their gate; None if each call brings ``task_gate``.
         literal: let every mixture layer make its own gate with the paper's selector instead.
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
+        depths: of earlier layers that features take in too, each below k.
         skip_tokens: first prompt tokens that features leave out.
         lead: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
 
@@ -286,6 +294,8 @@ def inject(
         raise UserError("nothing to inject: the bank is empty and no adapter is to be learned")
     k = default_router_layer(model) if router_layer is None else router_layer
     check_router_layer(model, k)
+    if any(not 0 <= depth < k for depth in depths):
+        raise UserError(f"router.depths: found {list(depths)}, expected layers below the routing layer {k}")
     for adapter in adapters:
         _check_fit(adapter, targets)
     model.requires_grad_(False)
@@ -304,11 +314,15 @@ def inject(
             selector=None if literal is None else _selector(literal, target, adapters, new, base),
             pools_start=_reads_answer(model, target),
         )
+        modules[target.path].dropout = 0.0 if new is None else new.dropout
+        modules[target.path].flat_input = target.path.rpartition(".")[2] in FLAT_INPUTS.get(model.config.model_type, ())
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)
     skip = skip_tokens + (0 if lead is None else lead.tokens)
-    routing = Routing(None, tasks, skip, partial_pass=below, select=literal is not None, prompted=lead is not None)
+    routing = Routing(
+        None, tasks, skip, below, select=literal is not None, depths=(*sorted(set(depths)), k), prompted=lead is not None
+    )
     mixture = Mixture(model, targets, adapters, new, modules, routing, k)
     mixture.set_router(router)
     return mixture

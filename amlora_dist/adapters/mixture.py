@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.bank import Adapter, rows
 from amlora_dist.adapters.call import KeptGate, MixtureCall, current_call
+from amlora_dist.adapters.dropout import DropoutKeys, dropped, layer_key
 from amlora_dist.adapters.literal import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.adapters.wide import GatedLinear, beside, gated_linear
@@ -85,6 +86,11 @@ class MixtureLinear(nn.Module):
         self.path = path
         self.selector = selector
         self.pools_start = pools_start
+        self.dropout = 0.0
+        """Share of the new adapter's input that is dropped where a call says so."""
+        self._dropout_key = layer_key(path)
+        self.flat_input = False
+        """Whether the model hands this layer the tokens of all sequences in one row, sequence after sequence."""
         self.silent: int | None = None
         """Adapter that adds nothing, whatever weighs it (``Mixture.silence``)."""
         weight = next(base.parameters())
@@ -183,15 +189,20 @@ class MixtureLinear(nn.Module):
         if call is not None:
             task_gate = call.gate()
         assert task_gate is not None
+        if flat := self.flat_input and x.dim() == 2 and task_gate.shape[0] > 1:
+            x = x.view(task_gate.shape[0], -1, self.in_features)
         if task_gate.shape[0] not in (1, x.shape[0]):
             raise UserError(
                 f"{self.path}: the call has {task_gate.shape[0]} gates, this layer an input of shape {tuple(x.shape)}: "
                 "its first axis is not the batch, so it cannot be a target"
             )
         if call is not None and call.kept is not None and self._can_keep(x):
-            return self._kept(x, call.kept)
-        gate_BR = self.rank_gates(task_gate)
-        return self._fused(x, gate_BR) if self._can_fuse(x) else self._unfused(x, gate_BR)
+            y = self._kept(x, call.kept)
+        else:
+            keys = call.dropout if call is not None and self.dropout else None
+            gate_BR = self.rank_gates(task_gate)
+            y = self._fused(x, gate_BR) if keys is None and self._can_fuse(x) else self._unfused(x, gate_BR, keys)
+        return y.flatten(0, 1) if flat else y
 
     def _base(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -253,27 +264,36 @@ class MixtureLinear(nn.Module):
             y_XO = gated_linear(x_XI, gate_BR, weight, bias, parts)
         return y_XO.view(*x.shape[:-1], self.out_features)
 
-    def _unfused(self, x: Tensor, gate_BR: Tensor) -> Tensor:
-        """The same in plain operations, with the base layer called as the module it is."""
+    def _unfused(self, x: Tensor, gate_BR: Tensor, keys: DropoutKeys | None = None) -> Tensor:
+        """The same in plain operations, with the base layer called as the module it is; with ``keys`` the new adapter
+        reads ``x`` with parts dropped."""
         y = self._base(x)
         gate = gate_BR.view(-1, *[1] * (x.dim() - 2), gate_BR.shape[1])
         start = 0
         for a, b in ((self.old_a, self.old_b), (self.new_a, self.new_b)):
             if a is not None and b is not None:
-                z = F.linear(x, a.to(x.dtype))
+                z = F.linear(self._read_by(a, x, keys), a.to(x.dtype))
                 end = start + z.shape[-1]
                 y = y + F.linear((z * gate[..., start:end]).to(x.dtype), b.to(x.dtype))
                 start = end
         return y
+
+    def _read_by(self, a_RI: Tensor, x: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """What old or new adapters read of ``x``."""
+        return x if keys is None or a_RI is not self.new_a else dropped(x, keys, self._dropout_key, self.dropout)
 
     def _selected(
         self, x: Tensor, selector: LiteralSelector, call: MixtureCall | None, prior_BN: Tensor | None
     ) -> Tensor:
         """With gates from this layer's own selector; ``prior_BN`` or the call's gate are prior probabilities."""
         x_BSI = x.reshape(x.shape[0], -1, self.in_features)
-        a_RI = beside(self.old_a, self.new_a, 0).to(x.dtype)
+        keys = call.dropout if call is not None and self.dropout else None
+        if keys is None:
+            z_BSR = F.linear(x_BSI, beside(self.old_a, self.new_a, 0).to(x.dtype))
+        else:
+            parts = [a for a in (self.old_a, self.new_a) if a is not None]
+            z_BSR = torch.cat([F.linear(self._read_by(a, x_BSI, keys), a.to(x.dtype)) for a in parts], dim=-1)
         b_OR = beside(self.old_b, self.new_b, 1).to(x.dtype)
-        z_BSR = F.linear(x_BSI, a_RI)
         mask_BS = pooled_BN = None
         if call is not None:
             prior_BN = call.task_gate

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.abstention import Background, background
+from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.adapters.statistics import calibrate, keys, posterior
@@ -117,6 +118,13 @@ class PosteriorRouter:
         if self.gate.abstention:
             shares = shares * (1 - self.abstention(features))[:, None]
         return shares.float()
+
+    def only(self, tasks: Sequence[int]) -> PosteriorRouter:
+        """A router over some tasks, as if the bank held no other."""
+        keep = list(tasks)
+        far = self.far and replace(self.far, mean=self.far.mean[keep], std=self.far.std[keep])
+        names = [self.tasks[task] for task in keep]
+        return replace(self, tasks=names, weights=self.weights[keep], bias=self.bias[keep], far=far)
 
     def to(self, device: torch.device | str) -> PosteriorRouter:
         """See ``Router``."""
@@ -265,7 +273,14 @@ def posterior_router(statistics: Sequence[TaskStatistics], *, shrinkage: float, 
     return PosteriorRouter([s.task for s in statistics], weights, bias, calibrate(statistics), gate, far)
 
 
-def build_router(settings: RouterSettings, statistics: Sequence[TaskStatistics], *, seed: int) -> Router | None:
+def build_router(
+    settings: RouterSettings,
+    statistics: Sequence[TaskStatistics],
+    *,
+    seed: int,
+    text_alone: bool = False,
+    background: Mapping[str, Tensor] | None = None,
+) -> Router | None:
     """The router that the configuration asks for.
 
     Args:
@@ -273,6 +288,8 @@ def build_router(settings: RouterSettings, statistics: Sequence[TaskStatistics],
             only for its prior.
         statistics: one per task of the bank, in its order.
         seed: of the run, for ``permuted``.
+        text_alone: prompts have format 2, whose features are the text's alone.
+        background: mean features of each part of a background; None for none.
 
     Returns:
         ``None`` for ``literal`` without a prior.
@@ -284,7 +301,12 @@ def build_router(settings: RouterSettings, statistics: Sequence[TaskStatistics],
         if not settings.literal.prior:
             return None
         gate = replace(gate, threshold=0.0, abstention=False)  # the posterior itself: the selectors make it sparse, or not
-    router = posterior_router(statistics, shrinkage=settings.shrinkage, gate=gate)
+    router: PosteriorRouter | KeyedRouter
+    if text_alone:
+        shrinkage = None if settings.shrinkage == "held_out" else settings.shrinkage
+        router = keyed_router(statistics, rule=settings.keys, shrinkage=shrinkage, gate=gate, background=background)
+    else:
+        router = posterior_router(statistics, shrinkage=settings.fixed_shrinkage, gate=gate)
     return PermutedRouter.shuffled(router, seed) if settings.kind == "permuted" else router
 
 
@@ -309,6 +331,8 @@ def _router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         return UniformRouter(tasks)
     if kind == "fixed":
         return FixedRouter(tasks, tuple(settings["row"]))
+    if kind == "posterior" and "keys" in settings:
+        return keyed_router_from(tensors, settings)
     if kind != "posterior":
         raise BankError(f"router: kind {kind!r} is not known to this version")
     parts = {name.removeprefix("far."): t.double() for name, t in tensors.items() if name.startswith("far.")}

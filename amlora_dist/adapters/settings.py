@@ -18,8 +18,13 @@ class AdapterSettings:
     """r: rows of A, columns of B."""
     alpha: float = Field(default=32.0, gt=0)
     """LoRA's scale is alpha / r, as in Hu et al. 2021."""
-    targets: Literal["auto"] | list[str] = "auto"
-    """Names of linear layers (last part of the module path); ``auto`` takes PEFT's default for the architecture."""
+    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "auto"
+    """Linear layers by what they do: ``mlp``, ``attention``, ``all-linear`` (but the output head); by their names (last
+    part of the module path); or both in a list. ``auto`` takes PEFT's default for the architecture, mostly q and v."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that higher ranks are not scaled down to nothing."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the new adapter's input that is dropped while it learns."""
     layers: str = Field(default="above_router", pattern=r"^(above_router|all|last:[1-9][0-9]*)$")
     """Which decoder layers are adapted: ``above_router``, ``last:K`` or ``all`` (then routing needs a partial pass)."""
 
@@ -35,7 +40,10 @@ class GateSettings:
     temperature: Literal["calibrated"] | Annotated[float, Field(gt=0)] = "calibrated"
     """T of softmax(scores / T); ``calibrated`` takes the one that the held-out training rows prefer."""
     abstention: bool = False
-    """Give the zero adapter a share by relative Mahalanobis distance."""
+    """Give texts that belong to no task to the base model: by background keys (banks of prompt format 2), or a share of
+    them by relative Mahalanobis distance (banks before)."""
+    lost: float = Field(default=0.03, gt=0, lt=0.5)
+    """Share of the tasks' own rows that abstention by background keys may lose."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -71,15 +79,28 @@ class RouterSettings:
     """What weighs the adapters for an input."""
 
     kind: Literal["posterior", "literal", "uniform", "permuted"] = "posterior"
+    keys: Literal["label", "task"] = "label"
+    """A key for every label, or one for every task, as 0.1 had it."""
     layer: int | None = Field(default=None, ge=0)
-    """k: hidden states after this many layers are the features; default: the middle of the depth."""
-    shrinkage: float = Field(default=0.1, ge=0, le=1)
-    """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I."""
+    """k: hidden states after this many layers are features; default: the middle of the depth."""
+    depths: list[Annotated[int, Field(ge=0)]] | None = None
+    """Further layers below k whose hidden states are features too; default: the one at half of k."""
+    max_text_tokens: int | None = Field(default=None, ge=8)
+    """Tokens of a text that are read, whatever the task; default: the largest ``max_length`` of the run's tasks."""
+    shrinkage: Literal["held_out"] | Annotated[float, Field(ge=0, le=1)] = "held_out"
+    """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I; ``held_out``: the one that held-out rows prefer."""
     skip_tokens: int = Field(default=2, ge=0)
     """First prompt tokens left out of the mean (attention sink); a prompt no longer than this pools all."""
     holdout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the training rows kept out of the statistics to calibrate the temperature."""
+    """Share of the training rows that neither the adapter nor the statistics see, at least 24 where a task has 96: they
+    calibrate temperature, evidence and thresholds. Their features are stored with the bank, their texts are not; 0 turns it
+    off. (In prompt format 1 the adapter learns from them all the same.)"""
     recipes: bool = True
     """Learn weights of the earlier adapters for a new task (forward transfer)."""
     gate: GateSettings = Field(default_factory=GateSettings)
     literal: LiteralSettings = Field(default_factory=LiteralSettings)
+
+    @property
+    def fixed_shrinkage(self) -> float:
+        """The shrinkage where nothing is held out to choose it by: prompt format 1."""
+        return 0.1 if self.shrinkage == "held_out" else self.shrinkage

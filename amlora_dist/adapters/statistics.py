@@ -34,11 +34,44 @@ def _no_likelihoods() -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelMeans:
+    """Means of the rows of each label of a task, in the order of its labels.
+
+    ``counts`` (L,) int64; ``means`` (L, d) fp64, 0 where a label has no row.
+    """
+
+    counts: Tensor
+    means: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows that neither the adapter nor the statistics have seen, by which every later version of the bank is calibrated.
+
+    No text and no tokens, but ``features`` (n, d) fp32; ``labels`` (n,) int64, the place of each row's label, -1 in a
+    free-text task; ``loglikelihoods`` (n, L) fp32, nats: what the model says of each label under the task's own row, once
+    it is trained, else None.
+    """
+
+    features: Tensor
+    labels: Tensor
+    loglikelihoods: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names under which they are stored."""
+        found = {"held.features": self.features.contiguous(), "held.labels": self.labels.contiguous()}
+        return found if self.loglikelihoods is None else found | {"held.loglikelihoods": self.loglikelihoods.contiguous()}
+
+
+@dataclass(frozen=True, slots=True)
 class TaskStatistics:
     """What the router needs of one task, from its training rows without the held-out ones.
 
-    ``factor`` is thin: ``factor^T factor`` is the within-task scatter sum_j (f_j - mean)(f_j - mean)^T exactly
-    (the R of a QR decomposition, so no row of features can be read off it).
+    ``factor`` is thin: ``factor^T factor`` is the scatter around the task's mean, sum_j (f_j - mean)(f_j - mean)^T,
+    exactly (the R of a QR decomposition, so no row of features can be read off it). With ``by_label`` it is the scatter
+    around the mean of each row's own label; ``task_factor`` has the other one then too.
+
+    ``held`` is of banks whose prompts have format 2, the other ``holdout_*`` of those before.
 
     ``holdout_nll[g]`` is ``sum_j -log softmax((W f_j + b) / TEMPERATURES[g])[this task]`` over the ``holdout_count``
     rows that **this** stage kept out of the statistics, under the keys of the bank **as of this stage** (this task
@@ -56,24 +89,41 @@ class TaskStatistics:
     holdout_nll: Tensor = field(default_factory=_no_likelihoods)
     holdout_count: int = 0
     holdout_factor: Tensor | None = None
+    by_label: LabelMeans | None = None
+    held: HeldOut | None = None
+
+    @property
+    def task_factor(self) -> Tensor:
+        """A factor of the scatter around the task's mean, (k, d)."""
+        if self.by_label is None:
+            return self.factor
+        shifts = (self.by_label.means - self.mean) * self.by_label.counts.double().sqrt()[:, None]
+        return torch.cat([self.factor, shifts])
 
     @classmethod
-    def from_features(cls, task: str, features: Tensor) -> TaskStatistics:
+    def from_features(cls, task: str, features: Tensor, labels: Sequence[int] = (), label_count: int = 0) -> TaskStatistics:
         """Statistics of the given rows; one rank's share may be empty.
 
         Args:
             task: name.
             features: ``(n, d)``, any float dtype, every row counted once.
+            labels: place of each row's label, for a mean a label; empty for none.
+            label_count: labels that the task has; 0 for none.
 
         Raises:
             UserError: features that are not finite.
         """
         rows = _finite(task, features)
         count, width = rows.shape
-        if not count:
-            return cls(task, 0, rows.new_zeros(width), rows.new_zeros(0, width))
-        mean = rows.mean(dim=0)
-        return cls(task, count, mean, thin_factor(rows - mean))
+        mean = rows.mean(dim=0) if count else rows.new_zeros(width)
+        if not label_count:
+            return cls(task, count, mean, thin_factor(rows - mean) if count else rows.new_zeros(0, width))
+        place = torch.tensor(labels, dtype=torch.long)
+        counts = torch.bincount(place, minlength=label_count)
+        sums = rows.new_zeros(label_count, width).index_add_(0, place, rows)
+        means = sums / counts.clamp(min=1)[:, None]
+        factor = thin_factor(rows - means[place]) if count else rows.new_zeros(0, width)
+        return cls(task, count, mean, factor, by_label=LabelMeans(counts, means))
 
     def with_holdout(self, features: Tensor, earlier: Sequence[TaskStatistics], shrinkage: float) -> TaskStatistics:
         """These statistics and what is kept of held-out rows, or of one rank's share of them.
@@ -95,6 +145,10 @@ class TaskStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file of its own; the task's name goes beside it."""
         held = {} if self.holdout_factor is None else {"holdout_factor": self.holdout_factor.contiguous()}
+        if self.by_label is not None:
+            held |= {"label_counts": self.by_label.counts, "label_means": self.by_label.means.contiguous()}
+        if self.held is not None:
+            held |= self.held.tensors()
         return held | {
             "count": torch.tensor(self.count),
             "mean": self.mean.contiguous(),
@@ -128,7 +182,32 @@ class TaskStatistics:
         count, holdout_count = (int(tensors[name].item()) for name in ("count", "holdout_count"))
         if count < 1 or holdout_count < 0:
             raise BankError(f"{where}: count {count}, holdout_count {holdout_count}")
-        return cls(task, count, mean, factor, nll, holdout_count, held)
+        by_label, rows = _label_means(where, tensors, len(mean)), _held_rows(where, tensors, len(mean))
+        return cls(task, count, mean, factor, nll, holdout_count, held, by_label, rows)
+
+
+def _label_means(where: str, tensors: Mapping[str, Tensor], width: int) -> LabelMeans | None:
+    if "label_means" not in tensors:
+        return None
+    means, counts = tensors["label_means"].double(), tensors.get("label_counts")
+    if counts is None or means.dim() != 2 or counts.shape != (len(means),) or means.shape[1] != width:
+        raise BankError(f"{where}: label_means {tuple(means.shape)} do not fit their counts or {width} features")
+    if not bool(torch.isfinite(means).all()):
+        raise BankError(f"{where}: holds NaN or infinity")
+    return LabelMeans(counts.long(), means)
+
+
+def _held_rows(where: str, tensors: Mapping[str, Tensor], width: int) -> HeldOut | None:
+    if "held.features" not in tensors:
+        return None
+    features, labels = tensors["held.features"].float(), tensors.get("held.labels")
+    likelihoods = tensors.get("held.loglikelihoods")
+    fits = labels is not None and features.shape == (len(labels), width)
+    if labels is None or not fits or (likelihoods is not None and len(likelihoods) != len(labels)):
+        raise BankError(f"{where}: held.features {tuple(features.shape)} do not fit their labels or {width} features")
+    if not bool(torch.isfinite(features).all()):
+        raise BankError(f"{where}: holds NaN or infinity")
+    return HeldOut(features, labels.long(), None if likelihoods is None else likelihoods.float())
 
 
 def _finite(task: str, features: Tensor) -> Tensor:
@@ -172,9 +251,16 @@ def merge(parts: Sequence[TaskStatistics]) -> TaskStatistics:
     mean = torch.stack([part.mean * part.count for part in filled]).sum(dim=0) / count
     if len(filled) == 1:
         return filled[0]
-    shifts = torch.stack([(part.mean - mean) * math.sqrt(part.count) for part in filled])
-    stacked = torch.cat([part.factor for part in filled] + [shifts])
-    return TaskStatistics(parts[0].task, count, mean, thin_factor(stacked))
+    labelled = [part.by_label for part in filled if part.by_label is not None]
+    if not labelled:
+        shifts = torch.stack([(part.mean - mean) * math.sqrt(part.count) for part in filled])
+        return TaskStatistics(parts[0].task, count, mean, thin_factor(torch.cat([*(p.factor for p in filled), shifts])))
+    counts_L = torch.stack([one.counts for one in labelled]).sum(dim=0)
+    sums_LD = torch.stack([one.means * one.counts[:, None] for one in labelled]).sum(dim=0)
+    means_LD = sums_LD / counts_L.clamp(min=1)[:, None]
+    apart = [(one.means - means_LD) * one.counts.double().sqrt()[:, None] for one in labelled]
+    factor = thin_factor(torch.cat([*(part.factor for part in filled), *apart]))
+    return TaskStatistics(parts[0].task, count, mean, factor, by_label=LabelMeans(counts_L, means_LD))
 
 
 def merge_holdouts(parts: Sequence[TaskStatistics]) -> TaskStatistics:
@@ -193,21 +279,22 @@ def merge_holdouts(parts: Sequence[TaskStatistics]) -> TaskStatistics:
 class Covariance:
     """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I of all tasks together, as something to solve with.
 
-    S is the pooled within-task scatter and N the number of rows. With fewer factor rows than features the solve goes
-    through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d matrix; otherwise through
-    the Cholesky factor of the dense Sigma. Features without any spread (one row per task) have Sigma = I.
+    S is the pooled scatter within tasks (or ``within_labels``) and N the number of rows. With fewer factor rows than
+    features the solve goes through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d
+    matrix; otherwise through the Cholesky factor of the dense Sigma. Features without any spread (one row per task)
+    have Sigma = I.
 
     Raises:
         UserError: Sigma is singular (shrinkage 0 with too few rows).
     """
 
-    def __init__(self, statistics: Sequence[TaskStatistics], shrinkage: float) -> None:
+    def __init__(self, statistics: Sequence[TaskStatistics], shrinkage: float, *, within_labels: bool = False) -> None:
         check(statistics)
         width = len(statistics[0].mean)
         total = sum(s.count for s in statistics)
-        trace = sum(float(s.factor.square().sum()) for s in statistics)
         self.low_rank = False
-        self.factors = [s.factor for s in statistics]
+        self.factors = [s.factor if within_labels else s.task_factor for s in statistics]
+        trace = sum(float(factor.square().sum()) for factor in self.factors)
         power = sum(s.count * float(s.mean.square().sum()) for s in statistics)
         if trace <= 1e-24 * power:  # equal rows leave rounding errors, not a covariance
             self.ridge, self.weight = 1.0, 0.0
@@ -215,7 +302,7 @@ class Covariance:
             self.ridge, self.weight = shrinkage * trace / (total * width), (1 - shrinkage) / total
         if self.weight == 0.0:
             return
-        rank = sum(len(s.factor) for s in statistics)
+        rank = sum(map(len, self.factors))
         if self.ridge > 0 and rank < width:
             self.low_rank = True
             self.stack = torch.cat(self.factors)

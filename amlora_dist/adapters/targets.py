@@ -7,7 +7,9 @@ under ZeRO-3 a partitioned weight is empty. Everything here works on a model on 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
@@ -55,6 +57,13 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "t5": ["q", "v"],
 }
 """``targets: auto`` by ``config.model_type``: PEFT's own defaults for LoRA (a test compares the two tables)."""
+
+
+GROUPS = ("all-linear", "attention", "mlp")
+"""Words of ``targets`` that mean many layers, whatever the architecture calls them."""
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_OTHER_MIXERS = frozenset({"mixer", "mamba", "ssm", "conv"})
+"""Parts of a layer that mix tokens in place of attention: in ``all-linear`` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,11 @@ def routing_stack(model: PreTrainedModel) -> LayerStack:
     return layer_stacks(model)[0]
 
 
+def default_depths(layer: int) -> list[int]:
+    """Layers whose states are features beside those of the routing layer: the one at half of its depth."""
+    return [layer // 2] if layer >= 2 else []
+
+
 def default_router_layer(model: PreTrainedModel) -> int:
     """k: the middle of the depth of the stack that the router reads."""
     return len(routing_stack(model).layers) // 2
@@ -140,6 +154,7 @@ def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer
     ``layers: above_router`` takes the layers with index >= ``router_layer`` (their input is the hidden state after
     ``router_layer`` layers or a later one), and of an encoder-decoder model also the whole decoder; ``last:K`` takes
     the last K layers of each part. Experts of a mixture of experts are left alone: each sees only some of the tokens.
+    A word (``GROUPS``) means layers by where they stand: attention's, the others' (mlp), or all but the output head.
 
     Raises:
         UserError: if nothing matches, or one of the named targets does not; the message lists what could.
@@ -155,13 +170,12 @@ def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer
         # The router reads the first stack; a decoder behind an encoder runs after it as a whole.
         first = _first_layer(settings.layers, stack, router_layer, read_by_router=stack is stacks[0])
         for index, layer in enumerate(stack.layers):
-            for inner, module in layer.named_modules():
-                experts = experts or "experts" in inner.split(".")
-                sizes = linear_sizes(module)
-                if sizes is None or "experts" in inner.split("."):
-                    continue
+            mixed = _mixtures_of_experts(layer)
+            experts = experts or bool(mixed)
+            for inner, sizes in _linear_layers(layer):
                 linear[inner.rsplit(".", 1)[-1]] += 1
-                name = next((n for n in names if inner == n or inner.endswith(f".{n}")), None)
+                groups = () if any(inner.startswith(f"{block}.") for block in mixed) else _groups_of(inner)
+                name = next((n for n in names if inner == n or inner.endswith(f".{n}") or n in groups), None)
                 if name is None:
                     continue
                 matched.add(name)
@@ -175,9 +189,37 @@ def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer
     return found
 
 
+def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Paths within a layer, and sizes, of what can be adapted in it."""
+    for inner, module in layer.named_modules():
+        sizes = linear_sizes(module)
+        if sizes is not None and "experts" not in inner.split("."):
+            yield inner, sizes
+
+
+def _mixtures_of_experts(layer: nn.Module) -> set[str]:
+    """Paths of the parts of a layer that hold experts. Such a part also holds what chooses them, and what it hands on has
+    lost its batch axis: none of it is meant by a word, it has to be named."""
+    return {inner.rpartition(".")[0] for inner, _ in layer.named_modules() if inner.rpartition(".")[2] == "experts"}
+
+
+def in_attention(path: str) -> bool:
+    """Whether a path, in the model or within a layer, leads into attention."""
+    return _ATTENTION.search(path) is not None
+
+
+def _groups_of(inner: str) -> tuple[str, ...]:
+    """Which words mean the linear layer at this path within its transformer layer."""
+    if in_attention(inner):
+        return ("all-linear", "attention")
+    other = not _OTHER_MIXERS.isdisjoint(inner.lower().split("."))
+    return ("all-linear",) if other else ("all-linear", "mlp")
+
+
 def _target_names(model: PreTrainedModel, settings: AdapterSettings, stacks: list[LayerStack]) -> list[str]:
+    asked = [settings.targets] if isinstance(settings.targets, str) else settings.targets
     if settings.targets != "auto":
-        return list(dict.fromkeys(settings.targets))
+        return _with_mlp(model, list(dict.fromkeys(asked)), stacks)
     kind = model.config.model_type
     if kind in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[kind]
@@ -187,6 +229,25 @@ def _target_names(model: PreTrainedModel, settings: AdapterSettings, stacks: lis
         log.info("adapters.targets: auto takes %s for model type %s", ", ".join(QUERY_VALUE), kind)
         return QUERY_VALUE
     return []
+
+
+def _with_mlp(model: PreTrainedModel, names: list[str], stacks: list[LayerStack]) -> list[str]:
+    """``names``, with ``attention`` in place of ``mlp`` where every MLP is a mixture of experts, which are left alone."""
+    if "mlp" not in names:
+        return names
+    for stack in stacks:
+        for layer in stack.layers:
+            mixed = _mixtures_of_experts(layer)
+            for inner, _ in _linear_layers(layer):
+                if "mlp" in _groups_of(inner) and not any(inner.startswith(f"{block}.") for block in mixed):
+                    return names
+    if not any(_mixtures_of_experts(layer) for stack in stacks for layer in stack.layers):
+        return names  # no such layer at all, which is for the caller to tell
+    log.warning(
+        "adapters.targets: the MLPs of model type %s are mixtures of experts, which are left alone: mlp means attention",
+        model.config.model_type,
+    )
+    return list(dict.fromkeys("attention" if name == "mlp" else name for name in names))
 
 
 def _first_layer(layers: str, stack: LayerStack, router_layer: int, read_by_router: bool) -> int:
@@ -208,7 +269,7 @@ def _no_match(model: PreTrainedModel, settings: AdapterSettings, names: list[str
             f"adapters.targets: auto knows no default for model type {model.config.model_type!r}; "
             f"name some of its linear layers instead: {could}"
         )
-    hints = [get_close_matches(name, linear, n=1) for name in names]
+    hints = [get_close_matches(name, [*linear, *GROUPS], n=1) for name in names]
     hint = "".join(f" (did you mean {close[0]!r}?)" for close in hints if close)
     return (
         f"adapters.targets: {', '.join(repr(name) for name in names)} matches no linear layer of "

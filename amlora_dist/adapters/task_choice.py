@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +35,7 @@ class OnlyTasks:
     def __init__(self, inner: Router, chosen: Sequence[int]) -> None:
         self.inner, self.chosen = inner, tuple(chosen)
         self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
-        self._few: PosteriorRouter | None = None
-        if isinstance(inner, PosteriorRouter):
-            keep = list(self.chosen)
-            far = inner.far and replace(inner.far, mean=inner.far.mean[keep], std=inner.far.std[keep])
-            names = [inner.tasks[task] for task in keep]
-            self._few = replace(inner, tasks=names, weights=inner.weights[keep], bias=inner.bias[keep], far=far)
+        self._few = inner.only(self.chosen) if isinstance(inner, PosteriorRouter) else None
         device = inner.weights.device if isinstance(inner, PosteriorRouter) else None
         self._place_KT = torch.eye(len(inner.tasks), device=device)[list(self.chosen)]
 

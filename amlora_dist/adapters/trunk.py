@@ -75,7 +75,7 @@ class Trunk:
 
     def _run(self, tokens: tuple[int, ...]) -> tuple[Tensor, DynamicCache]:
         """A pass over the trunk: states (L, D), and the cache that it filled."""
-        call = MixtureCall(self._mixture.routing, bypass=True, captures=True)
+        call = MixtureCall(self._mixture.routing, self._mixture.routing.depths, bypass=True, captures=True)
         row_1L = torch.tensor([tokens], device=self._mixture.device)
         cache = DynamicCache(config=self._model.config)
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
@@ -104,6 +104,57 @@ class Trunk:
         for number in range(self.layer):
             keys_BHLE, values_BHLE = (pairs[:, :, 2 * number + i].transpose(1, 2).contiguous() for i in (0, 1))
             cache.update(keys_BHLE, values_BHLE, number)
+
+    def read(
+        self, ids_BL: Tensor, mask_BL: Tensor, positions: dict[str, Tensor], text_mask_BL: Tensor
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """A pass over texts up to the first adapted layer, without gradient: what begins an answer before anybody knows
+        what will be asked.
+
+        Args:
+            ids_BL: padded on the left.
+            mask_BL: 1 but for padding.
+            positions: ``position_ids``, if the model takes them.
+            text_mask_BL: 1 on the tokens that features pool over.
+
+        Returns:
+            features (B, F) fp32, states (B, L, D), and the KV cache of the layers that were run.
+        """
+        routing = self._mixture.routing
+        call = MixtureCall(routing, routing.depths, mask=text_mask_BL, skip_tokens=routing.skip_tokens, bypass=True,
+                           captures=True, want_features=True)  # fmt: skip
+        cache = DynamicCache(config=self._model.config)
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
+        with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
+            self._plain_forward(**inputs, **positions)
+        assert call.trunk is not None and call.features is not None, "adapted layers lie at or above the routing layer"
+        return call.features, call.trunk, cache
+
+    def extend(self, cache: DynamicCache, ids_BR: Tensor, mask_BL: Tensor, positions: dict[str, Tensor]) -> Tensor:
+        """What the trunk makes of tokens behind those in ``cache``, which grows by them.
+
+        Args:
+            cache: of ``read``.
+            ids_BR: the tokens, padded on the left.
+            mask_BL: over the tokens in the cache and these.
+            positions: of these tokens.
+
+        Returns:
+            states (B, R, D).
+        """
+        call = MixtureCall(self._mixture.routing, bypass=True, captures=True)
+        inputs = {"input_ids": ids_BR, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
+        with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
+            self._plain_forward(**inputs, **positions)
+        assert call.trunk is not None, "a model reaches all of its layers"
+        return call.trunk
+
+    def hand_over(self, cache: Any, read: DynamicCache) -> None:
+        """Put the trunk's keys and values, as ``read`` and ``extend`` left them, into the cache of a pass that brought
+        the trunk's states along."""
+        for number in range(self.layer):
+            layer = read.layers[number]
+            cache.update(layer.keys, layer.values, number)
 
     def _try(self) -> None:
         tokens = tuple(range(1, 1 + min(TRIED_TOKENS, self._model.config.vocab_size - 1)))

@@ -69,6 +69,24 @@ class Prediction:
     router) the mean weight over layers and the prompt's tokens."""
     zeros: float | None = None
     """Of selectors: share of those weights that is exactly 0."""
+    route: str | None = None
+    """The task that the text was routed to. This and what follows: of plain texts, scored as they are served."""
+    labels: list[str] | None = None
+    """Its labels, to which ``loglikelihoods`` belong then."""
+    served: str | None = None
+    """The served answer, which ``correct`` is about then; ``output`` is what the model writes freely."""
+    keys: list[float] | None = None
+    """Log posterior of each label by the keys."""
+    greedy_correct: float | None = None
+    """The task's metric on ``output``."""
+    model_correct: float | None = None
+    """The task's metric on the answer that the model's evidence alone gives."""
+    keys_correct: float | None = None
+    """The task's metric on the answer that the keys' evidence alone gives."""
+    foreign: float | None = None
+    """How much more the text looks like the background than like the bank's tasks, log odds."""
+    keys_elsewhere: bool | None = None
+    """Whether the label that the keys like best of all is another task's than the routed one's."""
 
 
 def score_task(
@@ -160,7 +178,12 @@ def deal(examples: Sequence[Example], batch_size: int, rank: int, world: int) ->
     Longest prompts first (what does not fit in memory shows at once); batch i belongs to rank ``i % world``, and the
     last round is filled up with one-row batches that do not count.
     """
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].prompt), i))
+    return deal_lengths([len(example.prompt) for example in examples], batch_size, rank, world)
+
+
+def deal_lengths(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[tuple[list[int], bool]]:
+    """As ``deal``, of rows of these lengths."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     missing = -len(batches) % world
     dealt = [(batch, True) for batch in batches] + [([order[-1]], False)] * missing
@@ -173,16 +196,32 @@ def merge(shares: Iterable[Sequence[Prediction]]) -> list[Prediction]:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
-    """``accuracy`` (mean of the task's metric on greedy outputs), ``ranked_accuracy`` and ``rows``; scores are 0 to 1.
+    """Means over rows, 0 to 1; what is undefined (no rows, no labels) is None.
 
-    What is undefined (no rows, no labels) is None.
+    ``accuracy`` is the task's metric on the served answers (on greedy outputs where each row had its own task's prompt),
+    ``ranked_accuracy`` the share of rows whose right label is the likeliest of the task's, and ``rows`` their number. Of
+    served answers also ``greedy_accuracy`` (what is written freely), ``model_accuracy`` and ``keys_accuracy`` (one kind of
+    evidence), and ``keys_elsewhere`` (rows of which the keys alone would take another task's label).
     """
     ranked = [p.ranked_correct for p in predictions if p.ranked_correct is not None]
-    return {
+    found: dict[str, float | int | None] = {
         "accuracy": math.fsum(p.correct for p in predictions) / len(predictions) if predictions else None,
         "ranked_accuracy": sum(ranked) / len(ranked) if ranked else None,
         "rows": len(predictions),
     }
+    if predictions and all(p.served is not None for p in predictions):
+        for key in ("greedy_correct", "model_correct", "keys_correct"):
+            values = [float(value) for p in predictions if (value := getattr(p, key)) is not None]
+            found[key.replace("correct", "accuracy")] = math.fsum(values) / len(values) if values else None
+        found["keys_elsewhere"] = sum(bool(p.keys_elsewhere) for p in predictions)
+    return found
+
+
+def routing_accuracy(predictions: Sequence[Prediction], task: str, tasks: Sequence[str]) -> float | None:
+    """Share of plain texts that were routed to their own task; None where the bank does not have it, or nothing was."""
+    if task not in tasks or not predictions or all(p.served is None for p in predictions):
+        return None
+    return sum(p.route == task for p in predictions) / len(predictions)
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
+class AnswerSettings:
+    """How the answer of a task with labels is found. Read by scoring and serving only, never by training."""
+
+    evidence: Literal["both", "model", "keys"] = "both"
+    """log p_model(label) + beta log p_keys(label), or one of them alone."""
+    beta: Literal["calibrated"] | Annotated[float, Field(ge=0)] = "calibrated"
+    """Weight of the keys' evidence; ``calibrated``: the one that held-out rows prefer."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
@@ -14,6 +24,9 @@ class EvaluationSettings:
 
     cells: Literal["seen+next", "seen", "all", "last"] = "seen+next"
     split: Literal["test", "dev"] = "test"
+    prompts: Literal["served", "own"] = "served"
+    """``served``: a row's text and nothing else, as a user sends it. ``own``: each row behind its own task's prompt, which
+    names the task to whoever can read; reports flag it."""
     batch_size: int = Field(default=16, ge=1)
     """Prompts per forward pass of one worker."""
     untrained: bool = True

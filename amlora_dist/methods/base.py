@@ -8,12 +8,15 @@ does differently. ``docs/methods.md`` shows how to add one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from amlora_dist.former_values import unlike_former
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,15 +80,14 @@ class Method:
         values: dict[str, Any] = {
             "dtype": s.dtype,
             "attention": s.attention,
-            "adapters": asdict(s.adapters),
-            "router": {
-                key: getattr(s.router, key) for key in ("layer", "shrinkage", "skip_tokens", "holdout")
-            },
+            "adapters": unlike_former("adapters", asdict(s.adapters)),
+            "router": self._read_of_router(),
             "training": {
                 key: getattr(s.training, key)
                 for key in ("epochs", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip")
             }
-            | {"betas": list(s.training.betas)},
+            | {"betas": list(s.training.betas)}
+            | unlike_former("training", {key: getattr(s.training, key) for key in ("lora_plus", "label_smoothing")}),
         }
         if stage > 1 and self.learns_recipe(stage):
             values["recipe"] = {
@@ -94,6 +96,13 @@ class Method:
         if stage > 1 and self.uses:
             values["method_settings"] = {key: getattr(s.method_settings, key) for key in self.uses}
         return values
+
+    def _read_of_router(self) -> dict[str, Any]:
+        router = self.settings.router
+        read = {"layer": router.layer, "skip_tokens": router.skip_tokens, "holdout": router.holdout}
+        if self.settings.prompt_format.text_alone:  # the texts that are left out of training, and what is read of the rest
+            return read | {"depths": router.depths}
+        return read | {"shrinkage": router.fixed_shrinkage}
 
     # -- which stages there are, and what they learn from ---------------------------------------------------------
 
@@ -124,8 +133,10 @@ class Method:
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:
-        """Of the adapter that a stage trains."""
-        return self.settings.adapters.rank, self.settings.adapters.alpha
+        """Of the adapter that a stage trains; its scale is alpha / r."""
+        rank, alpha = self.settings.adapters.rank, self.settings.adapters.alpha
+        # Scales are alpha / r everywhere, as in a PEFT folder without ``use_rslora``: rsLoRA's is written into alpha.
+        return rank, alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha
 
     @property
     def lead(self) -> int:
@@ -202,7 +213,8 @@ class Method:
         """Who weighs the adapters of the finished bank; None leaves it to the layers' own selectors."""
         from amlora_dist.adapters.router import build_router
 
-        return build_router(self.settings.router, statistics, seed=self.settings.seed)
+        text_alone = self.settings.prompt_format.text_alone
+        return build_router(self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone)
 
 
 class Baseline(Method):

@@ -24,11 +24,11 @@ class SeqLoRA(Baseline):
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         if not parents:
             return None
-        last, now = parents[-1], self.settings.adapters
-        for key in ("rank", "alpha"):
-            if getattr(last, key) != getattr(now, key):
+        last = parents[-1]
+        for key, now in zip(("rank", "alpha"), self.rank_and_alpha, strict=True):
+            if getattr(last, key) != now:
                 raise UserError(
-                    f"adapters.{key}: found {getattr(now, key)}, but method {self.settings.method!r} trains the adapter"
-                    f" of {last.task!r} on, which has {getattr(last, key)}"
+                    f"adapters.{key}: found {now:g}, but method {self.settings.method!r} trains the adapter"
+                    f" of {last.task!r} on, which has {getattr(last, key):g}"
                 )
         return last

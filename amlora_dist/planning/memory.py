@@ -17,8 +17,11 @@ What DeepSpeed 0.19 holds was read from its source and is measured against these
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from amlora_dist.adapters.targets import in_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -169,11 +172,14 @@ def memory_of(
         host += size * SWAP_BUFFERS
         nvme, weights = weights, 0
     loading = whole if zero < 3 else part + size * shape.largest_layer
+    ranks = (trained.new + trained.old) // shape.adapter_width
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations(shape, layout, size=size, length=length, targets=targets, eager=eager),
+        activations=activations(
+            shape, layout, size=size, length=length, targets=targets, eager=eager, ranks=ranks
+        ),
         buffers=buffers,
         host=host,
         loading=loading,
@@ -198,31 +204,46 @@ def _optimizer(t: int, w: int, zero: int, size: int) -> int:
     return 12 * -(-t // w)
 
 
-def activations(shape: Shape, layout: Layout, *, size: int, length: int, targets: int, eager: bool) -> int:
+OUTPUT = re.compile(r"attn.*\.(o_proj|out_proj|c_proj|dense)$|attention.*\.(o|dense|out_proj)$", re.IGNORECASE)
+"""Paths of the linear layers that read what attention made."""
+
+
+def activations(
+    shape: Shape, layout: Layout, *, size: int, length: int, targets: int, eager: bool, ranks: int = 0
+) -> int:
     """Bytes that autograd keeps from forward to backward, for one micro-batch.
 
     Only layers at or above the first adapted one keep anything: below it nothing needs a gradient. Frozen linear layers
     keep no input either, for their weights have no gradient. What one token leaves in a layer: the input of both
-    norms in fp32 (2 x 4 h); the norm's output, which adapters read (s h); queries and attention's output (2 s a), keys
-    and values (2 s k); gate, up and their product (3 s f). Eager attention adds its scores, (4 + s) per head and token of
-    the row, or 4 in fp32. With checkpointing a layer keeps its input (s h) and one layer at a time the rest.
+    norms in fp32 (2 x 4 h); a norm's output where adapters read it (s h each); queries and attention's output (2 s a),
+    keys and values (2 s k); gate before and after its function, and up (3 s f), and their product where an adapter reads
+    it (s f). Eager attention adds its scores, (4 + s) per head and token of the row, or 4 in fp32, and its output in
+    another order where an adapter reads that (s a). Every adapted layer keeps A x, s for each of the ``ranks`` (summed
+    over the adapters that lie side by side). With checkpointing a layer keeps its input (s h) and one layer at a time
+    the rest.
     """
     tokens = layout.micro_batch * length
-    per_token = (
-        8 * shape.hidden
-        + size * (shape.hidden + 2 * shape.attention_width + 2 * shape.key_value_width + 3 * shape.intermediate)
-    )
+    reads = {(in_attention(target.path), target.out_features == shape.hidden) for target in shape.targets}
+    attention = 4 * shape.hidden + size * (2 * shape.attention_width + 2 * shape.key_value_width)
+    attention += size * shape.hidden * any(inside for inside, _ in reads)
     if eager:
-        per_token += shape.heads * length * (4 if size == 4 else 4 + size)
-    layers = shape.training_layers
-    kept = layers * size * shape.hidden + per_token if layout.checkpointing else layers * per_token
+        attention += shape.heads * length * (4 if size == 4 else 4 + size)
+        attention += size * shape.attention_width * any(OUTPUT.search(target.path) is not None for target in shape.targets)
+    rest = 4 * shape.hidden + size * 3 * shape.intermediate
+    rest += size * (shape.hidden * ((False, False) in reads) + shape.intermediate * ((False, True) in reads))
+    layers, attentions = shape.training_layers, shape.training_attentions
+    adapted = size * ranks * len(shape.targets)
+    if layout.checkpointing:
+        kept = layers * size * shape.hidden + attention + rest + adapted // max(1, layers)
+    else:
+        kept = attentions * attention + layers * rest + adapted
     # Logits at the answers only: as computed, in fp32, their log-softmax, and the gradients of the first two.
     logits = layout.micro_batch * (targets + 1) * shape.vocabulary * (2 * size + 12)
     return tokens * kept + logits
 
 
 def activation_table(
-    shape: Shape, layout: Layout, *, size: int, lengths: Sequence[int], targets: int, eager: bool
+    shape: Shape, layout: Layout, *, size: int, lengths: Sequence[int], targets: int, eager: bool, ranks: int = 0
 ) -> list[dict[str, int]]:
     """Bytes of activations by rows of a micro-batch and tokens of a row, without and with checkpointing."""
     micros = sorted({1, 2, 4, 8, layout.micro_batch})
@@ -231,7 +252,7 @@ def activation_table(
         | {
             name: activations(
                 shape, replace(layout, micro_batch=micro, checkpointing=keep), size=size, length=length,
-                targets=min(targets, length), eager=eager,
+                targets=min(targets, length), eager=eager, ranks=ranks,
             )
             for name, keep in (("without", False), ("with_checkpointing", True))
         }

@@ -169,8 +169,9 @@ def make_plan(
         row(layout.with_zero(zero, offload)) for zero, offload in CHOICES if not (whole_parameters and zero == 3)
     ]
     table = activation_table(
-        shape, layout, size=recipe.size, lengths=sorted({-(-longest // n) for n in (4, 2, 1)}), targets=targets, eager=eager
-    )
+        shape, layout, size=recipe.size, lengths=sorted({-(-longest // n) for n in (4, 2, 1)}), targets=targets, eager=eager,
+        ranks=recipe.rank * len(tasks),
+    )  # fmt: skip
     remarks = _remarks(shape, recipe, layout, configured, cluster)
     return Plan(shape, cluster, machine, recipe, configured, rows, work, mend, remarks, table)
 

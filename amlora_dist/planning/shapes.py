@@ -15,6 +15,7 @@ from amlora_dist.adapters.targets import (
     check_router_layer,
     default_router_layer,
     find_targets,
+    in_attention,
     layer_stacks,
 )
 from amlora_dist.base_model import making_errors
@@ -74,6 +75,13 @@ class Shape:
     @cached_property
     def training_layers(self) -> int:
         return sum(layer.trains for layer in self.layers)
+
+    @cached_property
+    def training_attentions(self) -> int:
+        """Of how many layers gradients pass through the attention too: not of the first one if only its MLP is adapted."""
+        first = self.targets[0]
+        lowest = [t for t in self.targets if (t.part, t.layer) == (first.part, first.layer)]
+        return self.training_layers - (not any(in_attention(target.path) for target in lowest))
 
     @cached_property
     def adapter_width(self) -> int:

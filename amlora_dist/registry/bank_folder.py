@@ -49,8 +49,8 @@ from amlora_dist.registry.manifest import (
     read_manifest,
     replace,
 )
-from amlora_dist.registry.task_entry import TaskEntry
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
+from amlora_dist.tasks.task_entry import TaskEntry
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
-from amlora_dist.registry.task_entry import TaskEntry
 from amlora_dist.schema import expected_words
+from amlora_dist.tasks.task_entry import TaskEntry
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"

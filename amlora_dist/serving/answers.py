@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from amlora_dist.errors import AmloraError, UserError
-from amlora_dist.inference import Request, Route
+from amlora_dist.evaluation.requests import Request, Route
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Began, Classified, Ended, Piece, Sampling

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 if TYPE_CHECKING:
-    from amlora_dist.inference import Route
+    from amlora_dist.evaluation.requests import Route
     from amlora_dist.serving.engine import Engine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task import TaskSpec
 
+FIRST_FORMAT = PromptFormat(1)
 IGNORED = -100
 """Label that PyTorch's cross-entropy leaves out."""
 PROMPT_END = "Answer:"
@@ -36,6 +38,16 @@ class Example:
     """Answer tokens, the end-of-sequence token last."""
     label: int | None
     answer: str
+    text: tuple[int, ...] = ()
+    """The text's own ids, of which the router makes its features; empty in format 1, where it reads the whole prompt."""
+    span: tuple[int, int] | None = None
+    """Where the text stands in the prompt; None: it cannot be told apart."""
+
+    @property
+    def routing_mask(self) -> tuple[int, ...]:
+        """1 on the prompt's tokens that gates are made of: the text's, or all of them."""
+        start, end = self.span or (0, len(self.prompt))
+        return (0,) * start + (1,) * (end - start) + (0,) * (len(self.prompt) - end)
 
 
 def encode(
@@ -46,11 +58,12 @@ def encode(
     *,
     max_length: int,
     encoder_decoder: bool,
+    prompt_format: PromptFormat = FIRST_FORMAT,
 ) -> list[Example]:
     """Tokenise prompts and targets of rows.
 
     A prompt longer than ``max_length`` tokens loses tokens at the end of its *text*; the question and ``Answer:`` are
-    never cut. A causal model's prompt and target are together what tokenising ``prompt + " " + answer`` gives.
+    never cut. In format 1 a causal model's prompt and target are together what tokenising ``prompt + " " + answer`` gives.
 
     Raises:
         UserError: the template alone is longer than ``max_length``, or the tokenizer has no end-of-sequence token.
@@ -58,15 +71,24 @@ def encode(
     eos = _eos(tokenizer)
     index = {text: place for place, text in enumerate(spec.label_texts)}
     answers: dict[str, tuple[int, ...]] = {}
-    prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
+    if prompt_format.text_alone:
+        texts = text_ids([row.text for row in rows], tokenizer, prompt_format.text_tokens)
+        made = TextPrompts(template, tokenizer, encoder_decoder, spec.name)
+        found = [
+            made.prompt(ids, max_length, text=row.text, fields=row.fields) for row, ids in zip(rows, texts, strict=True)
+        ]
+        prompts, spans = [prompt.ids for prompt in found], [prompt.span for prompt in found]
+    else:
+        texts, spans = [()] * len(rows), [None] * len(rows)
+        prompts = prompt_tokens(rows, template, tokenizer, max_length, encoder_decoder, spec.name)
     examples = []
-    for row, prompt in zip(rows, prompts, strict=True):
+    for row, prompt, text, span in zip(rows, prompts, texts, spans, strict=True):
         if row.target not in answers:
             answers[row.target] = answer_tokens(row.target, tokenizer, encoder_decoder)
         target = answers[row.target]
         if spec.free_text:
             target = target[: spec.max_answer_tokens]
-        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target))
+        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target, text, span))
     return examples
 
 
@@ -178,14 +200,15 @@ def epoch_order(count: int, *, seed: int, stage: str, epoch: int) -> list[int]:
 def collate(examples: Sequence[Example], *, pad_id: int, side: Side) -> dict[str, Tensor]:
     """Batch for a causal model: ``input_ids``, ``attention_mask``, ``labels``, ``prompt_mask``, each (B, T) int64.
 
-    ``labels`` is -100 outside targets; ``prompt_mask`` is 1 on the prompt's tokens only, which routing reads.
+    ``labels`` is -100 outside targets; ``prompt_mask`` is 1 on the tokens that routing reads: the text's, or the
+    whole prompt's in format 1.
     """
     whole = [one.prompt + one.target for one in examples]
     return {
-        "input_ids": _padded(whole, pad_id, side),
-        "attention_mask": _padded([(1,) * len(ids) for ids in whole], 0, side),
-        "labels": _padded([(IGNORED,) * len(one.prompt) + one.target for one in examples], IGNORED, side),
-        "prompt_mask": _padded([(1,) * len(one.prompt) + (0,) * len(one.target) for one in examples], 0, side),
+        "input_ids": padded(whole, pad_id, side),
+        "attention_mask": padded([(1,) * len(ids) for ids in whole], 0, side),
+        "labels": padded([(IGNORED,) * len(one.prompt) + one.target for one in examples], IGNORED, side),
+        "prompt_mask": padded([one.routing_mask + (0,) * len(one.target) for one in examples], 0, side),
     }
 
 
@@ -193,18 +216,20 @@ def collate_seq2seq(examples: Sequence[Example], *, pad_id: int, side: Side = "r
     """Batch for an encoder-decoder: prompts as ``input_ids`` (B, T), targets as ``labels`` (B, T of targets)."""
     return {
         **collate_prompts(examples, pad_id=pad_id, side=side),
-        "labels": _padded([one.target for one in examples], IGNORED, "right"),
+        "labels": padded([one.target for one in examples], IGNORED, "right"),
     }
 
 
 def collate_prompts(examples: Sequence[Example], *, pad_id: int, side: Side = "left") -> dict[str, Tensor]:
     """Prompts alone, for generation and features: ``input_ids``, ``attention_mask``, ``prompt_mask``, each (B, T)."""
-    mask = _padded([(1,) * len(one.prompt) for one in examples], 0, side)
-    ids = _padded([one.prompt for one in examples], pad_id, side)
-    return {"input_ids": ids, "attention_mask": mask, "prompt_mask": mask.clone()}
+    mask = padded([(1,) * len(one.prompt) for one in examples], 0, side)
+    ids = padded([one.prompt for one in examples], pad_id, side)
+    routing = padded([one.routing_mask for one in examples], 0, side)
+    return {"input_ids": ids, "attention_mask": mask, "prompt_mask": routing}
 
 
-def _padded(sequences: Sequence[tuple[int, ...]], fill: int, side: Side) -> Tensor:
+def padded(sequences: Sequence[tuple[int, ...]], fill: int, side: Side) -> Tensor:
+    """Rows of different lengths as one (B, T) int64 tensor."""
     width = max(len(ids) for ids in sequences)
     rows = []
     for ids in sequences:

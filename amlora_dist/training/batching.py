@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq, epoch_order
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.literal import Selection
 
     Chosen = list[tuple[Selection, Tensor | None]]
@@ -92,36 +93,56 @@ class LossComputer:
         """``trunk`` gives the frozen layers' states of rows, (B, L, D), left-padded; None: the model computes them."""
         self._trunk = trunk
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self._model, self._pad, self._encoder_decoder, self._device = model, pad_id, encoder_decoder, device
+        self._model, self._pad, self.encoder_decoder, self._device = model, pad_id, encoder_decoder, device
 
     def __call__(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> Tensor:
         """Summed loss, a scalar with gradient; ``gate_T`` (tasks,) weighs the adapters for every row."""
         return self.cross_entropy(*self.logits(forward, examples, gate_T))
 
     @staticmethod
-    def cross_entropy(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-        """Summed over the targets, fp32."""
-        return F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+    def cross_entropy(
+        logits_BLV: Tensor, labels_BL: Tensor, examples: Sequence[Example] = (), smoothing: float = 0.0
+    ) -> Tensor:
+        """Summed over the targets, fp32; ``smoothing`` for those of the ``examples`` that have a label."""
+        if not smoothing:
+            return F.cross_entropy(
+                logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        total = logits_BLV.new_zeros((), dtype=torch.float32)
+        for smoothed in (True, False):
+            rows = [place for place, example in enumerate(examples) if (example.label is not None) == smoothed]
+            if rows:
+                total = total + F.cross_entropy(
+                    logits_BLV[rows].flatten(0, 1).float(), labels_BL[rows].flatten(), ignore_index=IGNORED,
+                    reduction="sum", label_smoothing=smoothing if smoothed else 0.0,
+                )  # fmt: skip
+        return total
 
     def logits(
-        self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None, chosen: Chosen | None = None
+        self,
+        forward: Any,
+        examples: Sequence[Example],
+        gate_T: Tensor | None,
+        chosen: Chosen | None = None,
+        dropout_keys: DropoutKeys | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target.
 
-        ``chosen`` is filled with what the layers' selectors chose, for ``Method.selection_loss``.
+        ``chosen`` is filled with what the layers' selectors chose, for ``Method.selection_loss``; with ``dropout_keys`` the
+        new adapter drops parts of what it reads.
         """
-        make = collate_seq2seq if self._encoder_decoder else collate
-        side = "right" if self._encoder_decoder else "left"
+        make = collate_seq2seq if self.encoder_decoder else collate
+        side = "right" if self.encoder_decoder else "left"
         batch = {k: t.to(self._device) for k, t in make(examples, pad_id=self._pad, side=side).items()}  # type: ignore[arg-type]
         labels_BL = batch.pop("labels")
         inputs: dict[str, Any] = dict(batch) | {"use_cache": False}
+        if dropout_keys is not None:
+            inputs["dropout_keys"] = dropout_keys
         if chosen is not None:
             inputs["on_select"] = partial(self._note, chosen, batch["attention_mask"], labels_BL != IGNORED)
         if gate_T is not None:
             inputs["task_gate"] = gate_T.to(self._device).expand(len(examples), -1)
-        if self._encoder_decoder:
+        if self.encoder_decoder:
             inputs["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels_BL)  # type: ignore[operator]
             logits = forward(**inputs).logits
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from amlora_dist.adapters.dropout import DropoutKeys, row_keys
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import TrainingError
 from amlora_dist.tasks.batches import IGNORED, Example
@@ -45,6 +46,7 @@ class Learner:
         folder: Path,
         fingerprint: str,
         gate: Tensor | None,
+        dropout: bool = False,
         extra_loss: Callable[[], Tensor | None],
         selection_loss: Callable[[Chosen], Tensor] | None = None,
         use_selectors: Callable[[bool], None] | None = None,
@@ -59,6 +61,7 @@ class Learner:
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
+        self.seed, self.dropout = seed, dropout
         self.teacher_gate, self.distillation = teacher_gate, distillation
         self.selection_loss, self.use_selectors = selection_loss, use_selectors
         self.mirror = mirror
@@ -143,15 +146,19 @@ class Learner:
     def _step(self, step: int) -> tuple[float, bool]:
         """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.
 
-        The loss is the rows' cross-entropy, without what the method adds; it is NaN if that is not finite.
+        The loss is the rows' cross-entropy (smoothed, if so configured), without what the method adds; it is NaN if that
+        is not finite.
         """
         ranks = self.engine.ranks
         batch = [self.examples[i] for i in self.schedule.rows(step)]
         tokens = target_tokens(batch)
+        places = {id(row): place for place, row in enumerate(batch)}
+        begun = step
         phase, step, steps = self._phase(step)
         total = torch.zeros(3, device=self.engine.device)
         for part, counts in micro_batches(batch, ranks.rank, self.layout):
-            loss, distilled, selection = self._losses(part, phase)
+            keys = self._dropout_keys(begun, [places[id(row)] for row in part]) if self.dropout else None
+            loss, distilled, selection = self._losses(part, phase, keys)
             loss = loss / tokens if counts else loss * 0.0
             total[0] += loss.detach()
             added = torch.zeros((), device=self.engine.device)
@@ -182,20 +189,29 @@ class Learner:
         self.use_selectors(step >= half)
         return (1, step, half) if step < half else (2, step - half, self.schedule.steps - half)
 
-    def _losses(self, part: Sequence[Example], phase: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _dropout_keys(self, step: int, places: list[int]) -> DropoutKeys:
+        """For rows by their places in the step's global batch: the same whichever rank computes them."""
+        return row_keys(
+            self.seed, self.stage, step, places, from_right=not self.loss.encoder_decoder, device=self.engine.device
+        )
+
+    def _losses(
+        self, part: Sequence[Example], phase: int, keys: DropoutKeys | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of a micro-batch: cross-entropy and, if the method has a teacher, distillation, sums over the target tokens;
         and the term of what the selectors chose, a mean over rows."""
-        gate = self.gate if phase == 1 else None
+        gate, smoothing = self.gate if phase == 1 else None, self.settings.label_smoothing
         if self.teacher_gate is None or self.distillation is None:
             chosen: Chosen | None = [] if self.selection_loss is not None else None
-            loss = self.loss.cross_entropy(*self.loss.logits(self.engine.forward, part, gate, chosen))
+            logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, gate, chosen, keys)
+            loss = self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing)
             return loss, None, self.selection_loss(chosen) if self.selection_loss is not None and chosen else None
         with torch.no_grad():
             teacher_BLV, _ = self.loss.logits(self.engine.model, part, self.teacher_gate)
-        logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate)
+        logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate, dropout_keys=keys)
         targets = labels_BL != IGNORED
         distilled = self.distillation(logits_BLV[targets].float(), teacher_BLV[targets].float())
-        return self.loss.cross_entropy(logits_BLV, labels_BL), distilled, None
+        return self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing), distilled, None
 
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()

@@ -59,7 +59,8 @@ class ProximalAdamW(torch.optim.AdamW):
 def parameter_groups(
     trainable: Mapping[str, nn.Parameter], settings: TrainingSettings, *, selectors_alone: bool = False
 ) -> list[dict[str, Any]]:
-    """The adapter's group, and the recipe's: no weight decay, its own learning rate, L1 as a mean over modules.
+    """The adapter's group (with ``lora_plus`` one for B, at a multiple of the rate), and the recipe's: no weight decay,
+    its own learning rate, L1 as a mean over modules.
 
     ``trainable`` is keyed by ``a.<module>``, ``b.<module>``, ``recipe.<module>``, ``selector.<name>``. With
     ``selectors_alone`` the adapter learns in phase 1 of the stage and the selectors in phase 2 (``set_rates``).
@@ -67,15 +68,21 @@ def parameter_groups(
     recipe = [p for name, p in trainable.items() if name.startswith("recipe.")]
     selectors = [p for name, p in trainable.items() if name.startswith("selector.") and selectors_alone]
     apart = {id(p) for p in (*recipe, *selectors)}
+    if settings.lora_plus != 1.0:
+        quick = [p for name, p in trainable.items() if name.startswith("b.")]
+        apart |= {id(p) for p in quick}
+    else:
+        quick = []
     other = [p for p in trainable.values() if id(p) not in apart]
     groups: list[dict[str, Any]] = []
-    for phase, members in ((1, other), (2, selectors)):
+    for phase, members, multiple in ((1, other, 1.0), (1, quick, settings.lora_plus), (2, selectors, 1.0)):
         if members:
+            rate = settings.learning_rate * multiple
             groups.append(
                 {
                     "params": members,
-                    "lr": settings.learning_rate,
-                    "base_lr": settings.learning_rate,
+                    "lr": rate,
+                    "base_lr": rate,
                     "weight_decay": settings.weight_decay,
                     "l1": 0.0,
                     "phase": phase,

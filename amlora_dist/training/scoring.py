@@ -12,10 +12,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from amlora_dist.adapters.bank import tasks_using
+from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.crash_points import reach
-from amlora_dist.evaluation.scoring import ZERO_ROW, Prediction, merge, score_task, summarise, write_predictions
-from amlora_dist.evaluation.unchanged import gates_from, unchanged, write_features
+from amlora_dist.evaluation.answering import Answering
+from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.requests import Prompter, mean_rows
+from amlora_dist.evaluation.scoring import (
+    ZERO_ROW,
+    Prediction,
+    merge,
+    routing_accuracy,
+    score_task,
+    summarise,
+    write_predictions,
+)
+from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescored
+from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
 from amlora_dist.tasks.batches import Example, label_tokens
+from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.task_entry import task_entry
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.work import WITHOUT, Cell, StageWork
@@ -26,9 +41,12 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.methods.base import Method
+    from amlora_dist.tasks.sources import Row
     from amlora_dist.training.mirror import Copies
     from amlora_dist.training.trunk_cache import TrunkCache
     from amlora_dist.training.zero import Ranks
+
+LESS_TEXT = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
 
 Report = Callable[[dict[str, Any]], None]
 """Receives JSON-able progress events; called on rank 0 only."""
@@ -54,6 +72,8 @@ class Scoring:
     adapters: list[Adapter]
     trunk: TrunkCache | None
     examples: Examples
+    plain_rows: Callable[[str, str], list[Row]]
+    """Rows of a task's split, as they are in the data."""
     tokenizer: Any
     encoder_decoder: bool
     ranks: Ranks
@@ -84,6 +104,9 @@ class Scoring:
                 copies.bring(Path(cell.features), Path(cell.features).is_file)
 
     def _score(self, cell: Cell) -> None:
+        if self._served(cell):
+            self._score_served(cell)
+            return
         examples = self.examples(cell.task, cell.split, plain=cell.mode == "untrained")
         row = self._row(cell)
         self._set_up(cell, row)
@@ -94,20 +117,119 @@ class Scoring:
         features: dict[int, Tensor] = {}
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
         share = self._answers(cell, rest, row, features if cell.mode == "router" and not kept else None)
-        predictions = merge([kept, *self.ranks.gather(share)])
+        self._write(cell, merge([kept, *self.ranks.gather(share)]), len(kept), features, began)
+
+    def _write(
+        self, cell: Cell, predictions: list[Prediction], kept: int, features: dict[int, Tensor], began: float
+    ) -> None:
+        """Rank 0 writes the score, with all ranks' ``features`` where they are new."""
         if cell.features is not None:
             shares = self.ranks.gather(features)
             features = {number: vector for one in shares for number, vector in one.items()}
+        summary = summarise(predictions)
+        if self.mixture is not None and cell.mode != "oracle":
+            routed = routing_accuracy(predictions, cell.task, self.mixture.task_names)
+            summary |= {} if routed is None else {"routing_accuracy": routed}
         if self.ranks.rank == 0:
             about = {key: value for key, value in asdict(cell).items() if key not in ("before", "features")}
-            summary = summarise(predictions) | {"seconds": time.monotonic() - began, "kept": len(kept)} | about
             folder = Path(cell.folder)
             if cell.features is not None and features:
                 write_features(Path(cell.features), features)
             write_predictions(folder / "predictions.jsonl", predictions)
-            write_text(folder / "summary.json", json.dumps(summary))
-        done = {"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": len(kept)}
-        self.report(done | summarise(predictions))
+            seconds = time.monotonic() - began
+            write_text(folder / "summary.json", json.dumps(summary | {"seconds": seconds, "kept": kept} | about))
+        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": kept} | summary)
+
+    # -- plain texts, as they are served ------------------------------------------------------------------------
+
+    def _served(self, cell: Cell) -> bool:
+        """Whether a cell is scored by plain texts through the one function that serves them."""
+        return (
+            self.work.plain_texts
+            and self.mixture is not None
+            and isinstance(self.mixture.router, KeyedRouter)
+            and cell.mode != "untrained"
+        )
+
+    def _score_served(self, cell: Cell) -> None:
+        mixture, spec, began = self.mixture, self.work.spec(cell.task), time.monotonic()
+        assert mixture is not None
+        self._set_up(cell, None)
+        answering = self._answering(mixture)
+        scorer = ServedScore(
+            answering,
+            str(spec.metric),
+            None if spec.free_text else tuple(spec.label_texts),
+            task=cell.task if cell.mode == "oracle" else None,
+            question=spec.prompt.question if ".paraphrase" in cell.task else None,
+        )
+        rows = [PlainRow(row.number, row.text, row.target) for row in self.plain_rows(cell.task, cell.split)]
+        kept = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
+        known = {prediction.row for prediction in kept}
+        rest = [row for row in rows if row.number not in known]
+        features: dict[int, Tensor] = {}
+        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
+        with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
+            share = scorer.score(
+                rest,
+                batch_size=self.work.evaluation_batch_size,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                all_done=self._all_done if mixture.routing.whole_passes else bool,
+                on_features=features.__setitem__ if cell.features is not None and not kept else None,
+            )
+        self._write(cell, merge([kept, *self.ranks.gather(share)]), len(kept), features, began)
+
+    def _answering(self, mixture: Mixture) -> Answering:
+        """The bank of this stage as it will be served."""
+        router = mixture.router
+        assert isinstance(router, KeyedRouter)
+        answer, config = self.work.settings.answer, self.model.config
+        eos_id, pad_id = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
+        prompter = Prompter(
+            {name: task_entry(self.work.spec(name)) if name in self.work.tasks else None for name in mixture.task_names},
+            BANK_TEMPLATE,
+            self.tokenizer,
+            encoder_decoder=self.encoder_decoder,
+            positions=getattr(config, "max_position_embeddings", None),
+            prompt_format=self.work.settings.prompt_format,
+        )
+        return Answering(
+            mixture,
+            Decoder(self.model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=self.encoder_decoder),
+            prompter,
+            router,
+            kind=answer.evidence,
+            beta=None if answer.beta == "calibrated" else float(answer.beta),
+            device=self.device,
+            rows_TN=mean_rows(self.adapters),
+            full_forward=mixture.routing.whole_passes,
+            agree=self._largest if mixture.routing.whole_passes else None,
+        )
+
+    def _rescored(self, cell: Cell, scorer: ServedScore, rows: Sequence[PlainRow]) -> list[Prediction]:
+        """Predictions of earlier scores whose rows have the same gates as then, decided with today's keys."""
+        numbers = [row.number for row in rows]
+        path = None if cell.features is None else Path(cell.features)
+        features = None if path is None or not cell.before else read_features(path, numbers)
+        mixture = self.mixture
+        if features is None or mixture is None:
+            return []
+        router = scorer.answering.router
+        told = scorer.task is not None
+        gates = router.to("cpu").gates(features, len(numbers))
+        if scorer.task is not None:
+            gates = mixture.one_hot(mixture.task_names.index(scorer.task), len(numbers)).cpu()
+        changed = [] if mixture.silent is None else tasks_using(self.adapters, mixture.silent)
+        before = [Path(folder) for folder in cell.before]
+        found = unchanged(before, numbers, gates, noted=not told, changed=changed)
+        return rescored(scorer, found, dict(zip(numbers, features, strict=True)))
+
+    def _largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return int(max(self.ranks.gather(number)))
+
+    # -- rows behind the prompts of their own tasks ---------------------------------------------------------------
 
     def _row(self, cell: Cell) -> int | None:
         """The row of the bank that every input gets, or None for what the router gives it."""
@@ -142,8 +264,7 @@ class Scoring:
     ) -> list[Prediction]:
         """This rank's share of the predictions; what the router read of its rows goes into ``features``."""
         spec, trunk = self.work.spec(cell.task), self.trunk
-        mend = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
-        with memory_watched(f"scoring task {cell.task!r}", mend):
+        with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
             return score_task(
                 self.model,
                 examples,

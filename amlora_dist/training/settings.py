@@ -10,7 +10,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.methods.settings import MethodSettings
+from amlora_dist.tasks.prompt_format import PromptFormat
 
 STRICT_KEYS = ConfigDict(extra="forbid")
 
@@ -32,6 +34,11 @@ class TrainingSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus: float = Field(default=1.0, ge=1)
+    """Learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, who take 16)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an answer token's target that is spread over the vocabulary, for rows with a label; free text is learned
+    as it is."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all trainable parameters; 0 turns clipping off."""
@@ -63,3 +70,5 @@ class StageSettings:
     router: RouterSettings
     training: TrainingSettings
     method_settings: MethodSettings = field(default_factory=MethodSettings)
+    prompt_format: PromptFormat = field(default_factory=lambda: PromptFormat(1))
+    answer: AnswerSettings = field(default_factory=AnswerSettings)

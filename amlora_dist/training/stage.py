@@ -20,8 +20,8 @@ from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.prompts import Lead
-from amlora_dist.adapters.statistics import TaskStatistics, merge, merge_holdouts
-from amlora_dist.adapters.targets import default_router_layer
+from amlora_dist.adapters.statistics import TaskStatistics
+from amlora_dist.adapters.targets import default_depths, default_router_layer
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
@@ -30,9 +30,9 @@ from amlora_dist.evaluation.decoding import check_room
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.methods import method_for
 from amlora_dist.methods.base import Trained
-from amlora_dist.tasks.batches import Example, collate_prompts, encode
+from amlora_dist.tasks.batches import Example, encode, label_tokens
 from amlora_dist.tasks.prompts import template_for
-from amlora_dist.training.batching import Layout, LossComputer, prompt_positions
+from amlora_dist.training.batching import Layout, LossComputer
 from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.failures import StoppedError, disk_watched
@@ -40,6 +40,7 @@ from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
+from amlora_dist.training.stage_statistics import StageStatistics
 from amlora_dist.training.streaming import load_partitioned
 from amlora_dist.training.trunk_cache import TrunkCache
 from amlora_dist.training.work import StageWork
@@ -60,7 +61,7 @@ __all__ = ["StoppedError", "run_stage"]
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STATISTICS_BATCH = 16
+PROBE_BATCH = 16
 
 
 def run_stage(work: StageWork, *, distributed: bool, report: Report, device: torch.device) -> None:
@@ -142,6 +143,7 @@ class _Stage:
             adapters,
             trunk,
             examples=self._examples,
+            plain_rows=lambda task, split: self.work.data(task, (split,)).rows[split],
             tokenizer=self.tokenizer,
             encoder_decoder=self.base.encoder_decoder,
             ranks=self.ranks,
@@ -168,7 +170,15 @@ class _Stage:
         own, replayed = self._training_rows()
         check_room(model.config, max(len(row.prompt) for row in own), max(len(row.target) for row in own))
         trunk = self._trunk(mixture)
-        statistics = self._statistics(mixture, own, [parent.statistics for parent in parents], engine, trunk)
+        every, makes = own, self._statistics(engine)
+        earlier = [parent.statistics for parent in parents]
+        statistics = [*earlier, makes.of(mixture, every, earlier, trunk, self._label_count())]
+        newest = statistics[-1]
+        held = newest.holdout_count if newest.held is None else len(newest.held.labels)
+        self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
+        if settings.prompt_format.text_alone:
+            left_out = set(makes.held_out(len(every)))
+            own = [example for place, example in enumerate(every) if place not in left_out]
         loss = LossComputer(
             model,
             pad_id=self.tokenizer.pad_token_id,
@@ -191,6 +201,7 @@ class _Stage:
             folder=work.path,
             fingerprint=work.fingerprint,
             gate=gate,
+            dropout=settings.adapters.dropout > 0,
             extra_loss=lambda: self.method.extra_loss(mixture),
             selection_loss=self.method.selection_loss if self.method.sees_selections else None,
             use_selectors=mixture.use_selectors if self.method.selectors_alone else None,
@@ -211,6 +222,10 @@ class _Stage:
             raise TrainingError("the base model or an old adapter changed while training")
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
+        if self._label_count():
+            labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
+            eos_id = int(self.tokenizer.eos_token_id)
+            statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
         adapter = mixture.extract_new(gather=engine.whole)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
@@ -264,7 +279,15 @@ class _Stage:
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
             recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
             learn_recipe=self.method.learns_recipe(self.work.index),
+            dropout=self.settings.adapters.dropout,
         )
+
+    def _statistics(self, engine: Engine) -> StageStatistics:
+        settings = self.settings
+        return StageStatistics(
+            self.work.task, settings.seed, settings.router, self.tokenizer, self.base.encoder_decoder, self.ranks,
+            self.device, engine.whole_forward, settings.prompt_format.text_alone,
+        )  # fmt: skip
 
     def _engine(self, mixture: Mixture) -> Engine:
         trainable = mixture.trainable()
@@ -312,58 +335,16 @@ class _Stage:
         """Mean loss over the probe's rows, nats per row, with every row gated by ``gate`` (tasks,)."""
         total = torch.zeros(1, device=self.device)
         with torch.no_grad():
-            for indices, counts in deal(probe, STATISTICS_BATCH, self.ranks.rank, self.ranks.world):
+            for indices, counts in deal(probe, PROBE_BATCH, self.ranks.rank, self.ranks.world):
                 part = loss(engine.model, [probe[i] for i in indices], gate)
                 total += part if counts else 0.0 * part
         return float(self.ranks.sum(total)) / len(probe)
 
-    def _statistics(
-        self,
-        mixture: Mixture,
-        examples: Sequence[Example],
-        earlier: list[TaskStatistics],
-        engine: Engine,
-        trunk: TrunkCache | None,
-    ) -> list[TaskStatistics]:
-        """Statistics of the frozen features of this task's prompts, reduced over ranks, every row counted once."""
-        router = self.settings.router
-
-        def features_of(chosen: Sequence[Example]) -> Tensor:
-            if trunk is None or trunk.trunk.layer != mixture.router_layer:
-                return self._features(mixture, chosen, engine.whole_forward)
-            dealt = deal(chosen, STATISTICS_BATCH, self.ranks.rank, self.ranks.world)
-            own = [[chosen[i] for i in indices] for indices, counts in dealt if counts]
-            parts = [trunk.features(batch, router.skip_tokens) for batch in own]
-            return torch.cat(parts) if parts else torch.empty(0, trunk.trunk.width)
-
-        held = set(_held_out(len(examples), router.holdout, named_seed(self.settings.seed, "holdout", self.work.task)))
-        kept = [e for i, e in enumerate(examples) if i not in held]
-        mine = features_of(kept)
-        parts = self.ranks.gather(TaskStatistics.from_features(self.work.task, mine))
-        own = merge(parts)
-        if held:
-            features = features_of([examples[i] for i in sorted(held)])
-            own = merge_holdouts(self.ranks.gather(own.with_holdout(features, earlier, router.shrinkage)))
-        self.report({"kind": "statistics", "rows": own.count, "held_out": own.holdout_count})
-        return [*earlier, own]
-
-    def _features(self, mixture: Mixture, examples: Sequence[Example], whole: bool) -> Tensor:
-        """This rank's rows of features, (rows, D) fp32 on the CPU."""
-        side = "right" if self.base.encoder_decoder else "left"
-        out: list[Tensor] = []
-        with torch.no_grad():
-            for indices, counts in deal(examples, STATISTICS_BATCH, self.ranks.rank, self.ranks.world):
-                batch = collate_prompts(
-                    [examples[i] for i in indices], pad_id=self.tokenizer.pad_token_id, side=side  # type: ignore[arg-type]
-                )
-                batch |= prompt_positions(
-                    mixture.model, batch["attention_mask"], encoder_decoder=self.base.encoder_decoder
-                )
-                features = mixture.routing_features(
-                    full_forward=whole, **{name: tensor.to(self.device) for name, tensor in batch.items()}
-                )
-                out.append(features.cpu() if counts else features[:0].cpu())
-        return torch.cat(out)
+    def _label_count(self) -> int:
+        """Labels of the stage's task, where the statistics are of its rows alone; else 0."""
+        spec = self.work.spec(self.work.task) if self.work.task in self.work.tasks else None
+        alone = (self.work.rows or {self.work.task: None}) == {self.work.task: None} and not self.work.mixed
+        return len(spec.label_texts) if spec is not None and alone else 0
 
     # -- what both need -----------------------------------------------------------------------------------------
 
@@ -383,10 +364,11 @@ class _Stage:
             self.tokenizer,
             max_length=int(spec.max_length or 512),
             encoder_decoder=self.base.encoder_decoder,
+            prompt_format=self.settings.prompt_format,
         )
         if self.lead is None or plain:
             return examples
-        return [replace(example, prompt=self.lead.before(example.prompt)) for example in examples]
+        return [replace(example, prompt=self.lead.before(example.prompt), span=None) for example in examples]
 
     def _load_base(self) -> Any:
         dtype, attention = DTYPES[self.settings.dtype], self.settings.attention
@@ -410,10 +392,18 @@ class _Stage:
             new=new,
             router=None,
             router_layer=layer,
+            depths=self._depths(layer),
             skip_tokens=self.settings.router.skip_tokens,
             literal=literal,
             lead=self.lead,
         )
+
+    def _depths(self, layer: int) -> list[int]:
+        """Layers below the routing layer that features take in too: of texts that are read alone."""
+        if not self.settings.prompt_format.text_alone or self.lead is not None or self.method.uses_selectors:
+            return []
+        chosen = self.settings.router.depths
+        return default_depths(layer) if chosen is None else chosen
 
     def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
         """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes.
@@ -460,10 +450,3 @@ class _Stage:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def _held_out(count: int, share: float, seed: int) -> list[int]:
-    """Which rows stay out of the statistics, to calibrate the temperature; never all."""
-    size = min(round(count * share), count - 1)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[: max(size, 0)].tolist()

@@ -89,6 +89,8 @@ class StageWork:
     """Other tasks of which so many training rows stand among the stage's own, which nobody told it (``boundary_mix``)."""
     data_digests: dict[str, str] = field(default_factory=dict)
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
+    plain_texts: bool = False
+    """Score rows as plain texts, through the function that serves them, where the bank's router can."""
     sealed: tuple[str, ...] = ()
     """Splits that must not be opened."""
     cache: str = ""

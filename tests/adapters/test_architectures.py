@@ -71,14 +71,20 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["auto", "all-linear"])
+def which(request: pytest.FixtureRequest) -> str:
+    """``adapters.targets``; all linear layers include those that the other words mean."""
+    return str(request.param)
+
+
 def inputs_for(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {})
 
 
-def test_a_one_hot_row_equals_merged_weights(kind: str) -> None:
+def test_a_one_hot_row_equals_merged_weights(kind: str, which: str) -> None:
     ids = prompts(2, 8)
     model = build(kind)
-    targets = targets_of(model)
+    targets = targets_of(model, targets=which)
     adapters = random_adapters(targets, [2, 3, 1], size=0.2)
     mixture = inject(model, targets, adapters)
     for task in range(3):
@@ -91,9 +97,9 @@ def test_a_one_hot_row_equals_merged_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_with_a_cache_equals_generation_without(kind: str, beams: int) -> None:
+def test_generation_with_a_cache_equals_generation_without(kind: str, which: str, beams: int) -> None:
     model = build(kind)
-    targets = targets_of(model)
+    targets = targets_of(model, targets=which)
     router = LinearRouter.random(TASKS, 32)
     mixture = inject(model, targets, random_adapters(targets, [2, 3, 1], size=0.2), router=router)
     ids, mask = prompts(3, 8), torch.ones(3, 8, dtype=torch.long)
@@ -115,9 +121,9 @@ def test_generation_with_a_cache_equals_generation_without(kind: str, beams: int
     torch.testing.assert_close(rows, router.gates(features, 3), atol=1e-4, rtol=1e-4)
 
 
-def test_every_new_weight_gets_a_gradient(kind: str) -> None:
+def test_every_new_weight_gets_a_gradient(kind: str, which: str) -> None:
     model = build(kind)
-    targets = targets_of(model)
+    targets = targets_of(model, targets=which)
     new = NewAdapter(task="new", rank=2, alpha=4.0)
     mixture = inject(model, targets, random_adapters(targets, [2, 3], size=0.2), new=new)
     model.train()

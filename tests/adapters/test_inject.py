@@ -21,6 +21,7 @@ from amlora_dist.adapters.settings import AdapterSettings, LiteralSettings
 from amlora_dist.adapters.targets import DEFAULT_TARGETS, default_router_layer, find_targets
 from amlora_dist.errors import UserError
 from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
+from tests.adapters.test_architectures import build
 
 NOT_FOR_TEXT_GENERATION = {
     "bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "layoutlm", "blip-2",
@@ -63,6 +64,56 @@ def test_an_encoder_decoder_is_adapted_above_the_router_and_in_the_decoder(
 def test_named_targets_match_the_end_of_the_path() -> None:
     names = {t.path.split(".", 3)[3] for t in targets_of(tiny_llama(), targets=["mlp.down_proj", "o_proj"])}
     assert names == {"mlp.down_proj", "self_attn.o_proj"}
+
+
+LLAMA_ATTENTION, LLAMA_MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+BART_ATTENTION = {f"{owner}.{name}_proj" for owner in ("self_attn", "encoder_attn") for name in ("q", "k", "v", "out")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("attention", LLAMA_ATTENTION),
+        ("mlp", LLAMA_MLP),
+        ("all-linear", LLAMA_ATTENTION | LLAMA_MLP),
+        (["mlp", "v_proj"], LLAMA_MLP | {"v_proj"}),
+        (["mlp", "attention"], LLAMA_ATTENTION | LLAMA_MLP),
+    ],
+)
+def test_words_mean_layers_by_what_they_do(targets: Any, expected: set[str]) -> None:
+    found = targets_of(tiny_llama(), targets=targets)
+    assert {target.path.rsplit(".", 1)[-1] for target in found} == expected, "and never the output head"
+    assert len(found) == 2 * len(expected)
+
+
+def test_words_mean_the_same_in_an_encoder_decoder_whose_mlp_has_no_part_of_its_own() -> None:
+    def names(word: str) -> set[str]:
+        found = targets_of(build("bart"), targets=word)
+        return {t.path.partition(f"layers.{t.layer}.")[2] for t in found if t.part == "decoder"}
+
+    assert names("attention") == BART_ATTENTION
+    assert names("mlp") == {"fc1", "fc2"}
+    assert names("all-linear") == BART_ATTENTION | {"fc1", "fc2"}
+
+
+def test_all_linear_is_what_peft_means_by_it() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    for kind in ("llama", "gpt2", "phi", "t5", "bart"):
+        ours = {target.path for target in targets_of(build(kind), targets="all-linear", layers="all")}
+        wrapped: Any = get_peft_model(build(kind), LoraConfig(target_modules="all-linear"))
+        theirs = {path.removeprefix("base_model.model.") for path, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+        assert ours == theirs, kind
+
+
+def test_where_every_mlp_is_a_mixture_of_experts_mlp_means_attention_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for kind in ("mixtral", "qwen2_moe"):
+        model = build(kind)
+        assert targets_of(model, targets="mlp") == targets_of(model, targets="attention")
+        assert targets_of(model, targets="all-linear") == targets_of(model, targets="attention")
+        assert f"model type {kind} are mixtures of experts" in caplog.text
 
 
 def test_a_target_that_matches_nothing_lists_what_could() -> None:

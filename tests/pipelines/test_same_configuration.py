@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from amlora_dist.config import load_config, to_mapping
+from amlora_dist.base_model import Attention, settled_attention
+from amlora_dist.config import flat, from_mapping, load_config, named_keys, to_mapping
 from amlora_dist.errors import UserError
+from amlora_dist.former_values import FORMER, completed
 from pipelines.jobs import Job
-from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration
+from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration, taken_up
 from pipelines.submit import _attached
 from tests.tiny_folder import write_config
 
@@ -69,6 +71,48 @@ def test_what_changes_results_is_refused_with_both_values_and_the_mend(override:
     with pytest.raises(UserError) as error:
         start_again(config, override)
     assert str(error.value) == f"run id 'r' exists with another configuration: {told}. Use another id, or undo that"
+
+
+def of_version_01(config: Path, **values: Any) -> dict[str, Any]:
+    """What 0.1 would have stored of this file, but for ``values``: without keys that it did not know."""
+    stored = to_mapping(load_config(config)) | values
+    stored["model"] |= {"attention": "sdpa"}
+    for path in FORMER:
+        section, key = path.rsplit(".", 1)
+        stored[section].pop(key, None)
+    return stored
+
+
+def test_a_run_that_exists_has_what_its_file_does_not_name_from_its_start_before(config: Path) -> None:
+    stored = of_version_01(config, seed=3)
+    stored["training"] |= {"clip": 0.5, "epochs": 9}
+    overrides = ["workers=3", "model.attention=auto"]
+    made = taken_up(load_config(config, overrides), stored, named_keys(config, overrides))
+    assert (made.seed, made.training.clip) == (3, 0.5), "nobody named them"
+    assert made.training.epochs == 4, "the file names it, and what differs is refused"
+    assert made.workers == 3, "what changes no result is the file's business"
+    assert made.model.attention == "sdpa", "auto was settled at the first start"
+    with pytest.raises(UserError, match=re.escape("training.epochs: 9 then, 4 now")):
+        refuse_other_configuration(cast(Any, Journal(stored)), {}, to_mapping(made), "run id 'r'")
+    eager = ["model.attention=eager"]
+    named = taken_up(load_config(config, eager), stored, named_keys(config, eager))
+    assert named.model.attention == "eager", "an implementation that is named is another configuration"
+
+
+def test_keys_that_are_new_stand_in_an_old_run_at_what_was_done_then(config: Path) -> None:
+    stored = of_version_01(config)
+    made = flat(to_mapping(taken_up(load_config(config), stored, named_keys(config))))
+    assert {key: made[key] for key in FORMER} == FORMER
+    refuse_other_configuration(cast(Any, Journal(stored)), {}, to_mapping(from_mapping(stored)), "run id 'r'")
+    today = to_mapping(load_config(config))
+    assert completed(today) == today, "in what this version stored nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu", "gpu"), [("auto", "eager", "sdpa"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")]
+)
+def test_attention_is_what_is_quick_on_the_device_unless_it_is_named(asked: Attention, cpu: str, gpu: str) -> None:
+    assert (settled_attention(asked, gpu=False), settled_attention(asked, gpu=True)) == (cpu, gpu)
 
 
 @pytest.mark.parametrize(

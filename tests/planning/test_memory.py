@@ -25,7 +25,7 @@ MiB = 1 << 20
 
 
 def eight_b() -> Shape:
-    return shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+    return shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
 
 
 def of(zero: int, **more: Any) -> Any:
@@ -69,8 +69,9 @@ def test_offloading_moves_bytes_to_the_host_or_to_its_disk() -> None:
 def test_activations_by_hand() -> None:
     token = 2 * 4 * 4096 + 2 * (4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
     logits = 2 * 9 * 128_256 * (2 * 2 + 12)
-    assert of(2).activations == 2 * 520 * 16 * token + logits
-    assert of(2, checkpointing=True).activations == 2 * 520 * (16 * 2 * 4096 + token) + logits
+    adapters = 2 * 2 * (4 * 8)  # A x of four adapters of rank 8 in q and v of a layer
+    assert of(2).activations == 2 * 520 * 16 * (token + adapters) + logits
+    assert of(2, checkpointing=True).activations == 2 * 520 * (16 * 2 * 4096 + token + adapters) + logits
 
 
 def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
@@ -93,7 +94,7 @@ def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
 
 def test_activations_are_told_by_rows_and_tokens_with_and_without_checkpointing() -> None:
     layout = Layout(zero=3, ranks=8, micro_batch=3)
-    table = activation_table(eight_b(), layout, size=2, lengths=[130, 520], targets=8, eager=False)
+    table = activation_table(eight_b(), layout, size=2, lengths=[130, 520], targets=8, eager=False, ranks=32)
     assert [(e["micro_batch"], e["length"]) for e in table] == [(b, n) for b in (1, 2, 3, 4, 8) for n in (130, 520)]
     by = {(e["micro_batch"], e["length"]): e for e in table}
     assert by[2, 520] == {
@@ -102,23 +103,23 @@ def test_activations_are_told_by_rows_and_tokens_with_and_without_checkpointing(
     }  # fmt: skip
 
 
-def tiny(tmp_path: Path, attention: str, dtype: torch.dtype) -> tuple[Shape, Any, Any]:
+def tiny(tmp_path: Path, attention: str, dtype: torch.dtype, targets: Any = "auto") -> tuple[Shape, Any, Any]:
     """A Llama small enough to run, with an old and a new adapter, and its shape."""
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    settings = AdapterSettings(rank=RANK)
+    settings = AdapterSettings(rank=RANK, targets=targets)
     shape = shape_of(ModelSettings(source=str(tmp_path)), settings, RouterSettings())
     model = LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
-    targets = find_targets(model, settings, 2)
+    found = find_targets(model, settings, 2)
     old = Adapter("first", RANK, 8.0, {}, {})
-    for target in targets:
+    for target in found:
         old.a[target.path] = torch.randn(RANK, target.in_features)
         old.b[target.path] = torch.randn(target.out_features, RANK)
         old.recipe[target.path] = torch.zeros(0)
-    mixture = inject(model, targets, [old], new=NewAdapter(task="second", rank=RANK, alpha=8.0, seed=0))
+    mixture = inject(model, found, [old], new=NewAdapter(task="second", rank=RANK, alpha=8.0, seed=0))
     return shape, model, mixture
 
 
@@ -136,8 +137,11 @@ def test_weights_and_gradients_are_what_a_model_really_holds(tmp_path: Path, dty
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_really_keeps(tmp_path: Path, attention: str, dtype: torch.dtype) -> None:
-    shape, model, _ = tiny(tmp_path, attention, dtype)
+@pytest.mark.parametrize("targets", ["auto", "mlp", "all-linear"])
+def test_activations_are_what_autograd_really_keeps(
+    tmp_path: Path, attention: str, dtype: torch.dtype, targets: str
+) -> None:
+    shape, model, _ = tiny(tmp_path, attention, dtype, targets)
     batch, length = 3, 48
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -157,7 +161,9 @@ def test_activations_are_what_autograd_really_keeps(tmp_path: Path, attention: s
         out = model(input_ids=ids, task_gate=gate, use_cache=False, logits_to_keep=1).logits
     assert out.requires_grad
     layout = Layout(0, 1, micro_batch=batch)
-    planned = activations(shape, layout, size=dtype.itemsize, length=length, targets=0, eager=attention == "eager")
+    planned = activations(
+        shape, layout, size=dtype.itemsize, length=length, targets=0, eager=attention == "eager", ranks=2 * RANK
+    )
     planned -= batch * 97 * (2 * dtype.itemsize + 12)  # no loss was taken
     assert planned == pytest.approx(sum(kept.values()), rel=0.12)
 

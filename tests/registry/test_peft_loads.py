@@ -17,6 +17,9 @@ KINDS = {
     "llama": ("q_proj", "v_proj"),
     "gpt2": ("c_attn",),  # Conv1D, whose weight is (d_in, d_out)
     "t5": ("q", "v"),
+    "llama, all linear layers": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "gpt2, mlp": ("mlp.c_fc", "mlp.c_proj"),
+    "t5, mlp": ("wi", "wo"),
 }
 
 
@@ -53,10 +56,11 @@ def add_by_hand(model: nn.Module, adapter: Adapter) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_loads_each_adapter_and_computes_the_same(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    endings, kind = KINDS[kind], kind.partition(",")[0]
     modules = {
-        path: ((16, module.nf) if type(module).__name__ == "Conv1D" else (module.in_features, module.out_features))
+        path: ((module.nx, module.nf) if type(module).__name__ == "Conv1D" else (module.in_features, module.out_features))
         for path, module in tiny_model(kind).named_modules()
-        if path.endswith(tuple(f".{name}" for name in KINDS[kind]))
+        if path.endswith(tuple(f".{name}" for name in endings))
     }
     adapters = [tiny_adapter(task, k, modules=modules) for k, task in enumerate(("helpdesk/email", "agnews"), start=1)]
     base = BaseEntry(source="base", digest=fingerprint(), architecture=kind, encoder_decoder=kind == "t5")

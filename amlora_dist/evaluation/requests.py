@@ -1,4 +1,4 @@
-"""Prompts, batches and answers of a bank at work: what ``AMLoRAModel`` is made of, without loading or state.
+"""Texts on their way through a bank: requests, their prompts and batches, and what comes back.
 
 Shapes: B prompts, T tasks, N adapters.
 """
@@ -6,8 +6,9 @@ Shapes: B prompts, T tasks, N adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,19 +17,23 @@ from torch import Tensor
 from amlora_dist.adapters.bank import rows
 from amlora_dist.adapters.prompts import Lead
 from amlora_dist.errors import UserError
-from amlora_dist.registry.task_entry import TaskEntry
+from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
+from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.task_entry import TaskEntry
+from amlora_dist.tasks.texts import NoTextError, text_of
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
-    from amlora_dist.registry.manifest import Manifest
 
 DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
 MAX_PROMPT_TOKENS = 10_000_000
 """What the manifest's format allows; a model with a limit of its own has less."""
+PLANS = 64
+"""Sets of labels that stay planned."""
 RAW_TEMPLATE = "{{ text }}"
 
 
@@ -69,12 +74,14 @@ class Classification:
     """Which label a text has."""
 
     label: str | None
-    """None where there are no labels to choose from: the router abstained, or chose a task with free-text answers."""
+    """None where there are no labels to choose from: the text belongs to no task, or to one with free-text answers."""
     task: str | None
     """Whose labels and prompt were used; None where the caller gave labels and no task."""
     scores: dict[str, float]
-    """Share of each label: softmax over the labels' log-likelihoods."""
+    """Share of each label: softmax over what the evidence says of each."""
     route: Route
+    foreign: float | None = None
+    """How much more the text looks like the background than like the bank's tasks, log odds; None without a background."""
 
 
 @dataclass(slots=True)
@@ -91,7 +98,14 @@ class Request:
     """(T,) fp32; None: the router weighs it in the same pass."""
     raw: bool = False
     """The text is the prompt: no template is put around it, and it is never cut."""
+    free: bool = False
+    """Write freely, whatever task it is."""
     tokens: tuple[int, ...] = ()
+    """Of the prompt."""
+    text_ids: tuple[int, ...] = ()
+    """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
+    kept: int | None = None
+    """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
 
 
 class Prompter:
@@ -101,14 +115,31 @@ class Prompter:
     at once: hence the lock.
     """
 
-    def __init__(self, manifest: Manifest, tokenizer: Any, positions: int | None) -> None:
-        self.entries: dict[str, TaskEntry | None] = {line.task: line.task_spec for line in manifest.adapters}
-        self.bank_template = manifest.bank_template
+    def __init__(
+        self,
+        entries: Mapping[str, TaskEntry | None],
+        bank_template: str,
+        tokenizer: Any,
+        *,
+        encoder_decoder: bool,
+        positions: int | None,
+        prompt_format: PromptFormat,
+        lead_tokens: int = 0,
+    ) -> None:
+        self.entries = dict(entries)
+        self.bank_template = bank_template
         self.tokenizer = tokenizer
-        self.encoder_decoder = manifest.base.encoder_decoder
-        self.lead = Lead(manifest.prompt_tokens, int(tokenizer.eos_token_id))
-        self._positions = None if self.encoder_decoder else positions
+        self.encoder_decoder = encoder_decoder
+        self.format = prompt_format
+        self.lead = Lead(lead_tokens, int(tokenizer.eos_token_id))
+        self.ends = special_ends(tokenizer, encoder_decoder)
+        self._positions = None if encoder_decoder else positions
+        self._made: dict[str | None, TextPrompts] = {}
         self._lock = threading.Lock()
+        self._one_at_a_time = _Locked(tokenizer, self._lock)
+        self.plan: Callable[[tuple[str, ...]], LabelPlan] = lru_cache(PLANS)(self._planned)
+        """How labels are ranked, worked out once for those that were asked for lately. Raises UserError: two of them are
+        the same to the tokenizer, or one is nothing."""
 
     def entry(self, task: str) -> TaskEntry:
         """What the bank knows of a task.
@@ -129,26 +160,71 @@ class Prompter:
             return self.entry(task).prompt(task, question)
         return PromptTemplate(self.bank_template, question=question)
 
+    def read(self, requests: Sequence[Request]) -> None:
+        """Set ``text_ids`` of each request: what is read of its text before anybody knows its task.
+
+        Raises:
+            UserError: an empty text, or what is no text.
+        """
+        self._check(requests)
+        found = text_ids([request.text for request in requests], self._one_at_a_time, self.format.text_tokens)
+        for request, ids in zip(requests, found, strict=True):
+            request.text_ids = (*self.ends.before, *ids, *self.ends.after)
+
+    def ask(self, request: Request, *, new_tokens: int, max_length: int | None = None) -> None:
+        """Set ``tokens`` and ``kept`` of a request that was read: the prompt of its task around its text.
+
+        Raises:
+            UserError: no room for the question and an answer.
+        """
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
+        limit = min(max_length or self._prompt_limit(request.task), room)
+        first = len(self.ends.before)
+        own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
+        prompt = self._prompts(request.task, request.question).prompt(own, limit, text=request.text)
+        request.tokens = prompt.ids
+        begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
+        request.kept = prompt.span[1] if begins and prompt.span is not None else None
+
+    def _prompts(self, task: str | None, question: str | None) -> TextPrompts:
+        if question is None and task in self._made:
+            return self._made[task]
+        # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
+        template, where = self.template(task, question), task or "the bank"
+        made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
+        if question is None:
+            self._made[task] = made
+        return made
+
+    @staticmethod
+    def _check(requests: Sequence[Request]) -> None:
+        for request in requests:
+            for name, words in (("text", request.text), ("question", request.question)):
+                if words is not None or name == "text":
+                    _check_words(words, name, request.place, len(requests))
+            if not request.text.strip():
+                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
+
     def fill(self, requests: Sequence[Request], *, new_tokens: int, max_length: int | None = None) -> None:
         """Set ``tokens`` of each request; texts too long for the model or for ``max_length`` tokens are cut.
 
         Raises:
-            UserError: an empty text, no room for question and answer, or a raw prompt too long for the model.
+            UserError: an empty text or what is no text, no room for question and answer, a raw prompt too long for the
+                model.
         """
         groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
+        self._check(requests)
         for request in requests:
-            if not request.text.strip():
-                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens
         for (task, question, raw), group in groups.items():
             limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
             given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
             template = PromptTemplate(RAW_TEMPLATE) if raw else self.template(task, question)
-            with self._lock:
-                found = prompt_tokens(
-                    given, template, self.tokenizer, limit, self.encoder_decoder, task or "(none named)"
-                )
+            # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
+            found = prompt_tokens(
+                given, template, self._one_at_a_time, limit, self.encoder_decoder, task or "(none named)"
+            )
             for request, tokens in zip(group, found, strict=True):
                 if len(tokens) > room:
                     raise UserError(
@@ -157,9 +233,14 @@ class Prompter:
                 request.tokens = self.lead.before(tokens)
 
     def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of labels, without end-of-sequence."""
+        """Token ids of labels, without end-of-sequence. Raises UserError for a label that is no text."""
+        for place, text in enumerate(texts):
+            _check_words(text, "label", place, len(texts))
         with self._lock:
             return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+
+    def _planned(self, labels: tuple[str, ...]) -> LabelPlan:
+        return plan_labels(self.labels(labels), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
@@ -182,6 +263,33 @@ class Prompter:
     def _prompt_limit(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
+
+
+class _Locked:
+    """A tokenizer whose calls wait for each other."""
+
+    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
+        self._tokenizer, self._lock = tokenizer, lock
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*args, **options)
+
+    def tokenize(self, text: str) -> Any:
+        with self._lock:
+            return self._tokenizer.tokenize(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _check_words(words: object, name: str, place: int, count: int) -> None:
+    try:
+        text_of(words)
+    except NoTextError as error:
+        raise UserError(f"{name} {place + 1} of {count}: found {error}, expected a text") from None
+    if not isinstance(words, str):
+        raise UserError(f"{name} {place + 1} of {count}: found {type(words).__name__}, expected a text (str)")
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

@@ -1,0 +1,243 @@
+"""The router of a bank whose prompts have format 2: keys for labels, their evidence, and a background for foreign texts.
+
+A text that belongs to no task goes to the base model. Distances alone find few such texts; Gaussians of generic texts
+beside the bank's find most: the text is foreign where
+
+    log sum_k exp(s_k / T) / K - log sum_j exp(s_j / T + log prior_j)
+
+over the K background keys and the bank's J is above a threshold, which is a quantile of the bank's own held-out rows.
+
+Shapes: B texts, T tasks, J keys, K background keys, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.keys import Keys, fit
+from amlora_dist.adapters.settings import GateSettings
+from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
+from amlora_dist.adapters.statistics import Covariance
+from amlora_dist.errors import BankError
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.keys import KeyRule
+    from amlora_dist.adapters.statistics import TaskStatistics
+
+SHRINKAGES: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+"""Of which held-out rows choose, where the configuration leaves it to them."""
+MOST_TAKEN = 0.01
+"""Share of a task's held-out rows that a part of the background may win; one that wins more is left out for this bank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the keys say of texts."""
+
+    gates_BT: Tensor
+    """fp32; all 0 where the text is foreign."""
+    posterior_BT: Tensor
+    """p(t | text) before thresholds, fp64."""
+    scores_BJ: Tensor
+    """Of every key, fp64: ``Keys.scores``."""
+    foreign_B: Tensor
+    """log of the background's mass over the bank's, fp64; minus infinity without a background."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyedRouter:
+    """Attention with closed-form keys for labels.
+
+    Args:
+        tasks: names.
+        labels: how many labels each task has; 0 for free text.
+        keys: of the bank.
+        temperature: fitted; ``gate.temperature`` overrides it if it is a number.
+        beta: fitted weight of the keys' evidence for a label beside the language model's.
+        gate: thresholds.
+        background: weights (K, d) and bias (K,) of the background's keys; None for none.
+        parts: their names.
+        foreign_above: by share of own rows lost, the score from which on a text is foreign.
+    """
+
+    tasks: list[str]
+    labels: tuple[int, ...]
+    keys: Keys
+    temperature: float
+    beta: float
+    gate: GateSettings
+    background: tuple[Tensor, Tensor] | None = None
+    parts: tuple[str, ...] = ()
+    foreign_above: tuple[tuple[float, float], ...] = ()
+    kind: str = "posterior"
+    needs_features: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keys.tasks != len(self.tasks) or len(self.labels) != len(self.tasks):
+            raise BankError(f"router: keys of {self.keys.tasks} tasks do not fit {len(self.tasks)} tasks")
+        if self.keys.weights.dim() != 2 or self.keys.weights.shape[0] != len(self.keys.task):
+            raise BankError(f"router: keys {tuple(self.keys.weights.shape)} do not fit {len(self.keys.task)} entries")
+
+    @property
+    def chosen_temperature(self) -> float:
+        """T"""
+        chosen = self.gate.temperature
+        return self.temperature if chosen == "calibrated" else float(chosen)
+
+    @property
+    def threshold(self) -> float | None:
+        """The score from which on a text is foreign; None where every text is taken for one of the bank's."""
+        if not self.gate.abstention or self.background is None or not self.foreign_above:
+            return None
+        return min(self.foreign_above, key=lambda one: abs(one[0] - self.gate.lost))[1]
+
+    def evidence(self, features_BD: Tensor) -> Evidence:
+        """What the keys say of texts by their features."""
+        features = features_BD.detach()
+        temperature = self.chosen_temperature
+        scores = self.keys.scores(features, temperature)
+        posterior = self.keys.of_tasks(scores)
+        cut = relative_threshold if self.gate.form == "relative" else absolute_threshold
+        gates = cut(posterior, self.gate.threshold).float()
+        foreign = self.foreign(features)
+        if self.threshold is not None:
+            gates = gates * (foreign <= self.threshold).float()[:, None]
+        return Evidence(gates, posterior, scores, foreign)
+
+    def foreign(self, features_BD: Tensor) -> Tensor:
+        """log of the background's mass over the bank's, (B,) fp64; minus infinity without a background."""
+        rows = features_BD.to(self.keys.weights)
+        if self.background is None:
+            return rows.new_full((len(rows),), -torch.inf)
+        return _foreign(rows, self.keys, *self.background, self.chosen_temperature)
+
+    def posterior(self, features_BD: Tensor) -> Tensor:
+        """p(t | text) before any threshold, (B, T), fp64: also the prior of ``literal + prior``."""
+        return self.keys.of_tasks(self.keys.scores(features_BD.detach(), self.chosen_temperature))
+
+    def gates(self, features_BD: Tensor | None, batch: int) -> Tensor:
+        """See ``Router``; ``features_BD`` (B, d) are required."""
+        if features_BD is None or len(features_BD) != batch:
+            raise ValueError(f"the posterior router needs features of all {batch} inputs")
+        return self.evidence(features_BD).gates_BT
+
+    def of_labels(self, scores_BJ: Tensor, task: int) -> Tensor | None:
+        """log p(label | text, task), (B, labels); None where the task has no keys for labels."""
+        count = self.labels[task]
+        return self.keys.of_labels(scores_BJ, task, count) if count else None
+
+    def only(self, tasks: Sequence[int]) -> KeyedRouter:
+        """The same router, as if the bank held these tasks alone: the gates of the others are 0."""
+        return replace(self, keys=self.keys.only(tasks))
+
+    def to(self, device: torch.device | str) -> KeyedRouter:
+        """See ``Router``."""
+        background = self.background and (self.background[0].to(device), self.background[1].to(device))
+        return replace(self, keys=self.keys.to(device), background=background)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``weights``, ``bias``, ``log_prior`` and, with a background, its own."""
+        named = {"weights": self.keys.weights, "bias": self.keys.bias, "log_prior": self.keys.log_prior}
+        if self.background is not None:
+            named |= {"background.weights": self.background[0], "background.bias": self.background[1]}
+        return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Router``."""
+        keys = {"task": list(self.keys.task), "label": list(self.keys.label), "labels": list(self.labels)}
+        return {
+            "kind": self.kind, "tasks": self.tasks, "temperature": self.temperature, "beta": self.beta, "keys": keys,
+            "gate": asdict(self.gate), "parts": list(self.parts),
+            "foreign_above": [list(one) for one in self.foreign_above],
+        }  # fmt: skip
+
+
+LOST: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
+"""Shares of own rows lost for which a threshold is stored."""
+
+
+def keyed_router(
+    statistics: Sequence[TaskStatistics],
+    *,
+    rule: KeyRule,
+    shrinkage: float | None,
+    gate: GateSettings,
+    background: Mapping[str, Tensor] | None = None,
+) -> KeyedRouter:
+    """The router of a bank from the statistics of its tasks, in their order.
+
+    Args:
+        statistics: with held-out rows.
+        rule: whether labels have keys.
+        shrinkage: of the covariance; None: held-out rows choose.
+        gate: thresholds.
+        background: mean features (d,) of each part of a background; None for none.
+    """
+    fitted = fit(statistics, rule, SHRINKAGES if shrinkage is None else (shrinkage,))
+    labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
+    router = KeyedRouter([s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate)
+    if not background:
+        return router
+    covariance = Covariance(statistics, fitted.shrinkage, within_labels=rule == "label")
+    return with_background(router, statistics, covariance, background)
+
+
+def with_background(
+    router: KeyedRouter, statistics: Sequence[TaskStatistics], covariance: Covariance, background: Mapping[str, Tensor]
+) -> KeyedRouter:
+    """``router`` with keys for those parts of a background that hardly take a row of the bank's tasks, and thresholds."""
+    names = sorted(background)
+    means = torch.stack([background[name].double() for name in names])
+    weights = covariance.solve(means)
+    bias = -0.5 * (means * weights).sum(dim=1)
+    temperature = router.chosen_temperature
+    held = [one.held.features for one in statistics if one.held is not None and len(one.held.labels)]
+    taken = torch.zeros(len(names))
+    for rows in held:
+        own = (rows.double() @ weights.T + bias) / temperature > _mass(rows.double(), router.keys, temperature)[:, None]
+        taken = torch.maximum(taken, own.float().mean(dim=0))
+    kept = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
+    if not kept or not held:
+        return router
+    weights, bias = weights[kept].contiguous(), bias[kept].contiguous()
+    scores = torch.cat([_foreign(rows.double(), router.keys, weights, bias, temperature) for rows in held])
+    above = tuple((share, float(torch.quantile(scores, 1 - share))) for share in LOST)
+    parts = tuple(names[place] for place in kept)
+    return replace(router, background=(weights, bias), parts=parts, foreign_above=above)
+
+
+def _mass(rows: Tensor, keys: Keys, temperature: float) -> Tensor:
+    """log sum_j exp(s_j / T + log prior_j), (B,)"""
+    return (keys.scores(rows, temperature) + keys.log_prior).logsumexp(dim=-1)
+
+
+def _foreign(rows: Tensor, keys: Keys, weights: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    scores = (rows @ weights.T + bias) / temperature
+    return scores.logsumexp(dim=-1) - torch.tensor(float(len(bias))).log() - _mass(rows, keys, temperature)
+
+
+def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> KeyedRouter:
+    """Inverse of ``KeyedRouter.tensors`` and ``KeyedRouter.settings``; raises KeyError or TypeError where they lack one.
+
+    Raises:
+        BankError: numbers that are not finite, or that do not fit.
+    """
+    named = {name: tensors[name].double() for name in ("weights", "bias", "log_prior")}
+    extra = {n: t.double() for n, t in tensors.items() if n.startswith("background.")}
+    if not all(bool(torch.isfinite(t).all()) for t in (*named.values(), *extra.values())):
+        raise BankError("router: keys hold NaN or infinity")
+    of = settings["keys"]
+    keys = Keys(named["weights"], named["bias"], tuple(of["task"]), tuple(of["label"]), named["log_prior"])
+    if not len(keys.task) == len(keys.label) == len(keys.bias) == len(keys.log_prior):
+        raise BankError(f"router: {len(keys.task)} keys, {len(keys.bias)} biases")
+    return KeyedRouter(
+        list(settings["tasks"]), tuple(of["labels"]), keys, float(settings["temperature"]), float(settings["beta"]),
+        GateSettings(**settings["gate"]),
+        (extra["background.weights"], extra["background.bias"]) if extra else None,
+        tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]),
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""Keys of a bank: one Gaussian a task or a label, in closed form, and what is fitted on held-out rows.
+
+With the common covariance of ``statistics.Covariance`` the scores of a text's features f are w_j . f + b_j,
+w_j = Sigma^-1 mu_j, b_j = -1/2 mu_j . w_j (linear discriminant analysis). At temperature T
+
+    p(j | f) = softmax_j((w_j . f + b_j) / T + log prior_j)
+
+where every task has the prior 1/T_tasks, spread evenly over its labels. A task's posterior is the sum of its keys'. Keys
+are made anew at every version from sums over rows, so that a bank grows by adding a task's statistics to the others'.
+
+Shapes: J keys, T tasks, n rows, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.statistics import TEMPERATURES, Covariance
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.statistics import TaskStatistics
+
+KeyRule = Literal["task", "label"]
+BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
+"""Grid of the weight of the keys' evidence beside the language model's."""
+PRIOR_BETA = 0.25
+"""Of banks with too few held-out rows to fit one."""
+FEWEST_ROWS = 100
+"""Held-out rows from which on beta is fitted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Keys:
+    """Keys and whose they are."""
+
+    weights: Tensor
+    """(J, d) fp64"""
+    bias: Tensor
+    """(J,) fp64"""
+    task: tuple[int, ...]
+    """Of each key its task, by place in the bank."""
+    label: tuple[int, ...]
+    """Of each key its label, by place in its task; -1 for a key that stands for all of a task."""
+    log_prior: Tensor
+    """(J,) fp64"""
+
+    @property
+    def tasks(self) -> int:
+        """T"""
+        return max(self.task) + 1
+
+    def scores(self, features_nd: Tensor, temperature: float) -> Tensor:
+        """(w_j . f + b_j) / T, (n, J) fp64: small differences of large numbers."""
+        return (features_nd.to(self.weights) @ self.weights.T + self.bias) / temperature
+
+    def of_tasks(self, scores_nJ: Tensor) -> Tensor:
+        """p(t | f), (n, T)"""
+        place = torch.tensor(self.task, device=scores_nJ.device)
+        shares = torch.softmax(scores_nJ + self.log_prior, dim=-1)
+        return shares.new_zeros(len(shares), self.tasks).index_add_(1, place, shares)
+
+    def of_labels(self, scores_nJ: Tensor, task: int, labels: int) -> Tensor | None:
+        """log p(label | f, task), (n, labels); None where the task has no keys for labels.
+
+        A label that no row of the statistics had takes the least of the others.
+        """
+        own = [j for j, (t, label) in enumerate(zip(self.task, self.label, strict=True)) if t == task and label >= 0]
+        if not own:
+            return None
+        places = torch.tensor([self.label[j] for j in own], device=scores_nJ.device)
+        found = torch.log_softmax(scores_nJ[:, own], dim=-1)
+        out = found.amin(dim=-1, keepdim=True).repeat(1, labels)
+        return out.index_copy(1, places, found)
+
+    def best_task(self, scores_nJ: Tensor) -> Tensor:
+        """The task of the key that is likeliest of all, (n,): not always the likeliest task."""
+        place = torch.tensor(self.task, device=scores_nJ.device)
+        return place[(scores_nJ + self.log_prior).argmax(dim=-1)]
+
+    def to(self, device: torch.device | str) -> Keys:
+        """The same on another device."""
+        return Keys(
+            self.weights.to(device), self.bias.to(device), self.task, self.label, self.log_prior.to(device)
+        )
+
+    def only(self, tasks: Sequence[int]) -> Keys:
+        """The same keys, as if the bank held these tasks alone: the others have no prior."""
+        own = torch.tensor([task in set(tasks) for task in self.task], device=self.log_prior.device)
+        prior = self.log_prior.masked_fill(~own, -torch.inf)
+        return replace(self, log_prior=prior - prior.logsumexp(dim=0))
+
+
+def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Keys:
+    """Keys of a bank.
+
+    Args:
+        statistics: one per task, in the bank's order.
+        rule: ``label``: a key for every label of a labelled task, one for a task of free text; ``task``: one a task.
+        shrinkage: of the covariance.
+
+    Raises:
+        UserError: as ``Covariance``.
+    """
+    covariance = Covariance(statistics, shrinkage, within_labels=rule == "label")
+    means: list[Tensor] = []
+    task: list[int] = []
+    label: list[int] = []
+    log_prior: list[float] = []
+    every = -torch.tensor(float(len(statistics))).log().item()
+    for place, one in enumerate(statistics):
+        if rule == "task" or one.by_label is None:
+            rows, labels = [one.mean], [-1]
+        else:
+            labels = [number for number, count in enumerate(one.by_label.counts.tolist()) if count]
+            rows = [one.by_label.means[number] for number in labels]
+        means += rows
+        task += [place] * len(rows)
+        label += labels
+        log_prior += [every - torch.tensor(float(len(rows))).log().item()] * len(rows)
+    means_JD = torch.stack(means)
+    weights = covariance.solve(means_JD)
+    prior = torch.tensor(log_prior, dtype=torch.float64)
+    return Keys(weights, -0.5 * (means_JD * weights).sum(dim=1), tuple(task), tuple(label), prior)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Keys with the settings that held-out rows prefer."""
+
+    keys: Keys
+    shrinkage: float
+    temperature: float
+    beta: float
+
+
+def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequence[float]) -> Fitted:
+    """Keys, temperature and the weight of their evidence, from statistics and held-out rows alone.
+
+    Args:
+        statistics: one per task, in the bank's order.
+        rule: of the keys.
+        shrinkages: to choose from; with one, or without held-out rows, the first.
+    """
+    found = []
+    for shrinkage in shrinkages:
+        keys = make_keys(statistics, rule, shrinkage)
+        found.append((*_temperature(statistics, keys), shrinkage, keys))
+    _, temperature, shrinkage, keys = min(found, key=lambda one: one[0])
+    return Fitted(keys, shrinkage, temperature, fit_beta(statistics, keys, temperature))
+
+
+def _temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:
+    """The temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
+    task where labels have no keys), with its loss, nats; 1 where no row was held out."""
+    held = [(place, one.held) for place, one in enumerate(statistics) if one.held is not None and len(one.held.labels)]
+    best = (0.0, 1.0)
+    for temperature in TEMPERATURES if held and len(keys.task) > 1 else ():
+        loss = 0.0
+        for place, rows in held:
+            scores = keys.scores(rows.features, temperature)
+            by_label = statistics[place].by_label
+            own = None if by_label is None else keys.of_labels(scores, place, len(by_label.counts))
+            loss -= float(keys.of_tasks(scores)[:, place].clamp(min=1e-12).log().sum())
+            if own is not None:
+                loss -= float(own.gather(1, rows.labels[:, None]).sum())
+        if best[0] == 0.0 or loss < best[0]:
+            best = (loss, temperature)
+    return best
+
+
+def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: float) -> float:
+    """The weight of the grid at which held-out rows find their own label likeliest, under their own task's row.
+
+    Fewer than ``FEWEST_ROWS`` rows say too little: ``PRIOR_BETA``.
+    """
+    totals = [0.0] * len(BETAS)
+    rows = 0
+    for place, one in enumerate(statistics):
+        held = one.held
+        if held is None or held.loglikelihoods is None or not len(held.labels):
+            continue
+        model = held.loglikelihoods.double()
+        own = keys.of_labels(keys.scores(held.features, temperature), place, model.shape[1])
+        if own is None:
+            continue
+        rows += len(model)
+        at = torch.arange(len(model))
+        for number, beta in enumerate(BETAS):
+            totals[number] -= float(torch.log_softmax(model + beta * own, dim=-1)[at, held.labels].sum())
+    return PRIOR_BETA if rows < FEWEST_ROWS else BETAS[min(range(len(BETAS)), key=totals.__getitem__)]

@@ -1,0 +1,382 @@
+"""From plain texts to answers: the one way in which a bank answers, whoever asks.
+
+Scoring, ``AMLoRAModel``, the server, MLflow's loader and the commands of the shell all come through here, so that what is
+scored is what is served::
+
+    text -> read -> evidence of the keys -> route -> the routed task's own prompt -> labels weighed, or text written
+
+``begin`` reads texts, routes them and prepares their prompts; ``weigh`` gives labels to the rows whose task has some;
+what is left decodes on from the same state. A caller may name the task, or give labels or a question; nothing else of a
+request decides anything.
+
+For banks whose router is a ``KeyedRouter``; others have no evidence and are answered as before (``inference``).
+
+Shapes in names: B texts, L tokens of texts, R tokens behind them, T tasks, J keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
+from amlora_dist.adapters.reading import Reading, keeping_trunk, read_texts
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
+from amlora_dist.evaluation.requests import Prompter, Request, Route, routes
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.inject import Mixture
+
+EvidenceKind = Literal["both", "model", "keys"]
+Agree = Callable[[int], int]
+"""Gives every rank the largest of the ranks' numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What is known of the labels of one text."""
+
+    labels: tuple[str, ...]
+    model: tuple[float, ...]
+    """Summed log-likelihood of each label behind the prompt, nats."""
+    keys: tuple[float, ...] | None
+    """Log posterior of each label by the keys, given the task; None where its labels have no keys."""
+
+    def score(self, kind: EvidenceKind, beta: float) -> list[float]:
+        """What the evidence says of each label: log p_model + beta log p_keys, or one of them."""
+        if kind == "model" or self.keys is None:
+            return list(self.model)
+        if kind == "keys":
+            return list(self.keys)
+        return [model + beta * keys for model, keys in zip(self.model, self.keys, strict=True)]
+
+    def best(self, kind: EvidenceKind, beta: float) -> int:
+        """The place of the label that wins; of equals the first."""
+        score = self.score(kind, beta)
+        return score.index(max(score))
+
+
+@dataclass(slots=True)
+class Answered:
+    """What a bank answers to one text."""
+
+    request: Request
+    text: str
+    """The served answer: a label's words where the task has labels, else what was written."""
+    ended: bool
+    """Whether it came to its end within the limit of new tokens."""
+    route: Route
+    label: str | None = None
+    """None where there are no labels to choose from."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of each label: softmax over what the evidence says."""
+    weighed: Weighed | None = None
+    foreign: float | None = None
+    """How much more the text looks like the background than like the bank's tasks, log odds."""
+    written: tuple[str, bool] | None = None
+    """What was written freely, and whether it ended; None where nothing was."""
+
+
+@dataclass(slots=True)
+class Begun:
+    """Texts that were read, routed and asked: the rows of ``state`` are those of ``requests``."""
+
+    requests: list[Request]
+    state: Prefilled
+    gate_BT: Tensor
+    evidence: Evidence
+    routes: list[Route]
+    features_BF: Tensor
+    best_by_keys: list[str | None]
+    """The task of the label that the keys like best among all of the bank's; None without evidence."""
+
+    @property
+    def foreign(self) -> list[float | None]:
+        """How foreign each text looks; None without a background."""
+        return [None if score == -torch.inf else score for score in self.evidence.foreign_B.tolist()]
+
+
+class Answering:
+    """A bank in its base model, ready to answer. Safe for several threads, but for ``full_forward``.
+
+    Args:
+        mixture: of the model.
+        decoder: of the model.
+        prompter: of the bank.
+        router: of the bank.
+        kind: which evidence decides between the labels of a task.
+        beta: weight of the keys' evidence; None: the router's fitted one.
+        device: where the model is.
+        full_forward: never end a pass early (ZeRO-3).
+        agree: makes every rank do as many passes as the others (ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        decoder: Decoder,
+        prompter: Prompter,
+        router: KeyedRouter,
+        *,
+        kind: EvidenceKind = "both",
+        beta: float | None = None,
+        device: torch.device,
+        rows_TN: Tensor,
+        full_forward: bool = False,
+        agree: Agree | None = None,
+    ) -> None:
+        self.mixture, self.decoder, self.prompter, self.device = mixture, decoder, prompter, device
+        self.router = router.to(device)
+        self.kind: EvidenceKind = kind
+        self.beta = router.beta if beta is None else beta
+        self.rows_TN = rows_TN
+        self._whole = full_forward
+        self._agree = agree or (lambda number: number)
+        self._trunk = None if full_forward else keeping_trunk(mixture)
+
+    # ---- the steps --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, requests: Sequence[Request]) -> Reading:
+        """One pass over the texts alone."""
+        self.prompter.read([request for request in requests if not request.text_ids])
+        ends = self.prompter.ends
+        ids = [request.text_ids for request in requests]
+        inner = [len(one) - len(ends.before) - len(ends.after) for one in ids]
+        text = [(0,) * len(ends.before) + (1,) * count + (0,) * len(ends.after) for count in inner]
+        left = not self.decoder.encoder_decoder
+        ids_BL, mask_BL = self._padded(ids, left, self.decoder.pad_id), self._padded([(1,) * len(o) for o in ids], left, 0)
+        text_BL = self._padded(text, left, 0)
+        positions = self.decoder.positions(mask_BL)
+        return read_texts(self.mixture, self._trunk, ids_BL, mask_BL, text_BL, positions, full_forward=self._whole)
+
+    def evidence(self, reading: Reading, router: KeyedRouter | None = None) -> Evidence:
+        """What the keys say of texts that were read; ``router`` in place of the bank's own."""
+        return (router or self.router).evidence(reading.features_BF)
+
+    def route(self, requests: Sequence[Request], evidence: Evidence) -> Tensor:
+        """Give each request its gate and its task, unless its caller did; returns the gates (B, T).
+
+        A text that belongs to no task has a gate of zeros and no task: the base model answers it.
+        """
+        best = evidence.gates_BT.argmax(dim=1).tolist()
+        none = (evidence.gates_BT.sum(dim=1) == 0).tolist()
+        for place, request in enumerate(requests):
+            if request.gate is None:
+                request.gate = evidence.gates_BT[place]
+            if request.task is None and not none[place]:
+                request.task = self.mixture.task_names[best[place]]
+        return torch.stack([request.gate for request in requests if request.gate is not None])
+
+    @torch.no_grad()
+    def begin(
+        self, requests: Sequence[Request], *, new_tokens: int | None = None, router: KeyedRouter | None = None,
+        reading: Reading | None = None,
+    ) -> Begun:  # fmt: skip
+        """Read texts, route them, and read their prompts.
+
+        Args:
+            requests: of one batch; their ``task``, ``gate``, ``tokens`` and ``labels`` are filled in.
+            new_tokens: that an answer may have; default: what the task's answers need.
+            router: in place of the bank's own.
+            reading: of these requests, if they were read before.
+
+        Raises:
+            UserError: an empty text, no room for a prompt.
+        """
+        requests = list(requests)
+        reading = self.read(requests) if reading is None else reading
+        evidence = self.evidence(reading, router)
+        gate_BT = self.route(requests, evidence)
+        for request in requests:
+            if request.labels is None and request.task is not None and not request.free:
+                entry = self.prompter.entries.get(request.task)
+                request.labels = None if entry is None or entry.labels is None else tuple(entry.labels)
+            room = self.prompter.answer_limit(request.task) if new_tokens is None else new_tokens
+            self.prompter.ask(request, new_tokens=room)
+        state = self._prefilled(requests, reading, gate_BT)
+        found = routes(gate_BT, self.mixture.task_names, self.rows_TN)
+        return Begun(requests, state, gate_BT, evidence, found, reading.features_BF, self.by_keys(evidence))
+
+    def by_keys(self, evidence: Evidence) -> list[str | None]:
+        """The task of the label that the keys like best among all of the bank's, for each text."""
+        best = self.router.keys.best_task(evidence.scores_BJ).tolist()
+        return [self.router.tasks[task] for task in best]
+
+    def weigh(self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None) -> list[Weighed | None]:
+        """What is known of each row's labels; None for rows without. Leaves the state as it is.
+
+        Args:
+            begun: of ``begin``.
+            labels: of each row, in place of its request's.
+        """
+        return finished(self.weighing(begun, labels))
+
+    @torch.no_grad()
+    def weighing(
+        self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
+    ) -> Generator[int, None, list[Weighed | None]]:
+        """``weigh`` with a stop after each pass, which yields the tokens that went through: others may run there."""
+        sets: dict[tuple[str, ...], list[int]] = {}
+        chosen = labels if labels is not None else [request.labels for request in begun.requests]
+        for row, names in enumerate(chosen):
+            if names:
+                sets.setdefault(names, []).append(row)
+        found: list[Weighed | None] = [None] * len(begun.requests)
+        longest = max(len(request.tokens) for request in begun.requests)
+        passes = 0
+        for names, rows in sets.items():
+            plan = self.prompter.plan(names)
+            part = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
+            limit = contexts_per_pass(longest, len(begun.requests), plan)
+            passes += len(plan.passes(limit))
+            scores_BL = (yield from self.decoder.scoring(part, plan, contexts_per_pass=limit)).tolist()
+            for row, scores in zip(rows, scores_BL, strict=True):
+                found[row] = Weighed(names, tuple(scores), self._of_keys(begun, row, names))
+        for _ in range(self._agree(passes) - passes):  # under ZeRO-3 every rank makes equally many passes
+            self.decoder.advance(picked(begun.state, [0]), torch.full((1, 1), self.decoder.pad_id, device=self.device))
+        return found
+
+    def decide(self, weighed: Weighed) -> tuple[str, dict[str, float]]:
+        """The label that is served, and the share of each."""
+        score = torch.tensor(weighed.score(self.kind, self.beta), dtype=torch.float64)
+        shares = torch.softmax(score, dim=0).tolist()
+        return weighed.labels[weighed.best(self.kind, self.beta)], dict(zip(weighed.labels, shares, strict=True))
+
+    def answered(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int,
+        new_tokens: int | None = None,
+        router: KeyedRouter | None = None,
+        write: bool = True,
+        write_all: bool = False,
+        all_done: Callable[[bool], bool] = bool,
+        on_batch: Callable[[Begun], None] | None = None,
+    ) -> list[Answered]:
+        """From texts to answers, in their order: see ``answering``."""
+        return finished(
+            self.answering(
+                requests, batch_size=batch_size, new_tokens=new_tokens, router=router, write=write, write_all=write_all,
+                all_done=all_done, on_batch=on_batch,
+            )
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def answering(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int,
+        new_tokens: int | None = None,
+        router: KeyedRouter | None = None,
+        write: bool = True,
+        write_all: bool = False,
+        all_done: Callable[[bool], bool] = bool,
+        on_batch: Callable[[Begun], None] | None = None,
+    ) -> Generator[int, None, list[Answered]]:
+        """From texts to answers, in their order, with a stop after each pass of the labels.
+
+        Args:
+            requests: plain texts, with what their callers said of them.
+            batch_size: texts of one pass.
+            new_tokens: longest answer that is written; default: what the task's answers need.
+            router: in place of the bank's own.
+            write: write answers where there are no labels.
+            write_all: write beside the labels too.
+            all_done: whether all ranks are done, given whether this one is.
+            on_batch: sees every batch after its labels were weighed and before anything is written.
+        """
+        requests = list(requests)
+        self.prompter.read(requests)
+        order = sorted(range(len(requests)), key=lambda place: (-len(requests[place].text_ids), place))
+        made: dict[int, Answered] = {}
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            begun = self.begin([requests[place] for place in places], new_tokens=new_tokens, router=router)
+            yield sum(len(request.tokens) for request in begun.requests)
+            weighed = yield from self.weighing(begun)
+            if on_batch is not None:
+                on_batch(begun)
+            free = [row for row, one in enumerate(weighed) if write_all or (write and one is None)]
+            written = self.written(begun, free, new_tokens, all_done)
+            for row, (place, one) in enumerate(zip(places, weighed, strict=True)):
+                made[place] = self._answered(begun, row, one, written.get(row))
+        return [made[place] for place in range(len(requests))]
+
+    def routed(
+        self, requests: Sequence[Request], *, batch_size: int, router: KeyedRouter | None = None
+    ) -> list[Route]:
+        """Which tasks and adapters texts would use, in their order."""
+        found: list[Route] = []
+        for start in range(0, len(requests), batch_size):
+            batch = list(requests[start : start + batch_size])
+            gate_BT = self.route(batch, self.evidence(self.read(batch), router))
+            found += routes(gate_BT, self.mixture.task_names, self.rows_TN)
+        return found
+
+    def next_token_logits(self, requests: Sequence[Request], *, batch_size: int) -> Tensor:
+        """Scores of the first token of each answer behind the routed task's prompt, (B, vocabulary) fp32 on the CPU."""
+        found = []
+        for start in range(0, len(requests), batch_size):
+            begun = self.begin(list(requests[start : start + batch_size]), new_tokens=1)
+            found.append(begun.state.logits.float().cpu())
+        return torch.cat(found)
+
+    def written(
+        self, begun: Begun, rows: Sequence[int], new_tokens: int | None, all_done: Callable[[bool], bool] = bool
+    ) -> dict[int, tuple[str, bool]]:
+        """What the model writes after some rows, greedily, and whether it ended; consumes the state."""
+        if not rows:
+            return {}
+        limit = self.prompter.answer_limit
+        steps = new_tokens or max(limit(None if self._whole else begun.requests[row].task) for row in rows)
+        state = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
+        with torch.no_grad():
+            outputs = self.decoder.greedy(state, steps, all_done)
+        return {row: (self.prompter.decode(ids), ended) for row, (ids, ended) in zip(rows, outputs, strict=True)}
+
+    def _answered(
+        self, begun: Begun, row: int, weighed: Weighed | None, written: tuple[str, bool] | None
+    ) -> Answered:
+        request, route, foreign = begun.requests[row], begun.routes[row], begun.foreign[row]
+        if weighed is not None:
+            label, shares = self.decide(weighed)
+            return Answered(request, label, True, route, label, shares, weighed, foreign, written)
+        text, ended = written or ("", False)
+        return Answered(request, text, ended, route, foreign=foreign, written=written)
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _of_keys(self, begun: Begun, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
+        task = begun.requests[row].task
+        entry = None if task is None else self.prompter.entries.get(task)
+        if task is None or entry is None or tuple(entry.labels or ()) != names:
+            return None
+        place = self.router.tasks.index(task)
+        found = self.router.of_labels(begun.evidence.scores_BJ[row : row + 1], place)
+        return None if found is None else tuple(found[0].tolist())
+
+    def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:
+        """The prompts' pass: the text's lower half as it was read where that can be, else everything."""
+        if reading.kept is None or any(request.kept is None for request in requests):
+            left = not self.decoder.encoder_decoder
+            ids = self._padded([request.tokens for request in requests], left, self.decoder.pad_id)
+            mask = self._padded([(1,) * len(request.tokens) for request in requests], left, 0)
+            return self.decoder.prefill(ids, mask, task_gate=gate_BT)
+        keep = torch.tensor([[request.kept] for request in requests], device=self.device)
+        kept_BL = reading.mask_BL * (reading.mask_BL.cumsum(dim=1) <= keep)
+        rest = [request.tokens[request.kept :] for request in requests]
+        rest_BR = self._padded(rest, True, self.decoder.pad_id)
+        rest_mask_BR = self._padded([(1,) * len(one) for one in rest], True, 0)
+        return self.decoder.resume(reading, kept_BL, rest_BR, rest_mask_BR, task_gate=gate_BT)
+
+    def _padded(self, rows: Sequence[tuple[int, ...]], left: bool, fill: int) -> Tensor:
+        width = max(map(len, rows))
+        made = [((fill,) * (width - len(row)) + row) if left else (row + (fill,) * (width - len(row))) for row in rows]
+        return torch.tensor(made, dtype=torch.long, device=self.device)

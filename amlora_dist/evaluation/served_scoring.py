@@ -1,0 +1,175 @@
+"""Score plain texts as they are served: nothing is told but the text, and every answer comes through ``answering``.
+
+A row counts by the words of its served answer. Beside it stand what the model alone and the keys alone would have said of
+the same rows, what the model writes if nothing limits it, and the best of the true task's labels.
+
+Rows whose gates are what they were at an earlier score of the same bank, or of its beginnings, keep what the model said of
+them (``unchanged``); the decision is made again with today's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from amlora_dist.evaluation.answering import Answered, Answering, Begun, EvidenceKind, Weighed
+from amlora_dist.evaluation.requests import Request
+from amlora_dist.evaluation.scoring import Prediction, deal_lengths
+from amlora_dist.evaluation.text_metrics import METRICS
+
+KINDS: tuple[EvidenceKind, ...] = ("both", "model", "keys")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRow:
+    """A row of a test set: its number in the source, its text, and the right answer."""
+
+    number: int
+    text: str
+    answer: str
+
+
+@dataclass(slots=True)
+class ServedScore:
+    """Scores one task's rows by one bank.
+
+    Args:
+        answering: the bank.
+        metric: of the task.
+        labels: the task's; None for free text.
+        task: named to the bank (the oracle); None: nothing is told.
+        question: asked of every text, in place of the routed task's own.
+    """
+
+    answering: Answering
+    metric: str
+    labels: tuple[str, ...] | None
+    task: str | None = None
+    question: str | None = None
+
+    def score(
+        self,
+        rows: Sequence[PlainRow],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        all_done: Callable[[bool], bool] = bool,
+        on_features: Callable[[int, Tensor], None] | None = None,
+    ) -> list[Prediction]:
+        """This rank's share of the predictions, in the order of their rows; which rows share a pass does not depend on
+        the number of ranks."""
+        requests = [self._request(place, row) for place, row in enumerate(rows)]
+        self.answering.prompter.read(requests)
+        made: list[Prediction] = []
+        for places, counts in deal_lengths([len(r.text_ids) for r in requests], batch_size, rank, world):
+            batch = [self._request(place, rows[place]) for place in places]
+            ranked: dict[int, Weighed] = {}
+            begun: list[Begun] = []
+
+            def on_batch(
+                one: Begun, ranked: dict[int, Weighed] = ranked, begun: list[Begun] = begun
+            ) -> None:
+                begun.append(one)
+                ranked |= self._of_true_labels(one)
+
+            found = self.answering.answered(
+                batch, batch_size=len(batch), write_all=True, all_done=all_done, on_batch=on_batch
+            )
+            if not counts:
+                continue
+            row_of = {id(request): row for row, request in enumerate(begun[0].requests)}
+            for place, one in zip(places, found, strict=True):
+                row = row_of[id(one.request)]
+                made.append(self._prediction(rows[place], one, begun[0], row, ranked.get(row)))
+                if on_features is not None:
+                    on_features(rows[place].number, begun[0].features_BF[row].float().cpu())
+        return sorted(made, key=lambda prediction: prediction.row)
+
+    def _request(self, place: int, row: PlainRow) -> Request:
+        gate = None
+        if self.task is not None:
+            mixture = self.answering.mixture
+            gate = mixture.one_hot(mixture.task_names.index(self.task), 1)[0]
+        return Request(place, row.text, self.question, self.task, gate=gate)
+
+    def _of_true_labels(self, begun: Begun) -> dict[int, Weighed]:
+        """What the model says of the true task's labels, where the routed task has others."""
+        if self.labels is None:
+            return {}
+        wanted = [None if request.labels == self.labels else self.labels for request in begun.requests]
+        found = self.answering.weigh(begun, wanted)
+        return {row: weighed for row, weighed in enumerate(found) if weighed is not None}
+
+    def _prediction(
+        self, row: PlainRow, one: Answered, begun: Begun, place: int, ranked: Weighed | None
+    ) -> Prediction:
+        written, ended = one.written or ("", False)
+        true = ranked if ranked is not None else one.weighed
+        gates = begun.gate_BT[place].float().tolist() if self.task is None else None
+        bare = Prediction(
+            row=row.number, answer=row.answer, output=written, ended=ended, correct=0.0, gates=gates,
+            loglikelihoods=None if one.weighed is None else list(one.weighed.model),
+            route=one.request.task, labels=None if one.weighed is None else list(one.weighed.labels),
+        )  # fmt: skip
+        if self.labels is not None and true is not None:
+            best = true.best("model", 0.0)
+            bare = replace(bare, ranked=best, ranked_correct=self.labels[best] == row.answer)
+        return self.decided(bare, one.weighed, one.foreign, begun.best_by_keys[place])
+
+    def decided(
+        self, before: Prediction, weighed: Weighed | None, foreign: float | None, by_keys: str | None
+    ) -> Prediction:
+        """A prediction with the served answer, and those of each kind of evidence, from what the model said of a row."""
+        kind, beta = self.answering.kind, self.answering.beta
+        if weighed is None:
+            answers = dict.fromkeys(KINDS, before.output)
+        else:
+            answers = {one: weighed.labels[weighed.best(one, beta)] for one in KINDS}
+        counts = {one: self._correct(text, before, written=weighed is None) for one, text in answers.items()}
+        return replace(
+            before, served=answers[kind], correct=counts[kind],
+            greedy_correct=self._correct(before.output, before, written=True),
+            model_correct=counts["model"], keys_correct=counts["keys"],
+            keys=None if weighed is None or weighed.keys is None else list(weighed.keys),
+            foreign=foreign, keys_elsewhere=None if by_keys is None else by_keys != before.route,
+        )  # fmt: skip
+
+    def _correct(self, text: str, of: Prediction, *, written: bool) -> float:
+        """The task's metric; a labelled task's answer that was written and did not end is wrong."""
+        if written and self.labels is not None and not of.ended:
+            return 0.0
+        return METRICS[self.metric](text, of.answer)
+
+
+def rescored(
+    scorer: ServedScore, before: Sequence[Prediction], features: Mapping[int, Tensor]
+) -> list[Prediction]:
+    """Predictions of an earlier score whose gates still hold, decided anew with today's keys.
+
+    Args:
+        scorer: of the cell.
+        before: of ``unchanged``; their gates are today's.
+        features: of each row (d,).
+    """
+    answering = scorer.answering
+    if not before:
+        return []
+    evidence = answering.router.evidence(torch.stack([features[one.row] for one in before]).to(answering.device))
+    by_keys = answering.by_keys(evidence)
+    made = []
+    for place, one in enumerate(before):
+        weighed = None
+        if one.loglikelihoods is not None and one.labels is not None and one.route is not None:
+            keys = answering.router.of_labels(
+                evidence.scores_BJ[place : place + 1], answering.router.tasks.index(one.route)
+            )
+            weighed = Weighed(
+                tuple(one.labels), tuple(one.loglikelihoods), None if keys is None else tuple(keys[0].tolist())
+            )
+        score = float(evidence.foreign_B[place])
+        made.append(scorer.decided(one, weighed, None if score == -torch.inf else score, by_keys[place]))
+    return made

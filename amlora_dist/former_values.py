@@ -1,0 +1,54 @@
+"""What keys meant before they existed: values that stand for a key in what earlier versions stored.
+
+A run, a search or a bank of an earlier version keeps its own resolved configuration. Keys that are new since then are
+not in it, and today's defaults are not what it was trained with: there such a key has the value that does what the code
+of that time did. The same table says when a new key enters a fingerprint: only where it is *not* at that value, so that
+no fingerprint of the past changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FORMER: dict[str, Any] = {
+    "prompt_format": 1,
+    "router.keys": "task",
+    "router.depths": [],
+    "router.max_text_tokens": None,
+    "router.gate.lost": 0.03,
+    "answer.evidence": "model",
+    "answer.beta": "calibrated",
+    "evaluation.prompts": "own",
+    "adapters.use_rslora": False,
+    "adapters.dropout": 0.0,
+    "training.lora_plus": 1.0,
+    "training.label_smoothing": 0.0,
+}
+"""Key path -> what version 0.1 did, which did not know the key."""
+
+
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that its version did not know, at what that version did.
+
+    Of a configuration that this version stored nothing is missing, and nothing changes.
+    """
+    whole = dict(stored)
+    for path, value in FORMER.items():
+        *sections, key = path.split(".")
+        inner = whole
+        for section in sections:
+            held = inner.get(section)
+            inner[section] = dict(held) if isinstance(held, Mapping) else {}
+            inner = inner[section]
+        inner.setdefault(key, value)
+    return whole
+
+
+def unlike_former(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` (of the keys of one section) without new keys that are at their former value."""
+    return {
+        key: value
+        for key, value in values.items()
+        if f"{section}.{key}" not in FORMER or value != FORMER[f"{section}.{key}"]
+    }

@@ -1,0 +1,201 @@
+"""The router's statistics of one stage: features of its rows, reduced over ranks, and the rows that are held out.
+
+In prompt format 2 the held-out rows are seen by nobody: the adapter does not train on them, the statistics do not count
+them, and what the finished model says of their labels is kept beside their features. In format 1 they are kept out of the
+statistics alone.
+
+Shapes in names: B rows, L tokens, D features, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.reading import read_texts
+from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge, merge_holdouts
+from amlora_dist.digests import named_seed
+from amlora_dist.evaluation.decoding import Decoder, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.scoring import deal
+from amlora_dist.tasks.batches import Example, collate_prompts, padded
+from amlora_dist.tasks.prompt_format import special_ends
+from amlora_dist.training.batching import prompt_positions
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.adapters.settings import RouterSettings
+    from amlora_dist.training.trunk_cache import TrunkCache
+    from amlora_dist.training.zero import Ranks
+
+BATCH = 16
+FEWEST_HELD = 24
+"""Rows that are held out at least, where that is no more than a quarter of them."""
+SMALLEST_SHARE = 4
+
+
+@dataclass
+class StageStatistics:
+    """Makes them on one rank; every rank makes the same calls.
+
+    Args:
+        task: the stage's.
+        seed: of the run.
+        router: settings.
+        tokenizer, encoder_decoder: of the model.
+        ranks: all of the stage's.
+        device: where the model is.
+        whole: never end a pass early (ZeRO-3).
+        text_alone: prompt format 2.
+    """
+
+    task: str
+    seed: int
+    router: RouterSettings
+    tokenizer: Any
+    encoder_decoder: bool
+    ranks: Ranks
+    device: torch.device
+    whole: bool
+    text_alone: bool
+
+    def held_out(self, count: int) -> list[int]:
+        """Places of the rows that are held out, rising; never all."""
+        share = self.router.holdout
+        size = min(round(count * share), count - 1)
+        if self.text_alone and share > 0:
+            size = min(max(size, FEWEST_HELD), count // SMALLEST_SHARE)
+        generator = torch.Generator().manual_seed(named_seed(self.seed, "holdout", self.task))
+        return sorted(torch.randperm(count, generator=generator)[: max(size, 0)].tolist())
+
+    def of(
+        self,
+        mixture: Mixture,
+        examples: Sequence[Example],
+        earlier: Sequence[TaskStatistics],
+        trunk: TrunkCache | None,
+        label_count: int,
+    ) -> TaskStatistics:
+        """Statistics of all rows but the held-out ones, which go beside them.
+
+        Args:
+            mixture: of the model.
+            examples: the stage's own rows, the held-out ones among them.
+            earlier: statistics of the tasks before (format 1).
+            trunk: what is kept of whole prompts, if it ends at the routing layer (format 1).
+            label_count: labels of the task; 0 where rows have none or are of several tasks.
+        """
+        held = self.held_out(len(examples))
+        left_out = set(held)
+        kept = [example for place, example in enumerate(examples) if place not in left_out]
+        chosen = [examples[place] for place in held]
+        if not self.text_alone:
+            own = merge(self.ranks.gather(TaskStatistics.from_features(self.task, self._prompts(mixture, kept, trunk))))
+            if held:
+                features = self._prompts(mixture, chosen, trunk)
+                parts = own.with_holdout(features, earlier, self.router.fixed_shrinkage)
+                own = merge_holdouts(self.ranks.gather(parts))
+            return own
+        features, mine = self._texts(mixture, kept)
+        labels = [label if (label := kept[place].label) is not None else 0 for place in mine]
+        own = merge(self.ranks.gather(TaskStatistics.from_features(self.task, features, labels, label_count)))
+        if not held:
+            return own
+        features, mine = self._texts(mixture, chosen)
+        shares = self.ranks.gather((features, mine))
+        whole = torch.empty(len(chosen), features.shape[1])
+        for rows, places in shares:
+            whole[places] = rows
+        places = [-1 if example.label is None or not label_count else example.label for example in chosen]
+        return replace(own, held=HeldOut(whole, torch.tensor(places)))
+
+    def with_likelihoods(
+        self,
+        statistics: TaskStatistics,
+        mixture: Mixture,
+        examples: Sequence[Example],
+        labels: Sequence[Sequence[int]],
+        eos_id: int,
+    ) -> TaskStatistics:
+        """The same with what the trained model says of each label of the held-out rows, under the new task's row.
+
+        Args:
+            statistics: of ``of``.
+            mixture: with the adapter that was trained.
+            examples: the stage's own rows, the held-out ones among them.
+            labels: token ids of the task's labels.
+            eos_id: ends an answer.
+        """
+        if statistics.held is None:
+            return statistics
+        chosen = [examples[place] for place in self.held_out(len(examples))]
+        pad_id = int(self.tokenizer.pad_token_id)
+        decoder = Decoder(mixture.model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=self.encoder_decoder)
+        plan = plan_labels(labels, eos_id)
+        passes = contexts_per_pass(max(len(example.prompt) for example in chosen), BATCH, plan)
+        found: dict[int, list[float]] = {}
+        was_training = mixture.model.training
+        mixture.model.eval()
+        with torch.no_grad():
+            for indices, counts in deal(chosen, BATCH, self.ranks.rank, self.ranks.world):
+                batch = collate_prompts([chosen[i] for i in indices], pad_id=pad_id, side=self._side)
+                ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+                gate = mixture.one_hot(len(mixture.task_names) - 1, len(indices))
+                state = decoder.prefill(ids, mask, task_gate=gate)
+                scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
+                if counts:
+                    found |= dict(zip(indices, scores, strict=True))
+        mixture.model.train(was_training)
+        every = {place: row for share in self.ranks.gather(found) for place, row in share.items()}
+        likelihoods = torch.tensor([every[place] for place in range(len(chosen))])
+        return replace(statistics, held=replace(statistics.held, loglikelihoods=likelihoods))
+
+    @property
+    def _side(self) -> Any:
+        return "right" if self.encoder_decoder else "left"
+
+    def _texts(self, mixture: Mixture, examples: Sequence[Example]) -> tuple[Tensor, list[int]]:
+        """Features of this rank's share of texts, (rows, F) fp32 on the CPU, and the places of the rows."""
+        ends = special_ends(self.tokenizer, self.encoder_decoder)
+        texts = [replace(example, prompt=example.text, target=()) for example in examples]
+        out: list[Tensor] = []
+        mine: list[int] = []
+        pad_id = int(self.tokenizer.pad_token_id)
+        for indices, counts in deal(texts, BATCH, self.ranks.rank, self.ranks.world):
+            own = [texts[i].text for i in indices]
+            whole = [(*ends.before, *ids, *ends.after) for ids in own]
+            seen = [(0,) * len(ends.before) + (1,) * len(ids) + (0,) * len(ends.after) for ids in own]
+            ids_BL = padded(whole, pad_id, self._side).to(self.device)
+            mask_BL = padded([(1,) * len(ids) for ids in whole], 0, self._side).to(self.device)
+            text_BL = padded(seen, 0, self._side).to(self.device)
+            positions = prompt_positions(mixture.model, mask_BL, encoder_decoder=self.encoder_decoder)
+            with torch.no_grad():
+                reading = read_texts(mixture, None, ids_BL, mask_BL, text_BL, positions, full_forward=self.whole)
+            out.append(reading.features_BF.cpu() if counts else reading.features_BF[:0].cpu())
+            mine += indices if counts else []
+        return torch.cat(out), mine
+
+    def _prompts(self, mixture: Mixture, examples: Sequence[Example], trunk: TrunkCache | None) -> Tensor:
+        """Features of this rank's share of whole prompts, (rows, D) fp32 on the CPU (format 1)."""
+        dealt = deal(examples, BATCH, self.ranks.rank, self.ranks.world)
+        if trunk is not None and trunk.trunk.layer == mixture.router_layer:
+            shares = [[examples[i] for i in indices] for indices, counts in dealt if counts]
+            parts = [trunk.features(batch, self.router.skip_tokens) for batch in shares]
+            return torch.cat(parts) if parts else torch.empty(0, trunk.trunk.width)
+        out: list[Tensor] = []
+        with torch.no_grad():
+            for indices, counts in dealt:
+                batch = collate_prompts(
+                    [examples[i] for i in indices], pad_id=int(self.tokenizer.pad_token_id), side=self._side
+                )
+                batch |= prompt_positions(
+                    mixture.model, batch["attention_mask"], encoder_decoder=self.encoder_decoder
+                )
+                features = mixture.routing_features(
+                    full_forward=self.whole, **{name: tensor.to(self.device) for name, tensor in batch.items()}
+                )
+                out.append(features.cpu() if counts else features[:0].cpu())
+        return torch.cat(out)

@@ -1,0 +1,124 @@
+"""rsLoRA, dropout, LoRA+, weight decay and label smoothing: each does what it says, and a run goes on with all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from amlora_dist.adapters.bank import Adapter
+from amlora_dist.config import load_config
+from amlora_dist.former_values import FORMER
+from amlora_dist.methods import METHODS, method_for
+from amlora_dist.registry.adapter_folder import peft_config
+from amlora_dist.tasks.batches import IGNORED, Example
+from amlora_dist.training.batching import LossComputer
+from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.settings import StageSettings, TrainingSettings
+from tests.methods.stages import stages
+from tests.registry.tiny_banks import tiny_bank
+from tests.tiny_folder import write_config
+from tests.training.ranks import on_ranks
+from tests.training.test_elasticity import half, on_two_ranks, rest
+
+KNOBS = {
+    "adapters.use_rslora": "true", "adapters.dropout": "0.3", "training.lora_plus": "8",
+    "training.label_smoothing": "0.2", "training.weight_decay": "0.5",
+}  # fmt: skip
+"""A value of each that differs from the default."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    training = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 3}
+    return write_config(tmp_path_factory.mktemp("knobs"), tasks=("colours", "shapes"), training=training)
+
+
+def only_stage(config: Path, folder: Path, *overrides: str) -> tuple[str, Adapter, list[float]]:
+    """Fingerprint, adapter and losses of the first stage."""
+    one = f"tasks=[{config.parent / 'tasks' / 'colours.yaml'}]"
+    first = stages(load_config(config, [one, *overrides]), folder, score=False)[0]
+    return first.work.fingerprint, first.result.adapter, first.result.training["losses"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_knob_is_in_the_fingerprint_only_where_it_is_not_at_its_former_value(name: str, config: Path) -> None:
+    def reads(*overrides: str) -> dict[str, Any]:
+        c = load_config(config, [f"method={name}", *overrides])
+        return method_for(
+            StageSettings(
+                method=name, seed=0, dtype="fp32", attention="eager", adapters=c.adapters, router=c.router,
+                training=c.training, method_settings=c.method_settings,
+            )
+        ).reads(2)  # fmt: skip
+
+    plain = reads()
+    assert not {"use_rslora", "dropout", "lora_plus", "label_smoothing"} & (
+        plain.get("adapters", {}).keys() | plain.get("training", {}).keys()
+    )
+    for key, value in KNOBS.items():
+        adapts = not (name == "l2p" and key.startswith("adapters."))
+        assert (reads(f"{key}={value}") != plain) == (name != "base" and adapts), key
+    assert KNOBS.keys() - FORMER.keys() == {"training.weight_decay"}, "which 0.1 had"
+
+
+def test_every_knob_changes_the_adapter(config: Path, tmp_path: Path) -> None:
+    fingerprint, plain, losses = only_stage(config, tmp_path / "plain")
+    for key, value in KNOBS.items():
+        other, adapter, _ = only_stage(config, tmp_path / key, f"{key}={value}")
+        assert other != fingerprint and adapter.digest() != plain.digest(), key
+    former = [f"{key}={json.dumps(FORMER[key])}" for key in KNOBS if key in FORMER]
+    again, same, once_more = only_stage(config, tmp_path / "again", *former)
+    assert (again, same.digest(), once_more) == (fingerprint, plain.digest(), losses), "the former values change nothing"
+
+
+def test_rslora_scales_by_the_root_of_the_rank_and_peft_reads_the_same_scale(config: Path, tmp_path: Path) -> None:
+    _, adapter, _ = only_stage(config, tmp_path, "adapters.use_rslora=true", "adapters.rank=9", "adapters.alpha=6")
+    assert adapter.scale == pytest.approx(6 / math.sqrt(9))
+    manifest = tiny_bank(tmp_path / "bank", [adapter.task], adapters=[adapter])
+    written = peft_config(manifest, manifest.adapters[0])
+    assert written["use_rslora"] is False and written["lora_alpha"] / written["r"] == pytest.approx(2.0)
+
+
+def test_lora_plus_teaches_b_faster_and_leaves_the_groups_alone_at_one() -> None:
+    trainable = {name: nn.Parameter(torch.ones(2)) for name in ("a.m", "b.m", "recipe.m")}
+    plain = parameter_groups(trainable, TrainingSettings(learning_rate=1e-3))
+    assert [(len(g["params"]), g["base_lr"]) for g in plain] == [(2, 1e-3), (1, 3e-2)]
+    plus = parameter_groups(trainable, TrainingSettings(learning_rate=1e-3, lora_plus=16, weight_decay=0.1))
+    assert [g["base_lr"] for g in plus] == [1e-3, 16e-3, 3e-2]
+    assert plus[1]["params"] == [trainable["b.m"]]
+    assert [g["weight_decay"] for g in plus] == [0.1, 0.1, 0.0], "a recipe does not decay, it has its L1"
+
+
+def test_labels_are_smoothed_and_free_text_is_not() -> None:
+    logits = torch.randn(2, 3, 11)
+    labels = torch.tensor([[IGNORED, 4, 1], [7, 2, 1]])
+    rows = [Example(0, (3,), (4, 1), 0, "x"), Example(1, (3,), (7, 2, 1), None, "a text")]
+    plain = [float(F.cross_entropy(logits[n], labels[n], ignore_index=IGNORED, reduction="sum")) for n in (0, 1)]
+    smooth = float(F.cross_entropy(logits[0, 1:], labels[0, 1:], reduction="sum", label_smoothing=0.2))
+    assert float(LossComputer.cross_entropy(logits, labels)) == pytest.approx(sum(plain), rel=1e-6)
+    assert float(LossComputer.cross_entropy(logits, labels, rows, 0.2)) == pytest.approx(smooth + plain[1], rel=1e-6)
+
+
+@pytest.mark.integration
+def test_a_stage_with_all_of_them_is_equal_after_a_stop_and_equivalent_on_other_workers(tmp_path: Path) -> None:
+    training = {
+        "epochs": 3, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 3, "probe_rows": 8,
+        "lora_plus": 4, "weight_decay": 0.1, "label_smoothing": 0.1,
+    }  # fmt: skip
+    adapters = {"rank": 4, "alpha": 8, "targets": "all-linear", "use_rslora": True, "dropout": 0.2}
+    config = write_config(tmp_path, tasks=("colours", "shapes"), training=training, adapters=adapters)
+    undisturbed = rest(config, tmp_path / "whole", None)
+    half(config, tmp_path / "one-then-two", None)
+    shutil.copytree(tmp_path / "one-then-two", tmp_path / "one-then-one")
+    one_then_two = on_ranks(2, on_two_ranks, config, tmp_path)
+    assert rest(config, tmp_path / "one-then-one", None) == undisturbed, "equal, bit for bit"
+    for found in (one_then_two[0], rest(config, tmp_path / "two-then-one", None)):
+        assert max(abs(x - y) for x, y in zip(found, undisturbed, strict=True)) <= 1e-4
