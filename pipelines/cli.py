@@ -55,6 +55,9 @@ def run(
         str | None,
         typer.Option(help="Name of the durable run; the same id goes on where it was. Default: name and time."),
     ] = None,
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train anew what has.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -70,7 +73,9 @@ def run(
         with standard_output_kept(), contextlib.closing(progress), named_file(config, overrides):
             from pipelines.sequence import run_sequence
 
-            result = run_sequence(settings, run_id=run_id, progress=progress, verbose=verbose)
+            result = run_sequence(
+                settings, run_id=run_id, progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
+            )
         _print_result(result, as_json=as_json)
 
 

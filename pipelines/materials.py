@@ -187,6 +187,7 @@ class Materials:
         return {
             "labels": spec.label_texts,
             "metric": spec.metric,
+            "prompt": self.prompt(name),
             "prompt_style": "its own template" if spec.prompt.template else spec.prompt_style,
             "leaks": spec.leaks,
             "rows": {split: len(rows) for split, rows in data.rows.items()},

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.config import home
+from amlora_dist.errors import UserError
 from amlora_dist.evaluation import metrics
+from amlora_dist.registry import tags
+from amlora_dist.registry.store import Store
 from amlora_dist.training.work import WITHOUT
 
 if TYPE_CHECKING:
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
 FILE = "result.json"
 """Artifact of the sequence's MLflow run: the result so far."""
+MATERIALS = "materials.json"
+"""Artifact of the sequence's MLflow run: what it is made of (``Materials.facts``)."""
 STAGE_FILE = "stage.json"
 """Artifact of a stage's MLflow run: its scores and how it was trained."""
 
@@ -97,3 +103,20 @@ def result(
         "stages": [stage.public() for stage in stages],
         "tracking_uri": tracking_uri,
     }
+
+
+def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
+    """The result of a run as far as it has come.
+
+    Raises:
+        UserError: no run of this id.
+    """
+    store = Store.open(home(), tracking_uri)
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    if not found:
+        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
+        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
+    result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
+    if result is None:
+        raise UserError(f"run {run_id!r} has not finished a stage yet")
+    return result

@@ -31,7 +31,8 @@ from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
 from pipelines.publication import Publication, StageRecord, library_versions
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.results import load_result as load_result  # as it is known here
+from pipelines.same_configuration import refuse_other_configuration, refuse_other_data
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 
 if TYPE_CHECKING:
@@ -68,8 +69,11 @@ def run_sequence(
     verbose: bool = False,
     within: Within | None = None,
     alone: bool = True,
+    allow_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Run a sequence to its end, from wherever it is; ``within`` a search, in a comparison (not ``alone``), or on its own.
+
+    Rows, prompts or a base model that have changed since its first start are refused, unless ``allow_changed_data``.
 
     Returns:
         The result as ``amlora run --json`` prints it.
@@ -81,11 +85,19 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     with disk_watched():
-        return _run_sequence(config, run_id, progress, verbose, within, alone and within is None)
+        return _run_sequence(
+            config, run_id, progress, verbose, within, alone and within is None, allow_changed_data
+        )
 
 
 def _run_sequence(
-    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None, alone: bool
+    config: RunConfig,
+    run_id: str,
+    progress: Progress,
+    verbose: bool,
+    within: Within | None,
+    alone: bool,
+    allow_changed_data: bool,
 ) -> dict[str, Any]:
     place = home()
     preflight.check_folder(place)
@@ -103,7 +115,10 @@ def _run_sequence(
         Copies(copies, storage).check()
     store = Store.open(place, config.mlflow.tracking_uri)
     mapping = to_mapping(config)
-    refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
+    own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
+    refuse_other_configuration(store, own, mapping, name)
+    if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
+        progress.note("the data has changed since this run began: stages that read it are trained again")
     with store.hold_run(run_id, config.registered_model) as lease:
         if alone:
             progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
@@ -130,23 +145,6 @@ def _run_sequence(
                 lease.check()
                 store.end_run(parent_run, status)
         reach("run_closed")
-    return result
-
-
-def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
-    """The result of a run as far as it has come.
-
-    Raises:
-        UserError: no run of this id.
-    """
-    store = Store.open(home(), tracking_uri)
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
-    result: dict[str, Any] | None = store.load_json(found[-1].run, results.FILE)
-    if result is None:
-        raise UserError(f"run {run_id!r} has not finished a stage yet")
     return result
 
 
@@ -192,7 +190,7 @@ class _Driver:
         """All stages; the result."""
         bank = self._starting_bank()
         facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents]}
-        self.store.log_json(self.parent_run, "materials.json", facts | {"versions": library_versions()})
+        self.store.log_json(self.parent_run, results.MATERIALS, facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))
             started = time.monotonic()

@@ -30,6 +30,7 @@ from torch import Tensor
 from amlora_dist.adapters.bank import Adapter
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
+from amlora_dist.files import rename_synced
 from amlora_dist.registry import card
 from amlora_dist.registry.adapter_folder import (
     ADAPTER_FILES,
@@ -310,11 +311,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 def swap_in(aside: Path, folder: Path) -> None:
     """Rename ``aside`` to ``folder``; what stood there moves out of the way first and is then deleted."""
     if not folder.exists():
-        aside.replace(folder)
+        rename_synced(aside, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     folder.replace(old / folder.name)
-    aside.replace(folder)
+    rename_synced(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from filelock import FileLock, Timeout
 
 from amlora_dist.errors import AmloraError, UserError, is_full, plain_reason
+from amlora_dist.registry import places
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -196,13 +197,15 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
         path, sign, options = uri.removeprefix("sqlite:///").partition("?")
-        uri = f"sqlite:///{Path(path).absolute()}{sign}{options}"
+        uri = f"sqlite:///{Path(path).resolve()}{sign}{options}"
     if uri.startswith(("http:", "https:")):
         _knock(uri, where)
-    client = _open_sqlite(uri, where) if uri.startswith("sqlite:") else _client(uri, where)
+    if uri.startswith("sqlite:///"):
+        home = places.home_of(_sqlite_file(uri), home)
+    client = _open_sqlite(uri, where, home) if uri.startswith("sqlite:///") else _client(uri, where)
     if uri.startswith(("http:", "https:", "databricks")):
         return Connection(client, uri, artifacts=None)
-    return Connection(client, uri, artifacts=str(home / "artifacts"))
+    return Connection(client, uri, artifacts=str(home / places.ARTIFACTS))
 
 
 def _client(uri: str, where: str) -> MlflowClient:
@@ -235,8 +238,12 @@ def _knock(uri: str, where: str) -> None:
         ) from error
 
 
-def _open_sqlite(uri: str, where: str) -> MlflowClient:
-    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+def _sqlite_file(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
+
+
+def _open_sqlite(uri: str, where: str, home: Path) -> MlflowClient:
+    file = _sqlite_file(uri)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -251,6 +258,7 @@ def _open_sqlite(uri: str, where: str) -> MlflowClient:
                 log.warning(
                     "%s: SQLite journal mode is %s, not WAL (a network disk?); writers will wait longer", file, mode
                 )
+            places.settle(file, home)
             return _client(uri, where)
     except Timeout as error:
         raise StoreError(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from amlora_dist.config import home, storage_of, to_mapping
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
 from amlora_dist.registry import claims, tags
+from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
@@ -121,6 +122,8 @@ def _score_winner(
     within = Within(run=search_run, gpus=plan.settings.gpus or 1.0)
     found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
     version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
+    # By an earlier start: whoever has pointed the alias elsewhere since keeps it.
+    crowned = tags.SEARCH in version.tags and tags.CHAMPION in aliases(store, model)
     store.tag_version(
         version,
         {
@@ -131,7 +134,8 @@ def _score_winner(
         },
         lease.check,
     )
-    store.set_alias(model, tags.CHAMPION, version, lease.check)
+    if not crowned:
+        store.set_alias(model, tags.CHAMPION, version, lease.check)
     winner["version"] = version.uri
     winner["test"] = {key: found[key] for key in ("metrics", "accuracy_matrix", "untrained", "oracle", "run_id")}
 
