@@ -16,7 +16,8 @@ DROPPED = ("mlflow", "storage", "data_dir")
 _TEXTS = {"prompt", "labels", "question", "template", "description", "text"}
 """Keys whose values are texts, whatever they begin with."""
 _USER = re.compile(r"\b(?!sqlite)([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"<>]*@")
-_QUERY = re.compile(r"\b(?!sqlite)([A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>?]*)\?[^\s'\"<>)]*")
+_QUERY = re.compile(r"(\bsqlite[^:\s]*:///[^?\n'\"]*|\b(?!sqlite)[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>?]*)\?[^\s'\"<>)]*")
+"""A file's name may hold spaces, a host's may not."""
 _ABSOLUTE = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]")
 
 
@@ -30,10 +31,8 @@ def shown(text: str, *secrets: str) -> str:
 def secrets_of(uri: str) -> list[str]:
     """What must not be seen of an address, in each spelling, the longest first."""
     found: set[str] = set()
-    if uri.startswith("sqlite"):
-        return []
     rest = uri.partition("://")[2]
-    if "@" in rest:
+    if "@" in rest and not uri.startswith("sqlite"):
         user, _, password = rest.rpartition("@")[0].partition(":")
         found |= {password} if password else {user}  # a token stands alone, before the host
     for pair in rest.partition("?")[2].split("&"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.privacy import shown
 from pipelines import bank_commands, cluster_commands, report_commands, search_commands
 from pipelines.run_ids import checked_run_id
 
@@ -202,7 +203,7 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         yield
     except AmloraError as error:
         if verbose:
-            traceback.print_exc()
+            typer.echo(shown(traceback.format_exc()), err=True)
         stopped = error.exit_code in (INTERRUPTED, TERMINATED)
         typer.echo(str(error) if stopped else f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
@@ -222,7 +223,8 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     """A fault of this program, in one line; -v shows where."""
     frames = traceback.extract_tb(trace)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    print(f"error: unexpected {kind.__name__}: {error}{where}; run it again with -v to see more", file=sys.stderr)
+    told = shown(str(error))
+    print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
+from amlora_dist.bank_loading import remember_base
 from amlora_dist.base_model import BaseModel, resolve_base
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_name
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
@@ -177,7 +179,7 @@ class Materials:
     def facts(self) -> dict[str, Any]:
         """What a report says of the model and the rows, JSON-able."""
         return {
-            "base": {"source": self.base.source, "revision": self.base.revision, "digest": self.base.digest},
+            "base": {"source": public_name(self.base.source), "revision": self.base.revision, "digest": self.base.digest},
             "dtype": self.dtype,
             "tasks": {name: self._task_facts(name) for name in self.specs},
         }
@@ -221,6 +223,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
     base = resolve_base(config.model, home)
+    remember_base(base)
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype))

@@ -76,9 +76,8 @@ def result(
     tasks: Sequence[str],
     stages: Sequence[StageRecord],
     in_sequence: bool = True,
-    tracking_uri: str,
 ) -> dict[str, Any]:
-    """The result object; what is undefined is None.
+    """The result object; what is undefined is None. Where it is kept is not in it: it may be shown to anybody.
 
     Unless ``in_sequence``, the one stage is about all tasks, and the only metric is the mean of its row.
     """
@@ -101,7 +100,6 @@ def result(
         "also": _also(tasks, stages[-1].scores if stages else []),
         "metrics": {name: complete.get(name) for name in METRICS},
         "stages": [stage.public() for stage in stages],
-        "tracking_uri": tracking_uri,
     }
 
 
@@ -115,8 +113,8 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
     if not found:
         known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
+        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
     result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
     if result is None:
         raise UserError(f"run {run_id!r} has not finished a stage yet")
-    return result
+    return result | {"tracking_uri": store.connection.shown}

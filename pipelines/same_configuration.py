@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import from_mapping, to_mapping
 from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
@@ -64,6 +65,7 @@ def differences(
     """
     with contextlib.suppress(FaultsError):
         stored = to_mapping(from_mapping(stored))  # what this version of the code has added stands at its default
+    stored, mapping = public_configuration(stored), public_configuration(mapping)  # older code kept paths
     differing = sorted(
         key
         for key in _flat(stored).keys() | _flat(mapping).keys()

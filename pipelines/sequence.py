@@ -20,6 +20,7 @@ from amlora_dist.config import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
@@ -34,6 +35,7 @@ from pipelines.publication import Publication, StageRecord, library_versions
 from pipelines.results import load_result as load_result  # as it is known here
 from pipelines.same_configuration import refuse_other_configuration, refuse_other_data
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
+from pipelines.takeover import first_there
 
 if TYPE_CHECKING:
     from amlora_dist.registry.claims import Lease
@@ -114,7 +116,7 @@ def _run_sequence(
     if copies:
         Copies(copies, storage).check()
     store = Store.open(place, config.mlflow.tracking_uri)
-    mapping = to_mapping(config)
+    mapping = public_configuration(to_mapping(config))
     own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
     refuse_other_configuration(store, own, mapping, name)
     if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
@@ -225,7 +227,8 @@ class _Driver:
         fingerprints = [*bank.fingerprints, fingerprint]
         record = StageRecord(index=index, task=task, fingerprint=fingerprint)
         folder = self.storage / "stages" / fingerprint
-        mine = next((v for v in self._own_versions() if v.training_fingerprint == fingerprint), None)
+        own = [version for version in self._own_versions() if version.training_fingerprint == fingerprint]
+        mine = first_there(self.store, own, self.storage)
         record.run = self.store.stage_run(self.parent_run, f"{index} {task}", fingerprint)
         cells = self._cells(index, fingerprints)
         known = {score["fingerprint"]: score | {"seconds": 0.0} for stage in self.stages for score in stage.scores}
@@ -302,17 +305,16 @@ class _Driver:
     def _find_or_claim(self, fingerprint: str, task: str, stack: contextlib.ExitStack) -> Version | None:
         """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
         while self.within is None or self.within.share:
-            found = self.store.find_stage(fingerprint)
-            if found:
+            found = first_there(self.store, self.store.find_stage(fingerprint), self.storage)
+            if found is not None:
                 self.store.drop_claim(fingerprint, label=self._label(task))
-                return found[0]
+                return found
             claim = self.store.claim_stage(fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S)
             if claim is None:
                 continue
             stack.callback(claim.release, forget=True)
             reach("stage_claimed")
-            found = self.store.find_stage(fingerprint)
-            return found[0] if found else None
+            return first_there(self.store, self.store.find_stage(fingerprint), self.storage)
         return None
 
     def _label(self, task: str) -> str:
@@ -482,11 +484,10 @@ class _Driver:
             tasks=self.tasks,
             stages=self.stages,
             in_sequence=self.names == self.tasks,
-            tracking_uri=self.store.connection.uri,
         )
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
-        return result
+        return result | {"tracking_uri": self.store.connection.shown}
 
 
 def _statistics_digest(result: Any) -> str:

@@ -24,7 +24,7 @@ FLOORS = [
     {"methods"},
     {"evaluation"},
     {"adapters", "tasks", "search"},
-    {"base_model", "crash_points", "digests", "errors", "files", "fingerprints", "schema", "strict_yaml"},
+    {"base_model", "crash_points", "digests", "errors", "files", "fingerprints", "privacy", "schema", "strict_yaml"},
 ]
 GROUND = FLOORS[-1]
 TOGETHER = [{"config", "config_checks"}, GROUND]

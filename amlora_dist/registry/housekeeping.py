@@ -50,7 +50,7 @@ def aliases(store: Store, registered_model: str) -> dict[str, int]:
     except MlflowException as error:
         if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
             known = ", ".join(store.registered_models()) or "none"
-            raise UserError(f"no registered model {registered_model!r} at {connection.uri}; there are: {known}") from None
+            raise UserError(f"no registered model {registered_model!r} at {connection.shown}; there are: {known}") from None
         raise
     return {alias: int(number) for alias, number in sorted(model.aliases.items())}
 

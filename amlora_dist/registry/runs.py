@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amlora_dist.errors import UserError
+from amlora_dist.errors import BankError, UserError
 from amlora_dist.files import sync_files, write_bytes
 from amlora_dist.registry import tags
 from amlora_dist.registry.connection import Connection, StoreError, is_code
@@ -186,14 +186,35 @@ class Runs:
             file = self.download(run, artifact_path, Path(aside))
             return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
-    def download(self, run: str, artifact_path: str, folder: Path) -> Path | None:
-        """Fetch one artifact (a file, or a folder with all below it) to ``folder/artifact_path``; None: not there."""
+    def download(
+        self, run: str, artifact_path: str, folder: Path, *, most: int | None = None, exactly: int | None = None
+    ) -> Path | None:
+        """Fetch one artifact (a file, or a folder with all below it) to ``folder/artifact_path``; None: not there.
+
+        Args:
+            run: MLflow's id.
+            artifact_path: below the run's artifacts.
+            folder: where to.
+            most: bytes that the file may have at most.
+            exactly: bytes that it must have.
+
+        Raises:
+            BankError: the store says that it has another size; nothing was fetched.
+        """
         from mlflow.exceptions import MlflowException
 
         folder.mkdir(parents=True, exist_ok=True)
+        above = artifact_path.rpartition("/")[0]
+        found = next((entry for entry in self._listed(run, above or None) if entry.path == artifact_path), None)
+        if found is None:
+            return None
+        size = int(found.file_size or 0)
+        if (most is not None and size > most) or (exactly is not None and size != exactly):
+            expected = f"at most {most}" if exactly is None else f"{exactly}"
+            raise BankError(
+                f"{artifact_path} of run {run}: found {size} bytes in the store, expected {expected}: it was changed"
+            )
         try:
-            if not self.has_artifact(run, artifact_path):
-                return None
             fetched = self._call(
                 f"fetch {artifact_path} of run {run}",
                 self._repository(run).download_artifacts, artifact_path, str(folder),

@@ -26,7 +26,8 @@ class Store(Runs):
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self.lease_entries = LeaseEntries(connection)
-        self._seen: set[Stored] = set()
+        self.seen: set[Stored] = set()
+        """Parts that this process has seen in the store."""
 
     @classmethod
     def open(cls, home: Path, tracking_uri: str | None = None) -> Store:
@@ -67,7 +68,7 @@ class Store(Runs):
             known = self.registered_models()
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
-            raise UserError(f"{uri}: no registered model {name!r} with versions at {self.connection.uri}; {hint}")
+            raise UserError(f"{uri}: no registered model {name!r} with versions at {self.connection.shown}; {hint}")
         good = self._counted(versions)
         if (alias or wanted) == tags.LATEST:
             last = newest.newest(good)
@@ -162,14 +163,14 @@ class Store(Runs):
         found = self._same(registered_model, values)
         if found is None:
             transfer.check_placement(manifest, stage_run, root)
-            transfer.check_referred(self, manifest, stage_run, self._seen)
+            transfer.check_referred(self, manifest, stage_run, self.seen)
             files = transfer.own_files(manifest, stage_run)
             guard()
             self._own(registered_model, values[_RUN_ID])
             transfer.upload(self, folder, files, stage_run, root)
             reach("artifacts_uploaded")
             transfer.read_back(self, folder, files, stage_run, root)
-            self._seen.update(line.stored for line in manifest.adapters if line.stored is not None)
+            self.seen.update(line.stored for line in manifest.adapters if line.stored is not None)
             reach("read_back")
             guard()
             found = self._call("register a version", self._register, registered_model, stage_run, root, values)

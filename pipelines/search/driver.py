@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from amlora_dist.config import home, storage_of, to_mapping
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
+from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import claims, tags
 from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
@@ -72,7 +73,7 @@ def run_search(
     preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
     model = config.registered_model or search_id
-    mapping = to_mapping(config)
+    mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
     refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE_IN_SEARCH, grows=False)
     key = claims.run_key(f"search.{search_id}")
@@ -88,11 +89,11 @@ def run_search(
             search = _Search(plan, search_id, journal, progress, place, storage, demand, verbose)
             timing = search.run(began)
             store.close_open_runs(search_run)
-            result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.uri)
+            result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.shown)
             result["cost"] |= asdict(timing)
             add_intervals(result, store)
             _score_winner(plan, result, champion, model, search_run, store, lease, progress, verbose)
-            store.log_json(search_run, FILE, result)
+            store.log_json(search_run, FILE, {key: value for key, value in result.items() if key != "tracking_uri"})
             status = "FINISHED"
         except AmloraError as error:
             status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
