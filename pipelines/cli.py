@@ -20,7 +20,7 @@ import typer
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.privacy import shown
-from pipelines import bank_commands, cluster_commands, report_commands, search_commands
+from pipelines import bank_commands, cluster_commands, report_commands, search_commands, store_commands
 from pipelines.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 bank_commands.add_commands(app, _answered)
 bank_commands.add_commands(app, _answered, cluster_commands.COMMANDS)
+bank_commands.add_commands(app, _answered, store_commands.COMMANDS)
 report_commands.add_commands(app, _answered)
 search_commands.add_commands(app, _answered)
 

@@ -1,4 +1,4 @@
-"""A published stage is taken over only with everything that was published: what the store lost is put back, or made again."""
+"""A published stage is taken over with everything that was published: what the store lost is put back, or made again."""
 
 from __future__ import annotations
 
