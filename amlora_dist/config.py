@@ -232,7 +232,7 @@ def _load(
     places = {key: f"line {line}" for key, line in document.lines.items()}
     faults: dict[KeyPath, Fault] = {("file", n): fault for n, fault in enumerate(document.faults)}
     _short_forms(data, places, faults)
-    for text in overrides:
+    for text in expanded(overrides):
         _apply(data, text, places, faults)
     config, found = check(RunConfig, data)
     faults |= found
@@ -274,6 +274,25 @@ def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath,
         line = own or re.match(r"line ([0-9]+)", place)
         placed.append((float(line[1]) if line else math.inf, fault))
     return FaultsError(str(path), [fault for _, fault in sorted(placed, key=lambda pair: pair[0])])
+
+
+def expanded(overrides: list[str]) -> list[str]:
+    """Overrides with those of ``@FILE``, one a line, in its place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found: list[str] = []
+    for text in overrides:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"command line: found {text!r}, expected @FILE with an override a line ({error})") from error
+        found += [line for line in lines if line.strip()]
+    return found
 
 
 def _touched(faults: dict[KeyPath, Fault], path: KeyPath) -> bool:

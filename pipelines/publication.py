@@ -14,6 +14,7 @@ import amlora_dist
 from amlora_dist.adapters.router import PRIOR_KEY
 from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
 from amlora_dist.registry.manifest import (
@@ -158,7 +159,7 @@ class Publication:
         base = self.materials.base
         manifest = Manifest(
             base=BaseEntry(
-                source=base.source,
+                source=public_name(base.source),
                 revision=base.revision,
                 digest=base.digest,
                 architecture=base.model_type,
@@ -173,7 +174,7 @@ class Publication:
                 *earlier_statistics,
                 statistics_entry(index, record.task, newest.continuation(), stored_statistics),
             ],
-            training_configuration=self.mapping,
+            training_configuration=public_configuration(self.mapping),
             accuracy_matrix=AccuracyMatrix(
                 tasks=self.materials.tasks, accuracy=rows.accuracy, ranked_accuracy=rows.ranked_accuracy
             ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
@@ -121,6 +122,7 @@ def differences(
     """
     with contextlib.suppress(FaultsError):
         stored = to_mapping(from_mapping(stored))  # what versions since then have added is at what was done then
+    stored, mapping = public_configuration(stored), public_configuration(mapping)  # older code kept paths
     differing = sorted(
         key
         for key in flat(stored).keys() | flat(mapping).keys()
@@ -136,3 +138,58 @@ def differences(
         for key in differing
     )
 
+
+def refuse_other_data(
+    store: Store, wanted: dict[str, str], facts: dict[str, Any], file: str, name: str, *, allow: bool = False
+) -> bool:
+    """The same id goes on with the same rows, prompts and base model: others would train its stages anew, one after the
+    other, as if nothing were there.
+
+    Args:
+        store: which has the facts of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        facts: ``Materials.facts`` now.
+        file: the artifact that holds those of then.
+        name: what a message calls the id.
+        allow: go on all the same.
+
+    Returns:
+        Whether something differs.
+
+    Raises:
+        UserError: something differs; names each with both digests.
+    """
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, file) if found else None
+    told = _other_data(stored, facts) if isinstance(stored, dict) else []
+    if told and not allow:
+        raise UserError(
+            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or train what has changed"
+            " again with --allow-changed-data (until its last stage is there, `current` stays at the bank of then)"
+        )
+    return bool(told)
+
+
+def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What differs, in words; of what only one of the two has noted nothing is known."""
+    told = []
+    base = [one.get("base", {}).get("digest") for one in (stored, facts)]
+    if None not in base and base[0] != base[1]:
+        told.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
+    then, now = stored.get("tasks", {}), facts["tasks"]
+    for task in [task for task in now if task in then]:
+        rows = [one[task].get("digests", {}) for one in (then, now)]
+        counts = [one[task].get("rows", {}) for one in (then, now)]
+        for split in [split for split in rows[1] if rows[0].get(split) not in (None, rows[1][split])]:
+            each = [f"{count.get(split, '?')} rows, digest {_short(row[split])}" for count, row in zip(counts, rows)]  # noqa: B905
+            told.append(f"task {task!r}, split {split}: {each[0]} then; {each[1]} now")
+        for key, called in (("prompt", "prompt"), ("labels", "labels"), ("metric", "metric")):
+            before, after = then[task].get(key), now[task].get(key)
+            if key in then[task] and key in now[task] and before != after:
+                told.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
+    return told
+
+
+def _short(value: Any) -> str:
+    text = str(value.get("template", value)) if isinstance(value, dict) else str(value)
+    return text[:12] if len(text) == 64 else text[:60]

@@ -20,6 +20,7 @@ from amlora_dist.config import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
@@ -31,8 +32,10 @@ from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
 from pipelines.publication import Publication, StageRecord, library_versions
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.results import load_result as load_result  # as it is known here
+from pipelines.same_configuration import refuse_other_configuration, refuse_other_data
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
+from pipelines.takeover import first_there
 
 if TYPE_CHECKING:
     from amlora_dist.registry.claims import Lease
@@ -68,8 +71,11 @@ def run_sequence(
     verbose: bool = False,
     within: Within | None = None,
     alone: bool = True,
+    allow_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Run a sequence to its end, from wherever it is; ``within`` a search, in a comparison (not ``alone``), or on its own.
+
+    Rows, prompts or a base model that have changed since its first start are refused, unless ``allow_changed_data``.
 
     Returns:
         The result as ``amlora run --json`` prints it.
@@ -81,11 +87,19 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     with disk_watched():
-        return _run_sequence(config, run_id, progress, verbose, within, alone and within is None)
+        return _run_sequence(
+            config, run_id, progress, verbose, within, alone and within is None, allow_changed_data
+        )
 
 
 def _run_sequence(
-    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None, alone: bool
+    config: RunConfig,
+    run_id: str,
+    progress: Progress,
+    verbose: bool,
+    within: Within | None,
+    alone: bool,
+    allow_changed_data: bool,
 ) -> dict[str, Any]:
     place = home()
     preflight.check_folder(place)
@@ -103,8 +117,11 @@ def _run_sequence(
     if copies:
         Copies(copies, storage).check()
     store = Store.open(place, config.mlflow.tracking_uri)
-    mapping = to_mapping(config)
-    refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
+    mapping = public_configuration(to_mapping(config))
+    own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
+    refuse_other_configuration(store, own, mapping, name)
+    if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
+        progress.note("the data has changed since this run began: stages that read it are trained again")
     with store.hold_run(run_id, model) as lease:
         if alone:
             progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
@@ -131,23 +148,6 @@ def _run_sequence(
                 lease.check()
                 store.end_run(parent_run, status)
         reach("run_closed")
-    return result
-
-
-def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
-    """The result of a run as far as it has come.
-
-    Raises:
-        UserError: no run of this id.
-    """
-    store = Store.open(home(), tracking_uri)
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
-    result: dict[str, Any] | None = store.load_json(found[-1].run, results.FILE)
-    if result is None:
-        raise UserError(f"run {run_id!r} has not finished a stage yet")
     return result
 
 
@@ -193,7 +193,7 @@ class _Driver:
         """All stages; the result."""
         bank = self._starting_bank()
         facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents]}
-        self.store.log_json(self.parent_run, "materials.json", facts | {"versions": library_versions()})
+        self.store.log_json(self.parent_run, results.MATERIALS, facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))
             started = time.monotonic()
@@ -228,7 +228,8 @@ class _Driver:
         fingerprints = [*bank.fingerprints, fingerprint]
         record = StageRecord(index=index, task=task, fingerprint=fingerprint)
         folder = self.storage / "stages" / fingerprint
-        mine = next((v for v in self._own_versions() if v.training_fingerprint == fingerprint), None)
+        own = [version for version in self._own_versions() if version.training_fingerprint == fingerprint]
+        mine = first_there(self.store, own, self.storage)
         record.run = self.store.stage_run(self.parent_run, f"{index} {task}", fingerprint)
         cells = self._cells(index, fingerprints)
         known = {score["fingerprint"]: score | {"seconds": 0.0} for stage in self.stages for score in stage.scores}
@@ -305,17 +306,16 @@ class _Driver:
     def _find_or_claim(self, fingerprint: str, task: str, stack: contextlib.ExitStack) -> Version | None:
         """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
         while self.within is None or self.within.share:
-            found = self.store.find_stage(fingerprint)
-            if found:
+            found = first_there(self.store, self.store.find_stage(fingerprint), self.storage)
+            if found is not None:
                 self.store.drop_claim(fingerprint, label=self._label(task))
-                return found[0]
+                return found
             claim = self.store.claim_stage(fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S)
             if claim is None:
                 continue
             stack.callback(claim.release, forget=True)
             reach("stage_claimed")
-            found = self.store.find_stage(fingerprint)
-            return found[0] if found else None
+            return first_there(self.store, self.store.find_stage(fingerprint), self.storage)
         return None
 
     def _label(self, task: str) -> str:
@@ -486,11 +486,10 @@ class _Driver:
             tasks=self.tasks,
             stages=self.stages,
             in_sequence=self.names == self.tasks,
-            tracking_uri=self.store.connection.uri,
         )
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
-        return result
+        return result | {"tracking_uri": self.store.connection.shown}
 
 
 def _statistics_digest(result: Any) -> str:
