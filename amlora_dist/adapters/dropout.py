@@ -32,7 +32,9 @@ class DropoutKeys:
     """Whether tokens are counted from the right end: rows are padded on the left."""
 
 
-def row_keys(seed: int, stage: str, step: int, places: Sequence[int], *, from_right: bool, device: torch.device) -> DropoutKeys:
+def row_keys(
+    seed: int, stage: str, step: int, places: Sequence[int], *, from_right: bool, device: torch.device
+) -> DropoutKeys:
     """The keys of rows by their places in the global batch of a 0-based optimizer step."""
     keys = [named_seed(seed, "dropout", stage, step, place) % 2**31 for place in places]
     return DropoutKeys(torch.tensor(keys, dtype=torch.int32, device=device), from_right)
