@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass as plain_dataclass
@@ -23,7 +24,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.digests import file_digest, value_digest
-from amlora_dist.errors import UserError
+from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.model_folder import AGAIN, folder_faults, short, size_faults, stored_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +78,8 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
     """Bring the source to a local folder and take its digest.
 
     Raises:
-        UserError: the folder has no configuration or no safetensors weights, the package is not installed, or the
-            Hub does not answer.
+        UserError: the folder has no configuration or no safetensors weights, its weights are quantised or some are not
+            there, it needs code of its own, the package is not installed, or the Hub does not answer.
     """
     source = settings.source
     if source.startswith("package:"):
@@ -90,13 +92,15 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
         path = _from_hub(source, settings.revision)
     config = _read_config(path, source)
     _check_tokenizer(path)
+    for fault in folder_faults(path, config):
+        raise UserError(str(fault))
     return BaseModel(
         source=source,
         revision=settings.revision,
         path=path,
         digest=folder_digest(path, home),
         encoder_decoder=bool(config.get("is_encoder_decoder", False)),
-        model_type=str(config.get("model_type", "")),
+        model_type=str(config.get("model_type") or ""),
     )
 
 
@@ -108,30 +112,107 @@ def settled_attention(asked: Attention, *, gpu: bool) -> Attention:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer of a base model; a missing padding token becomes the end-of-sequence token."""
+    """Tokenizer of a base model; a missing padding token becomes the end-of-sequence token.
+
+    Raises:
+        UserError: its files are damaged, need a package that is not installed, or code of their own.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower, and each kind has errors of its own
+        raise UserError(
+            f"model.source: found a tokenizer in {path} that cannot be loaded ({short(error)}), expected one that "
+            "transformers reads; fetch the model again, or save the tokenizer again with save_pretrained"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(base: BaseModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """See that a model with so many rows in its embedding knows every token, and that answers can end.
+
+    Raises:
+        UserError: it does not; names the first token that has no row.
+    """
+    for fault in size_faults(base.path, tokenizer.get_vocab(), rows):
+        raise UserError(str(fault))
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.source: found a tokenizer in {base.path} without an end-of-sequence token, which ends every answer; "
+            "set eos_token in its tokenizer_config.json"
+        )
+
+
+def check_weights(base: BaseModel, model: PreTrainedModel) -> None:
+    """Compare names and shapes of the stored tensors with a model (of any device), reading headers only.
+
+    Weights that transformers joins or renames on its way in are left to it.
+
+    Raises:
+        UserError: a tensor is not there, or has another shape; names the first.
+    """
+    stored, prefix = stored_shapes(base.path), f"{model.base_model_prefix}."
+    if _converted(model) or not stored:
+        return
+    own: dict[int, list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones are stored under any of their names
+        short_name = name.removeprefix(prefix)
+        own.setdefault(id(parameter), []).extend([name, short_name, f"{prefix}{name}"])
+        shapes |= dict.fromkeys((name, short_name, f"{prefix}{name}"), tuple(parameter.shape))
+    for name, shape in sorted(stored.items()):
+        if shapes.get(name, shape) != shape:
+            raise UserError(
+                f"model.source: {base.path}: {name}: found shape {shape}, expected {shapes[name]} as config.json says; "
+                "the weights belong to another configuration, fetch the model again"
+            )
+    if stored.keys() - shapes.keys():
+        return  # names of old, which transformers may still know; what is lacking then is told when it has loaded
+    made = model._keys_to_ignore_on_load_missing or ()
+    lacking = [names[0] for names in own.values() if not any(name in stored for name in names)]
+    if lacking := sorted(name for name in lacking if not any(re.search(one, name) for one in made)):
+        raise UserError(_lacking(base, model, lacking))
+
+
+def _lacking(base: BaseModel, model: PreTrainedModel, names: list[str]) -> str:
+    return (
+        f"model.source: the weights in {base.path} lack {len(names)} tensors of {type(model).__name__}, the first is"
+        f" {names[0]}; give the folder of the whole model"
+    )
+
+
+def _converted(model: PreTrainedModel) -> bool:
+    """Whether transformers has rules that make this model's parameters of tensors with other names."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # a version that keeps its rules elsewhere
+        return True
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3).
 
     Raises:
-        UserError: the weights lack some of the model's tensors, which transformers would draw at random.
+        UserError: the weights lack some of the model's tensors, which transformers would draw at random; or they need a
+            package that is not installed.
     """
     options = model_options(base, dtype=dtype, attention=attention)
-    model, info = auto_class(base).from_pretrained(
-        base.path, use_safetensors=True, output_loading_info=True, **options
-    )
-    if lacking := sorted(info["missing_keys"] & dict(model.named_parameters()).keys()):
-        raise UserError(
-            f"model.source: the weights in {base.path} lack {len(lacking)} tensors of {type(model).__name__}, the first is"
-            f" {lacking[0]}; give the folder of the whole model"
+    try:
+        model, info = auto_class(base).from_pretrained(
+            base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
+    except (ImportError, KeyError, ValueError) as error:
+        raise UserError(f"model.source: {base.path} cannot be loaded ({short(error)}); fetch the model again") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # how transformers says it; others are the machine's
+            raise
+        raise UserError(f"model.source: {base.path}: its weights have other shapes than config.json; {AGAIN}") from error
+    if lacking := sorted(info["missing_keys"] & dict(model.named_parameters()).keys()):
+        raise UserError(_lacking(base, model, lacking))
     return frozen(model)
 
 
@@ -166,22 +247,43 @@ def meta_model(base: BaseModel) -> PreTrainedModel:
     """The model's modules without weights (meta device): enough to find target layers before anything is loaded.
 
     Raises:
-        UserError: transformers knows no language model of this kind.
+        UserError: transformers knows no language model of this kind, or none of these sizes.
     """
     import torch
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(base.path)
+        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(base).from_config(config)
+            model: PreTrainedModel = auto_class(base).from_config(config, trust_remote_code=False)
             return model
-    except (ValueError, KeyError) as error:
-        kind = "encoder-decoder" if base.encoder_decoder else "causal"
+    except making_errors() as error:
+        kind = "an encoder-decoder" if base.encoder_decoder else "a causal"
+        if _known(base):
+            raise UserError(
+                f"model.source: {base.path / 'config.json'}: found values that make no {base.model_type} model"
+                f" ({short(error)}), expected its configuration; fetch the model again"
+            ) from error
         raise UserError(
-            f"model.source: found model_type {base.model_type!r} in {base.path / 'config.json'}, expected a {kind} language"
+            f"model.source: found model_type {base.model_type!r} in {base.path / 'config.json'}, expected {kind} language"
             f" model that transformers {transformers.__version__} can make; give another model, or upgrade transformers"
         ) from error
+
+
+def making_errors() -> tuple[type[Exception], ...]:
+    """What transformers' models raise, each kind in its own way, when they are made of values that do not fit."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (AssertionError, ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError)
+    return (StrictDataclassError, *plain, ValueError)
+
+
+def _known(base: BaseModel) -> bool:
+    """Whether transformers has language models of this kind, whatever their sizes."""
+    from transformers.models.auto import modeling_auto as auto
+
+    both = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return base.model_type in both[0 if base.encoder_decoder else 1]
 
 
 def folder_digest(path: Path, home: Path) -> str:
@@ -190,9 +292,8 @@ def folder_digest(path: Path, home: Path) -> str:
     Raises:
         UserError: a file is cut off.
     """
-    files = sorted(
-        f for f in path.iterdir() if f.is_file() and (f.suffix in {".safetensors", ".json", ".model", ".txt", ".jinja"})
-    )
+    kinds = {".safetensors", ".json", ".model", ".txt", ".jinja"}
+    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in kinds)
     stamp = value_digest([str(path), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
     memory = home / "cache" / "model-digests" / f"{stamp}.txt"
     if memory.is_file() and len(known := memory.read_text().strip()) == 64:
@@ -220,7 +321,9 @@ def _check_whole(file: Path) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"] if header else []
             if header is None or size != 8 + length + max(ends, default=0):
                 raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except OSError as error:
+        raise UserError(f"model.source: {file}: cannot be read ({plain_reason(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         kind = "JSON" if file.suffix == ".json" else "a whole safetensors file"
         raise UserError(f"model.source: {file}: found {size} bytes, expected {kind}; fetch the model again") from error
 
@@ -244,10 +347,12 @@ def _read_config(path: Path, source: str) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"model.source: {file}: found no JSON ({error}); fetch the model again") from error
+    except OSError as error:
+        raise UserError(f"model.source: {file}: cannot be read ({plain_reason(error)})") from error
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 too
+        raise UserError(f"model.source: {file}: found no JSON ({short(error)}); fetch the model again") from error
     if not isinstance(config, dict):
-        raise UserError(f"model.source: {file} holds no JSON object")
+        raise UserError(f"model.source: {file}: found no JSON object, expected a configuration; {AGAIN}")
     return config
 
 
@@ -311,8 +416,10 @@ def _convert(folder: Path, file: str, target: Path) -> None:
 
     log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
     with _read_once():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+        )
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     tokenizer.save_pretrained(aside)
     # transformers does not save a model that it read from GGUF, because it counts as quantised.

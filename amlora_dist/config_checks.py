@@ -15,6 +15,7 @@ from amlora_dist.methods import METHODS
 from amlora_dist.schema import did_you_mean, shown
 from amlora_dist.search import Dimension, dimensions, size_faults
 from amlora_dist.strict_yaml import KeyPath, dotted
+from amlora_dist.tasks.tables import saved_fault
 from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_section import section_faults
 
@@ -147,10 +148,10 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
             hint = "give it another `name`"
             faults[path] = Fault(dotted(path), f"task {spec.name!r} again", "tasks with different names", hint)
         specs.append(spec)
-        for n, missing in enumerate(_missing_files(spec, config.data_dir, learned=path[0] == "tasks")):
+        for n, found in enumerate(_missing_files(spec, config.data_dir, learned=path[0] == "tasks")):
             where = f"{dotted(path)} ({spec.name})"
             file: KeyPath = (*path, "files", n)
-            faults[file] = Fault(where, f"no file {missing}", "the data of the task", f"put it there, or mend {spec.origin}")
+            faults[file] = Fault(where, found, "the data of the task", f"put it there, or mend {spec.origin}")
     return specs[: len(config.tasks)], faults
 
 
@@ -238,7 +239,7 @@ def _literal_faults(config: RunConfig) -> dict[KeyPath, Fault]:
 
 
 def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> list[str]:
-    """Local data files that a task names and that are not there; of one that is only scored, the test file."""
+    """What is wrong with the local data files that a task names; of one that is only scored, with the test file."""
     if spec.source.kind == "files":
         splits = (spec.splits.train, spec.splits.dev, spec.splits.test) if learned else (spec.splits.test,)
         wanted = [Path(path) for path in splits if path]
@@ -247,4 +248,10 @@ def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> l
         wanted = [mirror / "train.jsonl", mirror / "test.jsonl"] if learned else [mirror / "test.jsonl"]
     else:
         return []
-    return [str(path) for path in wanted if not path.exists() and not any(path.parent.glob(path.name))]
+    faults = []
+    for path in wanted:
+        if path.is_dir() and (fault := saved_fault(path)):
+            faults.append(f"{path}, {fault}")
+        elif not path.exists() and not any(Path(path.anchor).glob(path.relative_to(path.anchor).as_posix())):
+            faults.append(f"no file {path}")
+    return faults

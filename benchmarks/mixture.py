@@ -214,7 +214,8 @@ def cases_of(args: Any) -> list[Case]:
     cases = []
     if "model" in args.cases:
         folder = resolve_base(ModelSettings(source=args.model), home()).path
-        cases.append(Case(args.model.rpartition(":")[2], AutoConfig.from_pretrained(folder), 8, 128, str(folder)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        cases.append(Case(args.model.rpartition(":")[2], config, 8, 128, str(folder)))
     if "shapes" in args.cases:
         cases.append(llama_8b(2, 512))
     return cases

@@ -69,9 +69,9 @@ class Weights:
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         if case.folder is None:
-            model = AutoModelForCausalLM.from_config(case.config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(case.config, dtype=dtype, trust_remote_code=False)
         else:
-            model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=dtype, trust_remote_code=False)
         self._model = model.eval().requires_grad_(False)
 
     def model(self) -> PreTrainedModel:
@@ -339,6 +339,6 @@ CONTENDERS = (
 def bytes_per_adapter(case: Case, dtype: torch.dtype) -> int:
     """What one more adapter adds to the model's parameters."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(case.config)
+        model = AutoModelForCausalLM.from_config(case.config, trust_remote_code=False)
     targets = find_targets(model, AdapterSettings(layers="all"), default_router_layer(model))
     return sum(RANK * (t.in_features + t.out_features) for t in targets) * dtype.itemsize

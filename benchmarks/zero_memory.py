@@ -103,7 +103,8 @@ def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
     config = LlamaConfig(**values, max_position_embeddings=512, tie_word_embeddings=False)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     number = torch.bfloat16 if dtype == "bf16" else torch.float32
     index: dict[str, str] = {}
     for count, (name, shape) in enumerate(shapes.items(), start=1):

@@ -23,7 +23,17 @@ Bank = Annotated[
 ]
 Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 Source = Annotated[
-    str, typer.Argument(metavar="[FILE]", help="JSON lines, CSV or plain lines; - is standard input.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="[FILE]", help="JSON lines, CSV, Parquet or plain lines; - is standard input.", show_default=False
+    ),
+]
+Format = Annotated[
+    Literal["auto", "jsonl", "csv", "parquet", "text"],
+    typer.Option(help="Of the input; auto goes by its suffix or, without one, by its first line."),
+]
+Spreadsheet = Annotated[
+    bool, typer.Option("--spreadsheet", help="CSV whose texts no spreadsheet takes for formulas: a ' in front of = + - @.")
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
 Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
@@ -168,6 +178,8 @@ def generate(
     question: Question = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the tasks need.")] = None,
     column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -176,11 +188,12 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
-    from pipelines.text_work import answer_texts
+    from pipelines.text_work import Files, answer_texts
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
-    answer_texts(bank, source, output, column, batch_size, call, options)
+    files = Files(source, output, column, format, spreadsheet)
+    answer_texts(bank, files, batch_size, call, options)
 
 
 def classify(
@@ -193,6 +206,8 @@ def classify(
     task: Task = None,
     question: Question = None,
     column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -201,11 +216,12 @@ def classify(
     verbose: Verbose = False,
 ) -> None:
     """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
-    from pipelines.text_work import classify_texts
+    from pipelines.text_work import Files, classify_texts
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     call = {"labels": label or None, "task": task, "question": question}
-    classify_texts(bank, source, output, column, batch_size, call, options)
+    files = Files(source, output, column, format, spreadsheet)
+    classify_texts(bank, files, batch_size, call, options)
 
 
 def serve(
@@ -220,9 +236,14 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 512,
     max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest text with its question.")] = 32768,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest body of a request.")] = 1048576,
-    max_texts: Annotated[int, typer.Option(min=1, help="Most texts of one request.")] = 64,
+    max_texts: Annotated[int, typer.Option(min=1, max=4096, help="Most texts of one request.")] = 64,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Most texts at once in a replica; then 429.")] = 256,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that its head, and its body, may take.")] = 20.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients may call the server by; again for more; * for any.", show_default=False),
+    ] = None,
     batch_rows: Annotated[int, typer.Option(min=1, help="Most texts of one pass.")] = 32,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of one pass.")] = 4096,
     poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias.")] = 10.0,
@@ -242,10 +263,10 @@ def serve(
     settings = ServeSettings(
         max_body_bytes=max_body_bytes, max_prompt_characters=max_prompt_characters, max_new_tokens=max_new_tokens,
         max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
-        prefill_tokens=prefill_tokens, poll_s=poll,
+        prefill_tokens=prefill_tokens, poll_s=poll, read_timeout_s=read_timeout,
     )  # fmt: skip
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
-    place = Place(host=host, port=port, replicas=replicas, threads=threads)
+    place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
 from pipelines.quiet import standard_output_kept
-from pipelines.text_work import _form, _opened, read_lines
+from pipelines.row_input import opened
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
@@ -39,6 +40,7 @@ def export_bank(
         raise UserError("--weights TASK=WEIGHT belongs to --format merged, which needs at least one")
     if form in ("merged", "top1") and sample is None:
         raise UserError(f"--format {form} needs --sample FILE: texts to measure its gap to the mixture on")
+    texts = _texts(sample, column) if sample else None
     new_folder(dest)
     try:
         if form == "peft":
@@ -46,7 +48,7 @@ def export_bank(
             export_peft(dest, exported)
             yield f"{len(exported.adapters)} PEFT adapters, one for each task's row, are in {dest}"
             return
-        yield from _measured(bank, dest, form, shares, _texts(sample, column) if sample else None, options)
+        yield from _measured(bank, dest, form, shares, texts, options)
     except BaseException:
         discard(dest)
         raise
@@ -116,12 +118,13 @@ def import_adapter(
     Raises:
         UserError: not a LoRA that a bank can hold, layers that differ from the bank's, no statistics in the bank.
     """
-    from amlora_dist.registry.exports import new_folder, read_peft
+    from amlora_dist.registry.exports import new_folder
+    from amlora_dist.registry.peft_adapters import read_peft
 
+    texts = _texts(sample, column)
     new_folder(dest)
     with standard_output_kept():
         made, config = read_peft(adapter, task)
-        texts = _texts(sample, column)
         source = base or str(config.get("base_model_name_or_path") or "")
         bank = _import(made, texts, dest, onto=onto, labels=labels, question=question, source=source,
                        revision=None if base else config.get("revision"), base=base, tracking_uri=tracking_uri)  # fmt: skip
@@ -194,12 +197,9 @@ def _shares(given: Sequence[str]) -> dict[str, float]:
 
 
 def _texts(sample: Path, column: str) -> list[str]:
-    """The first rows of a sample."""
-    with _opened(str(sample)) as file:
-        lines = read_lines(file, _form(sample), str(sample), column)
-        texts = [line.text for line, _ in zip(lines, range(SAMPLE_ROWS))]  # noqa: B905 (the shorter one ends it)
+    """Texts of the first rows of a sample."""
+    with opened(str(sample), column) as rows:
+        texts = [line.text for line in itertools.islice(rows.lines(asked=[column]), SAMPLE_ROWS)]
     if not texts:
-        raise UserError(f"{sample}: found no text, expected some")
+        raise UserError(f"{sample}: found no text, expected some; put the task's texts there")
     return texts
-
-

@@ -21,10 +21,12 @@ from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, resolve_task
 from amlora_dist.training.settings import StageSettings
 from amlora_dist.training.work import WITHOUT, Cell, Mode
+from pipelines.model_checks import check_model
 from pipelines.preflight import Demand
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
+    from amlora_dist.tasks.sources import Row
 
 
 @dataclass(slots=True)
@@ -260,7 +262,8 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype))
     method = method_for(materials.stage_settings())
-    materials.parameters, materials.trainable, depths = check_targets(method, base)
+    tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
+    materials.parameters, materials.trainable, depths = check_model(method, base, tasks)
     if config.prompt_format == 2:
         longest = max(int(spec.max_length or DEFAULT_TEXT_TOKENS) for spec in specs.values())
         router = replace(
@@ -287,28 +290,9 @@ def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
     ]
 
 
-def check_targets(method: Method, base: BaseModel) -> tuple[int, int, list[int]]:
-    """See that the adapters have layers to adapt, on a model without weights.
-
-    Returns:
-        Parameters of the model, and of an adapter; and the layers that features take in by default.
-
-    Raises:
-        UserError: nothing matches; lists what could.
-    """
-    from amlora_dist.adapters.targets import check_router_layer, default_depths, default_router_layer
-    from amlora_dist.base_model import meta_model
-
-    model = meta_model(base)
-    asked = method.settings.router.layer
-    layer = default_router_layer(model) if asked is None else asked
-    check_router_layer(model, layer)
-    rank, _ = method.rank_and_alpha
-    trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
-    depths = method.settings.router.depths or []
-    if any(depth >= layer for depth in depths):
-        raise UserError(f"router.depths: found {depths}, expected layers below router.layer {layer}")
-    return sum(parameter.numel() for parameter in model.parameters()), trainable, default_depths(layer)
+def _first_rows(data: TaskData) -> list[Row]:
+    """One row of each split: what their prompts have beside the text is alike in all."""
+    return [row for rows in data.rows.values() for row in rows[:1]]
 
 
 def _gpu() -> bool:

@@ -93,7 +93,6 @@ def _run_sequence(
     began = time.monotonic()
     materials = gather_materials(config, place)
     config = materials.config
-    config.registered_model = config.registered_model or run_id
     storage, copies = storage_of(config)
     preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)

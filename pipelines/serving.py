@@ -7,6 +7,7 @@ requests over them, restarts one whose health check fails, and lets running requ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.config import home
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.registry.connection import VARIABLE
+from amlora_dist.serving.front import ANY_HOST, is_loopback
 from pipelines.interrupts import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ KEY_VARIABLE = "AMLORA_API_KEY"
 READY_DEADLINE_S = 60.0
 STOP_GRACE_S = 15.0
 WATCH_EVERY_S = 5.0
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEEP_ALIVE_S = 30
+"""A connection that does nothing is closed after this."""
 
 
 class StoppedServerError(AmloraError):
@@ -52,6 +55,15 @@ class Place:
     replicas: int
     threads: int | None
     """CPU threads of a replica; None: this machine's, shared among the replicas."""
+    names: tuple[str, ...] = ()
+    """That clients may call it by, beside ``host``; ``*`` for any."""
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names for the door (``Front``): any, unless it listens at loopback only or names are given."""
+        if self.names:
+            return (self.host.lower(), *self.names)
+        return None if is_loopback(self.host) else (ANY_HOST,)
 
     @property
     def url(self) -> str:
@@ -86,6 +98,7 @@ def serve_bank(
         StoppedServerError: after a signal, with its exit code.
     """
     _check_installed()
+    key = taken_key()
     from amlora_dist.serving.bank import check_name, default_name
 
     name = name or default_name(bank)
@@ -96,15 +109,14 @@ def serve_bank(
     options = options | {"tracking_uri": options["tracking_uri"] or os.environ.get(VARIABLE)}
     version = _checked(bank, options)
     _check_port(place)
-    key = os.environ.get(KEY_VARIABLE) or None
-    if key is None and place.host not in LOOPBACK:
+    if key is None and not is_loopback(place.host):
         log.warning("anybody who reaches %s:%s can use this server; set %s to ask for a key", place.host, place.port,
                     KEY_VARIABLE)  # fmt: skip
     application = f"amlora-{name}"
-    with connected(place, verbose=verbose) as own_serve, _signals() as received:
+    with connected(place, settings, verbose=verbose) as own_serve, _signals() as received:
         from ray import serve
 
-        build = _builder(bank, name, settings, options, key)
+        build = _builder(bank, name, settings, options, key, place.hosts)
         start(application, deployment(build, place, settings, device=options["device"]), place, verbose=verbose)
         say(f"serving {version} at {place.url}")
         _watch(place, version, received, say)
@@ -161,7 +173,12 @@ def deployment(
 
 
 def _builder(
-    bank: str, name: str, settings: ServeSettings, options: dict[str, Any], key: str | None
+    bank: str,
+    name: str,
+    settings: ServeSettings,
+    options: dict[str, Any],
+    key: str | None,
+    hosts: tuple[str, ...] | None,
 ) -> Callable[[], Gatekeeper]:
     """Makes the app of a replica. The key goes there as its digest."""
     from amlora_dist.serving.gatekeeper import key_digest
@@ -178,9 +195,26 @@ def _builder(
         service = Service(ServedBank.load(bank, name, **options), ServeSettings(**limits))
         loading = {key: value for key, value in options.items() if key != "tracking_uri"}
         follower = Follower(service, bank, options["tracking_uri"], **loading) if is_moving(bank) else None
-        return build_app(service, key=digest, follower=follower)
+        return build_app(service, key=digest, follower=follower, hosts=hosts)
 
     return build
+
+
+def taken_key() -> str | None:
+    """The API key, taken out of this process's environment: what Ray starts below must not inherit it.
+
+    The block that the system shows of a running process (``/proc/PID/environ``) keeps what the process began with;
+    there the key's characters are overwritten.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key is not None:
+        libc = ctypes.CDLL(None)
+        libc.getenv.restype, libc.getenv.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        place = libc.getenv(KEY_VARIABLE.encode())
+        if place:
+            ctypes.memset(place, ord("*"), len(ctypes.string_at(place)))
+        del os.environ[KEY_VARIABLE]
+    return key or None
 
 
 def _check_installed() -> None:
@@ -215,10 +249,13 @@ def _check_port(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def connected(place: Place, *, verbose: bool) -> Iterator[bool]:
-    """Ray, connected or started; gives whether Ray Serve is ours to shut down."""
+def connected(place: Place, settings: ServeSettings | None = None, *, verbose: bool) -> Iterator[bool]:
+    """Ray, connected or started; gives whether Ray Serve is ours to shut down. ``settings`` are the proxy's."""
     import ray
     from ray import serve
+
+    from amlora_dist.serving.settings import ServeSettings
+    from pipelines.relay import environment
 
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
@@ -227,6 +264,7 @@ def connected(place: Place, *, verbose: bool) -> Iterator[bool]:
         options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
         # A busy machine takes longer than Ray Serve's 5 s to start the process that listens; it would be killed.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+        os.environ.update(environment(settings or ServeSettings(), place.hosts))
     ray.init(**options)
     try:
         yield not serve.status().proxies
@@ -273,7 +311,8 @@ def start(application: str, deployment: Any, place: Place, *, prefix: str = "/",
 
     quiet = {"log_level": "INFO" if verbose else "WARNING", "enable_access_log": verbose}
     try:
-        serve.start(http_options={"host": place.host, "port": place.port}, logging_config=quiet)
+        http = {"host": place.host, "port": place.port, "keep_alive_timeout_s": KEEP_ALIVE_S}
+        serve.start(http_options=http, logging_config=quiet)
         serve.run(deployment, name=application, route_prefix=prefix, logging_config=quiet)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         found = serve.status().applications.get(application)

@@ -1,45 +1,42 @@
-"""``generate`` and ``classify``: texts in (JSON lines, CSV, plain lines), answers out, as they come."""
+"""``generate`` and ``classify``: rows in, the same rows with answers out, as they come."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
 from pipelines.quiet import standard_output_kept
+from pipelines.row_input import Asked, Line, opened
+from pipelines.row_output import check_fields, checked_place, writer
 
 if TYPE_CHECKING:
     from amlora_dist.evaluation.requests import Route
     from amlora_dist.model import AMLoRAModel
 
-Form = Literal["jsonl", "csv", "text"]
-Write = Callable[[list[dict[str, Any]]], None]
-
-CSV_FIELD_BYTES = 16 << 20
 _END = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One row of the input: all its fields, and where it stands."""
+class Files:
+    """What a command reads and writes: the options of the same names, and ``source`` (``-``: standard input)."""
 
-    where: str
-    fields: dict[str, Any]
-    text: str
+    source: str = "-"
+    output: Path | None = None
+    column: str = "text"
+    form: Asked = "auto"
+    spreadsheet: bool = False
 
 
 def answer_texts(
-    bank: str, source: str, output: Path | None, column: str, batch_size: int, call: dict[str, Any], options: dict[str, Any]
+    bank: str, files: Files, batch_size: int, call: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """``amlora generate``: adds ``answer``, ``ended`` and ``route`` to every row.
 
@@ -51,11 +48,11 @@ def answer_texts(
         found = model.answer([line.text for line in lines], **_call(lines, call), batch_size=batch_size)
         return [{"answer": one.text, "ended": one.ended, **_routed(one.route)} for one in found]
 
-    _run(bank, source, output, column, batch_size, options, work)
+    _run(bank, files, batch_size, call, options, work)
 
 
 def classify_texts(
-    bank: str, source: str, output: Path | None, column: str, batch_size: int, call: dict[str, Any], options: dict[str, Any]
+    bank: str, files: Files, batch_size: int, call: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """``amlora classify``: adds ``label``, ``score`` and ``route`` to every row; errors as ``answer_texts``."""
 
@@ -66,68 +63,50 @@ def classify_texts(
             for one in found
         ]
 
-    _run(bank, source, output, column, batch_size, options, work)
+    _run(bank, files, batch_size, call, options, work)
 
 
 def _run(
     bank: str,
-    source: str,
-    output: Path | None,
-    column: str,
+    files: Files,
     batch_size: int,
+    call: dict[str, Any],
     options: dict[str, Any],
     work: Callable[[AMLoRAModel, Sequence[Line]], list[dict[str, Any]]],
 ) -> None:
-    from amlora_dist.model import AMLoRAModel
-
-    stream = source == "-"
-    form = _form(Path(source)) if not stream else "jsonl"
-    with _opened(source) as file:
+    """Check the files, the rows and the tasks; only then load the model."""
+    place = checked_place(files.output, files.source, spreadsheet=files.spreadsheet)
+    with opened(files.source, files.column, files.form) as rows:
+        written = place.of(rows.form)
         with standard_output_kept():
-            model = AMLoRAModel.from_bank(bank, **options)
-        name = "standard input" if stream else source
-        lines = read_lines(file, form, name, column)
-        with _writer(output, form) as write:
-            for batch in drained(lines, batch_size) if stream else chunks(lines, batch_size):
+            folder, tasks = _bank(bank, options)
+        named = call.get("task")
+        if named is not None and named not in tasks:
+            raise UserError(f"--task: found {named!r}, the bank's tasks are {', '.join(tasks)}")
+        rows.check(tasks, partial(check_fields, form=written))
+        with standard_output_kept():
+            from amlora_dist.model import AMLoRAModel
+
+            model = AMLoRAModel.from_bank(folder, **options)
+        with writer(place, written) as write:
+            lines = rows.lines()
+            for batch in chunks(lines, batch_size) if rows.again else drained(lines, batch_size):
                 with standard_output_kept():
                     found = work(model, batch)
                 write([_joined(line.fields, result) for line, result in zip(batch, found, strict=True)])
 
 
-def read_lines(file: TextIO, form: Form, name: str, column: str) -> Iterator[Line]:
-    """Rows of an open file; in ``jsonl`` a line that does not begin with ``{`` is a plain text.
+def _bank(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Folder of a bank, pulled if it is a version, and its tasks."""
+    from amlora_dist.registry.manifest import read_manifest
 
-    Raises:
-        UserError: a line that is no JSON object, or a row without ``column``; names file and line.
-    """
-    if form == "csv":
-        csv.field_size_limit(CSV_FIELD_BYTES)
-        reader = csv.DictReader(file)
-        if column not in (reader.fieldnames or ()):
-            there = ", ".join(reader.fieldnames or ()) or "none"
-            raise UserError(f"{name}: no column {column!r}, it has {there}; name the one with the text: --column")
-        for row in reader:
-            yield _line(f"{name}, line {reader.line_num}", row, column)
-        return
-    for number, content in enumerate(file, start=1):
-        where, content = f"{name}, line {number}", content.strip()
-        if not content:
-            continue
-        if form == "text" or not content.startswith("{"):
-            yield Line(where, {column: content}, content)
-            continue
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
-        yield _line(where, value, column)
+    if bank.startswith("models:"):
+        from amlora_dist.bank_loading import pulled
 
-
-def _line(where: str, fields: dict[str, Any], column: str) -> Line:
-    text = fields.get(column)
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {column}: found {text!r}, expected a text (--column names another key)")
-    return Line(where, fields, text)
+        folder = pulled(bank, options.get("tracking_uri"))[1]
+    else:
+        folder = Path(bank).expanduser()
+    return folder, read_manifest(folder).tasks
 
 
 def chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
@@ -181,15 +160,8 @@ def _call(lines: Sequence[Line], call: dict[str, Any]) -> dict[str, Any]:
     given = dict(call)
     for key in ("task", "question"):
         if given.get(key) is None:
-            given[key] = [_text_or_none(line, key) for line in lines]
+            given[key] = [line.option(key) for line in lines]
     return given
-
-
-def _text_or_none(line: Line, key: str) -> str | None:
-    value = line.fields.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{line.where}: {key}: found {value!r}, expected a text")
-    return value or None
 
 
 def _routed(route: Route) -> dict[str, Any]:
@@ -200,61 +172,3 @@ def _routed(route: Route) -> dict[str, Any]:
 def _joined(fields: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """The row with its result; a field of the input that has a result's name stays as ``input_<name>``."""
     return {f"input_{key}" if key in result else key: value for key, value in fields.items()} | result
-
-
-def _form(path: Path) -> Form:
-    forms: dict[str, Form] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".txt": "text"}
-    form = forms.get(path.suffix.lower())
-    if form is None:
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(forms)}")
-    return form
-
-
-@contextmanager
-def _opened(source: str) -> Iterator[TextIO]:
-    if source == "-":
-        yield sys.stdin
-        return
-    try:
-        file = Path(source).expanduser().open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}; give a file, or - for standard input") from error
-    with file:
-        try:
-            yield file
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 ({error})") from error
-
-
-@contextmanager
-def _writer(output: Path | None, form: Form) -> Iterator[Write]:
-    """Writes rows: to standard output as they come, or to a file that appears when all of them are in it."""
-    if output is None:
-        yield _rows_to(sys.stdout, form)
-        return
-    as_csv = output.suffix.lower() == ".csv"
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8", newline="") as file:
-            yield _rows_to(file, "csv" if as_csv else "jsonl")
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _rows_to(file: TextIO, form: Form) -> Write:
-    table: list[csv.DictWriter[str]] = []
-
-    def as_json(rows: list[dict[str, Any]]) -> None:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-
-    def as_csv(rows: list[dict[str, Any]]) -> None:
-        if not table:
-            table.append(csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore", lineterminator="\n"))
-            table[0].writeheader()
-        plain = [{k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()} for row in rows]
-        table[0].writerows(plain)
-        file.flush()
-
-    return as_csv if form == "csv" else as_json

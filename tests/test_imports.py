@@ -16,7 +16,7 @@ FLOORS = [
     {"serving"},
     {"model"},
     {"importing"},
-    {"bank_loading"},
+    {"bank_loading", "prompt_answering"},
     {"config", "config_checks", "inference"},
     {"training"},
     {"planning", "reporting"},
@@ -24,7 +24,10 @@ FLOORS = [
     {"methods"},
     {"evaluation"},
     {"adapters", "tasks", "search"},
-    {"base_model", "crash_points", "digests", "errors", "fingerprints", "former_values", "schema", "strict_yaml"},
+    {
+        "base_model", "crash_points", "digests", "errors", "fingerprints", "former_values", "model_folder", "schema",
+        "strict_yaml",
+    },
 ]
 GROUND = FLOORS[-1]
 TOGETHER = [{"config", "config_checks"}, GROUND]

@@ -16,7 +16,7 @@ Shapes in names: B texts, L tokens of texts, R tokens behind them, T tasks, J ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
 from amlora_dist.adapters.reading import Reading, keeping_trunk, read_texts
-from amlora_dist.evaluation.decoding import Decoder, LabelPlan, Prefilled, contexts_per_pass, picked, plan_labels
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
 from amlora_dist.evaluation.requests import Prompter, Request, Route, routes
 
 if TYPE_CHECKING:
@@ -137,7 +137,6 @@ class Answering:
         self._whole = full_forward
         self._agree = agree or (lambda number: number)
         self._trunk = None if full_forward else keeping_trunk(mixture)
-        self._plans: dict[tuple[str, ...], LabelPlan] = {}
 
     # ---- the steps --------------------------------------------------------------------------------------------
 
@@ -208,7 +207,6 @@ class Answering:
         best = self.router.keys.best_task(evidence.scores_BJ).tolist()
         return [self.router.tasks[task] for task in best]
 
-    @torch.no_grad()
     def weigh(self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None) -> list[Weighed | None]:
         """What is known of each row's labels; None for rows without. Leaves the state as it is.
 
@@ -216,6 +214,13 @@ class Answering:
             begun: of ``begin``.
             labels: of each row, in place of its request's.
         """
+        return finished(self.weighing(begun, labels))
+
+    @torch.no_grad()
+    def weighing(
+        self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
+    ) -> Generator[int, None, list[Weighed | None]]:
+        """``weigh`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         sets: dict[tuple[str, ...], list[int]] = {}
         chosen = labels if labels is not None else [request.labels for request in begun.requests]
         for row, names in enumerate(chosen):
@@ -225,22 +230,16 @@ class Answering:
         longest = max(len(request.tokens) for request in begun.requests)
         passes = 0
         for names, rows in sets.items():
-            plan = self.plan(names)
+            plan = self.prompter.plan(names)
             part = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
             limit = contexts_per_pass(longest, len(begun.requests), plan)
             passes += len(plan.passes(limit))
-            scores_BL = self.decoder.label_scores(part, plan, contexts_per_pass=limit).tolist()
+            scores_BL = (yield from self.decoder.scoring(part, plan, contexts_per_pass=limit)).tolist()
             for row, scores in zip(rows, scores_BL, strict=True):
                 found[row] = Weighed(names, tuple(scores), self._of_keys(begun, row, names))
         for _ in range(self._agree(passes) - passes):  # under ZeRO-3 every rank makes equally many passes
             self.decoder.advance(picked(begun.state, [0]), torch.full((1, 1), self.decoder.pad_id, device=self.device))
         return found
-
-    def plan(self, names: tuple[str, ...]) -> LabelPlan:
-        """How these labels are ranked; made once. Raises UserError where two are the same to the tokenizer."""
-        if names not in self._plans:
-            self._plans[names] = plan_labels(self.prompter.labels(names), self.decoder.eos_id)
-        return self._plans[names]
 
     def decide(self, weighed: Weighed) -> tuple[str, dict[str, float]]:
         """The label that is served, and the share of each."""
@@ -260,7 +259,28 @@ class Answering:
         all_done: Callable[[bool], bool] = bool,
         on_batch: Callable[[Begun], None] | None = None,
     ) -> list[Answered]:
-        """From texts to answers, in their order.
+        """From texts to answers, in their order: see ``answering``."""
+        return finished(
+            self.answering(
+                requests, batch_size=batch_size, new_tokens=new_tokens, router=router, write=write, write_all=write_all,
+                all_done=all_done, on_batch=on_batch,
+            )
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def answering(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int,
+        new_tokens: int | None = None,
+        router: KeyedRouter | None = None,
+        write: bool = True,
+        write_all: bool = False,
+        all_done: Callable[[bool], bool] = bool,
+        on_batch: Callable[[Begun], None] | None = None,
+    ) -> Generator[int, None, list[Answered]]:
+        """From texts to answers, in their order, with a stop after each pass of the labels.
 
         Args:
             requests: plain texts, with what their callers said of them.
@@ -279,7 +299,8 @@ class Answering:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             begun = self.begin([requests[place] for place in places], new_tokens=new_tokens, router=router)
-            weighed = self.weigh(begun)
+            yield sum(len(request.tokens) for request in begun.requests)
+            weighed = yield from self.weighing(begun)
             if on_batch is not None:
                 on_batch(begun)
             free = [row for row, one in enumerate(weighed) if write_all or (write and one is None)]

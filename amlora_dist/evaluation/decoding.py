@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from itertools import pairwise, takewhile, zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from amlora_dist.errors import UserError
 if TYPE_CHECKING:
     from amlora_dist.adapters.reading import Reading
 
+T = TypeVar("T")
 Forward = Callable[..., Any]
 """Calls the transformer with keyword arguments and returns its ``ModelOutput``."""
 
@@ -50,6 +54,11 @@ class LabelPlan:
     ends: bool
     """EOS counts for all labels, because the tokens of one label begin another's."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest label, without EOS."""
+        return max(map(len, self.candidates)) - self.ends
+
     def passes(self, limit: int) -> list[range]:
         """Contexts of each pass, as indices: at most ``limit``, and of such lengths that little is padding."""
         out: list[range] = []
@@ -72,17 +81,24 @@ def plan_labels(labels: Sequence[Sequence[int]], eos_id: int) -> LabelPlan:
     if not all(bare):
         raise UserError(f"label {bare.index(())} has no tokens: give it a text that the tokenizer can write")
     if len(set(bare)) < len(bare):
-        twice = next(i for i, label in enumerate(bare) if label in bare[:i])
-        raise UserError(f"labels {bare.index(bare[twice])} and {twice} have the same tokens: give them different texts")
-    ends = any(a != b and a == b[: len(a)] for a in bare for b in bare)
+        first: dict[tuple[int, ...], int] = {}
+        twice = next(i for i, label in enumerate(bare) if first.setdefault(label, i) != i)
+        raise UserError(f"labels {first[bare[twice]]} and {twice} have the same tokens: give them different texts")
+    # In lexicographic order what begins with a sequence follows it at once: a thousand labels need no million comparisons.
+    ends = any(b[: len(a)] == a for a, b in pairwise(sorted(bare)))
     candidates = [(*label, eos_id) for label in bare] if ends else bare
-    prefixes = {candidate[:-1] for candidate in candidates if len(candidate) > 1}
-    maximal = [p for p in prefixes if not any(p != q and p == q[: len(p)] for q in prefixes)]
+    ordered = sorted({candidate[:-1] for candidate in candidates if len(candidate) > 1})
+    maximal = [p for p, q in zip_longest(ordered, ordered[1:], fillvalue=()) if q[: len(p)] != p]
     contexts = sorted(maximal, key=lambda context: (len(context), context))
-    cover = [
-        next(i for i, context in enumerate(contexts) if context[: len(c) - 1] == c[:-1]) if len(c) > 1 else None
-        for c in candidates
-    ]
+    place = {context: i for i, context in enumerate(contexts)}
+
+    @cache
+    def covering(prefix: tuple[int, ...]) -> int:
+        """The first context that begins with ``prefix``; those that do stand together in ``maximal``."""
+        begin = bisect_left(maximal, prefix)
+        return min(place[q] for q in takewhile(lambda q: q[: len(prefix)] == prefix, maximal[begin:]))
+
+    cover = [covering(c[:-1]) if len(c) > 1 else None for c in candidates]
     return LabelPlan(tuple(candidates), tuple(contexts), tuple(cover), ends)
 
 
@@ -218,6 +234,10 @@ class Decoder:
 
         Makes the passes of ``plan.passes(contexts_per_pass)``, whatever the batch.
         """
+        return finished(self.scoring(state, plan, contexts_per_pass=contexts_per_pass))
+
+    def scoring(self, state: Prefilled, plan: LabelPlan, *, contexts_per_pass: int) -> Generator[int, None, Tensor]:
+        """``label_scores`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         device = state.logits.device
         first_L = torch.tensor([candidate[0] for candidate in plan.candidates], device=device)
         logits_BV = state.logits.float()
@@ -239,7 +259,19 @@ class Decoder:
                 at_K = torch.arange(len(next_K), device=device)
                 own_BK = logits_BCKV[:, place, at_K, next_K] - total_BCK[:, place, at_K]
                 scores_BL[:, label] += own_BK.sum(-1)
+            del logits, logits_BCKV, total_BCK  # not held while others run
+            yield batch * len(chunk) * width
         return scores_BL
+
+
+def finished(work: Generator[Any, None, T]) -> T:
+    """What a generator returns, run to its end without a stop."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def check_room(config: Any, prompt_tokens: int, new_tokens: int) -> None:

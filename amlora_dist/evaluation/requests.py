@@ -6,8 +6,9 @@ Shapes: B prompts, T tasks, N adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 from amlora_dist.adapters.bank import rows
 from amlora_dist.adapters.prompts import Lead
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task_entry import TaskEntry
+from amlora_dist.tasks.texts import NoTextError, text_of
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
@@ -29,6 +32,8 @@ DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
 MAX_PROMPT_TOKENS = 10_000_000
 """What the manifest's format allows; a model with a limit of its own has less."""
+PLANS = 64
+"""Sets of labels that stay planned."""
 RAW_TEMPLATE = "{{ text }}"
 
 
@@ -129,8 +134,12 @@ class Prompter:
         self.lead = Lead(lead_tokens, int(tokenizer.eos_token_id))
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
-        self._made: dict[tuple[str | None, str | None], TextPrompts] = {}
+        self._made: dict[str | None, TextPrompts] = {}
         self._lock = threading.Lock()
+        self._one_at_a_time = _Locked(tokenizer, self._lock)
+        self.plan: Callable[[tuple[str, ...]], LabelPlan] = lru_cache(PLANS)(self._planned)
+        """How labels are ranked, worked out once for those that were asked for lately. Raises UserError: two of them are
+        the same to the tokenizer, or one is nothing."""
 
     def entry(self, task: str) -> TaskEntry:
         """What the bank knows of a task.
@@ -145,6 +154,17 @@ class Prompter:
             raise UserError(f"the bank does not describe task {task!r}; give labels (and a question) with the call")
         return entry
 
+    def labels_of(self, task: str) -> list[str]:
+        """Labels of a task that has some.
+
+        Raises:
+            UserError: its answers are free text.
+        """
+        found = self.entry(task).labels
+        if found is None:
+            raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
+        return found
+
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
         if task is not None and self.entries.get(task) is not None:
@@ -155,13 +175,10 @@ class Prompter:
         """Set ``text_ids`` of each request: what is read of its text before anybody knows its task.
 
         Raises:
-            UserError: an empty text.
+            UserError: an empty text, or what is no text.
         """
-        for request in requests:
-            if not request.text.strip():
-                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
-        with self._lock:
-            found = text_ids([request.text for request in requests], self.tokenizer, self.format.text_tokens)
+        self._check(requests)
+        found = text_ids([request.text for request in requests], self._one_at_a_time, self.format.text_tokens)
         for request, ids in zip(requests, found, strict=True):
             request.text_ids = (*self.ends.before, *ids, *self.ends.after)
 
@@ -175,40 +192,50 @@ class Prompter:
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
-        with self._lock:
-            prompt = self._prompts(request.task, request.question).prompt(own, limit, text=request.text)
+        prompt = self._prompts(request.task, request.question).prompt(own, limit, text=request.text)
         request.tokens = prompt.ids
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
         request.kept = prompt.span[1] if begins and prompt.span is not None else None
 
     def _prompts(self, task: str | None, question: str | None) -> TextPrompts:
-        if question is not None:
-            return TextPrompts(self.template(task, question), self.tokenizer, self.encoder_decoder, task or "the bank")
-        if (task, question) not in self._made:
-            made = TextPrompts(self.template(task, question), self.tokenizer, self.encoder_decoder, task or "the bank")
-            self._made[task, question] = made
-        return self._made[task, question]
+        if question is None and task in self._made:
+            return self._made[task]
+        # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
+        template, where = self.template(task, question), task or "the bank"
+        made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
+        if question is None:
+            self._made[task] = made
+        return made
+
+    @staticmethod
+    def _check(requests: Sequence[Request]) -> None:
+        for request in requests:
+            for name, words in (("text", request.text), ("question", request.question)):
+                if words is not None or name == "text":
+                    _check_words(words, name, request.place, len(requests))
+            if not request.text.strip():
+                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
 
     def fill(self, requests: Sequence[Request], *, new_tokens: int, max_length: int | None = None) -> None:
         """Set ``tokens`` of each request; texts too long for the model or for ``max_length`` tokens are cut.
 
         Raises:
-            UserError: an empty text, no room for question and answer, or a raw prompt too long for the model.
+            UserError: an empty text or what is no text, no room for question and answer, a raw prompt too long for the
+                model.
         """
         groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
+        self._check(requests)
         for request in requests:
-            if not request.text.strip():
-                raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens
         for (task, question, raw), group in groups.items():
             limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
             given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
             template = PromptTemplate(RAW_TEMPLATE) if raw else self.template(task, question)
-            with self._lock:
-                found = prompt_tokens(
-                    given, template, self.tokenizer, limit, self.encoder_decoder, task or "(none named)"
-                )
+            # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
+            found = prompt_tokens(
+                given, template, self._one_at_a_time, limit, self.encoder_decoder, task or "(none named)"
+            )
             for request, tokens in zip(group, found, strict=True):
                 if len(tokens) > room:
                     raise UserError(
@@ -217,9 +244,14 @@ class Prompter:
                 request.tokens = self.lead.before(tokens)
 
     def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of labels, without end-of-sequence."""
+        """Token ids of labels, without end-of-sequence. Raises UserError for a label that is no text."""
+        for place, text in enumerate(texts):
+            _check_words(text, "label", place, len(texts))
         with self._lock:
             return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+
+    def _planned(self, labels: tuple[str, ...]) -> LabelPlan:
+        return plan_labels(self.labels(labels), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
@@ -242,6 +274,33 @@ class Prompter:
     def _prompt_limit(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
+
+
+class _Locked:
+    """A tokenizer whose calls wait for each other."""
+
+    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
+        self._tokenizer, self._lock = tokenizer, lock
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._tokenizer(*args, **options)
+
+    def tokenize(self, text: str) -> Any:
+        with self._lock:
+            return self._tokenizer.tokenize(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _check_words(words: object, name: str, place: int, count: int) -> None:
+    try:
+        text_of(words)
+    except NoTextError as error:
+        raise UserError(f"{name} {place + 1} of {count}: found {error}, expected a text") from None
+    if not isinstance(words, str):
+        raise UserError(f"{name} {place + 1} of {count}: found {type(words).__name__}, expected a text (str)")
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

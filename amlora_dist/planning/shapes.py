@@ -18,7 +18,9 @@ from amlora_dist.adapters.targets import (
     in_attention,
     layer_stacks,
 )
+from amlora_dist.base_model import making_errors
 from amlora_dist.errors import UserError
+from amlora_dist.model_folder import short
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
@@ -100,11 +102,13 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
     kind = values.get("model_type")
     try:
         config = AutoConfig.for_model(**values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"model.source: {model.source!r}: transformers has no model type {kind!r} ({error})") from error
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        built = auto.from_config(config)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            built = auto.from_config(config, trust_remote_code=False)
+    except making_errors() as error:
+        raise UserError(
+            f"model.source: {model.source!r}: transformers has no model type {kind!r} of such values ({short(error)})"
+        ) from error
     k = default_router_layer(built) if router.layer is None else router.layer
     check_router_layer(built, k)
     return _measured(built, model.source, find_targets(built, adapters, k), k)

@@ -8,7 +8,6 @@ the sum of theirs.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from importlib import resources
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.bank import Adapter, rows
-from amlora_dist.errors import BankError, UserError
+from amlora_dist.errors import UserError
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
 from amlora_dist.registry.bank_folder import Bank, adapter_entry
 from amlora_dist.registry.manifest import slug
-from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
+from amlora_dist.registry.tensor_files import write_tensors, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 INDEX = "export.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for ``--max-lora-rank``."""
-_PEFT_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight")
 
 
 def row_adapter(bank: Bank, task: str) -> Adapter:
@@ -158,46 +156,6 @@ def export_vllm(folder: Path, bank: Bank, *, base: str, **more: Any) -> Path:
     source = resources.files("amlora_dist.registry").joinpath("vllm_client.py.txt").read_text(encoding="utf-8")
     write_text(folder / "client.py", source)
     return folder
-
-
-def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
-    """An existing PEFT LoRA as an adapter of a bank, and its configuration.
-
-    Raises:
-        UserError: not a LoRA that a bank can hold (another method, DoRA, biases, several ranks, embeddings).
-        BankError: a damaged file.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}; give the folder of a PEFT adapter") from error
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type: found {config.get('peft_type')!r}, expected LORA; a bank holds only LoRAs")
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain) not in (plain, None, {}, []):
-            raise UserError(f"{file}: {key}: found {config[key]!r}, expected {plain!r}; a bank cannot hold that")
-    a: dict[str, Tensor] = {}
-    b: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(folder / MODEL_FILE).items():
-        match = _PEFT_NAME.fullmatch(name)
-        if match is None:
-            raise UserError(f"{folder / MODEL_FILE}: {name}: not the A or B of a linear layer; a bank cannot hold it")
-        (a if match["letter"] == "A" else b)[match["module"]] = tensor
-    rank = int(config.get("r", 0))
-    if not a or a.keys() != b.keys() or any(t.shape[0] != rank for t in a.values()):
-        raise BankError(f"{folder / MODEL_FILE}: the A and B of its layers are not pairs of rank {rank}")
-    alpha = float(config.get("lora_alpha", rank))
-    if config.get("use_rslora"):
-        alpha *= rank**0.5  # rsLoRA's scale is alpha / sqrt(r)
-    return Adapter(task, rank, alpha, dict(sorted(a.items())), {m: b[m] for m in sorted(b)}), config
-
-
-_PLAIN: dict[str, Any] = {
-    "bias": "none", "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-    "layer_replication": None, "trainable_token_indices": None,
-}  # fmt: skip
-"""Options of PEFT's LoRA that change what the tensors mean."""
 
 
 def gap_between(mixture: Tensor, fixed: Tensor) -> dict[str, float]:

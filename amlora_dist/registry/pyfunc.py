@@ -17,6 +17,7 @@ from amlora_dist.registry import transfer
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.manifest import Stored, read_manifest
 from amlora_dist.registry.runs import Runs
+from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 if TYPE_CHECKING:
     from amlora_dist.model import AMLoRAModel
@@ -39,25 +40,43 @@ class BankModel:
             params: ``max_new_tokens``; 0: what the bank's tasks need.
 
         Raises:
-            UserError: there is no column ``text``, a text is missing, or the bank has no such task.
+            UserError: there is no column ``text``, a text is missing or is no text (``texts.text_of``), or the bank has
+                no such task.
         """
         if "text" not in getattr(model_input, "columns", ()):
             found = list(getattr(model_input, "columns", [])) or type(model_input).__name__
             raise UserError(f"predict: found columns {found}, expected a pandas.DataFrame with a column 'text'")
-        texts = _texts(model_input["text"])
+        texts = _texts(model_input, "text")
         if missing := [place for place, text in enumerate(texts) if text is None]:
             raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text")
         options: dict[str, Any] = {
-            name: _texts(model_input[name]) for name in ("question", "task") if name in model_input.columns
+            name: _texts(model_input, name) for name in ("question", "task") if name in model_input.columns
         }
         if limit := int((params or {}).get("max_new_tokens") or 0):
             options["max_new_tokens"] = limit
         return self.model.predict([text for text in texts if text is not None], **options)
 
 
-def _texts(column: Any) -> list[str | None]:
-    """A column's values; None for what is empty or missing (None, NaN)."""
-    return [value if isinstance(value, str) and value.strip() else None for value in column.tolist()]
+def _texts(frame: Any, name: str) -> list[str | None]:
+    """A column's values; None for what is empty or missing (None, NaN, NA).
+
+    Raises:
+        UserError: a value that is no text, or two columns of that name.
+    """
+    if list(frame.columns).count(name) > 1:
+        raise UserError(f"predict: found the column {name!r} twice, expected it once")
+    values = frame[name].tolist()
+    found: list[str | None] = []
+    for place, value in enumerate(values):
+        missing = value is None or type(value).__name__ in ("NAType", "NaTType") or (value != value) is True
+        try:
+            text = "" if missing else text_of(value)
+        except NoTextError as error:
+            raise UserError(
+                f"predict: row {place} of {len(values)}, column {name!r}: found {error}, expected a text ({TAKEN})"
+            ) from None
+        found.append(text if text.strip() else None)
+    return found
 
 
 def complete(folder: Path, dest: Path) -> Path:

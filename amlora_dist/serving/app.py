@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -40,12 +40,14 @@ STATUS: list[tuple[type[AmloraError], int, str, str | None]] = [
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A key, a value or a limit; the message names it"},
     401: {"description": "No or wrong API key"},
+    403: {"description": "Called by a name that is not this server's"},
     404: {"description": "No such model"},
     408: {"description": "The body came too slowly"},
     413: {"description": "The body is too large"},
-    429: {"description": "Too many texts at once; try again later"},
+    415: {"description": "The body is not application/json"},
+    429: {"description": "Too many texts or bytes at once; try again later"},
     500: {"description": "A fault of the server"},
-    503: {"description": "The server is shutting down"},
+    503: {"description": "The server is shutting down, or lost a replica; try again later"},
     504: {"description": "The answer took longer than the server allows"},
 }
 EVENT = {
@@ -54,6 +56,8 @@ EVENT = {
     "required": ["data"],
 }
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
+MOST_SAID = 500
+"""Characters of one fault's name or message: an error must not send a client's megabyte back."""
 CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -65,13 +69,17 @@ class Message(JSONResponse):
         return json.dumps(wire.sparse(content), allow_nan=False).encode("ascii")
 
 
-def build_app(service: Service, *, key: str | None = None, follower: Follower | None = None) -> Gatekeeper:
+def build_app(
+    service: Service, *, key: str | None = None, follower: Follower | None = None, hosts: Sequence[str] | None = None
+) -> Gatekeeper:
     """The app. Its lifespan starts and stops the service, and who follows its alias.
 
     Args:
         service: to answer from.
         key: ``key_digest`` of the API key that ``/v1/`` needs; None: none.
         follower: of the service, if the bank is an alias.
+        hosts: names that clients may call this server by, ``*`` for any; None: any, but only those of loopback on a
+            connection that came in there.
     """
 
     @contextlib.asynccontextmanager
@@ -97,7 +105,7 @@ def build_app(service: Service, *, key: str | None = None, follower: Follower | 
     app.add_exception_handler(Exception, _fault)
     app.openapi = lambda: _schema(app, secured=key is not None)  # type: ignore[method-assign]
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    return Gatekeeper(app, service, key, paths)
+    return Gatekeeper(app, service, key, paths, hosts)
 
 
 def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any]]) -> None:
@@ -208,7 +216,7 @@ async def _refused(_request: Request, error: Exception) -> Response:
     for kind, status, name, code in STATUS:
         if isinstance(error, kind):
             return _refusal(
-                status, error_body(error, kind=name, code=code), {"retry-after": "1"} if status == 429 else None
+                status, error_body(error, kind=name, code=code), {"retry-after": "1"} if status in (429, 503) else None
             )
     assert isinstance(error, AmloraError)
     return _refusal(500, error_body(error))
@@ -220,9 +228,10 @@ async def _malformed(_request: Request, error: Exception) -> Response:
     lines: list[str] = []
     place: str | None = None
     for fault in error.errors()[:20]:
-        path = ".".join(str(part) for part in fault["loc"][1:])
+        path = ".".join(str(part)[:MOST_SAID] for part in fault["loc"][1:])  # a client's own keys may be among them
         place = place or path or None
-        lines.append(f"{path}: {fault['msg']}" if path else str(fault["msg"]))
+        message = str(fault["msg"])[:MOST_SAID]
+        lines.append(f"{path}: {message}" if path else message)
     detail = wire.ErrorDetail(message="; ".join(lines), type="invalid_request_error", param=place)
     return _refusal(400, wire.ErrorBody(error=detail))
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Prefilled, plan_labels
+from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.evaluation.requests import Classification, Request, Route, routes
 from amlora_dist.model import AMLoRAModel
 
@@ -67,8 +67,17 @@ class ServedBank:
         """
         (request,) = self.model.requests(text, question=question, task=task)
         request.raw = raw
-        self.model.prompter.fill([request], new_tokens=new_tokens)
+        self._tokenise(request, new_tokens)
         return request
+
+    def _tokenise(self, request: Request, new_tokens: int) -> None:
+        """The whole prompt; of a text that is yet to be routed the text, and its prompt by the bank's template as an
+        estimate of what it will come to."""
+        if self.model.answering is None or request.raw:
+            self.model.prompter.fill([request], new_tokens=new_tokens)
+        else:
+            self.model.prompter.read([request])
+            self.model.prompter.ask(request, new_tokens=new_tokens)
 
     def to_classify(
         self, text: str, *, labels: Sequence[str] | None = None, question: str | None = None, task: str | None = None
@@ -81,30 +90,53 @@ class ServedBank:
         (request,) = self.model.requests(text, question=question, task=task)
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
-            plan_labels(self.model.prompter.labels(request.labels), self.eos_id)
+            self.model.prompter.plan(request.labels)
         elif task is not None:
             self.model.labels_of(task)
-        self.model.prompter.fill([request], new_tokens=self.answer_limit(task))
+        self._tokenise(request, self.answer_limit(task))
         return request
 
     def group(self, request: Request) -> Hashable:
-        """Requests of one group can decode together: all, unless the layers' own selectors gate some of them."""
-        return self.model.mixture.router is None and request.gate is None
+        """Requests of one group can share passes: all plain texts, unless the layers' own selectors gate some of them;
+        raw prompts."""
+        return self.model.mixture.router is None and request.gate is None, request.raw
 
-    def prefill(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route]]:
-        """One pass over the prompts of requests of one group."""
-        state, gate_BT = self.model.prefill(requests)
-        return state, routes(gate_BT, self.tasks, self.model.rows_TN)
+    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
+        """Read the texts and prompts of requests of one group.
+
+        Returns:
+            what decoding goes on from, each text's route, and the answers that are there already: a label's words, where
+            the task that a text is routed to has labels.
+        """
+        answering = self.model.answering
+        if answering is None or requests[0].raw:
+            state, gate_BT = self.model.prefill(requests)
+            return state, routes(gate_BT, self.tasks, self.model.rows_TN), [None] * len(requests)
+        begun = answering.begin(requests)
+        weighed = answering.weigh(begun)
+        return begun.state, begun.routes, [None if one is None else answering.decide(one)[0] for one in weighed]
+
+    def tokens_of(self, answer: str) -> int:
+        """Tokens of a label's words."""
+        return len(self.model.prompter.labels([answer])[0])
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
         """One more token for each row; ``state`` then has the scores of the one after it."""
         state.logits = self.model.decoder.advance(state, tokens_B1)[:, -1]
 
-    def classify(self, requests: Sequence[Request]) -> list[Classification]:
-        """Labels for the texts of different callers, in few passes."""
+    def classify(self, requests: Sequence[Request]) -> Generator[int, None, list[Classification]]:
+        """Labels for the texts of different callers, in few passes, with a stop after each: yields its tokens."""
         for place, request in enumerate(requests):
             request.place = place
-        return self.model.classified(requests, len(requests))
+        return self.model.classifying(requests, len(requests))
+
+    def labels_of(self, request: Request) -> tuple[str, ...]:
+        """Those that a text will be compared with; of a text that is yet to be routed the most that it may be."""
+        if request.labels is not None:
+            return request.labels
+        found: list[list[str]] = [self.described(task) or [] for task in ([request.task] if request.task else self.tasks)]
+        longest: list[str] = max(found, key=lambda labels: len(labels), default=[])
+        return tuple(longest)
 
 
 def check_name(name: str) -> None:

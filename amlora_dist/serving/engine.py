@@ -4,7 +4,8 @@ Continuous batching. In each turn newcomers are read in one pass, whichever adap
 row), join the rows that are being written, and every row gets one more token in one pass; rows that are done leave.
 So nobody waits for somebody else's answer, and at most one bounded pass over new prompts (``prefill_tokens``) or one
 batch of classifications lies between two tokens of a stream. Rows of another version of the bank, or of models whose
-caches cannot be joined, run side by side in groups of their own.
+caches cannot be joined, run side by side in groups of their own. A turn's work is bounded, and what fails in it fails
+for whose fault it is: sampling and words are each row's own, and a pass that fails is repeated row by row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,15 +22,22 @@ import torch
 from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
-from amlora_dist.serving.jobs import Began, BusyError, Classified, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.jobs import Began, BusyError, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.queueing import FairQueue
+from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.rows import can_join, joined, keep
+from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.wording import Wording
 
 log = logging.getLogger(__name__)
 
+ROW_FAULTS = (AmloraError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError)
+"""What drawing one row's token or putting it into words may raise, its tokenizer's and torch's errors among them."""
 SIDE_BY_SIDE = 2
 """Groups that cannot be joined, at once: newcomers wait and share the next pass instead of having one each."""
+LOOK_EVERY_S = 0.25
+"""Between two looks at whose time is over among those who wait."""
 DEAD_AFTER_S = 300.0
 """A turn that takes longer than this hangs."""
 
@@ -69,10 +76,12 @@ class Engine:
         self._settings = settings
         self._observe: Observe = observe or (lambda kind, rows, seconds: None)
         self._wake = threading.Condition()
-        self._to_write: deque[Job] = deque()
-        self._to_classify: deque[Job] = deque()
+        self._to_write = FairQueue()
+        self._ranker = Ranker(settings, self._observe, self._end)
+        self._look_at = 0.0
         self._groups: list[Group] = []
         self._inside: set[Job] = set()
+        self._heavy_inside = 0
         self._stopping = False
         self._give_up_at = float("inf")
         self._turn_began: float | None = None
@@ -105,26 +114,42 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Texts that wait for their first pass."""
-        return len(self._to_write) + len(self._to_classify)
+        return len(self._to_write) + self._ranker.waiting
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Take all of these jobs, or none.
+    def check_room(self, texts: int, *, heavy: bool) -> None:
+        """Refuse what there is no room for, before any work goes into it.
+
+        Args:
+            texts: of one request.
+            heavy: whether it is of much work; such may fill half of the room.
 
         Raises:
             BusyError: more texts than ``max_concurrency``.
             StoppingError: it is shutting down.
         """
+        if self._stopping or not self._thread.is_alive():
+            raise StoppingError("the server is shutting down")
+        most, inside = self._settings.max_concurrency, len(self._inside)
+        if inside + texts > most:
+            raise BusyError(f"the server has {inside} texts at work and takes {most} at once; try again later")
+        if heavy and self._heavy_inside and self._heavy_inside + texts > most // 2:
+            raise BusyError(
+                f"the server has {self._heavy_inside} texts with many labels at work and takes {most // 2} of them at "
+                "once; try again later, or with fewer texts or labels in one request"
+            )
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all of these jobs, the texts of one request, or none. Raises as ``check_room``."""
+        if not jobs:
+            return
         with self._wake:
-            if self._stopping or not self._thread.is_alive():
-                raise StoppingError("the server is shutting down")
-            if len(self._inside) + len(jobs) > self._settings.max_concurrency:
-                raise BusyError(
-                    f"the server has {len(self._inside)} texts at work and takes {self._settings.max_concurrency} at once; "
-                    "try again later"
-                )
-            for job in jobs:
-                self._inside.add(job)
-                (self._to_classify if job.sampling is None else self._to_write).append(job)
+            self.check_room(len(jobs), heavy=jobs[0].heavy)
+            self._inside.update(jobs)
+            self._heavy_inside += sum(job.heavy for job in jobs)
+            if jobs[0].sampling is None:
+                self._ranker.add(jobs)
+            else:
+                self._to_write.add(jobs)
             self._wake.notify()
 
     # ---- the thread -------------------------------------------------------------------------------------------
@@ -148,38 +173,45 @@ class Engine:
             if not self._inside or time.monotonic() > self._give_up_at:
                 return False
             self._turn_began = time.monotonic()
-            to_classify = self._taken(self._to_classify, self._settings.batch_rows)
-            to_write = self._taken(self._to_write, self._room())
-        if to_classify:
-            self._together(to_classify, self._classify)
+            self._let_go(self._turn_began)
+            self._ranker.take()
+            to_write = self._to_write.taken(self._room(), self._settings.prefill_tokens)
+        start = time.perf_counter()
+        worked = self._ranker.work() | bool(to_write or self._groups)
         if to_write:
             self._together(to_write, self._read)
         for group in list(self._groups):
             self._guarded([row.job for row in group.rows], partial(self._write, group), group)
+        if worked:
+            self._ranker.share.other(time.perf_counter() - start)
+        if self._ranker.has_heavy:
+            wait_s = self._ranker.share.wait_s()
+            if wait_s == 0:
+                self._ranker.work_slowly()
+            elif not worked:
+                with self._wake:
+                    self._wake.wait(wait_s)
         return True
+
+    def _let_go(self, now: float) -> None:
+        """End waiting texts whose time is over or whose client has gone."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY_S
+
+        def is_over(job: Job) -> bool:
+            if (error := job.over()) is not None:
+                self._end(job, Failed(error))
+            return error is not None
+
+        self._to_write.without(is_over)
+        self._ranker.without(is_over)
 
     def _room(self) -> int:
         """Rows that may begin to be written in this turn."""
         if sum(not can_join(group.state) for group in self._groups) >= SIDE_BY_SIDE:
             return 0
         return self._settings.batch_rows - sum(len(group.rows) for group in self._groups)
-
-    def _taken(self, queue: deque[Job], room: int) -> list[Job]:
-        """The longest waiting jobs of one version of the bank that fit in a pass."""
-        taken: list[Job] = []
-        longest = 0
-        while queue and len(taken) < room:
-            job = queue[0]
-            if (error := job.over()) is not None:
-                queue.popleft()
-                self._end(job, Failed(error))
-                continue
-            longest = max(longest, job.prompt_tokens)
-            too_many = taken and longest * (len(taken) + 1) > self._settings.prefill_tokens
-            if too_many or (taken and job.bank is not taken[0].bank):
-                break
-            taken.append(queue.popleft())
-        return taken
 
     def _together(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
         """Do ``work`` for jobs that can share passes at once."""
@@ -194,14 +226,21 @@ class Engine:
         try:
             work(jobs)
         except AmloraError as error:
-            if len(jobs) == 1 or group is not None:
-                self._fail(jobs, error, group)
-            else:
-                for job in jobs:
-                    self._guarded([job], work)
-        except (RuntimeError, ValueError) as error:  # torch's, memory that ran out among them
+            self._apart(jobs, work, error, group)
+        except PASS_FAULTS as error:
             log.exception("a pass over %d texts failed", len(jobs))
+            self._apart(jobs, work, error, group)
+
+    def _apart(
+        self, jobs: list[Job], work: Callable[[list[Job]], None], error: Exception, group: Group | None
+    ) -> None:
+        """After a pass that failed, each of its jobs gets one of its own; only whose fault it is fails."""
+        if len(jobs) == 1 or group is not None:
             self._fail(jobs, error, group)
+            return
+        for job in jobs:
+            if job in self._inside:
+                self._guarded([job], work)
 
     def _fail(self, jobs: Sequence[Job], error: Exception, group: Group | None) -> None:
         if group is not None:
@@ -212,35 +251,42 @@ class Engine:
 
     def _end(self, job: Job, event: Event) -> None:
         with self._wake:
-            self._inside.discard(job)
+            if job in self._inside:
+                self._inside.remove(job)
+                self._heavy_inside -= job.heavy
         job.tell(event)
 
     # ---- the passes -------------------------------------------------------------------------------------------
 
-    def _classify(self, jobs: list[Job]) -> None:
-        start = time.perf_counter()
-        found = jobs[0].bank.classify([job.request for job in jobs])
-        self._observe("classify", len(jobs), time.perf_counter() - start)
-        for job, one in zip(jobs, found, strict=True):
-            self._end(job, Classified(one))
-
     def _read(self, jobs: list[Job]) -> None:
-        """One pass over the prompts; the rows then stand beside those that are being written."""
+        """One pass over the prompts; rows whose answer is one of their task's labels are done with it, the others then
+        stand beside those that are being written."""
         start, bank = time.perf_counter(), jobs[0].bank
-        state, routes = bank.prefill([job.request for job in jobs])
+        state, routes, answers = bank.begin([job.request for job in jobs])
         self._observe("prefill", len(jobs), time.perf_counter() - start)
         rows = []
-        for job, route in zip(jobs, routes, strict=True):
+        going: list[int] = []
+        for place, (job, route, answer) in enumerate(zip(jobs, routes, answers, strict=True)):
             assert job.sampling is not None
             job.tell(Began(route))
+            if answer is not None:
+                if job.stream:
+                    job.tell(Piece(answer))
+                self._end(job, Ended(answer, "stop", bank.tokens_of(answer)))
+                continue
+            going.append(place)
             generator = None
-            if job.sampling.temperature > 0:
+            if job.sampling.draws:
                 generator = torch.Generator()
                 if job.sampling.seed is None:
                     generator.seed()
                 else:
                     generator.manual_seed(job.sampling.seed)
             rows.append(Row(job, Wording(bank.decode, job.sampling.stops, live=job.stream), generator))
+        if not going:
+            return
+        if len(going) < len(jobs):
+            keep(state, going)
         key = bank.group(jobs[0].request)
         if can_join(state):
             for group in self._groups:
@@ -252,10 +298,18 @@ class Engine:
 
     def _write(self, group: Group, _jobs: list[Job]) -> None:
         """The next token of every row; rows that it ends leave, the others are read on."""
-        tokens = self._chosen(group)
+        tokens: list[int] = group.state.logits.argmax(dim=-1).tolist()
         going: list[int] = []
-        for place, (row, token) in enumerate(zip(group.rows, tokens, strict=True)):
-            event = self._written(group.bank, row, token)
+        for place, row in enumerate(group.rows):
+            event: Event | None
+            try:
+                if row.generator is not None:
+                    assert row.job.sampling is not None
+                    tokens[place] = drawn(group.state.logits[place], row.job.sampling, row.generator)
+                event = self._written(group.bank, row, tokens[place])
+            except ROW_FAULTS as error:  # its own sampling, its own text: no other row may suffer for it
+                log.exception("a row of %d could not be written on", len(group.rows))
+                event = Failed(error)
             if event is None:
                 going.append(place)
             else:
@@ -289,24 +343,3 @@ class Engine:
         if ended or full:
             return Ended(wording.text, "stop" if ended else "length", count)
         return None
-
-    @staticmethod
-    def _chosen(group: Group) -> list[int]:
-        """Next token of each row: the most likely one, or drawn."""
-        tokens: list[int] = group.state.logits.argmax(dim=-1).tolist()
-        for place, row in enumerate(group.rows):
-            if row.generator is not None:
-                assert row.job.sampling is not None
-                tokens[place] = _drawn(group.state.logits[place], row.job.sampling.temperature, row.job.sampling.top_p,
-                                       row.generator)  # fmt: skip
-        return tokens
-
-
-def _drawn(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token from softmax(logits / temperature), cut to the fewest that hold ``top_p`` of the probability."""
-    shares_V = torch.softmax(logits_V.double().cpu() / temperature, dim=-1)
-    if top_p < 1:
-        ordered_V, place_V = shares_V.sort(descending=True)
-        ordered_V[ordered_V.cumsum(0) - ordered_V >= top_p] = 0
-        shares_V = torch.zeros_like(shares_V).scatter(0, place_V, ordered_V)
-    return int(torch.multinomial(shares_V, 1, generator=generator))

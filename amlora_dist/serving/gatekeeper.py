@@ -1,24 +1,15 @@
-"""What stands in front of the app: the API key, the size of bodies, the time they may take to come, the meters."""
+"""What stands in front of the app: the door (``front``), the API key, the meters."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
-import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+from amlora_dist.serving.front import GUARDED, App, Front, Message, Receive, Send, refuse
 from amlora_dist.serving.service import Service
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-GUARDED = "/v1/"
-"""Paths that need the key begin with this."""
 
 
 def key_digest(key: str) -> str:
@@ -34,15 +25,21 @@ class Gatekeeper:
         service: whose limits and meters these are.
         key: ``key_digest`` of the API key; None: none is needed.
         paths: what the app knows; others are counted as one.
+        hosts: as for ``Front``.
     """
 
-    def __init__(self, app: App, service: Service, key: str | None, paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: App, service: Service, key: str | None, paths: frozenset[str], hosts: Sequence[str] | None = None
+    ) -> None:
         self._app, self.service, self._key, self._paths = app, service, key, paths
+        settings = service.settings
+        read_s = min(settings.read_timeout_s, settings.request_timeout_s)
+        self._front = Front(self._let_in, max_body_bytes=settings.max_body_bytes, read_timeout_s=read_s, hosts=hosts)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._front(scope, receive, send)
             return
         start, status = time.monotonic(), 500
 
@@ -53,41 +50,19 @@ class Gatekeeper:
             await send(message)
 
         try:
-            await self._let_in(scope, receive, noting)
+            await self._front(scope, receive, noting)
         finally:
             path = _path(scope)
             self.service.meters.answered(path if path in self._paths else "other", status, time.monotonic() - start)
 
     async def _let_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._key is not None and _path(scope).startswith(GUARDED) and not self._knows(headers.get(b"authorization")):
-            message = "no or wrong API key; send it as: Authorization: Bearer KEY"
-            await _refuse(send, 401, message, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
-            return
-        settings = self.service.settings
-        length = headers.get(b"content-length", b"")
-        body = b""
-        try:
-            if length.isdigit() and int(length[:20]) > settings.max_body_bytes:
-                raise OverflowError
-            body = await asyncio.wait_for(_read(receive, settings.max_body_bytes), settings.request_timeout_s)
-        except OverflowError:
-            message = f"the body is larger than the {settings.max_body_bytes} bytes that this server takes"
-            await _refuse(send, 413, message, "body_too_large")
-            return
-        except (TimeoutError, asyncio.TimeoutError):
-            await _refuse(send, 408, f"the body did not come within {settings.request_timeout_s:g} s", "timeout")
-            return
-        given = False
-
-        async def replay() -> Message:
-            nonlocal given
-            if given:
-                return await receive()  # waits for the client to go away
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replay, send)
+        if scope["type"] == "http" and self._key is not None and _path(scope).startswith(GUARDED):
+            headers = {name.lower(): value for name, value in scope["headers"]}
+            if not self._knows(headers.get(b"authorization")):
+                message = "no or wrong API key; send it as: Authorization: Bearer KEY"
+                await refuse(send, 401, message, "invalid_api_key", [(b"www-authenticate", b"Bearer")])
+                return
+        await self._app(scope, receive, send)
 
     def _knows(self, header: bytes | None) -> bool:
         kind, _, key = (header or b"").decode("latin-1").partition(" ")
@@ -99,29 +74,3 @@ def _path(scope: MutableMapping[str, Any]) -> str:
     """The path below where the app is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
-
-
-async def _read(receive: Receive, most: int) -> bytes:
-    """The whole body. Raises OverflowError when it has more than ``most`` bytes."""
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            break
-        part = message.get("body", b"")
-        size += len(part)
-        if size > most:
-            raise OverflowError
-        parts.append(part)
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-async def _refuse(
-    send: Send, status: int, message: str, code: str, headers: list[tuple[bytes, bytes]] | None = None
-) -> None:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    given = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
-    await send({"type": "http.response.start", "status": status, "headers": given})
-    await send({"type": "http.response.body", "body": body})

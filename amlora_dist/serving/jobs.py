@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.requests import Classification, Request, Route
 from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.sampling import Sampling
+
+__all__ = [
+    "Began", "BusyError", "Classified", "Ended", "EngineError", "Event", "Failed", "Job", "LateError", "Piece", "Sampling",
+    "StoppingError",
+]  # fmt: skip
 
 
 class BusyError(AmloraError):
@@ -25,18 +31,6 @@ class EngineError(AmloraError):
 
 class LateError(AmloraError):
     """The time of the request is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How an answer is written."""
-
-    new_tokens: int
-    temperature: float = 0.0
-    """0: greedy, as the bank's accuracy was measured."""
-    top_p: float = 1.0
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +88,8 @@ class Job:
     """None: to be classified."""
     stream: bool = False
     """Whether pieces are wanted."""
+    heavy: bool = False
+    """Part of a request of much work, which gives way to others."""
     cancelled: bool = False
     """Set by anyone: nobody waits for the answer any more."""
 

@@ -5,10 +5,17 @@ Strict: an unknown key or a number in quotes is an error that names it, not a re
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from amlora_dist.serving.settings import MOST_TEXTS
+
+MOST_TURNS = 1024
+"""Of a conversation, and parts of one turn."""
+MOST_LABELS = 1000
 
 
 def _boolean(value: object) -> object:
@@ -17,14 +24,58 @@ def _boolean(value: object) -> object:
     return value
 
 
+def _writable(value: str) -> str:
+    """Half of a pair of surrogates is no character: no tokenizer takes it. Pydantic checks only where it counts."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "string_unicode", "Input should be a valid unicode string, found a lone surrogate in it"
+        ) from None
+    return value
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Counts before anybody looks at the items: half a million wrong ones are one error, not as many."""
+
+    def checked(value: object) -> object:
+        if isinstance(value, (list, dict)) and len(value) > most:
+            expected = f"expected at most {most}" if most else "expected none: this server does without"
+            raise PydanticCustomError(
+                "too_long", "found {found} items, {expected}", {"found": len(value), "expected": expected}
+            )
+        return value
+
+    return BeforeValidator(checked)
+
+
+Words = Annotated[str, AfterValidator(_writable)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 # A bare Literal takes whatever Python finds equal: 0.0 for False, true for 1.
 One = Annotated[int, Field(ge=1, le=1)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+NoItems = Annotated[list[None], Field(max_length=0), _at_most(0)]
+NoEntries = Annotated[dict[str, None], Field(max_length=0), _at_most(0)]
+Unheard = Annotated[str, Field(max_length=4096)]
+"""What clients may say and nothing hangs on."""
 
 
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            unknown = islice((str(key)[:80] for key in value if key not in cls.model_fields), 5)
+            raise PydanticCustomError(
+                "extra_forbidden", "Extra inputs are not permitted, among {count} keys found: {names}",
+                {"count": len(value), "names": ", ".join(unknown)},
+            )  # fmt: skip
+        return value
 
 
 class _Said(BaseModel):
@@ -50,18 +101,22 @@ class Writing(_Asked):
     """The bank's name (the default: the router weighs its tasks), or ``NAME:TASK`` for one task's row and prompt."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """Default 0: the most likely token, as the bank's accuracy was measured."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of 0 only the most likely token is left."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The same seed draws the same answer, on the same machine."""
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Annotated[Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None, _at_most(4)] = None
+    """At most 4 sequences of 256 characters."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: One | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Zero | None = None
     """Only 0."""
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Zero | None = None
     """Only 0."""
-    user: str | None = None
+    logit_bias: NoEntries | None = None
+    """Only empty."""
+    user: Unheard | None = None
     """Has no effect."""
     routing: bool = False
     """Whether each choice carries which tasks and adapters it was routed to."""
@@ -75,7 +130,7 @@ class Writing(_Asked):
 class CompletionRequest(Writing):
     """Texts to answer."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Annotated[Text | Texts, _at_most(MOST_TEXTS)]
     """One text or several; the bank's prompt is put around each, as its accuracy was measured."""
     question: Text | None = None
     """Asked of the texts, in place of the task's own."""
@@ -86,43 +141,90 @@ class CompletionRequest(Writing):
     best_of: One | None = None
     echo: Off | None = None
     logprobs: None = None
-    logit_bias: None = None
-    suffix: None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+    """Only empty."""
 
 
 class TextPart(_Asked):
     """A part of a message; texts are joined."""
 
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class ChatMessage(_Asked):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Annotated[Words | Annotated[list[TextPart], Field(fail_fast=True)] | None, _at_most(MOST_TURNS)] = None
+    """Null or left out: nothing was said, which only ``assistant`` may."""
+    name: Unheard | None = None
     """Has no effect."""
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoItems | None = None
+    """Only empty."""
+    annotations: NoItems | None = None
+    """Only empty."""
+
+    @model_validator(mode="after")
+    def _said(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "content: found none, expected a text (only assistant may say nothing)")
+        return self
 
     @property
     def text(self) -> str:
         """Its words."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+class TextFormat(_Asked):
+    """The usual form of an answer."""
+
+    type: Literal["text"] = "text"
 
 
 class ChatRequest(Writing):
     """A conversation to answer. The bank's prompt is put around the turns of user and assistant, joined by newlines;
     what ``system`` or ``developer`` say is the question asked of them."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MOST_TURNS)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """New tokens at most; default: what the answers of the bank's tasks need."""
     logprobs: Off | None = None
-    response_format: None = None
-    tools: None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    """Only 0."""
+    response_format: TextFormat | None = None
+    """Only ``{"type": "text"}``."""
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1), _at_most(1)] | None = None
+    """Only ``["text"]``."""
+    audio: None = None
+    tools: NoItems | None = None
+    """Only empty."""
+    tool_choice: Literal["none", "auto"] | None = None
+    """Has no effect: there are no tools."""
+    parallel_tool_calls: bool | None = None
+    """Has no effect: there are no tools."""
+    functions: NoItems | None = None
+    """Only empty."""
+    function_call: Literal["none", "auto"] | None = None
+    """Has no effect: there are no functions."""
+    store: Off | None = None
+    """Only false: nothing is kept."""
+    metadata: NoEntries | None = None
+    """Only empty: nothing is kept."""
+    prediction: None = None
+    service_tier: Literal["auto", "default"] | None = None
+    """Has no effect: there is one."""
+    safety_identifier: Unheard | None = None
+    """Has no effect."""
+    prompt_cache_key: Unheard | None = None
+    """Has no effect."""
 
 
 class ClassificationRequest(_Asked):
@@ -130,9 +232,11 @@ class ClassificationRequest(_Asked):
 
     model: str | None = None
     """As for completions."""
-    input: Text | Annotated[list[Text], Field(min_length=1)]
+    input: Annotated[Text | Texts, _at_most(MOST_TEXTS)]
     """One text or several."""
-    labels: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    labels: Annotated[
+        Annotated[list[Text], Field(min_length=1, max_length=MOST_LABELS, fail_fast=True)] | None, _at_most(MOST_LABELS)
+    ] = None
     """To choose from; default: those of the task that each text is routed to."""
     question: Text | None = None
     """Asked of the texts, in place of the task's own."""

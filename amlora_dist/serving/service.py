@@ -18,6 +18,13 @@ from amlora_dist.serving.settings import ServeSettings
 GRACE_S = 30.0
 """The engine looks at deadlines between two passes; who waits for it waits this much longer."""
 
+HEAVY = 256
+"""Texts times labels of a request that is work for more than a moment."""
+LABEL_CHARACTERS = 32
+"""A label that is longer counts as several."""
+MOST_SHOWN = 200
+"""Characters of what a client sent that come back in a message."""
+
 
 class UnknownModelError(UserError):
     """The request names a model that is not served here."""
@@ -78,6 +85,7 @@ class Service:
 
         Raises:
             UserError: too many texts, or a text too long with its question and labels.
+            BusyError: no room for so many now; said before they are tokenised.
         """
         if len(texts) > self.settings.max_texts:
             raise UserError(f"found {len(texts)} texts, expected at most {self.settings.max_texts} in one request")
@@ -89,14 +97,18 @@ class Service:
                     f"found a text of {len(text)} characters, with question and labels {len(text) + more}; "
                     f"expected at most {most}"
                 )
+        self.engine.check_room(len(texts), heavy=is_heavy(len(texts), labels or ()))
 
     def submit(
         self, bank: ServedBank, requests: Sequence[Request], sampling: Sampling | None, *, stream: bool = False
     ) -> Exchange:
         """Send the texts of one request to the engine; from the event loop that will read the answers."""
         exchange = Exchange(time.monotonic() + self.settings.request_timeout_s)
+        most = max((bank.labels_of(request) for request in requests), key=len, default=()) if sampling is None else ()
+        heavy = is_heavy(len(requests), most)
         for index, request in enumerate(requests):
             exchange.add(index, bank, request, sampling, stream=stream)
+            exchange.jobs[-1].heavy = heavy
         self.engine.submit(exchange.jobs)
         return exchange
 
@@ -153,7 +165,13 @@ class Exchange:
         return sum(job.prompt_tokens for job in self.jobs)
 
 
+def is_heavy(texts: int, labels: Sequence[str]) -> bool:
+    """Whether so many texts with these labels are of much work."""
+    return texts * max(len(labels), sum(map(len, labels)) // LABEL_CHARACTERS) > HEAVY
+
+
 def unknown_model(bank: ServedBank, model: str | None) -> UnknownModelError:
     """The error that names the models there are."""
     known = ", ".join([bank.name, *(f"{bank.name}:{task}" for task in bank.tasks)])
-    return UnknownModelError(f"model: found {model!r}, served are {known}")
+    found = model if model is None or len(model) <= MOST_SHOWN else f"{model[:MOST_SHOWN]}..."
+    return UnknownModelError(f"model: found {found!r}, served are {known}")

@@ -20,6 +20,7 @@ class Wording:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, live: bool = True) -> None:
         self._decode, self._stops = decode, tuple(stops)
         self._live = live or bool(stops)
+        self._longest = max(map(len, self._stops), default=0)
         self.tokens: list[int] = []
         self.text = ""
         """What was shown."""
@@ -37,7 +38,9 @@ class Wording:
 
     def _show(self, *, last: bool) -> str:
         whole = self._decode(self.tokens)
-        places = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
+        # What was shown holds no beginning of a stop sequence: only the tail behind it is looked at.
+        begin = max(0, len(self.text) - self._longest)
+        places = [place for stop in self._stops if (place := whole.find(stop, begin)) >= 0]
         if places:
             self.stopped = True
             certain = whole[: min(places)]
@@ -55,8 +58,11 @@ class Wording:
 
     def _beginning_of_stop(self, text: str) -> int:
         """Characters at the end of ``text`` that may be the beginning of a stop sequence."""
-        most = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(most, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
+        tail = text[max(0, len(text) - self._longest + 1) :]
+        first = len(tail)
+        for stop in self._stops:
+            place = tail.find(stop[0], max(0, len(tail) - len(stop) + 1))
+            while 0 <= place < first and not stop.startswith(tail[place:]):
+                place = tail.find(stop[0], place + 1)
+            first = min(first, place) if place >= 0 else first
+        return len(tail) - first

@@ -7,13 +7,15 @@ A prompt ends in ``Answer:`` and the target is a space and the label's text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.sandbox import PromptEnvironment, render_within
+from amlora_dist.tasks.texts import TAKEN, NoTextError
 
 if TYPE_CHECKING:
     from amlora_dist.tasks.sources import Row
@@ -29,8 +31,8 @@ STYLES: dict[str, str] = {
     "named": "Task: {{ kind }}\nDataset: {{ task }}\n" + BANK_TEMPLATE,
 }
 
-# No autoescape: prompts are not HTML. Text of rows is a variable, never part of a template, so it is not evaluated.
-_SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+# Text of rows is a variable, never part of a template, so it is not evaluated.
+_SANDBOX = PromptEnvironment()
 
 
 class PromptTemplate:
@@ -124,17 +126,67 @@ def template_for(spec: TaskSpec, style: PromptStyle | None = None, *, paraphrase
 
 
 def compile_template(source: str, *, where: str) -> Template:
-    """A sandboxed template. Raises UserError where it is not valid Jinja."""
+    """A sandboxed template. Raises UserError where it is not valid Jinja, or uses what prompts may not."""
     try:
-        return _SANDBOX.from_string(source)
+        return _compiled(source)
     except TemplateSyntaxError as error:
-        found = repr(source if len(source) <= 60 else f"{source[:57]}...")
-        raise UserError(f"{where}: found {found}, expected Jinja (line {error.lineno}: {error.message}); mend it") from None
+        reason = f"line {error.lineno}: {error.message}"
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        # Of Python, which compiles what Jinja makes: loops in loops, brackets in brackets, numbers of 5,000 digits.
+        reason = "too much of it inside each other, or too long a number"
+    found = repr(source if len(source) <= 60 else f"{source[:57]}...")
+    raise UserError(f"{where}: found {found}, expected Jinja ({reason}); mend it")
+
+
+@lru_cache(maxsize=256)
+def _compiled(source: str) -> Template:
+    return _SANDBOX.from_string(source)
+
+
+def variables_of(source: str) -> set[str]:
+    """Variables that a template reads from outside; none where it is not valid."""
+    try:
+        return meta.find_undeclared_variables(_SANDBOX.parse(source))
+    except (TemplateSyntaxError, SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        return set()
 
 
 def render(template: Template, values: Mapping[str, object], *, where: str) -> str:
-    """Text of a template. Raises UserError for undefined variables and what the sandbox forbids."""
+    """Text of a template, in bounded time, memory and depth.
+
+    Raises:
+        UserError: undefined variables, what the sandbox forbids, what is too much (``sandbox.LimitError``), a text that
+            holds half of a character.
+    """
     try:
-        return template.render(values)
-    except (TemplateError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{where}: {error}") from None
+        return render_within(template, values, plain=False)
+    except NoTextError as error:
+        raise UserError(f"{where}: found {error}, expected text; mend the template or the text") from None
+    except _FAILURES as error:
+        raise UserError(f"{where}: {_said(error)}") from None
+
+
+def render_value(template: Template, values: Mapping[str, object], *, where: str) -> str:
+    """Text of a template over a row's columns, which may write texts and numbers only; nothing (None) is no text.
+
+    Raises:
+        NoTextError: it writes a list, a dictionary or another value that is no text.
+        UserError: as ``render``.
+    """
+    try:
+        return render_within(template, values, plain=True)
+    except NoTextError:
+        raise
+    except _FAILURES as error:
+        raise UserError(f"{where}: {_said(error)}; write {TAKEN}") from None
+
+
+_FAILURES = (
+    TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it goes too deep into itself; make the template simpler"
+    return " ".join(str(error.args[-1] if error.args else error).split())[:300] or type(error).__name__

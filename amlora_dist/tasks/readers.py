@@ -1,31 +1,20 @@
-"""Readers of raw rows: Hub data sets, JSON lines, CSV, Parquet, package data. They know files, not tasks."""
+"""Raw rows of a task's splits: from files, the Hub, a mirror of it, or the package. How files are read: ``files``."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.task import SourceSpec, TaskSpec, meant
+from amlora_dist.tasks.files import SUFFIXES, Form, Mends, RawRow, form_of, read_file
+from amlora_dist.tasks.prompts import variables_of
+from amlora_dist.tasks.tables import check_columns, dataset_rows, saved_fault
+from amlora_dist.tasks.task import SourceSpec, TaskSpec
 
 BUILTIN_DATA = Path(__file__).with_name("demo")
-_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """A row as its source has it. ``number`` counts rows of the file from 1; ``fault`` says what made it unreadable."""
-
-    file: str
-    number: int
-    values: dict[str, Any]
-    fault: str | None = None
+_FORMS: dict[str, Form] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
+MENDS = Mends("mend the data, or `columns` of the task", "set source.format")
 
 
 def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[RawRow] | None:
@@ -56,14 +45,10 @@ def needed_columns(spec: TaskSpec) -> list[str]:
     return [column for column in columns if column is not None]
 
 
-def check_columns(needed: list[str], present: list[str], where: str) -> None:
-    """Raises UserError naming the first column of ``needed`` that is not ``present``."""
-    for column in needed:
-        if column not in present:
-            raise UserError(
-                f"{where}: found no column {column!r}{meant(column, present)}, it has {', '.join(map(str, present))}; mend"
-                " the data, or `columns` of the task"
-            )
+def asked_columns(spec: TaskSpec, needed: list[str]) -> list[str]:
+    """``needed`` and what the task's Jinja values read: no other column of a source is looked at."""
+    values = [part.value for part in spec.columns.text if part.value is not None]
+    return list(dict.fromkeys([*needed, *(name for value in values for name in variables_of(value))]))
 
 
 def _matches(pattern: str, spec: TaskSpec) -> list[Path]:
@@ -76,15 +61,21 @@ def _matches(pattern: str, spec: TaskSpec) -> list[Path]:
     return paths
 
 
+def split_fault(path: Path) -> str:
+    """What is wrong with a local file or folder that a split names, without reading rows; empty where nothing is."""
+    if path.is_dir():
+        return f"found {fault}" if (fault := saved_fault(path)) else ""
+    return "" if path.is_file() else "does not exist"
+
+
 def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec) -> Iterator[RawRow]:
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"task {spec.name!r}: file {path} does not exist ({spec.origin})")
-        known = _SUFFIXES.get(path.suffix.lower()) if kind == "auto" else kind
+        if fault := split_fault(path):
+            raise UserError(f"task {spec.name!r}: file {path}{':' * path.is_dir()} {fault} ({spec.origin})")
+        known = form_of(path) if kind == "auto" or path.is_dir() else _FORMS[kind]
         if known is None:
-            raise UserError(f"{path}: unknown suffix {path.suffix!r}; use {', '.join(_SUFFIXES)}, or set source.format")
-        reader = {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[known]
-        rows = list(reader(path, needed))
+            raise UserError(f"{path}: unknown suffix {path.suffix!r}; use {', '.join(SUFFIXES)}, or set source.format")
+        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
         if not rows:
             raise UserError(
                 f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or mend {spec.origin}"
@@ -100,76 +91,6 @@ def _spaced(count: int, source: SourceSpec) -> list[int]:
     return [place * count // most for place in range(most)]
 
 
-def _read_jsonl(path: Path, needed: list[str]) -> Iterator[RawRow]:
-    seen: set[str] = set()
-    number = 0
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            found = line.strip() if len(line) <= 60 else f"{line[:57]}..."
-            raise UserError(
-                f"{path}, line {number}: found {found!r}, expected one JSON object a line ({error.msg} at column"
-                f" {error.colno}); mend the line, or set source.format"
-            ) from None
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{path}, line {number}: found {type(values).__name__}, expected one JSON object a line; mend the line, or"
-                " set source.format"
-            )
-        seen.update(values)
-        yield RawRow(str(path), number, values)
-    if number and seen:
-        check_columns(needed, sorted(seen), str(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, split at newlines only (JSON text may hold other line separators)."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
-
-
-def _read_csv(path: Path, needed: list[str]) -> Iterator[RawRow]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            check_columns(needed, list(reader.fieldnames or []), str(path))
-            for number, values in enumerate(reader, start=1):
-                # DictReader puts surplus cells under None and fills missing ones with None.
-                uneven = None in values or any(value is None for value in values.values())
-                fault = "a wrong number of cells" if uneven else None
-                yield RawRow(str(path), number, {k: v for k, v in values.items() if k is not None}, fault)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
-
-
-def _read_parquet(path: Path, needed: list[str]) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            check_columns(needed, list(file.schema_arrow.names), str(path))
-            number = 0
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield RawRow(str(path), number, values)
-    except pyarrow.ArrowInvalid as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"{path}: found {path.stat().st_size} bytes, expected Parquet ({reason}); write it again"
-        ) from None
-
-
 def _read_hub(spec: TaskSpec, split: str) -> Iterator[RawRow]:
     """Rows of a pinned Hub data set. Code of the data set is never run (``trust_remote_code`` is not passed)."""
     import datasets
@@ -183,6 +104,9 @@ def _read_hub(spec: TaskSpec, split: str) -> Iterator[RawRow]:
             f"task {spec.name!r}: Hub data set {where}, split {split!r} cannot be loaded: "
             f"{' '.join(str(error).split())[:300]} (offline? give `data_dir` with a local mirror)"
         ) from error
-    check_columns(needed_columns(spec), data.column_names, where)
-    for place in _spaced(len(data), source):
-        yield RawRow(where, place + 1, data[place])
+    needed = needed_columns(spec)
+    check_columns(needed, data.column_names, where, MENDS.column)
+    asked = asked_columns(spec, needed)
+    columns = [name for name in data.column_names if name in asked]
+    for place, values in dataset_rows(data, columns, where, _spaced(len(data), source)):
+        yield RawRow(where, place + 1, values)

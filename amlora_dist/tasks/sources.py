@@ -15,8 +15,9 @@ from typing import Any
 
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.tasks.prompts import compile_template, render
-from amlora_dist.tasks.readers import RawRow, read_split
+from amlora_dist.tasks.files import RawRow
+from amlora_dist.tasks.prompts import compile_template, render_value
+from amlora_dist.tasks.readers import read_split
 from amlora_dist.tasks.task import (
     SPLITS,
     TaskDefaults,
@@ -27,6 +28,7 @@ from amlora_dist.tasks.task import (
     plain_value,
     with_defaults,
 )
+from amlora_dist.tasks.texts import NoTextError, text_of
 
 MISSING_LABEL = "no label"
 UNKNOWN_LABEL = "an unknown label"
@@ -154,6 +156,7 @@ class _RowMaker:
         self.spec = spec
         self.mirrored = mirrored
         self.parts = spec.columns.text
+        self.answer_column = "label" if mirrored else spec.columns.label or spec.columns.answer or ""
         self.names = [
             part.column or part.marker.lower() or f"field{number}" for number, part in enumerate(self.parts, start=1)
         ]
@@ -169,46 +172,55 @@ class _RowMaker:
             self.values[label.text] = first
 
     def row(self, raw: RawRow) -> Row | str:
+        try:
+            return self._row(raw)
+        except _NotTextError as error:
+            return str(error)
+        except UserError as error:
+            raise UserError(f"{raw.where}: {error}") from None
+
+    def _row(self, raw: RawRow) -> Row | str:
         fields = self._mirrored_fields(raw.values) if self.mirrored else self._fields(raw.values)
         text = self._join(fields)
         if not any(fields.values()):
             return EMPTY_TEXT
         answer = self._answer(raw.values)
-        if answer is None or not plain_value(answer):
+        answer = "" if answer is None else _plain(answer, self.answer_column)
+        if not answer:
             return MISSING_LABEL
         if self.spec.free_text:
-            return Row(raw.number, fields, text, None, plain_value(answer))
-        target = self.texts.get(plain_value(answer))
+            return Row(raw.number, fields, text, None, answer)
+        target = self.texts.get(answer)
         if target is None:
-            hint = meant(plain_value(answer), list(self.texts))
-            return f"{UNKNOWN_LABEL} ({plain_value(answer)[:40]!r}{hint})"
+            hint = meant(answer, list(self.texts))
+            return f"{UNKNOWN_LABEL} ({answer[:40]!r}{hint})"
         return Row(raw.number, fields, text, self.values[target], target)
 
     def _answer(self, values: dict[str, Any]) -> Any:
-        if self.mirrored:
-            return values.get("label")
-        return values.get(self.spec.columns.label or self.spec.columns.answer or "")
+        return values.get(self.answer_column)
 
     def _fields(self, values: dict[str, Any]) -> dict[str, str]:
         out = {}
         shown = {name: "" if value is None else value for name, value in values.items()}
         for name, part, template in zip(self.names, self.parts, self.templates, strict=True):
             if template is None:
-                value = shown.get(part.column or "", "")
-            else:
-                value = render(template, shown, where=f"{self.spec.origin}: columns.text")
-            out[name] = str(value).strip()
+                out[name] = _text(shown.get(part.column or "", ""), part.column or name).strip()
+                continue
+            try:
+                out[name] = render_value(template, shown, where=f"{self.spec.origin}: columns.text").strip()
+            except NoTextError as error:
+                raise _NotTextError(f"{error} from {str(part.value)[:40]!r}") from None
         return out
 
     def _mirrored_fields(self, values: dict[str, Any]) -> dict[str, str]:
         """Take a mirror's text apart at the markers it was written with; whole where they are not there."""
-        rest = str(values.get("text") or "").strip()
+        whole = rest = _text("" if values.get("text") is None else values["text"], "text").strip()
         out: dict[str, str] = {}
         for place, (name, part) in enumerate(zip(self.names, self.parts, strict=True)):
             if part.marker and rest.startswith(f"{part.marker}:"):
                 rest = rest[len(part.marker) + 1 :].lstrip()
             elif part.marker and place:
-                return {self.names[-1]: str(values["text"]).strip()}
+                return {self.names[-1]: whole}
             cut = _next_part(rest, self.parts[place + 1 :])
             out[name], rest = rest[:cut].strip(), rest[cut:].strip()
         return out
@@ -221,6 +233,23 @@ class _RowMaker:
             if value:
                 lines.append(f"{part.marker}: {value}" if shown else value)
         return "\n".join(lines)
+
+
+class _NotTextError(ValueError):
+    """A row's value is no text; the message is the row's fault."""
+
+
+def _text(value: object, column: str) -> str:
+    try:
+        return text_of(value)
+    except NoTextError as error:
+        raise _NotTextError(f"{error} in column {column!r}") from None
+
+
+def _plain(value: object, column: str) -> str:
+    """An answer in the one form that is compared, as ``plain_value`` makes it."""
+    _text(value, column)
+    return plain_value(value)
 
 
 def _next_part(text: str, following: Sequence[TextField]) -> int:

@@ -53,7 +53,9 @@ def load_partitioned(base: BaseModel, config: Mapping[str, Any], *, dtype: torch
             return load_model(base, dtype=dtype, attention=attention)
     with partitioned_construction(config):
         made = auto_class(base).from_config(
-            AutoConfig.from_pretrained(base.path), **model_options(base, dtype=dtype, attention=attention)
+            AutoConfig.from_pretrained(base.path, trust_remote_code=False),
+            trust_remote_code=False,
+            **model_options(base, dtype=dtype, attention=attention),
         )
     made.tie_weights()
     if (base.path / "generation_config.json").is_file():

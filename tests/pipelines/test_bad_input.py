@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import io
+import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import typer
 
+from amlora_dist.base_model import ModelSettings, check_weights, load_model, load_tokenizer, meta_model, resolve_base
 from pipelines import sequence
 from pipelines.cli import app
 from tests.pipelines.bad_inputs import AGAIN, CASES, edit
+from tests.pipelines.bad_models import MODELS, changed, with_code
 from tests.tiny_folder import write_config, write_model
 
 REGISTRY = ("a tracking store", "a tracking server", "a database", "a home", "a registered model")
@@ -46,7 +53,7 @@ def command() -> Callable[..., object]:
     return typer.main.get_command(app)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MODELS])
 def test_bad_input_is_told_and_nothing_is_written(
     case: str,
     model: Path,
@@ -55,7 +62,7 @@ def test_bad_input_is_told_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    damage, expected = CASES[case]
+    damage, expected = (CASES | MODELS)[case]
     shutil.copytree(model, tmp_path / "model-llama")
     config = write_config(tmp_path)
     for name, value in (damage(tmp_path, config) or {}).items():
@@ -92,6 +99,50 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_there_are_forty_kinds_of_bad_input_and_more() -> None:
     assert len(CASES) >= 40
+
+
+def test_remote_code_never_runs_whatever_standard_input_says(
+    model: Path, tmp_path: Path, amlora_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "model-llama"
+    shutil.copytree(model, own)
+    with_code(own, model_type="own", architectures=["OwnForCausalLM"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    code, _, err = amlora(["run", str(write_config(tmp_path)), "--run-id", "yes"], capfd)
+    assert code == 2 and "is never run" in err and "[y/N]" not in err
+    assert not (own / "RAN").exists()
+    assert sys.stdin.read() == "y\n" * 100, "nobody asked"
+
+
+def test_a_model_that_transformers_makes_itself_is_made_without_the_code_beside_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    with_code(own)
+    changed(own / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "modeling_own.Own"]})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    base = resolve_base(ModelSettings(source=str(own)), tmp_path / "home")
+    loaded = load_model(base, dtype=torch.float32)
+    tokenizer = load_tokenizer(base.path)
+    check_weights(base, meta_model(base))
+    assert type(loaded).__module__.startswith("transformers.") and type(tokenizer).__module__.startswith("transformers.")
+    assert not (own / "RAN").exists()
+    assert sys.stdin.read() == "y\n" * 100, "nobody asked"
+
+
+@pytest.mark.parametrize("package", ["amlora_dist", "pipelines", "benchmarks"])
+def test_every_call_that_could_run_remote_code_says_no(package: str) -> None:
+    files = sorted((Path(__file__).parents[2] / package).rglob("*.py"))
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    loading = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("from_")]
+    autos = [call for call in loading if re.match(r"(transformers\.)?Auto[A-Z]|auto", ast.unparse(call.func))]
+    autos = [call for call in autos if call.func.attr in ("from_pretrained", "from_config")]
+    assert autos or package == "pipelines"
+    for call in autos:
+        said = {key.arg: ast.unparse(key.value) for key in call.keywords}
+        assert said.get("trust_remote_code") == "False", ast.unparse(call)
+    assert not [call for call in calls if ast.unparse(call.func) in ("input", "typer.confirm", "typer.prompt")]
 
 
 @pytest.mark.parametrize(

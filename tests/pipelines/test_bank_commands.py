@@ -99,8 +99,8 @@ def test_classify_takes_labels_from_the_command_line(bank: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.jsonl", '{"text": "red wall"}\n{"body": 1}\n', "in.jsonl, line 2: text: found None, expected a text"),
-        ("in.jsonl", '{"text": \n', "in.jsonl, line 1: not JSON"),
+        ("in.jsonl", '{"text": "red wall"}\n{"body": 1}\n', "in.jsonl, line 2: text: found nothing, expected a text"),
+        ("in.jsonl", '{"text": \n', "in.jsonl, line 1: found '{\"text\":', expected one JSON object"),
         ("in.csv", "a,b\n1,2\n", "no column 'text', it has a, b"),
         ("in.xlsx", "", "found suffix '.xlsx'"),
         ("in.jsonl", '{"text": "red wall", "task": "fruit"}\n', "task: found 'fruit', the bank's tasks are"),

@@ -20,9 +20,9 @@ from amlora_dist.registry.exports import (
     export_peft,
     export_vllm,
     gap_between,
-    read_peft,
     row_adapter,
 )
+from amlora_dist.registry.peft_adapters import read_peft
 from tests.bank_with_base import TASKS, write_working_bank
 from tests.registry.tiny_banks import tiny_adapter, tiny_bank
 
@@ -165,9 +165,9 @@ def test_an_adapter_that_peft_saved_is_read(model: AMLoRAModel, tmp_path: Path) 
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: found 'IA3', expected LORA"),
-        ({"use_dora": True}, "use_dora: found True"),
+        ({"use_dora": True}, "use_dora: found true"),
         ({"bias": "all"}, "bias: found 'all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern: found"),
+        ({"rank_pattern": {"q_proj": 8}}, "not pairs of rank 8"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: found"),
     ],
 )
@@ -176,7 +176,7 @@ def test_what_a_bank_cannot_hold_is_refused(bank: Bank, place: Path, tmp_path: P
     shutil.copytree(place / "bank" / bank.manifest.adapters[0].folder, theirs)
     config = json.loads((theirs / "adapter_config.json").read_text())
     (theirs / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message):  # of every other key: test_peft_adapters.py
         read_peft(theirs, "task")
     (theirs / "adapter_config.json").write_text(json.dumps(config | {"r": 77}))
     with pytest.raises(BankError, match="not pairs of rank 77"):

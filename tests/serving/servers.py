@@ -15,6 +15,7 @@ import uvicorn
 
 from amlora_dist.serving.app import build_app
 from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.connections import http_protocol
 from amlora_dist.serving.gatekeeper import key_digest
 from amlora_dist.serving.service import Service
 from amlora_dist.serving.settings import ServeSettings
@@ -47,7 +48,8 @@ def running(bank: ServedBank | Path, *, key: str | None = None, **limits: Any) -
     app = build_app(service, key=None if key is None else key_digest(key))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+        protocol = http_protocol(service.settings)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", http=protocol))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         start = time.monotonic()

@@ -263,7 +263,7 @@ def test_limits_of_body_concurrency_and_time_have_their_own_answers(model: AMLoR
 
         assert server.client.post("/v1/completions", content=chunks()).status_code == 413
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 50\r\n\r\n{")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
             assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
         busy = server.post("/v1/completions", prompt=["red"] * 3)
         assert busy.status_code == 429 and busy.headers["retry-after"] == "1"

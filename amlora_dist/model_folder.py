@@ -1,0 +1,212 @@
+"""What can be known to be wrong with a model's folder from its small files and the headers of its large ones.
+
+Nothing here imports torch, reads a weight, or runs what a folder brings along.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.errors import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+KEY = "model.source"
+INDEX = "model.safetensors.index.json"
+AGAIN = "fetch the model again"
+
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
+"""Where GPTQ and AWQ wrote theirs before transformers had a key for it."""
+_DEPTH = 3
+"""How deep a configuration holds others: of text, vision, a decoder."""
+
+
+def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
+    """Everything in a folder that would fail, or do what nobody asked for, once a library reads it.
+
+    Args:
+        folder: of the model.
+        config: what its ``config.json`` holds.
+    """
+    found = [*_code_faults(folder, config), *_quantised_faults(folder, config), *_shard_faults(folder)]
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if not isinstance(_value(folder / name), dict | None):
+            found.append(_fault(f"{folder / name}: no JSON object", "names with their values", AGAIN))
+    if (folder / "adapter_config.json").is_file():
+        # transformers would put it into the model unasked, and the adapters of a bank would come on top of it.
+        file = folder / "adapter_config.json"
+        found.append(_fault(f"{file}: an adapter inside of the model", "a plain base model", "take its files away"))
+    return found
+
+
+def tokenizer_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
+    """What ``tokenizer.json`` alone tells: whether it can be read, and whether the model has a row for each token."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    try:
+        tokens = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises nothing narrower)
+        return [_fault(f"{file}: {short(error)}", "a tokenizer that can be read", AGAIN)]
+    size = config.get("vocab_size", _section(config, "text_config").get("vocab_size"))
+    return size_faults(file, tokens, size) if isinstance(size, int) else []
+
+
+def size_faults(file: Path, tokens: Mapping[str, int], rows: int) -> list[Fault]:
+    """What is wrong with a tokenizer for a model with so many rows in its embedding.
+
+    Args:
+        file: of the tokenizer, for the message.
+        tokens: ids by token.
+        rows: of the model's embedding.
+    """
+    beyond = sorted((place, token) for token, place in tokens.items() if place >= rows)
+    if not beyond:
+        return []
+    place, token = beyond[0]
+    found = f"{len(tokens)} tokens in {file}, {token!r} is number {place}"
+    expected = f"numbers below {rows}, the rows of the model's embedding"
+    return [_fault(found, expected, "give the tokenizer that the model was trained with, or resize_token_embeddings")]
+
+
+def short(error: BaseException) -> str:
+    """The first line of what a library says, or the second one where the first only announces another's error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    inner = re.match(r"\w+Error: (.+)", lines[1]) if len(lines) > 1 else None
+    text = (lines[0] if inner is None else inner[1]).rstrip(".:")
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _code_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
+    """Code that comes with a model is never run; what transformers makes itself needs none."""
+    expected = "a model that transformers makes itself"
+    hint = "code that comes with a model is never run; give another model"
+    found = []
+    for place, section in _sections(config):
+        if "auto_map" in section and not (place == "" and _made_by_transformers(config)):
+            what = f"{folder / 'config.json'}: {place}auto_map: code of its own for {_kind(config)}"
+            found.append(_fault(what, expected, hint))
+            break
+    file = folder / "tokenizer_config.json"
+    settings = _read(file)
+    if "auto_map" in settings and not _transformers_has(settings.get("tokenizer_class"), "Fast"):
+        what = f"{file}: auto_map: code of its own for tokenizer_class {settings.get('tokenizer_class')!r}"
+        found.append(_fault(what, "a tokenizer that transformers has itself", hint))
+    return found
+
+
+def _made_by_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has this kind and the very classes that the configuration names."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    names = config.get("architectures")
+    named = isinstance(names, list) and names and all(_transformers_has(name) for name in names)
+    return bool(named) and config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _transformers_has(name: object, suffix: str = "") -> bool:
+    import transformers
+
+    return isinstance(name, str) and (hasattr(transformers, name) or hasattr(transformers, f"{name}{suffix}"))
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return ", ".join(map(str, names)) if isinstance(names, list) and names else f"model_type {config.get('model_type')!r}"
+
+
+def _quantised_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
+    file = folder / "config.json"
+    found = [
+        f"{file}: {place}{key}: {_method(section[key])}"
+        for place, section in _sections(config)
+        for key in _QUANTISED_KEYS
+        if section.get(key) is not None
+    ]
+    found += [f"{folder / name}: quantised weights" for name in _QUANTISED_FILES if (folder / name).is_file()]
+    hint = "give the folder of the model before it was quantised"
+    return [_fault(what, "weights in fp32, bf16 or fp16", hint) for what in found[:1]]
+
+
+def _method(section: object) -> str:
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    return f"weights quantised with {method}" if isinstance(method, str) else "quantised weights"
+
+
+def _shard_faults(folder: Path) -> list[Fault]:
+    """Shards that an index names and that are not there, or do not hold what it says."""
+    file = folder / INDEX
+    if not file.is_file():
+        return []
+    named = _read(file).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        return [_fault(f"{file}: no weight_map of tensors to files", "an index of the model's shards", AGAIN)]
+    tensors: dict[str, set[str]] = {}
+    for tensor, name in named.items():
+        tensors.setdefault(name, set()).add(tensor)
+    if odd := sorted(name for name in tensors if Path(name).name != name or not name.endswith(".safetensors")):
+        return [_fault(f"{file}: {odd[0]!r}", "names of safetensors files in the same folder", AGAIN)]
+    if lacking := sorted(name for name in tensors if not (folder / name).is_file()):
+        what = f"{file}: {len(lacking)} of {len(tensors)} shards are not there, the first is {lacking[0]}"
+        return [_fault(what, "every shard that it names", AGAIN)]
+    for name, expected in sorted(tensors.items()):
+        if absent := sorted(expected - _shapes_in(folder / name).keys()):
+            what = f"{folder / name}: {len(absent)} tensors are not there, the first is {absent[0]}"
+            return [_fault(what, f"every tensor that {INDEX} names", AGAIN)]
+    return []
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model's weights, from the headers of its files."""
+    named = _read(folder / INDEX).get("weight_map")
+    files = sorted(set(named.values())) if isinstance(named, dict) else ["model.safetensors"]
+    return {tensor: shape for name in files for tensor, shape in _shapes_in(folder / name).items()}
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of a safetensors file's header; empty where it has none that can be read."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if length <= file.stat().st_size else {}
+        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    value = _value(file)
+    return value if isinstance(value, dict) else {}
+
+
+def _value(file: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read, which ``base_model`` tells of."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _sections(config: Mapping[str, Any], place: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration and those inside it, each with the way there (``text_config.``)."""
+    yield place, config
+    for key, value in config.items() if depth else ():
+        if isinstance(value, dict):
+            yield from _sections(value, f"{place}{key}.", depth - 1)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _fault(found: str, expected: str, hint: str) -> Fault:
+    return Fault(KEY, found, expected, hint)

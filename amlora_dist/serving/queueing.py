@@ -1,0 +1,83 @@
+"""Who is next: a queue in which a request of many texts does not stand before one of a single text; what heavy work gets.
+
+Both are about time, not about order of arrival: nobody's wait may hang on how much somebody else asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Sequence
+
+from amlora_dist.serving.jobs import Job
+
+HEAVY_SHARE = 0.15
+"""Of the engine's time, seconds of heavy work for each second of other work; all of it where there is no other."""
+MOST_CREDIT_S = 1.0
+"""Heavy work may save up so much of it."""
+GAP_S = 0.1
+"""So long after the last other work heavy work still gives way: a client that has its answer asks again at once."""
+
+
+class FairQueue:
+    """Texts by their place in their request: the second text of one waits behind the first of all."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, int, Job]] = []
+        self._turn = self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """The texts of one request."""
+        for place, job in enumerate(jobs):
+            insort(self._waiting, (self._turn + place, self._count, job), key=lambda entry: entry[:2])
+            self._count += 1
+
+    def taken(self, room: int, most_tokens: int) -> list[Job]:
+        """Those who are next, of one version of the bank: at most ``room`` rows and ``most_tokens``, padding included."""
+        jobs: list[Job] = []
+        longest = 0
+        while self._waiting and len(jobs) < room:
+            turn, _, job = self._waiting[0]
+            longest = max(longest, job.prompt_tokens)
+            if jobs and (longest * (len(jobs) + 1) > most_tokens or job.bank is not jobs[0].bank):
+                break
+            self._turn = turn
+            jobs.append(self._waiting.pop(0)[2])
+        return jobs
+
+    def without(self, is_over: Callable[[Job], bool]) -> None:
+        """Let those go for whom it is over: what they hold is somebody else's room."""
+        self._waiting = [entry for entry in self._waiting if not is_over(entry[2])]
+
+
+class Share:
+    """When heavy work may run beside other work.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._credit, self._other_at = clock, 0.0, float("-inf")
+
+    def other(self, seconds: float) -> None:
+        """Other work took so long."""
+        self._credit = min(self._credit + HEAVY_SHARE * seconds, MOST_CREDIT_S)
+        self._other_at = self._clock()
+
+    def heavy(self, seconds: float) -> None:
+        """Heavy work took so long."""
+        if self._others():
+            self._credit -= seconds
+
+    def wait_s(self) -> float:
+        """Seconds until heavy work may run, should no other come; 0: now."""
+        if self._credit > 0 or not self._others():
+            return 0.0
+        return max(0.001, self._other_at + GAP_S - self._clock())
+
+    def _others(self) -> bool:
+        return self._clock() - self._other_at < GAP_S

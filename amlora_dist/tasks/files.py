@@ -1,0 +1,262 @@
+"""Readers of files of rows, one for all who read rows: JSON lines, a JSON array, CSV, Parquet, saved data sets, lines.
+
+They know files and streams, not tasks. A file is what its suffix says or what the caller says; a stream, or a file
+without a suffix that tells, is what its first line says.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.tasks import tables
+
+Form = Literal["jsonl", "csv", "parquet", "text", "lines", "saved"]
+"""``text``: every line is a text. ``lines``: so is every line but those that begin with ``{``, which are JSON objects.
+``saved``: a folder of ``Dataset.save_to_disk``."""
+
+SUFFIXES: dict[str, Form] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+LONGEST_LINE = 64 << 20
+"""Bytes: a file without line ends is not taken into memory as a whole."""
+
+_MAGIC = {
+    b"PAR1": "Parquet", b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "a zstd archive", b"BZh": "a bzip2 archive",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as its source has it. ``number`` counts rows of the file from 1; ``fault`` says what made it unreadable."""
+
+    file: str
+    number: int
+    values: dict[str, Any]
+    fault: str | None = None
+    line: int | None = None
+    """Where it begins in a file of lines, from 1."""
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages; the row's number where the file has no lines."""
+        return f"{self.file}, row {self.number}" if self.line is None else f"{self.file}, line {self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mends:
+    """What a caller's users can do, for messages."""
+
+    column: str
+    """About a column that is not there."""
+    form: str
+    """About a file that is of another form."""
+
+
+Line = tuple[int, str]
+"""Number, from 1, and text with its end."""
+
+
+def form_of(path: Path) -> Form | None:
+    """What a file is by its suffix, or what a folder is; None where that does not tell."""
+    if path.is_dir():
+        return "saved"
+    return SUFFIXES.get(path.suffix.lower())
+
+
+def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, mends: Mends) -> Iterator[RawRow]:
+    """Rows of a file, lazily.
+
+    Args:
+        path: of the file, or of the folder of a saved data set.
+        form: how it is written.
+        needed: columns that it must have. JSON lines are looked at to their end before one is missed.
+        asked: columns that are read, of formats that keep columns apart; None: all.
+        mends: what to do, for the messages.
+
+    Raises:
+        UserError: it is not there or not of its form, or a column is missing. Names the file, and line or column.
+    """
+    if form == "parquet":
+        yield from (RawRow(str(path), n, values) for n, values in tables.parquet_rows(path, needed, asked, mends.column))
+    elif form == "saved":
+        yield from (RawRow(str(path), n, values) for n, values in tables.saved_rows(path, needed, asked, mends.column))
+    else:
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path}: {plain_reason(error)}; give a file that can be read") from error
+        with file:
+            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, needed, mends)
+
+
+def rows_of_lines(
+    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], mends: Mends, column: str = "text"
+) -> Iterator[RawRow]:
+    """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
+    if form == "csv":
+        for number, line, values, fault in tables.csv_rows(lines, name, needed, mends.column):
+            yield RawRow(name, number, values, fault, line)
+    elif form == "jsonl":
+        yield from _json_rows(lines, name, needed, mends)
+    elif form in ("text", "lines"):
+        yield from _plain_rows(lines, name, column, mends if form == "lines" else None)
+    else:
+        raise UserError(f"{name}: a stream cannot be read as {form}; give a file")
+
+
+def sniffed(lines: Iterator[Line], name: str, column: str) -> tuple[Form, Iterator[Line]]:
+    """What a stream is by its first line, and its lines from the first on.
+
+    Raises:
+        UserError: that cannot be told: names what to give.
+    """
+    first: list[Line] = []
+    for line in lines:
+        first.append(line)
+        if line[1].strip():
+            break
+    return _form_of_line(first[-1][1].strip() if first else "", name, column), itertools.chain(first, lines)
+
+
+def _form_of_line(first: str, name: str, column: str) -> Form:
+    if first.startswith("{"):
+        return "lines"
+    if re.match(r"\[\s*(\{|\]|$)", first):
+        return "jsonl"
+    cells = [cell.strip().strip('"') for cell in first.split(",")]
+    if column in cells and len(cells) > 1:
+        return "csv"
+    for sign, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if column in [cell.strip().strip('"') for cell in first.split(sign)][: 1 << 10] and sign in first:
+            raise UserError(
+                f"{name}, line 1: found cells between {word}, expected CSV with commas, JSON lines or plain lines; write"
+                " commas, or give --format text"
+            )
+    if first == column or (len(cells) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", cell) for cell in first.split(","))):
+        raise UserError(
+            f"{name}, line 1: found {_short(first)}, which may be the header of a CSV or a text; give --format csv (with"
+            " --column NAME) or --format text"
+        )
+    return "lines"
+
+
+# ---- lines ----------------------------------------------------------------------------------------------------
+
+
+def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
+    """Lines of UTF-8 text, as they come, without a byte order mark.
+
+    They end at newlines only: JSON text may hold other line separators.
+
+    Raises:
+        UserError: something else than UTF-8 text; names the line.
+    """
+    number = 0
+    while raw := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+            for magic, what in _MAGIC.items():
+                if raw.startswith(magic):
+                    raise UserError(f"{name}: not UTF-8 text but {what}; write it as UTF-8, or unpack it first")
+        if len(raw) > LONGEST_LINE:
+            raise UserError(f"{name}, line {number}: longer than {LONGEST_LINE >> 20} MiB; end each row with a newline")
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}: not UTF-8 text (line {number}, byte {error.start + 1} of it: {error.reason}); write it as UTF-8"
+            ) from None
+
+
+def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Mends | None) -> Iterator[RawRow]:
+    for number, line in lines:
+        text = line.strip()
+        if objects is not None and text.startswith("{"):
+            yield RawRow(name, number, _object(text, name, number, objects), line=number)
+        elif text:
+            yield RawRow(name, number, {column: text}, line=number)
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------
+
+
+def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mends: Mends) -> Iterator[RawRow]:
+    seen: set[str] = set()
+    for number, line in lines:
+        if not line.strip():
+            continue
+        # A line that is an array by itself, in a file of objects, is a fault of that line.
+        if not seen and re.match(r"\s*\[\s*(\{|\]|$)", line):
+            rows = _array_rows(line + "".join(text for _, text in lines), name, number)
+        else:
+            rows = iter([RawRow(name, number, _object(line, name, number, mends), line=number)])
+        for row in rows:
+            seen.update(row.values)
+            yield row
+    if seen:
+        tables.check_columns(needed, sorted(seen), name, mends.column)
+
+
+def _object(line: str, name: str, number: int, mends: Mends) -> dict[str, Any]:
+    where, expected, mend = f"{name}, line {number}", "expected one JSON object a line", f"mend the line, or {mends.form}"
+    value = _parsed(line.strip(), where, expected, mend)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: found {type(value).__name__}, {expected}; {mend}")
+    return value
+
+
+def _array_rows(text: str, name: str, line: int) -> Iterator[RawRow]:
+    """Rows of a JSON array of objects; they have numbers and no lines."""
+    mend = "mend the array, or write one JSON object a line"
+    value = _parsed(text, f"{name}, line {line}", "expected a JSON array of objects", mend)
+    if not isinstance(value, list):
+        raise UserError(f"{name}, line {line}: found {type(value).__name__}, expected a JSON array of objects; {mend}")
+    for number, item in enumerate(value, start=1):
+        if not isinstance(item, dict):
+            raise UserError(f"{name}, row {number}: found {type(item).__name__}, expected a JSON object; {mend}")
+        yield RawRow(name, number, item)
+
+
+def _parsed(text: str, where: str, expected: str, mend: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except _TwiceError as error:
+        raise UserError(f"{where}: found the key {str(error)!r} twice in one object, expected it once; {mend}") from None
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno} of it"
+        raise UserError(f"{where}: found {_short(text)}, {expected} ({place}); {mend}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand brackets
+        reason = "brackets too deep in each other" if isinstance(error, RecursionError) else "a number that is too long"
+        raise UserError(f"{where}: found {reason}, {expected}; {mend}") from None
+
+
+class _TwiceError(ValueError):
+    """A key that stands twice in one object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return made
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def buffered(file: Any) -> BinaryIO:
+    """The bytes of standard input, or of what stands in for it in a test."""
+    binary = getattr(file, "buffer", None)
+    return io.BytesIO(file.read().encode("utf-8", "surrogatepass")) if binary is None else binary

@@ -1,0 +1,229 @@
+"""Rows of tables: CSV, Parquet, and data sets that ``Dataset.save_to_disk`` wrote. Used through ``files``."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from amlora_dist.errors import UserError
+from amlora_dist.schema import did_you_mean
+
+CELL_BYTES = 64 << 20
+"""Longest cell of a CSV: a quote that is never closed does not take a whole large file into memory."""
+UNEVEN = "a wrong number of cells"
+BATCH_ROWS = 1024
+
+
+def check_columns(needed: Iterable[str], present: Sequence[str], where: str, mend: str) -> None:
+    """Raises UserError naming the first column of ``needed`` that is not ``present``, or that stands twice."""
+    for column in needed:
+        if column not in present:
+            hint = did_you_mean(column, present)
+            there = ", ".join(map(str, present)) or "none"
+            raise UserError(
+                f"{where}: found no column {column!r}{f' ({hint})' if hint else ''}, it has {there}; {mend}"
+            )
+
+
+def check_once(present: Sequence[str], where: str) -> None:
+    """Raises UserError naming a column that stands twice: one of the two would be lost."""
+    for column in present:
+        if present.count(column) > 1:
+            raise UserError(f"{where}: found the column {column!r} twice, expected each once; give them different names")
+
+
+# ---- CSV ------------------------------------------------------------------------------------------------------
+
+
+def csv_rows(
+    lines: Iterator[tuple[int, str]], name: str, needed: Sequence[str], mend: str
+) -> Iterator[tuple[int, int, dict[str, Any], str | None]]:
+    """Number (from 1), line, values and fault of each row behind the header.
+
+    Raises:
+        UserError: not CSV, a quote that is never closed (with its line), no header, a column that is missing or stands
+            twice.
+    """
+    csv.field_size_limit(CELL_BYTES)
+    record: list[tuple[int, str]] = []  # the lines of the row that is being read
+
+    def fed() -> Iterator[str]:
+        for number, line in lines:
+            for piece in re.split(r"(?<=\r)(?!\n)", line) if "\r" in line[:-2] else (line,):
+                record.append((number, piece))
+                yield piece
+
+    reader = csv.reader(fed(), strict=True)
+    header: list[str] | None = None
+    count = 0
+    while True:
+        record.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise UserError(_csv_fault(error, record, name)) from None
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            check_once(header, f"{name}, line {record[0][0]}")
+            check_columns(needed, header, name, mend)
+            continue
+        count += 1
+        fault = None if len(cells) == len(header) else UNEVEN
+        yield count, record[0][0], dict(zip(header, cells, strict=False)), fault
+    if header is None and needed:
+        raise UserError(f"{name}: found no header, expected a first line with the names of the columns; {mend}")
+
+
+def _csv_fault(error: csv.Error, record: list[tuple[int, str]], name: str) -> str:
+    line = record[0][0] if record else 1
+    endless = "unexpected end of data" in str(error) or "field larger" in str(error)
+    opened = _open_quote(record) if endless else None
+    if opened is not None:
+        return f"{name}, line {opened}: found a quote that is never closed, expected CSV; close it, or double it in a text"
+    return f"{name}, line {line}: not CSV ({error}); put a cell with a comma, a quote or a line break in quotes"
+
+
+def _open_quote(record: list[tuple[int, str]]) -> int | None:
+    """Line of the quote that is open at the end of a row that was cut off."""
+    opened: int | None = None
+    for number, text in record:
+        for quotes in re.finditer('"+', text):
+            # Outside quotes only one at the beginning of a cell opens. Inside, a pair is one quote of the text, and what
+            # is left over closes.
+            left = len(quotes[0])
+            if opened is None:
+                if quotes.start() and text[quotes.start() - 1] != ",":
+                    continue
+                opened, left = number, left - 1
+            if left % 2:
+                opened = None
+    return opened
+
+
+# ---- Parquet and saved data sets ------------------------------------------------------------------------------
+
+
+def parquet_rows(
+    path: Path, needed: Sequence[str], asked: Sequence[str] | None, mend: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and values of each row; columns that are not ``asked`` for are not read.
+
+    Raises:
+        UserError: not Parquet, a missing column, or a column that cannot be read; names file and column.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        size = f"found {path.stat().st_size} bytes, " if path.is_file() else ""
+        raise UserError(f"{path}: {size}expected Parquet ({_reason(error)}); write it again") from None
+    with file:
+        present = list(file.schema_arrow.names)
+        check_once(present, str(path))
+        check_columns(needed, present, str(path), mend)
+        columns = [name for name in present if asked is None or name in asked]
+
+        def batches(chosen: list[str]) -> Iterator[Any]:
+            # A column of a structure is named by its root: a dot would choose one of its fields.
+            yield from file.iter_batches(batch_size=BATCH_ROWS, columns=chosen)
+
+        count = 0
+        for batch in _careful(batches, columns, path):
+            values = {name: _column(batch.column(name).to_pylist, name, path) for name in columns}
+            for place in range(batch.num_rows):
+                count += 1
+                yield count, {name: values[name][place] for name in columns}
+
+
+def _careful(batches: Callable[[list[str]], Iterator[Any]], columns: list[str], path: Path) -> Iterator[Any]:
+    """Batches of some columns; where that fails, each column is read by itself, to name the one at fault."""
+    import pyarrow
+
+    try:
+        yield from batches(columns)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        for name in columns:
+            _column(partial(list, batches([name])), name, path)
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); write it again") from None
+
+
+def _column(read: Callable[[], list[Any]], name: str, path: Path | str) -> list[Any]:
+    """Values of a column. Far timestamps, text that is not UTF-8 and torn pages come out here."""
+    import pyarrow
+
+    try:
+        return read()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        raise UserError(
+            f"{path}: column {name!r} cannot be read ({_reason(error)}); write the file again, or leave the column out"
+        ) from None
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder holds one split that ``Dataset.save_to_disk`` wrote."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def saved_fault(path: Path) -> str:
+    """What is wrong with a folder that is named as a file of rows, and the mend; empty where it is a saved split."""
+    if is_saved(path):
+        return ""
+    if (path / "dataset_dict.json").is_file():
+        inside = sorted(one.name for one in path.iterdir() if is_saved(one))
+        found = ", ".join(inside) or "none that is whole"
+        return f"a folder of DatasetDict.save_to_disk with the splits {found}; name one of them, {path}/NAME"
+    return f"a folder; name a file, a pattern such as {path}/*.jsonl, or a folder that Dataset.save_to_disk wrote"
+
+
+def saved_rows(
+    path: Path, needed: Sequence[str], asked: Sequence[str] | None, mend: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and values of each row of a folder that ``Dataset.save_to_disk`` wrote.
+
+    Raises:
+        UserError: it is another kind of folder, it is damaged, a column is missing or cannot be read.
+    """
+    if fault := saved_fault(path):
+        raise UserError(f"{path}: found {fault}")
+    import datasets
+    import pyarrow
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{path}: cannot be read as a saved data set ({_reason(error)}); save it again") from None
+    present = list(data.column_names)
+    check_columns(needed, present, str(path), mend)
+    columns = [name for name in present if asked is None or name in asked]
+    for place, values in dataset_rows(data, columns, path, range(len(data))):
+        yield place + 1, values
+
+
+def dataset_rows(
+    data: Any, columns: Sequence[str], where: Path | str, places: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Place and values of rows of a ``datasets.Dataset``. Raises UserError naming the column that cannot be read."""
+    alone = {name: data.select_columns([name]) for name in columns}
+    for start in range(0, len(places), BATCH_ROWS):
+        part = list(places[start : start + BATCH_ROWS])
+        values = {name: _column(partial(_values, alone[name], part, name), name, where) for name in columns}
+        for at, place in enumerate(part):
+            yield place, {name: values[name][at] for name in columns}
+
+
+def _values(data: Any, places: list[int], name: str) -> list[Any]:
+    return list(data[places][name])
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__

@@ -1,0 +1,84 @@
+"""Whether a base model and its tokenizer fit the run, before anything starts: layers, weights, tokens, labels, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from amlora_dist.base_model import BaseModel, check_tokenizer, check_weights, load_tokenizer, meta_model
+from amlora_dist.errors import UserError
+from amlora_dist.tasks.prompts import template_for
+from amlora_dist.tasks.task import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from amlora_dist.methods.base import Method
+    from amlora_dist.tasks.sources import Row
+
+
+def check_model(
+    method: Method, base: BaseModel, tasks: Iterable[tuple[TaskSpec, list[Row]]]
+) -> tuple[int, int, list[int]]:
+    """See that the adapters have layers to adapt, on a model without weights, that the weights and the tokenizer are its
+    own, and that the tokenizer can tell every task's labels apart.
+
+    Args:
+        method: with the settings of the run.
+        base: whose files are read, without the weights.
+        tasks: with some rows of each, whose prompts must fit.
+
+    Returns:
+        Parameters of the model, and of an adapter; and the layers below the routing layer that features take in by
+        default.
+
+    Raises:
+        UserError: the first thing that does not fit; lists what could.
+    """
+    model = meta_model(base)
+    sizes = _check_targets(method, model)
+    check_weights(base, model)
+    tokenizer = load_tokenizer(base.path)
+    embedding = model.get_input_embeddings()
+    check_tokenizer(base, tokenizer, int(embedding.weight.shape[0]))
+    for spec, rows in tasks:
+        _check_task(spec, rows, tokenizer, base.encoder_decoder)
+    return sizes
+
+
+def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
+    from amlora_dist.adapters.targets import check_router_layer, default_depths, default_router_layer
+
+    asked = method.settings.router.layer
+    layer = default_router_layer(model) if asked is None else asked
+    check_router_layer(model, layer)
+    rank, _ = method.rank_and_alpha
+    trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
+    depths = method.settings.router.depths or []
+    if any(depth >= layer for depth in depths):
+        raise UserError(f"router.depths: found {depths}, expected layers below the routing layer {layer}")
+    return sum(parameter.numel() for parameter in model.parameters()), trainable, default_depths(layer)
+
+
+def _check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:
+    """Labels that differ for the model, and prompts that leave room for a text."""
+    from amlora_dist.tasks.batches import label_tokens, prompt_tokens
+
+    known: dict[tuple[int, ...], str] = {}
+    for text, tokens in zip(spec.label_texts, label_tokens(spec, tokenizer, encoder_decoder), strict=True):
+        found = f"{spec.origin}: labels: found {text!r} of task {spec.name!r}"
+        if not tokens:
+            raise UserError(f"{found}, which has no tokens, expected a text that the model's tokenizer can write")
+        if tokens in known:
+            raise UserError(
+                f"{found}, which has the same tokens as {known[tokens]!r}, expected labels that the model's tokenizer can"
+                " tell apart; give one of them another text"
+            )
+        known[tokens] = text
+    bare = [replace(row, text="") for row in rows]
+    template = template_for(spec, spec.prompt_style)
+    try:
+        prompt_tokens(bare, template, tokenizer, int(spec.max_length or 0), encoder_decoder, spec.name)
+    except UserError as error:
+        raise UserError(f"{spec.origin}: {error}") from error
