@@ -31,7 +31,7 @@ from amlora_dist.search import SearchSettings, nested
 from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
 from amlora_dist.training import deepspeed_section
-from amlora_dist.training.settings import DeepSpeedSection, TrainingSettings
+from amlora_dist.training.settings import DeepSpeedSection, RecipeSettings, TrainingSettings
 
 _WHOLE = "configuration"
 """What messages call a configuration whose file is not known where they are made."""
@@ -85,6 +85,7 @@ class RunConfig:
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    recipe: RecipeSettings = Field(default_factory=RecipeSettings)
     answer: AnswerSettings = Field(default_factory=AnswerSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
@@ -328,7 +329,7 @@ def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[
 
 
 _SECTIONS = (
-    "task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "method_settings", "deepspeed",
+    "task_defaults", "adapters", "router", "training", "recipe", "evaluation", "evaluate", "method_settings", "deepspeed",
     "mlflow",
 )  # fmt: skip
 _LONG_FORMS: dict[KeyPath, KeyPath] = {

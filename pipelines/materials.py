@@ -69,6 +69,7 @@ class Materials:
             router=c.router,
             training=c.training,
             method_settings=c.method_settings,
+            recipe=c.recipe,
             prompt_format=self.prompt_format,
             answer=c.answer,
         )
