@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.former_values import completed
 from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
@@ -193,3 +195,26 @@ def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value.get("template", value)) if isinstance(value, dict) else str(value)
     return text[:12] if len(text) == 64 else text[:60]
+
+
+OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
+"""What a bank has one of for life: how its texts are read, and what its keys are of."""
+
+
+def check_rule_of_bank(config: RunConfig, stored: Mapping[str, Any], uri: str) -> None:
+    """See that a stage added to a published bank reads texts as the bank does.
+
+    Args:
+        config: of the run, resolved.
+        stored: the bank's training configuration, as any version of this project wrote it.
+        uri: of the bank.
+
+    Raises:
+        UserError: it does not; says which keys to set.
+    """
+    then, now = flat(completed(stored)), flat(to_mapping(config))
+    odd = [key for key in OF_A_BANK if key in then and then[key] != now.get(key)]
+    if odd:
+        found = ", ".join(f"{key} {now.get(key)!r}" for key in odd)
+        mend = " ".join(f"{key}={json.dumps(then[key])}" for key in odd)
+        raise UserError(f"parent: found {found}, expected those of {uri}, which a bank has for life; give the run {mend}")

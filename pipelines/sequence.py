@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,9 @@ from pipelines import preflight, results
 from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
-from pipelines.publication import Publication, StageRecord, library_versions
+from pipelines.publication import GrowingBank, Publication, StageRecord, library_versions, statistics_digest
 from pipelines.results import load_result as load_result  # as it is known here
-from pipelines.same_configuration import refuse_other_configuration, refuse_other_data
+from pipelines.same_configuration import check_rule_of_bank, refuse_other_configuration, refuse_other_data
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
 from pipelines.takeover import first_there
 
@@ -151,16 +151,6 @@ def _run_sequence(
     return result
 
 
-@dataclass(slots=True)
-class _Bank:
-    """The bank as it grows: what the next stage is trained on."""
-
-    parents: list[Parent] = field(default_factory=list)
-    fingerprints: list[str] = field(default_factory=list)
-    statistics: list[str] = field(default_factory=list)
-    version: Version | None = None
-
-
 class _Driver:
     """One driver's work on one run, under its lease."""
 
@@ -217,7 +207,7 @@ class _Driver:
 
     # -- one stage ----------------------------------------------------------------------------------------------
 
-    def _stage(self, index: int, task: str, bank: _Bank, cluster: RayCluster) -> StageRecord:
+    def _stage(self, index: int, task: str, bank: GrowingBank, cluster: RayCluster) -> StageRecord:
         if not self.method.inherits:
             bank.parents, bank.fingerprints, bank.statistics, bank.version = [], [], [], None
         position = len(bank.parents) + 1
@@ -256,7 +246,7 @@ class _Driver:
             record.take(result, cells, known)
             bank.parents = [*bank.parents, Parent(task, result.adapter.digest(), str(work.trained))]
             bank.fingerprints = fingerprints
-            bank.statistics = [*bank.statistics, _statistics_digest(result)]
+            bank.statistics = [*bank.statistics, statistics_digest(result)]
             matrix = self._matrix_rows([*self.stages, record])
             if mine is None or open_cells:
                 self.publication.upload_scores(record, cells, self.storage)
@@ -282,7 +272,7 @@ class _Driver:
         open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
         folder = self.storage / "stages" / fingerprint
         if open_cells:
-            work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=_Bank(), rows={})
+            work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=GrowingBank(), rows={})
             replace(work, cells=cells).bring()
             self._execute(work, open_cells, cluster)
         record.reused = not open_cells
@@ -291,7 +281,7 @@ class _Driver:
         self.publication.upload_scores(record, cells, self.storage)
         return record
 
-    def _training_rows(self, task: str, bank: _Bank) -> dict[str, int | None]:
+    def _training_rows(self, task: str, bank: GrowingBank) -> dict[str, int | None]:
         rows = self.method.rows(task, [parent.task for parent in bank.parents], self.tasks)
         if missing := sorted(set(rows) - set(self.tasks)):
             raise UserError(
@@ -375,7 +365,7 @@ class _Driver:
             self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows{kept})")
 
     def _work(
-        self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank, rows: dict[str, int | None]
+        self, *, index: int, task: str, fingerprint: str, folder: Path, bank: GrowingBank, rows: dict[str, int | None]
     ) -> StageWork:
         m, c = self.materials, self.config
         base = asdict(m.base) | {"path": str(m.base.path)}
@@ -401,6 +391,7 @@ class _Driver:
             mixed=mixed,
             data_digests=digests,
             plain_texts=m.plain_texts,
+            entries={name: asdict(entry) for name, entry in bank.entries.items()},
             sealed=c.evaluation.sealed,
             cache=str((self.storage if c.storage is not None and url is None else home()) / "cache"),
             root=str(self.storage),
@@ -449,9 +440,9 @@ class _Driver:
 
     # -- parents ------------------------------------------------------------------------------------------------
 
-    def _starting_bank(self) -> _Bank:
+    def _starting_bank(self) -> GrowingBank:
         """An empty bank, or the published one that ``parent`` names (pinned at the first start)."""
-        bank = _Bank()
+        bank = GrowingBank()
         if self.config.parent is None:
             return bank
         pinned = self.store.load_json(self.parent_run, "parent.json")
@@ -465,10 +456,12 @@ class _Driver:
                 f"parent: {version.uri} was trained on base {manifest.base.source} (digest {manifest.base.digest[:12]}),"
                 f" model.source {self.materials.base.source} has digest {self.materials.base.digest[:12]}"
             )
+        check_rule_of_bank(self.config, manifest.training_configuration, version.uri)
+        bank.entries = {one.task: one.task_spec for one in manifest.adapters if one.task_spec is not None}
         if both := sorted(set(manifest.tasks) & set(self.tasks)):
             raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
         bank.fingerprints = [entry.training_fingerprint for entry in manifest.adapters]
-        bank.statistics = [_statistics_digest(read_result(Path(parent.folder))) for parent in bank.parents]
+        bank.statistics = [statistics_digest(read_result(Path(parent.folder))) for parent in bank.parents]
         bank.version = version
         self.progress.note(f"starting from {version.uri}: {', '.join(manifest.tasks)}")
         return bank
@@ -490,10 +483,3 @@ class _Driver:
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
         return result | {"tracking_uri": self.store.connection.shown}
-
-
-def _statistics_digest(result: Any) -> str:
-    from amlora_dist.digests import tensors_digest
-
-    return tensors_digest(result.statistics.tensors())
-
