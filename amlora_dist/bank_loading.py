@@ -65,7 +65,7 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mix
         router=None if router is None else SwitchRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
-        depths=router_settings.depths or (),
+        depths=(router_settings.depths or ()) if lead is None and literal is None else (),
         skip_tokens=router_settings.skip_tokens,
         lead=lead,
     )

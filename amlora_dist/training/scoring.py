@@ -147,6 +147,7 @@ class Scoring:
             self.work.plain_texts
             and self.mixture is not None
             and isinstance(self.mixture.router, KeyedRouter)
+            and not self.method.uses_selectors
             and cell.mode != "untrained"
         )
 
