@@ -110,8 +110,8 @@ class ServedBank:
         """Those that a text will be compared with; of a text that is yet to be routed the most that it may be."""
         if request.labels is not None:
             return request.labels
-        found = (self.described(task) or [] for task in ([request.task] if request.task else self.tasks))
-        return tuple(max(found, key=lambda labels: len(labels), default=[]))
+        found: list[list[str]] = [self.described(task) or [] for task in ([request.task] if request.task else self.tasks)]
+        return tuple(max(found, key=len, default=[]))
 
 
 def check_name(name: str) -> None:

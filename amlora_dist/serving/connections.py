@@ -26,7 +26,7 @@ def closing(protocol: Any, *, read_s: float, work_s: float) -> Any:
         work_s: for a request from its head to the last byte of its answer.
     """
 
-    class Closing(protocol):  # type: ignore[misc]
+    class Closing(protocol):
         """Closes what is late, whatever state it is in."""
 
         _timer: asyncio.TimerHandle | None = None
