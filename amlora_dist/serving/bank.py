@@ -111,7 +111,8 @@ class ServedBank:
         if request.labels is not None:
             return request.labels
         found: list[list[str]] = [self.described(task) or [] for task in ([request.task] if request.task else self.tasks)]
-        return tuple(max(found, key=len, default=[]))
+        most: list[str] = max(found, key=len, default=[])
+        return tuple(most)
 
 
 def check_name(name: str) -> None:
