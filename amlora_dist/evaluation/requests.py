@@ -32,7 +32,7 @@ DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
 MAX_PROMPT_TOKENS = 10_000_000
 """What the manifest's format allows; a model with a limit of its own has less."""
-PLANS = 64
+PLANS = 32
 """Sets of labels that stay planned."""
 RAW_TEMPLATE = "{{ text }}"
 
