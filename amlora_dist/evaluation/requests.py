@@ -154,6 +154,17 @@ class Prompter:
             raise UserError(f"the bank does not describe task {task!r}; give labels (and a question) with the call")
         return entry
 
+    def labels_of(self, task: str) -> list[str]:
+        """Labels of a task that has some.
+
+        Raises:
+            UserError: its answers are free text.
+        """
+        found = self.entry(task).labels
+        if found is None:
+            raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
+        return found
+
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
         if task is not None and self.entries.get(task) is not None:

@@ -15,11 +15,10 @@ from torch import nn
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.methods import METHODS, method_for
+from amlora_dist.methods import METHODS, READ_PARAMETERS, method_class, method_for
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
-from pipelines.materials import gather_materials
 from tests.methods.stages import stages
 from tests.tiny_folder import write_config
 
@@ -241,9 +240,14 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
 @pytest.mark.parametrize("name", ["o_lora", "ewc", "l2p"])
 def test_what_zero_3_cannot_do_for_a_method_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours",), method=name)
-    with pytest.raises(UserError, match=f"zero_stage: 3 partitions the parameters that method '{name}'"):
-        gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=3"]), tmp_path)
-    gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=2"]), tmp_path)
+    with pytest.raises(UserError, match=f"zero_stage: found 3 with method: {name}, which reads the parameters"):
+        load_config(file, ["workers=2", "deepspeed.zero_stage=3"])
+    load_config(file, ["workers=2", "deepspeed.zero_stage=2"])
+    load_config(file, ["workers=0", "deepspeed.zero_stage=3"])
+
+
+def test_what_zero_3_cannot_do_is_listed_without_importing_the_methods() -> None:
+    assert {name for name in METHODS if method_class(name).reads_parameters} == READ_PARAMETERS
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a model's configuration that is not JSON": (
         with_model(lambda own: (own / "config.json").write_text("{", encoding="utf-8")),
-        Told("run.yaml", "model.source:", "{folder}/model-own/config.json: found no JSON", "fetch the model again"),
+        Told("run.yaml", "model.source:", "no JSON object in '{folder}/model-own/config.json'", "fetch the model again"),
     ),
     "a model without tokenizer": (
         with_model(lambda own: [file.unlink() for file in own.glob("tokenizer*")]),
@@ -316,7 +316,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a tokenizer that is cut off": (
         with_model(lambda own: os.truncate(own / "tokenizer.json", 9)),
-        Told("run.yaml", "model.source:", "{folder}/model-own/tokenizer.json: found 9 bytes", "fetch the model again"),
+        Told("run.yaml", "model.source:", "9 bytes in {folder}/model-own/tokenizer.json", "fetch the model again"),
     ),
     "unknown target module": (
         edit(adapters__targets=["q_prj"]), Told("run.yaml", "adapters.targets:", "'q_prj'", "did you mean 'q_proj'?")
