@@ -21,6 +21,7 @@ from amlora_dist.registry.manifest import Manifest, read_manifest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
 from amlora_dist.registry.store import Store
 from pipelines.display import console_for
+from pipelines.preflight import check_folder
 from pipelines.quiet import standard_output_kept
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def last_scores(manifest: Manifest) -> dict[str, float]:
 
 def pull_to(uri: str, dest: Path | None, tracking_uri: str | None, *, statistics: bool) -> str:
     """Pull a version; says where it lies."""
+    if dest is not None:
+        check_folder(dest, "DEST")
     store = open_store(tracking_uri)
     with standard_output_kept(), _bar() as progress:
         version = store.resolve(uri)

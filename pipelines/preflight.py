@@ -122,6 +122,17 @@ def check_folder(folder: Path, name: str = "AMLORA_HOME") -> None:
         )
 
 
+def check_file(file: Path, name: str) -> None:
+    """See that the file that ``name`` says can be written, or can be made with its folders.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if file.is_dir():
+        raise UserError(f"{name}: found the folder {file}, expected a file; name one in it, such as {file / 'page.html'}")
+    check_folder(file.absolute().parent, name)
+
+
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
     while not folder.exists():

@@ -305,3 +305,31 @@ def test_sample_of_import_and_export_is_read_the_same_way(told: Told, name: str,
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 2 and message in done.stderr, done.output
         assert not Path("dest").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["export", "bank", "file/dest"], "DEST: found file/dest, expected a folder that can be written"),
+        (["import-peft", "a", "file", "--task", "t", "--sample", "s.txt"], "DEST: found file, expected a folder"),
+        (["import-peft", "a", "dest", "--task", "t", "--sample", "s.txt"], "give the folder of a PEFT adapter"),
+        (["report", "run", "-o", "folder"], "--output: found the folder folder, expected a file"),
+        (["report", "run", "-o", "file/page.html"], "expected a folder that can be written"),
+        (["pull", "models:/a/1", "file"], "DEST: found file, expected a folder that can be written"),
+        (
+            ["export", "bank", "dest", "--format", "merged", "--weights", "fruit=1", "--sample", "s.txt"],
+            "--weights: found task 'fruit', the bank's tasks are colours, shapes",
+        ),
+        (
+            ["export", "bank", "dest", "--format", "merged", "--weights", "colours=nan", "--sample", "s.txt"],
+            "--weights: found 'colours=nan', expected TASK=WEIGHT",
+        ),
+    ],
+)
+def test_places_and_options_of_other_commands_are_looked_at_first(told: Told, command: list[str], message: str) -> None:
+    Path("file").write_text("x")
+    Path("folder").mkdir()
+    Path("s.txt").write_text("the wall is red\n")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert not told.loaded and not Path("dest").exists() and Path("file").read_text() == "x"
