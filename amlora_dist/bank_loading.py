@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from amlora_dist.registry.bank_folder import Bank
     from amlora_dist.registry.manifest import BaseEntry, Manifest
+    from amlora_dist.registry.signing import Trust
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -165,14 +166,14 @@ def _remembered(digest: str) -> BaseModel | None:
     return found if found.digest == digest else None
 
 
-def pulled(uri: str, tracking_uri: str | None) -> tuple[str, Path]:
+def pulled(uri: str, tracking_uri: str | None, trust: Trust | None = None) -> tuple[str, Path]:
     """The version that a URI means, and its folder below ``AMLORA_HOME/banks``."""
     from amlora_dist.registry.pulling import pull_home
     from amlora_dist.registry.store import Store
 
     store = Store.open(home(), tracking_uri)
     version = store.resolve(uri)
-    return version.uri, pull_home(store, version, home() / "banks")
+    return version.uri, pull_home(store, version, home() / "banks", trust=trust)
 
 
 def chosen_device(asked: torch.device | str | None) -> torch.device:

@@ -49,6 +49,7 @@ from amlora_dist.evaluation.requests import (
 )
 from amlora_dist.prompt_answering import PromptAnswering
 from amlora_dist.registry.bank_folder import Bank, read_bank
+from amlora_dist.registry.signing import Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,6 +128,8 @@ class AMLoRAModel:
         dtype: torch.dtype | str | None = None,
         tracking_uri: str | None = None,
         beside: AMLoRAModel | None = None,
+        require_signature: str | Path | None = None,
+        expect_digest: str | None = None,
     ) -> AMLoRAModel:
         """Load a bank and its base model.
 
@@ -139,6 +142,8 @@ class AMLoRAModel:
             tracking_uri: MLflow that has the version; default: the store in ``AMLORA_HOME``.
             beside: a model in use, whose base model's weights are shared instead of loaded again where both banks have
                 the same base model; ``device`` and ``dtype`` are then its own.
+            require_signature: PEM file of the public key that must have signed the whole bank.
+            expect_digest: of its manifest, as ``amlora verify`` prints it.
 
         Raises:
             UserError: no such version or folder; the base model is not there, or is another one than the bank was
@@ -146,10 +151,12 @@ class AMLoRAModel:
             BankError: the bank is damaged.
         """
         uri: str | None = None
+        trust = Trust.of(require_signature, expect_digest)
         if str(bank).startswith("models:"):
-            uri, folder = pulled(str(bank), tracking_uri)
+            uri, folder = pulled(str(bank), tracking_uri, trust)
         else:
             folder = Path(bank).expanduser()
+            trust.check(folder)
         loaded = read_bank(folder, statistics=False)
         found = resolve_bank_base(loaded.manifest.base, base)
         if beside is not None and beside.base.digest == found.digest:

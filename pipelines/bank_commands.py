@@ -45,6 +45,12 @@ Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
 Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read beside it.")]
 
 
+Signature = Annotated[
+    Path | None, typer.Option("--require-signature", help="PEM of the public key that must have signed the bank.")
+]
+Expected = Annotated[str | None, typer.Option("--expect-digest", help="The manifest's, as `amlora verify` prints it.")]
+
+
 def versions(name: Name, tracking_uri: TrackingUri = None, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the versions of a registered model, with their tasks, scores and aliases."""
     from pipelines.bank_work import show_versions
@@ -56,13 +62,17 @@ def pull(
     uri: Uri,
     dest: Annotated[Path | None, typer.Argument(help="Folder to make; default: NAME-VERSION.", show_default=False)] = None,
     statistics: Annotated[bool, typer.Option(help="Fetch what only further training needs, too.")] = False,
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a self-contained folder of a version; what an interrupted pull has fetched is not fetched again."""
+    from amlora_dist.registry.signing import Trust
     from pipelines.bank_work import pull_to
 
-    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics))
+    trust = Trust.of(require_signature, expect_digest)
+    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics, trust=trust))
 
 
 def diff(
@@ -82,13 +92,16 @@ def alias(
     name: Name,
     version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Point an alias at a version."""
+    from amlora_dist.registry.signing import Trust
     from pipelines.bank_work import point
 
-    typer.echo(point(name, version, alias, tracking_uri))
+    typer.echo(point(name, version, alias, tracking_uri, Trust.of(require_signature, expect_digest)))
 
 
 def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
@@ -250,6 +263,8 @@ def serve(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
@@ -265,7 +280,10 @@ def serve(
         max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
         prefill_tokens=prefill_tokens, poll_s=poll, read_timeout_s=read_timeout,
     )  # fmt: skip
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    demanded = {"require_signature": require_signature and str(require_signature.expanduser().absolute()),
+                "expect_digest": expect_digest}  # fmt: skip
+    options |= {name: value for name, value in demanded.items() if value is not None}
     place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
 

@@ -38,4 +38,20 @@ def restore(
     typer.echo(f"{made.files} files, {made.size} bytes, are in {made.folder}; runs go on with their run ids")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"backup": backup, "restore": restore}
+def sign(
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK", help="models:/NAME/VERSION or a folder.", show_default=False)
+    ],
+    key: Annotated[Path, typer.Option(help="PEM of an elliptic curve's private key.", show_default=False)],
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Sign a whole bank with a private key (Sigstore's model-signing, without a network)."""
+    from pipelines.bank_work import sign_bank
+
+    typer.echo(sign_bank(bank, key, tracking_uri))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"backup": backup, "restore": restore, "sign": sign}

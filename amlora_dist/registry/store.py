@@ -227,14 +227,20 @@ class Store(Runs):
         return self.pull_version(self.resolve(uri), dest, progress, statistics=statistics)
 
     def pull_version(
-        self, version: Version, dest: Path, progress: Progress | None = None, *, statistics: bool = True
+        self,
+        version: Version,
+        dest: Path,
+        progress: Progress | None = None,
+        *,
+        statistics: bool = True,
+        check: Callable[[Path], None] | None = None,
     ) -> Path:
-        """``pull`` of a version already resolved."""
+        """``pull`` of a version already resolved; ``check`` is called with the whole folder before it becomes ``dest``."""
         if not version.artifact_path:
             raise BankError(f"{version.uri}: was not published by amlora-dist (no tag {_ARTIFACT_PATH})")
         expected = version.tags.get(_MANIFEST_DIGEST)
         return transfer.pull(
-            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress
+            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress, check=check
         )
 
     # ---- leases -----------------------------------------------------------------------------------------------

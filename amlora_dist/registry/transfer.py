@@ -16,7 +16,15 @@ from filelock import FileLock, Timeout
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES, CONFIG_FILE, read_adapter
-from amlora_dist.registry.bank_files import README_FILE, BankFile, bank_files, check_file, fits, refuse_unknown
+from amlora_dist.registry.bank_files import (
+    README_FILE,
+    SIGNATURE_FILE,
+    BankFile,
+    bank_files,
+    check_file,
+    fits,
+    refuse_unknown,
+)
 from amlora_dist.registry.bank_folder import (
     check_files,
     read_bank,
@@ -159,9 +167,12 @@ def missing_files(runs: Runs, manifest: Manifest, run: str, root: str, seen: set
     return lost
 
 
-def check_stored(runs: Runs, manifest: Manifest, run: str, root: str) -> None:
+def check_stored(runs: Runs, manifest: Manifest, run: str, root: str) -> bool:
     """Look at a version's whole folder in the store: nothing there that the manifest does not name, every file of its size,
     and what MLflow reads before any code of ours runs as it was published.
+
+    Returns:
+        Whether the version is signed.
 
     Raises:
         BankError: names the file.
@@ -180,6 +191,7 @@ def check_stored(runs: Runs, manifest: Manifest, run: str, root: str) -> None:
             if file.kind == "frame" and sizes[file.path] <= MAX_BYTES:
                 runs.download(run, f"{root}/{file.path}", Path(aside))
                 check_file(Path(aside) / root, file.path, manifest, whole=True)
+    return SIGNATURE_FILE in sizes
 
 
 def pull(
@@ -191,6 +203,7 @@ def pull(
     *,
     statistics: bool = True,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Make ``dest`` the self-contained folder of a version; see ``Store.pull``.
 
@@ -202,6 +215,7 @@ def pull(
         dest: the folder to make.
         statistics: fetch what only continuation needs, too.
         progress: called before each part.
+        check: as in ``assemble``.
     """
     dest = dest.absolute()
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -209,15 +223,29 @@ def pull(
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
             manifest = _fetch_manifest(runs, run, root, expected, dest.parent)
-            check_stored(runs, manifest, run, root)
+            signed = check_stored(runs, manifest, run, root)
 
             def fetch(path: str, stored: Stored | None, target: Path) -> None:
                 here = Stored(version_of="bank", run=run, artifact_path=f"{root}/{path}")
                 fetch_file(runs, path, stored or here, target, (manifest.files or {}).get(path))
 
             if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-                return _already(dest, manifest, fetch, statistics=statistics)
-            return assemble(manifest, part, dest, fetch, statistics=statistics, progress=progress)
+                _already(dest, manifest, fetch, statistics=statistics)
+                if signed:
+                    _fetch_signature(runs, run, root, dest)
+                if check is not None:
+                    check(dest)
+                return dest
+
+            def checked(folder: Path) -> None:
+                if signed:
+                    _fetch_signature(runs, run, root, folder)
+                if check is not None:
+                    check(folder)
+
+            return assemble(
+                manifest, part, dest, fetch, statistics=statistics, progress=progress, check=checked
+            )
     except Timeout as error:
         raise UserError(f"waited {PULL_DEADLINE_S:.0f} s for another process that pulls to {dest}") from error
 
@@ -230,6 +258,7 @@ def assemble(
     *,
     statistics: bool,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build a whole bank in ``part``, keeping what is already right there, check it and rename it to ``dest``.
 
@@ -240,6 +269,7 @@ def assemble(
         fetch: brings one file.
         statistics: bring them too.
         progress: called before each part.
+        check: called with the whole folder before it becomes ``dest``; raises what it has against it.
     """
     _prune(part, manifest)
     write_frame(part, manifest, manifest.adapters)
@@ -269,6 +299,8 @@ def assemble(
     right = _is_right(read_router, part, manifest)
     _bring(BankFile(ROUTER_FILE, "router"), part, manifest, fetch, anew=not right)
     read_bank(part)
+    if check is not None:
+        check(part)
     swap_in(part, dest)
     tell(total, total, "done")
     return dest
@@ -293,6 +325,13 @@ def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near:
             "the artifact was changed after it was published"
         )
     return manifest
+
+
+def _fetch_signature(runs: Runs, run: str, root: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=folder.parent) as aside:
+        file = runs.download(run, f"{root}/{SIGNATURE_FILE}", Path(aside), most=MAX_BYTES)
+        if file is not None:
+            file.replace(folder / SIGNATURE_FILE)
 
 
 def fetch_file(runs: Runs, path: str, stored: Stored, target: Path, entry: FileEntry | None = None) -> None:
