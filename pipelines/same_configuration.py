@@ -28,6 +28,8 @@ FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "searc
 """The same of a search."""
 
 
+OF_THE_BANK = ("adapters.targets", "adapters.layers", "router.layer")
+"""Keys in which a run has to agree with the bank that it goes on from."""
 RESOLVED = ("model.attention",)
 """Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
 
@@ -51,8 +53,22 @@ def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", sea
     wanted = {tags.KIND: "search", tags.SEARCH: search_id} if search_id else {tags.KIND: "sequence", tags.RUN_ID: run_id}
     found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
-    free = FREE_IN_SEARCH if search_id else FREE_IN_RUN
-    return config if stored is None else taken_up(config, stored, named, free=free)
+    if stored is not None:
+        return taken_up(config, stored, named, free=FREE_IN_SEARCH if search_id else FREE_IN_RUN)
+    return _on_parent(config, store, named) if config.parent is not None else config
+
+
+def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunConfig:
+    """A first start on a published bank: adapters lie where the bank's do, unless the file says otherwise."""
+    from amlora_dist.registry import tags
+
+    run_id = store.resolve(str(config.parent)).run_id
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id}) if run_id else []
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is None:  # a bank that was brought from elsewhere
+        return config
+    others = flat(to_mapping(config)).keys() - set(OF_THE_BANK)
+    return taken_up(config, stored, {*named, *others})
 
 
 def taken_up(

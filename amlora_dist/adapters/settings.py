@@ -18,7 +18,7 @@ class AdapterSettings:
     """r: rows of A, columns of B."""
     alpha: float = Field(default=32.0, gt=0)
     """LoRA's scale is alpha / r, as in Hu et al. 2021."""
-    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "auto"
+    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "mlp"
     """Linear layers by what they do: ``mlp``, ``attention``, ``all-linear`` (but the output head); by their names (last
     part of the module path); or both in a list. ``auto`` takes PEFT's default for the architecture, mostly q and v."""
     use_rslora: bool = False
