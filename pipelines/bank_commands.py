@@ -1,5 +1,6 @@
 """Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and ``pipelines.bank_work``."""
+``import-peft``, ``ask``, ``score``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and
+``pipelines.bank_work``."""
 
 from __future__ import annotations
 
@@ -78,14 +79,63 @@ def pull(
 def diff(
     first: Annotated[str, typer.Argument(metavar="V1", help="models:/NAME/VERSION or a folder.", show_default=False)],
     second: Annotated[str, typer.Argument(metavar="V2", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    sample: Annotated[
+        Path | None, typer.Option(help="Texts to ask both: whose answers change, and to what.", show_default=False)
+    ] = None,
+    column: Column = "text",
+    base: Base = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """What two banks differ in: base model, tasks, adapters, router, scores."""
+    """What two banks differ in: base model, tasks, adapters, router, scores; with --sample, which answers."""
     from pipelines.bank_work import show_difference
+    from pipelines.score_work import Rows, answer_differences
 
-    show_difference(first, second, tracking_uri, as_json=as_json)
+    if sample is None:
+        show_difference(first, second, tracking_uri, as_json=as_json)
+        return
+    options = {"base": base, "tracking_uri": tracking_uri}
+    answer_differences(first, second, Rows(str(sample), column), 8, options, as_json=as_json)
+
+
+def ask(
+    bank: Bank,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Plain texts, each in quotes.", show_default=False)],
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
+    from pipelines.score_work import ask as ask_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    ask_bank(bank, texts, options, as_json=as_json)
+
+
+def score(
+    bank: Bank,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Rows of text and right answer.", show_default=False)],
+    task: Annotated[str, typer.Option(help="The task that the rows belong to; the bank is not told.", show_default=False)],
+    column: Column = "text",
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score rows of your own at any version, as plain text: accuracy, routing, and each kind of evidence."""
+    from pipelines.score_work import Rows
+    from pipelines.score_work import score as score_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    score_bank(bank, Rows(data, column, label), task, batch_size, options, as_json=as_json)
 
 
 def alias(
@@ -297,6 +347,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "export": export,
     "import-peft": import_peft,
+    "ask": ask,
+    "score": score,
     "generate": generate,
     "classify": classify,
     "serve": serve,

@@ -12,12 +12,14 @@ import torch
 from openai import OpenAI
 
 from amlora_dist.config import load_config
+from amlora_dist.errors import UserError
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.prompts import STYLES
 from pipelines.progress import Silent
+from pipelines.score_work import Rows, answer_differences, ask, score
 from pipelines.sequence import run_sequence
 from tests.serving.servers import running
 from tests.tiny_folder import write_config
@@ -35,6 +37,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         config = load_config(write_config(folder), ["evaluate=all"])
         result = run_sequence(config, run_id="served", progress=Silent())
         yield folder, result, AMLoRAModel.from_bank("models:/served@current", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def at_home(run: Any, amlora_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the home of the run."""
+    monkeypatch.setenv("AMLORA_HOME", str(run[0] / "home"))
 
 
 def texts_of(folder: Path, task: str) -> list[str]:
@@ -125,3 +133,50 @@ def test_the_oracle_is_told_the_task_and_nothing_else(run: Any) -> None:
         assert [found.label for found in told] == [row.served for row in scored(folder, task, "oracle")]
         right = sum(row.served == row.answer for row in scored(folder, task, "oracle"))
         assert right / len(told) == result["oracle"][place]
+
+
+def test_rows_of_ones_own_score_as_the_matrix_does(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, result, _ = run
+    for place, task in enumerate(TASKS):
+        file = folder / "tasks" / task / "test.jsonl"
+        score("models:/served@current", Rows(str(file)), task, 4, {}, as_json=True)
+        told = json.loads(capsys.readouterr().out)
+        assert told["accuracy"] == result["accuracy_matrix"][-1][place] and told["rows"] == 9
+        routed = sum(row.route == task for row in scored(folder, task)) / 9
+        assert told["routing_accuracy"] == pytest.approx(routed)
+
+
+def test_rows_that_are_no_rows_of_the_task_are_named(run: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text('{"text": "a", "label": "purple-ish"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows\.jsonl.*'purple-ish', the labels of 'colours'"):
+        score("models:/served@current", Rows(str(bad)), "colours", 4, {}, as_json=True)
+    with pytest.raises(UserError, match="--task: found 'colors', the bank's tasks are colours"):
+        score("models:/served@current", Rows(str(bad)), "colors", 4, {}, as_json=True)
+    with pytest.raises(UserError, match="found no 'answer'"):
+        score("models:/served@current", Rows(str(bad), label="answer"), "colours", 4, {}, as_json=True)
+
+
+def test_changed_answers_between_two_versions_are_counted_and_listed(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _, model = run
+    file = folder / "tasks" / "colours" / "test.jsonl"
+    answer_differences("models:/served/1", "models:/served/3", Rows(str(file)), 4, {}, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    before = AMLoRAModel.from_bank("models:/served/1", device="cpu").predict(texts_of(folder, "colours"))
+    now = model.predict(texts_of(folder, "colours"))
+    assert told["changed"] == sum(one != other for one, other in zip(before, now, strict=True))
+    assert [one["after"] for one in told["answers"]] == [o for b, o in zip(before, now, strict=True) if b != o]
+
+
+def test_texts_are_answered_from_the_command_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _, model = run
+    texts = texts_of(folder, "shapes")[:2]
+    ask("models:/served@current", texts, {}, as_json=True)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["answer"] for one in told] == model.predict(texts)
+    assert [one["task"] for one in told] == [route.task for route in model.route(texts)]
+    assert all(0 < one["confidence"] <= 1 for one in told)
+    ask("models:/served@current", texts, {}, as_json=False)
+    assert texts[0].split()[0] in capsys.readouterr().out
