@@ -74,7 +74,7 @@ def backup(home: Path, dest: Path, *, storage: bool = False) -> Copied:
         if storage:
             for mark in sorted((home / "storage").glob("stages/*/trained/COMMIT")):
                 _copy_tree(mark.parent, part / mark.parent.relative_to(home))
-        listed = {
+        listed: dict[str, dict[str, Any]] = {
             path.relative_to(part).as_posix(): {"size": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(part.rglob("*"))
             if path.is_file()
