@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +17,10 @@ from amlora_dist.model import AMLoRAModel
 from amlora_dist.privacy import public_configuration, public_name, secrets_of, shown
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.store import Store
+from pipelines.jobs import Job
 from pipelines.progress import Silent
 from pipelines.sequence import load_result, run_sequence
+from pipelines.submit import PRIVATE, submit_run
 from tests.tiny_folder import write_config
 
 SECRET = "hunter2secret"
@@ -117,3 +121,44 @@ def test_uri_password(tmp_path: Path, amlora_home: Path, empty_home: Path, capsy
     assert SECRET not in seen.out + seen.err
     model = AMLoRAModel.from_bank(bank, device="cpu")
     assert model.tasks == ["colours"], "its base model is found where this home knows it to lie"
+
+
+class Cluster:
+    """The part of ``pipelines.jobs.Jobs`` that a submission uses."""
+
+    entrypoint, metadata, overrides = "", "", ""
+
+    def of_run(self, run_id: str) -> list[Job]:
+        return []
+
+    def get(self, job_id: str) -> Job:
+        return Job(job_id, "RUNNING", "r", 1, None, None, None, "")
+
+    def submit(self, job_id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> bool:
+        self.entrypoint, self.metadata = entrypoint, json.dumps(metadata)
+        with zipfile.ZipFile(runtime_env["working_dir"]) as archive:
+            self.overrides = archive.read(PRIVATE).decode()
+        return True
+
+
+@pytest.mark.integration  # writes a model
+def test_a_jobs_command_line_and_metadata_hold_no_address_and_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, tasks=("colours",))
+    source = f"model.source={tmp_path / 'model-llama'}"
+    given = [f"mlflow.tracking_uri=http://me:{SECRET}@host", "storage=/mnt/shared", source]
+    cluster: Any = Cluster()
+    submit_run(
+        cluster, config, [*given, "training.epochs=1"], "r", working_dir=tmp_path, environment={}, runtime_env={}
+    )
+    assert cluster.entrypoint == f"exec python -m pipelines.cli run run.yaml @{PRIVATE} training.epochs=1 --run-id r"
+    for private in (SECRET, "host", "/mnt/shared", str(tmp_path)):
+        assert private not in cluster.entrypoint + cluster.metadata
+    assert cluster.overrides.splitlines() == given
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / PRIVATE).write_text(cluster.overrides, encoding="utf-8")
+    read = load_config(config, [f"@{PRIVATE}", "training.epochs=1"])
+    assert read.storage == "/mnt/shared" and read.mlflow.tracking_uri == f"http://me:{SECRET}@host"
+    with pytest.raises(UserError, match="expected @FILE with an override a line"):
+        load_config(config, ["@nothing"])

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH = 16
-PART_TEXTS = 32
+PART_TEXTS = 24
 """Texts of each part of the background that are read."""
 BACKGROUND_TOKENS = 96
 FEWEST_HELD = 24
