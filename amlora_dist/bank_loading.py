@@ -20,6 +20,7 @@ from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
 from amlora_dist.config import home
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.evaluation.settings import AnswerSettings
+from amlora_dist.files import write_bytes
 from amlora_dist.former_values import completed
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 
@@ -64,7 +65,7 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mix
         router=None if router is None else SwitchRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
-        depths=router_settings.depths or (),
+        depths=(router_settings.depths or ()) if lead is None and literal is None else (),
         skip_tokens=router_settings.skip_tokens,
         lead=lead,
     )
@@ -122,6 +123,8 @@ def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
         UserError: it is not where the bank says (and ``base`` was not given), or its files are not those that the
             bank was trained on.
     """
+    if base is None and (known := _remembered(entry.digest)) is not None:
+        return known
     source = entry.source if base is None else str(base)
     revision = entry.revision if base is None else None
     try:
@@ -140,6 +143,26 @@ def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
             "weights, configuration or tokenizer the adapters would answer wrongly: give that very model as base= (--base)"
         )
     return found
+
+
+def remember_base(base: BaseModel) -> None:
+    """Note in ``AMLORA_HOME`` where a base model lies: banks name it without its folder, which is nobody else's business."""
+    if Path(base.source).expanduser().is_dir():
+        file = home() / "bases" / f"{base.digest}.txt"
+        if not file.is_file() or file.read_text(encoding="utf-8") != str(base.path):
+            write_bytes(file, str(base.path).encode())
+
+
+def _remembered(digest: str) -> BaseModel | None:
+    """The base model of this digest, if it still lies where it was when it was last used here."""
+    file = home() / "bases" / f"{digest}.txt"
+    if not file.is_file():
+        return None
+    try:
+        found = resolve_base(ModelSettings(source=file.read_text(encoding="utf-8")), home())
+    except (UserError, OSError, UnicodeDecodeError):
+        return None
+    return found if found.digest == digest else None
 
 
 def pulled(uri: str, tracking_uri: str | None) -> tuple[str, Path]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -123,7 +123,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
     Raises:
         FaultsError: every fault of the file and of the overrides, at once.
     """
-    config, faults, places = _load(Path(path), overrides or [])
+    config, faults, places, _ = _load(Path(path), overrides or [])
     if config is None or faults:
         raise _error(path, faults, places)
     return config
@@ -137,12 +137,11 @@ def validate_config(path: Path | str, overrides: list[str] | None = None) -> tup
     Raises:
         FaultsError: every fault at once.
     """
-    config, faults, places = _load(Path(path), overrides or [])
+    config, faults, places, taken = _load(Path(path), overrides or [])
     specs: list[TaskSpec] = []
     if config is not None:
-        if not _under(faults, ("tasks",)):
-            specs, found = config_checks.resolve_tasks(config)
-            faults |= found
+        specs, found = config_checks.resolve_tasks(config, taken)
+        faults = found | faults
         if not faults.keys() & {("model",), ("model", "source")}:
             faults |= config_checks.model_faults(config.model)
     if config is None or faults:
@@ -224,29 +223,45 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return made
 
 
-def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, dict[KeyPath, Fault], dict[KeyPath, str]]:
-    """The configuration (without the values at fault, where the rest is sound enough), the faults, and where each
-    key was given (``line 3``, ``command line``)."""
+def _load(
+    path: Path, overrides: list[str]
+) -> tuple[RunConfig | None, dict[KeyPath, Fault], dict[KeyPath, str], list[KeyPath]]:
+    """The configuration (without the values at fault, where the rest is sound enough), the faults, where each key was
+    given (``line 3``, ``command line``), and the paths of the values that were left out."""
     document = read_document(path)
     data = document.data
     places = {key: f"line {line}" for key, line in document.lines.items()}
     faults: dict[KeyPath, Fault] = {("file", n): fault for n, fault in enumerate(document.faults)}
     _short_forms(data, places, faults)
-    for text in overrides:
+    for text in expanded(overrides):
         _apply(data, text, places, faults)
     config, found = check(RunConfig, data)
     faults |= found
-    if config is None:
+    taken: list[KeyPath] = []
+    rest = data
+    while config is None and (wrong := _to_take(found, taken)):
         # Take what is wrong away, so that faults between the other values are found in the same pass.
-        rest = {"name": "unnamed", "tasks": ["unknown"]} | without(data, found)
+        taken += wrong
+        rest = {"name": "unnamed", "tasks": ["unknown"]} | without(rest, wrong)
         if "source" not in rest.setdefault("model", {}):
             rest["model"]["source"] = "unknown"
-        config, _ = check(RunConfig, rest)
+        config, found = check(RunConfig, rest)
     if config is not None:
-        faults = config_checks.cross_faults(config, lambda path: _under(faults, path)) | faults
-        if config.search is not None and not faults:
-            faults = config_checks.search_faults(config, with_values)
-    return config, faults, places
+        faults = config_checks.cross_faults(config, lambda path: _touched(faults, path)) | faults
+        if config.search is not None and not _touched(faults, ("search",)):
+            faults |= config_checks.search_faults(config, with_values)
+    return config, faults, places, taken
+
+
+def _to_take(found: Iterable[KeyPath], taken: Sequence[KeyPath]) -> list[KeyPath]:
+    """Paths of faults; where taking one away was no help (it is a value that lacks), what holds it."""
+    out: list[KeyPath] = []
+    for path in found:
+        while path in taken:
+            path = path[:-1]
+        if path and path not in out:
+            out.append(path)
+    return out
 
 
 def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath, str]) -> FaultsError:
@@ -262,8 +277,28 @@ def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath,
     return FaultsError(str(path), [fault for _, fault in sorted(placed, key=lambda pair: pair[0])])
 
 
-def _under(faults: dict[KeyPath, Fault], path: KeyPath) -> bool:
-    return any(key[: len(path)] == path for key in faults)
+def expanded(overrides: list[str]) -> list[str]:
+    """Overrides with those of ``@FILE``, one a line, in its place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found: list[str] = []
+    for text in overrides:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"command line: found {text!r}, expected @FILE with an override a line ({error})") from error
+        found += [line for line in lines if line.strip()]
+    return found
+
+
+def _touched(faults: dict[KeyPath, Fault], path: KeyPath) -> bool:
+    """Whether something at, below or above a path is at fault."""
+    return any(key[: len(path)] == path or key == path[: len(key)] for key in faults)
 
 
 def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[KeyPath, Fault]) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.base_model import PACKAGES
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.methods import METHODS
+from amlora_dist.methods import METHODS, READ_PARAMETERS
+from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults
 from amlora_dist.schema import did_you_mean, shown
 from amlora_dist.search import Dimension, dimensions, size_faults
 from amlora_dist.strict_yaml import KeyPath, dotted
@@ -20,7 +21,7 @@ from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_section import section_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from amlora_dist.base_model import ModelSettings
     from amlora_dist.config import RunConfig
@@ -32,7 +33,7 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
 
     Args:
         config: the configuration; values that were wrong have their defaults.
-        faulty: whether something at or below a key path is wrong already: then nothing is said on top of it.
+        faulty: whether something at, below or above a key path is wrong already: then nothing is said on top of it.
     """
     faults: dict[KeyPath, Fault] = {}
     if config.method not in METHODS:
@@ -49,28 +50,40 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if apart and config.search is not None and not config.search.share_stages:
         expected = "true where storage is a URL and workers train, who keep the files of all trials in one place"
         faults[("search", "share_stages")] = Fault("search.share_stages", "false", expected, "or storage on a folder")
-    sizes_known = not any(faulty(path) for path in (("workers",), ("training",)))
+    sizes = (("workers",), ("training", "batch_size"), ("training", "micro_batch_size"))
+    sizes_known = not any(faulty(path) for path in sizes)
     share, uneven = divmod(config.training.batch_size, max(1, config.workers))
     micro = config.training.micro_batch_size or max(1, share)
     if sizes_known:
         faults |= _batch_faults(config, share, uneven, micro)
-    if faulty(("deepspeed",)):
-        return faults
-    if config.training.cache_trunk and sizes_known:
+    if config.training.cache_trunk and not faulty(("training", "cache_trunk")) and not faulty(("adapters", "layers")):
         faults |= _trunk_faults(config)
     if config.workers and not faulty(("router",)) and config.router.kind == "literal":
         faults |= _literal_faults(config)
+    if config.workers and config.method in READ_PARAMETERS and _zero_stage(config) == 3:
+        found = f"3 with method: {config.method}, which reads the parameters that ZeRO-3 partitions"
+        faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
+    if faulty(("deepspeed",)):
+        return faults
     sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
     section = section_faults(
         config.deepspeed,
         batch=(config.training.batch_size, micro, share // micro) if sized else None,
-        clip=config.training.clip if sizes_known else None,
+        clip=None if faulty(("training", "clip")) else config.training.clip,
         dtype=None if faulty(("dtype",)) else config.dtype,
     )
     for keys, fault in section:
         path = ("deepspeed", *keys)
         faults[path] = Fault(dotted(path), fault.found, fault.expected, fault.hint)
     return faults
+
+
+def _zero_stage(config: RunConfig) -> int | None:
+    """None where the section has something else in its place, which is told of it."""
+    try:
+        return config.zero_stage
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _url_fault(url: str, workers: int) -> Fault | None:
@@ -104,15 +117,20 @@ def search_faults(
     """What is wrong with the ``search`` section: its space, its size, and every value that it may give a path."""
     assert config.search is not None
     found, faults = dimensions(config.search.space)
+    known = {fault.where for fault in cross_faults(config, lambda path: False).values()}
     for dimension in found:
-        faults += _value_faults(config, dimension, with_values)
+        faults += _value_faults(config, dimension, with_values, known - {dimension.path})
     faults += size_faults(config.search, found)
     return {tuple(fault.where.split(".")): fault for fault in faults}
 
 
 def _value_faults(
-    config: RunConfig, dimension: Dimension, with_values: Callable[[RunConfig, dict[str, Any]], RunConfig]
+    config: RunConfig,
+    dimension: Dimension,
+    with_values: Callable[[RunConfig, dict[str, Any]], RunConfig],
+    known: set[str],
 ) -> list[Fault]:
+    """What values of one dimension do wrong, beside what is ``known`` to be wrong without them."""
     where = f"search.space.{dimension.path}"
     if any(dimension.path == path or dimension.path.startswith(f"{path}.") for path in UNSEARCHABLE):
         return [Fault(where, "a path that cannot change the result", "one that trials can differ by")]
@@ -120,18 +138,37 @@ def _value_faults(
         try:
             with_values(config, {dimension.path: value})
         except FaultsError as error:
-            fault = error.faults[0]
+            fault = next((one for one in error.faults if one.where not in known), None)
+            if fault is None:
+                continue
             found = fault.found if "unknown" in fault.found else f"{dimension.kind} with {fault.found}"
             return [Fault(where, found, fault.expected, fault.hint)]
     return []
 
 
-def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Fault]]:
-    """Every task's specification, and what is wrong with the tasks, their files and their data files."""
+def resolve_tasks(
+    config: RunConfig, taken: Sequence[KeyPath] = ()
+) -> tuple[list[TaskSpec], dict[KeyPath, Fault]]:
+    """Every task's specification, and what is wrong with the tasks, their files and their data files.
+
+    Args:
+        config: the configuration, without the values at fault.
+        taken: paths of those, to name the others by the numbers that they have in the file.
+    """
     specs: list[TaskSpec] = []
     faults: dict[KeyPath, Fault] = {}
-    given: list[tuple[KeyPath, str | dict[str, Any]]] = [(("tasks", n), ref) for n, ref in enumerate(config.tasks)]
-    given += [(("evaluation", "also", n), ref) for n, ref in enumerate(config.evaluation.also)]
+    lists: tuple[tuple[KeyPath, list[str | dict[str, Any]]], ...]
+    lists = (("tasks",), config.tasks), (("evaluation", "also"), config.evaluation.also)
+    given: list[tuple[KeyPath, str | dict[str, Any]]] = []
+    learned = 0
+    for above, refs in lists:
+        if any(path == above[: len(path)] for path in taken):
+            continue  # the whole list
+        at_fault = {path[len(above)]: len(path) for path in taken if path[: len(above)] == above}
+        gone = {number for number, length in at_fault.items() if length == len(above) + 1}
+        numbers = [n for n in range(len(refs) + len(gone)) if n not in gone]
+        given += [((*above, n), ref) for n, ref in zip(numbers, refs, strict=True) if n not in at_fault]
+        learned = learned or len(given)
     for path, ref in given:
         try:
             spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
@@ -152,11 +189,11 @@ def resolve_tasks(config: RunConfig) -> tuple[list[TaskSpec], dict[KeyPath, Faul
             where = f"{dotted(path)} ({spec.name})"
             file: KeyPath = (*path, "files", n)
             faults[file] = Fault(where, found, "the data of the task", f"put it there, or mend {spec.origin}")
-    return specs[: len(config.tasks)], faults
+    return specs[:learned], faults
 
 
 def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
-    """What can be known to be wrong with the model's source without reading it."""
+    """What can be known to be wrong with the model's source from its small files."""
     source, hint = settings.source, ""
     folder = Path(source)
     if source.startswith("package:"):
@@ -177,8 +214,12 @@ def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
     elif not any(folder.glob("*.safetensors")):
         found, expected = f"no weights in {source!r}", "model.safetensors"
         hint = "pickled weights are not read; convert them with save_pretrained"
+    elif (config := read_object(folder / "config.json")) is None:
+        found, expected = f"no JSON object in {str(folder / 'config.json')!r}", "a model's configuration"
+        hint = "fetch the model again"
     else:
-        return {}
+        wrong = [*folder_faults(folder, config), *tokenizer_faults(folder, config)]
+        return {("model", "source", n): fault for n, fault in enumerate(wrong)}
     return {("model", "source"): Fault("model.source", found, expected, hint)}
 
 
@@ -231,7 +272,7 @@ def _literal_faults(config: RunConfig) -> dict[KeyPath, Fault]:
     if config.router.literal.training != "joint":
         where = ("router", "literal", "training")
         faults[where] = Fault(dotted(where), f"two_stage with workers: {config.workers}", "joint", "or workers: 0")
-    if config.zero_stage == 3 and config.dtype != "fp32":
+    if _zero_stage(config) == 3 and config.dtype != "fp32":
         where = ("deepspeed", "zero_stage")
         found = f"3 with router.kind: literal and dtype: {config.dtype}"
         faults[where] = Fault(dotted(where), found, "0, 1 or 2", "or dtype: fp32")

@@ -16,6 +16,7 @@ FORMER: dict[str, Any] = {
     "router.keys": "task",
     "router.depths": [],
     "router.max_text_tokens": None,
+    "router.background": False,
     "router.gate.lost": 0.03,
     "answer.evidence": "model",
     "answer.beta": "calibrated",

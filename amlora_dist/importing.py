@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,23 @@ from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import build_router
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.adapters.statistics import TaskStatistics
-from amlora_dist.bank_loading import bank_format, bank_targets
-from amlora_dist.base_model import load_model, load_tokenizer
+from amlora_dist.bank_loading import bank_format, bank_targets, remember_base
+from amlora_dist.base_model import check_tokenizer, check_weights, load_model, load_tokenizer, meta_model
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.former_values import completed
+from amlora_dist.privacy import public_name
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry, TaskName, replace
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
+from amlora_dist.tasks.label_checks import check_labels
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.training.batching import prompt_positions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.base_model import BaseModel
     from amlora_dist.registry.bank_folder import Bank
@@ -41,7 +46,7 @@ BATCH = 16
 def empty_manifest(base: BaseModel) -> Manifest:
     """The manifest of a bank that has no adapter yet."""
     entry = BaseEntry(
-        source=base.source,
+        source=public_name(base.source),
         revision=base.revision,
         digest=base.digest,
         architecture=base.model_type,
@@ -81,18 +86,14 @@ def add_adapter(
         UserError: the adapter or the bank cannot be joined; says why.
         BankError: the adapter adapts what the base model does not have.
     """
-    try:
-        TypeAdapter(TaskName).validate_python(made.task)
-    except ValidationError as error:
-        raise UserError(f"--task: found {made.task!r}: {error.errors()[0]['msg']}") from error
+    check_options(made.task, entry.labels)
     adapters = [] if before is None else before.adapters
-    if made.task in draft.tasks:
-        raise UserError(f"--task: the bank has a task {made.task!r} already; choose another name")
     if before is not None:
-        _check_joinable(before, made)
+        check_joinable(before, made)
     settings = RouterSettings(**completed(draft.training_configuration).get("router", {}))
     prompt_format = bank_format(draft)
-    model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base.path)
+    tokenizer = _checked_tokenizer(base, made, entry)
+    model = load_model(base, dtype=torch.float32)
     mixture = inject(
         model,
         bank_targets(model, sorted(made.a)),
@@ -109,7 +110,9 @@ def add_adapter(
         parent=None if before is None else draft.parent_digest(),
         task_spec=entry,
     )
-    draft = replace(draft, adapters=[*draft.adapters, line])
+    remember_base(base)
+    named = dataclasses.replace(draft.base, source=public_name(draft.base.source))
+    draft = replace(draft, adapters=[*draft.adapters, line], base=named)
     prompter = Prompter(
         {line.task: line.task_spec for line in draft.adapters},
         draft.bank_template,
@@ -131,6 +134,42 @@ def add_adapter(
     )
     values = {s.task: s.tensors() for s in statistics}
     return write_bank(dest, draft, [*adapters, made], router.tensors(), values)
+
+
+def check_options(task: str, labels: Sequence[str] | None) -> None:
+    """See that a task can have this name and these labels, whatever the model.
+
+    Raises:
+        UserError: names the option.
+    """
+    try:
+        TypeAdapter(TaskName).validate_python(task)
+    except ValidationError as error:
+        raise UserError(f"--task: found {task!r}: {error.errors()[0]['msg']}") from error
+    if labels is None:
+        return
+    if twice := next((label for n, label in enumerate(labels) if label in labels[:n]), None):
+        raise UserError(f"--label: found {twice!r} twice, expected different texts")
+    if len(labels) < 2 or not all(label.strip() for label in labels):
+        raise UserError(f"--label: found {', '.join(map(repr, labels))}, expected two texts at least, or none for free text")
+
+
+def _checked_tokenizer(base: BaseModel, made: Adapter, entry: TaskEntry) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, once adapter, weights, tokenizer and labels are known to fit; reads no weights."""
+    model = meta_model(base)
+    for target in bank_targets(model, sorted(made.a)):
+        found = (made.a[target.path].shape[1], made.b[target.path].shape[0])
+        if found != (target.in_features, target.out_features):
+            raise UserError(
+                f"the adapter's {target.path} is of a layer with {found[0]} inputs and {found[1]} outputs, the base model"
+                f" {base.source!r} has {target.in_features} and {target.out_features}; give its own base model (--base)"
+            )
+    check_weights(base, model)
+    tokenizer = load_tokenizer(base.path)
+    check_tokenizer(base, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
+    labels = entry.labels or []
+    check_labels(labels, tokenizer, encoder_decoder=base.encoder_decoder, where="--label", task=made.task)
+    return tokenizer
 
 
 def sample_features(
@@ -161,7 +200,14 @@ def sample_features(
     return torch.cat(features)
 
 
-def _check_joinable(before: Bank, made: Adapter) -> None:
+def check_joinable(before: Bank, made: Adapter) -> None:
+    """See that a bank can take one more adapter, and this one.
+
+    Raises:
+        UserError: says what is in the way.
+    """
+    if made.task in before.manifest.tasks:
+        raise UserError(f"--task: the bank has a task {made.task!r} already; choose another name")
     kind = before.manifest.router.kind
     if kind != "posterior":
         raise UserError(f"a bank with router kind {kind!r} takes no adapter from elsewhere, one with posterior does")

@@ -109,7 +109,7 @@ class AMLoRAModel:
         """What answers where ``answering`` is None, and reads raw prompts."""
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
-        if isinstance(router, KeyedRouter):
+        if isinstance(router, KeyedRouter) and not mixture.routing.select:
             answer = answer_settings(manifest)
             beta = None if answer.beta == "calibrated" else float(answer.beta)
             self.answering = Answering(
@@ -296,6 +296,7 @@ class AMLoRAModel:
         if labels is not None:
             if not labels:
                 raise UserError("labels: found none, expected at least one (or leave them out: those of the task)")
+            self.prompter.labels(labels)  # says which is no text
             for request in requests:
                 request.labels = tuple(dict.fromkeys(labels))
         return self.classified(requests, batch_size)

@@ -49,12 +49,15 @@ def tokenizer_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return []
+    if _value(file) is None:
+        return [_fault(f"{file.stat().st_size} bytes in {file} that are no JSON", "a tokenizer that can be read", AGAIN)]
     from tokenizers import Tokenizer
 
     try:
         tokens = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     except Exception as error:  # noqa: BLE001 (tokenizers raises nothing narrower)
-        return [_fault(f"{file}: {short(error)}", "a tokenizer that can be read", AGAIN)]
+        found = f"a tokenizer in {file} that cannot be loaded ({short(error)})"
+        return [_fault(found, "one that transformers reads", AGAIN)]
     size = config.get("vocab_size", _section(config, "text_config").get("vocab_size"))
     return size_faults(file, tokens, size) if isinstance(size, int) else []
 
@@ -181,10 +184,14 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+def read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none."""
     value = _value(file)
-    return value if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_object(file) or {}
 
 
 def _value(file: Path) -> Any:

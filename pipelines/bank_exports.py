@@ -118,13 +118,17 @@ def import_adapter(
     Raises:
         UserError: not a LoRA that a bank can hold, layers that differ from the bank's, no statistics in the bank.
     """
-    from amlora_dist.registry.exports import new_folder
+    from amlora_dist.importing import check_options
+    from amlora_dist.registry.exports import vacant
     from amlora_dist.registry.peft_adapters import read_peft
 
+    check_options(task, labels)
+    vacant(dest)
     texts = _texts(sample, column)
-    new_folder(dest)
     with standard_output_kept():
         made, config = read_peft(adapter, task)
+        if not (base or onto or config.get("base_model_name_or_path")):
+            raise UserError(f"{adapter}: its configuration names no base model; say which one with --base")
         source = base or str(config.get("base_model_name_or_path") or "")
         bank = _import(made, texts, dest, onto=onto, labels=labels, question=question, source=source,
                        revision=None if base else config.get("revision"), base=base, tracking_uri=tracking_uri)  # fmt: skip
@@ -147,12 +151,14 @@ def _import(
     from amlora_dist.bank_loading import resolve_bank_base
     from amlora_dist.base_model import ModelSettings, resolve_base
     from amlora_dist.config import home
-    from amlora_dist.importing import add_adapter, empty_manifest
+    from amlora_dist.importing import add_adapter, check_joinable, empty_manifest
     from amlora_dist.registry.bank_folder import read_bank
     from amlora_dist.tasks.prompts import BANK_TEMPLATE
     from amlora_dist.tasks.task_entry import TaskEntry
 
     before = None if onto is None else read_bank(_local(onto, tracking_uri, statistics=True))
+    if before is not None:
+        check_joinable(before, made)
     if before is None:
         found = resolve_base(ModelSettings(source=source, revision=revision), home())
         draft = empty_manifest(found)

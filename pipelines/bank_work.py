@@ -15,7 +15,7 @@ from rich.table import Table
 from amlora_dist.config import home
 from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
-from amlora_dist.registry.bank_folder import check_publishable, read_bank
+from amlora_dist.registry.bank_folder import check_list, check_publishable, read_bank
 from amlora_dist.registry.housekeeping import aliases, candidates, point_alias, remove
 from amlora_dist.registry.manifest import Manifest, read_manifest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
@@ -142,6 +142,7 @@ def verify_bank(bank: str, tracking_uri: str | None) -> str:
 
 def _verified(folder: Path, name: str) -> str:
     bank = read_bank(folder)
+    check_list(folder, bank.manifest, whole=True)
     check_publishable(bank.manifest, bank.adapters)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     parts = f"{len(bank.adapters)} adapters, router, {len(bank.statistics)} of {len(bank.adapters)} statistics"

@@ -158,8 +158,6 @@ def plan_comparison(
             if len(run_id := max(longest, key=len)) > 100:
                 raise UserError(f"--run-id: the run id {run_id!r} has {len(run_id)} letters, at most 100 fit; shorten it")
             plan.config(contender, order, plan.seeds[0], None)
-        if base.workers and base.zero_stage == 3 and method_class(contender.method).reads_parameters:
-            raise UserError(f"deepspeed.zero_stage: method {contender.method!r} cannot run under ZeRO-3; use 0, 1 or 2")
     return plan
 
 

@@ -63,19 +63,11 @@ def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, li
 
 def _check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:
     """Labels that differ for the model, and prompts that leave room for a text."""
-    from amlora_dist.tasks.batches import label_tokens, prompt_tokens
+    from amlora_dist.tasks.batches import prompt_tokens
+    from amlora_dist.tasks.label_checks import check_labels
 
-    known: dict[tuple[int, ...], str] = {}
-    for text, tokens in zip(spec.label_texts, label_tokens(spec, tokenizer, encoder_decoder), strict=True):
-        found = f"{spec.origin}: labels: found {text!r} of task {spec.name!r}"
-        if not tokens:
-            raise UserError(f"{found}, which has no tokens, expected a text that the model's tokenizer can write")
-        if tokens in known:
-            raise UserError(
-                f"{found}, which has the same tokens as {known[tokens]!r}, expected labels that the model's tokenizer can"
-                " tell apart; give one of them another text"
-            )
-        known[tokens] = text
+    where = f"{spec.origin}: labels"
+    check_labels(spec.label_texts, tokenizer, encoder_decoder=encoder_decoder, where=where, task=spec.name)
     bare = [replace(row, text="") for row in rows]
     template = template_for(spec, spec.prompt_style)
     try:

@@ -25,8 +25,8 @@ FLOORS = [
     {"evaluation"},
     {"adapters", "tasks", "search"},
     {
-        "base_model", "crash_points", "digests", "errors", "fingerprints", "former_values", "model_folder", "schema",
-        "strict_yaml",
+        "base_model", "crash_points", "digests", "errors", "files", "fingerprints", "former_values", "model_folder",
+        "privacy", "schema", "strict_yaml",
     },
 ]
 GROUND = FLOORS[-1]

@@ -119,6 +119,7 @@ def write_config(
         "workers": 0,
         "dtype": "fp32",
         "adapters": {"rank": 4, "alpha": 8, "targets": TARGETS[kind]},
+        "router": {"background": False},
         "training": {
             "epochs": 4, "batch_size": 6, "learning_rate": 3e-2, "warmup_steps": 2, "checkpoint_every": 2, "probe_rows": 8,
         },

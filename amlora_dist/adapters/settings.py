@@ -95,6 +95,9 @@ class RouterSettings:
     """Share of the training rows that neither the adapter nor the statistics see, at least 24 where a task has 96: they
     calibrate temperature, evidence and thresholds. Their features are stored with the bank, their texts are not; 0 turns it
     off. (In prompt format 1 the adapter learns from them all the same.)"""
+    background: bool = True
+    """Keep, with the statistics, what the router reads of generic texts that ship with the package: abstention needs it, and
+    can then be turned on for a finished bank. Costs a pass of half the depth over some hundred texts, once a base model."""
     recipes: bool = True
     """Learn weights of the earlier adapters for a new task (forward transfer)."""
     gate: GateSettings = Field(default_factory=GateSettings)

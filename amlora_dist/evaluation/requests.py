@@ -225,6 +225,13 @@ class Prompter:
         """
         groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
         self._check(requests)
+        if self.format.text_alone:
+            plain = [request for request in requests if not request.raw]
+            self.read(plain)
+            for request in plain:
+                self.ask(request, new_tokens=new_tokens + self.lead.tokens, max_length=max_length)
+                request.tokens = self.lead.before(request.tokens)
+            requests = [request for request in requests if request.raw]
         for request in requests:
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens

@@ -23,6 +23,8 @@ METHODS = {
     "base": "amlora_dist.methods.untrained:Untrained",
 }
 """Name -> ``module:class``, so that naming the methods imports nothing heavy."""
+READ_PARAMETERS = frozenset({"o_lora", "ewc", "l2p"})
+"""Methods with ``reads_parameters``, which ZeRO-3 is refused for, for the same reason."""
 
 
 def method_class(name: str) -> type[Method]:

@@ -219,7 +219,10 @@ class Method:
         from amlora_dist.adapters.router import build_router
 
         text_alone = self.settings.prompt_format.text_alone
-        return build_router(self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone)
+        background = next((one.background for one in reversed(statistics) if one.background), None)
+        return build_router(
+            self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone, background=background
+        )
 
 
 class Baseline(Method):

@@ -169,10 +169,15 @@ def gap_between(mixture: Tensor, fixed: Tensor) -> dict[str, float]:
     }
 
 
-def new_folder(folder: Path) -> None:
+def vacant(folder: Path) -> None:
     """Refuse to write into what is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; give a new folder, or remove it first")
+
+
+def new_folder(folder: Path) -> None:
+    """Make a folder where nothing is, or an empty one."""
+    vacant(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError
+from amlora_dist.files import rename_synced, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
         ) from error
     reach("checkpoint_written")
     shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    rename_synced(aside, target)
     write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
+    sync_folder(target)  # the marker's name, before an older checkpoint goes
     reach("checkpoint_committed")
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

@@ -174,7 +174,8 @@ class _Stage:
         trunk = self._trunk(mixture)
         every, makes = own, self._statistics(engine)
         earlier = [parent.statistics for parent in parents]
-        statistics = [*earlier, makes.of(mixture, every, earlier, trunk, self._label_count())]
+        found = makes.of(mixture, every, earlier, trunk, self._label_count())
+        statistics = [*earlier, self._with_background(makes, mixture, found)]
         newest = statistics[-1]
         held = newest.holdout_count if newest.held is None else len(newest.held.labels)
         self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
@@ -297,6 +298,16 @@ class _Stage:
             self.work.task, settings.seed, settings.router, self.tokenizer, self.base.encoder_decoder, self.ranks,
             self.device, engine.whole_forward, settings.prompt_format.text_alone,
         )  # fmt: skip
+
+    def _with_background(self, makes: StageStatistics, mixture: Mixture, own: TaskStatistics) -> TaskStatistics:
+        """The statistics with those of generic texts, by which texts of no task are told."""
+        settings = self.settings
+        wanted = settings.router.background and self.method.routed and own.held is not None
+        if not wanted or settings.router.kind not in ("posterior", "permuted"):
+            return own
+        layer, depths = mixture.router_layer, list(mixture.routing.depths)
+        decided_by = {"base": self.base.digest, "dtype": settings.dtype, "layer": layer, "depths": depths}
+        return replace(own, background=makes.background(mixture, Path(self.work.cache), decided_by))
 
     def _engine(self, mixture: Mixture) -> Engine:
         trainable = mixture.trainable()

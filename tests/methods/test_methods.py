@@ -15,11 +15,10 @@ from torch import nn
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.methods import METHODS, method_for
+from amlora_dist.methods import METHODS, READ_PARAMETERS, method_class, method_for
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
-from pipelines.materials import gather_materials
 from tests.methods.stages import stages
 from tests.tiny_folder import write_config
 
@@ -199,7 +198,7 @@ def test_replayed_rows_are_named_in_the_fingerprint(tmp_path: Path) -> None:
     seen = before[1].work.rows
     assert seen == {"shapes": None, "colours": 16}
     steps = [len(stage.result.training["losses"]) for stage in before]
-    assert steps == [4, 7], "24 rows, then 24 and 16 old ones, in batches of 6"
+    assert steps == [3, 6], "24 rows, 6 of them held out, then as many and 16 old ones, in batches of 6"
     fewer = stages(load_config(file, [*config, "method_settings.replay_rows=3"]), tmp_path / "fewer", score=False)
     assert fewer[0].work.fingerprint == before[0].work.fingerprint
     assert fewer[1].work.fingerprint != before[1].work.fingerprint
@@ -210,7 +209,7 @@ def test_joint_training_sees_the_rows_of_all_tasks_in_one_stage(tmp_path: Path) 
     file = write_config(tmp_path, tasks=("colours", "shapes"))
     (only,) = stages(load_config(file, ["method=joint", "training.epochs=2"]), tmp_path / "joint")
     assert only.work.rows == {"colours": None, "shapes": None}
-    assert len(only.result.training["losses"]) == 2 * 48 / 6
+    assert len(only.result.training["losses"]) == 2 * 36 / 6, "48 rows, 12 of them held out"
     assert only.result.statistics.count + only.result.statistics.holdout_count == 48
 
 
@@ -241,9 +240,14 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
 @pytest.mark.parametrize("name", ["o_lora", "ewc", "l2p"])
 def test_what_zero_3_cannot_do_for_a_method_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours",), method=name)
-    with pytest.raises(UserError, match=f"zero_stage: 3 partitions the parameters that method '{name}'"):
-        gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=3"]), tmp_path)
-    gather_materials(load_config(file, ["workers=2", "deepspeed.zero_stage=2"]), tmp_path)
+    with pytest.raises(UserError, match=f"zero_stage: found 3 with method: {name}, which reads the parameters"):
+        load_config(file, ["workers=2", "deepspeed.zero_stage=3"])
+    load_config(file, ["workers=2", "deepspeed.zero_stage=2"])
+    load_config(file, ["workers=0", "deepspeed.zero_stage=3"])
+
+
+def test_what_zero_3_cannot_do_is_listed_without_importing_the_methods() -> None:
+    assert {name for name in METHODS if method_class(name).reads_parameters} == READ_PARAMETERS
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     ),
     "quantised-folder: a broken tokenizer.json": (
         with_model(odd_tokenizer),
-        told("a tokenizer in {folder}/model-own that cannot be loaded", "save the tokenizer again"),
+        told("a tokenizer in {folder}/model-own/tokenizer.json that cannot be loaded", AGAIN),
     ),
     "a tokenizer's settings in a list": (
         with_model(lambda own: (own / "tokenizer_config.json").write_text("[]", encoding="utf-8")),
@@ -178,7 +178,7 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     ),
     "a configuration that is not UTF-8": (
         with_model(lambda own: (own / "config.json").write_bytes(b'{"model_type": "\xff"}')),
-        told("found no JSON", AGAIN, CONFIG),
+        told("found no JSON object in '{folder}/model-own/config.json'", AGAIN, CONFIG),
     ),
     "an adapter inside of a model": (
         with_model(lambda own: (own / "adapter_config.json").write_text("{}", encoding="utf-8")),
