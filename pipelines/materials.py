@@ -84,8 +84,9 @@ class Materials:
         c = self.config
         fewest = c.workers if c.min_workers is None else c.min_workers
         return Demand(
-            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share
-        )
+            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share,
+            keeps_best=c.training.keep == "best",
+        )  # fmt: skip
 
     def prompt(self, task: str) -> dict[str, Any]:
         """What turns this task's rows into token ids, for fingerprints."""

@@ -37,6 +37,8 @@ class Demand:
     zero_stage: int
     gpu_share: float = 1.0
     """Of a GPU, for each worker."""
+    keeps_best: bool = False
+    """Whether a checkpoint holds the best adapter beside the current one."""
 
     @property
     def memory(self) -> int:
@@ -51,7 +53,7 @@ class Demand:
         """Bytes: the checkpoints that one stage keeps and the one it writes, and every adapter in store and working copy."""
         from amlora_dist.training.checkpoint import KEEP
 
-        return 12 * self.trainable * (KEEP + 1) + 2 * 4 * self.trainable * self.stages
+        return (16 if self.keeps_best else 12) * self.trainable * (KEEP + 1) + 2 * 4 * self.trainable * self.stages
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,8 @@ class StageRecord:
             "tokens": self.tokens,
             "tokens_per_second": rate,
             "recipe_from": self.training.get("recipe_from"),
+            "race": self.training.get("race"),
+            "kept_step": self.training.get("kept_step"),
         }
 
 

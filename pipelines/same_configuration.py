@@ -28,8 +28,10 @@ FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "searc
 """The same of a search."""
 
 
-OF_THE_BANK = ("adapters.targets", "adapters.layers", "router.layer")
-"""Keys in which a run has to agree with the bank that it goes on from."""
+OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
+"""What a bank has one of for life: how its texts are read, and what its keys are of."""
+AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers")
+"""Keys that a run on a published bank takes from it, where its file does not name them."""
 RESOLVED = ("model.attention",)
 """Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
 
@@ -59,7 +61,8 @@ def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", sea
 
 
 def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunConfig:
-    """A first start on a published bank: adapters lie where the bank's do, unless the file says otherwise."""
+    """A first start on a published bank: texts are read as the bank reads them and adapters lie where its do, unless the
+    file says otherwise."""
     from amlora_dist.registry import tags
 
     run_id = store.resolve(str(config.parent)).run_id
@@ -67,7 +70,7 @@ def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunCo
     stored = store.load_json(found[-1].run, "config.json") if found else None
     if stored is None:  # a bank that was brought from elsewhere
         return config
-    others = flat(to_mapping(config)).keys() - set(OF_THE_BANK)
+    others = flat(to_mapping(config)).keys() - set(AS_THE_BANK)
     return taken_up(config, stored, {*named, *others})
 
 
@@ -212,9 +215,6 @@ def _short(value: Any) -> str:
     text = str(value.get("template", value)) if isinstance(value, dict) else str(value)
     return text[:12] if len(text) == 64 else text[:60]
 
-
-OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
-"""What a bank has one of for life: how its texts are read, and what its keys are of."""
 
 
 def check_rule_of_bank(config: RunConfig, stored: Mapping[str, Any], uri: str) -> None:

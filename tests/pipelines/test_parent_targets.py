@@ -30,7 +30,8 @@ class Banks:
 
 def test_layers_are_the_banks_unless_the_file_names_others(tmp_path: Path) -> None:
     file = write_config(tmp_path, adapters={"rank": 4})
-    stored = to_mapping(load_config(file, ["adapters.targets=auto", "adapters.layers=last:1", "adapters.rank=2", "seed=9"]))
+    old = ["adapters.targets=auto", "adapters.layers=last:1", "adapters.rank=2", "seed=9"]
+    stored = to_mapping(load_config(file, old)) | {"prompt_format": 1}
 
     def begun(*overrides: str, of: dict[str, Any] | None = stored) -> Any:
         given = ["parent=models:/old@current", *overrides]
@@ -39,6 +40,7 @@ def test_layers_are_the_banks_unless_the_file_names_others(tmp_path: Path) -> No
 
     plain = begun()
     assert (plain.adapters.targets, plain.adapters.layers) == ("auto", "last:1")
+    assert plain.prompt_format == 1, "its texts are read as the bank reads them"
     assert (plain.adapters.rank, plain.seed) == (4, 0), "all else is the run's own"
     assert begun("adapters.targets=[q_proj]").adapters.targets == ["q_proj"], "which training refuses, with both"
     assert begun(of=None).adapters.targets == "mlp", "a bank from elsewhere: nothing is known of its run"
