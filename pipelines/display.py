@@ -59,6 +59,8 @@ def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iter
     facts = (f"method {result['method']}", f"seed {result['seed']}", f"{len(result['tasks'])} tasks")
     yield Text.assemble("\nrun ", (str(result["run_id"]), "bold"), f": {', '.join(facts)}\n")
     yield from matrix_tables(result, width)
+    if result.get("last"):
+        yield _last_table(result, width)
     yield _metrics_table(result["metrics"])
     yield _stages_table(result["stages"])
     versions = [stage["version"] for stage in result["stages"] if stage.get("version") is not None]
@@ -89,6 +91,36 @@ def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:
             style = "dim" if label in ("untrained", "oracle") else ""
             table.add_row(label, *(_cell(values, column) for column in range(start, stop)), style=style)
         yield table
+
+
+LAST = {
+    "routing_accuracy": "routed right",
+    "model_accuracy": "model alone",
+    "keys_accuracy": "keys alone",
+    "greedy_accuracy": "written freely",
+    "told_model_accuracy": "told, model alone",
+    "own_prompt": "own prompt (told)",
+}
+"""Rows about the last bank, and what they are called."""
+
+
+def _last_table(result: dict[str, Any], width: int) -> Table:
+    """What the last bank does with plain texts, beside the accuracy of its served answers."""
+    tasks = list(result["tasks"])
+    headings = _short_names(tasks)
+    fitting = max(1, (width - max(map(len, LAST.values())) - 4) // (max(_CELL_WIDTH, *map(len, headings)) + 1))
+    table = _table(f"\nthe last bank, plain text{'' if len(tasks) <= fitting else ', mean of all tasks'}")
+    table.add_column("", no_wrap=True)
+    for name in headings if len(tasks) <= fitting else ["mean"]:
+        table.add_column(name, justify="right", overflow="fold", min_width=5)
+    for key, words in LAST.items():
+        values = result["last"].get(key)
+        if values is None:
+            continue
+        known = [value for value in values if value is not None]
+        shown = values if len(tasks) <= fitting else [sum(known) / len(known)]
+        table.add_row(words, *(_cell(shown, column) for column in range(len(shown))))
+    return table
 
 
 def _matrix_rows(result: dict[str, Any]) -> list[tuple[str, Sequence[float | None]]]:

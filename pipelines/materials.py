@@ -313,4 +313,4 @@ def _dtype(asked: str) -> str:
 
 
 def _routes(mode: str) -> bool:
-    return mode == "router" or mode.startswith(WITHOUT)
+    return mode in ("router", "own") or mode.startswith(WITHOUT)

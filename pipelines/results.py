@@ -62,8 +62,26 @@ def _also(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[dict[s
     return [{key: one[key] for key in keys} for one in scores if one["mode"] == "router" and one["task"] not in tasks]
 
 
+LAST = {
+    "routing_accuracy": ("router", "routing_accuracy"),
+    "model_accuracy": ("router", "model_accuracy"),
+    "keys_accuracy": ("router", "keys_accuracy"),
+    "greedy_accuracy": ("router", "greedy_accuracy"),
+    "told_model_accuracy": ("oracle", "model_accuracy"),
+    "own_prompt": ("own", "accuracy"),
+}
+"""Rows about the last bank, by name: the mode and the score that they are of."""
+
+
+def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, Row]:
+    """What is known of the last bank's answers to plain texts beside their accuracy, one score a task; what was not scored
+    is left out."""
+    found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
+    return {name: row for name, row in found.items() if any(value is not None for value in row)}
+
+
 def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> Row:
-    found = {one["task"]: one[score] for one in scores if one["mode"] == mode}
+    found = {one["task"]: one.get(score) for one in scores if one["mode"] == mode}
     return [found.get(task) for task in tasks]
 
 
@@ -96,6 +114,7 @@ def result(
         "ranked_accuracy_matrix": found.ranked_accuracy[1:],
         "untrained": untrained if any(value is not None for value in untrained) else None,
         "oracle": found.oracle,
+        "last": last_rows(tasks, stages[-1].scores if stages else []),
         "knockout": _knockout(tasks, stages[-1].scores if stages else []),
         "also": _also(tasks, stages[-1].scores if stages else []),
         "metrics": {name: complete.get(name) for name in METRICS},

@@ -418,6 +418,8 @@ class _Driver:
         routed = {cell.task: cell.fingerprint for cell in cells}
         if last and not self.method.told_task:
             cells += [self._cell("router", task, fingerprints) for task in self.materials.also]
+        if last and self.materials.plain_texts and not (self.method.told_task or self.method.answers_plain_text):
+            cells += [self._cell("own", task, fingerprints) for task in self.tasks]
         if evaluation.untrained and (index == 1 or last):
             cells += [self._cell("untrained", task, fingerprints) for task in self.tasks]
         if evaluation.oracle and last and self.method.inherits:

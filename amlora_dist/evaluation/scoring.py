@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -213,13 +213,26 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float | int | None
         for key in ("greedy_correct", "model_correct", "keys_correct"):
             values = [float(value) for p in predictions if (value := getattr(p, key)) is not None]
             found[key.replace("correct", "accuracy")] = math.fsum(values) / len(values) if values else None
-        found["keys_elsewhere"] = sum(bool(p.keys_elsewhere) for p in predictions)
+        if any(p.keys_elsewhere is not None for p in predictions):
+            found["keys_elsewhere"] = sum(bool(p.keys_elsewhere) for p in predictions)
     return found
+
+
+def by_label(one: Prediction, labels: Sequence[str], metric: str) -> Prediction:
+    """A prediction that counts by the words of the likeliest of ``labels``; what was written stands beside it.
+
+    Of free text, without labels, what was written is the answer.
+    """
+    served = one.output if one.ranked is None else labels[one.ranked]
+    correct = one.correct if one.ranked is None else METRICS[metric](served, one.answer)
+    return replace(
+        one, served=served, correct=correct, model_correct=correct, greedy_correct=one.correct, labels=list(labels) or None
+    )
 
 
 def routing_accuracy(predictions: Sequence[Prediction], task: str, tasks: Sequence[str]) -> float | None:
     """Share of plain texts that were routed to their own task; None where the bank does not have it, or nothing was."""
-    if task not in tasks or not predictions or all(p.served is None for p in predictions):
+    if task not in tasks or not predictions or all(p.route is None for p in predictions):
         return None
     return sum(p.route == task for p in predictions) / len(predictions)
 

@@ -69,6 +69,12 @@ class Method:
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings
 
+    @property
+    def answers_plain_text(self) -> bool:
+        """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
+        plain = self.settings.prompt_format.text_alone and self.settings.router.kind == "posterior"
+        return plain and self.routed and not self.uses_selectors
+
     # -- what decides the result --------------------------------------------------------------------------------
 
     def reads(self, stage: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ from amlora_dist.evaluation.requests import Prompter, mean_rows
 from amlora_dist.evaluation.scoring import (
     ZERO_ROW,
     Prediction,
+    by_label,
     merge,
     routing_accuracy,
     score_task,
@@ -28,8 +29,9 @@ from amlora_dist.evaluation.scoring import (
 )
 from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescored
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
-from amlora_dist.tasks.batches import Example, label_tokens
-from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.batches import Example, answer_tokens, label_tokens
+from amlora_dist.tasks.prompt_format import TextPrompts, text_ids
+from amlora_dist.tasks.prompts import BANK_TEMPLATE, PromptTemplate
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.work import WITHOUT, Cell, StageWork
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 
     from amlora_dist.adapters.bank import Adapter
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.adapters.prompts import Lead
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
+    from amlora_dist.tasks.task import TaskSpec
     from amlora_dist.training.mirror import Copies
     from amlora_dist.training.trunk_cache import TrunkCache
     from amlora_dist.training.zero import Ranks
@@ -78,6 +82,8 @@ class Scoring:
     ranks: Ranks
     device: torch.device
     report: Report
+    lead: Lead | None = None
+    """Where learned prompts stand, if the adapters are pools of them."""
 
     def run(self) -> None:
         """Score them all; which are open is rank 0's word."""
@@ -106,6 +112,9 @@ class Scoring:
         if self._served(cell):
             self._score_served(cell)
             return
+        if self._plain(cell):
+            self._score_plain(cell)
+            return
         examples = self.examples(cell.task, cell.split, plain=cell.mode == "untrained")
         row = self._row(cell)
         self._set_up(cell, row)
@@ -116,7 +125,11 @@ class Scoring:
         features: dict[int, Tensor] = {}
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
         share = self._answers(cell, rest, row, features if cell.mode == "router" and not kept else None)
-        self._write(cell, merge([kept, *self.ranks.gather(share)]), len(kept), features, began)
+        found = merge([kept, *self.ranks.gather(share)])
+        if self.work.plain_texts and cell.mode != "untrained":
+            spec = self.work.spec(cell.task)
+            found = [by_label(one, spec.label_texts, str(spec.metric)) for one in found]
+        self._write(cell, found, len(kept), features, began)
 
     def _write(
         self, cell: Cell, predictions: list[Prediction], kept: int, features: dict[int, Tensor], began: float
@@ -150,6 +163,44 @@ class Scoring:
             and not self.method.uses_selectors
             and cell.mode != "untrained"
         )
+
+    def _plain(self, cell: Cell) -> bool:
+        """Whether a cell of a method without keys is scored by plain texts: behind the bank's prompt, nothing told."""
+        return (
+            self.work.plain_texts
+            and self.mixture is not None
+            and not self.method.told_task
+            and (cell.mode == "router" or cell.mode.startswith(WITHOUT))
+        )
+
+    def _score_plain(self, cell: Cell) -> None:
+        """Rank the labels of all tasks learned so far, equal words once, and note what is written freely."""
+        spec, began = self.work.spec(cell.task), time.monotonic()
+        self._set_up(cell, None)
+        labels = () if spec.free_text else self._labels_so_far(spec.label_texts)
+        rows = self.plain_rows(cell.task, cell.split)
+        form = self.work.settings.prompt_format
+        prompts = TextPrompts(PromptTemplate(BANK_TEMPLATE), self.tokenizer, self.encoder_decoder, "the bank")
+        texts = text_ids([row.text for row in rows], self.tokenizer, form.text_tokens)
+        examples = []
+        for row, ids in zip(rows, texts, strict=True):
+            prompt = prompts.prompt(ids, int(spec.max_length or form.text_tokens), text=row.text)
+            label = labels.index(row.target) if row.target in labels else None
+            examples.append(Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span))
+        if self.lead is not None:
+            examples = [replace(one, prompt=self.lead.before(one.prompt), span=None) for one in examples]
+        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rows)})
+        share = self._answers(cell, examples, None, None, labels)
+        found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
+        self._write(cell, found, 0, {}, began)
+
+    def _labels_so_far(self, own: Sequence[str]) -> tuple[str, ...]:
+        """Labels of all tasks that the bank has learned; of none the task's own."""
+        assert self.mixture is not None
+        names = [*self.mixture.task_names, *(self.work.rows or {})]
+        entries = [entry for name in dict.fromkeys(names) if (entry := self.work.entry(name)) is not None]
+        learned = [label for entry in entries for label in entry.labels or []]
+        return tuple(dict.fromkeys(learned)) or tuple(own)
 
     def _score_served(self, cell: Cell) -> None:
         mixture, spec, began = self.mixture, self.work.spec(cell.task), time.monotonic()
@@ -250,7 +301,7 @@ class Scoring:
     def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
         """Predictions of earlier scores that hold for this cell too."""
         mixture = self.mixture
-        if mixture is None or mixture.router is None or not cell.before:
+        if mixture is None or mixture.router is None or not cell.before or self.work.plain_texts:
             return []
         rows = [example.row for example in examples]
         path = None if cell.features is None else Path(cell.features)
@@ -260,9 +311,17 @@ class Scoring:
         return [] if gates is None else unchanged(before, rows, gates, noted=row is None, changed=changed)
 
     def _answers(
-        self, cell: Cell, examples: Sequence[Example], row: int | None, features: dict[int, Tensor] | None
+        self,
+        cell: Cell,
+        examples: Sequence[Example],
+        row: int | None,
+        features: dict[int, Tensor] | None,
+        labels: Sequence[str] | None = None,
     ) -> list[Prediction]:
-        """This rank's share of the predictions; what the router read of its rows goes into ``features``."""
+        """This rank's share of the predictions; what the router read of its rows goes into ``features``.
+
+        ``labels``: to rank, in place of the task's own.
+        """
         spec, trunk = self.work.spec(cell.task), self.trunk
         with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
             return score_task(
@@ -272,7 +331,7 @@ class Scoring:
                 pad_id=self.tokenizer.pad_token_id,
                 eos_id=self.tokenizer.eos_token_id,
                 batch_size=self.work.evaluation_batch_size,
-                labels=None if spec.free_text else label_tokens(spec, self.tokenizer, self.encoder_decoder),
+                labels=self._label_tokens(spec, labels),
                 metric=str(spec.metric),
                 max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
                 task_gate_row=row,
@@ -286,6 +345,13 @@ class Scoring:
                 trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in examples) else None,
                 on_features=None if features is None else features.__setitem__,
             )
+
+    def _label_tokens(self, spec: TaskSpec, labels: Sequence[str] | None) -> list[tuple[int, ...]] | None:
+        if spec.free_text:
+            return None
+        if labels is None:
+            return label_tokens(spec, self.tokenizer, self.encoder_decoder)
+        return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in labels]
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

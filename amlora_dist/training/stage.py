@@ -151,6 +151,7 @@ class _Stage:
             ranks=self.ranks,
             device=self.device,
             report=self.report,
+            lead=self.lead,
         )
 
     def _ready(self, model: Any) -> Any:

@@ -21,7 +21,8 @@ from amlora_dist.training.result import is_whole
 from amlora_dist.training.settings import StageSettings
 
 Mode = str
-"""``untrained``, ``router``, ``oracle`` (told the task), or ``without.N``: as ``router``, the Nth adapter silent."""
+"""``untrained``, ``router``, ``oracle`` (told the task), ``own`` (as ``router``, but each row behind its own task's prompt,
+which tells the task), or ``without.N``: as ``router``, the Nth adapter silent."""
 WITHOUT = "without."
 
 
