@@ -1,4 +1,4 @@
-# make demo    a fresh machine to a finished sequence of four tasks
+# make demo    a fresh machine to a finished sequence of four tasks, whose bank then answers five plain tickets
 # make test    linters, types and all tests but the crash tests
 #
 # VENV=DIR             where the virtual environment goes (default .venv)
@@ -15,6 +15,13 @@ STAMP = $(VENV)/.installed
 
 # Every run starts processes that import the same packages: compiling them each time would cost more than the work.
 export PYTHONDONTWRITEBYTECODE :=
+
+# What the demo's bank is asked in the end: plain texts, nothing told.
+TICKETS = "My invoice shows the same order twice." \
+	"I can't sign in since you changed the password rules." \
+	"thanks a lot, that was quick!" \
+	"Caller says the whole office has been offline since nine." \
+	"The phone is fine, but it has to be charged twice a day."
 
 .PHONY: help setup demo test test-unit test-crash crash-matrix lint format clean
 
@@ -36,6 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/amlora run configs/demo.yaml --run-id demo
+	$(BIN)/amlora ask models:/demo@current $(TICKETS)
 
 lint: setup
 	$(BIN)/ruff check .

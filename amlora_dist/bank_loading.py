@@ -20,6 +20,7 @@ from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
 from amlora_dist.config import home
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.evaluation.settings import AnswerSettings
+from amlora_dist.files import write_bytes
 from amlora_dist.former_values import completed
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from amlora_dist.registry.bank_folder import Bank
     from amlora_dist.registry.manifest import BaseEntry, Manifest
+    from amlora_dist.registry.signing import Trust
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -64,7 +66,7 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mix
         router=None if router is None else SwitchRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
-        depths=router_settings.depths or (),
+        depths=(router_settings.depths or ()) if lead is None and literal is None else (),
         skip_tokens=router_settings.skip_tokens,
         lead=lead,
     )
@@ -122,6 +124,8 @@ def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
         UserError: it is not where the bank says (and ``base`` was not given), or its files are not those that the
             bank was trained on.
     """
+    if base is None and (known := _remembered(entry.digest)) is not None:
+        return known
     source = entry.source if base is None else str(base)
     revision = entry.revision if base is None else None
     try:
@@ -142,14 +146,34 @@ def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
     return found
 
 
-def pulled(uri: str, tracking_uri: str | None) -> tuple[str, Path]:
+def remember_base(base: BaseModel) -> None:
+    """Note in ``AMLORA_HOME`` where a base model lies: banks name it without its folder, which is nobody else's business."""
+    if Path(base.source).expanduser().is_dir():
+        file = home() / "bases" / f"{base.digest}.txt"
+        if not file.is_file() or file.read_text(encoding="utf-8") != str(base.path):
+            write_bytes(file, str(base.path).encode())
+
+
+def _remembered(digest: str) -> BaseModel | None:
+    """The base model of this digest, if it still lies where it was when it was last used here."""
+    file = home() / "bases" / f"{digest}.txt"
+    if not file.is_file():
+        return None
+    try:
+        found = resolve_base(ModelSettings(source=file.read_text(encoding="utf-8")), home())
+    except (UserError, OSError, UnicodeDecodeError):
+        return None
+    return found if found.digest == digest else None
+
+
+def pulled(uri: str, tracking_uri: str | None, trust: Trust | None = None) -> tuple[str, Path]:
     """The version that a URI means, and its folder below ``AMLORA_HOME/banks``."""
     from amlora_dist.registry.pulling import pull_home
     from amlora_dist.registry.store import Store
 
     store = Store.open(home(), tracking_uri)
     version = store.resolve(uri)
-    return version.uri, pull_home(store, version, home() / "banks")
+    return version.uri, pull_home(store, version, home() / "banks", trust=trust)
 
 
 def chosen_device(asked: torch.device | str | None) -> torch.device:

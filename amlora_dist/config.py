@@ -31,7 +31,7 @@ from amlora_dist.search import SearchSettings, nested
 from amlora_dist.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
 from amlora_dist.training import deepspeed_section
-from amlora_dist.training.settings import DeepSpeedSection, TrainingSettings
+from amlora_dist.training.settings import DeepSpeedSection, RecipeSettings, TrainingSettings
 
 _WHOLE = "configuration"
 """What messages call a configuration whose file is not known where they are made."""
@@ -85,6 +85,7 @@ class RunConfig:
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    recipe: RecipeSettings = Field(default_factory=RecipeSettings)
     answer: AnswerSettings = Field(default_factory=AnswerSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
@@ -232,7 +233,7 @@ def _load(
     places = {key: f"line {line}" for key, line in document.lines.items()}
     faults: dict[KeyPath, Fault] = {("file", n): fault for n, fault in enumerate(document.faults)}
     _short_forms(data, places, faults)
-    for text in overrides:
+    for text in expanded(overrides):
         _apply(data, text, places, faults)
     config, found = check(RunConfig, data)
     faults |= found
@@ -276,6 +277,25 @@ def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath,
     return FaultsError(str(path), [fault for _, fault in sorted(placed, key=lambda pair: pair[0])])
 
 
+def expanded(overrides: list[str]) -> list[str]:
+    """Overrides with those of ``@FILE``, one a line, in its place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found: list[str] = []
+    for text in overrides:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"command line: found {text!r}, expected @FILE with an override a line ({error})") from error
+        found += [line for line in lines if line.strip()]
+    return found
+
+
 def _touched(faults: dict[KeyPath, Fault], path: KeyPath) -> bool:
     """Whether something at, below or above a path is at fault."""
     return any(key[: len(path)] == path or key == path[: len(key)] for key in faults)
@@ -309,7 +329,7 @@ def _short_forms(data: dict[str, Any], places: dict[KeyPath, str], faults: dict[
 
 
 _SECTIONS = (
-    "task_defaults", "adapters", "router", "training", "evaluation", "evaluate", "method_settings", "deepspeed",
+    "task_defaults", "adapters", "router", "training", "recipe", "evaluation", "evaluate", "method_settings", "deepspeed",
     "mlflow",
 )  # fmt: skip
 _LONG_FORMS: dict[KeyPath, KeyPath] = {

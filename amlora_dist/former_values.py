@@ -16,6 +16,7 @@ FORMER: dict[str, Any] = {
     "router.keys": "task",
     "router.depths": [],
     "router.max_text_tokens": None,
+    "router.background": False,
     "router.gate.lost": 0.03,
     "answer.evidence": "model",
     "answer.beta": "calibrated",
@@ -23,6 +24,8 @@ FORMER: dict[str, Any] = {
     "adapters.use_rslora": False,
     "adapters.dropout": 0.0,
     "training.lora_plus": 1.0,
+    "training.keep": "last",
+    "recipe.start": "probe",
     "training.label_smoothing": 0.0,
 }
 """Key path -> what version 0.1 did, which did not know the key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import build_router
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.adapters.statistics import TaskStatistics
-from amlora_dist.bank_loading import bank_format, bank_targets
+from amlora_dist.bank_loading import bank_format, bank_targets, remember_base
 from amlora_dist.base_model import check_tokenizer, check_weights, load_model, load_tokenizer, meta_model
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.former_values import completed
+from amlora_dist.privacy import public_name
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry, TaskName, replace
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
@@ -44,7 +46,7 @@ BATCH = 16
 def empty_manifest(base: BaseModel) -> Manifest:
     """The manifest of a bank that has no adapter yet."""
     entry = BaseEntry(
-        source=base.source,
+        source=public_name(base.source),
         revision=base.revision,
         digest=base.digest,
         architecture=base.model_type,
@@ -108,7 +110,9 @@ def add_adapter(
         parent=None if before is None else draft.parent_digest(),
         task_spec=entry,
     )
-    draft = replace(draft, adapters=[*draft.adapters, line])
+    remember_base(base)
+    named = dataclasses.replace(draft.base, source=public_name(draft.base.source))
+    draft = replace(draft, adapters=[*draft.adapters, line], base=named)
     prompter = Prompter(
         {line.task: line.task_spec for line in draft.adapters},
         draft.bank_template,

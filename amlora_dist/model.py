@@ -22,9 +22,8 @@ from torch import Tensor
 
 from amlora_dist.adapters.inject import Mixture
 from amlora_dist.adapters.keyed_router import KeyedRouter
-from amlora_dist.adapters.literal import mean_over_prompt
 from amlora_dist.adapters.router import Router
-from amlora_dist.adapters.task_choice import OnlyTasks, SomeGiven, SwitchRouter, routed_by
+from amlora_dist.adapters.task_choice import OnlyTasks, SwitchRouter, routed_by
 from amlora_dist.bank_loading import (
     answer_settings,
     bank_format,
@@ -39,20 +38,18 @@ from amlora_dist.bank_loading import (
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.answering import Answering
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, finished
 from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
     Prompter,
     Request,
     Route,
-    batches,
     mean_rows,
-    routes,
-    tensors,
 )
+from amlora_dist.prompt_answering import PromptAnswering
 from amlora_dist.registry.bank_folder import Bank, read_bank
-from amlora_dist.training.batching import prompt_positions
+from amlora_dist.registry.signing import Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +106,11 @@ class AMLoRAModel:
             encoder_decoder=base.encoder_decoder,
         )
         router = mixture.router.inner if isinstance(mixture.router, SwitchRouter) else mixture.router
+        self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
+        """What answers where ``answering`` is None, and reads raw prompts."""
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
-        if isinstance(router, KeyedRouter):
+        if isinstance(router, KeyedRouter) and not mixture.routing.select:
             answer = answer_settings(manifest)
             beta = None if answer.beta == "calibrated" else float(answer.beta)
             self.answering = Answering(
@@ -129,6 +128,8 @@ class AMLoRAModel:
         dtype: torch.dtype | str | None = None,
         tracking_uri: str | None = None,
         beside: AMLoRAModel | None = None,
+        require_signature: str | Path | None = None,
+        expect_digest: str | None = None,
     ) -> AMLoRAModel:
         """Load a bank and its base model.
 
@@ -141,6 +142,8 @@ class AMLoRAModel:
             tracking_uri: MLflow that has the version; default: the store in ``AMLORA_HOME``.
             beside: a model in use, whose base model's weights are shared instead of loaded again where both banks have
                 the same base model; ``device`` and ``dtype`` are then its own.
+            require_signature: PEM file of the public key that must have signed the whole bank.
+            expect_digest: of its manifest, as ``amlora verify`` prints it.
 
         Raises:
             UserError: no such version or folder; the base model is not there, or is another one than the bank was
@@ -148,10 +151,12 @@ class AMLoRAModel:
             BankError: the bank is damaged.
         """
         uri: str | None = None
+        trust = Trust.of(require_signature, expect_digest)
         if str(bank).startswith("models:"):
-            uri, folder = pulled(str(bank), tracking_uri)
+            uri, folder = pulled(str(bank), tracking_uri, trust)
         else:
             folder = Path(bank).expanduser()
+            trust.check(folder)
         loaded = read_bank(folder, statistics=False)
         found = resolve_bank_base(loaded.manifest.base, base)
         if beside is not None and beside.base.digest == found.digest:
@@ -195,10 +200,7 @@ class AMLoRAModel:
         Raises:
             UserError: its answers are free text.
         """
-        found = self.labels(task)
-        if found is None:
-            raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
-        return found
+        return self.prompter.labels_of(task)
 
     def __repr__(self) -> str:
         base = self.base.source
@@ -235,8 +237,7 @@ class AMLoRAModel:
         requests = self.requests(texts, question=question)
         if self.answering is not None:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
-        self.prompter.fill(requests, new_tokens=0)
-        return routes(self._gates(requests, batch_size), self.tasks, self.rows_TN)
+        return self.former.routed(requests, batch_size, self._router)
 
     def answer(
         self,
@@ -267,18 +268,7 @@ class AMLoRAModel:
                 requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed
             )
             return [Answer(one.text, one.ended, one.route) for one in found]
-        named = {request.task for request in requests}
-        steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
-        self.prompter.fill(requests, new_tokens=steps)
-        made: dict[int, Answer] = {}
-        for batch in batches(requests, batch_size):
-            state, gate_BT = self.prefill(batch)
-            with torch.no_grad(), routed_by(self._router):
-                outputs = self.decoder.greedy(state, steps, bool)
-            ways = routes(gate_BT, self.tasks, self.rows_TN)
-            for request, (tokens, ended), route in zip(batch, outputs, ways, strict=True):
-                made[request.place] = Answer(self.prompter.decode(tokens), ended, route)
-        return [made[place] for place in range(len(requests))]
+        return self.former.answered(requests, batch_size, max_new_tokens, self._router)
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> list[str]:
         """``answer``, the texts alone."""
@@ -313,6 +303,7 @@ class AMLoRAModel:
         if labels is not None:
             if not labels:
                 raise UserError("labels: found none, expected at least one (or leave them out: those of the task)")
+            self.prompter.labels(labels)  # says which is no text
             for request in requests:
                 request.labels = tuple(dict.fromkeys(labels))
         return self.classified(requests, batch_size)
@@ -326,22 +317,7 @@ class AMLoRAModel:
         """``classified`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         if self.answering is not None:
             return (yield from self._classifying_keyed(self.answering, requests, batch_size))
-        self._choose_labels([request for request in requests if request.labels is None], batch_size)
-        ranked = [request for request in requests if request.labels]
-        # Room for each one's own labels: those of another caller must not cut this one's text.
-        sizes: dict[int, list[Request]] = {}
-        for request in ranked:
-            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
-        for longest, group in sizes.items():
-            self.prompter.fill(group, new_tokens=longest + 1)
-        made: dict[int, Classification] = {}
-        for request in requests:
-            if not request.labels and request.gate is not None:
-                route = routes(request.gate[None], self.tasks, self.rows_TN)[0]
-                made[request.place] = Classification(None, request.task, {}, route)
-        for batch in batches(ranked, batch_size):
-            made |= yield from self._ranking(batch, batch_size)
-        return [made[place] for place in range(len(requests))]
+        return (yield from self.former.classifying(requests, batch_size, self._router))
 
     # ---- other shapes of the same bank ------------------------------------------------------------------------
 
@@ -399,12 +375,7 @@ class AMLoRAModel:
             request.gate = None if gate_BT is None else gate_BT[request.place].to(self.device)
         if self.answering is not None:
             return self.answering.next_token_logits(requests, batch_size=batch_size)
-        self.prompter.fill(requests, new_tokens=1)
-        found: dict[int, Tensor] = {}
-        for batch in batches(requests, batch_size):
-            state, _ = self.prefill(batch)
-            found |= {request.place: row for request, row in zip(batch, state.logits.float().cpu(), strict=True)}
-        return torch.stack([found[place] for place in range(len(requests))])
+        return self.former.next_token_logits(requests, batch_size, self._router)
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
@@ -427,6 +398,10 @@ class AMLoRAModel:
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
         return [Request(place, text, asked, named, gate=self._row(named)) for place, (text, asked, named) in pairs]
 
+    def prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
+        """One pass over whole prompts, routed by themselves: what decoding goes on from, and the gate (B, T)."""
+        return self.former.prefill(batch, self._router)
+
     def _row(self, task: str | None) -> Tensor | None:
         """The gate of a task that was named."""
         if task is None:
@@ -434,102 +409,6 @@ class AMLoRAModel:
         if task not in self.tasks:
             self.prompter.entry(task)  # says which tasks there are
         return self.mixture.one_hot(self.tasks.index(task), 1)[0]
-
-    def _choose_labels(self, requests: Sequence[Request], batch_size: int) -> None:
-        """Give every request the labels of its task; of the task that the router chooses, where none is named."""
-        for task in {request.task for request in requests if request.task is not None}:
-            self.labels_of(task)
-        routed = [request for request in requests if request.task is None]
-        if routed:
-            self.prompter.fill(routed, new_tokens=0)
-            gate_BT = self._gates(routed, batch_size)
-            found = routes(gate_BT, self.tasks, self.rows_TN)
-            for request, gate_T, route in zip(routed, gate_BT, found, strict=True):
-                request.gate, request.task = gate_T, route.task
-        for request in requests:
-            labels = None if request.task is None else self.prompter.entry(request.task).labels
-            request.labels = None if labels is None else tuple(labels)
-
-    @torch.no_grad()
-    def _gates(self, requests: Sequence[Request], batch_size: int) -> Tensor:
-        """The router's gates (B, T), on the model's device, by a partial pass."""
-        router = self._router or self.mixture.router
-        made: dict[int, Tensor] = {}
-        for batch in batches(requests, batch_size):
-            if router is None:
-                gate_BT = self.prefill(batch)[1].to(self.device)
-            elif router.needs_features:
-                inputs = tensors(batch, **self._collation)
-                positions = prompt_positions(
-                    self.transformer, inputs["attention_mask"], encoder_decoder=self.base.encoder_decoder
-                )
-                features = self.mixture.routing_features(**(inputs | positions))  # type: ignore[arg-type]
-                gate_BT = router.gates(features, len(batch))
-            else:
-                gate_BT = router.gates(None, len(batch))
-            made |= {request.place: row for request, row in zip(batch, gate_BT, strict=True)}
-        return torch.stack([made[request.place] for request in requests])
-
-    @torch.no_grad()
-    def prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
-        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used."""
-        inputs = tensors(batch, **self._collation)
-        routing: dict[str, Any] = {"prompt_mask": inputs["prompt_mask"]}
-        noted: list[Tensor] = []
-        selected: list[Tensor] = []
-        given = [request.gate for request in batch]
-        router = self._router
-        if all(gate is not None for gate in given):
-            routing["task_gate"] = torch.stack([gate for gate in given if gate is not None])
-            noted.append(routing["task_gate"])
-        elif self.mixture.router is not None:
-            routing["on_route"] = lambda _features, gate_BT: noted.append(gate_BT)
-            if any(gate is not None for gate in given):
-                bank_router = self.mixture.router
-                inner = bank_router.inner if isinstance(bank_router, SwitchRouter) else bank_router
-                router = SomeGiven(router or inner, given)
-        else:
-            mask_BS = inputs["prompt_mask"]
-            routing["on_select"] = lambda _path, selection: selected.append(mean_over_prompt(selection.weights, mask_BS))
-        with routed_by(router):
-            state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
-        return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
-
-    def _ranking(self, batch: Sequence[Request], batch_size: int) -> Generator[int, None, dict[int, Classification]]:
-        """One pass over all prompts; then the labels of each set behind the rows that have it."""
-        state, gate_BT = self.prefill(batch)
-        found = routes(gate_BT, self.tasks, self.rows_TN)
-        longest = max(len(request.tokens) for request in batch)
-        sets: dict[tuple[str, ...], list[int]] = {}
-        for row, request in enumerate(batch):
-            sets.setdefault(request.labels or (), []).append(row)
-        made: dict[int, Classification] = {}
-        yield longest * len(batch)
-        for names, rows in sets.items():
-            plan = self.prompter.plan(names)
-            part = state if len(rows) == len(batch) else picked(state, rows)
-            passes = contexts_per_pass(longest, batch_size, plan)
-            scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)
-            while True:
-                try:
-                    with routed_by(self._router):  # only while it computes: others run at the stops, by theirs
-                        tokens = next(scoring)
-                except StopIteration as end:
-                    scores_BL: Tensor = end.value
-                    break
-                yield tokens
-            shares, best = torch.softmax(scores_BL, dim=-1).tolist(), scores_BL.argmax(dim=-1).tolist()
-            for row, share, winner in zip(rows, shares, best, strict=True):
-                scores = dict(zip(names, share, strict=True))
-                made[batch[row].place] = Classification(names[winner], batch[row].task, scores, found[row])
-        return made
-
-    @property
-    def _collation(self) -> dict[str, Any]:
-        return {
-            "pad_id": self.decoder.pad_id, "encoder_decoder": self.base.encoder_decoder, "device": self.device
-        }  # fmt: skip
-
 
 def _each(name: str, given: Names, count: int) -> list[str | None]:
     """One value for each text."""

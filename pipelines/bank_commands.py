@@ -1,5 +1,6 @@
 """Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and ``pipelines.bank_work``."""
+``import-peft``, ``ask``, ``score``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and
+``pipelines.bank_work``."""
 
 from __future__ import annotations
 
@@ -45,6 +46,12 @@ Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
 Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read beside it.")]
 
 
+Signature = Annotated[
+    Path | None, typer.Option("--require-signature", help="PEM of the public key that must have signed the bank.")
+]
+Expected = Annotated[str | None, typer.Option("--expect-digest", help="The manifest's, as `amlora verify` prints it.")]
+
+
 def versions(name: Name, tracking_uri: TrackingUri = None, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the versions of a registered model, with their tasks, scores and aliases."""
     from pipelines.bank_work import show_versions
@@ -56,39 +63,95 @@ def pull(
     uri: Uri,
     dest: Annotated[Path | None, typer.Argument(help="Folder to make; default: NAME-VERSION.", show_default=False)] = None,
     statistics: Annotated[bool, typer.Option(help="Fetch what only further training needs, too.")] = False,
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a self-contained folder of a version; what an interrupted pull has fetched is not fetched again."""
+    from amlora_dist.registry.signing import Trust
     from pipelines.bank_work import pull_to
 
-    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics))
+    trust = Trust.of(require_signature, expect_digest)
+    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics, trust=trust))
 
 
 def diff(
     first: Annotated[str, typer.Argument(metavar="V1", help="models:/NAME/VERSION or a folder.", show_default=False)],
     second: Annotated[str, typer.Argument(metavar="V2", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    sample: Annotated[
+        Path | None, typer.Option(help="Texts to ask both: whose answers change, and to what.", show_default=False)
+    ] = None,
+    column: Column = "text",
+    base: Base = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """What two banks differ in: base model, tasks, adapters, router, scores."""
+    """What two banks differ in: base model, tasks, adapters, router, scores; with --sample, which answers."""
     from pipelines.bank_work import show_difference
+    from pipelines.score_work import Rows, answer_differences
 
-    show_difference(first, second, tracking_uri, as_json=as_json)
+    if sample is None:
+        show_difference(first, second, tracking_uri, as_json=as_json)
+        return
+    options = {"base": base, "tracking_uri": tracking_uri}
+    answer_differences(first, second, Rows(str(sample), column), 8, options, as_json=as_json)
+
+
+def ask(
+    bank: Bank,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Plain texts, each in quotes.", show_default=False)],
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
+    from pipelines.score_work import ask as ask_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    ask_bank(bank, texts, options, as_json=as_json)
+
+
+def score(
+    bank: Bank,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Rows of text and right answer.", show_default=False)],
+    task: Annotated[str, typer.Option(help="The task that the rows belong to; the bank is not told.", show_default=False)],
+    column: Column = "text",
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score rows of your own at any version, as plain text: accuracy, routing, and each kind of evidence."""
+    from pipelines.score_work import Rows
+    from pipelines.score_work import score as score_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    score_bank(bank, Rows(data, column, label), task, batch_size, options, as_json=as_json)
 
 
 def alias(
     name: Name,
     version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Point an alias at a version."""
+    from amlora_dist.registry.signing import Trust
     from pipelines.bank_work import point
 
-    typer.echo(point(name, version, alias, tracking_uri))
+    typer.echo(point(name, version, alias, tracking_uri, Trust.of(require_signature, expect_digest)))
 
 
 def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
@@ -250,6 +313,8 @@ def serve(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
@@ -265,7 +330,10 @@ def serve(
         max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
         prefill_tokens=prefill_tokens, poll_s=poll, read_timeout_s=read_timeout,
     )  # fmt: skip
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    demanded = {"require_signature": require_signature and str(require_signature.expanduser().absolute()),
+                "expect_digest": expect_digest}  # fmt: skip
+    options |= {name: value for name, value in demanded.items() if value is not None}
     place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
 
@@ -279,6 +347,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "export": export,
     "import-peft": import_peft,
+    "ask": ask,
+    "score": score,
     "generate": generate,
     "classify": classify,
     "serve": serve,

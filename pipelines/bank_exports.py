@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
+from pipelines.preflight import check_folder
 from pipelines.quiet import standard_output_kept
 from pipelines.row_input import opened
+from pipelines.text_work import bank_and_tasks
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.bank import Adapter
@@ -40,6 +44,10 @@ def export_bank(
         raise UserError("--weights TASK=WEIGHT belongs to --format merged, which needs at least one")
     if form in ("merged", "top1") and sample is None:
         raise UserError(f"--format {form} needs --sample FILE: texts to measure its gap to the mixture on")
+    check_folder(dest, "DEST")
+    tasks = bank_and_tasks(bank, options)[1] if shares else []
+    if unknown := sorted(shares.keys() - set(tasks)):
+        raise UserError(f"--weights: found task {unknown[0]!r}, the bank's tasks are {', '.join(tasks)}")
     texts = _texts(sample, column) if sample else None
     new_folder(dest)
     try:
@@ -123,9 +131,10 @@ def import_adapter(
     from amlora_dist.registry.peft_adapters import read_peft
 
     check_options(task, labels)
+    check_folder(dest, "DEST")
     vacant(dest)
     texts = _texts(sample, column)
-    with standard_output_kept():
+    with _discarded(dest), standard_output_kept():
         made, config = read_peft(adapter, task)
         if not (base or onto or config.get("base_model_name_or_path")):
             raise UserError(f"{adapter}: its configuration names no base model; say which one with --base")
@@ -133,6 +142,18 @@ def import_adapter(
         bank = _import(made, texts, dest, onto=onto, labels=labels, question=question, source=source,
                        revision=None if base else config.get("revision"), base=base, tracking_uri=tracking_uri)  # fmt: skip
     yield f"bank of {len(bank)} adapters, {task!r} with statistics of {len(texts)} texts, is in {dest}"
+
+
+@contextmanager
+def _discarded(folder: Path) -> Iterator[None]:
+    """What cannot be finished leaves no folder behind."""
+    from amlora_dist.registry.exports import discard
+
+    try:
+        yield
+    except BaseException:
+        discard(folder)
+        raise
 
 
 def _import(
@@ -197,7 +218,7 @@ def _shares(given: Sequence[str]) -> dict[str, float]:
             found[task] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not task:
+        if not equals or not task or not math.isfinite(found[task]):
             raise UserError(f"--weights: found {text!r}, expected TASK=WEIGHT, such as helpdesk/email_route=0.5")
     return found
 

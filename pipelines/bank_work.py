@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,19 @@ from rich.table import Table
 from amlora_dist.config import home
 from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
-from amlora_dist.registry.bank_folder import check_publishable, read_bank
+from amlora_dist.registry.bank_folder import check_list, check_publishable, read_bank
 from amlora_dist.registry.housekeeping import aliases, candidates, point_alias, remove
 from amlora_dist.registry.manifest import Manifest, read_manifest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
 from amlora_dist.registry.store import Store
 from pipelines.display import console_for
+from pipelines.preflight import check_folder
 from pipelines.quiet import standard_output_kept
 
 if TYPE_CHECKING:
+    from amlora_dist.registry.signing import Trust
     from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.versions import Version
 
 
 def open_store(tracking_uri: str | None) -> Store:
@@ -101,22 +105,29 @@ def last_scores(manifest: Manifest) -> dict[str, float]:
 # ---- pull, alias, verify, prune -------------------------------------------------------------------------------
 
 
-def pull_to(uri: str, dest: Path | None, tracking_uri: str | None, *, statistics: bool) -> str:
+def pull_to(
+    uri: str, dest: Path | None, tracking_uri: str | None, *, statistics: bool, trust: Trust | None = None
+) -> str:
     """Pull a version; says where it lies."""
+    if dest is not None:
+        check_folder(dest, "DEST")
     store = open_store(tracking_uri)
     with standard_output_kept(), _bar() as progress:
         version = store.resolve(uri)
         dest = dest or Path(f"{version.registered_model.replace(' ', '_')}-{version.number}")
         folder = pull_bank(
-            store, version, dest, nearby=[home() / "banks"], progress=progress, statistics=statistics
+            store, version, dest, nearby=[home() / "banks"], progress=progress, statistics=statistics, trust=trust
         )
     return f"{version.uri} is in {folder}"
 
 
-def point(name: str, number: int, alias: str, tracking_uri: str | None) -> str:
-    """Move an alias; says from where."""
+def point(name: str, number: int, alias: str, tracking_uri: str | None, trust: Trust | None = None) -> str:
+    """Move an alias, if the version is what is demanded; says from where."""
     store = open_store(tracking_uri)
     with standard_output_kept():
+        if trust is not None and trust.any:
+            with _fetched(store, store.resolve(f"models:/{name}/{number}"), trust):
+                pass
         before = aliases(store, name).get(alias)
         version = point_alias(store, name, number, alias)
     moved = f" (before: version {before})" if before not in (None, number) else ""
@@ -132,16 +143,48 @@ def verify_bank(bank: str, tracking_uri: str | None) -> str:
     if not bank.startswith("models:"):
         return _verified(Path(bank).expanduser(), bank)
     store = open_store(tracking_uri)
+    with standard_output_kept():
+        version = store.resolve(bank)
+        with _fetched(store, version) as folder:
+            return _verified(folder, version.uri)
+
+
+def sign_bank(bank: str, key: Path, tracking_uri: str | None) -> str:
+    """Sign a bank's folder, or a version: its signature then lies with it in the store; says where.
+
+    Raises:
+        BankError: it is not good as it is.
+    """
+    from amlora_dist.registry.signing import sign
+
+    if not bank.startswith("models:"):
+        folder = Path(bank).expanduser()
+        read_bank(folder)
+        return f"{sign(folder, key)} signs {folder}"
+    store = open_store(tracking_uri)
+    with standard_output_kept():
+        version = store.resolve(bank)
+        with _fetched(store, version) as folder:
+            file = sign(folder, key)
+            with tempfile.TemporaryDirectory(prefix="signature-") as aside:
+                shutil.copyfile(file, Path(aside) / file.name)
+                store.log_artifacts(version.run, Path(aside), version.artifact_path)
+    return f"{version.uri} is signed ({file.name} among its artifacts)"
+
+
+@contextmanager
+def _fetched(store: Store, version: Version, trust: Trust | None = None) -> Iterator[Path]:
+    """The whole folder of a version, as the store has it: not ``pull_bank``, which takes copies nearby."""
     place = home() / "cache"
     place.mkdir(parents=True, exist_ok=True)
-    with standard_output_kept(), _bar() as progress, tempfile.TemporaryDirectory(prefix="verify-", dir=place) as aside:
-        version = store.resolve(bank)
-        # Not pull_bank: what is verified is what the store holds, not copies nearby.
-        return _verified(store.pull_version(version, Path(aside) / "bank", progress), version.uri)
+    check = None if trust is None else trust.check
+    with _bar() as progress, tempfile.TemporaryDirectory(prefix="verify-", dir=place) as aside:
+        yield store.pull_version(version, Path(aside) / "bank", progress, check=check)
 
 
 def _verified(folder: Path, name: str) -> str:
     bank = read_bank(folder)
+    check_list(folder, bank.manifest, whole=True)
     check_publishable(bank.manifest, bank.adapters)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     parts = f"{len(bank.adapters)} adapters, router, {len(bank.statistics)} of {len(bank.adapters)} statistics"

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amlora_dist.errors import AmloraError, UserError
-from pipelines import bank_commands, cluster_commands, report_commands, search_commands
+from amlora_dist.privacy import shown
+from pipelines import bank_commands, cluster_commands, report_commands, search_commands, store_commands
 from pipelines.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def run(
         str | None,
         typer.Option(help="Name of the durable run; the same id goes on where it was. Default: name and time."),
     ] = None,
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train anew what has.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -72,7 +76,9 @@ def run(
             from pipelines.sequence import run_sequence
 
             settings = going_on(settings, named=named_keys(config, overrides), run_id=run_id)
-            result = run_sequence(settings, run_id=run_id, progress=progress, verbose=verbose)
+            result = run_sequence(
+                settings, run_id=run_id, progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
+            )
         _print_result(result, as_json=as_json)
 
 
@@ -199,7 +205,7 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         yield
     except AmloraError as error:
         if verbose:
-            traceback.print_exc()
+            typer.echo(shown(traceback.format_exc()), err=True)
         stopped = error.exit_code in (INTERRUPTED, TERMINATED)
         typer.echo(str(error) if stopped else f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
@@ -219,7 +225,8 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     """A fault of this program, in one line; -v shows where."""
     frames = traceback.extract_tb(trace)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    print(f"error: unexpected {kind.__name__}: {error}{where}; run it again with -v to see more", file=sys.stderr)
+    told = shown(str(error))
+    print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
@@ -238,6 +245,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 bank_commands.add_commands(app, _answered)
 bank_commands.add_commands(app, _answered, cluster_commands.COMMANDS)
+bank_commands.add_commands(app, _answered, store_commands.COMMANDS)
 report_commands.add_commands(app, _answered)
 search_commands.add_commands(app, _answered)
 

@@ -136,7 +136,7 @@ def _mlflow(tracking_uri: str | None) -> Check:
         return Check("MLflow store", "bad", str(error), "start the server, or leave mlflow.tracking_uri out")
     except ImportError as error:
         return Check("MLflow store", "bad", f"mlflow cannot be imported: {error}", "install mlflow again")
-    return Check("MLflow store", "ok", connection.uri)
+    return Check("MLflow store", "ok", connection.shown)
 
 
 def _models() -> Iterator[Check]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.settings import RouterSettings
+from amlora_dist.bank_loading import remember_base
 from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
@@ -15,6 +16,8 @@ from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
 from amlora_dist.former_values import unlike_former
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_name
+from amlora_dist.tasks import background
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
@@ -66,6 +69,7 @@ class Materials:
             router=c.router,
             training=c.training,
             method_settings=c.method_settings,
+            recipe=c.recipe,
             prompt_format=self.prompt_format,
             answer=c.answer,
         )
@@ -80,8 +84,9 @@ class Materials:
         c = self.config
         fewest = c.workers if c.min_workers is None else c.min_workers
         return Demand(
-            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share
-        )
+            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share,
+            keeps_best=c.training.keep == "best",
+        )  # fmt: skip
 
     def prompt(self, task: str) -> dict[str, Any]:
         """What turns this task's rows into token ids, for fingerprints."""
@@ -143,6 +148,8 @@ class Materials:
         if self.plain_texts and mode != "untrained":
             router |= {"prompts": "served", "answer": asdict(self.config.answer)}
             router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
+            if self.config.router.gate.abstention:
+                router |= {"background": background.digest()}
         anew = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | anew, task)
 
@@ -211,7 +218,7 @@ class Materials:
     def facts(self) -> dict[str, Any]:
         """What a report says of the model and the rows, JSON-able."""
         return {
-            "base": {"source": self.base.source, "revision": self.base.revision, "digest": self.base.digest},
+            "base": {"source": public_name(self.base.source), "revision": self.base.revision, "digest": self.base.digest},
             "dtype": self.dtype,
             "tasks": {name: self._task_facts(name) for name in self.specs},
         }
@@ -221,6 +228,7 @@ class Materials:
         return {
             "labels": spec.label_texts,
             "metric": spec.metric,
+            "prompt": self.prompt(name),
             "prompt_style": "its own template" if spec.prompt.template else spec.prompt_style,
             "leaks": spec.leaks,
             "rows": {split: len(rows) for split, rows in data.rows.items()},
@@ -257,6 +265,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
     base = resolve_base(config.model, home)
+    remember_base(base)
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype))

@@ -61,7 +61,7 @@ def plan_of(
     config, specs = _configuration(config_file, overrides)
     settings = StageSettings(
         method=config.method, seed=config.seed, dtype="bf16", attention=config.model.attention, adapters=config.adapters,
-        router=config.router, training=config.training, method_settings=config.method_settings,
+        router=config.router, training=config.training, method_settings=config.method_settings, recipe=config.recipe,
     )  # fmt: skip
     method = method_for(settings)
     if not method.trains:

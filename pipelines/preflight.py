@@ -37,6 +37,8 @@ class Demand:
     zero_stage: int
     gpu_share: float = 1.0
     """Of a GPU, for each worker."""
+    keeps_best: bool = False
+    """Whether a checkpoint holds the best adapter beside the current one."""
 
     @property
     def memory(self) -> int:
@@ -51,7 +53,7 @@ class Demand:
         """Bytes: the checkpoints that one stage keeps and the one it writes, and every adapter in store and working copy."""
         from amlora_dist.training.checkpoint import KEEP
 
-        return 12 * self.trainable * (KEEP + 1) + 2 * 4 * self.trainable * self.stages
+        return (16 if self.keeps_best else 12) * self.trainable * (KEEP + 1) + 2 * 4 * self.trainable * self.stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,17 @@ def check_folder(folder: Path, name: str = "AMLORA_HOME") -> None:
         raise UserError(
             f"{name}: found {folder}, expected a folder that can be written ({above} {what}); set it to another folder"
         )
+
+
+def check_file(file: Path, name: str) -> None:
+    """See that the file that ``name`` says can be written, or can be made with its folders.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if file.is_dir():
+        raise UserError(f"{name}: found the folder {file}, expected a file; name one in it, such as {file / 'page.html'}")
+    check_folder(file.absolute().parent, name)
 
 
 def _existing(folder: Path) -> Path:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import amlora_dist
 from amlora_dist.adapters.router import PRIOR_KEY
+from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
 from amlora_dist.registry.manifest import (
@@ -28,7 +30,7 @@ from amlora_dist.registry.manifest import (
     statistics_file,
 )
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
-from amlora_dist.tasks.task_entry import task_entry
+from amlora_dist.tasks.task_entry import TaskEntry, task_entry
 from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
 from amlora_dist.training.work import Cell, Parent
 from pipelines.results import STAGE_FILE, Matrices
@@ -97,7 +99,21 @@ class StageRecord:
             "tokens": self.tokens,
             "tokens_per_second": rate,
             "recipe_from": self.training.get("recipe_from"),
+            "race": self.training.get("race"),
+            "kept_step": self.training.get("kept_step"),
         }
+
+
+@dataclass(slots=True)
+class GrowingBank:
+    """The bank as it grows: what the next stage is trained on."""
+
+    parents: list[Parent] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
+    statistics: list[str] = field(default_factory=list)
+    version: Version | None = None
+    entries: dict[str, TaskEntry] = field(default_factory=dict)
+    """Of the tasks that a parent bank brought along."""
 
 
 class Publication:
@@ -158,7 +174,7 @@ class Publication:
         base = self.materials.base
         manifest = Manifest(
             base=BaseEntry(
-                source=base.source,
+                source=public_name(base.source),
                 revision=base.revision,
                 digest=base.digest,
                 architecture=base.model_type,
@@ -173,7 +189,7 @@ class Publication:
                 *earlier_statistics,
                 statistics_entry(index, record.task, newest.continuation(), stored_statistics),
             ],
-            training_configuration=self.mapping,
+            training_configuration=public_configuration(self.mapping),
             accuracy_matrix=AccuracyMatrix(
                 tasks=self.materials.tasks, accuracy=rows.accuracy, ranked_accuracy=rows.ranked_accuracy
             ),
@@ -296,6 +312,11 @@ class Publication:
         self.lease.check()
         self.store.log_metrics_batch(record.run, rows)
         self.store.end_run(record.run, "FINISHED")
+
+
+def statistics_digest(result: Result) -> str:
+    """sha256 over the tensors of a stage's statistics."""
+    return tensors_digest(result.statistics.tensors())
 
 
 def library_versions() -> dict[str, str]:

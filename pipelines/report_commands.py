@@ -30,8 +30,11 @@ def report(
         from amlora_dist.registry.store import Store
         from amlora_dist.reporting.page import file_name
         from amlora_dist.reporting.report import report as write
+        from pipelines.preflight import check_file
 
         file = (output or home() / "reports" / f"{file_name(name)}.html").absolute()
+        if output is not None:
+            check_file(output, "--output")
         page = write(Store.open(home(), tracking_uri), name, file)
     for finding in page.findings or []:
         typer.echo(f"{finding.level}: {finding.title}. {finding.detail}", err=True)

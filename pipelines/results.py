@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.config import home
+from amlora_dist.errors import UserError
 from amlora_dist.evaluation import metrics
+from amlora_dist.registry import tags
+from amlora_dist.registry.store import Store
 from amlora_dist.training.work import WITHOUT
 
 if TYPE_CHECKING:
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
 FILE = "result.json"
 """Artifact of the sequence's MLflow run: the result so far."""
+MATERIALS = "materials.json"
+"""Artifact of the sequence's MLflow run: what it is made of (``Materials.facts``)."""
 STAGE_FILE = "stage.json"
 """Artifact of a stage's MLflow run: its scores and how it was trained."""
 
@@ -70,9 +76,8 @@ def result(
     tasks: Sequence[str],
     stages: Sequence[StageRecord],
     in_sequence: bool = True,
-    tracking_uri: str,
 ) -> dict[str, Any]:
-    """The result object; what is undefined is None.
+    """The result object; what is undefined is None. Where it is kept is not in it: it may be shown to anybody.
 
     Unless ``in_sequence``, the one stage is about all tasks, and the only metric is the mean of its row.
     """
@@ -95,5 +100,21 @@ def result(
         "also": _also(tasks, stages[-1].scores if stages else []),
         "metrics": {name: complete.get(name) for name in METRICS},
         "stages": [stage.public() for stage in stages],
-        "tracking_uri": tracking_uri,
     }
+
+
+def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
+    """The result of a run as far as it has come.
+
+    Raises:
+        UserError: no run of this id.
+    """
+    store = Store.open(home(), tracking_uri)
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    if not found:
+        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
+        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
+    result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
+    if result is None:
+        raise UserError(f"run {run_id!r} has not finished a stage yet")
+    return result | {"tracking_uri": store.connection.shown}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.former_values import completed
+from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
@@ -25,6 +28,10 @@ FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "searc
 """The same of a search."""
 
 
+OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
+"""What a bank has one of for life: how its texts are read, and what its keys are of."""
+AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers")
+"""Keys that a run on a published bank takes from it, where its file does not name them."""
 RESOLVED = ("model.attention",)
 """Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
 
@@ -48,8 +55,23 @@ def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", sea
     wanted = {tags.KIND: "search", tags.SEARCH: search_id} if search_id else {tags.KIND: "sequence", tags.RUN_ID: run_id}
     found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
-    free = FREE_IN_SEARCH if search_id else FREE_IN_RUN
-    return config if stored is None else taken_up(config, stored, named, free=free)
+    if stored is not None:
+        return taken_up(config, stored, named, free=FREE_IN_SEARCH if search_id else FREE_IN_RUN)
+    return _on_parent(config, store, named) if config.parent is not None else config
+
+
+def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunConfig:
+    """A first start on a published bank: texts are read as the bank reads them and adapters lie where its do, unless the
+    file says otherwise."""
+    from amlora_dist.registry import tags
+
+    run_id = store.resolve(str(config.parent)).run_id
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id}) if run_id else []
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is None:  # a bank that was brought from elsewhere
+        return config
+    others = flat(to_mapping(config)).keys() - set(AS_THE_BANK)
+    return taken_up(config, stored, {*named, *others})
 
 
 def taken_up(
@@ -121,6 +143,7 @@ def differences(
     """
     with contextlib.suppress(FaultsError):
         stored = to_mapping(from_mapping(stored))  # what versions since then have added is at what was done then
+    stored, mapping = public_configuration(stored), public_configuration(mapping)  # older code kept paths
     differing = sorted(
         key
         for key in flat(stored).keys() | flat(mapping).keys()
@@ -136,3 +159,78 @@ def differences(
         for key in differing
     )
 
+
+def refuse_other_data(
+    store: Store, wanted: dict[str, str], facts: dict[str, Any], file: str, name: str, *, allow: bool = False
+) -> bool:
+    """The same id goes on with the same rows, prompts and base model: others would train its stages anew, one after the
+    other, as if nothing were there.
+
+    Args:
+        store: which has the facts of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        facts: ``Materials.facts`` now.
+        file: the artifact that holds those of then.
+        name: what a message calls the id.
+        allow: go on all the same.
+
+    Returns:
+        Whether something differs.
+
+    Raises:
+        UserError: something differs; names each with both digests.
+    """
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, file) if found else None
+    told = _other_data(stored, facts) if isinstance(stored, dict) else []
+    if told and not allow:
+        raise UserError(
+            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or train what has changed"
+            " again with --allow-changed-data (until its last stage is there, `current` stays at the bank of then)"
+        )
+    return bool(told)
+
+
+def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What differs, in words; of what only one of the two has noted nothing is known."""
+    told = []
+    base = [one.get("base", {}).get("digest") for one in (stored, facts)]
+    if None not in base and base[0] != base[1]:
+        told.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
+    then, now = stored.get("tasks", {}), facts["tasks"]
+    for task in [task for task in now if task in then]:
+        rows = [one[task].get("digests", {}) for one in (then, now)]
+        counts = [one[task].get("rows", {}) for one in (then, now)]
+        for split in [split for split in rows[1] if rows[0].get(split) not in (None, rows[1][split])]:
+            each = [f"{count.get(split, '?')} rows, digest {_short(row[split])}" for count, row in zip(counts, rows)]  # noqa: B905
+            told.append(f"task {task!r}, split {split}: {each[0]} then; {each[1]} now")
+        for key, called in (("prompt", "prompt"), ("labels", "labels"), ("metric", "metric")):
+            before, after = then[task].get(key), now[task].get(key)
+            if key in then[task] and key in now[task] and before != after:
+                told.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
+    return told
+
+
+def _short(value: Any) -> str:
+    text = str(value.get("template", value)) if isinstance(value, dict) else str(value)
+    return text[:12] if len(text) == 64 else text[:60]
+
+
+
+def check_rule_of_bank(config: RunConfig, stored: Mapping[str, Any], uri: str) -> None:
+    """See that a stage added to a published bank reads texts as the bank does.
+
+    Args:
+        config: of the run, resolved.
+        stored: the bank's training configuration, as any version of this project wrote it.
+        uri: of the bank.
+
+    Raises:
+        UserError: it does not; says which keys to set.
+    """
+    then, now = flat(completed(stored)), flat(to_mapping(config))
+    odd = [key for key in OF_A_BANK if key in then and then[key] != now.get(key)]
+    if odd:
+        found = ", ".join(f"{key} {now.get(key)!r}" for key in odd)
+        mend = " ".join(f"{key}={json.dumps(then[key])}" for key in odd)
+        raise UserError(f"parent: found {found}, expected those of {uri}, which a bank has for life; give the run {mend}")

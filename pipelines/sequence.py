@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from amlora_dist.config import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
@@ -30,9 +31,11 @@ from pipelines import preflight, results
 from pipelines.failure_policy import Failure, decide
 from pipelines.interrupts import stops_handled
 from pipelines.materials import Materials, gather_materials
-from pipelines.publication import Publication, StageRecord, library_versions
-from pipelines.same_configuration import refuse_other_configuration
+from pipelines.publication import GrowingBank, Publication, StageRecord, library_versions, statistics_digest
+from pipelines.results import load_result as load_result  # as it is known here
+from pipelines.same_configuration import check_rule_of_bank, refuse_other_configuration, refuse_other_data
 from pipelines.stage import Event, Placement, RayCluster, run_in_process
+from pipelines.takeover import first_there
 
 if TYPE_CHECKING:
     from amlora_dist.registry.claims import Lease
@@ -68,8 +71,11 @@ def run_sequence(
     verbose: bool = False,
     within: Within | None = None,
     alone: bool = True,
+    allow_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Run a sequence to its end, from wherever it is; ``within`` a search, in a comparison (not ``alone``), or on its own.
+
+    Rows, prompts or a base model that have changed since its first start are refused, unless ``allow_changed_data``.
 
     Returns:
         The result as ``amlora run --json`` prints it.
@@ -81,11 +87,19 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     with disk_watched():
-        return _run_sequence(config, run_id, progress, verbose, within, alone and within is None)
+        return _run_sequence(
+            config, run_id, progress, verbose, within, alone and within is None, allow_changed_data
+        )
 
 
 def _run_sequence(
-    config: RunConfig, run_id: str, progress: Progress, verbose: bool, within: Within | None, alone: bool
+    config: RunConfig,
+    run_id: str,
+    progress: Progress,
+    verbose: bool,
+    within: Within | None,
+    alone: bool,
+    allow_changed_data: bool,
 ) -> dict[str, Any]:
     place = home()
     preflight.check_folder(place)
@@ -93,7 +107,6 @@ def _run_sequence(
     began = time.monotonic()
     materials = gather_materials(config, place)
     config = materials.config
-    config.registered_model = config.registered_model or run_id
     storage, copies = storage_of(config)
     preflight.check_folder(storage, "storage")
     demand = materials.demand(within.gpus if within else 1.0)
@@ -104,8 +117,11 @@ def _run_sequence(
     if copies:
         Copies(copies, storage).check()
     store = Store.open(place, config.mlflow.tracking_uri)
-    mapping = to_mapping(config)
-    refuse_other_configuration(store, {tags.KIND: "sequence", tags.RUN_ID: run_id}, mapping, f"run id {run_id!r}")
+    mapping = public_configuration(to_mapping(config))
+    own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
+    refuse_other_configuration(store, own, mapping, name)
+    if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
+        progress.note("the data has changed since this run began: stages that read it are trained again")
     with store.hold_run(run_id, model) as lease:
         if alone:
             progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
@@ -133,33 +149,6 @@ def _run_sequence(
                 store.end_run(parent_run, status)
         reach("run_closed")
     return result
-
-
-def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
-    """The result of a run as far as it has come.
-
-    Raises:
-        UserError: no run of this id.
-    """
-    store = Store.open(home(), tracking_uri)
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
-    result: dict[str, Any] | None = store.load_json(found[-1].run, results.FILE)
-    if result is None:
-        raise UserError(f"run {run_id!r} has not finished a stage yet")
-    return result
-
-
-@dataclass(slots=True)
-class _Bank:
-    """The bank as it grows: what the next stage is trained on."""
-
-    parents: list[Parent] = field(default_factory=list)
-    fingerprints: list[str] = field(default_factory=list)
-    statistics: list[str] = field(default_factory=list)
-    version: Version | None = None
 
 
 class _Driver:
@@ -194,7 +183,7 @@ class _Driver:
         """All stages; the result."""
         bank = self._starting_bank()
         facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents]}
-        self.store.log_json(self.parent_run, "materials.json", facts | {"versions": library_versions()})
+        self.store.log_json(self.parent_run, results.MATERIALS, facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))
             started = time.monotonic()
@@ -218,7 +207,7 @@ class _Driver:
 
     # -- one stage ----------------------------------------------------------------------------------------------
 
-    def _stage(self, index: int, task: str, bank: _Bank, cluster: RayCluster) -> StageRecord:
+    def _stage(self, index: int, task: str, bank: GrowingBank, cluster: RayCluster) -> StageRecord:
         if not self.method.inherits:
             bank.parents, bank.fingerprints, bank.statistics, bank.version = [], [], [], None
         position = len(bank.parents) + 1
@@ -229,7 +218,8 @@ class _Driver:
         fingerprints = [*bank.fingerprints, fingerprint]
         record = StageRecord(index=index, task=task, fingerprint=fingerprint)
         folder = self.storage / "stages" / fingerprint
-        mine = next((v for v in self._own_versions() if v.training_fingerprint == fingerprint), None)
+        own = [version for version in self._own_versions() if version.training_fingerprint == fingerprint]
+        mine = first_there(self.store, own, self.storage)
         record.run = self.store.stage_run(self.parent_run, f"{index} {task}", fingerprint)
         cells = self._cells(index, fingerprints)
         known = {score["fingerprint"]: score | {"seconds": 0.0} for stage in self.stages for score in stage.scores}
@@ -256,7 +246,7 @@ class _Driver:
             record.take(result, cells, known)
             bank.parents = [*bank.parents, Parent(task, result.adapter.digest(), str(work.trained))]
             bank.fingerprints = fingerprints
-            bank.statistics = [*bank.statistics, _statistics_digest(result)]
+            bank.statistics = [*bank.statistics, statistics_digest(result)]
             matrix = self._matrix_rows([*self.stages, record])
             if mine is None or open_cells:
                 self.publication.upload_scores(record, cells, self.storage)
@@ -282,7 +272,7 @@ class _Driver:
         open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
         folder = self.storage / "stages" / fingerprint
         if open_cells:
-            work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=_Bank(), rows={})
+            work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=GrowingBank(), rows={})
             replace(work, cells=cells).bring()
             self._execute(work, open_cells, cluster)
         record.reused = not open_cells
@@ -291,7 +281,7 @@ class _Driver:
         self.publication.upload_scores(record, cells, self.storage)
         return record
 
-    def _training_rows(self, task: str, bank: _Bank) -> dict[str, int | None]:
+    def _training_rows(self, task: str, bank: GrowingBank) -> dict[str, int | None]:
         rows = self.method.rows(task, [parent.task for parent in bank.parents], self.tasks)
         if missing := sorted(set(rows) - set(self.tasks)):
             raise UserError(
@@ -306,17 +296,16 @@ class _Driver:
     def _find_or_claim(self, fingerprint: str, task: str, stack: contextlib.ExitStack) -> Version | None:
         """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
         while self.within is None or self.within.share:
-            found = self.store.find_stage(fingerprint)
-            if found:
+            found = first_there(self.store, self.store.find_stage(fingerprint), self.storage)
+            if found is not None:
                 self.store.drop_claim(fingerprint, label=self._label(task))
-                return found[0]
+                return found
             claim = self.store.claim_stage(fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S)
             if claim is None:
                 continue
             stack.callback(claim.release, forget=True)
             reach("stage_claimed")
-            found = self.store.find_stage(fingerprint)
-            return found[0] if found else None
+            return first_there(self.store, self.store.find_stage(fingerprint), self.storage)
         return None
 
     def _label(self, task: str) -> str:
@@ -376,7 +365,7 @@ class _Driver:
             self.progress.note(f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows{kept})")
 
     def _work(
-        self, *, index: int, task: str, fingerprint: str, folder: Path, bank: _Bank, rows: dict[str, int | None]
+        self, *, index: int, task: str, fingerprint: str, folder: Path, bank: GrowingBank, rows: dict[str, int | None]
     ) -> StageWork:
         m, c = self.materials, self.config
         base = asdict(m.base) | {"path": str(m.base.path)}
@@ -402,6 +391,7 @@ class _Driver:
             mixed=mixed,
             data_digests=digests,
             plain_texts=m.plain_texts,
+            entries={name: asdict(entry) for name, entry in bank.entries.items()},
             sealed=c.evaluation.sealed,
             cache=str((self.storage if c.storage is not None and url is None else home()) / "cache"),
             root=str(self.storage),
@@ -450,9 +440,9 @@ class _Driver:
 
     # -- parents ------------------------------------------------------------------------------------------------
 
-    def _starting_bank(self) -> _Bank:
+    def _starting_bank(self) -> GrowingBank:
         """An empty bank, or the published one that ``parent`` names (pinned at the first start)."""
-        bank = _Bank()
+        bank = GrowingBank()
         if self.config.parent is None:
             return bank
         pinned = self.store.load_json(self.parent_run, "parent.json")
@@ -466,10 +456,12 @@ class _Driver:
                 f"parent: {version.uri} was trained on base {manifest.base.source} (digest {manifest.base.digest[:12]}),"
                 f" model.source {self.materials.base.source} has digest {self.materials.base.digest[:12]}"
             )
+        check_rule_of_bank(self.config, manifest.training_configuration, version.uri)
+        bank.entries = {one.task: one.task_spec for one in manifest.adapters if one.task_spec is not None}
         if both := sorted(set(manifest.tasks) & set(self.tasks)):
             raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
         bank.fingerprints = [entry.training_fingerprint for entry in manifest.adapters]
-        bank.statistics = [_statistics_digest(read_result(Path(parent.folder))) for parent in bank.parents]
+        bank.statistics = [statistics_digest(read_result(Path(parent.folder))) for parent in bank.parents]
         bank.version = version
         self.progress.note(f"starting from {version.uri}: {', '.join(manifest.tasks)}")
         return bank
@@ -487,15 +479,7 @@ class _Driver:
             tasks=self.tasks,
             stages=self.stages,
             in_sequence=self.names == self.tasks,
-            tracking_uri=self.store.connection.uri,
         )
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
-        return result
-
-
-def _statistics_digest(result: Any) -> str:
-    from amlora_dist.digests import tensors_digest
-
-    return tensors_digest(result.statistics.tensors())
-
+        return result | {"tracking_uri": self.store.connection.shown}

@@ -89,7 +89,7 @@ def serve_bank(
         name: what clients call it; default: the registered model's or the folder's name.
         place: where.
         settings: limits of each replica.
-        options: ``base``, ``device``, ``dtype``, ``tracking_uri`` of ``AMLoRAModel.from_bank``.
+        options: ``base``, ``device``, ``dtype``, ``tracking_uri`` of ``AMLoRAModel.from_bank``, and what it demands.
         say: told what a person who started it wants to know.
         verbose: show Ray's own log lines.
 
@@ -230,8 +230,14 @@ def _checked(bank: str, options: dict[str, Any]) -> str:
     """The version to serve, after all that can be looked at before Ray starts."""
     from amlora_dist.bank_loading import pulled, resolve_bank_base
     from amlora_dist.registry.bank_folder import read_bank
+    from amlora_dist.registry.signing import Trust
 
-    version, folder = pulled(bank, options["tracking_uri"]) if bank.startswith("models:") else (bank, Path(bank))
+    trust = Trust.of(options.get("require_signature"), options.get("expect_digest"))
+    if bank.startswith("models:"):
+        version, folder = pulled(bank, options["tracking_uri"], trust)
+    else:
+        version, folder = bank, Path(bank)
+        trust.check(folder)
     resolve_bank_base(read_bank(folder, statistics=False).manifest.base, options["base"])
     return version
 

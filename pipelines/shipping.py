@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +93,12 @@ def _walk(folder: Path, below: str, ignoring: list[Rules], files: dict[str, int]
                 files[name] = entry.stat().st_size
 
 
-def pack(shipment: Shipment, target: Path) -> None:
-    """Write the archive; the same files with the same content give the same bytes."""
+def pack(shipment: Shipment, target: Path, more: Mapping[str, bytes] | None = None) -> None:
+    """Write the archive, with ``more`` files by name; the same files with the same content give the same bytes."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name in shipment.files:
+        for name, content in (more or {}).items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+        for name in (name for name in shipment.files if name not in (more or {})):
             source = shipment.folder / name
             try:
                 content, mode = source.read_bytes(), source.stat().st_mode

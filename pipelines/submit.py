@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config import load_config, to_mapping
 from amlora_dist.errors import TrainingError, UserError
+from amlora_dist.privacy import DROPPED, public_configuration, public_name
 from pipelines.jobs import STOP_WAIT_S, Job, Jobs
 from pipelines.same_configuration import FREE_IN_RUN, FREE_IN_SEARCH, IRRELEVANT, differences
 from pipelines.shipping import collect, pack
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 HOME = "home"
 """Folder below ``storage:`` that is a job's ``AMLORA_HOME``: its working directory is gone with the job."""
+
+PRIVATE = ".amlora-overrides"
+"""File of the shipped folder with the overrides that a command line would show to everybody who sees the cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,12 @@ def submit_run(
     if shipped not in shipment.files:
         raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
     what, named = ("tune", "--search-id") if search else ("run", "--run-id")
-    command = ["python", "-m", "pipelines.cli", what, shipped, *overrides, named, run_id]
+    private = [text for text in overrides if _is_private(text)]
+    public = [*([f"@{PRIVATE}"] if private else []), *(text for text in overrides if text not in private)]
+    command = ["python", "-m", "pipelines.cli", what, shipped, *public, named, run_id]
     with tempfile.TemporaryDirectory(prefix="amlora-submit-") as aside:
         archive = Path(aside) / "working_dir.zip"
-        pack(shipment, archive)
+        pack(shipment, archive, {PRIVATE: "".join(f"{text}\n" for text in private).encode()} if private else {})
         environment_of_job = runtime_env | {
             "working_dir": str(archive),
             "env_vars": {**runtime_env.get("env_vars", {}), **variables},
@@ -78,7 +84,7 @@ def submit_run(
         job_id = f"{run_id}-{attempt}"
         # `exec`: signals and the exit code are the driver's own, not those of a shell around it.
         # Everybody who sees the cluster sees this: nothing that may hold a password, such as MLflow's address.
-        compared = {key: value for key, value in to_mapping(config).items() if key not in IRRELEVANT}
+        compared = {key: value for key, value in public_configuration(to_mapping(config)).items() if key not in IRRELEVANT}
         metadata = {"amlora_run_id": run_id, "amlora_config": json.dumps(compared)}
         started = jobs.submit(job_id, f"exec {shlex.join(command)}", environment_of_job, metadata)
     job = jobs.get(job_id)
@@ -111,6 +117,12 @@ def exit_code_of(job: Job) -> int:
     if job.status == "STOPPED":
         return 143
     raise TrainingError(f"job {job.id}: {job.status}: {job.message.strip() or 'no message'}; submit it again to go on")
+
+
+def _is_private(override: str) -> bool:
+    """Whether it says where things lie, or with which password."""
+    key, _, value = override.partition("=")
+    return key.split(".")[0] in DROPPED or "://" in value or public_name(value) != value or "\n" in override
 
 
 def _below(config_file: Path, working_dir: Path) -> str:

@@ -79,7 +79,7 @@ def _run(
     with opened(files.source, files.column, files.form) as rows:
         written = place.of(rows.form)
         with standard_output_kept():
-            folder, tasks = _bank(bank, options)
+            folder, tasks = bank_and_tasks(bank, options)
         named = call.get("task")
         if named is not None and named not in tasks:
             raise UserError(f"--task: found {named!r}, the bank's tasks are {', '.join(tasks)}")
@@ -96,7 +96,7 @@ def _run(
                 write([_joined(line.fields, result) for line, result in zip(batch, found, strict=True)])
 
 
-def _bank(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]:
+def bank_and_tasks(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]:
     """Folder of a bank, pulled if it is a version, and its tasks."""
     from amlora_dist.registry.manifest import read_manifest
 

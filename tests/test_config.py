@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from amlora_dist.config import from_mapping, home, load_config, to_mapping, validate_config
@@ -153,6 +154,22 @@ def test_missing_data_files_are_found_before_anything_runs(write, tmp_path):
     path = write(f"name: demo\nmodel: {{source: some/model}}\ntasks: [{tmp_path}/notes.yaml]\n")
     faults = faults_of(path, resolve=True)
     assert [fault.found for fault in faults.values()] == [f"no file {tmp_path / 'train.jsonl'}"]
+
+
+def test_save_to_disk_folders_and_globs_of_folders_are_data_that_is_there(write, tmp_path):
+    rows = datasets.Dataset.from_list([{"text": "a", "label": "x"}])
+    rows.save_to_disk(str(tmp_path / "train"))
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "all"))
+    (tmp_path / "parts" / "one").mkdir(parents=True)
+    (tmp_path / "parts" / "one" / "dev.jsonl").write_text('{"text": "a", "label": "x"}')
+    task = tmp_path / "mine.yaml"
+    text = "name: mine\nversion: 1\nkind: k\nsource: {kind: files}\ncolumns: {text: text, label: label}\nlabels: [x, y]\n"
+    splits = "splits: {train: train, dev: parts/*/dev.jsonl, test: "
+    task.write_text(text + splits + "all/test}\n")
+    validate_config(write(f"name: n\nmodel: {{source: a/b}}\ntasks: [{task}]\n"))
+    task.write_text(text + splits + "all}\n")
+    faults = faults_of(write(f"name: n\nmodel: {{source: a/b}}\ntasks: [{task}]\n"), resolve=True)
+    assert "with the splits test; name one of them" in faults["tasks[0] (mine)"].found
 
 
 def test_data_dir_without_the_task_is_found_before_anything_runs(write, tmp_path):

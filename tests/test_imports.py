@@ -16,7 +16,7 @@ FLOORS = [
     {"serving"},
     {"model"},
     {"importing"},
-    {"bank_loading"},
+    {"bank_loading", "prompt_answering"},
     {"config", "config_checks", "inference"},
     {"training"},
     {"planning", "reporting"},
@@ -25,8 +25,8 @@ FLOORS = [
     {"evaluation"},
     {"adapters", "tasks", "search"},
     {
-        "base_model", "crash_points", "digests", "errors", "fingerprints", "former_values", "model_folder", "schema",
-        "strict_yaml",
+        "base_model", "crash_points", "digests", "errors", "files", "fingerprints", "former_values", "model_folder",
+        "privacy", "schema", "strict_yaml",
     },
 ]
 GROUND = FLOORS[-1]

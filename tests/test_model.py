@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from amlora_dist.errors import BankError, UserError
 from amlora_dist.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import read_bank, write_bank
 from amlora_dist.registry.manifest import replace
+from amlora_dist.tasks.prompts import PromptTemplate
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 from tests.tiny_folder import TOPICS, write_model
 
@@ -293,3 +295,30 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{"mlflow", "r
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("wrong", ["the \ud83d wall", ["red"], b"red", 7, None, float("nan")])
+def test_not_text_is_refused_whatever_the_call(model: AMLoRAModel, wrong: Any) -> None:
+    for call in (model.route, model.answer, model.classify):
+        with pytest.raises(UserError, match=r"text 2 of 2: found .*, expected a text"):
+            call(["a red wall", wrong])
+    if wrong is not None:
+        with pytest.raises(UserError, match=r"question 1 of 1: found .*, expected a text"):
+            model.answer(["a red wall"], question=[wrong])
+    with pytest.raises(UserError, match=r"label 2 of 2: found .*, expected a text"):
+        model.classify(["a red wall"], ["red", wrong])
+
+
+def test_prompts_are_rendered_outside_the_lock_that_decoding_needs(
+    model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    render = PromptTemplate.render_text
+
+    def watched(self: PromptTemplate, *args: Any, **options: Any) -> str:
+        held.append(model.prompter._lock.locked())
+        return render(self, *args, **options)
+
+    monkeypatch.setattr(PromptTemplate, "render_text", watched)
+    model.answer(["a red wall"], question="Is it a new question?")
+    assert held and not any(held)

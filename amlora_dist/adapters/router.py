@@ -19,7 +19,7 @@ from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_r
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.adapters.statistics import calibrate, keys, posterior
-from amlora_dist.errors import BankError
+from amlora_dist.errors import BankError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -303,6 +303,11 @@ def build_router(
         gate = replace(gate, threshold=0.0, abstention=False)  # the posterior itself: the selectors make it sparse, or not
     router: PosteriorRouter | KeyedRouter
     if text_alone:
+        if gate.abstention and not background:
+            raise UserError(
+                "router.gate.abstention: found true, but the bank has no background: set router.background to true and"
+                " router.holdout above 0, which give it one when its next stage is trained"
+            )
         shrinkage = None if settings.shrinkage == "held_out" else settings.shrinkage
         router = keyed_router(statistics, rule=settings.keys, shrinkage=shrinkage, gate=gate, background=background)
     else:

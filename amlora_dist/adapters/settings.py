@@ -18,7 +18,7 @@ class AdapterSettings:
     """r: rows of A, columns of B."""
     alpha: float = Field(default=32.0, gt=0)
     """LoRA's scale is alpha / r, as in Hu et al. 2021."""
-    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "auto"
+    targets: Literal["auto", "all-linear", "attention", "mlp"] | list[str] = "mlp"
     """Linear layers by what they do: ``mlp``, ``attention``, ``all-linear`` (but the output head); by their names (last
     part of the module path); or both in a list. ``auto`` takes PEFT's default for the architecture, mostly q and v."""
     use_rslora: bool = False
@@ -95,6 +95,9 @@ class RouterSettings:
     """Share of the training rows that neither the adapter nor the statistics see, at least 24 where a task has 96: they
     calibrate temperature, evidence and thresholds. Their features are stored with the bank, their texts are not; 0 turns it
     off. (In prompt format 1 the adapter learns from them all the same.)"""
+    background: bool = True
+    """Keep, with the statistics, what the router reads of generic texts that ship with the package: abstention needs it, and
+    can then be turned on for a finished bank. Costs a pass of half the depth over some hundred texts, once a base model."""
     recipes: bool = True
     """Learn weights of the earlier adapters for a new task (forward transfer)."""
     gate: GateSettings = Field(default_factory=GateSettings)

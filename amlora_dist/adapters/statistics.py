@@ -28,6 +28,9 @@ It begins at 1: few held-out rows without a mistake are the likelier the lower T
 Gaussians is over-confident, never the opposite.
 """
 
+BACKGROUND = "background."
+"""Where, among the tensors, the names of the background's means begin."""
+
 
 def _no_likelihoods() -> Tensor:
     return torch.zeros(len(TEMPERATURES), dtype=torch.float64)
@@ -91,6 +94,8 @@ class TaskStatistics:
     holdout_factor: Tensor | None = None
     by_label: LabelMeans | None = None
     held: HeldOut | None = None
+    background: dict[str, Tensor] = field(default_factory=dict)
+    """Mean features (d,) of generic texts by their part, where they were computed (``tasks.background``)."""
 
     @property
     def task_factor(self) -> Tensor:
@@ -149,6 +154,7 @@ class TaskStatistics:
             held |= {"label_counts": self.by_label.counts, "label_means": self.by_label.means.contiguous()}
         if self.held is not None:
             held |= self.held.tensors()
+        held |= {f"{BACKGROUND}{part}": mean.contiguous() for part, mean in self.background.items()}
         return held | {
             "count": torch.tensor(self.count),
             "mean": self.mean.contiguous(),
@@ -183,7 +189,10 @@ class TaskStatistics:
         if count < 1 or holdout_count < 0:
             raise BankError(f"{where}: count {count}, holdout_count {holdout_count}")
         by_label, rows = _label_means(where, tensors, len(mean)), _held_rows(where, tensors, len(mean))
-        return cls(task, count, mean, factor, nll, holdout_count, held, by_label, rows)
+        parts = {n.removeprefix(BACKGROUND): t.double() for n, t in tensors.items() if n.startswith(BACKGROUND)}
+        if any(t.shape != mean.shape or not bool(torch.isfinite(t).all()) for t in parts.values()):
+            raise BankError(f"{where}: the background's means do not fit {len(mean)} features, or are not finite")
+        return cls(task, count, mean, factor, nll, holdout_count, held, by_label, rows, parts)
 
 
 def _label_means(where: str, tensors: Mapping[str, Tensor], width: int) -> LabelMeans | None:

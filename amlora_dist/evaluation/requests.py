@@ -32,7 +32,7 @@ DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
 MAX_PROMPT_TOKENS = 10_000_000
 """What the manifest's format allows; a model with a limit of its own has less."""
-PLANS = 64
+PLANS = 32
 """Sets of labels that stay planned."""
 RAW_TEMPLATE = "{{ text }}"
 
@@ -154,6 +154,17 @@ class Prompter:
             raise UserError(f"the bank does not describe task {task!r}; give labels (and a question) with the call")
         return entry
 
+    def labels_of(self, task: str) -> list[str]:
+        """Labels of a task that has some.
+
+        Raises:
+            UserError: its answers are free text.
+        """
+        found = self.entry(task).labels
+        if found is None:
+            raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
+        return found
+
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
         if task is not None and self.entries.get(task) is not None:
@@ -214,6 +225,13 @@ class Prompter:
         """
         groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
         self._check(requests)
+        if self.format.text_alone:
+            plain = [request for request in requests if not request.raw]
+            self.read(plain)
+            for request in plain:
+                self.ask(request, new_tokens=new_tokens + self.lead.tokens, max_length=max_length)
+                request.tokens = self.lead.before(request.tokens)
+            requests = [request for request in requests if request.raw]
         for request in requests:
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens

@@ -89,10 +89,15 @@ class Method:
             | {"betas": list(s.training.betas)}
             | unlike_former("training", {key: getattr(s.training, key) for key in ("lora_plus", "label_smoothing")}),
         }
+        if s.training.keep == "best":
+            keys = ("keep", "check_every", "patience", "near_tie")
+            values["training"] |= {key: getattr(s.training, key) for key in keys}
         if stage > 1 and self.learns_recipe(stage):
             values["recipe"] = {
                 key: getattr(s.training, key) for key in ("l1", "recipe_learning_rate", "probe_rows")
-            }
+            } | unlike_former("recipe", {"start": s.recipe.start})
+            if s.recipe.start == "race":
+                values["recipe"] |= {"race_steps": s.recipe.race_steps, "near_tie": s.training.near_tie}
         if stage > 1 and self.uses:
             values["method_settings"] = {key: getattr(s.method_settings, key) for key in self.uses}
         return values
@@ -214,7 +219,10 @@ class Method:
         from amlora_dist.adapters.router import build_router
 
         text_alone = self.settings.prompt_format.text_alone
-        return build_router(self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone)
+        background = next((one.background for one in reversed(statistics) if one.background), None)
+        return build_router(
+            self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone, background=background
+        )
 
 
 class Baseline(Method):

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from amlora_dist.adapters.bank import Adapter
 from amlora_dist.errors import BankError
+from amlora_dist.registry.bank_files import ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_RECIPE
 from amlora_dist.registry.manifest import AdapterEntry, Manifest
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors
 
-MODEL_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-RECIPE_FILE = "recipe.safetensors"
+MODEL_FILE, CONFIG_FILE, RECIPE_FILE = ADAPTER_MODEL, ADAPTER_CONFIG, ADAPTER_RECIPE
 ADAPTER_FILES = (MODEL_FILE, RECIPE_FILE)
 """The files of an adapter that MLflow stores; its configuration follows from the manifest."""
 

@@ -8,7 +8,8 @@
     adapters/<k>-<task>/recipe.safetensors     weights of the earlier adapters, and the literal router's dense layers
     router.safetensors                         what serving needs
     statistics/<k>-<task>.safetensors          what only continuation needs; may be absent
-    MLmodel, README.md                         for MLflow and for people
+    MLmodel, input_example.json, README.md     for MLflow and for people
+    model.sig                                  a signature, if there is one (registry/signing.py)
 
 The adapter as PEFT loads it leaves the recipe out; a task's whole row is what ``registry/exports.py`` writes.
 """
@@ -30,18 +31,27 @@ from torch import Tensor
 from amlora_dist.adapters.bank import Adapter
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
+from amlora_dist.files import rename_synced
 from amlora_dist.registry import card
 from amlora_dist.registry.adapter_folder import (
-    ADAPTER_FILES,
     CONFIG_FILE,
     check_digest,
     peft_config,
     read_adapter,
     write_adapter,
 )
+from amlora_dist.registry.bank_files import (
+    MLFLOW_FILE,
+    README_FILE,
+    bank_files,
+    check_file,
+    entry_of,
+    refuse_unknown,
+)
 from amlora_dist.registry.manifest import (
     FILE,
     ROUTER_FILE,
+    SCHEMA_VERSION,
     AdapterEntry,
     Manifest,
     StatisticsEntry,
@@ -53,16 +63,6 @@ from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write
 from amlora_dist.tasks.task_entry import TaskEntry
 
 log = logging.getLogger(__name__)
-
-_KNOWN = {
-    "README.md", "MLmodel", "input_example.json", "conda.yaml", "python_env.yaml", "requirements.txt",
-    "registered_model_meta", ".gitattributes", ".DS_Store",
-}  # fmt: skip
-_REFUSED = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz",
-    ".py", ".pyc", ".so", ".dll", ".sh",
-}  # fmt: skip
-
 
 @dataclass(slots=True)
 class Bank:
@@ -182,6 +182,8 @@ def _write(
         for part in manifest.statistics:
             if part.task in statistics:
                 write_tensors(aside / part.file, statistics[part.task])
+        manifest = _listed(aside, manifest)
+        write_text(aside / FILE, manifest.to_json())
         read(aside)
         swap_in(aside, folder)
     finally:
@@ -189,16 +191,25 @@ def _write(
     return manifest
 
 
+def _listed(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest with every file of the bank: those that lie in the folder as they are, the others as it has them."""
+    before, files = manifest.files or {}, {}
+    for file in bank_files(manifest):
+        if (folder / file.path).is_file():
+            files[file.path] = entry_of(folder / file.path)
+        elif file.path in before:
+            files[file.path] = before[file.path]
+    return replace(manifest, files=files, schema_version=SCHEMA_VERSION)
+
+
 def write_frame(folder: Path, manifest: Manifest, adapters: Sequence[AdapterEntry]) -> None:
-    """Write what follows from the manifest alone: ``manifest.json``, README.md, MLflow's configuration and PEFT's of some
-    adapters."""
+    """Write what follows from the manifest alone: README.md, MLflow's configuration and PEFT's of some adapters."""
     for line in adapters:
         config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
         write_text(folder / line.folder / CONFIG_FILE, config)
-    write_text(folder / "MLmodel", card.mlmodel())
+    write_text(folder / MLFLOW_FILE, card.mlmodel())
     write_text(folder / card.EXAMPLE_FILE, card.input_example())
-    write_text(folder / "README.md", card.readme(manifest))
-    write_text(folder / FILE, manifest.to_json())
+    write_text(folder / README_FILE, card.readme(manifest))
 
 
 def read_bank(folder: Path, *, statistics: bool = True) -> Bank:
@@ -220,7 +231,9 @@ def read_bank(folder: Path, *, statistics: bool = True) -> Bank:
     for part in manifest.statistics if statistics else []:
         if (folder / part.file).exists():
             found[part.task] = read_statistics(folder, part)
-    return Bank(manifest=manifest, adapters=adapters, router=read_router(folder, manifest), statistics=found)
+    router = read_router(folder, manifest)
+    check_list(folder, manifest)
+    return Bank(manifest=manifest, adapters=adapters, router=router, statistics=found)
 
 
 def read_version(folder: Path, run: str) -> tuple[Manifest, list[Adapter]]:
@@ -242,6 +255,7 @@ def read_version(folder: Path, run: str) -> tuple[Manifest, list[Adapter]]:
         if (folder / part.file).exists():
             read_statistics(folder, part)
     read_router(folder, manifest)
+    check_list(folder, manifest)
     return manifest, adapters
 
 
@@ -284,37 +298,44 @@ def check_publishable(manifest: Manifest, adapters: Iterable[Adapter]) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse links that lead out, tensors and pickles that the manifest does not know; warn of other strangers.
+    """Refuse links that lead out, and files that the manifest does not know.
 
     Raises:
         BankError: names the file.
     """
     root = folder.resolve()
-    expected = {FILE, ROUTER_FILE} | {part.file for part in manifest.statistics}
-    expected |= {f"{line.folder}/{name}" for line in manifest.adapters for name in (*ADAPTER_FILES, CONFIG_FILE)}
+    names = []
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
         if not path.resolve().is_relative_to(root):
             raise BankError(f"{path}: a link that leads out of the bank, to {path.resolve()}; fetch the bank again")
-        if path.is_dir() or name in expected:
-            continue
-        if path.suffix.lower() in _REFUSED or not path.is_file():
-            raise BankError(
-                f"{path}: found a file that the manifest does not name, expected only what it names; "
-                "remove it (banks hold no code and no pickle) or fetch the bank again"
-            )
-        if path.name not in _KNOWN:
-            log.warning("%s: not part of the bank, ignored", path)
+        if not path.is_dir():
+            names.append(path.relative_to(folder).as_posix())
+    refuse_unknown(names, manifest, str(folder))
+
+
+def check_list(folder: Path, manifest: Manifest, *, whole: bool = False) -> None:
+    """Compare the files that are there with the manifest's list.
+
+    What other programs read (``MLmodel``, PEFT's configuration) is compared byte for byte; of tensors the size, for what is
+    read of them is under a digest of its own, unless ``whole``.
+
+    Raises:
+        BankError: names the file.
+    """
+    for file in bank_files(manifest):
+        path = folder / file.path
+        if path.is_file():
+            check_file(folder, file.path, manifest, whole=whole or not path.name.endswith(".safetensors"))
 
 
 def swap_in(aside: Path, folder: Path) -> None:
     """Rename ``aside`` to ``folder``; what stood there moves out of the way first and is then deleted."""
     if not folder.exists():
-        aside.replace(folder)
+        rename_synced(aside, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     folder.replace(old / folder.name)
-    aside.replace(folder)
+    rename_synced(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,13 +8,16 @@ meanwhile, in processes that know nothing of MLflow.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
 import logging
 import os
 import random
 import sqlite3
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
+from amlora_dist import privacy
 from amlora_dist.errors import AmloraError, UserError, is_full, plain_reason
+from amlora_dist.registry import places
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,8 +77,16 @@ class Connection:
     artifacts: str | None
     """Root of artifact folders for stores without a server; None: the tracking server decides."""
 
+    secrets: tuple[str, ...] = ()
+    """What no message may hold of ``uri``."""
+
     away: bool = False
     """A call gave up on the server; until one is answered again, others try once only, so that the run can end."""
+
+    @property
+    def shown(self) -> str:
+        """``uri`` as it may be seen: without user, password and query."""
+        return privacy.shown(self.uri, *self.secrets)
 
     def call(
         self, what: str, function: Callable[..., T], *args: Any, deadline_s: float = CALL_DEADLINE_S, **keys: Any
@@ -99,7 +112,7 @@ class Connection:
                 if is_code(error, "RESOURCE_ALREADY_EXISTS") or is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                     raise
                 trouble = _trouble(error, remote=self.uri.startswith(("http:", "https:")))
-                where, reason = f"MLflow at {self.uri}: {what}", str(error)
+                where, reason = f"MLflow at {self.shown}: {what}", privacy.shown(str(error), *self.secrets)
                 if trouble == "full":
                     raise StoreFullError(
                         f"{where}: the disk is full ({_first_line(reason)}); what is published is whole: {NO_ROOM}"
@@ -123,7 +136,7 @@ class Connection:
                     log.warning("%s: no answer; trying again for %.0f min", where, OUTAGE_DEADLINE_S / 60)
             else:
                 if told or self.away:
-                    log.warning("MLflow at %s answers again", self.uri)
+                    log.warning("MLflow at %s answers again", self.shown)
                 self.away = False
                 return result
             log.debug("MLflow busy: %s, again in %.2f s", what, pause)
@@ -190,53 +203,85 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
         )
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise UserError(
-            f"{where}: found {uri!r}, expected http(s)://HOST:PORT or sqlite:////ABSOLUTE/FILE.db (MLflow keeps no registry"
-            " in plain files); or leave it out for the embedded store"
+            f"{where}: found {privacy.shown(uri)!r}, expected http(s)://HOST:PORT or sqlite:////ABSOLUTE/FILE.db (MLflow"
+            " keeps no registry in plain files); or leave it out for the embedded store"
         )
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
         path, sign, options = uri.removeprefix("sqlite:///").partition("?")
-        uri = f"sqlite:///{Path(path).absolute()}{sign}{options}"
+        uri = f"sqlite:///{Path(path).resolve()}{sign}{options}"
     if uri.startswith(("http:", "https:")):
         _knock(uri, where)
-    client = _open_sqlite(uri, where) if uri.startswith("sqlite:") else _client(uri, where)
+    if uri.startswith("sqlite:///"):
+        home = places.home_of(_sqlite_file(uri), home)
+    client = _open_sqlite(uri, where, home) if uri.startswith("sqlite:///") else _client(uri, where)
+    secrets = tuple(privacy.secrets_of(uri))
     if uri.startswith(("http:", "https:", "databricks")):
-        return Connection(client, uri, artifacts=None)
-    return Connection(client, uri, artifacts=str(home / "artifacts"))
+        return Connection(client, uri, None, secrets)
+    return Connection(client, uri, str(home / places.ARTIFACTS), secrets)
+
+
+_PACKAGES = {
+    "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient", "pymysql": "PyMySQL", "mysql": "mysql-connector-python",
+}  # fmt: skip
+"""What has to be installed for a driver's module, where it is called otherwise."""
 
 
 def _client(uri: str, where: str) -> MlflowClient:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    seen = privacy.shown(uri)
     try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # opens both; a database migrates here
         client.search_registered_models(max_results=1)
-    except MlflowException as error:
-        mend = NO_ROOM if is_full(error) else "mend the store or give another URI"
+    except ImportError as error:
+        module = (error.name or str(error)).partition(".")[0]
         raise UserError(
-            f"{where}: found {uri}, expected a store that can be used ({_first_line(str(error))}); {mend}"
-        ) from error
+            f"{where}: found {seen}, whose driver {module!r} is not installed; run: pip install"
+            f" {_PACKAGES.get(module, module)}"
+        ) from None
+    except (MlflowException, SQLAlchemyError, ValueError) as error:
+        mend = NO_ROOM if is_full(error) else "mend the store or give another URI"
+        reason = _first_line(privacy.shown(str(error), *privacy.secrets_of(uri)))
+        raise UserError(f"{where}: found {seen}, expected a store that can be used ({reason}); {mend}") from None
     return client
 
 
 def _knock(uri: str, where: str) -> None:
     """Fail at once when nobody listens: MLflow's own client would try for two minutes."""
+    scheme, _, rest = uri.partition("://")
+    user, at, host = rest.rpartition("@")
+    if "?" in host or "#" in host:
+        raise UserError(
+            f"{where}: found {privacy.shown(uri)} with a query, which MLflow's client cannot send; give user and password"
+            " as http://USER:PASSWORD@HOST, or in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    request = urllib.request.Request(f"{scheme}://{host.rstrip('/')}/health")
+    if at:  # as MLflow's client sends it; urllib would take it for a part of the host's name
+        code = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {code}")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=KNOCK_DEADLINE_S):
+        with urllib.request.urlopen(request, timeout=KNOCK_DEADLINE_S):
             pass
     except urllib.error.HTTPError:
         return  # an answer, if only of a proxy; MLflow's client says more
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = privacy.shown(plain_reason(error), *privacy.secrets_of(uri))
         raise UserError(
-            f"{where}: found {uri}, expected a server that answers within {KNOCK_DEADLINE_S:.0f} s"
-            f" ({plain_reason(error)}); start it, or mend the address"
-        ) from error
+            f"{where}: found {privacy.shown(uri)}, expected a server that answers within {KNOCK_DEADLINE_S:.0f} s"
+            f" ({reason}); start it, or mend the address"
+        ) from None
 
 
-def _open_sqlite(uri: str, where: str) -> MlflowClient:
-    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+def _sqlite_file(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
+
+
+def _open_sqlite(uri: str, where: str, home: Path) -> MlflowClient:
+    file = _sqlite_file(uri)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -251,6 +296,7 @@ def _open_sqlite(uri: str, where: str) -> MlflowClient:
                 log.warning(
                     "%s: SQLite journal mode is %s, not WAL (a network disk?); writers will wait longer", file, mode
                 )
+            places.settle(file, home)
             return _client(uri, where)
     except Timeout as error:
         raise StoreError(

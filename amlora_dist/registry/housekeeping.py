@@ -50,7 +50,7 @@ def aliases(store: Store, registered_model: str) -> dict[str, int]:
     except MlflowException as error:
         if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
             known = ", ".join(store.registered_models()) or "none"
-            raise UserError(f"no registered model {registered_model!r} at {connection.uri}; there are: {known}") from None
+            raise UserError(f"no registered model {registered_model!r} at {connection.shown}; there are: {known}") from None
         raise
     return {alias: int(number) for alias, number in sorted(model.aliases.items())}
 
@@ -128,18 +128,12 @@ def remove(store: Store, chosen: Sequence[Candidate]) -> None:
     for one in chosen:
         _delete_artifacts(store, one.version)
     for registered_model in {one.version.registered_model for one in chosen if one.damage}:
-        store.ensure_current(registered_model, lambda: None)
+        store.ensure_current(registered_model, lambda: None, backwards=True)
 
 
 def _delete_artifacts(store: Store, version: Version) -> None:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    connection = store.connection
-    if not version.artifact_path:
-        return
-    run = connection.call("read a run", connection.client.get_run, version.run)
-    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=connection.uri)
-    connection.call("delete artifacts", repository.delete_artifacts, version.artifact_path)
+    if version.artifact_path:
+        store.delete_artifacts(version.run, version.artifact_path)
 
 
 def _references(store: Store, leaving: set[str]) -> tuple[dict[str, Callable[[Version], bool]], list[str]]:

@@ -1,15 +1,17 @@
-"""``manifest.json`` of a bank version, schema version 1: what it holds, how it was made, where each part is stored.
+"""``manifest.json`` of a bank version, schema version 2: what it holds, how it was made, where each part is stored.
 
 The manifest is read strictly: unknown keys, an unknown schema version, a path that leaves the folder, a bad name or
 a digest that is not sha256 are refused, and the manifest's own digest covers all of it. Paths inside a bank are
-never taken from the file: they follow from index and task name.
+never taken from the file: they follow from index and task name. Schema version 1, which knew no ``files``, is read too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +23,16 @@ from amlora_dist.errors import BankError
 from amlora_dist.schema import expected_words
 from amlora_dist.tasks.task_entry import TaskEntry
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ = (1, 2)
+"""Schema versions that are read."""
 FILE = "manifest.json"
 ROUTER_FILE = "router.safetensors"
 MAX_BYTES = 16 << 20
 ALL = "all"
 """Written instead of an adapter's targets when it has every one of ``target_modules``."""
 
+_DIGEST = "_digest"
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _SCALARS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -58,6 +63,7 @@ RelativePath = Annotated[str, AfterValidator(check_relative_path)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,119}$")]
 RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")]
 ModulePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=300)]
+Targets = Annotated[list[ModulePath], Field(min_length=1)]
 
 
 def slug(task: str) -> str:
@@ -97,6 +103,15 @@ class Stored:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class FileEntry:
+    """A file as it was written."""
+
+    sha256: Digest
+    size: Annotated[int, Field(ge=0, le=1 << 44)]
+    """Bytes; looked at before a file is fetched."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AdapterEntry:
     """One adapter: ``digest`` is ``Adapter.digest()``, over name, rank, alpha and every tensor."""
 
@@ -104,7 +119,7 @@ class AdapterEntry:
     task: TaskName
     rank: Annotated[int, Field(ge=1, le=65_536)]
     alpha: Annotated[float, Field(gt=0)]
-    targets: Annotated[list[ModulePath], Field(min_length=1)]
+    targets: Targets
     digest: Digest
     training_fingerprint: Digest
     parent: Digest | None = None
@@ -190,6 +205,10 @@ class Manifest:
     accuracy_matrix: AccuracyMatrix = Field(default_factory=AccuracyMatrix)
     lineage: Lineage = Field(default_factory=Lineage)
     library_versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[Annotated[str, Field(max_length=500)], FileEntry] | None = None
+    """Every file that a loader of any kind reads, by its path in the bank (``registry/bank_files.py``, which is asked; no
+    path is taken from here). Parts that a bank of schema version 1 brought are under their tensors' digests alone. None in
+    such a bank, and before one is written."""
     run_id: Annotated[str, Field(max_length=120)] = ""
     stage: Annotated[int, Field(ge=0)] = 0
     epoch: Annotated[int, Field(ge=0)] = 0
@@ -199,8 +218,8 @@ class Manifest:
         if [entry.index for entry in self.adapters] != list(range(1, len(self.adapters) + 1)):
             raise ValueError("adapters numbered 1, 2, 3, ... in their order")
         for name in ("adapters", "statistics"):
-            tasks = [entry.task for entry in getattr(self, name)]
-            if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+            counts = Counter(entry.task for entry in getattr(self, name))
+            if twice := sorted(task for task, count in counts.items() if count > 1):
                 raise ValueError(f"each task once in {name}, not {twice} twice")
         indices = [entry.index for entry in self.statistics]
         if indices != sorted(set(indices)):
@@ -214,7 +233,8 @@ class Manifest:
     @property
     def targets(self) -> list[str]:
         """Every adapted module, sorted."""
-        return sorted({module for entry in self.adapters for module in entry.targets})
+        different = {id(entry.targets): entry.targets for entry in self.adapters}
+        return sorted({module for targets in different.values() for module in targets})
 
     @property
     def prompt_tokens(self) -> int:
@@ -233,18 +253,31 @@ class Manifest:
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values, without the digest; target modules that all adapters share are written once."""
-        mapping: dict[str, Any] = TypeAdapter(Manifest).dump_python(self, mode="json")
-        mapping["target_modules"] = self.targets
-        for line in mapping["adapters"]:
-            if line["targets"] == self.targets:
-                line["targets"] = ALL
+        # Thousands of adapters share one list of modules: it is compared by identity first, and never written out for each.
+        mapping: dict[str, Any] = _whole().dump_python(
+            self, mode="json", exclude={"adapters": {"__all__": {"targets"}}}
+        )
+        shared = self.targets
+        mapping["target_modules"] = shared
+        same: dict[int, bool] = {}
+        for line, entry in zip(mapping["adapters"], self.adapters, strict=True):
+            key = id(entry.targets)
+            if key not in same:
+                same[key] = entry.targets == shared
+            line["targets"] = ALL if same[key] else list(entry.targets)
             if line["task_spec"] is None:
                 del line["task_spec"]
+        if mapping["files"] is None:
+            del mapping["files"]
         return mapping
 
     def digest(self) -> str:
         """sha256 over all of it: the bank's identity, accuracy and storage included."""
-        return value_digest(self.to_mapping())
+        known: str | None = self.__dict__.get(_DIGEST)
+        if known is None:
+            known = value_digest(self.to_mapping())
+            self.__dict__[_DIGEST] = known  # frozen: it does not change
+        return known
 
     def parent_digest(self) -> str:
         """sha256 over base and adapters alone: what a following stage is trained on, wherever it is stored."""
@@ -276,14 +309,27 @@ def parse_manifest(text: str, file: str = FILE) -> Manifest:
     if not isinstance(data, dict):
         raise BankError(f"{file}: found {_short(data)}, expected a JSON object; fetch the bank again")
     schema = data.get("schema_version")
-    if schema != SCHEMA_VERSION or isinstance(schema, bool):
+    if schema not in READ or isinstance(schema, bool):
         raise BankError(
-            f"{file}: schema_version: found {_short(schema)}, expected {SCHEMA_VERSION}; "
+            f"{file}: schema_version: found {_short(schema)}, expected {' or '.join(map(str, READ))}; "
             "a newer bank needs a newer amlora-dist"
         )
+    if (schema == 1) != (data.get("files") is None):
+        raise BankError(
+            f"{file}: files: found {'none' if schema > 1 else 'some'} under schema_version {schema}; fetch the bank again"
+        )
     digest = data.pop("digest", None)
-    _spread_targets(data)
+    try:
+        written = value_digest(data)
+    except (ValueError, RecursionError):  # a number beyond all bounds; the validation names it
+        written = ""
+    shared = _take_targets(data)
     manifest = _validated(data, file)
+    for line in manifest.adapters:
+        if line.targets == [ALL] and shared is not None:
+            object.__setattr__(line, "targets", shared)  # one list for all of them
+    if written and digest == written:  # over the text's own values, which is the quickest way to it
+        manifest.__dict__[_DIGEST] = written
     if digest != manifest.digest():
         raise BankError(
             f"{file}: digest: found {_short(digest)[:13]}..., expected '{manifest.digest()[:12]}...; "
@@ -308,18 +354,30 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(text, str(file))
 
 
-def _spread_targets(data: dict[str, Any]) -> None:
-    """Undo the short form of ``to_mapping``; what is not as it should be is left for the validation to name."""
+def _take_targets(data: dict[str, Any]) -> list[str] | None:
+    """Take ``target_modules`` out, checked, and leave ``[ALL]`` where an adapter has all of them; what is not as it should
+    be is left for the validation to name."""
     modules = data.pop("target_modules", None)
     lines = data.get("adapters")
-    for line in lines if isinstance(lines, list) else []:
-        if isinstance(line, dict) and line.get("targets") == ALL:
-            line["targets"] = modules
+    lines = lines if isinstance(lines, list) else []
+    wanting = [line for line in lines if isinstance(line, dict) and line.get("targets") == ALL]
+    try:
+        shared = TypeAdapter(Targets).validate_python(modules, strict=True) if wanting else None
+    except ValidationError:
+        shared = None
+    for place, line in enumerate(wanting):
+        line["targets"] = modules if shared is None and not place else [ALL]
+    return shared
+
+
+@functools.cache
+def _whole() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def _validated(data: dict[str, Any], file: str) -> Manifest:
     try:
-        return TypeAdapter(Manifest).validate_json(json.dumps(data), strict=True)
+        return _whole().validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         lines = [
             f"  - {'.'.join(str(part) for part in fault['loc']) or 'the whole'}: "

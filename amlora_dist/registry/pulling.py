@@ -17,6 +17,7 @@ from amlora_dist.registry.adapter_folder import ADAPTER_FILES
 from amlora_dist.registry.manifest import FILE, Manifest, read_manifest
 
 if TYPE_CHECKING:
+    from amlora_dist.registry.signing import Trust
     from amlora_dist.registry.store import Store
     from amlora_dist.registry.transfer import Progress
     from amlora_dist.registry.versions import Version
@@ -32,6 +33,7 @@ def pull_bank(
     nearby: Iterable[Path] = (),
     progress: Progress | None = None,
     statistics: bool = True,
+    trust: Trust | None = None,
 ) -> Path:
     """Make ``dest`` the self-contained folder of a version; as ``Store.pull_version``, which checks every part.
 
@@ -41,18 +43,23 @@ def pull_bank(
         dest: the folder to make.
         nearby: folders whose subfolders may be banks with the same adapters, beside the one that ``dest`` is in.
         progress: called with (parts done, parts in all, name).
-        statistics: fetch what only the continuation of the bank needs, too.
+        statistics: fetch what only the continuation of the bank needs, too; a signature is over them.
+        trust: what is demanded of the bank.
     """
     dest = dest.absolute()
     if not dest.exists() and version.artifact_path:
         _seed(dest.with_name(f".{dest.name}.part"), manifest_of(store, version), [dest.parent, *nearby])
-    return store.pull_version(version, dest, progress, statistics=statistics)
+    statistics = statistics or (trust is not None and trust.key is not None)
+    check = None if trust is None else trust.check
+    return store.pull_version(version, dest, progress, statistics=statistics, check=check)
 
 
-def pull_home(store: Store, version: Version, banks: Path, progress: Progress | None = None) -> Path:
+def pull_home(
+    store: Store, version: Version, banks: Path, progress: Progress | None = None, trust: Trust | None = None
+) -> Path:
     """The folder of a version below ``banks``, pulled once and without statistics: what inference needs."""
     dest = banks / f"{version.registered_model}-{version.number}-{version.tags.get(tags.MANIFEST_DIGEST, '')[:12]}"
-    return pull_bank(store, version, dest, progress=progress, statistics=False)
+    return pull_bank(store, version, dest, progress=progress, statistics=False, trust=trust)
 
 
 def manifest_of(store: Store, version: Version) -> Manifest:

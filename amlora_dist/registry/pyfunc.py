@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry import transfer
+from amlora_dist.registry.bank_folder import check_files, check_list
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.manifest import Stored, read_manifest
 from amlora_dist.registry.runs import Runs
@@ -85,6 +86,8 @@ def complete(folder: Path, dest: Path) -> Path:
     ``folder`` is only read: in a serving container it may be read-only.
     """
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    check_list(folder, manifest)
     store: Runs | None = None
 
     def fetch(path: str, stored: Stored | None, target: Path) -> None:
@@ -96,7 +99,7 @@ def complete(folder: Path, dest: Path) -> Path:
         if stored is None:
             raise BankError(f"{folder / path}: missing, and the manifest does not say where it is stored")
         store = store or _tracking_store(dest.parent)
-        transfer.fetch_file(store, path, stored, target)
+        transfer.fetch_file(store, path, stored, target, (manifest.files or {}).get(path))
 
     part = dest.with_name(f".{dest.name}.part")
     return transfer.assemble(manifest, part, dest, fetch, statistics=False)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amlora_dist.errors import UserError
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.files import sync_files, write_bytes
 from amlora_dist.registry import tags
 from amlora_dist.registry.connection import Connection, StoreError, is_code
 
@@ -41,6 +42,7 @@ class Runs:
         self.connection = connection
         self._client = connection.client
         self._call = connection.call
+        self._repositories: dict[str, Any] = {}
 
     # ---- runs -------------------------------------------------------------------------------------------------
 
@@ -159,13 +161,24 @@ class Runs:
         return sorted((m.step, m.value, m.timestamp) for m in history)
 
     def log_artifacts(self, run: str, folder: Path, artifact_path: str | None = None) -> None:
-        """Upload a folder's files below ``artifact_path``."""
-        self._call("upload artifacts", self._client.log_artifacts, run, str(folder), artifact_path)
+        """Upload a folder's files below ``artifact_path``; on a disk of ours, so that they outlive a loss of power."""
+        repository = self._repository(run)
+        self._call("upload artifacts", repository.log_artifacts, str(folder), artifact_path)
+        if (place := _local(repository)) is not None:
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            sync_files(place / (artifact_path or ""), names, above=5)  # up to the home, whose every folder may be new
 
     def log_json(self, run: str, artifact_path: str, value: Any) -> None:
         """Write a JSON value as an artifact; what was there is replaced."""
         text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-        self._call("write an artifact", self._client.log_text, run, text, artifact_path)
+        repository = self._repository(run)
+        if (place := _local(repository)) is not None:
+            self._call("write an artifact", write_bytes, place / artifact_path, text.encode())
+            return
+        with tempfile.TemporaryDirectory() as name:
+            above, _, last = artifact_path.rpartition("/")
+            (Path(name) / last).write_text(text, encoding="utf-8")
+            self._call("write an artifact", repository.log_artifact, str(Path(name) / last), above or None)
 
     def load_json(self, run: str, artifact_path: str) -> Any:
         """Read a JSON artifact; None when there is none."""
@@ -173,17 +186,39 @@ class Runs:
             file = self.download(run, artifact_path, Path(aside))
             return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
-    def download(self, run: str, artifact_path: str, folder: Path) -> Path | None:
-        """Fetch one artifact (a file, or a folder with all below it) to ``folder/artifact_path``; None: not there."""
+    def download(
+        self, run: str, artifact_path: str, folder: Path, *, most: int | None = None, exactly: int | None = None
+    ) -> Path | None:
+        """Fetch one artifact (a file, or a folder with all below it) to ``folder/artifact_path``; None: not there.
+
+        Args:
+            run: MLflow's id.
+            artifact_path: below the run's artifacts.
+            folder: where to.
+            most: bytes that the file may have at most.
+            exactly: bytes that it must have.
+
+        Raises:
+            BankError: the store says that it has another size; nothing was fetched.
+        """
         from mlflow.exceptions import MlflowException
 
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if not self.has_artifact(run, artifact_path):
-                return None
-            fetched = self._call(
-                f"fetch {artifact_path} of run {run}", self._client.download_artifacts, run, artifact_path, str(folder)
+        above = artifact_path.rpartition("/")[0]
+        found = next((entry for entry in self._listed(run, above or None) if entry.path == artifact_path), None)
+        if found is None:
+            return None
+        size = int(found.file_size or 0)
+        if (most is not None and size > most) or (exactly is not None and size != exactly):
+            expected = f"at most {most}" if exactly is None else f"{exactly}"
+            raise BankError(
+                f"{artifact_path} of run {run}: found {size} bytes in the store, expected {expected}: it was changed"
             )
+        try:
+            fetched = self._call(
+                f"fetch {artifact_path} of run {run}",
+                self._repository(run).download_artifacts, artifact_path, str(folder),
+            )  # fmt: skip
         except MlflowException as error:
             if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                 return None
@@ -192,16 +227,44 @@ class Runs:
 
     def has_artifact(self, run: str, artifact_path: str) -> bool:
         """Whether a run has an artifact file (or folder) of this path."""
+        above = artifact_path.rpartition("/")[0]
+        return any(entry.path == artifact_path for entry in self._listed(run, above or None))
+
+    def artifact_sizes(self, run: str, artifact_path: str) -> dict[str, int]:
+        """Every file below a folder of a run's artifacts, by its path in that folder, with its size in bytes."""
+        found: dict[str, int] = {}
+        folders = [artifact_path]
+        while folders:
+            for entry in self._listed(run, folders.pop()):
+                if entry.is_dir:
+                    folders.append(entry.path)
+                else:
+                    found[entry.path.removeprefix(f"{artifact_path}/")] = int(entry.file_size or 0)
+        return found
+
+    def delete_artifacts(self, run: str, artifact_path: str) -> None:
+        """Delete a folder of a run's artifacts, or a file."""
+        self._call("delete artifacts", self._repository(run).delete_artifacts, artifact_path)
+
+    def _listed(self, run: str, artifact_path: str | None) -> list[Any]:
         from mlflow.exceptions import MlflowException
 
-        above = artifact_path.rpartition("/")[0]
         try:
-            found = self._call("list artifacts", self._client.list_artifacts, run, above or None)
+            return list(self._call("list artifacts", self._repository(run).list_artifacts, artifact_path))
         except MlflowException as error:
             if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
-                return False
+                return []
             raise
-        return any(entry.path == artifact_path for entry in found)
+
+    def _repository(self, run: str) -> Any:
+        """What reads and writes the artifacts of a run. MLflow's client keeps one for each run's id and the whole process,
+        which would be another home's where one was copied."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if run not in self._repositories:
+            info = self._call("read a run", self._client.get_run, run).info
+            self._repositories[run] = get_artifact_repository(info.artifact_uri, tracking_uri=self.connection.uri)
+        return self._repositories[run]
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
@@ -286,6 +349,13 @@ class Runs:
             token = page.token
             if not token:
                 return found
+
+
+def _local(repository: Any) -> Path | None:
+    """The folder of artifacts on a disk of ours."""
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    return Path(repository.artifact_dir) if type(repository) is LocalArtifactRepository else None
 
 
 def check_model_name(name: str) -> None:

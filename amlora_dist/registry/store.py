@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.registry import claims, tags, transfer
+from amlora_dist.registry import claims, newest, tags, transfer
 from amlora_dist.registry.bank_folder import check_publishable
 from amlora_dist.registry.bank_folder import read_version as read_version_folder
 from amlora_dist.registry.claims import Lease, Timing, counted
@@ -26,7 +26,8 @@ class Store(Runs):
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
         self.lease_entries = LeaseEntries(connection)
-        self._seen: set[Stored] = set()
+        self.seen: set[Stored] = set()
+        """Parts that this process has seen in the store."""
 
     @classmethod
     def open(cls, home: Path, tracking_uri: str | None = None) -> Store:
@@ -67,12 +68,13 @@ class Store(Runs):
             known = self.registered_models()
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
-            raise UserError(f"{uri}: no registered model {name!r} with versions at {self.connection.uri}; {hint}")
+            raise UserError(f"{uri}: no registered model {name!r} with versions at {self.connection.shown}; {hint}")
         good = self._counted(versions)
         if (alias or wanted) == tags.LATEST:
-            if not good:
+            last = newest.newest(good)
+            if last is None:
                 raise UserError(f"{uri}: no version of {name!r} counts yet")
-            return good[-1]
+            return last
         number = self._alias(name, alias) if alias else int(wanted)
         if number is None:
             raise UserError(f"{uri}: {name!r} has no alias {alias!r}; set it, or take one of its {len(good)} versions")
@@ -105,11 +107,14 @@ class Store(Runs):
                 value,
             )
 
-    def ensure_current(self, registered_model: str, guard: Callable[[], None]) -> None:
-        """Point the alias ``current`` at the newest version that counts; a driver that resumes calls it once."""
-        good = self.counted_versions(registered_model)
-        if good and self._alias(registered_model, tags.CURRENT) != good[-1].number:
-            self.set_alias(registered_model, tags.CURRENT, good[-1], guard)
+    def ensure_current(
+        self, registered_model: str, guard: Callable[[], None], *, backwards: bool = False
+    ) -> None:
+        """Point the alias ``current`` at the newest version that counts (``registry/newest.py``): never at fewer tasks, but
+        ``backwards``, and never away from where a person has put it. A driver that resumes calls it once."""
+        newest.ensure_current(
+            self.connection, registered_model, self.counted_versions(registered_model), guard, backwards=backwards
+        )
 
     # ---- publishing -------------------------------------------------------------------------------------------
 
@@ -158,14 +163,14 @@ class Store(Runs):
         found = self._same(registered_model, values)
         if found is None:
             transfer.check_placement(manifest, stage_run, root)
-            transfer.check_referred(self, manifest, stage_run, self._seen)
+            transfer.check_referred(self, manifest, stage_run, self.seen)
             files = transfer.own_files(manifest, stage_run)
             guard()
             self._own(registered_model, values[_RUN_ID])
             transfer.upload(self, folder, files, stage_run, root)
             reach("artifacts_uploaded")
             transfer.read_back(self, folder, files, stage_run, root)
-            self._seen.update(line.stored for line in manifest.adapters if line.stored is not None)
+            self.seen.update(line.stored for line in manifest.adapters if line.stored is not None)
             reach("read_back")
             guard()
             found = self._call("register a version", self._register, registered_model, stage_run, root, values)
@@ -222,14 +227,20 @@ class Store(Runs):
         return self.pull_version(self.resolve(uri), dest, progress, statistics=statistics)
 
     def pull_version(
-        self, version: Version, dest: Path, progress: Progress | None = None, *, statistics: bool = True
+        self,
+        version: Version,
+        dest: Path,
+        progress: Progress | None = None,
+        *,
+        statistics: bool = True,
+        check: Callable[[Path], None] | None = None,
     ) -> Path:
-        """``pull`` of a version already resolved."""
+        """``pull`` of a version already resolved; ``check`` is called with the whole folder before it becomes ``dest``."""
         if not version.artifact_path:
             raise BankError(f"{version.uri}: was not published by amlora-dist (no tag {_ARTIFACT_PATH})")
         expected = version.tags.get(_MANIFEST_DIGEST)
         return transfer.pull(
-            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress
+            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress, check=check
         )
 
     # ---- leases -----------------------------------------------------------------------------------------------
@@ -303,7 +314,7 @@ class Store(Runs):
         return [read_version(found) for found in self.connection.pages(self._client.search_model_versions, text)]
 
 
-_RUN_ID, _EPOCH, _TRAINING_FINGERPRINT = tags.RUN_ID, tags.EPOCH, tags.TRAINING_FINGERPRINT
+_RUN_ID, _EPOCH, _TRAINING_FINGERPRINT, _STAGE = tags.RUN_ID, tags.EPOCH, tags.TRAINING_FINGERPRINT, tags.STAGE
 _ARTIFACT_PATH, _MANIFEST_DIGEST, _REUSED_FROM = tags.ARTIFACT_PATH, tags.MANIFEST_DIGEST, tags.REUSED_FROM
 
 
@@ -314,4 +325,5 @@ def _version_tags(given: Mapping[str, str], manifest: Manifest, epoch: int, root
         raise BankError(
             f"manifest: found run {manifest.run_id!r} epoch {manifest.epoch}, expected {given[_RUN_ID]!r} epoch {epoch}"
         )
-    return {**given, _EPOCH: str(epoch), _ARTIFACT_PATH: root, _MANIFEST_DIGEST: manifest.digest()}
+    own = {_STAGE: str(manifest.stage), _EPOCH: str(epoch), _ARTIFACT_PATH: root, _MANIFEST_DIGEST: manifest.digest()}
+    return {**given, **own}

@@ -17,6 +17,8 @@ SCORING_FINGERPRINT = "amlora.scoring_fingerprint"
 ARTIFACT_PATH = "amlora.artifact_path"
 """Folder of a version among the artifacts of its run."""
 MANIFEST_DIGEST = "amlora.manifest_digest"
+POINTED = "amlora.pointed"
+"""Of a registered model: the version at which this project has left the alias ``current``, and its stage."""
 REUSED_FROM = "amlora.reused_from"
 """``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
 
@@ -43,7 +45,8 @@ COUNTED = "amlora.counted"
 
 # aliases
 CURRENT = "current"
-"""The newest version that counts, moved as the last step of publishing. MLflow reserves the alias ``latest`` for the
-highest version number, stale or not, and lets nobody set it; ``Store.resolve`` reads ``latest`` as this one."""
+"""The newest version that counts, moved as the last step of publishing, unless a person has set it elsewhere. MLflow
+reserves the alias ``latest`` for the highest version number, stale or not, and lets nobody set it; ``Store.resolve`` reads
+``latest`` as the newest, which is the run's last stage (``registry/newest.py``)."""
 CHAMPION = "champion"
 LATEST = "latest"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from amlora_dist.errors import BankError
+from amlora_dist.files import write_bytes
 
 DTYPES = {"F64", "F32", "F16", "BF16", "I64"}
 """What a bank may hold; anything else is damage or not ours."""
@@ -20,14 +20,6 @@ DTYPES = {"F64", "F32", "F16", "BF16", "I64"}
 def write_text(file: Path, text: str) -> None:
     """Write UTF-8 text under another name, then rename."""
     write_bytes(file, text.encode())
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write bytes under another name, then rename: a reader sees the old file or the new one, never half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(file)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,15 @@ from filelock import FileLock, Timeout
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES, CONFIG_FILE, read_adapter
+from amlora_dist.registry.bank_files import (
+    README_FILE,
+    SIGNATURE_FILE,
+    BankFile,
+    bank_files,
+    check_file,
+    fits,
+    refuse_unknown,
+)
 from amlora_dist.registry.bank_folder import (
     check_files,
     read_bank,
@@ -24,7 +33,8 @@ from amlora_dist.registry.bank_folder import (
     swap_in,
     write_frame,
 )
-from amlora_dist.registry.manifest import FILE, ROUTER_FILE, Manifest, Stored, read_manifest
+from amlora_dist.registry.manifest import FILE, MAX_BYTES, ROUTER_FILE, FileEntry, Manifest, Stored, read_manifest
+from amlora_dist.registry.tensor_files import write_text
 
 if TYPE_CHECKING:
     from amlora_dist.registry.runs import Runs
@@ -36,16 +46,19 @@ Progress = Callable[[int, int, str], None]
 Fetch = Callable[[str, "Stored | None", Path], None]
 """Brings one file, given its path in the bank and where it is stored, to a local path."""
 PULL_DEADLINE_S = 1800.0
-FRAME_FILES = (FILE, ROUTER_FILE, "MLmodel", "input_example.json", "README.md")
 
 
 def own_files(manifest: Manifest, run: str) -> list[str]:
     """Paths of what a version stores itself: its frame, its router, and the parts whose storage is ``run``."""
-    files = list(FRAME_FILES)
-    for line in manifest.adapters:
-        if line.stored is not None and line.stored.run == run:
-            files += [f"{line.folder}/{name}" for name in (*ADAPTER_FILES, CONFIG_FILE)]
-    return files + [part.file for part in manifest.statistics if part.stored is not None and part.stored.run == run]
+    kept = [file.path for file in bank_files(manifest) if file.kind in _WITH_VERSION or _keeps(file, run)]
+    return [FILE, README_FILE, *kept]
+
+
+_WITH_VERSION = ("frame", "router")
+
+
+def _keeps(file: BankFile, run: str) -> bool:
+    return file.stored is not None and file.stored.run == run
 
 
 def check_placement(manifest: Manifest, run: str, root: str) -> None:
@@ -115,12 +128,70 @@ def check_referred(runs: Runs, manifest: Manifest, run: str, seen: set[Stored]) 
         stored = line.stored
         if stored is None or stored.run == run or stored in seen:
             continue
-        if not runs.has_artifact(stored.run, f"{stored.artifact_path}/{ADAPTER_FILES[0]}"):
+        if ADAPTER_FILES[0] not in runs.artifact_sizes(stored.run, stored.artifact_path):
             raise BankError(
                 f"{line.folder}: not in the store at run {stored.run}, {stored.artifact_path}; it came from another "
                 "store: publish it here first by giving it this run's placement"
             )
         seen.add(stored)
+
+
+def missing_files(runs: Runs, manifest: Manifest, run: str, root: str, seen: set[Stored]) -> list[BankFile]:
+    """What the store no longer has of a version, or has with another size: somebody deleted it, or its disk lost it.
+
+    Args:
+        runs: the store.
+        manifest: of the version.
+        run: keeps the version's own parts.
+        root: their folder among its artifacts.
+        seen: parts that were whole when they were looked at before, as in ``check_referred``.
+    """
+    own = runs.artifact_sizes(run, root)
+    known: dict[str, dict[str, int]] = {}
+    lost: list[BankFile] = []
+    for file in bank_files(manifest):
+        entry = (manifest.files or {}).get(file.path)
+        if file.stored is None or (file.stored.run, file.stored.artifact_path) == (run, f"{root}/{file.path}"):
+            size = own.get(file.path)
+        elif file.stored in seen:
+            continue
+        else:
+            above, _, name = file.stored.artifact_path.rpartition("/")
+            if f"{file.stored.run}/{above}" not in known:
+                known[f"{file.stored.run}/{above}"] = runs.artifact_sizes(file.stored.run, above)
+            size = known[f"{file.stored.run}/{above}"].get(name)
+        if size is None or (entry is not None and size != entry.size):
+            lost.append(file)
+        elif file.stored is not None:
+            seen.add(file.stored)
+    return lost
+
+
+def check_stored(runs: Runs, manifest: Manifest, run: str, root: str) -> bool:
+    """Look at a version's whole folder in the store: nothing there that the manifest does not name, every file of its size,
+    and what MLflow reads before any code of ours runs as it was published.
+
+    Returns:
+        Whether the version is signed.
+
+    Raises:
+        BankError: names the file.
+    """
+    sizes = runs.artifact_sizes(run, root)
+    where = f"run {run}, {root}"
+    refuse_unknown(sizes, manifest, where)
+    for path in own_files(manifest, run):
+        entry = (manifest.files or {}).get(path)
+        if path != README_FILE and path not in sizes:
+            raise BankError(f"{where}/{path}: not in the store; was it deleted?")
+        if entry is not None and sizes[path] != entry.size:
+            raise BankError(f"{where}/{path}: found {sizes[path]} bytes, the manifest has {entry.size}: it was changed")
+    with tempfile.TemporaryDirectory(prefix="amlora-frame-") as aside:
+        for file in bank_files(manifest):
+            if file.kind == "frame" and sizes[file.path] <= MAX_BYTES:
+                runs.download(run, f"{root}/{file.path}", Path(aside))
+                check_file(Path(aside) / root, file.path, manifest, whole=True)
+    return SIGNATURE_FILE in sizes
 
 
 def pull(
@@ -132,6 +203,7 @@ def pull(
     *,
     statistics: bool = True,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Make ``dest`` the self-contained folder of a version; see ``Store.pull``.
 
@@ -143,6 +215,7 @@ def pull(
         dest: the folder to make.
         statistics: fetch what only continuation needs, too.
         progress: called before each part.
+        check: as in ``assemble``.
     """
     dest = dest.absolute()
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +223,29 @@ def pull(
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
             manifest = _fetch_manifest(runs, run, root, expected, dest.parent)
+            signed = check_stored(runs, manifest, run, root)
 
             def fetch(path: str, stored: Stored | None, target: Path) -> None:
                 here = Stored(version_of="bank", run=run, artifact_path=f"{root}/{path}")
-                fetch_file(runs, path, stored or here, target)
+                fetch_file(runs, path, stored or here, target, (manifest.files or {}).get(path))
 
             if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-                return _already(dest, manifest, fetch, statistics=statistics)
-            return assemble(manifest, part, dest, fetch, statistics=statistics, progress=progress)
+                _already(dest, manifest, fetch, statistics=statistics)
+                if signed:
+                    _fetch_signature(runs, run, root, dest)
+                if check is not None:
+                    check(dest)
+                return dest
+
+            def checked(folder: Path) -> None:
+                if signed:
+                    _fetch_signature(runs, run, root, folder)
+                if check is not None:
+                    check(folder)
+
+            return assemble(
+                manifest, part, dest, fetch, statistics=statistics, progress=progress, check=checked
+            )
     except Timeout as error:
         raise UserError(f"waited {PULL_DEADLINE_S:.0f} s for another process that pulls to {dest}") from error
 
@@ -170,6 +258,7 @@ def assemble(
     *,
     statistics: bool,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build a whole bank in ``part``, keeping what is already right there, check it and rename it to ``dest``.
 
@@ -180,36 +269,53 @@ def assemble(
         fetch: brings one file.
         statistics: bring them too.
         progress: called before each part.
+        check: called with the whole folder before it becomes ``dest``; raises what it has against it.
     """
     _prune(part, manifest)
     write_frame(part, manifest, manifest.adapters)
+    write_text(part / FILE, manifest.to_json())
     wanted = manifest.statistics if statistics else []
     total = len(manifest.adapters) + len(wanted) + 1
     tell = progress or _silent
+    files = bank_files(manifest)
+    for file in files:
+        if file.kind == "frame":
+            _bring(file, part, manifest, fetch)
+    by_folder: dict[str, list[BankFile]] = {}
+    for file in files:
+        by_folder.setdefault(file.path.rpartition("/")[0], []).append(file)
     for done, line in enumerate(manifest.adapters):
         tell(done, total, line.folder)
-        if not _is_right(read_adapter, part, manifest, line):
-            for name in ADAPTER_FILES:
-                inside = _below(line.stored, name)
-                fetch(f"{line.folder}/{name}", inside, part / line.folder / name)
-            read_adapter(part, manifest, line)
+        right = _is_right(read_adapter, part, manifest, line)
+        for file in by_folder[line.folder]:
+            _bring(file, part, manifest, fetch, anew=not right and not file.path.endswith(CONFIG_FILE))
+        read_adapter(part, manifest, line)
     for done, entry in enumerate(wanted, start=len(manifest.adapters)):
         tell(done, total, entry.file)
-        if not _is_right(read_statistics, part, entry):
-            fetch(entry.file, entry.stored, part / entry.file)
-            read_statistics(part, entry)
+        right = _is_right(read_statistics, part, entry)
+        _bring(BankFile(entry.file, "statistics", entry.stored), part, manifest, fetch, anew=not right)
+        read_statistics(part, entry)
     tell(total - 1, total, ROUTER_FILE)
-    if not _is_right(read_router, part, manifest):
-        fetch(ROUTER_FILE, None, part / ROUTER_FILE)
+    right = _is_right(read_router, part, manifest)
+    _bring(BankFile(ROUTER_FILE, "router"), part, manifest, fetch, anew=not right)
     read_bank(part)
+    if check is not None:
+        check(part)
     swap_in(part, dest)
     tell(total, total, "done")
     return dest
 
 
+def _bring(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *, anew: bool = False) -> None:
+    """Fetch a file that is not there as the manifest lists it; one that it does not list, if it is wanted ``anew``."""
+    listed = file.path in (manifest.files or {})
+    if (listed and not fits(part, file.path, manifest)) or (not listed and anew):
+        fetch(file.path, file.stored, part / file.path)
+
+
 def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near: Path) -> Manifest:
     with tempfile.TemporaryDirectory(prefix=".manifest.", dir=near) as aside:
-        file = runs.download(run, f"{root}/{FILE}", Path(aside))
+        file = runs.download(run, f"{root}/{FILE}", Path(aside), most=MAX_BYTES)
         if file is None:
             raise BankError(f"run {run} has no {root}/{FILE}; this version is no bank of amlora-dist, or was deleted")
         manifest = read_manifest(file.parent)
@@ -221,18 +327,32 @@ def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near:
     return manifest
 
 
-def fetch_file(runs: Runs, path: str, stored: Stored, target: Path) -> None:
+def _fetch_signature(runs: Runs, run: str, root: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=folder.parent) as aside:
+        file = runs.download(run, f"{root}/{SIGNATURE_FILE}", Path(aside), most=MAX_BYTES)
+        if file is not None:
+            file.replace(folder / SIGNATURE_FILE)
+
+
+def fetch_file(runs: Runs, path: str, stored: Stored, target: Path, entry: FileEntry | None = None) -> None:
     """Fetch one file of a bank to ``target``, whole or not at all.
 
     Raises:
-        BankError: it is not where the manifest says.
+        BankError: it is not where the manifest says; or it is not the one of ``entry``, which is seen before it is fetched
+            where its size differs.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=target.parent) as aside:
-        file = runs.download(stored.run, stored.artifact_path, Path(aside))
+        size = None if entry is None else entry.size
+        file = runs.download(stored.run, stored.artifact_path, Path(aside), exactly=size)
         if file is None or not file.is_file():
             raise BankError(
                 f"{path}: not in the store at run {stored.run}, {stored.artifact_path}; was that run deleted?"
+            )
+        if entry is not None and (found := file_digest(file)) != entry.sha256:
+            raise BankError(
+                f"{path}: sha256: found {found} in the store at run {stored.run}, {stored.artifact_path}, the manifest has"
+                f" {entry.sha256}: it was changed after it was published"
             )
         file.replace(target)
 
@@ -254,11 +374,11 @@ def _already(dest: Path, manifest: Manifest, fetch: Fetch, *, statistics: bool) 
 def _prune(part: Path, manifest: Manifest) -> None:
     """Remove from the working folder what belongs to another version, or is half a file of an interrupted pull."""
     part.mkdir(parents=True, exist_ok=True)
-    keep = {ROUTER_FILE} | {entry.file for entry in manifest.statistics}
-    keep |= {f"{line.folder}/{name}" for line in manifest.adapters for name in ADAPTER_FILES}
+    keep = {file.path for file in bank_files(manifest)}
     for path in sorted(part.rglob("*"), reverse=True):
         if path.is_symlink() or path.is_file():
-            if path.is_symlink() or path.relative_to(part).as_posix() not in keep:
+            name = path.relative_to(part).as_posix()
+            if name not in keep or not fits(part, name, manifest):
                 path.unlink()
         elif path.name.startswith(".fetch."):
             shutil.rmtree(path)
@@ -275,9 +395,3 @@ def _is_right(read: Callable[..., object], *args: object) -> bool:
 
 def _silent(done: int, total: int, name: str) -> None:
     log.debug("part %d of %d: %s", done, total, name)
-
-
-def _below(stored: Stored | None, name: str) -> Stored | None:
-    if stored is None:
-        return None
-    return Stored(version_of=stored.version_of, run=stored.run, artifact_path=f"{stored.artifact_path}/{name}")

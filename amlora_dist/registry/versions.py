@@ -37,6 +37,12 @@ class Version:
         return self.tags.get(tags.RUN_ID, "")
 
     @property
+    def stage(self) -> int:
+        """How far its run had come, from 1; 0 where nobody noted it."""
+        stage = self.tags.get(tags.STAGE, "")
+        return int(stage) if stage.isdecimal() else 0
+
+    @property
     def training_fingerprint(self) -> str:
         """Of the stage that made it."""
         return self.tags.get(tags.TRAINING_FINGERPRINT, "")

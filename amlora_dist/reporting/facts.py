@@ -101,7 +101,7 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
     found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
     if not found:
         known = sorted({run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})})
-        raise UserError(f"no run {run_id!r} at {store.connection.uri}; there are: {', '.join(known) or 'none'}")
+        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
     run = found[-1].run
     result = store.load_json(run, RESULT)
     if not result or not result["stages"]:
@@ -109,7 +109,7 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
     facts = RunFacts(
         run_id=run_id,
         run=run,
-        tracking_uri=store.connection.uri,
+        tracking_uri=store.connection.shown,
         result=result,
         config=store.load_json(run, CONFIG) or {},
         materials=store.load_json(run, MATERIALS) or {},

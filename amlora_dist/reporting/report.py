@@ -42,7 +42,7 @@ def report(store: Store, name: str, file: Path) -> Page:
     elif "sequence" in kinds:
         page = run_page(read_run(store, name))
     else:
-        raise UserError(f"no run, search or comparison {name!r} at {store.connection.uri}{_known(store)}")
+        raise UserError(f"no run, search or comparison {name!r} at {store.connection.shown}{_known(store)}")
     write_page(page, file)
     log_page(store, kinds.get("comparison") or kinds.get("search") or kinds["sequence"], page)
     return page

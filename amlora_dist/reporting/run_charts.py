@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from amlora_dist.evaluation.intervals import mean_interval
 from amlora_dist.evaluation.metrics import minus
@@ -242,12 +243,22 @@ def training_blocks(facts: RunFacts) -> list[Block]:
     )
     rows: list[list[Value]] = [
         [stage.task, *(stage.public.get(key) for key in ("reused", *parts.values(), "tokens", "tokens_per_second")),
-         stage.public.get("recipe_from")]
+         stage.public.get("recipe_from"), _won_by(stage.public), stage.public.get("kept_step")]
         for stage in facts.stages
     ]  # fmt: skip
     columns = ["stage", "reused", *(f"{name}, s" for name in parts), "tokens", "tokens/s", "recipe started from"]
+    columns += ["its race won by, %", "step kept, where the best is"]
     blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=1))
     return blocks
+
+
+def _won_by(stage: Mapping[str, Any]) -> float | None:
+    """By how much, in percent of the held-out loss, the start of a recipe beat the start at zero; None: no race."""
+    race = stage.get("race")
+    if race is None:
+        return None
+    losses: dict[str, float] = race["losses"]
+    return 100.0 * (1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"])
 
 
 def _loss_chart(curves: dict[str, list[float]]) -> Chart:

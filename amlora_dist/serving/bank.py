@@ -135,8 +135,8 @@ class ServedBank:
         if request.labels is not None:
             return request.labels
         found: list[list[str]] = [self.described(task) or [] for task in ([request.task] if request.task else self.tasks)]
-        longest: list[str] = max(found, key=lambda labels: len(labels), default=[])
-        return tuple(longest)
+        most: list[str] = max(found, key=len, default=[])
+        return tuple(most)
 
 
 def check_name(name: str) -> None:

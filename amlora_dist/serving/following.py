@@ -12,8 +12,10 @@ from typing import Any
 
 from amlora_dist.config import home
 from amlora_dist.errors import AmloraError
+from amlora_dist.registry import tags
+from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.store import Store
-from amlora_dist.registry.versions import parse_uri
+from amlora_dist.registry.versions import Version, parse_uri
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.service import Service
 
@@ -63,7 +65,7 @@ class Follower:
             self._store = Store.open(home(), self._tracking_uri)
         version = self._store.resolve(self._uri)
         serving = self._service.bank
-        if version.uri == serving.version:
+        if version.uri == serving.version or self._goes_back(version):
             return False
         bank = ServedBank.load(
             version.uri, serving.name, tracking_uri=self._tracking_uri, beside=serving.model, **self._options
@@ -73,6 +75,14 @@ class Follower:
         self._service.swap(bank)
         log.warning("%s: serving %s now, before %s", self._uri, bank.version, serving.version)
         return True
+
+    def _goes_back(self, version: Version) -> bool:
+        """Whether ``latest`` means fewer tasks than are served: the last version was deleted, which nobody asked to serve
+        less for. An alias goes where a person puts it."""
+        _, alias, wanted = parse_uri(self._uri)
+        if alias is not None or wanted != tags.LATEST or self._store is None:
+            return False
+        return len(manifest_of(self._store, version).tasks) < len(self._service.bank.tasks)
 
     def _run(self) -> None:
         while not self._stop.wait(self._service.settings.poll_s):

@@ -142,7 +142,8 @@ def bare_host(header: str) -> str:
     """The name in a ``Host`` header, without its port."""
     host = header.strip().lower()
     if host.startswith("["):
-        return host[1:].partition("]")[0]
+        address, _, rest = host[1:].partition("]")
+        return address if not rest or rest.startswith(":") else host
     return host.partition(":")[0].rstrip(".")
 
 

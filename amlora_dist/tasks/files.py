@@ -135,12 +135,11 @@ def _form_of_line(first: str, name: str, column: str) -> Form:
     cells = [cell.strip().strip('"') for cell in first.split(",")]
     if column in cells and len(cells) > 1:
         return "csv"
-    for sign, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if column in [cell.strip().strip('"') for cell in first.split(sign)][: 1 << 10] and sign in first:
-            raise UserError(
-                f"{name}, line 1: found cells between {word}, expected CSV with commas, JSON lines or plain lines; write"
-                " commas, or give --format text"
-            )
+    if signs := tables.between(first, [column]):
+        raise UserError(
+            f"{name}, line 1: found cells between {signs}, expected CSV with commas, JSON lines or plain lines; write it"
+            " with commas, or give --format text"
+        )
     if first == column or (len(cells) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", cell) for cell in first.split(","))):
         raise UserError(
             f"{name}, line 1: found {_short(first)}, which may be the header of a CSV or a text; give --format csv (with"

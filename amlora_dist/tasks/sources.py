@@ -16,7 +16,7 @@ from typing import Any
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.tasks.files import RawRow
-from amlora_dist.tasks.prompts import compile_template, render_value
+from amlora_dist.tasks.prompts import compile_template, render_value, template_for
 from amlora_dist.tasks.readers import read_split
 from amlora_dist.tasks.task import (
     SPLITS,
@@ -104,7 +104,7 @@ def load_task(
 
     Raises:
         FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``.
-        UserError: missing files or columns, a split without rows.
+        UserError: missing files or columns, a split without rows, a template that cannot be rendered.
     """
     spec = with_defaults(spec, defaults or TaskDefaults())
     mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
@@ -129,6 +129,8 @@ def load_task(
         used[split] = sample([row for row, _ in found[split]], limit, seed=sample_seed)
         if not used[split]:
             raise UserError(f"task {spec.name!r}: split {split!r} has no usable row ({spec.origin or 'no file'})")
+        if spec.prompt.template is not None:  # one that cannot be rendered is found here, and not by a stage
+            template_for(spec).render(used[split][0])
     return TaskData(spec=spec, rows=used, bad=bad)
 
 

@@ -36,6 +36,15 @@ def check_once(present: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: found the column {column!r} twice, expected each once; give them different names")
 
 
+def between(header: str, needed: Sequence[str]) -> str:
+    """What stands between the cells of a header that is not written with commas, if one of the columns is in it."""
+    for sign, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        cells = [cell.strip().strip('"') for cell in header.split(sign)]
+        if len(cells) > 1 and any(column in cells for column in needed):
+            return word
+    return ""
+
+
 # ---- CSV ------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +81,10 @@ def csv_rows(
             continue
         if header is None:
             header = cells
-            check_once(header, f"{name}, line {record[0][0]}")
+            where = f"{name}, line {record[0][0]}"
+            if len(header) == 1 and (signs := between(header[0], needed)):
+                raise UserError(f"{where}: found cells between {signs}, expected commas; write it with commas")
+            check_once(header, where)
             check_columns(needed, header, name, mend)
             continue
         count += 1
@@ -182,7 +194,7 @@ def saved_fault(path: Path) -> str:
         inside = sorted(one.name for one in path.iterdir() if is_saved(one))
         found = ", ".join(inside) or "none that is whole"
         return f"a folder of DatasetDict.save_to_disk with the splits {found}; name one of them, {path}/NAME"
-    return f"a folder; name a file, a pattern such as {path}/*.jsonl, or a folder that Dataset.save_to_disk wrote"
+    return "a folder that Dataset.save_to_disk did not write; name its files, such as NAME/*.jsonl"
 
 
 def saved_rows(
@@ -200,11 +212,17 @@ def saved_rows(
 
     try:
         data = datasets.load_from_disk(str(path))
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+    except (
+        pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path}: cannot be read as a saved data set ({_reason(error)}); save it again") from None
     present = list(data.column_names)
     check_columns(needed, present, str(path), mend)
     columns = [name for name in present if asked is None or name in asked]
+    for name in columns:
+        # Arrow takes the offsets of a file as they are, and reads past the end of memory where they are wrong.
+        _column(partial(_validated, data, name), name, path)
     for place, values in dataset_rows(data, columns, path, range(len(data))):
         yield place + 1, values
 
@@ -219,6 +237,11 @@ def dataset_rows(
         values = {name: _column(partial(_values, alone[name], part, name), name, where) for name in columns}
         for at, place in enumerate(part):
             yield place, {name: values[name][at] for name in columns}
+
+
+def _validated(data: Any, name: str) -> list[Any]:
+    data.data.column(name).validate(full=True)
+    return []
 
 
 def _values(data: Any, places: list[int], name: str) -> list[Any]:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.schema import check, did_you_mean
 from amlora_dist.strict_yaml import Document, read_document
+from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 STRICT_KEYS = ConfigDict(extra="forbid")
 SPECS = Path(__file__).with_name("specs")
@@ -28,10 +29,21 @@ Limit = Annotated[int, Field(ge=1)]
 
 
 def plain_value(value: object) -> str:
-    """A label as data files hold it (``1``, ``1.0``, ``true``, ``" World "``) in the one form that is compared."""
+    """A label as data files hold it (``1``, ``1.0``, ``true``, ``" World "``) in the one form that is compared.
+
+    Raises:
+        NoTextError: it is no text or number.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return text_of(value).strip()
+
+
+def _label_value(value: object) -> str:
+    try:
+        return plain_value(value)
+    except NoTextError:
+        raise ValueError(TAKEN) from None
 
 
 def _text_field(value: object) -> object:
@@ -43,7 +55,7 @@ def _text_fields(value: object) -> object:
 
 
 def _label(value: object) -> object:
-    return {"value": value, "text": plain_value(value)} if isinstance(value, (str, int, float)) else value
+    return {"value": value, "text": _label_value(value)} if isinstance(value, (str, int, float)) else value
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -84,9 +96,9 @@ class Columns:
 class Label:
     """One class."""
 
-    value: Annotated[str, BeforeValidator(plain_value)]
+    value: Annotated[str, BeforeValidator(_label_value)]
     """As it stands in the data; two values may share a text."""
-    text: Annotated[str, BeforeValidator(plain_value), Field(min_length=1)]
+    text: Annotated[str, BeforeValidator(_label_value), Field(min_length=1)]
     """The verbaliser: what the model answers, of one or many tokens."""
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from torch import Tensor
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError
+from amlora_dist.files import rename_synced, sync_folder
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+BEST = "best."
+"""Begins the names of the best adapter's tensors (``best_checkpoint``)."""
 KEEP = 2
 """Committed checkpoints kept: the newest, and one to fall back on when the newest turns out damaged."""
 
@@ -47,6 +50,18 @@ class Progress:
     """Task whose row the recipe started from; None if it started at zero."""
     trained_with: dict[str, Any] = field(default_factory=dict)
     """World size, ZeRO stage and versions: recorded, not part of the fingerprint."""
+    held_losses: list[list[float]] = field(default_factory=list)
+    """(step, loss on the held-out rows in nats per target token) of every look at them."""
+    kept_step: int | None = None
+    """The step whose adapter is the stage's result, where the best one is kept; None: the last."""
+    race: dict[str, Any] | None = None
+    """How the starts of the recipe raced: steps of each, held-out losses by name; None: there was no race."""
+
+    def copied(self) -> Progress:
+        """One that can go on by itself."""
+        return replace(
+            self, losses=list(self.losses), trained_with=dict(self.trained_with), held_losses=list(self.held_losses)
+        )
 
 
 def checkpoint_name(step: int) -> str:
@@ -89,8 +104,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
         ) from error
     reach("checkpoint_written")
     shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    rename_synced(aside, target)
     write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
+    sync_folder(target)  # the marker's name, before an older checkpoint goes
     reach("checkpoint_committed")
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
@@ -122,6 +138,9 @@ def _read(
     if folder.name != checkpoint_name(progress.step) or len(progress.losses) != progress.step:
         raise ValueError(f"its progress says step {progress.step} and has {len(progress.losses)} losses")
     state = load_file(folder / "state.safetensors")
+    shapes = dict(shapes)
+    if any(name.startswith(BEST) for name in state):  # the best adapter so far travels along
+        shapes |= {f"{BEST}{name}": shape for name, shape in shapes.items() if name.startswith("master.")}
     if strange := sorted(state.keys() ^ shapes.keys()):
         raise ValueError(f"{strange[0]} is {'not there' if strange[0] in shapes else 'of no trained parameter'}")
     for name, tensor in state.items():

@@ -16,6 +16,7 @@ from amlora_dist.crash_points import reach
 from amlora_dist.errors import TrainingError
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
+from amlora_dist.training.best_checkpoint import BestKeeper, best_of, exhausted
 from amlora_dist.training.checkpoint import Progress, checkpoint_name, newest_checkpoint, save_checkpoint
 from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
 from amlora_dist.training.optimizer import rate_factor
@@ -54,10 +55,12 @@ class Learner:
         distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
         mirror: Mirror | None = None,
+        keeper: Callable[[int], BestKeeper] | None = None,
     ) -> None:
         """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
         steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
-        that checkpoints are copied to, and fetched from where the folder has none as new."""
+        that checkpoints are copied to, and fetched from where the folder has none as new. ``keeper``, made for so many
+        steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
@@ -68,6 +71,7 @@ class Learner:
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
+        self.keeper = None if keeper is None else keeper(self.schedule.steps)
 
     def resume(self) -> Progress | None:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
@@ -94,6 +98,8 @@ class Learner:
             return None
         state, progress = found
         self.engine.import_state(state, progress.step)
+        if self.keeper is not None:
+            self.keeper.take_up(state)
         self.report({"kind": "resumed", "step": progress.step})
         return progress
 
@@ -107,37 +113,70 @@ class Learner:
         """
         began, before = time.monotonic(), progress.seconds
         for step in range(progress.step, self.schedule.steps):
-            place = batch_text(step + 1, self._rows(step))
-            with memory_watched(place, LESS_MEMORY, step + 1):
-                loss, stop = self._step(step)
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(
-                    f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
-                    " those rows",
-                    step + 1,
-                )
-            progress.step = step + 1
-            progress.losses.append(loss)
-            progress.tokens += all_tokens([self.examples[i] for i in self.schedule.rows(step)])
+            if self._ended(progress):
+                break
+            stop = self._advance(progress, step)
+            looked = self.keeper is not None and self.keeper.look(progress.step, progress.held_losses)
             progress.seconds = before + time.monotonic() - began
             self.report(
                 {
                     "kind": "step",
                     "step": progress.step,
                     "steps": self.schedule.steps,
-                    "loss": loss,
+                    "loss": progress.losses[-1],
                     "tokens": progress.tokens,
                     "seconds": progress.seconds,
                     "next_rows": self._rows(step + 1),
                 }
             )
             reach("step_done")
-            last = progress.step == self.schedule.steps
+            if looked:
+                step_at, loss = progress.held_losses[-1]
+                self.report({"kind": "held_out", "step": step_at, "loss": loss})
+            last = progress.step == self.schedule.steps or self._ended(progress)
             if stop or last or progress.step % self.settings.checkpoint_every == 0:
                 self._checkpoint(progress)
             if stop and not last:
                 raise StoppedError(f"stage {self.stage!r} stopped after step {progress.step}; a checkpoint is written")
+        if self.keeper is not None:
+            best = best_of(progress.held_losses, self.settings.near_tie)
+            progress.kept_step = None if best is None else int(progress.held_losses[best][0])
+            if progress.kept_step != progress.step:
+                self.keeper.restore(progress.step)
         return progress
+
+    def warm(self, progress: Progress, steps: int) -> Progress:
+        """Take the first ``steps`` steps without checkpoints: one start of several (``race``). Errors as in ``run``."""
+        began = time.monotonic()
+        for step in range(steps):
+            if self._advance(progress, step):
+                raise StoppedError(f"stage {self.stage!r} stopped while its starts raced; the race begins again")
+        progress.seconds += time.monotonic() - began
+        return progress
+
+    def commit(self, progress: Progress) -> None:
+        """Write a checkpoint of the present state."""
+        self._checkpoint(progress)
+
+    def _ended(self, progress: Progress) -> bool:
+        """Whether held-out rows say that it gets no better."""
+        return self.keeper is not None and exhausted(progress.held_losses, self.settings)
+
+    def _advance(self, progress: Progress, step: int) -> bool:
+        """One optimizer step, noted in ``progress``; whether any rank was told to stop."""
+        place = batch_text(step + 1, self._rows(step))
+        with memory_watched(place, LESS_MEMORY, step + 1):
+            loss, stop = self._step(step)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
+                " those rows",
+                step + 1,
+            )
+        progress.step = step + 1
+        progress.losses.append(loss)
+        progress.tokens += all_tokens([self.examples[i] for i in self.schedule.rows(step)])
+        return stop
 
     def _rows(self, step: int) -> list[int]:
         """Row numbers of a step's global batch, as the source counts them; none after the last step."""
@@ -215,6 +254,8 @@ class Learner:
 
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()
+        if self.keeper is not None:
+            state |= self.keeper.state()
         if self.engine.ranks.rank == 0:
             saved = save_checkpoint(self.folder / "checkpoints", state, progress)
             if self.mirror is not None:

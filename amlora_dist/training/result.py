@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
+from amlora_dist.files import rename_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def write_result(folder: Path, result: Result) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the trained adapter to {folder}: {error}; make room, then run again") from error
     shutil.rmtree(folder, ignore_errors=True)
-    aside.replace(folder)
+    rename_synced(aside, folder)
 
 
 def read_result(folder: Path) -> Result:

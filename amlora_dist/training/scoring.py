@@ -30,7 +30,6 @@ from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescore
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
 from amlora_dist.tasks.batches import Example, label_tokens
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
-from amlora_dist.tasks.task_entry import task_entry
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.work import WITHOUT, Cell, StageWork
@@ -148,6 +147,7 @@ class Scoring:
             self.work.plain_texts
             and self.mixture is not None
             and isinstance(self.mixture.router, KeyedRouter)
+            and not self.method.uses_selectors
             and cell.mode != "untrained"
         )
 
@@ -187,7 +187,7 @@ class Scoring:
         answer, config = self.work.settings.answer, self.model.config
         eos_id, pad_id = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
         prompter = Prompter(
-            {name: task_entry(self.work.spec(name)) if name in self.work.tasks else None for name in mixture.task_names},
+            {name: self.work.entry(name) for name in mixture.task_names},
             BANK_TEMPLATE,
             self.tokenizer,
             encoder_decoder=self.encoder_decoder,

@@ -42,6 +42,15 @@ class TrainingSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all trainable parameters; 0 turns clipping off."""
+    keep: Literal["last", "best"] = "last"
+    """Which step's adapter is the stage's result: the last, or the one that loses least on the rows that ``router.holdout``
+    keeps out, where a later one has to be better by more than ``near_tie``. ``epochs`` is then an upper bound."""
+    check_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two looks at the held-out rows; default: eight looks, fewer where they would cost much."""
+    patience: int = Field(default=3, ge=0)
+    """Looks in a row without anything better after which the stage ends; 0: it goes on to its end."""
+    near_tie: float = Field(default=0.01, ge=0, lt=1)
+    """Share of a held-out loss below which two of them count as equal: then the earlier step, or the plainer start, wins."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints."""
     gradient_checkpointing: bool = False
@@ -52,6 +61,18 @@ class TrainingSettings:
     """Limit of those files, 1e9 bytes; those used longest ago go first."""
     probe_rows: int = Field(default=32, ge=1)
     """Training rows on which a stage probes the earlier tasks' rows for the start of its recipe."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class RecipeSettings:
+    """How the weights on earlier adapters begin."""
+
+    start: Literal["race", "always", "never", "probe"] = "probe"
+    """``race``: at zero, at the best old row or at the runner-up, whichever loses least on held-out rows after some steps
+    (where a stage is too short for it, as ``probe``); ``always``: at the best old row; ``never``: at zero; ``probe``: at the
+    best old row if it explains the new task better than the base model does."""
+    race_steps: int = Field(default=20, ge=8)
+    """Steps that each start takes at most; the losers' are at most 15% of the stage's (50% below 100 steps)."""
 
 
 DeepSpeedSection = dict[str, Any]
@@ -70,5 +91,6 @@ class StageSettings:
     router: RouterSettings
     training: TrainingSettings
     method_settings: MethodSettings = field(default_factory=MethodSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
     prompt_format: PromptFormat = field(default_factory=lambda: PromptFormat(1))
     answer: AnswerSettings = field(default_factory=AnswerSettings)

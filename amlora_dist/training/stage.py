@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, recipe_summary, rows
+from amlora_dist.adapters.bank import Adapter, recipe_summary
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.prompts import Lead
@@ -33,11 +33,14 @@ from amlora_dist.methods.base import Trained
 from amlora_dist.tasks.batches import Example, encode, label_tokens
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import Layout, LossComputer
+from amlora_dist.training.best_checkpoint import BestKeeper
 from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.failures import StoppedError, disk_watched
+from amlora_dist.training.held_loss import HeldLoss
 from amlora_dist.training.learner import Learner
 from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
 from amlora_dist.training.stage_statistics import StageStatistics
@@ -61,7 +64,6 @@ __all__ = ["StoppedError", "run_stage"]
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PROBE_BATCH = 16
 
 
 def run_stage(work: StageWork, *, distributed: bool, report: Report, device: torch.device) -> None:
@@ -172,13 +174,17 @@ class _Stage:
         trunk = self._trunk(mixture)
         every, makes = own, self._statistics(engine)
         earlier = [parent.statistics for parent in parents]
-        statistics = [*earlier, makes.of(mixture, every, earlier, trunk, self._label_count())]
+        found = makes.of(mixture, every, earlier, trunk, self._label_count())
+        statistics = [*earlier, self._with_background(makes, mixture, found)]
         newest = statistics[-1]
         held = newest.holdout_count if newest.held is None else len(newest.held.labels)
         self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
         if settings.prompt_format.text_alone:
             left_out = set(makes.held_out(len(every)))
             own = [example for place, example in enumerate(every) if place not in left_out]
+            unseen = [example for place, example in enumerate(every) if place in left_out]
+        else:
+            unseen = []  # format 1 trains on all rows
         loss = LossComputer(
             model,
             pad_id=self.tokenizer.pad_token_id,
@@ -190,6 +196,8 @@ class _Stage:
             mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
         self.method.prepare(mixture, parents)
         gate = self.method.training_gate(len(mixture.task_names))
+        held_loss = HeldLoss(engine, loss, unseen, gate) if unseen else None
+        keeps = held_loss is not None and settings.training.keep == "best" and not self.method.selectors_alone
         learner = Learner(
             engine,
             loss,
@@ -209,12 +217,14 @@ class _Stage:
             distillation=self.method.distillation,
             report=self.report,
             mirror=work.mirror,
+            keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
         )
         progress = learner.resume()
         if progress is None:
             progress = Progress(fingerprint=work.fingerprint, step=0)
             if self.method.learns_recipe(work.index) and adapters:
-                progress.recipe_from = self._start_recipe(mixture, engine, loss, own, adapters)
+                start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
+                progress = start.begin(progress)
         progress.trained_with = self._trained_with()
         progress = learner.run(progress)
         reach("training_ended")
@@ -289,6 +299,16 @@ class _Stage:
             self.device, engine.whole_forward, settings.prompt_format.text_alone,
         )  # fmt: skip
 
+    def _with_background(self, makes: StageStatistics, mixture: Mixture, own: TaskStatistics) -> TaskStatistics:
+        """The statistics with those of generic texts, by which texts of no task are told."""
+        settings = self.settings
+        wanted = settings.router.background and self.method.routed and own.held is not None
+        if not wanted or settings.router.kind not in ("posterior", "permuted"):
+            return own
+        layer, depths = mixture.router_layer, list(mixture.routing.depths)
+        decided_by = {"base": self.base.digest, "dtype": settings.dtype, "layer": layer, "depths": depths}
+        return replace(own, background=makes.background(mixture, Path(self.work.cache), decided_by))
+
     def _engine(self, mixture: Mixture) -> Engine:
         trainable = mixture.trainable()
         groups = parameter_groups(trainable, self.settings.training, selectors_alone=self.method.selectors_alone)
@@ -312,33 +332,6 @@ class _Stage:
             kinds[kind] = kinds.get(kind, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
         modules = sorted({name.split(".", 1)[1] for name in named if name.startswith("a.")})
         self.report({"kind": "trainable", "parameters": kinds, "modules": modules})
-
-    def _start_recipe(
-        self, mixture: Mixture, engine: Engine, loss: LossComputer, examples: Sequence[Example], adapters: list[Adapter]
-    ) -> str | None:
-        """Start the recipe at the old row that explains the new task best, if any beats the base model."""
-        probe = examples[: self.settings.training.probe_rows]
-        tasks = len(mixture.task_names)
-        losses = [self._probe(engine, loss, probe, gate) for gate in torch.eye(tasks)[: tasks - 1]]
-        nothing = self._probe(engine, loss, probe, torch.zeros(tasks))
-        best = min(range(len(losses)), key=losses.__getitem__)
-        self.report({"kind": "probe", "losses": dict(zip(mixture.task_names, losses, strict=False)), "base": nothing})
-        if losses[best] >= nothing:
-            return None
-        state = engine.export_state()
-        for module in adapters[0].a:
-            state[f"master.recipe.{module}"] = rows(adapters, module)[best].clone()
-        engine.import_state(state, 0)
-        return adapters[best].task
-
-    def _probe(self, engine: Engine, loss: LossComputer, probe: Sequence[Example], gate: Tensor) -> float:
-        """Mean loss over the probe's rows, nats per row, with every row gated by ``gate`` (tasks,)."""
-        total = torch.zeros(1, device=self.device)
-        with torch.no_grad():
-            for indices, counts in deal(probe, PROBE_BATCH, self.ranks.rank, self.ranks.world):
-                part = loss(engine.model, [probe[i] for i in indices], gate)
-                total += part if counts else 0.0 * part
-        return float(self.ranks.sum(total)) / len(probe)
 
     def _label_count(self) -> int:
         """Labels of the stage's task, where the statistics are of its rows alone; else 0."""

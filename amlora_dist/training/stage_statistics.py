@@ -9,8 +9,11 @@ Shapes in names: B rows, L tokens, D features, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +21,12 @@ from torch import Tensor
 
 from amlora_dist.adapters.reading import read_texts
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge, merge_holdouts
-from amlora_dist.digests import named_seed
+from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.evaluation.decoding import Decoder, contexts_per_pass, plan_labels
 from amlora_dist.evaluation.scoring import deal
+from amlora_dist.tasks import background
 from amlora_dist.tasks.batches import Example, collate_prompts, padded
-from amlora_dist.tasks.prompt_format import special_ends
+from amlora_dist.tasks.prompt_format import special_ends, text_ids
 from amlora_dist.training.batching import prompt_positions
 
 if TYPE_CHECKING:
@@ -31,7 +35,12 @@ if TYPE_CHECKING:
     from amlora_dist.training.trunk_cache import TrunkCache
     from amlora_dist.training.zero import Ranks
 
+log = logging.getLogger(__name__)
+
 BATCH = 16
+PART_TEXTS = 24
+"""Texts of each part of the background that are read."""
+BACKGROUND_TOKENS = 96
 FEWEST_HELD = 24
 """Rows that are held out at least, where that is no more than a quarter of them."""
 SMALLEST_SHARE = 4
@@ -153,6 +162,31 @@ class StageStatistics:
         likelihoods = torch.tensor([every[place] for place in range(len(chosen))])
         return replace(statistics, held=replace(statistics.held, loglikelihoods=likelihoods))
 
+    def background(self, mixture: Mixture, cache: Path, decided_by: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Mean features (F,) of each part of the background, computed once for a base model and kept in ``cache``.
+
+        Args:
+            mixture: of the model.
+            cache: folder of files that may be deleted at any time.
+            decided_by: what beside the texts decides them: base model, dtype, layers.
+        """
+        limit = PART_TEXTS
+        key = value_digest({**decided_by, "texts": background.digest(), "limit": limit, "skip": self.router.skip_tokens})
+        file = cache / "background" / f"{key}.safetensors"
+        known = self.ranks.gather(_read_means(file) if self.ranks.rank == 0 else None)[0]
+        if known is not None:
+            return dict(known)
+        means: dict[str, Tensor] = {}
+        for part in background.parts():
+            rows = text_ids(background.texts(part)[:limit], self.tokenizer, BACKGROUND_TOKENS)
+            examples = [Example(place, (), (), None, "", ids) for place, ids in enumerate(rows) if ids]
+            features, _ = self._texts(mixture, examples)
+            sums = self.ranks.gather((features.double().sum(dim=0), len(features)))
+            means[part] = torch.stack([total for total, _ in sums]).sum(dim=0) / sum(count for _, count in sums)
+        if self.ranks.rank == 0:
+            _write_means(file, means)
+        return means
+
     @property
     def _side(self) -> Any:
         return "right" if self.encoder_decoder else "left"
@@ -199,3 +233,25 @@ class StageStatistics:
                 )
                 out.append(features.cpu() if counts else features[:0].cpu())
         return torch.cat(out)
+
+
+def _read_means(file: Path) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _write_means(file: Path, means: dict[str, Tensor]) -> None:
+    from safetensors.torch import save
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tmp = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+        tmp.write_bytes(save(means))
+        tmp.replace(file)
+    except OSError as error:
+        log.warning("%s: the background's features cannot be kept (%s); they are computed again next time", file, error)

@@ -15,6 +15,7 @@ from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, read_mapping
+from amlora_dist.tasks.task_entry import TaskEntry, task_entry
 from amlora_dist.training.mirror import Copies, Mirror
 from amlora_dist.training.result import is_whole
 from amlora_dist.training.settings import StageSettings
@@ -91,6 +92,8 @@ class StageWork:
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
     plain_texts: bool = False
     """Score rows as plain texts, through the function that serves them, where the bank's router can."""
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the parent bank says of its tasks, by name: a text may be routed to them."""
     sealed: tuple[str, ...] = ()
     """Splits that must not be opened."""
     cache: str = ""
@@ -191,6 +194,12 @@ class StageWork:
                 f" {self.base['digest'][:12]}; use one image on all nodes"
             )
         return found
+
+    def entry(self, task: str) -> TaskEntry | None:
+        """Labels and prompt of a task of the bank; None where nobody knows them."""
+        if task in self.tasks:
+            return task_entry(self.spec(task))
+        return TypeAdapter(TaskEntry).validate_python(self.entries[task]) if task in self.entries else None
 
     def spec(self, task: str) -> TaskSpec:
         return read_mapping(self.tasks[task], origin=Path(f"task {task}"))

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from amlora_dist.config import home, storage_of, to_mapping
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
+from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import claims, tags
+from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
 from amlora_dist.search import DIRECTIONS, described
 from pipelines import preflight
@@ -71,7 +73,7 @@ def run_search(
     preflight.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
     model = config.registered_model or search_id
-    mapping = to_mapping(config)
+    mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
     refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE_IN_SEARCH, grows=False)
     key = claims.run_key(f"search.{search_id}")
@@ -87,11 +89,11 @@ def run_search(
             search = _Search(plan, search_id, journal, progress, place, storage, demand, verbose)
             timing = search.run(began)
             store.close_open_runs(search_run)
-            result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.uri)
+            result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.shown)
             result["cost"] |= asdict(timing)
             add_intervals(result, store)
             _score_winner(plan, result, champion, model, search_run, store, lease, progress, verbose)
-            store.log_json(search_run, FILE, result)
+            store.log_json(search_run, FILE, {key: value for key, value in result.items() if key != "tracking_uri"})
             status = "FINISHED"
         except AmloraError as error:
             status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
@@ -121,6 +123,8 @@ def _score_winner(
     within = Within(run=search_run, gpus=plan.settings.gpus or 1.0)
     found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
     version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
+    # By an earlier start: whoever has pointed the alias elsewhere since keeps it.
+    crowned = tags.SEARCH in version.tags and tags.CHAMPION in aliases(store, model)
     store.tag_version(
         version,
         {
@@ -131,7 +135,8 @@ def _score_winner(
         },
         lease.check,
     )
-    store.set_alias(model, tags.CHAMPION, version, lease.check)
+    if not crowned:
+        store.set_alias(model, tags.CHAMPION, version, lease.check)
     winner["version"] = version.uri
     winner["test"] = {key: found[key] for key in ("metrics", "accuracy_matrix", "untrained", "oracle", "run_id")}
 

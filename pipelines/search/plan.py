@@ -12,6 +12,7 @@ from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import method_for
 from amlora_dist.search import Dimension, SearchSettings, described, dimensions, points
+from amlora_dist.tasks.prompt_format import PromptFormat
 from amlora_dist.training.settings import StageSettings
 
 TRIES = 32
@@ -134,6 +135,8 @@ def _stage_settings(config: RunConfig) -> StageSettings:
         router=config.router,
         training=config.training,
         method_settings=config.method_settings,
+        recipe=config.recipe,
+        prompt_format=PromptFormat(config.prompt_format),
     )
 
 

@@ -85,7 +85,8 @@ def tiny_t5(seed: int = 0) -> T5ForConditionalGeneration:
 
 
 def targets_of(model: PreTrainedModel, **settings: Any) -> list[Target]:
-    return find_targets(model, AdapterSettings(**settings), default_router_layer(model))
+    """Of PEFT's default layers, q and v for most, unless ``settings`` say otherwise."""
+    return find_targets(model, AdapterSettings(**{"targets": "auto", **settings}), default_router_layer(model))
 
 
 def random_adapters(

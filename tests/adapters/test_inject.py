@@ -70,6 +70,10 @@ LLAMA_ATTENTION, LLAMA_MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_pr
 BART_ATTENTION = {f"{owner}.{name}_proj" for owner in ("self_attn", "encoder_attn") for name in ("q", "k", "v", "out")}
 
 
+def test_by_default_the_mlps_are_adapted() -> None:
+    assert find_targets(tiny_llama(), AdapterSettings(), 2) == targets_of(tiny_llama(), targets="mlp")
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [

@@ -22,7 +22,9 @@ SMALL = ["method=l2p", "method_settings.prompt_pool=6", "method_settings.prompt_
 
 def test_stages_leave_earlier_prompts_alone_and_pull_their_own_keys_to_their_inputs(tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours", "shapes"))
-    first, second = stages(load_config(file, [*SMALL, "training.epochs=2"]), tmp_path / "l2p", score=False)
+    # In format 1 the statistics are of what the pool's keys are matched with: the whole prompt.
+    config = load_config(file, [*SMALL, "training.epochs=2", "prompt_format=1"])
+    first, second = stages(config, tmp_path / "l2p", score=False)
     (path,) = first.result.adapter.a
     before, after = first.result.adapter, second.result.adapter
     assert torch.equal(before.a[path][:3], after.a[path][:3]) and torch.equal(before.b[path][:, :3], after.b[path][:, :3])

@@ -101,7 +101,7 @@ def old_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[floa
     found = {}
     for name, more in {
         "seq_lora": [],
-        "replay": ["method_settings.replay_rows=8"],
+        "replay": ["method_settings.replay_rows=16"],
         "ewc": ["method_settings.ewc_rows=24"],
         "lwf": ["method_settings.lwf_weight=3"],
     }.items():
@@ -198,7 +198,7 @@ def test_replayed_rows_are_named_in_the_fingerprint(tmp_path: Path) -> None:
     seen = before[1].work.rows
     assert seen == {"shapes": None, "colours": 16}
     steps = [len(stage.result.training["losses"]) for stage in before]
-    assert steps == [4, 7], "24 rows, then 24 and 16 old ones, in batches of 6"
+    assert steps == [4, 7], "24 rows that are not held out, then as many and 16 old ones, in batches of 6"
     fewer = stages(load_config(file, [*config, "method_settings.replay_rows=3"]), tmp_path / "fewer", score=False)
     assert fewer[0].work.fingerprint == before[0].work.fingerprint
     assert fewer[1].work.fingerprint != before[1].work.fingerprint
@@ -209,7 +209,7 @@ def test_joint_training_sees_the_rows_of_all_tasks_in_one_stage(tmp_path: Path) 
     file = write_config(tmp_path, tasks=("colours", "shapes"))
     (only,) = stages(load_config(file, ["method=joint", "training.epochs=2"]), tmp_path / "joint")
     assert only.work.rows == {"colours": None, "shapes": None}
-    assert len(only.result.training["losses"]) == 2 * 48 / 6
+    assert len(only.result.training["losses"]) == 2 * 48 / 6, "64 rows, a quarter of them held out"
     assert only.result.statistics.count + only.result.statistics.holdout_count == 48
 
 

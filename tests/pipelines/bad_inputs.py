@@ -229,6 +229,14 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "missing label": (rewrite_rows(no_label), Told("colours/train.jsonl", "row 3", "no label", ROWS)),
     "empty text": (rewrite_rows(empty_text), Told("colours/train.jsonl", "row 1", "an empty text", ROWS)),
+    "a text that is a list": (
+        rewrite_rows(lambda lines: ['{"text": ["red"], "label": "red"}', *lines[1:]]),
+        Told("colours/train.jsonl", "row 1", "a list in column 'text'", ROWS),
+    ),
+    "half of a character": (
+        rewrite_rows(lambda lines: [lines[0], r'{"text": "the \ud83d wall", "label": "red"}', *lines[2:]]),
+        Told("colours/train.jsonl", "row 2", r"half of a character (\ud83d, at character 5)", ROWS),
+    ),
     "empty task": (
         rewrite_rows(lambda lines: []), Told("colours/train.jsonl", "task 'colours'", "found no rows", "put them there")
     ),
@@ -255,6 +263,20 @@ CASES: dict[str, tuple[Damage, Told]] = {
             {"splits": {"train": "colours/train.csv", "test": "colours/test.jsonl"}}, "train.csv", "text,label\na,b,c\n"
         ),
         Told("colours/train.csv", "row 1", "a wrong number of cells", ROWS),
+    ),
+    "a quote of CSV that is never closed": (
+        of_task(
+            {"splits": {"train": "colours/train.csv", "test": "colours/test.jsonl"}}, "train.csv", 'text,label\na,b\n"c,d\n'
+        ),
+        Told("colours/train.csv", "line 3", "a quote that is never closed", "close it"),
+    ),
+    "a folder that is no data set": (
+        of_task({"splits": {"train": "colours", "test": "colours/test.jsonl"}}),
+        Told("tasks/colours,", "tasks[0] (colours)", "found {folder}/tasks/colours, a folder that", "name its files"),
+    ),
+    "a template that never ends": (
+        of_task({"prompt": {"template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}}),
+        Told("prompt template of colours", "template", "too many steps", "make the template simpler"),
     ),
     "unknown key of a task": (
         of_task({"colums": {"text": "text"}}), Told("colours.yaml", "colums:", "an unknown key", "did you mean 'columns'?")

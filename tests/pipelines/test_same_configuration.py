@@ -78,8 +78,11 @@ def of_version_01(config: Path, **values: Any) -> dict[str, Any]:
     stored = to_mapping(load_config(config)) | values
     stored["model"] |= {"attention": "sdpa"}
     for path in FORMER:
-        section, key = path.rsplit(".", 1)
-        stored[section].pop(key, None)
+        *sections, key = path.split(".")
+        inner = stored
+        for section in sections:
+            inner = inner[section]
+        inner.pop(key)
     return stored
 
 
@@ -94,6 +97,9 @@ def test_a_run_that_exists_has_what_its_file_does_not_name_from_its_start_before
     assert made.model.attention == "sdpa", "auto was settled at the first start"
     with pytest.raises(UserError, match=re.escape("training.epochs: 9 then, 4 now")):
         refuse_other_configuration(cast(Any, Journal(stored)), {}, to_mapping(made), "run id 'r'")
+    stored["adapters"] |= {"targets": "auto"}
+    unnamed = load_config(config, ["adapters.targets=mlp"])
+    assert taken_up(unnamed, stored, named_keys(config) - {"adapters.targets"}).adapters.targets == "auto", "q and v stay"
     eager = ["model.attention=eager"]
     named = taken_up(load_config(config, eager), stored, named_keys(config, eager))
     assert named.model.attention == "eager", "an implementation that is named is another configuration"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -55,6 +55,12 @@ def processes(home: Path) -> list[psutil.Process]:
     return found
 
 
+def texts_inside(server: Server) -> int:
+    """Texts that the replica has at work."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    return int(float(next(line for line in lines if line.startswith("amlora_texts ")).split()[1]))
+
+
 @pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_key_in_environment_slow_sockets_host_header_and_a_replica_that_dies(server: Server, amlora_home: Path) -> None:
@@ -88,24 +94,19 @@ def test_key_in_environment_slow_sockets_host_header_and_a_replica_that_dies(ser
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
     (replica,) = (process for process in own if "ServeReplica" in " ".join(process.cmdline()))
-    body = {"prompt": ["red wall"] * 20, "max_tokens": 40, "raw": True}
-    answers: list[httpx.Response] = []
-
-    def ask() -> None:
-        while not answers or answers[-1].status_code == 200:
-            answers.append(httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=60))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(1)
-    os.kill(replica.pid, signal.SIGKILL)
-    thread.join(timeout=120)
-    assert not thread.is_alive()
-    assert answers[-1].status_code == 503, answers[-1].text
-    assert answers[-1].headers["retry-after"] and answers[-1].json()["error"]["type"] == "server_error"
+    body = {"prompt": ["red wall"] * 64, "max_tokens": 40, "raw": True}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, headers=key, timeout=120)
+        start = time.monotonic()
+        while texts_inside(server) == 0:
+            assert not asked.done() and time.monotonic() - start < 60
+        os.kill(replica.pid, signal.SIGKILL)
+        answer = asked.result()
+    assert answer.status_code == 503, answer.text
+    assert answer.headers["retry-after"] and answer.json()["error"]["type"] == "server_error"
     start = time.monotonic()
     while httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=60).status_code != 200:
-        assert time.monotonic() - start < 120, "Ray Serve starts another replica"
+        assert time.monotonic() - start < 180, "Ray Serve starts another replica"
         time.sleep(0.5)
 
 

@@ -22,7 +22,7 @@ from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
 from pipelines.cli import app
 from pipelines.plan_page import bytes_of
 
-SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
 TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
 RECIPE = Recipe(
     batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, evaluation_batch=16,
@@ -58,11 +58,11 @@ def test_the_smallest_change_is_named_and_is_enough() -> None:
 
 
 def test_weights_go_to_the_host_by_one_key_and_to_disk_where_the_host_is_small() -> None:
-    big = shape_of(ModelSettings(source="llama-3.1-405b"), AdapterSettings(), RouterSettings())
+    big = shape_of(ModelSettings(source="llama-3.1-405b"), AdapterSettings(targets="auto"), RouterSettings())
     layout = Layout(zero=3, ranks=8, micro_batch=1, checkpointing=True, bucket=10_000_000, live=10_000_000)
     plan = make_plan(big, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE)
     assert plan.mend == {"deepspeed.zero_optimization.offload_param.device": "cpu"}
-    small = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+    small = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
     rows = {r.layout.offload: r for r in make_plan(small, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE).rows}
     assert rows["nvme"].memory.nvme == rows["none"].memory.weights
 
@@ -79,7 +79,7 @@ def test_scored_tasks_are_those_of_the_run() -> None:
 
 def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:
     assert planned(memory=2.5).mend == {}
-    seventy = shape_of(ModelSettings(source="llama-3-70b"), AdapterSettings(), RouterSettings())
+    seventy = shape_of(ModelSettings(source="llama-3-70b"), AdapterSettings(targets="auto"), RouterSettings())
     layout = Layout(zero=3, ranks=1, micro_batch=1, checkpointing=True, bucket=10_000_000)
     host = Cluster(1, 1, 24 * GIB, host_memory=100 * GIB)
     plan = make_plan(seventy, TASKS, RECIPE, layout, host, MACHINE)

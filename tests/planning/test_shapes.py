@@ -30,12 +30,12 @@ def test_the_shipped_shapes_are_numbers_and_all_are_checked_here() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_published_model(name: str) -> None:
-    shape = shape_of(ModelSettings(source=name), AdapterSettings(), RouterSettings())
+    shape = shape_of(ModelSettings(source=name), AdapterSettings(targets="auto"), RouterSettings())
     assert shape.parameters == PUBLISHED[name]
 
 
 def test_llama_3_8b_by_hand() -> None:
-    shape = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(), RouterSettings())
+    shape = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
     attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
     layer = attention + 3 * 4096 * 14336 + 2 * 4096
     assert shape.largest_layer == shape.layers[0].used == layer == 218_112_000
@@ -47,7 +47,7 @@ def test_llama_3_8b_by_hand() -> None:
 
 
 def test_a_token_meets_two_of_mixtrals_eight_experts() -> None:
-    shape = shape_of(ModelSettings(source="mixtral-8x22b"), AdapterSettings(), RouterSettings())
+    shape = shape_of(ModelSettings(source="mixtral-8x22b"), AdapterSettings(targets="auto"), RouterSettings())
     experts = 8 * 3 * 6144 * 16384
     assert shape.layers[0].parameters - shape.layers[0].used == experts * 6 // 8
     assert shape.intermediate == 2 * 16384
@@ -61,4 +61,4 @@ def test_an_unknown_model_is_refused_with_what_is_known(tmp_path: Path) -> None:
         configuration_of(ModelSettings(source=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
     with pytest.raises(UserError, match="no model type 'lama'"):
-        shape_of(ModelSettings(source=str(tmp_path)), AdapterSettings(), RouterSettings())
+        shape_of(ModelSettings(source=str(tmp_path)), AdapterSettings(targets="auto"), RouterSettings())

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -232,15 +231,55 @@ def test_damage_is_refused_and_named(bank: Path, damage: str) -> None:
     assert str(bank) in str(caught.value)
 
 
-def test_a_link_inside_the_folder_and_files_of_mlflow_are_no_harm(bank: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (bank / "conda.yaml").write_text("name: x")
-    (bank / "registered_model_meta").write_text("model_name: x")
-    (bank / "notes.txt").write_text("hello")
-    with caplog.at_level(logging.WARNING):
+def test_what_mlflow_the_hub_and_people_add_and_no_loader_reads_is_no_harm(bank: Path) -> None:
+    for name in ("registered_model_meta", ".gitattributes", ".cache/huggingface/download/x.metadata", "model.sig"):
+        (bank / name).parent.mkdir(parents=True, exist_ok=True)
+        (bank / name).write_text("model_name: x")
+    (bank / "README.md").write_text("# The bank of our help desk")
+    read_bank(bank)
+
+
+@pytest.mark.parametrize(
+    "name", ["conda.yaml", "requirements.txt", "python_env.yaml", "notes.txt", "code/x.py", "adapters/x", "MLmodel.bak"]
+)
+def test_any_other_file_is_refused_and_named(bank: Path, name: str) -> None:
+    (bank / name).parent.mkdir(parents=True, exist_ok=True)
+    (bank / name).write_text("hello")
+    with pytest.raises(BankError, match=f"{name}: found a file that the manifest does not name"):
         read_bank(bank)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{bank / 'notes.txt'}: not part of the bank, ignored"
-    ]
+
+
+@pytest.mark.parametrize("name", ["MLmodel", "input_example.json"])
+@pytest.mark.parametrize("change", ["longer", "same length"])
+def test_what_mlflow_reads_is_under_the_manifests_digest(bank: Path, name: str, change: str) -> None:
+    text = (bank / name).read_text()
+    (bank / name).write_text(text + " " if change == "longer" else text.replace("text", "tixt"))
+    with pytest.raises(BankError, match=rf"{name}: (sha256: )?found .*, the manifest has"):
+        read_bank(bank)
+
+
+def test_tensors_with_something_more_in_their_file_are_refused(bank: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = bank / "adapters" / "2-agnews" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"note": "hello" * 20})
+    with pytest.raises(BankError, match=r"adapter_model.safetensors: found \d+ bytes, the manifest has \d+"):
+        read_bank(bank)
+
+
+def test_a_bank_of_schema_1_is_read_and_its_mlmodel_may_name_no_code(bank: Path) -> None:
+    old = replace(read_bank(bank).manifest, files=None, schema_version=1)
+    (bank / "manifest.json").write_text(old.to_json())
+    assert "files" not in json.loads((bank / "manifest.json").read_text())
+    assert read_bank(bank).manifest == old
+    text = (bank / "MLmodel").read_text()
+    for before, after in (
+        ("amlora_dist.registry.pyfunc", "evil"), ("    config:", "    code: code\n    config:"),
+        ("flavors:", "flavors:\n  sklearn:\n    pickled_model: x"), ("flavors:", "flavors: ["),
+    ):  # fmt: skip
+        (bank / "MLmodel").write_text(text.replace(before, after))
+        with pytest.raises(BankError, match=r"MLmodel: found (another flavour|no YAML)"):
+            read_bank(bank)
 
 
 def test_a_version_without_its_referred_adapters_says_how_to_get_them(bank: Path) -> None:

@@ -62,7 +62,12 @@ def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 
 STORED = {"version_of": "x", "run": "0" * 32, "artifact_path": "bank/adapters/1"}
 HOSTILE: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
-    ("schema_version", _set("schema_version", value=2)),
+    ("schema_version", _set("schema_version", value=3)),
+    ("files", _set("schema_version", value=1)),
+    ("files", _set("files", value=None)),
+    ("files.MLmodel.sha256", _set("files", "MLmodel", "sha256", value="zz")),
+    ("files.MLmodel.size", _set("files", "MLmodel", "size", value=-1)),
+    ("digest", _set("files", "MLmodel", "size", value=7)),
     ("schema_version", _set("schema_version", value="1")),
     ("schema_version", _set("schema_version", value=True)),
     ("digest", _set("digest", value="0" * 64)),

@@ -66,6 +66,34 @@ def test_prediction_takes_a_column_of_texts_and_maybe_questions_and_tasks() -> N
         model.predict(pandas.DataFrame({"text": ["a", None]}))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "found"),
+    [
+        ("text", ["a"], "a list"),
+        ("text", {"a": 1}, "a dictionary"),
+        ("text", b"a", "bytes"),
+        ("text", "a \ud83d", "half of a character"),
+        ("text", float("inf"), "inf, which is not a finite number"),
+        ("question", ["q"], "a list"),
+    ],
+)
+def test_not_text_in_a_frame_names_row_and_column(column: str, value: Any, found: str) -> None:
+    frame = pandas.DataFrame({"text": ["a", "b"], "question": ["q", "r"]}, dtype=object)
+    frame.at[1, column] = value
+    with pytest.raises(UserError, match=rf"predict: row 1 of 2, column '{column}': found {found}.*, expected a text"):
+        BankModel(EchoModel(2, "")).predict(frame)  # type: ignore[arg-type]
+
+
+def test_numbers_in_a_frame_are_texts_and_missing_values_are_none() -> None:
+    model = BankModel(EchoModel(2, ""))  # type: ignore[arg-type]
+    assert model.predict(pandas.DataFrame({"text": [1, 2]})) == ["1|2", "2|2"]
+    for missing in (pandas.NA, pandas.NaT, float("nan"), None, " "):
+        with pytest.raises(UserError, match="row 1 of 2 has no text"):
+            model.predict(pandas.DataFrame({"text": ["a", missing]}, dtype=object))
+    with pytest.raises(UserError, match="the column 'text' twice"):
+        model.predict(pandas.DataFrame([["a", "b"]], columns=["text", "text"]))
+
+
 def test_a_folder_of_a_version_alone_names_what_it_misses(tmp_path: Path) -> None:
     manifest = tiny_bank(tmp_path / "bank", ["a"])
     (tmp_path / "bank" / manifest.adapters[0].folder / "adapter_model.safetensors").unlink()

@@ -290,12 +290,12 @@ def test_damage_in_the_artifact_store_is_found_when_pulling(store: Store, name: 
     other = tiny_bank(tmp_path / "other", TASKS[:1], adapters=[tiny_adapter(TASKS[0], 1, seed=5)])
     line = other.adapters[0]
     store.log_artifacts(versions[0].run, tmp_path / "other" / line.folder, f"{versions[0].artifact_path}/{line.folder}")
-    with pytest.raises(BankError, match=r"1-helpdesk-email: digest: found"):
+    with pytest.raises(BankError, match=r"adapter_model.safetensors: sha256: found"):
         store.pull(versions[2].uri, tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
     shutil.copytree(tmp_path / "other", tmp_path / "changed")
     store.log_artifacts(versions[1].run, tmp_path / "changed", versions[1].artifact_path)
-    with pytest.raises(BankError, match="changed after it was published"):
+    with pytest.raises(BankError, match=r"changed after it was published|the manifest does not name"):
         store.pull(versions[1].uri, tmp_path / "pulled-2")
 
 

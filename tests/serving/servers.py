@@ -41,11 +41,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(bank: ServedBank | Path, *, key: str | None = None, **limits: Any) -> Iterator[Running]:
+def running(
+    bank: ServedBank | Path, *, key: str | None = None, hosts: tuple[str, ...] | None = None, **limits: Any
+) -> Iterator[Running]:
     """Serve a bank at a free port."""
     served = bank if isinstance(bank, ServedBank) else ServedBank.load(bank, "words", device="cpu")
     service = Service(served, ServeSettings(**limits))
-    app = build_app(service, key=None if key is None else key_digest(key))
+    app = build_app(service, key=None if key is None else key_digest(key), hosts=hosts)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         protocol = http_protocol(service.settings)

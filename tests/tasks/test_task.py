@@ -115,6 +115,9 @@ def test_every_fault_of_a_file_is_named_at_once(tmp_path: Path) -> None:
         ({"source": {"kind": "hub", "repository": "x/y"}}, "pinned `revision`"),
         ({"columns": {"text": [{"column": "a", "value": "{{ a }}"}], "label": "l"}}, "either `column` or `value`"),
         ({"name": "../evil"}, "name: found '../evil'"),
+        ({"labels": [{"value": ["a"], "text": "a"}, "b"]}, "labels[0].value: found"),
+        ({"labels": [{"value": "a", "text": {"a": 1}}, "b"]}, "expected a text, a whole number"),
+        ({"labels": [{"value": None, "text": "a"}, "b"]}, "labels[0].value: found"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,84 @@
+"""Files that outlive a loss of power: written under another name, synced, renamed, and the folder synced that names them.
+
+A process that dies leaves what it wrote to the system, which writes it out later; a machine that dies does not. Whatever is
+noted as done elsewhere (a version in MLflow, a commit marker) must be on the disk first: the bytes by ``fsync`` of the
+file, its name by ``fsync`` of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write bytes under another name, then rename: a reader sees the old file or the new one, never half of one, also
+    after a loss of power."""
+    new = _new_folders(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    with part.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    part.replace(file)
+    for folder in [file.parent, *(above.parent for above in new)]:
+        sync_folder(folder)
+
+
+def rename_synced(source: Path, target: Path) -> None:
+    """Rename within a disk, and keep the name over a loss of power; what ``source`` holds is synced before."""
+    sync_tree(source)
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_files(folder: Path, names: Iterable[str], *, above: int = 0) -> None:
+    """Sync files below a folder that somebody else wrote, the folders that lead to them, and so many ``above`` it that may
+    be new too."""
+    folders = {folder, *folder.parents[:above]}
+    for name in names:
+        file = folder / name
+        if file.is_file():
+            _sync(file)
+            folders |= {one for one in file.parents if one.is_relative_to(folder)}
+    for one in sorted(folders, reverse=True):
+        sync_folder(one)
+
+
+def sync_tree(path: Path) -> None:
+    """Sync a file, or all files of a folder with their names."""
+    if path.is_dir():
+        for inner in sorted(path.rglob("*"), reverse=True):
+            if not inner.is_symlink() and inner.is_file():
+                _sync(inner)
+            elif inner.is_dir() and not inner.is_symlink():
+                sync_folder(inner)
+        sync_folder(path)
+    else:
+        _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder; where a system knows no such thing (Windows, some network disks) nothing happens."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
+
+
+def _new_folders(folder: Path) -> list[Path]:
+    """The folders that are not there yet, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    return missing
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,102 @@
+"""Where the weights on earlier adapters begin: at zero, or at an old row that has shown that it helps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.evaluation.scoring import deal
+from amlora_dist.tasks.batches import Example
+from amlora_dist.training.batching import LossComputer
+from amlora_dist.training.checkpoint import Progress
+from amlora_dist.training.held_loss import HeldLoss
+from amlora_dist.training.learner import Learner
+from amlora_dist.training.race import Candidate, race_steps, run_race
+from amlora_dist.training.settings import StageSettings
+
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeStart:
+    """Finds the start on one rank; every rank makes the same calls.
+
+    Args:
+        settings: of the stage.
+        adapters: the bank below, in order.
+        learner: fresh, with its engine.
+        loss: of the model.
+        examples: what the stage trains on, its own rows first.
+        held: the loss on rows that it does not train on; None where there are none.
+        report: takes events.
+    """
+
+    settings: StageSettings
+    adapters: Sequence[Adapter]
+    learner: Learner
+    loss: LossComputer
+    examples: Sequence[Example]
+    held: HeldLoss | None
+    report: Callable[[dict[str, Any]], None]
+
+    def begin(self, fresh: Progress) -> Progress:
+        """Put the start into the engine; the stage's progress: at step 0, or, after a race, where its winner is."""
+        how = self.settings.recipe.start
+        if how == "never":
+            return fresh
+        losses, nothing = self._probe()
+        order = sorted(range(len(losses)), key=losses.__getitem__)
+        if how == "race" and self.held is not None:
+            for others in (order[:2], order[:1]):
+                candidates = [Candidate(None, {}), *(self._candidate(place) for place in others)]
+                steps = race_steps(self.learner.schedule.steps, len(candidates), self.settings.recipe.race_steps)
+                if steps:
+                    return self._race(self.held, candidates, steps, fresh)
+        if how != "always" and losses[order[0]] >= nothing:
+            return fresh
+        start = self._candidate(order[0])
+        engine = self.learner.engine
+        engine.import_state(engine.export_state() | dict(start.state), 0)
+        fresh.recipe_from = start.name
+        return fresh
+
+    def _race(self, held: HeldLoss, candidates: list[Candidate], steps: int, fresh: Progress) -> Progress:
+        began = time.monotonic()
+        near_tie = self.settings.training.near_tie
+        winner, progress, losses = run_race(self.learner, held, candidates, steps, near_tie, fresh)
+        progress.recipe_from = winner.name
+        seconds = time.monotonic() - began - progress.seconds
+        progress.race = {"steps": steps, "losses": losses, "losers_seconds": seconds}
+        self.report({"kind": "race", "steps": steps, "losses": losses, "winner": winner.name})
+        self.learner.commit(progress)
+        return progress
+
+    def _candidate(self, place: int) -> Candidate:
+        adapters = list(self.adapters)
+        state = {f"master.recipe.{module}": rows(adapters, module)[place].clone() for module in adapters[0].a}
+        return Candidate(adapters[place].task, state)
+
+    def _probe(self) -> tuple[list[float], float]:
+        """Mean loss over some training rows, nats per row, under every old row and under the base model alone."""
+        probe = self.examples[: self.settings.training.probe_rows]
+        tasks = len(self.adapters) + 1
+        losses = [self._mean_loss(probe, gate) for gate in torch.eye(tasks)[: tasks - 1]]
+        nothing = self._mean_loss(probe, torch.zeros(tasks))
+        names = [adapter.task for adapter in self.adapters]
+        self.report({"kind": "probe", "losses": dict(zip(names, losses, strict=True)), "base": nothing})
+        return losses, nothing
+
+    def _mean_loss(self, probe: Sequence[Example], gate: Tensor) -> float:
+        engine = self.learner.engine
+        total = torch.zeros(1, device=engine.device)
+        with torch.no_grad():
+            for indices, counts in deal(probe, BATCH, engine.ranks.rank, engine.ranks.world):
+                part = self.loss(engine.model, [probe[i] for i in indices], gate)
+                total += part if counts else 0.0 * part
+        return float(engine.ranks.sum(total)) / len(probe)

@@ -1,0 +1,129 @@
+"""Before a published stage is taken over, the store is asked whether it still has it; what is gone and lies in the storage
+is put back where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amlora_dist.digests import tensors_digest
+from amlora_dist.errors import BankError
+from amlora_dist.registry import tags
+from amlora_dist.registry.adapter_folder import CONFIG_FILE, peft_config, write_adapter
+from amlora_dist.registry.bank_files import BankFile, fits
+from amlora_dist.registry.bank_folder import write_frame
+from amlora_dist.registry.pulling import manifest_of
+from amlora_dist.registry.tensor_files import write_tensors, write_text
+from amlora_dist.registry.transfer import missing_files
+from amlora_dist.training.result import Result, is_whole, read_result
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.manifest import AdapterEntry, Manifest
+    from amlora_dist.registry.store import Store
+    from amlora_dist.registry.versions import Version
+
+log = logging.getLogger(__name__)
+
+
+def first_there(store: Store, versions: Sequence[Version], storage: Path) -> Version | None:
+    """The first of some versions of which the store still has everything; as ``is_there``."""
+    return next((version for version in versions if is_there(store, version, storage)), None)
+
+
+def is_there(store: Store, version: Version, storage: Path) -> bool:
+    """Whether the store has all of a version, its own parts and those it refers to; what is gone is repaired, if it can be.
+
+    Args:
+        store: which has registered it.
+        version: that is about to be taken over.
+        storage: folder of trained stages and of banks that were pulled.
+    """
+    try:
+        manifest = manifest_of(store, version)
+        lost = missing_files(store, manifest, version.run, version.artifact_path, store.seen)
+    except BankError as error:
+        log.warning("%s is not taken over: %s", version.uri, error)
+        return False
+    if not lost:
+        return True
+    places = ", ".join(file.path for file in lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    with tempfile.TemporaryDirectory(prefix="repair-", dir=_made(storage / "publishing")) as name:
+        made = Path(name)
+        _write_parts(made, manifest, lost, storage)
+        for folder in _pulled_banks(version, storage):
+            for file in lost:
+                if not fits(made, file.path, manifest) and _is_listed(manifest, file) and fits(folder, file.path, manifest):
+                    (made / file.path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / file.path, made / file.path)
+        if missing := [file.path for file in lost if not fits(made, file.path, manifest)]:
+            log.warning(
+                "%s is not taken over: the store has lost %s, and the storage has no %s", version.uri, places, missing[0]
+            )
+            return False
+        for file in lost:
+            _put_back(store, version, made, file)
+    store.seen.clear()  # what other versions were seen with is looked at again
+    log.warning("%s: the store had lost %s; put back from %s", version.uri, places, storage.name)
+    return True
+
+
+def _write_parts(made: Path, manifest: Manifest, lost: list[BankFile], storage: Path) -> None:
+    """What follows from the manifest, and what the storage has of the stages that are concerned."""
+    paths = {file.path for file in lost}
+    write_frame(made, manifest, [])
+    statistics = {part.index: part for part in manifest.statistics}
+    for line in manifest.adapters:
+        part = statistics.get(line.index)
+        wanted = part is not None and part.file in paths
+        if not wanted and not any(path.startswith(f"{line.folder}/") for path in paths):
+            continue
+        for result in _results(line, storage):
+            write_adapter(made / line.folder, result.adapter)
+            config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
+            write_text(made / line.folder / CONFIG_FILE, config)
+            if part is not None and tensors_digest(result.continuation()) == part.digest:
+                write_tensors(made / part.file, result.continuation())
+            break
+
+
+def _results(line: AdapterEntry, storage: Path) -> Iterator[Result]:
+    """The trained stage of an adapter, as far as the storage has it."""
+    for folder in (storage / "stages" / line.training_fingerprint / "trained", storage / "adapters" / line.digest):
+        if is_whole(folder):
+            try:
+                result = read_result(folder)
+            except BankError as error:
+                log.warning("%s: passed over: %s", folder, error)
+                continue
+            if result.adapter.digest() == line.digest:
+                yield result
+
+
+def _pulled_banks(version: Version, storage: Path) -> list[Path]:
+    """Copies of the version that lie in the storage."""
+    digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]
+    return [storage / "banks" / f"{version.registered_model}-{version.number}-{digest}"]
+
+
+def _is_listed(manifest: Manifest, file: BankFile) -> bool:
+    """A file without a digest of its own is not taken from a folder that anybody may have changed."""
+    return file.path in (manifest.files or {})
+
+
+def _put_back(store: Store, version: Version, made: Path, file: BankFile) -> None:
+    run = version.run if file.stored is None else file.stored.run
+    place = f"{version.artifact_path}/{file.path}" if file.stored is None else file.stored.artifact_path
+    with tempfile.TemporaryDirectory(prefix="file-", dir=made.parent) as name:
+        above, _, last = place.rpartition("/")
+        shutil.copyfile(made / file.path, Path(name) / last)
+        store.log_artifacts(run, Path(name), above or None)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

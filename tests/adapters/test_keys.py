@@ -1,0 +1,150 @@
+"""Keys for labels: Bayes' rule on Gaussians in closed form, additive over tasks and ranks, calibrated on held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
+from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, fit_beta, make_keys
+from amlora_dist.adapters.router import posterior_router
+from amlora_dist.adapters.settings import GateSettings
+from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
+
+WIDTH = 6
+
+
+def rows_of(task: int, label: int, count: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(1000 * task + 10 * label + seed)
+    centre = torch.zeros(WIDTH)
+    centre[task] = 3.0
+    centre[3 + label] = 2.0
+    return centre + torch.randn(count, WIDTH, generator=draw)
+
+
+def statistics_of(task: int, labels: int, count: int = 40, held: int = 0) -> TaskStatistics:
+    features = torch.cat([rows_of(task, label, count) for label in range(labels)])
+    places = [label for label in range(labels) for _ in range(count)]
+    made = TaskStatistics.from_features(f"task{task}", features, places, labels)
+    if not held:
+        return made
+    unseen = torch.cat([rows_of(task, label, held, seed=7) for label in range(labels)])
+    truth = torch.tensor([label for label in range(labels) for _ in range(held)])
+    return replace(made, held=HeldOut(unseen, truth))
+
+
+BANK = [statistics_of(0, 3, held=20), statistics_of(1, 2, held=20), statistics_of(2, 2, held=20)]
+
+
+def test_a_key_a_task_is_the_router_of_before() -> None:
+    plain = [TaskStatistics(s.task, s.count, s.mean, s.task_factor) for s in BANK]
+    before = posterior_router(plain, shrinkage=0.1, gate=GateSettings(temperature=1.0))
+    keys = make_keys(BANK, "task", 0.1)
+    rows = torch.cat([rows_of(task, 0, 5, seed=3) for task in range(3)])
+    torch.testing.assert_close(keys.of_tasks(keys.scores(rows, 1.0)), before.posterior(rows))
+
+
+def test_the_posterior_of_a_label_is_bayes_rule_on_gaussians_of_one_covariance() -> None:
+    keys = make_keys(BANK, "label", 0.2)
+    scatter = sum((s.factor.T @ s.factor for s in BANK), torch.zeros(WIDTH, WIDTH, dtype=torch.float64))
+    sigma = scatter / sum(s.count for s in BANK)
+    sigma = 0.8 * sigma + 0.2 * sigma.diag().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    rows = rows_of(1, 1, 4, seed=5).double()
+    logs = []
+    for one in BANK:
+        assert one.by_label is not None
+        for mean in one.by_label.means:
+            density = torch.distributions.MultivariateNormal(mean, sigma).log_prob(rows)
+            logs.append(density - torch.tensor(3.0 * len(one.by_label.means)).log())
+    wanted = torch.softmax(torch.stack(logs, dim=1), dim=1)
+    found = torch.softmax(keys.scores(rows, 1.0) + keys.log_prior, dim=1)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(keys.of_tasks(keys.scores(rows, 1.0))[:, 1], wanted[:, 3:5].sum(dim=1))
+
+
+def test_the_shares_of_two_ranks_are_the_statistics_of_all_rows() -> None:
+    features = torch.cat([rows_of(0, label, 9) for label in range(3)])
+    labels = [label for label in range(3) for _ in range(9)]
+    whole = TaskStatistics.from_features("t", features, labels, 3)
+    parts = [TaskStatistics.from_features("t", features[at::2], labels[at::2], 3) for at in range(2)]
+    joined = merge(parts)
+    assert joined.by_label is not None and whole.by_label is not None
+    torch.testing.assert_close(joined.by_label.means, whole.by_label.means)
+    torch.testing.assert_close(joined.factor.T @ joined.factor, whole.factor.T @ whole.factor)
+    torch.testing.assert_close(joined.task_factor.T @ joined.task_factor, whole.task_factor.T @ whole.task_factor)
+
+
+def test_statistics_come_back_from_their_tensors_with_labels_and_held_out_rows() -> None:
+    one = replace(BANK[0], background={"news": torch.ones(WIDTH, dtype=torch.float64)})
+    back = TaskStatistics.from_tensors(one.task, one.tensors())
+    assert back.by_label is not None and one.by_label is not None and back.held is not None and one.held is not None
+    assert torch.equal(back.by_label.means, one.by_label.means) and torch.equal(back.held.features, one.held.features)
+    assert torch.equal(back.background["news"], one.background["news"])
+
+
+def test_chosen_tasks_are_weighed_as_if_there_were_no_others() -> None:
+    router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=GateSettings())
+    rows = rows_of(1, 0, 6, seed=2)
+    few = router.only([0, 2]).gates(rows, 6)
+    assert bool((few[:, 1] == 0).all())
+    torch.testing.assert_close(few.sum(dim=1), torch.ones(6))
+
+
+def test_a_label_without_rows_takes_the_least_of_the_others() -> None:
+    features = torch.cat([rows_of(0, 0, 20), rows_of(0, 1, 20)])
+    odd = TaskStatistics.from_features("odd", features, [0] * 20 + [1] * 20, 3)
+    router = keyed_router([odd, BANK[1]], rule="label", shrinkage=0.1, gate=GateSettings())
+    found = router.of_labels(router.evidence(rows_of(0, 0, 4, seed=9)).scores_BJ, 0)
+    assert found is not None and found.shape == (4, 3)
+    torch.testing.assert_close(found[:, 2], found[:, :2].amin(dim=1))
+
+
+def test_few_held_out_rows_fit_no_weight_of_the_evidence() -> None:
+    few = [statistics_of(0, 2, held=10)]
+    keys = make_keys(few, "label", 0.1)
+    assert fit_beta(few, keys, 1.0) == PRIOR_BETA
+
+
+def test_the_weight_of_the_evidence_is_what_held_out_rows_prefer() -> None:
+    """Keys are all there is beside a model that knows nothing, and nothing beside one that knows while they mislead."""
+    bare = [statistics_of(task, 2, held=FEWEST_ROWS // 2) for task in range(2)]
+    keys = make_keys(bare, "label", 0.1)
+    ignorant, knowing = [], []
+    for one in bare:
+        assert one.held is not None
+        ignorant.append(replace(one, held=replace(one.held, loglikelihoods=torch.zeros(len(one.held.labels), 2))))
+        wrong = 1 - one.held.labels
+        told = 50.0 * torch.nn.functional.one_hot(wrong, 2).float()
+        knowing.append(replace(one, held=HeldOut(one.held.features, wrong, told)))
+    assert 0.5 <= fit_beta(ignorant, keys, 1.0) <= 1.5 and fit_beta(knowing, keys, 1.0) == 0.0
+
+
+def test_a_router_comes_back_as_it_was_stored() -> None:
+    background = {"a": torch.full((WIDTH,), -4.0), "b": torch.full((WIDTH,), 9.0)}
+    router = keyed_router(BANK, rule="label", shrinkage=None, gate=GateSettings(abstention=True), background=background)
+    back = keyed_router_from(router.tensors(), router.settings())
+    rows = torch.cat([rows_of(0, 0, 3), torch.full((2, WIDTH), -4.0)])
+    assert torch.equal(back.gates(rows, 5), router.gates(rows, 5))
+    assert (back.beta, back.temperature, back.parts, back.threshold) == (
+        router.beta, router.temperature, router.parts, router.threshold,
+    )  # fmt: skip
+
+
+def test_foreign_texts_get_no_gate_and_own_rows_are_lost_as_often_as_was_asked() -> None:
+    background = {"far": torch.full((WIDTH,), -4.0)}
+    gate = GateSettings(abstention=True, lost=0.05)
+    router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=gate, background=background)
+    assert isinstance(router, KeyedRouter) and router.parts == ("far",)
+    far = torch.full((30, WIDTH), -4.0) + 0.3 * torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(1))
+    assert bool((router.gates(far, 30) == 0).all())
+    held = torch.cat([one.held.features for one in BANK if one.held is not None])
+    lost = (router.gates(held, len(held)).sum(dim=1) == 0).float().mean()
+    assert float(lost) <= 0.05 + 1 / len(held)
+
+
+def test_a_part_of_the_background_that_takes_own_rows_is_left_out() -> None:
+    background = {"far": torch.full((WIDTH,), -4.0), "near": BANK[0].mean.float()}
+    router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=GateSettings(), background=background)
+    assert router.parts == ("far",)

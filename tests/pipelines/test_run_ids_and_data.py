@@ -1,0 +1,134 @@
+"""The same run id, started again after somebody has changed its versions, its aliases or its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from amlora_dist.config import load_config
+from amlora_dist.errors import UserError
+from amlora_dist.registry.store import Store
+from pipelines.progress import Silent
+from pipelines.sequence import run_sequence
+from tests.tiny_folder import write_config, write_model
+
+pytestmark = pytest.mark.integration
+
+QUICK = ("training.epochs=1", "evaluation.untrained=false", "evaluation.oracle=false")
+
+
+@pytest.fixture
+def home(amlora_home: Path, empty_home: Path) -> Path:
+    shutil.copytree(empty_home, amlora_home)
+    return amlora_home
+
+
+def run(config: Path, run_id: str, *overrides: str, **options: Any) -> dict[str, Any]:
+    return run_sequence(load_config(config, [*QUICK, *overrides]), run_id=run_id, progress=Silent(), **options)
+
+
+def take_away(folder: Path, task: str, split: str) -> None:
+    """One row less."""
+    file = folder / "tasks" / task / f"{split}.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+
+
+def test_current_goes_back(tmp_path: Path, home: Path) -> None:
+    """A stage that is published again gets MLflow's highest number, and is not the newest for it."""
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    run(config, "two")
+    store = Store.open(home)
+    store.connection.client.delete_model_version("two", "1")
+    again = run(config, "two")
+    assert [stage["version"] for stage in again["stages"]] == [3, 2]
+    for uri in ("models:/two@current", "models:/two/latest", "models:/two"):
+        assert store.resolve(uri).number == 2, uri
+
+
+def test_while_the_last_version_is_gone_current_means_no_earlier_one(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    run(config, "two")
+    store = Store.open(home)
+    store.connection.client.delete_model_version("two", "2")
+    store.ensure_current("two", lambda: None)
+    with pytest.raises(UserError, match="no alias 'current'"):
+        store.resolve("models:/two@current")
+    assert run(config, "two")["stages"][1]["version"] == 3
+    assert store.resolve("models:/two@current").number == 3
+
+
+@pytest.mark.parametrize("alias", ["current", "champion"])
+def test_an_alias_that_a_person_has_set_stays(
+    alias: str, tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    run(config, "two")
+    store = Store.open(home)
+    store.connection.client.set_registered_model_alias("two", alias, "1")
+    run(config, "two")
+    longer = load_config(write_config(tmp_path, tasks=("colours", "shapes", "sizes"))).tasks
+    run(config, "two", f"tasks={json.dumps(longer)}")
+    assert store.resolve(f"models:/two@{alias}").number == 1
+    assert store.resolve("models:/two/latest").number == 3
+    assert ("by somebody and stays there" in caplog.text) == (alias == "current")
+    store.connection.client.delete_registered_model_alias("two", alias)
+    run(config, "two", f"tasks={json.dumps(longer)}")
+    assert store.resolve("models:/two@current").number == 3, "it follows the run again"
+
+
+def test_data_changed(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path)
+    first = run(config, "three")
+    store = Store.open(home)
+    take_away(tmp_path, "colours", "train")
+    with pytest.raises(UserError, match=r"task 'colours', split train: 24 rows.*23 rows.*--allow-changed-data"):
+        run(config, "three")
+    assert len(store.versions("three")) == 3, "nothing was trained"
+
+    seen: list[int] = []
+
+    def watch(text: str) -> None:
+        seen.append(store.resolve("models:/three@current").number)
+
+    progress = Silent()
+    progress.note = watch  # type: ignore[method-assign]
+    again = run_sequence(
+        load_config(config, list(QUICK)), run_id="three", progress=progress, allow_changed_data=True
+    )
+    assert [stage["reused"] for stage in again["stages"]] == [False] * 3
+    assert [stage["fingerprint"] for stage in again["stages"]] != [stage["fingerprint"] for stage in first["stages"]]
+    assert set(seen) == {3, 6} and sorted(seen) == seen, "it moves once, when the last stage is there"
+    assert run(config, "three")["stages"][2]["version"] == 6, "the data of now are those of the run"
+
+
+def test_test_rows_prompts_labels_and_the_model_are_data_too(tmp_path: Path, home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",))
+    run(config, "one")
+    task = tmp_path / "tasks" / "colours.yaml"
+    spec = task.read_text(encoding="utf-8")
+    rows = tmp_path / "tasks" / "colours" / "test.jsonl"
+    kept = rows.read_text(encoding="utf-8")
+
+    take_away(tmp_path, "colours", "test")
+    with pytest.raises(UserError, match=r"task 'colours', split test: 9 rows"):
+        run(config, "one")
+    rows.write_text(kept, encoding="utf-8")
+
+    task.write_text(yaml.safe_dump(yaml.safe_load(spec) | {"prompt": {"template": "{{ text }} what"}}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"task 'colours': other prompt"):
+        run(config, "one")
+    task.write_text(spec, encoding="utf-8")
+
+    shutil.rmtree(tmp_path / "model-llama")
+    write_model(tmp_path / "model-llama", "llama")
+    (tmp_path / "model-llama" / "generation_config.json").write_text('{"eos_token_id": 1}', encoding="utf-8")
+    changed = json.loads((tmp_path / "model-llama" / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-4}
+    (tmp_path / "model-llama" / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(UserError, match=r"model\.source: digest \w{12} then, \w{12} now"):
+        run(config, "one")
+    assert len(Store.open(home).versions("one")) == 1

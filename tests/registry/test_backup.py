@@ -1,0 +1,118 @@
+"""A backup is one moment of a store in use; restored anywhere, it is a store again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from amlora_dist.errors import UserError
+from amlora_dist.registry.backup import FILE, backup, restore
+from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.store import Store
+from tests.registry.tiny_banks import TASKS, publish_sequence
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_home: Path) -> Path:
+    home = tmp_path / "first" / "home"
+    shutil.copytree(empty_home, home)
+    (tmp_path / "work").mkdir()
+    publish_sequence(Store.open(home), "banks", tmp_path / "work", tasks=TASKS[:1])
+    return home
+
+
+def digests(home: Path, dest: Path) -> list[str]:
+    bank = read_bank(Store.open(home).pull("models:/banks@current", dest))
+    return [entry.digest for entry in bank.manifest.adapters]
+
+
+def test_a_backup_restored_elsewhere_is_the_store_that_it_was(home: Path, tmp_path: Path) -> None:
+    before = digests(home, tmp_path / "before")
+    made = backup(home, tmp_path / "backup")
+    assert made.files > 10 and made.size > 1000
+    shutil.rmtree(home.parent)
+    other = tmp_path / "another place" / "home"
+    restore(tmp_path / "backup", other)
+    assert digests(other, tmp_path / "after") == before
+    publish_sequence(Store.open(other), "banks", tmp_path / "work", tasks=TASKS[:2])
+    assert len(digests(other, tmp_path / "longer")) == 2
+    assert not home.exists(), "nothing is written where it was"
+
+
+def test_whatever_a_backup_names_it_holds_while_versions_are_published(home: Path, tmp_path: Path) -> None:
+    """The moment is the journal's: each of the versions in it can be pulled from the restored store."""
+    store = Store.open(home)
+
+    def publish() -> None:
+        publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS)
+        publish_sequence(store, "more", tmp_path / "work", tasks=TASKS)
+
+    writer = threading.Thread(target=publish)
+    writer.start()
+    number = 0
+    while writer.is_alive():
+        backup(home, tmp_path / f"backup-{number}")
+        number += 1
+    writer.join()
+    assert number > 0
+    seen: set[int] = set()
+    for one in range(number):
+        restore(tmp_path / f"backup-{one}", tmp_path / f"home-{one}")
+        restored = Store.open(tmp_path / f"home-{one}")
+        versions = [version for model in restored.registered_models() for version in restored.versions(model)]
+        for version in versions:
+            read_bank(restored.pull_version(version, tmp_path / f"pulled-{one}" / version.uri.replace("/", "_")))
+        seen.add(len(versions))
+    assert seen <= set(range(1, 7))
+
+
+def test_a_damaged_backup_makes_no_home(home: Path, tmp_path: Path) -> None:
+    backup(home, tmp_path / "backup")
+    listed = json.loads((tmp_path / "backup" / FILE).read_text(encoding="utf-8"))
+    router = next(name for name in listed["files"] if name.endswith("router.safetensors"))
+    kept = (tmp_path / "backup" / router).read_bytes()
+
+    (tmp_path / "backup" / router).write_bytes(b"x" * len(kept))
+    with pytest.raises(UserError, match=r"router.safetensors: found \d+ bytes, sha256 .* the backup is damaged"):
+        restore(tmp_path / "backup", tmp_path / "new")
+    (tmp_path / "backup" / router).unlink()
+    with pytest.raises(UserError, match=r"router.safetensors: missing"):
+        restore(tmp_path / "backup", tmp_path / "new")
+    (tmp_path / "backup" / router).write_bytes(kept)
+
+    for change, message in (
+        ({"format": 2}, "format: found 2, expected 1"),
+        ({"files": {"../../x": {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
+        ({"files": []}, r"not listed|not what"),
+        ({"files": {"mlflow.db": {}}}, "not what"),
+    ):
+        (tmp_path / "backup" / FILE).write_text(json.dumps(listed | change), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            restore(tmp_path / "backup", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_places_that_hold_something_are_left_as_they_are(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lies in AMLORA_HOME"):
+        backup(home, home / "backups" / "one")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"DEST: found .* with 'thesis.txt' in it"):
+        backup(home, tmp_path / "full")
+    backup(home, tmp_path / "backup")
+    with pytest.raises(UserError, match=r"AMLORA_HOME: found .* in it, expected no such folder"):
+        restore(tmp_path / "backup", home)
+    with pytest.raises(UserError, match="holds no store"):
+        backup(tmp_path / "full", tmp_path / "another")
+    with pytest.raises(UserError, match=r"no backup\.json"):
+        restore(tmp_path / "full", tmp_path / "another")
+    with sqlite3.connect(tmp_path / "backup" / "mlflow.db") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
