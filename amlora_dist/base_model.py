@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from amlora_dist.digests import file_digest, value_digest
 from amlora_dist.errors import UserError, plain_reason
-from amlora_dist.model_folder import AGAIN, folder_faults, short, size_faults, stored_shapes
+from amlora_dist.model_folder import AGAIN, folder_faults, read_object, short, size_faults, small_file_faults, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +43,8 @@ _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tokenizer_config.json",
 )  # fmt: skip
+_SMALL = ("*.json", "*.jinja")
+_FLOATS = ("F32", "BF16", "F16", "F64")
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
 
 
@@ -154,16 +156,22 @@ def check_weights(base: BaseModel, model: PreTrainedModel) -> None:
     Raises:
         UserError: a tensor is not there, or has another shape; names the first.
     """
-    stored, prefix = stored_shapes(base.path), f"{model.base_model_prefix}."
-    if _converted(model) or not stored:
-        return
+    stored, prefix = stored_tensors(base.path), f"{model.base_model_prefix}."
     own: dict[int, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied ones are stored under any of their names
         short_name = name.removeprefix(prefix)
         own.setdefault(id(parameter), []).extend([name, short_name, f"{prefix}{name}"])
         shapes |= dict.fromkeys((name, short_name, f"{prefix}{name}"), tuple(parameter.shape))
-    for name, shape in sorted(stored.items()):
+    for name, (_, dtype) in sorted(stored.items()):
+        if name in shapes and dtype not in _FLOATS:
+            raise UserError(
+                f"model.source: {base.path}: {name}: found {dtype}, expected {', '.join(_FLOATS)}; quantised weights need"
+                " their scales, give the folder of the model before it was quantised"
+            )
+    if _converted(model) or not stored:
+        return
+    for name, (shape, _) in sorted(stored.items()):
         if shapes.get(name, shape) != shape:
             raise UserError(
                 f"model.source: {base.path}: {name}: found shape {shape}, expected {shapes[name]} as config.json says; "
@@ -255,8 +263,9 @@ def meta_model(base: BaseModel) -> PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(base).from_config(config, trust_remote_code=False)
-            return model
+            made = auto_class(base).from_config(config, attn_implementation="eager", trust_remote_code=False)
+        model: PreTrainedModel = made
+        return model
     except making_errors() as error:
         kind = "an encoder-decoder" if base.encoder_decoder else "a causal"
         if _known(base):
@@ -361,6 +370,9 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        small = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_SMALL)))
+        for fault in small_file_faults(small, read_object(small / "config.json") or {}):
+            raise UserError(str(fault))  # before gigabytes are fetched
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED)))
     except HFValidationError as error:
         raise UserError(f"model.source: {repository!r} is neither a folder nor a Hub id: {error}") from error

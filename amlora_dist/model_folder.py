@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amlora_dist.errors import Fault
 
@@ -26,6 +26,14 @@ _DEPTH = 3
 """How deep a configuration holds others: of text, vision, a decoder."""
 
 
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """In safetensors' words: ``F32``, ``BF16``, ``I8``."""
+
+
 def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
     """Everything in a folder that would fail, or do what nobody asked for, once a library reads it.
 
@@ -33,7 +41,7 @@ def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
         folder: of the model.
         config: what its ``config.json`` holds.
     """
-    found = [*_code_faults(folder, config), *_quantised_faults(folder, config), *_shard_faults(folder)]
+    found = [*small_file_faults(folder, config), *_shard_faults(folder)]
     for name in ("generation_config.json", "tokenizer_config.json"):
         if not isinstance(_value(folder / name), dict | None):
             found.append(_fault(f"{folder / name}: no JSON object", "names with their values", AGAIN))
@@ -42,6 +50,11 @@ def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
         file = folder / "adapter_config.json"
         found.append(_fault(f"{file}: an adapter inside of the model", "a plain base model", "take its files away"))
     return found
+
+
+def small_file_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
+    """The part of ``folder_faults`` that is known before the weights are fetched."""
+    return [*_code_faults(folder, config), *_quantised_faults(folder, config)]
 
 
 def tokenizer_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
@@ -93,16 +106,31 @@ def _code_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
     hint = "code that comes with a model is never run; give another model"
     found = []
     for place, section in _sections(config):
-        if "auto_map" in section and not (place == "" and _made_by_transformers(config)):
+        if section.get("auto_map") is not None and not (place == "" and _made_by_transformers(config)):
             what = f"{folder / 'config.json'}: {place}auto_map: code of its own for {_kind(config)}"
             found.append(_fault(what, expected, hint))
             break
+    found += kernel_faults(folder / "config.json", config)
     file = folder / "tokenizer_config.json"
     settings = _read(file)
-    if "auto_map" in settings and not _transformers_has(settings.get("tokenizer_class"), "Fast"):
+    if settings.get("auto_map") is not None and not _transformers_has(settings.get("tokenizer_class"), "Fast"):
         what = f"{file}: auto_map: code of its own for tokenizer_class {settings.get('tokenizer_class')!r}"
         found.append(_fault(what, "a tokenizer that transformers has itself", hint))
     return found
+
+
+def kernel_faults(file: Path | str, config: Mapping[str, Any]) -> list[Fault]:
+    """Attention of a Hub repository, whose code transformers fetches and runs where ``kernels`` is installed."""
+    for place, section in _sections(config):
+        for key, value in section.items():
+            if "_implementation" in key and any("/" in str(one) for one in _values(value)):
+                hint = f"code from elsewhere is never run; take {key} away: model.attention says which attention is used"
+                return [_fault(f"{file}: {place}{key}: {str(value)[:60]}", "eager, sdpa or flash_attention_2", hint)]
+    return []
+
+
+def _values(value: object) -> list[object]:
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def _made_by_transformers(config: Mapping[str, Any]) -> bool:
@@ -160,26 +188,27 @@ def _shard_faults(folder: Path) -> list[Fault]:
         what = f"{file}: {len(lacking)} of {len(tensors)} shards are not there, the first is {lacking[0]}"
         return [_fault(what, "every shard that it names", AGAIN)]
     for name, expected in sorted(tensors.items()):
-        if absent := sorted(expected - _shapes_in(folder / name).keys()):
+        if absent := sorted(expected - _tensors_in(folder / name).keys()):
             what = f"{folder / name}: {len(absent)} tensors are not there, the first is {absent[0]}"
             return [_fault(what, f"every tensor that {INDEX} names", AGAIN)]
     return []
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a model's weights, from the headers of its files."""
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model's weights by name, from the headers of its files."""
     named = _read(folder / INDEX).get("weight_map")
     files = sorted(set(named.values())) if isinstance(named, dict) else ["model.safetensors"]
-    return {tensor: shape for name in files for tensor, shape in _shapes_in(folder / name).items()}
+    return {tensor: stored for name in files for tensor, stored in _tensors_in(folder / name).items()}
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def _tensors_in(file: Path) -> dict[str, Stored]:
     """Of a safetensors file's header; empty where it has none that can be read."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length)) if length <= file.stat().st_size else {}
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in tensors.items()}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return {}
 

@@ -20,7 +20,7 @@ from amlora_dist.adapters.targets import (
 )
 from amlora_dist.base_model import making_errors
 from amlora_dist.errors import UserError
-from amlora_dist.model_folder import short
+from amlora_dist.model_folder import kernel_faults, short
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
@@ -100,11 +100,13 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
 
     values = configuration_of(model)
     kind = values.get("model_type")
+    for fault in kernel_faults(model.source, values):
+        raise UserError(str(fault))
     try:
         config = AutoConfig.for_model(**values)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            built = auto.from_config(config, trust_remote_code=False)
+            built = auto.from_config(config, attn_implementation="eager", trust_remote_code=False)
     except making_errors() as error:
         raise UserError(
             f"model.source: {model.source!r}: transformers has no model type {kind!r} of such values ({short(error)})"

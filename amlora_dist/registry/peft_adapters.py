@@ -131,6 +131,10 @@ def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
         BankError: a damaged file.
     """
     config = _read_config(folder / CONFIG_FILE)
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(
+            f"{folder / MODEL_FILE}: missing; pickled weights (adapter_model.bin) are not read, save it again with PEFT"
+        )
     a, b = _read_pairs(folder / MODEL_FILE)
     _check_targets(folder / CONFIG_FILE, config, a)
     ranks = {module: _by_pattern(config.get("rank_pattern"), module, config.get("r", DEFAULT_RANK)) for module in a}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -71,6 +72,12 @@ def index(own: Path, weight_map: object) -> None:
     changed(own / "model.safetensors.index.json", weight_map=weight_map)
 
 
+def in_bytes(own: Path) -> None:
+    weights = load_file(own / "model.safetensors")
+    rounded = {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in weights.items()}
+    save_file(rounded, own / "model.safetensors", metadata={"format": "pt"})
+
+
 def one_tensor_less(own: Path) -> None:
     weights = load_file(own / "model.safetensors")
     del weights["model.norm.weight"]
@@ -105,6 +112,14 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     "remote-code of a tokenizer": (
         with_model(tokenizer_with_code), told("auto_map: code of its own for tokenizer_class 'OwnTokenizer'", NEVER)
     ),
+    "remote-code of a kernel on the Hub": (
+        configured(attn_implementation="somebody/their-attention"),
+        told("attn_implementation: somebody/their-attention", "code from elsewhere is never run", CONFIG),
+    ),
+    "remote-code of a kernel, for a part": (
+        configured(text_config={"_attn_implementation": {"": "paged|somebody/their-attention@main:f"}}),
+        told("text_config._attn_implementation:", "code from elsewhere is never run", CONFIG),
+    ),
     "tokenizer-larger": (
         with_model(more_tokens),
         told("'<one>' is number 36, expected numbers below 36", "the tokenizer that the model was trained with"),
@@ -126,6 +141,9 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     "quantised-folder from before transformers had a key": (
         with_model(lambda own: (own / "quantize_config.json").write_text("{}", encoding="utf-8")),
         told("quantize_config.json: quantised weights", WHOLE),
+    ),
+    "quantised-folder without a word of it": (
+        with_model(in_bytes), told("self_attn.q_proj.weight: found I8, expected F32, BF16, F16, F64", WHOLE)
     ),
     "quantised-folder: a shard missing": (
         sharded(lambda own, names: (own / names["lm_head.weight"]).unlink()),

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import psutil
 import pytest
 import torch
 import typer
 
 from amlora_dist.base_model import ModelSettings, check_weights, load_model, load_tokenizer, meta_model, resolve_base
+from amlora_dist.errors import UserError
 from pipelines import sequence
 from pipelines.cli import app
 from tests.pipelines.bad_inputs import AGAIN, CASES, edit
@@ -129,6 +131,28 @@ def test_a_model_that_transformers_makes_itself_is_made_without_the_code_beside_
     assert type(loaded).__module__.startswith("transformers.") and type(tokenizer).__module__.startswith("transformers.")
     assert not (own / "RAN").exists()
     assert sys.stdin.read() == "y\n" * 100, "nobody asked"
+
+
+def test_remote_code_and_quantised_weights_of_the_hub_are_refused_before_the_weights_are_fetched(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    shutil.copytree(model, tmp_path / "snapshot")
+    assert resolve_base(ModelSettings(source="some/model"), tmp_path / "home").path == tmp_path / "snapshot"
+    assert "*.safetensors" not in asked[0] and "*.safetensors" in asked[1]
+    with_code(tmp_path / "snapshot", architectures=["OwnForCausalLM"])
+    with pytest.raises(UserError, match="is never run"):
+        resolve_base(ModelSettings(source="some/model"), tmp_path / "home")
+    changed(tmp_path / "snapshot" / "config.json", auto_map=None, quantization_config={"quant_method": "awq"})
+    with pytest.raises(UserError, match="quantised with awq"):
+        resolve_base(ModelSettings(source="some/model"), tmp_path / "home")
+    assert len(asked) == 4 and all("*.safetensors" not in patterns for patterns in asked[2:])
 
 
 @pytest.mark.parametrize("package", ["amlora_dist", "pipelines", "benchmarks"])

@@ -196,6 +196,13 @@ def test_tensors_that_are_no_pairs_are_refused(name: str, tensor: torch.Tensor, 
         read_peft(written(tmp_path, GOOD, **{name: tensor}), "task")
 
 
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    folder = written(tmp_path, GOOD)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: missing; pickled weights"):
+        read_peft(folder, "task")
+
+
 def test_a_lora_of_several_dtypes_becomes_one_of_fp32(tmp_path: Path) -> None:
     name = f"base_model.model.{LAYER}.lora_B.weight"
     made, _ = read_peft(written(tmp_path, GOOD, **{name: torch.full((16, 4), 0.5, dtype=torch.bfloat16)}), "task")
