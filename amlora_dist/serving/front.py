@@ -98,10 +98,10 @@ class Front:
 
     def _stranger(self, scope: MutableMapping[str, Any]) -> str | None:
         """A name that this server does not have and the client calls it by."""
-        hosts = self._hosts
+        hosts, server = self._hosts, scope.get("server")
+        address = str(server[0]).lower() if server else ""
         if hosts is None:
-            server = scope.get("server")
-            if not server or not is_loopback(str(server[0])):
+            if not is_loopback(address):
                 return None
             hosts = frozenset()
         elif ANY_HOST in hosts:
@@ -109,7 +109,8 @@ class Front:
         for name, value in scope["headers"]:
             if name.lower() == b"host":
                 host = bare_host(value.decode("latin-1"))
-                if host not in hosts and not is_loopback(host):
+                # The address that the connection came to is what probes of a cluster say, and no name to be misled by.
+                if host not in hosts and host != address and not is_loopback(host):
                     return host
         return None
 
@@ -149,7 +150,7 @@ def bare_host(header: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a name or address means the machine itself."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -26,7 +26,7 @@ READ_S = 3
 def server(tmp_path: Path, amlora_home: Path) -> Iterator[Server]:
     write_working_bank(tmp_path / "words", tmp_path / "base")
     one = Server(amlora_home, tmp_path / "log", str(tmp_path / "words"), "--read-timeout", str(READ_S), key=KEY)
-    one.wait(f"at {one.url}")
+    one.wait(f"at {one.url}", deadline_s=400)
     yield one
     one.end()
 
@@ -62,7 +62,7 @@ def texts_inside(server: Server) -> int:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_key_in_environment_slow_sockets_host_header_and_a_replica_that_dies(server: Server, amlora_home: Path) -> None:
     """One server for all of it, because starting Ray takes most of the time."""
     own = processes(amlora_home)
