@@ -33,7 +33,7 @@ class BankModel:
         self.model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One greedy answer for each row, as the bank's accuracy was measured.
+        """One answer for each row, as the bank's accuracy was measured: plain text in, and nothing told.
 
         Args:
             model_input: a pandas.DataFrame with a column ``text``, and optionally ``question`` (asked of the text) and

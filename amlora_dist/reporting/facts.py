@@ -10,6 +10,7 @@ from typing import Any
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
+from amlora_dist.former_values import completed
 from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
@@ -53,6 +54,12 @@ class RunFacts:
     def in_sequence(self) -> bool:
         """Whether there is a stage for each task (not one about all of them)."""
         return [stage.task for stage in self.stages] == self.tasks[: len(self.stages)]
+
+    @property
+    def plain_texts(self) -> bool:
+        """Whether rows were scored as plain texts, as a user sends them; otherwise behind their own tasks' prompts."""
+        config = completed(self.config)
+        return bool(config["prompt_format"] == 2 and config["evaluation"]["prompts"] == "served")
 
     @property
     def matrix(self) -> list[list[float | None]]:

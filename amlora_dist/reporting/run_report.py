@@ -189,11 +189,42 @@ def _tiles(
 
 def _learned_text(facts: RunFacts) -> str:
     split = facts.config.get("evaluation", {}).get("split", "test")
+    if facts.plain_texts:
+        meaning = (
+            f"Accuracy, 0 to 1, over the {split} rows as plain text: the share of served answers that are right. Nothing is"
+            " told but the text, except to the oracle and in rows called told: these know the task."
+        )
+    else:
+        meaning = (
+            f"Accuracy is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
+            " own task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
+            " routed and answered worse than these numbers say."
+        )
     return (
-        f"Accuracy is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows; nothing tells the"
-        " model the task, but for the oracle. Intervals are 95% bootstrap intervals over rows: what other test rows would"
-        " have given. They say nothing of other seeds."
+        f"{meaning} Intervals are 95% bootstrap intervals over rows: what other test rows would have given. They say nothing"
+        " of other seeds."
     )
+
+
+LAST = {
+    "routing_accuracy": "routed right", "model_accuracy": "model alone", "keys_accuracy": "keys alone",
+    "greedy_accuracy": "written freely", "told_model_accuracy": "told the task, model alone",
+    "own_prompt": "own prompt (told the task)",
+}  # fmt: skip
+"""Rows about the last bank beside the accuracy of its served answers, and what they are called."""
+
+
+def _by_evidence(facts: RunFacts) -> list[Block]:
+    """What the last bank does with plain texts, by kind of evidence; nothing where that was not scored."""
+    found = facts.result.get("last") or {}
+    rows: list[list[Value]] = [[words, *found[key]] for key, words in LAST.items() if key in found]
+    if not rows:
+        return []
+    note = (
+        "The served answer of a labelled task weighs two kinds of evidence: what the model says of each label, and what the"
+        " keys say. Written freely: nothing limits the output to labels."
+    )
+    return [TableBlock("evidence", "The last bank's answers to plain text", Table(["", *facts.tasks], rows), note)]
 
 
 def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]]) -> list[Block]:
@@ -232,6 +263,7 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
         *run_charts.accuracy_charts(facts),
         TableBlock("tasks", "Task by task", Table(columns, rows), ranks),
         *([further] if also else []),
+        *_by_evidence(facts),
         TableBlock("metrics", "Metrics", Table(["metric", "value", "low", "high", "formula"], lines), "– is undefined."),
     ]
 

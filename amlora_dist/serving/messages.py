@@ -100,7 +100,7 @@ class Writing(_Asked):
     model: str | None = None
     """The bank's name (the default: the router weighs its tasks), or ``NAME:TASK`` for one task's row and prompt."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """Default 0: the most likely token, as the bank's accuracy was measured."""
+    """Default 0: the most likely token, as free-text answers were scored. Labels are not drawn: the likeliest is given."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Of 0 only the most likely token is left."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -131,7 +131,7 @@ class CompletionRequest(Writing):
     """Texts to answer."""
 
     prompt: Annotated[Text | Texts, _at_most(MOST_TEXTS)]
-    """One text or several; the bank's prompt is put around each, as its accuracy was measured."""
+    """One text or several, each routed by itself; the prompt of the task that it belongs to is put around it."""
     question: Text | None = None
     """Asked of the texts, in place of the task's own."""
     raw: bool = False

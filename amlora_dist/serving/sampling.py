@@ -16,7 +16,7 @@ class Sampling:
 
     new_tokens: int
     temperature: float = 0.0
-    """0: greedy, as the bank's accuracy was measured."""
+    """0: greedy, as the bank's free-text answers were scored."""
     top_p: float = 1.0
     seed: int | None = None
     stops: tuple[str, ...] = ()
