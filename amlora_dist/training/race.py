@@ -57,7 +57,7 @@ def run_race(
 
     Raises:
         StoppedError: asked to stop; the race will begin again.
-        NonFiniteLossError: every candidate's loss became NaN.
+        NonFiniteLossError: a candidate's loss became NaN, as it would have in the stage itself.
     """
     start = learner.engine.export_state()
     best: tuple[Candidate, Progress, float, dict[str, Tensor]] | None = None
