@@ -12,6 +12,7 @@ A pulled folder needs neither MLflow nor Ray nor DeepSpeed.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ from amlora_dist.registry.signing import Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 __all__ = ["AMLoRAModel", "Answer", "Classification", "Route"]
 
@@ -108,6 +111,12 @@ class AMLoRAModel:
         router = mixture.router.inner if isinstance(mixture.router, SwitchRouter) else mixture.router
         self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
         """What answers where ``answering`` is None, and reads raw prompts."""
+        if not self.prompter.format.text_alone:
+            log.warning(
+                "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be routed"
+                " worse; `amlora rekey` gives it a router for plain text",
+                uri or f"bank of run {manifest.run_id!r}",
+            )
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
         if isinstance(router, KeyedRouter) and not mixture.routing.select:

@@ -1,6 +1,6 @@
 """Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``ask``, ``score``, ``generate``, ``classify`` and ``serve``. What they do is in ``amlora_dist`` and
-``pipelines.bank_work``."""
+``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+``amlora_dist``, ``pipelines.bank_work`` and ``pipelines.score_work``."""
 
 from __future__ import annotations
 
@@ -338,6 +338,21 @@ def serve(
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
 
 
+def rekey(
+    bank: Bank,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.", show_default=False)],
+    rows: Annotated[list[str], typer.Option(help="TASK=FILE, once for each task of the bank.", show_default=False)],
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    base: Base = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Give a bank of before 0.2 a router for plain text, made of rows; its adapters stay as they are."""
+    from pipelines.score_work import rekey_bank
+
+    typer.echo(rekey_bank(bank, dest, rows, label, {"base": base, "tracking_uri": tracking_uri}))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "pull": pull,
@@ -349,6 +364,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import-peft": import_peft,
     "ask": ask,
     "score": score,
+    "rekey": rekey,
     "generate": generate,
     "classify": classify,
     "serve": serve,

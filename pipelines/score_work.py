@@ -1,4 +1,4 @@
-"""``ask``, ``score`` and ``diff --sample``: what a bank answers to plain texts, told, counted and compared."""
+"""``ask``, ``score``, ``diff --sample`` and ``rekey``: what a bank answers to plain texts, told, counted, compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -133,6 +134,42 @@ def answer_differences(
         console.print(f"  {one['before']} -> {one['after']}{way}: {text}", markup=False, highlight=False)
     if len(changed) > NAMED:
         console.print(f"  and {len(changed) - NAMED} more (--json has them)")
+
+
+def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options: dict[str, Any]) -> str:
+    """``amlora rekey``: the bank's adapters with a router made of the texts of rows.
+
+    Args:
+        bank: a version or a folder.
+        dest: folder to write.
+        given: ``TASK=FILE`` for every task.
+        label: key or column of the right answers.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: ``dest`` exists, a task without rows or an unknown one, rows that are none of its.
+    """
+    with standard_output_kept():
+        if dest.exists():
+            raise UserError(f"{dest} exists; give a folder that does not")
+        folder, tasks = bank_and_tasks(bank, options)
+        files = dict(one.split("=", 1) for one in given if "=" in one)
+        if len(files) != len(given) or (odd := sorted(set(files) - set(tasks))):
+            found = ", ".join(repr(one) for one in given if "=" not in one) or ", ".join(odd)
+            raise UserError(f"--rows: found {found}, expected TASK=FILE of each task of the bank: {', '.join(tasks)}")
+        from amlora_dist.registry.manifest import read_manifest
+        from amlora_dist.rekeying import TaskRows, rekey
+
+        entries = {line.task: line.task_spec for line in read_manifest(folder).adapters}
+        rows = {}
+        for task, file in files.items():
+            entry = entries[task]
+            lines, answers = _labelled(Rows(file, label=label), None if entry is None else entry.labels, task)
+            rows[task] = TaskRows([line.text for line in lines], answers)
+        made = rekey(folder, dest, rows, base=options.get("base"))
+    return f"{dest}: {len(made.tasks)} tasks, routed and answered by plain text"
 
 
 def _model(bank: str, options: dict[str, Any], task: str | None = None) -> AMLoRAModel:

@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"serving"},
     {"model"},
+    {"rekeying"},
     {"importing"},
     {"bank_loading", "prompt_answering"},
     {"config", "config_checks", "inference"},

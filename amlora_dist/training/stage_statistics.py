@@ -74,11 +74,9 @@ class StageStatistics:
     def held_out(self, count: int) -> list[int]:
         """Places of the rows that are held out, rising; never all."""
         share = self.router.holdout
-        size = min(round(count * share), count - 1)
-        if self.text_alone and share > 0:
-            size = min(max(size, FEWEST_HELD), count // SMALLEST_SHARE)
-        generator = torch.Generator().manual_seed(named_seed(self.seed, "holdout", self.task))
-        return sorted(torch.randperm(count, generator=generator)[: max(size, 0)].tolist())
+        if self.text_alone:
+            return held_out_places(count, share, seed=self.seed, task=self.task)
+        return _drawn(count, min(round(count * share), count - 1), self.seed, self.task)
 
     def of(
         self,
@@ -233,6 +231,18 @@ class StageStatistics:
                 )
                 out.append(features.cpu() if counts else features[:0].cpu())
         return torch.cat(out)
+
+
+def held_out_places(count: int, share: float, *, seed: int, task: str) -> list[int]:
+    """Places of the rows of a task that are held out in prompt format 2, rising: a share of them, at least
+    ``FEWEST_HELD``, but no more than a quarter; none of share 0."""
+    size = min(round(count * share), count - 1)
+    return _drawn(count, min(max(size, FEWEST_HELD), count // SMALLEST_SHARE) if share > 0 else 0, seed, task)
+
+
+def _drawn(count: int, size: int, seed: int, task: str) -> list[int]:
+    generator = torch.Generator().manual_seed(named_seed(seed, "holdout", task))
+    return sorted(torch.randperm(count, generator=generator)[: max(size, 0)].tolist())
 
 
 def _read_means(file: Path) -> dict[str, Tensor] | None:

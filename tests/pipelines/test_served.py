@@ -19,7 +19,7 @@ from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.prompts import STYLES
 from pipelines.progress import Silent
-from pipelines.score_work import Rows, answer_differences, ask, score
+from pipelines.score_work import Rows, answer_differences, ask, rekey_bank, score
 from pipelines.sequence import run_sequence
 from tests.serving.servers import running
 from tests.tiny_folder import write_config
@@ -168,6 +168,28 @@ def test_changed_answers_between_two_versions_are_counted_and_listed(
     now = model.predict(texts_of(folder, "colours"))
     assert told["changed"] == sum(one != other for one, other in zip(before, now, strict=True))
     assert [one["after"] for one in told["answers"]] == [o for b, o in zip(before, now, strict=True) if b != o]
+
+
+def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: Any, tmp_path: Path) -> None:
+    folder, _, _ = run
+    config = load_config(folder / "run.yaml", ["evaluate=last", "prompt_format=1", "evaluation.prompts=own"])
+    run_sequence(config, run_id="before", progress=Silent())
+    old = AMLoRAModel.from_bank("models:/before@current", device="cpu")
+    assert old.answering is None, "a bank of then answers as it did"
+    given = [f"{task}={folder / 'tasks' / task / 'train.jsonl'}" for task in TASKS]
+    told = rekey_bank("models:/before@current", tmp_path / "new", given, "label", {})
+    assert "3 tasks" in told
+    new = AMLoRAModel.from_bank(tmp_path / "new", device="cpu")
+    assert new.answering is not None and len(new.answering.router.keys.task) == 8, "a key for every label"
+    before = [adapter.digest() for adapter in old.bank.adapters]
+    assert [adapter.digest() for adapter in new.bank.adapters] == before
+    routed = [route.task == task for task in TASKS for route in new.route(texts_of(folder, task))]
+    assert sum(routed) / len(routed) > 0.6
+    with pytest.raises(UserError, match="--rows: found sizes2, expected TASK=FILE"):
+        rekey_bank("models:/before@current", tmp_path / "x", [*given[:2], f"sizes2={given[2][6:]}"], "label", {})
+    with pytest.raises(UserError, match="found no rows of sizes"):
+        rekey_bank("models:/before@current", tmp_path / "x", given[:2], "label", {})
+    assert not (tmp_path / "x").exists()
 
 
 def test_texts_are_answered_from_the_command_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
