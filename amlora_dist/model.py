@@ -113,8 +113,8 @@ class AMLoRAModel:
         """What answers where ``answering`` is None, and reads raw prompts."""
         if not self.prompter.format.text_alone:
             log.warning(
-                "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be routed"
-                " worse; `amlora rekey` gives it a router for plain text",
+                "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be"
+                " routed worse; `amlora rekey` gives it a router for plain text",
                 uri or f"bank of run {manifest.run_id!r}",
             )
         self.answering: Answering | None = None
