@@ -265,7 +265,6 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
     base = resolve_base(config.model, home)
-    remember_base(base)
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype))
@@ -280,6 +279,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
             max_text_tokens=config.router.max_text_tokens or longest,
         )
         materials.config = replace(materials.config, router=router)
+    remember_base(base)
     return materials
 
 
