@@ -100,11 +100,11 @@ class OneLora(ServedBank):
             self._peft.get_base_model(), pad_id=model.decoder.pad_id, eos_id=model.decoder.eos_id, encoder_decoder=False
         )
 
-    def prefill(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route]]:
-        """Without a gate."""
+    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
+        """Without a gate; every answer is written."""
         inputs = tensors(requests, pad_id=self._decoder.pad_id, encoder_decoder=False, device=torch.device("cpu"))
         state = self._decoder.prefill(inputs["input_ids"], inputs["attention_mask"])
-        return state, [self._route] * len(requests)
+        return state, [self._route] * len(requests), [None] * len(requests)
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
         """Without a gate."""
@@ -123,14 +123,14 @@ class Switched(OneLora):
         """The task."""
         return request.task
 
-    def prefill(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route]]:
+    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
         """With the task's LoRA."""
         task = requests[0].task
         assert task is not None
         self._switch(task)
-        state, routes = super().prefill(requests)
-        state.cache.amlora_task = task
-        return state, routes
+        begun = super().begin(requests)
+        begun[0].cache.amlora_task = task
+        return begun
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
         """With the task's LoRA."""

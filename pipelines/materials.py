@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.settings import RouterSettings
-from amlora_dist.bank_loading import remember_base
 from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
 from amlora_dist.config import RunConfig
 from amlora_dist.digests import value_digest
@@ -279,7 +278,6 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
             max_text_tokens=config.router.max_text_tokens or longest,
         )
         materials.config = replace(materials.config, router=router)
-    remember_base(base)
     return materials
 
 

@@ -32,6 +32,8 @@ OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_t
 """What a bank has one of for life: how its texts are read, and what its keys are of."""
 AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers")
 """Keys that a run on a published bank takes from it, where its file does not name them."""
+UNSETTLED: dict[str, Any] = {"model.attention": "auto", "router.depths": None, "router.max_text_tokens": None}
+"""Keys that a run settles before it stores them, and the value that leaves it to the run: it is none that differs."""
 RESOLVED = ("model.attention",)
 """Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
 
@@ -148,6 +150,7 @@ def differences(
         key
         for key in flat(stored).keys() | flat(mapping).keys()
         if flat(stored).get(key) != flat(mapping).get(key)
+        and not (key in UNSETTLED and flat(mapping).get(key) == UNSETTLED[key])
         and not (grows and key == "tasks")
         and not _free(key, free)
     )

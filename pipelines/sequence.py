@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.bank_loading import remember_base
 from amlora_dist.config import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
@@ -122,6 +123,7 @@ def _run_sequence(
     refuse_other_configuration(store, own, mapping, name)
     if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
         progress.note("the data has changed since this run began: stages that read it are trained again")
+    remember_base(materials.base)
     with store.hold_run(run_id, model) as lease:
         if alone:
             progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")

@@ -62,6 +62,8 @@ class ServedScore:
     ) -> list[Prediction]:
         """This rank's share of the predictions, in the order of their rows; which rows share a pass does not depend on
         the number of ranks."""
+        if not rows:
+            return []
         requests = [self._request(place, row) for place, row in enumerate(rows)]
         self.answering.prompter.read(requests)
         made: list[Prediction] = []

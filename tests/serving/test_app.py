@@ -267,8 +267,8 @@ def test_limits_of_body_concurrency_and_time_have_their_own_answers(model: AMLoR
             assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
         busy = server.post("/v1/completions", prompt=["red"] * 3)
         assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
-        prefill = bank.prefill
-        bank.prefill = lambda requests: (threading.Event().wait(0.5), prefill(requests))[1]  # type: ignore[method-assign]
+        begin = bank.begin
+        bank.begin = lambda requests: (threading.Event().wait(0.5), begin(requests))[1]  # type: ignore[method-assign]
         late = server.post("/v1/completions", prompt="red", max_tokens=4)
         assert late.status_code == 504 and "longer than the server allows" in late.text
         assert server.client.get("/healthz").status_code == 200
@@ -296,7 +296,7 @@ def test_a_pass_that_fails_is_told_to_its_clients_and_the_next_one_works(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(server.service.bank, "prefill", broken)
+        patched.setattr(server.service.bank, "begin", broken)
         answer = server.post("/v1/completions", prompt="red")
         assert answer.status_code == 500 and "out of memory" not in answer.text
     assert server.good("/v1/completions", prompt="red wall")["choices"]

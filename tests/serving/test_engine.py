@@ -25,7 +25,7 @@ TEXTS = [texts_of(task, 3, "engine")[i] for i in range(3) for task in TASKS]
 
 
 def prefilled(bank: ServedBank, texts: list[str]) -> Any:
-    return bank.prefill([bank.to_generate(text, new_tokens=8) for text in texts])[0]
+    return bank.begin([bank.to_generate(text, new_tokens=8) for text in texts])[0]
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_an_engine_that_dies_lets_nobody_wait(model: AMLoRAModel, monkeypatch: p
     def fault(_requests: Any) -> Any:
         raise KeyError("a fault of this program")
 
-    monkeypatch.setattr(bank, "prefill", fault)
+    monkeypatch.setattr(bank, "begin", fault)
     monkeypatch.setattr("threading.excepthook", lambda _args: None)
     engine = Engine(ServeSettings())
     engine.start()

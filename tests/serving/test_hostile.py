@@ -65,15 +65,15 @@ def test_a_row_whose_own_token_cannot_be_drawn_fails_alone(
 def test_a_pass_that_one_text_breaks_is_repeated_without_it(
     server: Running, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    prefill = model.prefill
+    prefill = model.former.prefill
 
-    def picky(requests: Any) -> Any:
+    def picky(requests: Any, router: Any) -> Any:
         if any(request.text == TEXTS[2] for request in requests):
             raise RuntimeError("out of memory")
-        return prefill(requests)
+        return prefill(requests, router)
 
     right = [one.label for one in model.classify(TEXTS[:8])], model.predict(TEXTS[:8])
-    monkeypatch.setattr(model, "prefill", picky)
+    monkeypatch.setattr(model.former, "prefill", picky)
     path, name = f"/v1/{kind}", "prompt" if kind == "completions" else "input"
 
     def ask(text: str) -> Any:
