@@ -379,7 +379,7 @@ class _Stage:
         layer = default_router_layer(model) if layer is None else layer
         targets = self.method.targets(model, layer)
         literal = self.settings.router.literal if self.method.uses_selectors else None
-        return inject(
+        mixture = inject(
             model,
             targets,
             adapters,
@@ -391,6 +391,13 @@ class _Stage:
             literal=literal,
             lead=self.lead,
         )
+        mixture.run_whole_passes(self._partitioned)  # a pass that ends early leaves parameters gathered
+        return mixture
+
+    @property
+    def _partitioned(self) -> bool:
+        """Whether ZeRO-3 shares the parameters out, so that every rank must make equally many whole passes."""
+        return self.config is not None and int(self.config["zero_optimization"]["stage"]) == 3
 
     def _depths(self, layer: int) -> list[int]:
         """Layers below the routing layer that features take in too: of texts that are read alone."""
@@ -405,7 +412,7 @@ class _Stage:
         Under ZeRO-3 there is none: its passes gather every layer on every rank, cached or not. For prompts
         (``decodes``) also only if the trunk ends at the routing layer, where the features are read."""
         settings = self.settings
-        gathers = self.config is not None and int(self.config["zero_optimization"]["stage"]) == 3
+        gathers = self._partitioned
         if not settings.training.cache_trunk or self.method.alters_inputs or gathers:
             return None
         trunk = mixture.trunk()

@@ -299,9 +299,9 @@ def test_versions_aliases_pull_and_verify(home: Path, tmp_path: Path, monkeypatc
     fetched: list[str] = []
     plain = Runs.download
 
-    def counting(self: Runs, run: str, path: str, folder: Path) -> Any:
+    def counting(self: Runs, run: str, path: str, folder: Path, **more: Any) -> Any:
         fetched.append(path)
-        return plain(self, run, path, folder)
+        return plain(self, run, path, folder, **more)
 
     monkeypatch.setattr(Runs, "download", counting)
     good("pull", "models:/helpdesk/2", tmp_path / "two")

@@ -39,7 +39,7 @@ FAKE = """
 import os, sys, types
 from amlora_dist import errors
 fake = types.ModuleType("pipelines.sequence")
-def run_sequence(config, *, run_id, progress, verbose):
+def run_sequence(config, *, run_id, progress, verbose, **more):
     print("noise of a library")
     os.write(1, b"noise of a C library\\n")
     progress.stage("email", 1, 1)
