@@ -95,8 +95,8 @@ class Materials:
         if not self.prompt_format.text_alone:
             return values
         # Whoever is routed to this task is answered by its prompt and labels, so they are part of what a bank is.
-        answers = {"answer": spec.max_answer_tokens} if spec.free_text else {"labels": spec.label_texts}
-        return values | self.prompt_format.values() | answers
+        labels = {} if spec.free_text else {"labels": spec.label_texts}
+        return values | self.prompt_format.values() | labels
 
     def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
         """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
@@ -149,6 +149,8 @@ class Materials:
             router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
             if self.config.router.gate.abstention:
                 router |= {"background": background.digest()}
+            free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
+            router |= {f"answer of {name}": self.specs[name].max_answer_tokens for name in free if name != task}
         anew = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | anew, task)
 

@@ -187,7 +187,11 @@ def test_rows_whose_gate_is_what_it_was_are_not_scored_again(tmp_path: Path, hom
     assert kept["untrained"] == 0 and kept["router"] > 0 and kept["oracle"] > 0
     assert sum(score["kept"] for score in scores if score["mode"].startswith("without.")) > 0
     assert all(score["rows"] == 9 for score in scores), "scores count all rows, kept or not"
-    run(config, "control", "router.kind=uniform", "evaluation.cells=seen", "evaluation.untrained=false")
+    own = ("evaluation.prompts=own", "evaluation.cells=seen", "evaluation.untrained=false")  # one prompt under every router
+    run(config, "own", *own)
+    folder = home / "storage" / "scores"
+    scores = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*/summary.json")]
+    run(config, "control", "router.kind=uniform", *own)
     stored = [json.loads(file.read_text(encoding="utf-8")) for file in (home / "storage" / "scores").glob("*/summary.json")]
     more = [score["kept"] for score in stored if score not in scores and score["mode"] == "router"]
     assert len(more) == 6 and max(more) == 9, "one adapter alone has the gate 1 under every router"
