@@ -104,13 +104,18 @@ def write_task(folder: Path, name: str, *, train: int = 32, test: int = 9) -> Pa
 
 
 def write_config(
-    folder: Path, kind: str = "llama", tasks: tuple[str, ...] = ("colours", "shapes", "sizes"), **more: Any
+    folder: Path,
+    kind: str = "llama",
+    tasks: tuple[str, ...] = ("colours", "shapes", "sizes"),
+    *,
+    rows: int = 32,
+    **more: Any,
 ) -> Path:
-    """A run of tiny tasks on a tiny model; ``more`` replaces top-level keys."""
+    """A run of tiny tasks of so many training ``rows`` on a tiny model; ``more`` replaces top-level keys."""
     model = folder / f"model-{kind}"
     if not model.is_dir():
         write_model(model, kind)
-    files = [str(write_task(folder / "tasks", task)) for task in tasks]
+    files = [str(write_task(folder / "tasks", task, train=rows)) for task in tasks]
     config: dict[str, Any] = {
         "name": "tiny",
         "model": {"source": str(model)},

@@ -35,10 +35,13 @@ def mixed_shares(statistics: Sequence[TaskStatistics]) -> dict[str, dict[str, fl
     *earlier, newest = statistics
     for other in earlier:
         apart = newest.mean - other.mean
-        scatter = sum((s.task_factor.square().sum(dim=0) for s in (other, newest)), torch.zeros_like(apart))
+        # Labels spread a task's rows too; where both tasks' are known, what they spread is not taken for mixing.
+        known = other.by_label is not None and newest.by_label is not None
+        factor = {s.task: s.factor if known else s.task_factor for s in (other, newest)}
+        scatter = sum((factor[s.task].square().sum(dim=0) for s in (other, newest)), torch.zeros_like(apart))
         w = apart / scatter.clamp(min=1e-12 * float(scatter.max()) + 1e-300)
         gap = float(apart @ w)
-        spread = {s.task: float((s.task_factor @ w).square().sum()) / s.count for s in (other, newest)}
+        spread = {s.task: float((factor[s.task] @ w).square().sum()) / s.count for s in (other, newest)}
         if gap <= 0 or gap**2 < APART**2 * min(spread.values()):
             continue
         for one, two in ((other, newest), (newest, other)):

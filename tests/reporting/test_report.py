@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from amlora_dist.adapters import router as router_module
-from amlora_dist.adapters.router import PosteriorRouter, posterior_router
+from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.config import load_config
 from amlora_dist.errors import UserError
@@ -145,12 +146,12 @@ def test_planted_routing_faults_are_found_in_real_runs(folder: Path, run: Run, t
 def test_a_router_collapsed_on_purpose_is_found_in_a_real_run(
     folder: Path, run: Run, two_tasks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def collapsed(statistics: Sequence[TaskStatistics], **more: Any) -> PosteriorRouter:
-        made = posterior_router(statistics, **more)
-        made.bias[0] += 1e6
+    def collapsed(statistics: Sequence[TaskStatistics], **more: Any) -> KeyedRouter:
+        made = keyed_router(statistics, **more)
+        made.keys.bias[torch.tensor(made.keys.task) == 0] += 1e6
         return made
 
-    monkeypatch.setattr(router_module, "posterior_router", collapsed)
+    monkeypatch.setattr(router_module, "keyed_router", collapsed)
     run("collapsed", two_tasks, "router.gate.threshold=0.11")  # scores of a gate that no other run has
     findings = report(Store.open(folder / "home"), "collapsed", folder / "collapsed.html").findings or []
     assert [f.title for f in findings if f.rule == "router_collapsed"] == ["The router has collapsed on colours"]

@@ -93,7 +93,7 @@ def results(config: Path, folder: Path, *overrides: str, run: Callable[[StageWor
 
 
 def test_the_step_that_is_best_on_held_out_rows_is_the_result(tmp_path: Path) -> None:
-    config = write_config(tmp_path, tasks=("colours",), training=TRAINING | {"learning_rate": 0.3, "patience": 0})
+    config = write_config(tmp_path, rows=24, tasks=("colours",), training=TRAINING | {"learning_rate": 0.3, "patience": 0})
     best = results(config, tmp_path / "best")[0]
     steps = [step for step, _ in best.training["held_losses"]]
     assert steps == [3, 6, 9, 12, 15, 18, 21, 24] and best.training["step"] == 24
@@ -113,7 +113,7 @@ def test_what_is_kept_and_how_recipes_start_is_in_the_fingerprint_where_it_is_no
         config = load_config(file, list(overrides))
         return method_for(gather_materials(config, tmp_path).stage_settings()).reads(stage)
 
-    file = write_config(tmp_path, tasks=("colours", "shapes"))
+    file = write_config(tmp_path, rows=24, tasks=("colours", "shapes"))
     plain = ["training.keep=last", "recipe.start=probe"]
     assert "keep" not in reads(2, *plain)["training"] and "start" not in reads(2, *plain)["recipe"]
     assert reads(2, *plain, "training.patience=9", "training.near_tie=0.5", "recipe.race_steps=9") == reads(2, *plain)
@@ -127,7 +127,7 @@ def test_what_is_kept_and_how_recipes_start_is_in_the_fingerprint_where_it_is_no
 
 
 def test_a_recipe_starts_as_it_is_told_to(tmp_path: Path) -> None:
-    config = write_config(tmp_path, tasks=("colours", "shapes"), training=TRAINING | {"keep": "last"})
+    config = write_config(tmp_path, rows=24, tasks=("colours", "shapes"), training=TRAINING | {"keep": "last"})
     first = tmp_path / "first"
     results(config, first, f"tasks=[{tmp_path / 'tasks' / 'colours.yaml'}]")
 
