@@ -63,6 +63,7 @@ def texts_inside(server: Server) -> int:
 
 @pytest.mark.integration
 @pytest.mark.timeout(900)
+@pytest.mark.crash  # a server on Ray Serve whose replica is killed
 def test_key_in_environment_slow_sockets_host_header_and_a_replica_that_dies(server: Server, amlora_home: Path) -> None:
     """One server for all of it, because starting Ray takes most of the time."""
     own = processes(amlora_home)
