@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.statistics import TaskStatistics
 
 KeyRule = Literal["task", "label"]
-BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
+BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Grid of the weight of the keys' evidence beside the language model's."""
 PRIOR_BETA = 0.25
-"""Of banks with too few held-out rows to fit one."""
-FEWEST_ROWS = 100
+"""Of banks with too few held-out rows to fit one, for keys at ``PRIOR_TEMPERATURE``: flatter keys weigh more."""
+PRIOR_TEMPERATURE = 3.0
+SCALES: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Grid of a common temperature of both kinds of evidence: what is fitted is how much one weighs against the other, not how
+sure both are together, for a model that was trained on few rows is surer than it should be."""
+FEWEST_ROWS = 48
 """Held-out rows from which on beta is fitted."""
 
 
@@ -174,11 +178,12 @@ def _temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[floa
 
 
 def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: float) -> float:
-    """The weight of the grid at which held-out rows find their own label likeliest, under their own task's row.
+    """The weight of the grid at which held-out rows find their own label likeliest, under their own task's row, at the best
+    of ``SCALES``.
 
     Fewer than ``FEWEST_ROWS`` rows say too little: ``PRIOR_BETA``.
     """
-    totals = [0.0] * len(BETAS)
+    totals = torch.zeros(len(BETAS), len(SCALES), dtype=torch.float64)
     rows = 0
     for place, one in enumerate(statistics):
         held = one.held
@@ -191,5 +196,9 @@ def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: floa
         rows += len(model)
         at = torch.arange(len(model))
         for number, beta in enumerate(BETAS):
-            totals[number] -= float(torch.log_softmax(model + beta * own, dim=-1)[at, held.labels].sum())
-    return PRIOR_BETA if rows < FEWEST_ROWS else BETAS[min(range(len(BETAS)), key=totals.__getitem__)]
+            for column, scale in enumerate(SCALES):
+                shares = torch.log_softmax((model + beta * own) / scale, dim=-1)
+                totals[number, column] -= shares[at, held.labels].sum()
+    if rows < FEWEST_ROWS:
+        return PRIOR_BETA * temperature / PRIOR_TEMPERATURE
+    return BETAS[int(totals.amin(dim=1).argmin())]
