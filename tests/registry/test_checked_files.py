@@ -7,7 +7,6 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from amlora_dist.registry.task_entry import TaskEntry
 
 from amlora_dist.errors import BankError
 from amlora_dist.registry.manifest import (
@@ -21,6 +20,7 @@ from amlora_dist.registry.manifest import (
     parse_manifest,
 )
 from amlora_dist.registry.store import Store
+from amlora_dist.tasks.task_entry import TaskEntry
 from pipelines.bank_work import verify_bank
 from tests.registry.tiny_banks import TASKS, fingerprint, publish_sequence
 

@@ -9,8 +9,8 @@ from itertools import islice, product
 from typing import Any
 
 import pytest
-from amlora_dist.inference import Request
 
+from amlora_dist.evaluation.requests import Request
 from amlora_dist.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
