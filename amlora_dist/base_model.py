@@ -311,9 +311,9 @@ def folder_digest(path: Path, home: Path) -> str:
         _check_whole(file)
     digest = value_digest([(f.name, file_digest(f)) for f in files])
     memory.parent.mkdir(parents=True, exist_ok=True)
-    aside = memory.with_name(f"{memory.name}.{os.getpid()}")
-    aside.write_text(digest)
-    aside.replace(memory)
+    tmp = memory.with_name(f"{memory.name}.{os.getpid()}")
+    tmp.write_text(digest)
+    tmp.replace(memory)
     return digest
 
 
@@ -432,20 +432,20 @@ def _convert(folder: Path, file: str, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False
         )
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    tokenizer.save_pretrained(aside)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    tokenizer.save_pretrained(tmp)
     # transformers does not save a model that it read from GGUF, because it counts as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(aside)
-    model.generation_config.save_pretrained(aside)
-    weights = aside / "model.safetensors"
+    model.config.save_pretrained(tmp)
+    model.generation_config.save_pretrained(tmp)
+    weights = tmp / "model.safetensors"
     save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
     mark = {"from": file, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
-    (aside / "CONVERTED").write_text(json.dumps(mark))
+    (tmp / "CONVERTED").write_text(json.dumps(mark))
     shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    tmp.replace(target)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What can go wrong, by whom it can be mended; the command line maps each class to its exit code."""
+"""What can go wrong, by whom it can be fixed; the command line maps each class to its exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class AmloraError(Exception):
 
 
 class UserError(AmloraError):
-    """Something the caller can mend: a file, a key, a value. The message names all three and the mend."""
+    """Something the caller can fix: a file, a key, a value. The message names all three and the fix."""
 
     exit_code = 2
 
@@ -45,7 +45,7 @@ class Fault:
     """One thing wrong in a file.
 
     ``where`` is the path of the key inside the file (``training.epochs``), ``found`` what stands there,
-    ``expected`` what should, ``hint`` the mend ("did you mean ...").
+    ``expected`` what should, ``hint`` the fix ("did you mean ...").
     """
 
     where: str

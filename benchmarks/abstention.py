@@ -208,7 +208,7 @@ def random_rows(lengths: list[int], vocabulary: int, seed: int) -> list[Example]
 def tiny(args: argparse.Namespace, folder: Path) -> None:
     """A random model and tasks of a few words, in place of the real ones."""
     sys.path.insert(0, str(REPOSITORY))
-    from tests.tiny_folder import write_model, write_task
+    from tests.tiny_config import write_model, write_task
 
     args.model = str(write_model(folder / "model", "llama"))
     names = {name: str(write_task(folder / "tasks", name)) for name in ("colours", "shapes", "fruit", "sizes")}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipelines.display import show_result
-from pipelines.sequence import load_result
+from pipelines.cli.tables import show_result
+from pipelines.runs.sequence import load_result
 
 
 def main() -> None:

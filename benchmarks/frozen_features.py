@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.call import FeaturesReady, pool_features
+from amlora_dist.adapters.gate_context import FeaturesReady, pool_features
 from amlora_dist.adapters.targets import default_router_layer, routing_stack
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
-from amlora_dist.config import home
+from amlora_dist.config.loading import home
 from amlora_dist.tasks.batches import Example, collate_prompts, encode
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import load_task

@@ -28,7 +28,7 @@ from typing import Any
 
 from sweeps import REPOSITORY, config_of, mean, parser_of, show, sweep, write_json
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.routing_facts import routing_by_stage
 

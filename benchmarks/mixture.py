@@ -51,7 +51,7 @@ from mixture_contenders import CONTENDERS, REFERENCE, Case, Contender, Field, We
 from transformers import AutoConfig
 
 from amlora_dist.base_model import ModelSettings, resolve_base
-from amlora_dist.config import home
+from amlora_dist.config.loading import home
 
 PHASES = ("forward", "forward_backward", "decode")
 FEWEST = 3

@@ -66,7 +66,7 @@ TWO_TASKS = ["tasks=[helpdesk/email_route,helpdesk/chat_mood]", "evaluation.untr
 def quick_run(folder: Path) -> tuple[Path, list[str]]:
     """The tests' tiny model and tasks."""
     sys.path.insert(0, str(REPOSITORY))
-    from tests.tiny_folder import write_config
+    from tests.tiny_config import write_config
 
     return write_config(folder, tasks=("colours", "shapes"), workers=RANKS, deepspeed={"zero_stage": 2}), []
 
@@ -75,7 +75,9 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
     """``amlora`` itself, with the times of what its driver does written to ``spans``, a line each."""
     import functools
 
-    from pipelines import cli, publication, stage
+    from pipelines import cli
+    from pipelines.cluster import executor
+    from pipelines.runs import journal
 
     def timed(owner: Any, name: str) -> None:
         inner = getattr(owner, name)
@@ -91,10 +93,10 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
 
         setattr(owner, name, outer)
 
-    timed(stage.RayCluster, "ready")
-    timed(stage.RayCluster, "run")
-    timed(publication.Publication, "upload_scores")
-    timed(publication.Publication, "publish")
+    timed(executor.RayCluster, "ready")
+    timed(executor.RayCluster, "run")
+    timed(journal.Publication, "upload_scores")
+    timed(journal.Publication, "publish")
     sys.argv = ["amlora", *arguments]
     cli.main()
 
@@ -194,10 +196,10 @@ def plain_loop(work: dict[str, Any]) -> None:
     from amlora_dist.adapters.inject import NewAdapter, inject
     from amlora_dist.adapters.targets import default_router_layer, find_targets
     from amlora_dist.base_model import load_model, load_tokenizer
-    from amlora_dist.config import load_config
+    from amlora_dist.config.loading import load_config
     from amlora_dist.tasks.batches import collate, encode, epoch_order
     from amlora_dist.tasks.prompts import template_for
-    from pipelines.materials import gather_materials
+    from pipelines.runs.inputs import gather_materials
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
     dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=RANKS)

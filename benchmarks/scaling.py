@@ -123,18 +123,18 @@ def run(folder: Path, count: int, *, reuse: bool) -> list[dict[str, Any]]:
     home = folder / "home"
     os.environ["AMLORA_HOME"] = str(home)
     sys.path.insert(0, str(REPOSITORY))
-    from amlora_dist.config import load_config
-    from pipelines.publication import Publication
-    from pipelines.sequence import run_sequence
-    from tests import tiny_folder
+    from amlora_dist.config.loading import load_config
+    from pipelines.runs.journal import Publication
+    from pipelines.runs.sequence import run_sequence
+    from tests import tiny_config
 
     draw = random.Random(0)
     names = [f"task{number:02d}" for number in range(count)]
     for name in names:
         words = ["".join(draw.choices("abcdefghijklmnop", k=5)) for _ in range(6)]
-        tiny_folder.TOPICS[name] = (tiny_folder.COLOURS, words)
-    tiny_folder.WORDS.extend(sorted({w for name in names for w in tiny_folder.TOPICS[name][1]} - set(tiny_folder.WORDS)))
-    config = tiny_folder.write_config(
+        tiny_config.TOPICS[name] = (tiny_config.COLOURS, words)
+    tiny_config.WORDS.extend(sorted({w for name in names for w in tiny_config.TOPICS[name][1]} - set(tiny_config.WORDS)))
+    config = tiny_config.write_config(
         folder, tasks=tuple(names),
         training={"epochs": 4, "batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 2, "probe_rows": 8},
     )  # fmt: skip

@@ -114,7 +114,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
     values = {"training.l1": {"grid": [0.0, 0.1, 0.3, 1.0]}, "adapters.rank": {"grid": [4, 8, 16]}}
     if args.quick:
         sys.path.insert(0, str(REPOSITORY))
-        from tests.tiny_folder import write_config as write_tiny
+        from tests.tiny_config import write_config as write_tiny
 
         values = {"training.l1": {"grid": [0.0, 0.5]}, "adapters.rank": {"grid": [2]}}
         config = yaml.safe_load(write_tiny(folder, tasks=("colours", "shapes")).read_text(encoding="utf-8"))
@@ -268,8 +268,8 @@ def main() -> None:
     if not args.quick and args.data_dir is None:
         parser.error("--data-dir is needed (or --quick)")
     modes = args.modes or list(MODES)[: 1 if args.quick else None]
-    with tempfile.TemporaryDirectory() as aside:
-        homes = (args.homes or Path(aside)).absolute()
+    with tempfile.TemporaryDirectory() as tmp:
+        homes = (args.homes or Path(tmp)).absolute()
         homes.mkdir(parents=True, exist_ok=True)
         config = write_config(homes, args)
         convert(homes, args)

@@ -38,8 +38,8 @@ import serving_contenders
 from ray import cloudpickle
 
 from amlora_dist.serving.settings import ServeSettings
-from pipelines.quiet import set_up
-from pipelines.serving import Place, connected, deployment, start, stop
+from pipelines.cli.output import set_up
+from pipelines.cluster.serve import Place, connected, deployment, start, stop
 
 CONTENDERS = ("amlora", "one_lora", "switched")
 DEADLINE_S = 120

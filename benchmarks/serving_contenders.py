@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import inject
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings, RouterSettings
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.adapters.targets import default_router_layer, find_targets
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
-from amlora_dist.config import home
+from amlora_dist.config.loading import home
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.evaluation.requests import Request, Route, tensors
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry
 from amlora_dist.serving.bank import ServedBank

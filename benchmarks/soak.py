@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 import yaml
 
-from tests.forked import ROOT
+from tests.fork_server import ROOT
 from tests.pipelines.crash_cases import Outcome, Process, calm, outcome_of, spawned
-from tests.tiny_folder import write_config, write_task
+from tests.tiny_config import write_config, write_task
 
 VICTIMS = {"driver": 4, "worker": 4, "node": 2}
 """Who is killed, and how often relative to the others."""

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from amlora_dist.config import home, load_config
+from amlora_dist.config.loading import home, load_config
 from amlora_dist.evaluation.intervals import Interval, percentiles, resampled
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.facts import RunFacts, read_run
-from pipelines.comparison import plan_comparison, run_comparison
-from pipelines.progress import progress_for
-from pipelines.quiet import set_up, standard_output_kept
+from pipelines.cli.output import set_up, stdout_to_stderr
+from pipelines.runs.comparison import plan_comparison, run_comparison
+from pipelines.runs.progress import progress_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAST = ("evaluation.cells=last", "evaluation.untrained=false", "workers=0")
@@ -57,7 +57,7 @@ def config_of(args: argparse.Namespace, file: Path, tasks: tuple[str, ...]) -> I
         yield file, [*LEAST, *sizes, *local, "training.cache_trunk=true", *args.set]
         return
     sys.path.insert(0, str(REPOSITORY))
-    from tests.tiny_folder import write_config
+    from tests.tiny_config import write_config
 
     args.seeds = args.seeds[:1]
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def sweep(file: Path, overrides: list[str], methods: Sequence[str], args: argpar
         file, overrides, methods=methods, seeds=args.seeds, orders=[], learning_rates=[], comparison_id=args.name
     )
     progress = progress_for()
-    with standard_output_kept(), contextlib.closing(progress):
+    with stdout_to_stderr(), contextlib.closing(progress):
         result = run_comparison(plan, command=shlex.join(sys.argv), progress=progress)
     for one in result["failed"]:
         print(f"FAILED {one['run_id']}: {one['reason']}", flush=True)
@@ -128,8 +128,8 @@ def shown(value: Any) -> str:
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Written aside and renamed; nothing without a file."""
+    """Written tmp and renamed; nothing without a file."""
     if file is not None:
-        aside = file.with_name(f"{file.name}.part")
-        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        tmp = file.with_name(f"{file.name}.part")
+        tmp.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(tmp, file)

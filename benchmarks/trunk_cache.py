@@ -28,13 +28,13 @@ from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import AdapterSettings
 from amlora_dist.adapters.targets import default_router_layer, find_targets
 from amlora_dist.base_model import ModelSettings, load_model, resolve_base
-from amlora_dist.config import home
+from amlora_dist.config.loading import home
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer, target_tokens
+from amlora_dist.training.engine import PlainEngine
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.zero import PlainEngine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ANSWER = 2

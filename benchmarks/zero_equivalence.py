@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.work import StageWork
-from pipelines.quiet import set_up
+from amlora_dist.training.stage_spec import StageWork
+from pipelines.cli.output import set_up
 from tests.methods.stages import stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
 
 KINDS, DTYPES, ZERO, WORLDS = ("llama", "t5"), ("fp32", "bf16"), (0, 1, 2, 3), (1, 2)

@@ -151,7 +151,7 @@ def compare(model: Path, dtype: str, zeros: list[int], ranks: int) -> Iterable[d
 def run_one_stage(model: Path, dtype: str) -> dict[str, Any]:
     """One task of four rows learned, scored and published by ``amlora run`` on two workers under ZeRO-3."""
     sys.path.insert(0, str(REPOSITORY))
-    from tests.tiny_folder import write_config, write_tokenizer
+    from tests.tiny_config import write_config, write_tokenizer
 
     write_tokenizer(model, closes_prompts=False)
     config = write_config(
@@ -210,7 +210,7 @@ def measure(work: dict[str, Any]) -> None:
     """One rank: prints what it holds under each ZeRO stage."""
     import torch.distributed as dist
 
-    from amlora_dist.training.zero import join_process_group
+    from amlora_dist.training.engine import join_process_group
 
     dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=work["ranks"])
     join_process_group()
@@ -221,15 +221,15 @@ def measured(work: dict[str, Any], zero: int) -> dict[str, int]:
     """Bytes by kind, at the worst moment of loading and of one training step."""
     import torch
 
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import NewAdapter, inject
     from amlora_dist.adapters.settings import AdapterSettings
     from amlora_dist.adapters.targets import default_router_layer, find_targets
     from amlora_dist.base_model import BaseModel, load_model
+    from amlora_dist.training.engine import DeepSpeedEngine, deepspeed_config
     from amlora_dist.training.optimizer import parameter_groups
     from amlora_dist.training.settings import TrainingSettings
-    from amlora_dist.training.streaming import load_partitioned
-    from amlora_dist.training.zero import DeepSpeedEngine, deepspeed_config
+    from amlora_dist.training.zero3_loading import load_partitioned
 
     dtype = torch.bfloat16 if work["dtype"] == "bf16" else torch.float32
     section = {"zero_optimization": {"stage": zero}}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import inject
 from amlora_dist.adapters.router import Router, posterior_router
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings, LiteralSettings, RouterSettings
@@ -22,7 +22,7 @@ from amlora_dist.registry.manifest import AccuracyMatrix, BaseEntry, Manifest, R
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.task_entry import TaskEntry
 from tests.registry.tiny_banks import fingerprint
-from tests.tiny_folder import TARGETS, TOPICS, write_model
+from tests.tiny_config import TARGETS, TOPICS, write_model
 
 TASKS = ("colours", "shapes", "sizes")
 

@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from xdist.scheduler import Scheduling
 
-    from tests.forked import Server
+    from tests.fork_server import Server
 
 # Before torch is imported: two workers and the tests' own process share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,17 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("crash"):
             item.add_marker("integration")
     if hasattr(config, "workerinput"):  # one of several processes
-        from tests.scheduling import longest_first
+        from tests.xdist_groups import longest_first
 
         longest_first(items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling | None:
-    """Deals whole files out to processes (tests/scheduling.py); another ``--dist`` is left to pytest-xdist."""
+    """Deals whole files out to processes (tests/xdist_groups.py); another ``--dist`` is left to pytest-xdist."""
     if config.getoption("dist") != "loadfile":
         return None
-    from tests.scheduling import ByGroup
+    from tests.xdist_groups import ByGroup
 
     config.option.loadscopereorder = False  # the order is ours
     return ByGroup(config, log)
@@ -85,7 +85,7 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forking() -> Iterator[Server]:
     """Starts ``amlora`` commands in children of a process that has imported everything."""
-    from tests.forked import Server
+    from tests.fork_server import Server
 
     with Server() as server:
         yield server

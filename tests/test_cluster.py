@@ -16,7 +16,7 @@ import ray
 import typer
 import yaml
 
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -224,7 +224,7 @@ def test_every_flag_of_the_programs_that_are_started_exists() -> None:
 
 
 def test_every_configuration_that_is_named_exists_and_every_override_is_a_key() -> None:
-    from amlora_dist.config import load_config
+    from amlora_dist.config.loading import load_config
 
     for name in re.findall(r"configs/[a-z0-9_]+\.yaml", everything()):
         assert (REPOSITORY / name).is_file(), name

@@ -1,4 +1,4 @@
-"""Configuration: every fault at once, with its path, what was found, what is expected, and the mend."""
+"""Configuration: every fault at once, with its path, what was found, what is expected, and the fix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from amlora_dist.config import from_mapping, home, load_config, to_mapping, validate_config
+from amlora_dist.config.loading import from_mapping, home, load_config, to_mapping, validate_config
+from amlora_dist.config.schema import check
+from amlora_dist.config.strict_yaml import parse_value, read_document
 from amlora_dist.errors import Fault, FaultsError
-from amlora_dist.schema import check
-from amlora_dist.strict_yaml import parse_value, read_document
 from amlora_dist.training.settings import TrainingSettings
 
 GOOD = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.config import validate_config
+from amlora_dist.config.loading import validate_config
 from amlora_dist.errors import FaultsError
 
 BASE = {
@@ -98,7 +98,7 @@ def test_everything_wrong_with_a_model_is_told_by_validate_without_reading_weigh
 
 
 def test_tokenizer_larger_than_the_model_is_told_by_validate(tmp_path: Path) -> None:
-    from tests.tiny_folder import write_config
+    from tests.tiny_config import write_config
 
     file = write_config(tmp_path, tasks=("colours",))
     validate_config(file)

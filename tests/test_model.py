@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from amlora_dist.adapters.bank import rows
+from amlora_dist.adapters.adapter import rows
 from amlora_dist.adapters.router import FixedRouter
 from amlora_dist.adapters.settings import GateSettings, LiteralSettings
 from amlora_dist.base_model import ModelSettings, load_model, resolve_base
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import read_bank, write_bank
 from amlora_dist.registry.manifest import replace
 from amlora_dist.tasks.prompts import PromptTemplate
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
-from tests.tiny_folder import TOPICS, write_model
+from tests.tiny_config import TOPICS, write_model
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_the_plain_base_differs_from_the_bank(model: AMLoRAModel, tmp_path: Path
 def test_a_folder_is_used_without_mlflow_ray_and_deepspeed(place: Path, repository: Path) -> None:
     code = f"""
 import sys
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 model = AMLoRAModel.from_bank({str(place / "llama")!r})
 assert model.classify({TEXTS[:2]!r})[0].label
 assert model.answer({TEXTS[:2]!r}) and model.route({TEXTS[:2]!r})

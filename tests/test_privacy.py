@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.privacy import public_configuration, public_name, secrets_of, shown
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.store import Store
-from pipelines.jobs import Job
-from pipelines.progress import Silent
-from pipelines.sequence import load_result, run_sequence
-from pipelines.submit import PRIVATE, submit_run
-from tests.tiny_folder import write_config
+from pipelines.cluster.jobs import Job
+from pipelines.cluster.submit import PRIVATE, submit_run
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import load_result, run_sequence
+from tests.tiny_config import write_config
 
 SECRET = "hunter2secret"
 
@@ -124,7 +124,7 @@ def test_uri_password(tmp_path: Path, amlora_home: Path, empty_home: Path, capsy
 
 
 class Cluster:
-    """The part of ``pipelines.jobs.Jobs`` that a submission uses."""
+    """The part of ``pipelines.cluster.jobs.Jobs`` that a submission uses."""
 
     entrypoint, metadata, overrides = "", "", ""
 

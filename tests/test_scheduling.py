@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.scheduling import LONGEST, TOGETHER, group_of, longest_first
+from tests.xdist_groups import LONGEST, TOGETHER, group_of, longest_first
 
 
 def test_every_file_that_is_named_exists(repository: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.config import load_config, with_values
+from amlora_dist.config.loading import load_config, with_values
+from amlora_dist.config.search_space import dimensions, nested, points
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.search import dimensions, nested, points
 
 SPACE: dict[str, Any] = {"training.l1": {"grid": [0.0, 0.1]}, "adapters.rank": {"choice": [2, 4, 8]}}
 

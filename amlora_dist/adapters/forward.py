@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from amlora_dist.adapters.call import (
+from amlora_dist.adapters.gate_context import (
+    CachedGate,
     FeaturesReady,
-    KeptGate,
+    ForwardContext,
+    GateCheckpoint,
     Luggage,
-    MixtureCall,
     OnRoute,
     OnSelect,
-    TravellingCheckpoint,
     active_call,
     attach,
     carried,
@@ -125,19 +125,19 @@ class RoutedForward:
 
     def _open(
         self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None
-    ) -> MixtureCall:
+    ) -> ForwardContext:
         routing, router = self.routing, self.routing.router
         if task_gate is not None:
             task_gate = self._checked(task_gate, _batch(kwargs))
         mask = self.prompt_mask(kwargs, prompt_mask)
-        call = MixtureCall(routing, routing.depths, task_gate, mask=mask, select=routing.select)
+        call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select)
         call.skip_tokens = routing.skip_tokens
         luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
         if luggage is not None:
             call.carried_pooled = luggage.pooled
             call.task_gate = luggage.task_gate if task_gate is None else task_gate
             if task_gate is None and luggage.task_gate is not None:
-                call.kept = luggage.kept or KeptGate(luggage.task_gate)
+                call.kept = luggage.kept or CachedGate(luggage.task_gate)
             return call
         call.on_route = on_route
         if task_gate is None and router is not None:
@@ -167,7 +167,7 @@ class RoutedForward:
         if not stop and "logits_to_keep" in trunk._names:
             inputs["logits_to_keep"] = 1
         routing = self.routing
-        call = MixtureCall(
+        call = ForwardContext(
             routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop
         )
         call.want_features = True
@@ -201,7 +201,7 @@ class RoutedForward:
             )
         return luggage
 
-    def _carrying(self, output: Any, call: MixtureCall, cache: object = None) -> Any:
+    def _carrying(self, output: Any, call: ForwardContext, cache: object = None) -> Any:
         """``output``, with the gate in what its caller keeps."""
         if self.encoder:
             if call.task_gate is not None and isinstance(output, ModelOutput):
@@ -217,8 +217,8 @@ class RoutedForward:
 
 def _let_gate_travel(module: Any) -> None:
     """Where the model turned on gradient checkpointing since the last call, let recomputation see its call."""
-    if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, TravellingCheckpoint):
-        module._gradient_checkpointing_func = TravellingCheckpoint(module._gradient_checkpointing_func)
+    if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, GateCheckpoint):
+        module._gradient_checkpointing_func = GateCheckpoint(module._gradient_checkpointing_func)
 
 
 class RoutedGenerate:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from amlora_dist.adapters.bank import Adapter
-from amlora_dist.adapters.call import active_call
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
-from amlora_dist.adapters.literal import LiteralSelector
+from amlora_dist.adapters.gate_context import active_call
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
-from amlora_dist.adapters.prompts import Lead, PromptEmbedding
+from amlora_dist.adapters.prompt_pool import PromptEmbedding, PromptSlots
+from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, routing_stack
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import UserError
@@ -268,7 +268,7 @@ def inject(
     router_layer: int | None = None,
     depths: Sequence[int] = (),
     skip_tokens: int = 2,
-    lead: Lead | None = None,
+    lead: PromptSlots | None = None,
 ) -> Mixture:
     """Replace the ``targets`` of ``model`` by mixture layers and let the model's calls carry gates.
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amlora_dist.adapters.bank import Adapter, rows
-from amlora_dist.adapters.call import KeptGate, MixtureCall, current_call
+from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.adapters.dropout import DropoutKeys, dropped, layer_key
-from amlora_dist.adapters.literal import LiteralSelector
+from amlora_dist.adapters.gate_context import CachedGate, ForwardContext, current_call
+from amlora_dist.adapters.gated_linear import GatedLinear, beside, gated_linear
+from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
-from amlora_dist.adapters.wide import GatedLinear, beside, gated_linear
 from amlora_dist.errors import UserError
 
 
@@ -235,7 +235,7 @@ class MixtureLinear(nn.Module):
             and self._can_fuse(x)
         )
 
-    def _kept(self, x: Tensor, kept: KeptGate) -> Tensor:
+    def _kept(self, x: Tensor, kept: CachedGate) -> Tensor:
         """With the rank columns that ``kept`` reaches, from the first to the last: the others have gate 0."""
         assert isinstance(self.base, nn.Linear) and self.old_a is not None and self.old_b is not None
         found = kept.layers.get(self)
@@ -283,7 +283,7 @@ class MixtureLinear(nn.Module):
         return x if keys is None or a_RI is not self.new_a else dropped(x, keys, self._dropout_key, self.dropout)
 
     def _selected(
-        self, x: Tensor, selector: LiteralSelector, call: MixtureCall | None, prior_BN: Tensor | None
+        self, x: Tensor, selector: LiteralSelector, call: ForwardContext | None, prior_BN: Tensor | None
     ) -> Tensor:
         """With gates from this layer's own selector; ``prior_BN`` or the call's gate are prior probabilities."""
         x_BSI = x.reshape(x.shape[0], -1, self.in_features)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from amlora_dist.adapters.call import FeaturesReady, MixtureCall, active_call, entered
+from amlora_dist.adapters.gate_context import FeaturesReady, ForwardContext, active_call, entered
 from amlora_dist.adapters.targets import routing_stack
 from amlora_dist.errors import UserError
 
@@ -75,7 +75,7 @@ class Trunk:
 
     def _run(self, tokens: tuple[int, ...]) -> tuple[Tensor, DynamicCache]:
         """A pass over the trunk: states (L, D), and the cache that it filled."""
-        call = MixtureCall(self._mixture.routing, self._mixture.routing.depths, bypass=True, captures=True)
+        call = ForwardContext(self._mixture.routing, self._mixture.routing.depths, bypass=True, captures=True)
         row_1L = torch.tensor([tokens], device=self._mixture.device)
         cache = DynamicCache(config=self._model.config)
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
@@ -121,7 +121,7 @@ class Trunk:
             features (B, F) fp32, states (B, L, D), and the KV cache of the layers that were run.
         """
         routing = self._mixture.routing
-        call = MixtureCall(routing, routing.depths, mask=text_mask_BL, skip_tokens=routing.skip_tokens, bypass=True,
+        call = ForwardContext(routing, routing.depths, mask=text_mask_BL, skip_tokens=routing.skip_tokens, bypass=True,
                            captures=True, want_features=True)  # fmt: skip
         cache = DynamicCache(config=self._model.config)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
@@ -142,7 +142,7 @@ class Trunk:
         Returns:
             states (B, R, D).
         """
-        call = MixtureCall(self._mixture.routing, bypass=True, captures=True)
+        call = ForwardContext(self._mixture.routing, bypass=True, captures=True)
         inputs = {"input_ids": ids_BR, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             self._plain_forward(**inputs, **positions)

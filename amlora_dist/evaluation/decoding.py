@@ -2,7 +2,7 @@
 
 A batch of prompts goes through the model once (`Decoder.prefill`). Its cache then serves the ranking of a task's
 labels, on copies repeated once per label, and greedy decoding, which consumes it. The routing gate is computed in the
-prefill and travels with the cache (`amlora_dist.adapters.call`), so no later pass needs to know the task.
+prefill and travels with the cache (`amlora_dist.adapters.gate_context`), so no later pass needs to know the task.
 
 Shape suffixes: B prompts, S prompt tokens, K continuation tokens, V vocabulary, T tasks, L labels, C contexts.
 """

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import rows
-from amlora_dist.adapters.prompts import Lead
+from amlora_dist.adapters.adapter import rows
+from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
@@ -26,7 +26,7 @@ from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, text_of
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
 
 DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_ANSWER_TOKENS = 32
@@ -131,7 +131,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
         self.format = prompt_format
-        self.lead = Lead(lead_tokens, int(tokenizer.eos_token_id))
+        self.lead = PromptSlots(lead_tokens, int(tokenizer.eos_token_id))
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
         self._made: dict[str | None, TextPrompts] = {}

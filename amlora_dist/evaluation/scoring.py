@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from amlora_dist.adapters.literal import mean_over_prompt
+from amlora_dist.adapters.selector_layer import mean_over_prompt
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, check_room, contexts_per_pass, plan_labels
 from amlora_dist.evaluation.text_metrics import METRICS
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.literal import Selection
+    from amlora_dist.adapters.selector_layer import Selection
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""

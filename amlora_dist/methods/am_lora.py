@@ -12,7 +12,7 @@ from torch import Tensor
 from amlora_dist.methods.base import Method
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.literal import Selection
+    from amlora_dist.adapters.selector_layer import Selection
 
 
 class AMLoRA(Method):

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from amlora_dist.former_values import unlike_former
+from amlora_dist.config.former_values import unlike_former
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
-    from amlora_dist.adapters.literal import Selection
     from amlora_dist.adapters.router import Router
+    from amlora_dist.adapters.selector_layer import Selection
     from amlora_dist.adapters.statistics import TaskStatistics
     from amlora_dist.adapters.targets import Target
     from amlora_dist.training.result import Result

@@ -14,8 +14,8 @@ from amlora_dist.methods.base import Baseline
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from amlora_dist.adapters.bank import Adapter
-    from amlora_dist.adapters.literal import Selection
+    from amlora_dist.adapters.adapter import Adapter
+    from amlora_dist.adapters.selector_layer import Selection
     from amlora_dist.adapters.targets import Target
 
 
@@ -57,7 +57,7 @@ class L2P(Baseline):
         return size, size * adapters.alpha / adapters.rank
 
     def targets(self, model: PreTrainedModel, router_layer: int) -> list[Target]:
-        from amlora_dist.adapters.prompts import embedding_target
+        from amlora_dist.adapters.prompt_pool import embedding_target
 
         return [embedding_target(model)]
 

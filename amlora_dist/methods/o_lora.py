@@ -12,7 +12,7 @@ from torch import Tensor
 from amlora_dist.methods.inc_lora import IncLoRA
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings

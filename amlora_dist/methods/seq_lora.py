@@ -9,7 +9,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.methods.base import Baseline
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
 
 
 class SeqLoRA(Baseline):

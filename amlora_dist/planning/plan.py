@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of it. ``mend`` is the smallest change that makes the configured layout fit; None when it does."""
+    """All of it. ``fix`` is the smallest change that makes the configured layout fit; None when it does."""
 
     shape: Shape
     cluster: Cluster
@@ -59,7 +59,7 @@ class Plan:
     configured: Row
     rows: list[Row]
     stages: list[StageWork]
-    mend: dict[str, Any] | None
+    fix: dict[str, Any] | None
     remarks: list[str]
     activations: list[dict[str, int]]
     """``memory.activation_table`` for the longest row of the tasks, and for shorter ones."""
@@ -82,7 +82,7 @@ class Plan:
             "stages": [asdict(stage) for stage in self.stages],
             "totals": self.totals(),
             "fits": self.configured.fits,
-            "mend": self.mend,
+            "fix": self.fix,
             "remarks": self.remarks,
         }
 
@@ -157,14 +157,14 @@ def make_plan(
             yield row(candidate, on)
 
     configured = row(layout)
-    mend = None
+    fix = None
     if not configured.fits:
         found = next((r for r in rows_on(cluster) if r.fits), None)
         nodes = cluster.nodes
         while found is None and nodes < MOST_NODES:
             nodes += 1 if nodes < 16 else nodes // 8
             found = next((r for r in rows_on(replace(cluster, nodes=nodes)) if r.fits), None)
-        mend = {} if found is None else _changes(layout, found.layout, cluster.nodes, nodes)
+        fix = {} if found is None else _changes(layout, found.layout, cluster.nodes, nodes)
     rows = [
         row(layout.with_zero(zero, offload)) for zero, offload in CHOICES if not (whole_parameters and zero == 3)
     ]
@@ -173,7 +173,7 @@ def make_plan(
         ranks=recipe.rank * len(tasks),
     )  # fmt: skip
     remarks = _remarks(shape, recipe, layout, configured, cluster)
-    return Plan(shape, cluster, machine, recipe, configured, rows, work, mend, remarks, table)
+    return Plan(shape, cluster, machine, recipe, configured, rows, work, fix, remarks, table)
 
 
 def _distance(before: Layout, after: Layout) -> tuple[int, int, bool, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.errors import BankError
 from amlora_dist.registry.bank_files import ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_RECIPE
 from amlora_dist.registry.manifest import AdapterEntry, Manifest

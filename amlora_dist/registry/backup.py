@@ -167,7 +167,7 @@ def _copy_file(source: Path, target: Path) -> None:
         raise
     except OSError as error:
         raise UserError(
-            f"cannot copy {source} to {target}: {plain_reason(error)}; make room, or mend the permissions"
+            f"cannot copy {source} to {target}: {plain_reason(error)}; make room, or fix the permissions"
         ) from error
 
 

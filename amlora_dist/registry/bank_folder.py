@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
 from amlora_dist.files import rename_synced
@@ -157,7 +157,7 @@ def write_version(
         router: the bank's.
         statistics: by task, of the same stages.
     """
-    return _write(folder, manifest, adapters, router, statistics, lambda aside: read_version(aside, run))
+    return _write(folder, manifest, adapters, router, statistics, lambda tmp: read_version(tmp, run))
 
 
 def _write(
@@ -173,21 +173,21 @@ def _write(
     manifest = replace(manifest, router=entry)
     lines = {line.task: line for line in manifest.adapters}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_frame(aside, manifest, [lines[adapter.task] for adapter in adapters])
+        write_frame(tmp, manifest, [lines[adapter.task] for adapter in adapters])
         for adapter in adapters:
-            write_adapter(aside / lines[adapter.task].folder, adapter)
-        write_tensors(aside / ROUTER_FILE, router)
+            write_adapter(tmp / lines[adapter.task].folder, adapter)
+        write_tensors(tmp / ROUTER_FILE, router)
         for part in manifest.statistics:
             if part.task in statistics:
-                write_tensors(aside / part.file, statistics[part.task])
-        manifest = _listed(aside, manifest)
-        write_text(aside / FILE, manifest.to_json())
-        read(aside)
-        swap_in(aside, folder)
+                write_tensors(tmp / part.file, statistics[part.task])
+        manifest = _listed(tmp, manifest)
+        write_text(tmp / FILE, manifest.to_json())
+        read(tmp)
+        swap_in(tmp, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
     return manifest
 
 
@@ -328,14 +328,14 @@ def check_list(folder: Path, manifest: Manifest, *, whole: bool = False) -> None
             check_file(folder, file.path, manifest, whole=whole or not path.name.endswith(".safetensors"))
 
 
-def swap_in(aside: Path, folder: Path) -> None:
-    """Rename ``aside`` to ``folder``; what stood there moves out of the way first and is then deleted."""
+def swap_in(tmp: Path, folder: Path) -> None:
+    """Rename ``tmp`` to ``folder``; what stood there moves out of the way first and is then deleted."""
     if not folder.exists():
-        rename_synced(aside, folder)
+        rename_synced(tmp, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     folder.replace(old / folder.name)
-    rename_synced(aside, folder)
+    rename_synced(tmp, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

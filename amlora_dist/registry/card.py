@@ -86,7 +86,7 @@ def readme(manifest: Manifest) -> str:
         "## Loading",
         "",
         "```python",
-        "from amlora_dist.model import AMLoRAModel",
+        "from amlora_dist.inference.model import AMLoRAModel",
         'model = AMLoRAModel.from_bank("this/folder")',
         "```",
         "",

@@ -53,7 +53,7 @@ NO_ROOM = "make room, then start the same command again"
 
 
 class StoreError(AmloraError):
-    """MLflow answered with an error that repeating the call does not mend."""
+    """MLflow answered with an error that repeating the call does not fix."""
 
 
 class StoreAwayError(StoreError):
@@ -244,9 +244,9 @@ def _client(uri: str, where: str) -> MlflowClient:
             f" {_PACKAGES.get(module, module)}"
         ) from None
     except (MlflowException, SQLAlchemyError, ValueError) as error:
-        mend = NO_ROOM if is_full(error) else "mend the store or give another URI"
+        fix = NO_ROOM if is_full(error) else "fix the store or give another URI"
         reason = _first_line(privacy.shown(str(error), *privacy.secrets_of(uri)))
-        raise UserError(f"{where}: found {seen}, expected a store that can be used ({reason}); {mend}") from None
+        raise UserError(f"{where}: found {seen}, expected a store that can be used ({reason}); {fix}") from None
     return client
 
 
@@ -272,7 +272,7 @@ def _knock(uri: str, where: str) -> None:
         reason = privacy.shown(plain_reason(error), *privacy.secrets_of(uri))
         raise UserError(
             f"{where}: found {privacy.shown(uri)}, expected a server that answers within {KNOCK_DEADLINE_S:.0f} s"
-            f" ({reason}); start it, or mend the address"
+            f" ({reason}); start it, or fix the address"
         ) from None
 
 
@@ -303,8 +303,8 @@ def _open_sqlite(uri: str, where: str, home: Path) -> MlflowClient:
             f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"
         ) from error
     except (sqlite3.Error, PermissionError) as error:
-        mend = NO_ROOM if is_full(error) else "name another file, or leave it out for the embedded store"
-        raise UserError(f"{where}: found {file}, expected a SQLite file that can be written ({error}); {mend}") from error
+        fix = NO_ROOM if is_full(error) else "name another file, or leave it out for the embedded store"
+        raise UserError(f"{where}: found {file}, expected a SQLite file that can be written ({error}); {fix}") from error
 
 
 def _quiet() -> None:

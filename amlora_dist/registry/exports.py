@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.errors import UserError
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
 from amlora_dist.registry.bank_folder import Bank, adapter_entry

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.registry import claims, tags
+from amlora_dist.registry import leases, tags
 from amlora_dist.registry.connection import is_code
 from amlora_dist.registry.pulling import manifest_of
 
@@ -104,7 +104,7 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
         users = sorted(uri for uri, parts in references.items() if uri not in leaving and parts(version))
         one.reasons += [f"{uri} keeps parts there" for uri in users]
         one.reasons += [] if one.damage else unknown  # else two damaged versions would keep each other for ever
-        if (state := claims.read_state(store.lease_entries, claims.run_key(version.run_id))) and not state.released:
+        if (state := leases.read_state(store.lease_entries, leases.run_key(version.run_id))) and not state.released:
             one.reasons.append(f"run {version.run_id!r} is held by a driver (or died without letting go: run it again)")
         found.append(one)
     return found
@@ -149,7 +149,7 @@ def _references(store: Store, leaving: set[str]) -> tuple[dict[str, Callable[[Ve
                 found[version.uri] = _uses(manifest_of(store, version), version)
             except BankError as error:
                 unknown.append(
-                    f"{version.uri} may keep parts there, for its manifest cannot be read ({_first_line(error)}): mend it,"
+                    f"{version.uri} may keep parts there, for its manifest cannot be read ({_first_line(error)}): fix it,"
                     f" or delete it first with `amlora prune {name} {version.number} --yes`"
                 )
     return found, unknown

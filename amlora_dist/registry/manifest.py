@@ -18,9 +18,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
-from amlora_dist.schema import expected_words
 from amlora_dist.tasks.task_entry import TaskEntry
 
 SCHEMA_VERSION = 2

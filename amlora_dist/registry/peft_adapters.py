@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
+from amlora_dist.config.schema import shown
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE
 from amlora_dist.registry.tensor_files import read_tensors
-from amlora_dist.schema import shown
 
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 """PEFT's, where a configuration leaves ``r`` or ``lora_alpha`` out."""

@@ -68,8 +68,8 @@ def manifest_of(store: Store, version: Version) -> Manifest:
     Raises:
         BankError: it is not there, damaged, or another one than was registered.
     """
-    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as aside:
-        file = store.download(version.run, f"{version.artifact_path}/{FILE}", Path(aside))
+    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as tmp:
+        file = store.download(version.run, f"{version.artifact_path}/{FILE}", Path(tmp))
         if file is None:
             raise BankError(f"{version.uri}: run {version.run} has no {version.artifact_path}/{FILE}; was it deleted?")
         manifest = read_manifest(file.parent)
@@ -104,6 +104,6 @@ def _copy(source: Path, target: Path) -> None:
         return
     log.debug("%s: copied from %s", target, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".fetch.{target.name}.{os.getpid()}")
-    shutil.copyfile(source, aside)
-    aside.replace(target)
+    tmp = target.with_name(f".fetch.{target.name}.{os.getpid()}")
+    shutil.copyfile(source, tmp)
+    tmp.replace(target)

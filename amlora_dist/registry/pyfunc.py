@@ -21,7 +21,7 @@ from amlora_dist.registry.runs import Runs
 from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 if TYPE_CHECKING:
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,9 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> BankM
         path: of the folder.
         model_config: ``base``, ``device`` and ``dtype`` of ``AMLoRAModel.from_bank``; empty ones are the defaults.
     """
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
 
     options = {key: value for key, value in (model_config or {}).items() if value}
-    with tempfile.TemporaryDirectory(prefix="amlora-bank-") as aside:
-        whole = complete(Path(path), Path(aside) / "bank")
+    with tempfile.TemporaryDirectory(prefix="amlora-bank-") as tmp:
+        whole = complete(Path(path), Path(tmp) / "bank")
         return BankModel(AMLoRAModel.from_bank(whole, **options))

@@ -182,8 +182,8 @@ class Runs:
 
     def load_json(self, run: str, artifact_path: str) -> Any:
         """Read a JSON artifact; None when there is none."""
-        with tempfile.TemporaryDirectory() as aside:
-            file = self.download(run, artifact_path, Path(aside))
+        with tempfile.TemporaryDirectory() as tmp:
+            file = self.download(run, artifact_path, Path(tmp))
             return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
     def download(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.registry import claims, newest, tags, transfer
+from amlora_dist.registry import leases, newest, tags, transfer
 from amlora_dist.registry.bank_folder import check_publishable
 from amlora_dist.registry.bank_folder import read_version as read_version_folder
-from amlora_dist.registry.claims import Lease, Timing, counted
 from amlora_dist.registry.connection import Connection, connect, is_code
 from amlora_dist.registry.lease_entries import LeaseEntries
+from amlora_dist.registry.leases import Lease, Timing, counted
 from amlora_dist.registry.manifest import Manifest, Stored, read_manifest
 from amlora_dist.registry.runs import Runs, check_model_name
 from amlora_dist.registry.transfer import Progress
@@ -251,9 +251,9 @@ class Store(Runs):
         Raises:
             HeldError: another driver holds it and lives.
         """
-        return claims.acquire(
+        return leases.acquire(
             self.lease_entries,
-            claims.run_key(run_id),
+            leases.run_key(run_id),
             label=f"run {run_id!r}",
             count=lambda state: [version.number for version in counted(self.versions(registered_model), state)],
             timing=timing,
@@ -262,21 +262,21 @@ class Store(Runs):
     def claim_stage(
         self, training_fingerprint: str, *, label: str = "", deadline_s: float, timing: Timing | None = None
     ) -> Lease | None:
-        """Claim a training fingerprint, or wait for who has it; see ``claims.claim_or_wait``."""
-        return claims.claim_or_wait(
+        """Claim a training fingerprint, or wait for who has it; see ``leases.claim_or_wait``."""
+        return leases.claim_or_wait(
             self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing
         )
 
     def drop_claim(self, training_fingerprint: str, *, label: str) -> None:
         """Delete the claim that a dead driver of this label left on work that is published."""
-        claims.drop_claim(self.lease_entries, training_fingerprint, label)
+        leases.drop_claim(self.lease_entries, training_fingerprint, label)
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
     def _counted(self, versions: list[Version]) -> list[Version]:
         good: list[Version] = []
         for run_id in {version.run_id for version in versions}:
-            state = claims.read_state(self.lease_entries, claims.run_key(run_id))
+            state = leases.read_state(self.lease_entries, leases.run_key(run_id))
             good += counted([version for version in versions if version.run_id == run_id], state)
         return sorted(good, key=lambda version: version.number)
 

@@ -1,4 +1,4 @@
-"""safetensors files of a bank: written aside and renamed, read with every check, errors that name file and tensor."""
+"""safetensors files of a bank: renamed into place, read with every check, errors that name file and tensor."""
 
 from __future__ import annotations
 

@@ -85,14 +85,14 @@ def upload(runs: Runs, folder: Path, files: list[str], run: str, root: str) -> N
     if missing := [path for path in files if not (folder / path).is_file()]:
         raise BankError(f"{folder / missing[0]}: missing; the manifest says that this version stores it itself")
     with tempfile.TemporaryDirectory(prefix=".upload.", dir=folder.parent) as name:
-        aside = Path(name)
+        tmp = Path(name)
         for path in files:
-            (aside / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp / path).parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(folder / path, aside / path)
+                os.link(folder / path, tmp / path)
             except OSError:  # another disk, or one without hard links
-                shutil.copyfile(folder / path, aside / path)
-        runs.log_artifacts(run, aside, root)
+                shutil.copyfile(folder / path, tmp / path)
+        runs.log_artifacts(run, tmp, root)
 
 
 def read_back(runs: Runs, folder: Path, files: list[str], run: str, root: str) -> None:
@@ -101,8 +101,8 @@ def read_back(runs: Runs, folder: Path, files: list[str], run: str, root: str) -
     Raises:
         BankError: a file is missing in the store or differs.
     """
-    with tempfile.TemporaryDirectory(prefix=".readback.", dir=folder.parent) as aside:
-        fetched = runs.download(run, root, Path(aside))
+    with tempfile.TemporaryDirectory(prefix=".readback.", dir=folder.parent) as tmp:
+        fetched = runs.download(run, root, Path(tmp))
         for path in files:
             file = fetched / path if fetched else None
             if file is None or not file.is_file() or file_digest(file) != file_digest(folder / path):
@@ -186,11 +186,11 @@ def check_stored(runs: Runs, manifest: Manifest, run: str, root: str) -> bool:
             raise BankError(f"{where}/{path}: not in the store; was it deleted?")
         if entry is not None and sizes[path] != entry.size:
             raise BankError(f"{where}/{path}: found {sizes[path]} bytes, the manifest has {entry.size}: it was changed")
-    with tempfile.TemporaryDirectory(prefix="amlora-frame-") as aside:
+    with tempfile.TemporaryDirectory(prefix="amlora-frame-") as tmp:
         for file in bank_files(manifest):
             if file.kind == "frame" and sizes[file.path] <= MAX_BYTES:
-                runs.download(run, f"{root}/{file.path}", Path(aside))
-                check_file(Path(aside) / root, file.path, manifest, whole=True)
+                runs.download(run, f"{root}/{file.path}", Path(tmp))
+                check_file(Path(tmp) / root, file.path, manifest, whole=True)
     return SIGNATURE_FILE in sizes
 
 
@@ -314,8 +314,8 @@ def _bring(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *, anew
 
 
 def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near: Path) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix=".manifest.", dir=near) as aside:
-        file = runs.download(run, f"{root}/{FILE}", Path(aside), most=MAX_BYTES)
+    with tempfile.TemporaryDirectory(prefix=".manifest.", dir=near) as tmp:
+        file = runs.download(run, f"{root}/{FILE}", Path(tmp), most=MAX_BYTES)
         if file is None:
             raise BankError(f"run {run} has no {root}/{FILE}; this version is no bank of amlora-dist, or was deleted")
         manifest = read_manifest(file.parent)
@@ -328,8 +328,8 @@ def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near:
 
 
 def _fetch_signature(runs: Runs, run: str, root: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=folder.parent) as aside:
-        file = runs.download(run, f"{root}/{SIGNATURE_FILE}", Path(aside), most=MAX_BYTES)
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=folder.parent) as tmp:
+        file = runs.download(run, f"{root}/{SIGNATURE_FILE}", Path(tmp), most=MAX_BYTES)
         if file is not None:
             file.replace(folder / SIGNATURE_FILE)
 
@@ -342,9 +342,9 @@ def fetch_file(runs: Runs, path: str, stored: Stored, target: Path, entry: FileE
             where its size differs.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=target.parent) as aside:
+    with tempfile.TemporaryDirectory(prefix=".fetch.", dir=target.parent) as tmp:
         size = None if entry is None else entry.size
-        file = runs.download(stored.run, stored.artifact_path, Path(aside), exactly=size)
+        file = runs.download(stored.run, stored.artifact_path, Path(tmp), exactly=size)
         if file is None or not file.is_file():
             raise BankError(
                 f"{path}: not in the store at run {stored.run}, {stored.artifact_path}; was that run deleted?"

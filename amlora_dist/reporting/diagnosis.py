@@ -29,7 +29,7 @@ class Finding:
     title: str
     detail: str
     """The numbers that say so."""
-    mend: str
+    fix: str
     """What to look at or to change."""
 
 
@@ -332,7 +332,7 @@ def skipped_rows(e: Evidence) -> Iterator[Finding]:
     if e.bad_rows:
         told = ", ".join(f"{task} {count}" for task, count in e.bad_rows.items())
         detail = f"on_bad_row is skip: {told}."
-        yield Finding("note", "rows_skipped", "Bad rows were skipped", detail, "Mend the data files.")
+        yield Finding("note", "rows_skipped", "Bad rows were skipped", detail, "Fix the data files.")
 
 
 Rule = Callable[[Evidence], Iterator[Finding]]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
-from amlora_dist.former_values import completed
 from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
@@ -150,8 +150,8 @@ def _read_predictions(store: Store, stage: StageFacts, into: dict[str, list[Pred
     wanted = {f"{s['mode']}-{s['task'].replace('/', '.')}.jsonl": s["fingerprint"] for s in stage.scores}
     if not stage.run or not set(wanted.values()) - set(into):
         return
-    with tempfile.TemporaryDirectory() as aside:
-        folder = store.download(stage.run, "predictions", Path(aside))
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = store.download(stage.run, "predictions", Path(tmp))
         for name, fingerprint in wanted.items():
             if folder is not None and fingerprint not in into and (folder / name).is_file():
                 into[fingerprint] = read_predictions(folder / name)

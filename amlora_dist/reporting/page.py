@@ -110,16 +110,16 @@ class Page:
 
 
 def write_page(page: Page, file: Path) -> Path:
-    """Write aside, rename. Raises UserError where the place cannot be written."""
+    """Write under a temporary name, rename. Raises UserError where the place cannot be written."""
     text = page.html()
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    tmp = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            tmp.unlink()
         raise UserError(f"cannot write {file}: {error}; give another --output") from error
     return file
 

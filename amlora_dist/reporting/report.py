@@ -50,8 +50,8 @@ def report(store: Store, name: str, file: Path) -> Page:
 
 def log_page(store: Store, run: str, page: Page) -> None:
     """Put a page and its charts as PNGs into a run of MLflow; what was there is replaced."""
-    with tempfile.TemporaryDirectory() as aside:
-        folder = Path(aside)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
         write_page(page, folder / "report.html")
         for chart in page.charts:
             (folder / f"{file_name(chart.name)}.png").write_bytes(chart.png())

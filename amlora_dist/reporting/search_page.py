@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from amlora_dist.config.search_space import brief, described
 from amlora_dist.reporting.figures import Chart, Dot, Number, Series, Table, Value, bar_chart, dot_plot, heat_map, line_chart
 from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
-from amlora_dist.search import brief, described
 
 TOP = 5
 DRAWN = 24

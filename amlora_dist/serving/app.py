@@ -22,11 +22,11 @@ from amlora_dist import __version__
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.evaluation.requests import Route
 from amlora_dist.serving import messages as wire
-from amlora_dist.serving import meters
+from amlora_dist.serving.alias_watcher import Follower
 from amlora_dist.serving.answers import Writer, cards, classify, conversation, error_body, listed
-from amlora_dist.serving.following import Follower
-from amlora_dist.serving.gatekeeper import Gatekeeper
 from amlora_dist.serving.jobs import BusyError, Ended, LateError, StoppingError
+from amlora_dist.serving.metrics import CONTENT_TYPE
+from amlora_dist.serving.middleware import Gatekeeper
 from amlora_dist.serving.service import Service, UnknownModelError, unknown_model
 
 STATUS: list[tuple[type[AmloraError], int, str, str | None]] = [
@@ -195,7 +195,7 @@ def add_rest(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(service.meters.page(), media_type=meters.CONTENT_TYPE)
+        return Response(service.meters.page(), media_type=CONTENT_TYPE)
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:

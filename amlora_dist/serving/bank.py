@@ -16,7 +16,7 @@ from torch import Tensor
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.evaluation.requests import Classification, Request, Route, routes
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 
 
 class ServedBank:

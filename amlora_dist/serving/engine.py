@@ -22,13 +22,13 @@ import torch
 from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.decode_batch import can_join, joined, keep
+from amlora_dist.serving.detokenizer import Wording
 from amlora_dist.serving.jobs import Began, BusyError, Ended, Event, Failed, Job, Piece, StoppingError
 from amlora_dist.serving.queueing import FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
-from amlora_dist.serving.rows import can_join, joined, keep
 from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
-from amlora_dist.serving.wording import Wording
 
 log = logging.getLogger(__name__)
 

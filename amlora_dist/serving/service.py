@@ -12,7 +12,7 @@ from amlora_dist.evaluation.requests import Request
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.jobs import Classified, Ended, EngineError, Event, Failed, Job, LateError, Sampling
-from amlora_dist.serving.meters import Meters
+from amlora_dist.serving.metrics import Meters
 from amlora_dist.serving.settings import ServeSettings
 
 GRACE_S = 30.0

@@ -52,7 +52,7 @@ class RawRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Mends:
+class Fixes:
     """What a caller's users can do, for messages."""
 
     column: str
@@ -72,7 +72,7 @@ def form_of(path: Path) -> Form | None:
     return SUFFIXES.get(path.suffix.lower())
 
 
-def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, mends: Mends) -> Iterator[RawRow]:
+def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, fixes: Fixes) -> Iterator[RawRow]:
     """Rows of a file, lazily.
 
     Args:
@@ -80,35 +80,35 @@ def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str
         form: how it is written.
         needed: columns that it must have. JSON lines are looked at to their end before one is missed.
         asked: columns that are read, of formats that keep columns apart; None: all.
-        mends: what to do, for the messages.
+        fixes: what to do, for the messages.
 
     Raises:
         UserError: it is not there or not of its form, or a column is missing. Names the file, and line or column.
     """
     if form == "parquet":
-        yield from (RawRow(str(path), n, values) for n, values in tables.parquet_rows(path, needed, asked, mends.column))
+        yield from (RawRow(str(path), n, values) for n, values in tables.parquet_rows(path, needed, asked, fixes.column))
     elif form == "saved":
-        yield from (RawRow(str(path), n, values) for n, values in tables.saved_rows(path, needed, asked, mends.column))
+        yield from (RawRow(str(path), n, values) for n, values in tables.saved_rows(path, needed, asked, fixes.column))
     else:
         try:
             file = path.open("rb")
         except OSError as error:
             raise UserError(f"{path}: {plain_reason(error)}; give a file that can be read") from error
         with file:
-            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, needed, mends)
+            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, needed, fixes)
 
 
 def rows_of_lines(
-    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], mends: Mends, column: str = "text"
+    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], fixes: Fixes, column: str = "text"
 ) -> Iterator[RawRow]:
     """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
     if form == "csv":
-        for number, line, values, fault in tables.csv_rows(lines, name, needed, mends.column):
+        for number, line, values, fault in tables.csv_rows(lines, name, needed, fixes.column):
             yield RawRow(name, number, values, fault, line)
     elif form == "jsonl":
-        yield from _json_rows(lines, name, needed, mends)
+        yield from _json_rows(lines, name, needed, fixes)
     elif form in ("text", "lines"):
-        yield from _plain_rows(lines, name, column, mends if form == "lines" else None)
+        yield from _plain_rows(lines, name, column, fixes if form == "lines" else None)
     else:
         raise UserError(f"{name}: a stream cannot be read as {form}; give a file")
 
@@ -177,7 +177,7 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
             ) from None
 
 
-def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Mends | None) -> Iterator[RawRow]:
+def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | None) -> Iterator[RawRow]:
     for number, line in lines:
         text = line.strip()
         if objects is not None and text.startswith("{"):
@@ -189,7 +189,7 @@ def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Mends | 
 # ---- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mends: Mends) -> Iterator[RawRow]:
+def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], fixes: Fixes) -> Iterator[RawRow]:
     seen: set[str] = set()
     for number, line in lines:
         if not line.strip():
@@ -198,45 +198,45 @@ def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], mends: M
         if not seen and re.match(r"\s*\[\s*(\{|\]|$)", line):
             rows = _array_rows(line + "".join(text for _, text in lines), name, number)
         else:
-            rows = iter([RawRow(name, number, _object(line, name, number, mends), line=number)])
+            rows = iter([RawRow(name, number, _object(line, name, number, fixes), line=number)])
         for row in rows:
             seen.update(row.values)
             yield row
     if seen:
-        tables.check_columns(needed, sorted(seen), name, mends.column)
+        tables.check_columns(needed, sorted(seen), name, fixes.column)
 
 
-def _object(line: str, name: str, number: int, mends: Mends) -> dict[str, Any]:
-    where, expected, mend = f"{name}, line {number}", "expected one JSON object a line", f"mend the line, or {mends.form}"
-    value = _parsed(line.strip(), where, expected, mend)
+def _object(line: str, name: str, number: int, fixes: Fixes) -> dict[str, Any]:
+    where, expected, fix = f"{name}, line {number}", "expected one JSON object a line", f"fix the line, or {fixes.form}"
+    value = _parsed(line.strip(), where, expected, fix)
     if not isinstance(value, dict):
-        raise UserError(f"{where}: found {type(value).__name__}, {expected}; {mend}")
+        raise UserError(f"{where}: found {type(value).__name__}, {expected}; {fix}")
     return value
 
 
 def _array_rows(text: str, name: str, line: int) -> Iterator[RawRow]:
     """Rows of a JSON array of objects; they have numbers and no lines."""
-    mend = "mend the array, or write one JSON object a line"
-    value = _parsed(text, f"{name}, line {line}", "expected a JSON array of objects", mend)
+    fix = "fix the array, or write one JSON object a line"
+    value = _parsed(text, f"{name}, line {line}", "expected a JSON array of objects", fix)
     if not isinstance(value, list):
-        raise UserError(f"{name}, line {line}: found {type(value).__name__}, expected a JSON array of objects; {mend}")
+        raise UserError(f"{name}, line {line}: found {type(value).__name__}, expected a JSON array of objects; {fix}")
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict):
-            raise UserError(f"{name}, row {number}: found {type(item).__name__}, expected a JSON object; {mend}")
+            raise UserError(f"{name}, row {number}: found {type(item).__name__}, expected a JSON object; {fix}")
         yield RawRow(name, number, item)
 
 
-def _parsed(text: str, where: str, expected: str, mend: str) -> Any:
+def _parsed(text: str, where: str, expected: str, fix: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
     except _TwiceError as error:
-        raise UserError(f"{where}: found the key {str(error)!r} twice in one object, expected it once; {mend}") from None
+        raise UserError(f"{where}: found the key {str(error)!r} twice in one object, expected it once; {fix}") from None
     except json.JSONDecodeError as error:
         place = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno} of it"
-        raise UserError(f"{where}: found {_short(text)}, {expected} ({place}); {mend}") from None
+        raise UserError(f"{where}: found {_short(text)}, {expected} ({place}); {fix}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand brackets
         reason = "brackets too deep in each other" if isinstance(error, RecursionError) else "a number that is too long"
-        raise UserError(f"{where}: found {reason}, {expected}; {mend}") from None
+        raise UserError(f"{where}: found {reason}, {expected}; {fix}") from None
 
 
 class _TwiceError(ValueError):

@@ -135,7 +135,7 @@ def compile_template(source: str, *, where: str) -> Template:
         # Of Python, which compiles what Jinja makes: loops in loops, brackets in brackets, numbers of 5,000 digits.
         reason = "too much of it inside each other, or too long a number"
     found = repr(source if len(source) <= 60 else f"{source[:57]}...")
-    raise UserError(f"{where}: found {found}, expected Jinja ({reason}); mend it")
+    raise UserError(f"{where}: found {found}, expected Jinja ({reason}); fix it")
 
 
 @lru_cache(maxsize=256)
@@ -161,7 +161,7 @@ def render(template: Template, values: Mapping[str, object], *, where: str) -> s
     try:
         return render_within(template, values, plain=False)
     except NoTextError as error:
-        raise UserError(f"{where}: found {error}, expected text; mend the template or the text") from None
+        raise UserError(f"{where}: found {error}, expected text; fix the template or the text") from None
     except _FAILURES as error:
         raise UserError(f"{where}: {_said(error)}") from None
 

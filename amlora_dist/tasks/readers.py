@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.files import SUFFIXES, Form, Mends, RawRow, form_of, read_file
+from amlora_dist.tasks.files import SUFFIXES, Fixes, Form, RawRow, form_of, read_file
 from amlora_dist.tasks.prompts import variables_of
 from amlora_dist.tasks.tables import check_columns, dataset_rows, saved_fault
 from amlora_dist.tasks.task import SourceSpec, TaskSpec
 
 BUILTIN_DATA = Path(__file__).with_name("demo")
 _FORMS: dict[str, Form] = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet"}
-MENDS = Mends("mend the data, or `columns` of the task", "set source.format")
+MENDS = Fixes("fix the data, or `columns` of the task", "set source.format")
 
 
 def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[RawRow] | None:
@@ -78,7 +78,7 @@ def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec)
         rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
         if not rows:
             raise UserError(
-                f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or mend {spec.origin}"
+                f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or fix {spec.origin}"
             )
         yield from (rows[place] for place in _spaced(len(rows), spec.source))
 

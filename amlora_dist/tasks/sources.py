@@ -315,7 +315,7 @@ def _bad_row_faults(bad: list[BadRow]) -> list[Fault]:
                 f"{split} ({file}), row{plural} {named}{more}",
                 reason,
                 "text and a known label, in one split only",
-                "mend the rows, or set on_bad_row: skip",
+                "fix the rows, or set on_bad_row: skip",
             )
         )
     return faults

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amlora_dist.config.schema import did_you_mean
 from amlora_dist.errors import UserError
-from amlora_dist.schema import did_you_mean
 
 CELL_BYTES = 64 << 20
 """Longest cell of a CSV: a quote that is never closed does not take a whole large file into memory."""
@@ -18,14 +18,14 @@ UNEVEN = "a wrong number of cells"
 BATCH_ROWS = 1024
 
 
-def check_columns(needed: Iterable[str], present: Sequence[str], where: str, mend: str) -> None:
+def check_columns(needed: Iterable[str], present: Sequence[str], where: str, fix: str) -> None:
     """Raises UserError naming the first column of ``needed`` that is not ``present``, or that stands twice."""
     for column in needed:
         if column not in present:
             hint = did_you_mean(column, present)
             there = ", ".join(map(str, present)) or "none"
             raise UserError(
-                f"{where}: found no column {column!r}{f' ({hint})' if hint else ''}, it has {there}; {mend}"
+                f"{where}: found no column {column!r}{f' ({hint})' if hint else ''}, it has {there}; {fix}"
             )
 
 
@@ -49,7 +49,7 @@ def between(header: str, needed: Sequence[str]) -> str:
 
 
 def csv_rows(
-    lines: Iterator[tuple[int, str]], name: str, needed: Sequence[str], mend: str
+    lines: Iterator[tuple[int, str]], name: str, needed: Sequence[str], fix: str
 ) -> Iterator[tuple[int, int, dict[str, Any], str | None]]:
     """Number (from 1), line, values and fault of each row behind the header.
 
@@ -85,13 +85,13 @@ def csv_rows(
             if len(header) == 1 and (signs := between(header[0], needed)):
                 raise UserError(f"{where}: found cells between {signs}, expected commas; write it with commas")
             check_once(header, where)
-            check_columns(needed, header, name, mend)
+            check_columns(needed, header, name, fix)
             continue
         count += 1
         fault = None if len(cells) == len(header) else UNEVEN
         yield count, record[0][0], dict(zip(header, cells, strict=False)), fault
     if header is None and needed:
-        raise UserError(f"{name}: found no header, expected a first line with the names of the columns; {mend}")
+        raise UserError(f"{name}: found no header, expected a first line with the names of the columns; {fix}")
 
 
 def _csv_fault(error: csv.Error, record: list[tuple[int, str]], name: str) -> str:
@@ -124,7 +124,7 @@ def _open_quote(record: list[tuple[int, str]]) -> int | None:
 
 
 def parquet_rows(
-    path: Path, needed: Sequence[str], asked: Sequence[str] | None, mend: str
+    path: Path, needed: Sequence[str], asked: Sequence[str] | None, fix: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number (from 1) and values of each row; columns that are not ``asked`` for are not read.
 
@@ -142,7 +142,7 @@ def parquet_rows(
     with file:
         present = list(file.schema_arrow.names)
         check_once(present, str(path))
-        check_columns(needed, present, str(path), mend)
+        check_columns(needed, present, str(path), fix)
         columns = [name for name in present if asked is None or name in asked]
 
         def batches(chosen: list[str]) -> Iterator[Any]:
@@ -187,7 +187,7 @@ def is_saved(path: Path) -> bool:
 
 
 def saved_fault(path: Path) -> str:
-    """What is wrong with a folder that is named as a file of rows, and the mend; empty where it is a saved split."""
+    """What is wrong with a folder that is named as a file of rows, and the fix; empty where it is a saved split."""
     if is_saved(path):
         return ""
     if (path / "dataset_dict.json").is_file():
@@ -198,7 +198,7 @@ def saved_fault(path: Path) -> str:
 
 
 def saved_rows(
-    path: Path, needed: Sequence[str], asked: Sequence[str] | None, mend: str
+    path: Path, needed: Sequence[str], asked: Sequence[str] | None, fix: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number (from 1) and values of each row of a folder that ``Dataset.save_to_disk`` wrote.
 
@@ -218,7 +218,7 @@ def saved_rows(
     ) as error:  # fmt: skip
         raise UserError(f"{path}: cannot be read as a saved data set ({_reason(error)}); save it again") from None
     present = list(data.column_names)
-    check_columns(needed, present, str(path), mend)
+    check_columns(needed, present, str(path), fix)
     columns = [name for name in present if asked is None or name in asked]
     for name in columns:
         # Arrow takes the offsets of a file as they are, and reads past the end of memory where they are wrong.

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from amlora_dist.config.schema import check, did_you_mean
+from amlora_dist.config.strict_yaml import Document, read_document
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.schema import check, did_you_mean
-from amlora_dist.strict_yaml import Document, read_document
 from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 STRICT_KEYS = ConfigDict(extra="forbid")
@@ -302,7 +302,7 @@ def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
         there = [path.parent.relative_to(data_dir).as_posix() for path in sorted(data_dir.glob("**/test.jsonl"))]
         raise UserError(
             f"data_dir {data_dir}: no folder {name!r} for task {spec.name!r}{meant(name, there)}; "
-            f"it holds {', '.join(there) or 'no task'}: put the mirror there, or mend data_dir"
+            f"it holds {', '.join(there) or 'no task'}: put the mirror there, or fix data_dir"
         )
     return folder
 

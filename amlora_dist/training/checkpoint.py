@@ -70,17 +70,17 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write under a temporary name, flush to disk, rename into place."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with tmp.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        tmp.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; make room or mend the permissions, then run again") from error
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; make room or fix the permissions, then run again") from error
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progress) -> Path:
@@ -90,21 +90,21 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder / checkpoint_name(progress.step)
-    aside = folder / f".{target.name}.{os.getpid()}"
+    tmp = folder / f".{target.name}.{os.getpid()}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(dict(state), aside / "state.safetensors")
-        write_text(aside / "progress.json", json.dumps(asdict(progress)))
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        save_file(dict(state), tmp / "state.safetensors")
+        write_text(tmp / "progress.json", json.dumps(asdict(progress)))
     except (OSError, SafetensorError, UserError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(
             f"cannot write a checkpoint under {folder}: {error}; the last good one is kept: make room, then start the same"
             " command again"
         ) from error
     reach("checkpoint_written")
     shutil.rmtree(target, ignore_errors=True)
-    rename_synced(aside, target)
+    rename_synced(tmp, target)
     write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
     sync_folder(target)  # the marker's name, before an older checkpoint goes
     reach("checkpoint_committed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from amlora_dist.training.zero import local_part
+from amlora_dist.training.engine import local_part
 
 
 def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:

@@ -49,8 +49,8 @@ def batch_text(step: int, rows: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def memory_watched(what: str, mend: str, step: int | None = None) -> Iterator[None]:
-    """Inside, running out of memory for tensors becomes an error that says ``what`` was done and how to mend it.
+def memory_watched(what: str, fix: str, step: int | None = None) -> Iterator[None]:
+    """Inside, running out of memory for tensors becomes an error that says ``what`` was done and how to fix it.
 
     Raises:
         DeviceMemoryError: torch could not allocate.
@@ -58,16 +58,16 @@ def memory_watched(what: str, mend: str, step: int | None = None) -> Iterator[No
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(f"{what}: out of GPU memory ({_first_line(error)}); {mend}", step) from error
+        raise DeviceMemoryError(f"{what}: out of GPU memory ({_first_line(error)}); {fix}", step) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # torch has no class for it
             raise
-        raise DeviceMemoryError(f"{what}: out of memory ({_first_line(error)}); {mend}", step) from error
+        raise DeviceMemoryError(f"{what}: out of memory ({_first_line(error)}); {fix}", step) from error
 
 
 @contextlib.contextmanager
 def disk_watched() -> Iterator[None]:
-    """Inside, a full disk is the user's to mend.
+    """Inside, a full disk is the user's to fix.
 
     Raises:
         UserError: no room for a file.

@@ -11,7 +11,7 @@ from torch import Tensor
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer, target_tokens
-from amlora_dist.training.zero import Engine
+from amlora_dist.training.engine import Engine
 
 BATCH = 16
 

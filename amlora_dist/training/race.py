@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.held_loss import HeldLoss, beats
-from amlora_dist.training.learner import Learner
+from amlora_dist.training.loop import Learner
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
 from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.held_loss import HeldLoss
-from amlora_dist.training.learner import Learner
+from amlora_dist.training.loop import Learner
 from amlora_dist.training.race import Candidate, race_steps, run_race
 from amlora_dist.training.settings import StageSettings
 

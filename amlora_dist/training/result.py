@@ -21,7 +21,7 @@ from amlora_dist.files import rename_synced
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.statistics import TaskStatistics
 
 MEMORY = "memory."
@@ -62,7 +62,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write aside, commit, rename. A whole folder is left as it is: who was paused and comes late changes nothing.
+    """Write to a temporary name, commit, rename. A whole folder is left as it is: who comes late changes nothing.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -74,19 +74,19 @@ def write_result(folder: Path, result: Result) -> None:
         return
     adapter = result.adapter
     about = {"task": adapter.task, "rank": adapter.rank, "alpha": adapter.alpha, "digest": adapter.digest()}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(tmp, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        save_file({k: t.contiguous() for k, t in adapter.tensors().items()}, aside / FILES[0])
-        save_file(result.continuation(), aside / FILES[1])
-        (aside / FILES[2]).write_text(json.dumps({"adapter": about, **result.training}), encoding="utf-8")
-        (aside / "COMMIT").write_text(json.dumps({name: file_digest(aside / name) for name in FILES}), encoding="utf-8")
+        tmp.mkdir(parents=True)
+        save_file({k: t.contiguous() for k, t in adapter.tensors().items()}, tmp / FILES[0])
+        save_file(result.continuation(), tmp / FILES[1])
+        (tmp / FILES[2]).write_text(json.dumps({"adapter": about, **result.training}), encoding="utf-8")
+        (tmp / "COMMIT").write_text(json.dumps({name: file_digest(tmp / name) for name in FILES}), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(f"cannot write the trained adapter to {folder}: {error}; make room, then run again") from error
     shutil.rmtree(folder, ignore_errors=True)
-    rename_synced(aside, folder)
+    rename_synced(tmp, folder)
 
 
 def read_result(folder: Path) -> Result:
@@ -98,7 +98,7 @@ def read_result(folder: Path) -> Result:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.statistics import TaskStatistics
 
     if not is_whole(folder):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from amlora_dist.adapters.bank import tasks_using
+from amlora_dist.adapters.adapter import tasks_using
 from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.crash_points import reach
 from amlora_dist.evaluation.answering import Answering
@@ -34,20 +34,20 @@ from amlora_dist.tasks.prompt_format import TextPrompts, text_ids
 from amlora_dist.tasks.prompts import BANK_TEMPLATE, PromptTemplate
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
-from amlora_dist.training.work import WITHOUT, Cell, StageWork
+from amlora_dist.training.stage_spec import WITHOUT, Cell, StageWork
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from amlora_dist.adapters.bank import Adapter
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
-    from amlora_dist.adapters.prompts import Lead
+    from amlora_dist.adapters.prompt_pool import PromptSlots
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
     from amlora_dist.tasks.task import TaskSpec
-    from amlora_dist.training.mirror import Copies
+    from amlora_dist.training.engine import Ranks
+    from amlora_dist.training.remote_storage import Copies
     from amlora_dist.training.trunk_cache import TrunkCache
-    from amlora_dist.training.zero import Ranks
 
 LESS_TEXT = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
 
@@ -82,7 +82,7 @@ class Scoring:
     ranks: Ranks
     device: torch.device
     report: Report
-    lead: Lead | None = None
+    lead: PromptSlots | None = None
     """Where learned prompts stand, if the adapters are pools of them."""
 
     def run(self) -> None:

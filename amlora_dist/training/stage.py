@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter, recipe_summary
+from amlora_dist.adapters.adapter import Adapter, recipe_summary
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.prompts import Lead
+from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.adapters.targets import default_depths, default_router_layer
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
@@ -36,18 +36,7 @@ from amlora_dist.training.batching import Layout, LossComputer
 from amlora_dist.training.best_checkpoint import BestKeeper
 from amlora_dist.training.checkpoint import Progress
 from amlora_dist.training.checksum import weights_checksum
-from amlora_dist.training.failures import StoppedError, disk_watched
-from amlora_dist.training.held_loss import HeldLoss
-from amlora_dist.training.learner import Learner
-from amlora_dist.training.optimizer import parameter_groups
-from amlora_dist.training.recipe_start import RecipeStart
-from amlora_dist.training.result import Result, is_whole, read_result, write_result
-from amlora_dist.training.scoring import Report, Scoring
-from amlora_dist.training.stage_statistics import StageStatistics
-from amlora_dist.training.streaming import load_partitioned
-from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.work import StageWork
-from amlora_dist.training.zero import (
+from amlora_dist.training.engine import (
     Alone,
     DeepSpeedEngine,
     Engine,
@@ -58,6 +47,17 @@ from amlora_dist.training.zero import (
     inference_model,
     join_process_group,
 )
+from amlora_dist.training.failures import StoppedError, disk_watched
+from amlora_dist.training.held_loss import HeldLoss
+from amlora_dist.training.loop import Learner
+from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.recipe_start import RecipeStart
+from amlora_dist.training.result import Result, is_whole, read_result, write_result
+from amlora_dist.training.scoring import Report, Scoring
+from amlora_dist.training.stage_spec import StageWork
+from amlora_dist.training.stage_statistics import StageStatistics
+from amlora_dist.training.trunk_cache import TrunkCache
+from amlora_dist.training.zero3_loading import load_partitioned
 
 __all__ = ["StoppedError", "run_stage"]
 
@@ -92,7 +92,7 @@ class _Stage:
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
-        self.lead = Lead(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
+        self.lead = PromptSlots(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
         self.config = self._deepspeed_config() if distributed else None
 
     def run(self) -> None:

@@ -32,8 +32,8 @@ from amlora_dist.training.batching import prompt_positions
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.settings import RouterSettings
+    from amlora_dist.training.engine import Ranks
     from amlora_dist.training.trunk_cache import TrunkCache
-    from amlora_dist.training.zero import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 A file is named by the digest of its row's tokens, in a folder named by the digest of all else that decides the states:
 base model, layer, dtype, attention implementation, device, processor, library versions. Rows are computed alone and
-unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files are written aside and renamed, and end
+unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files are renamed into place when whole, and end
 with a checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When
 the files of all folders together pass the limit, those that were used longest ago go.
 """
@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from amlora_dist.adapters.call import pool_features
+from amlora_dist.adapters.gate_context import pool_features
 from amlora_dist.digests import value_digest
 
 if TYPE_CHECKING:
@@ -144,17 +144,17 @@ class TrunkCache:
         return flat.view(length, self.width)
 
     def _write(self, file: Path, kept: Tensor) -> None:
-        aside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        tmp = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as stream:
+            with tmp.open("wb") as stream:
                 stream.write(_bytes(kept))
                 stream.write(struct.pack("<I", _checksum(kept)))
-            aside.replace(file)
+            tmp.replace(file)
         except OSError as error:
             log.warning("the trunk cache cannot keep %s: %s; going on without", file, error)
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                tmp.unlink(missing_ok=True)
             return
         self._written += kept.numel() * kept.element_size()
         if self._written * LOOKS >= self._limit:

@@ -16,30 +16,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from amlora_dist.config import home, storage_of, to_mapping
+from amlora_dist.config.loading import home, storage_of, to_mapping
+from amlora_dist.config.search_space import DIRECTIONS, described
 from amlora_dist.errors import AmloraError, FaultsError, TrainingError, UserError
 from amlora_dist.privacy import public_configuration
-from amlora_dist.registry import claims, tags
+from amlora_dist.registry import leases, tags
 from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
-from amlora_dist.search import DIRECTIONS, described
-from pipelines import preflight
-from pipelines.materials import gather_materials
-from pipelines.same_configuration import FREE_IN_SEARCH, refuse_other_configuration
-from pipelines.search.halving import OPEN, Halving, Rounds, Stopping
+from pipelines.cluster import resources
+from pipelines.cluster.executor import Placement, RayCluster
+from pipelines.runs.inputs import gather_materials
+from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration
+from pipelines.runs.sequence import SearchContext, run_sequence
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
 from pipelines.search.plan import Plan, plan_search
 from pipelines.search.proposals import Proposals, proposals_for
-from pipelines.sequence import Within, run_sequence
-from pipelines.stage import Placement, RayCluster
+from pipelines.search.schedulers import OPEN, Halving, Rounds, Stopping
 
 if TYPE_CHECKING:
-    from amlora_dist.config import RunConfig
-    from amlora_dist.registry.claims import Lease
-    from pipelines.preflight import Demand
-    from pipelines.progress import Progress
+    from amlora_dist.config.loading import RunConfig
+    from amlora_dist.registry.leases import Lease
+    from pipelines.cluster.resources import Demand
+    from pipelines.runs.progress import Progress
 
 
 def run_search(
@@ -65,19 +65,19 @@ def run_search(
     """
     plan = plan_search(config, file)
     place = home()
-    preflight.check_folder(place)
+    resources.check_folder(place)
     demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
     storage, _ = storage_of(config)
-    preflight.check_folder(storage, "storage")
-    preflight.refuse(preflight.missing(demand, preflight.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
-    preflight.knock()
+    resources.check_folder(storage, "storage")
+    resources.refuse(resources.missing(demand, resources.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
+    resources.knock()
     store = Store.open(place, config.mlflow.tracking_uri)
     model = config.registered_model or search_id
     mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
     refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE_IN_SEARCH, grows=False)
-    key = claims.run_key(f"search.{search_id}")
-    with claims.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
+    key = leases.run_key(f"search.{search_id}")
+    with leases.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
         champion = f"{search_id}-champion"
         search_run = store.search_run(model, search_id, champion, mapping)
@@ -120,7 +120,7 @@ def _score_winner(
     winner, runner_up = result["winner"], result["runner_up"]
     progress.note(f"winner: trial {winner['number']} ({described(winner['values'])}); scoring it on the test split")
     config = plan.champion(winner["values"], model)
-    within = Within(run=search_run, gpus=plan.settings.gpus or 1.0)
+    within = SearchContext(run=search_run, gpus=plan.settings.gpus or 1.0)
     found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
     version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
     # By an earlier start: whoever has pointed the alias elsewhere since keeps it.
@@ -224,7 +224,7 @@ class _Search:
         """
         share = self.demand.gpu_share
         most, fewest = max(1, self.plan.base.workers), max(1, self.demand.workers)
-        have = preflight.in_cluster()
+        have = resources.in_cluster()
         cpus, cards = math.floor(have.cpus or 0), have.gpus or 0.0
 
         def fitting(workers: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.config.search_space import DIRECTIONS
 from amlora_dist.errors import TrainingError
-from amlora_dist.search import DIRECTIONS
 
 if TYPE_CHECKING:
     from pipelines.search.journal import Trial

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from amlora_dist.config import RunConfig, with_values
+from amlora_dist.config.loading import RunConfig, with_values
+from amlora_dist.config.search_space import Dimension, SearchSettings, described, dimensions, points
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import method_for
-from amlora_dist.search import Dimension, SearchSettings, described, dimensions, points
 from amlora_dist.tasks.prompt_format import PromptFormat
 from amlora_dist.training.settings import StageSettings
 

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from amlora_dist.config.search_space import DIRECTIONS, Dimension
 from amlora_dist.errors import UserError
-from amlora_dist.search import DIRECTIONS, Dimension
 
 if TYPE_CHECKING:
     from pipelines.search.journal import Outcome, Trial

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from amlora_dist.config import from_mapping
+from amlora_dist.config.loading import from_mapping
+from amlora_dist.config.search_space import DIRECTIONS
 from amlora_dist.errors import AmloraError, HeldError, is_full
-from amlora_dist.search import DIRECTIONS
-from pipelines.progress import Silent
+from pipelines.runs.progress import Silent
 
 LEAVING_S = "300"
 """Seconds for which a stopped trial may close what it has open."""
@@ -58,14 +58,14 @@ class _FirstStep(Silent):
 def run_trial(config: Mapping[str, Any]) -> None:
     """The trainable: runs in a thread of a Tune actor, which may have run other trials before.
 
-    What a user could mend, and training that failed for good, is reported and not raised: Tune starts a trial again
+    What a user could fix, and training that failed for good, is reported and not raised: Tune starts a trial again
     when its process dies, and doing this again would only fail again.
     """
     from ray import tune
 
     from amlora_dist.training.failures import StoppedError
-    from pipelines.quiet import set_up
-    from pipelines.sequence import Within, run_sequence
+    from pipelines.cli.output import set_up
+    from pipelines.runs.sequence import SearchContext, run_sequence
 
     order = Order(**json.loads(config["order"]))
     os.environ["AMLORA_HOME"], os.environ["MLFLOW_TRACKING_URI"] = order.home, order.tracking_uri
@@ -91,7 +91,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
         except SystemExit:  # how Tune stops a trial between two reports
             raise StoppedError(f"trial {order.number} was stopped by its search") from None
 
-    within = Within(
+    within = SearchContext(
         run=order.mlflow_run, on_stage=on_stage, share=order.share, gpus=order.gpus, threads=order.threads
     )
     deadline = time.monotonic() + HELD_DEADLINE_S

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.settings import AdapterSettings
 from amlora_dist.adapters.targets import Target, default_router_layer, find_targets

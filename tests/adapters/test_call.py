@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from amlora_dist.adapters.call import active_call, carried, pool_features
+from amlora_dist.adapters.gate_context import active_call, carried, pool_features
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from amlora_dist.adapters.call import Luggage, attach, carried
+from amlora_dist.adapters.gate_context import Luggage, attach, carried
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.mixture import MixtureLinear
 from amlora_dist.adapters.settings import AdapterSettings, LiteralSettings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amlora_dist.adapters.literal import LiteralSelector
+from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.adapters.sparsity import gate_map, penalty
 from amlora_dist.errors import BankError

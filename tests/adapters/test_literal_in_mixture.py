@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
-from amlora_dist.adapters.call import MixtureCall, entered
+from amlora_dist.adapters.adapter import Adapter
+from amlora_dist.adapters.gate_context import ForwardContext, entered
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.literal import LiteralSelector, Selection
 from amlora_dist.adapters.mixture import MixtureLinear
+from amlora_dist.adapters.selector_layer import LiteralSelector, Selection
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.adapters.sparsity import gate_map, penalty
 from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
@@ -54,7 +54,7 @@ def test_a_mixture_layer_with_a_selector_equals_the_papers_formula_token_by_toke
     base = model.get_submodule(target.path)
     layer = MixtureLinear(base, target.path, adapters, selector=selector)
     x = torch.randn(2, 3, target.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), entered(MixtureCall(object(), select=True)):
+    with torch.no_grad(), entered(ForwardContext(object(), select=True)):
         got = layer(x)
     for row in range(2):
         for token in range(3):

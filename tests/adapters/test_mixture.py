@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from amlora_dist.adapters.bank import Adapter, rows
+from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
 from amlora_dist.errors import UserError
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.prompts import Lead, embedding_target
+from amlora_dist.adapters.prompt_pool import PromptSlots, embedding_target
 from amlora_dist.adapters.router import FixedRouter
 from tests.adapters.banks import padded, prompts, tiny_llama, tiny_t5
 
-LEAD = Lead(tokens=3, marker=1)
+LEAD = PromptSlots(tokens=3, marker=1)
 POOL = 8
 WIDTH = 32
 

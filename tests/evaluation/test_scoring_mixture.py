@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import PosteriorRouter, UniformRouter
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from amlora_dist.adapters.bank import Adapter, tasks_using
+from amlora_dist.adapters.adapter import Adapter, tasks_using
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import FixedRouter, PosteriorRouter
 from amlora_dist.adapters.settings import AdapterSettings, GateSettings

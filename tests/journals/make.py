@@ -21,9 +21,9 @@ from contextlib import closing
 from pathlib import Path
 
 from amlora_dist.registry.store import Store
-from tests.forked import Server
+from tests.fork_server import Server
 from tests.pipelines.crash_cases import outcome_of
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 PLACE = "/journal"
 """Stands for the folder that holds ``home`` in every text of the archive."""

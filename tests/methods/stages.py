@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from amlora_dist.config import RunConfig
+from amlora_dist.config.loading import RunConfig
 from amlora_dist.digests import tensors_digest
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.methods import method_for
 from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.work import Cell, Parent, StageWork
-from pipelines.materials import gather_materials
+from amlora_dist.training.stage_spec import Cell, Parent, StageWork
+from pipelines.runs.inputs import gather_materials
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.methods import METHODS
 from amlora_dist.methods.settings import MethodSettings
 from tests.methods.stages import stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_the_example_trains_and_its_penalty_holds_it_back(
 
 @pytest.mark.integration
 def test_the_example_runs_a_sequence_like_any_other_method(example: str, tmp_path: Path) -> None:
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     file = write_config(tmp_path, tasks=("colours", "shapes"), method=example)
     result = run_sequence(load_config(file), run_id="warm", progress=Silent())

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.evaluation.scoring import read_predictions
 from amlora_dist.methods import method_for
 from tests.methods.stages import Stage, stages
 from tests.methods.test_methods import settings_for
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 SMALL = ["method=l2p", "method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]
 
@@ -56,10 +56,10 @@ def test_more_prompts_for_an_input_than_the_pool_has_are_refused(tmp_path: Path)
 def test_a_published_pool_answers_as_it_was_scored_and_has_no_other_form(
     kind: str, tmp_path: Path, amlora_home: Path
 ) -> None:
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.exports import export_peft
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     file = write_config(tmp_path, kind, tasks=("colours", "shapes"))
     run_sequence(load_config(file, SMALL), run_id="pool", progress=Silent())

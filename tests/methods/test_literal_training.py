@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from amlora_dist.adapters.settings import LiteralSettings
-from amlora_dist.config import load_config, validate_config
+from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError
 from tests.methods.stages import Stage, stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 LITERAL = ("router.kind=literal", "training.epochs=2")
 
@@ -81,12 +81,12 @@ def test_with_the_posterior_as_prior_the_layers_gate_by_task(tmp_path: Path) -> 
 def test_a_bank_of_literal_with_prior_is_published_and_loads_with_its_prior(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.store import Store
     from amlora_dist.reporting.facts import read_run
     from amlora_dist.reporting.routing_facts import routing_by_stage
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
     file = write_config(tmp_path, tasks=("colours", "shapes"))

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.methods import METHODS, READ_PARAMETERS, method_class, method_for
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
 from tests.methods.stages import stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 DECLARED: dict[str, dict[str, set[str]]] = {
     "am_lora": {},
@@ -264,8 +264,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_method_runs_a_sequence_and_a_second_start_trains_nothing(
     name: str, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     monkeypatch.setenv("AMLORA_HOME", str(shared / "home"))
     file = write_config(shared, tasks=("colours", "shapes"))
@@ -308,8 +308,8 @@ def check_shape(name: str, result: dict[str, Any]) -> None:
 
 @pytest.mark.integration
 def test_ewc_goes_on_from_the_registry_alone(tmp_path: Path, amlora_home: Path) -> None:
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     file = write_config(tmp_path, tasks=("colours",), method="ewc")
     run_sequence(load_config(file), run_id="first", progress=Silent())
@@ -324,8 +324,8 @@ def test_ewc_goes_on_from_the_registry_alone(tmp_path: Path, amlora_home: Path) 
 
 @pytest.mark.integration
 def test_replay_says_that_the_rows_of_a_parent_bank_are_not_there(tmp_path: Path) -> None:
-    from pipelines.progress import Silent
-    from pipelines.sequence import run_sequence
+    from pipelines.runs.progress import Silent
+    from pipelines.runs.sequence import run_sequence
 
     file = write_config(tmp_path, tasks=("colours",), method="replay")
     run_sequence(load_config(file), run_id="first", progress=Silent())

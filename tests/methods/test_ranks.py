@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.work import StageWork
+from amlora_dist.training.stage_spec import StageWork
 from tests.methods.stages import in_this_process, stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
 
 METHODS = {

@@ -164,13 +164,13 @@ class Told(NamedTuple):
     key: str
     """And, within a file of rows or tensors, the place."""
     value: str
-    mend: str
+    fix: str
     command: tuple[str, ...] = ("run", "{folder}/run.yaml", "--run-id", "bad")
 
 
 WEIGHTS = "adapters/2-agnews/adapter_model.safetensors"
 VERIFY = ("verify", "{folder}/bank")
-ROWS = "mend the rows, or set on_bad_row: skip"
+ROWS = "fix the rows, or set on_bad_row: skip"
 AGAIN = "fetch the bank again"
 
 CASES: dict[str, tuple[Damage, Told]] = {
@@ -218,11 +218,11 @@ CASES: dict[str, tuple[Damage, Told]] = {
         Told("run.yaml", "tasks[0]:", "nowhere/task.yaml", "a path begins at the current folder"),
     ),
     "missing data file": (
-        remove("tasks/colours/test.jsonl"), Told("run.yaml", "tasks[0]", "colours/test.jsonl", "put it there, or mend")
+        remove("tasks/colours/test.jsonl"), Told("run.yaml", "tasks[0]", "colours/test.jsonl", "put it there, or fix")
     ),
     "missing mirror of the Hub": (
         edit(tasks=["dbpedia"], data_dir="nowhere"),
-        Told("run.yaml", "tasks[0]:", "data_dir nowhere: no folder 'dbpedia'", "put the mirror there, or mend data_dir"),
+        Told("run.yaml", "tasks[0]:", "data_dir nowhere: no folder 'dbpedia'", "put the mirror there, or fix data_dir"),
     ),
     "unknown label in row 17": (
         rewrite_rows(bad_label), Told("colours/train.jsonl", "row 17", "an unknown label ('purple')", ROWS)
@@ -242,7 +242,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a data file that is not JSON": (
         rewrite_rows(lambda lines: ["colour,label", *lines]),
-        Told("colours/train.jsonl", "line 1", "'colour,label'", "mend the line, or set source.format"),
+        Told("colours/train.jsonl", "line 1", "'colour,label'", "fix the line, or set source.format"),
     ),
     "a column that is not there": (
         rewrite_rows(lambda lines: [line.replace('"text"', '"txt"') for line in lines]),
@@ -283,7 +283,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a prompt that is no Jinja": (
         of_task({"prompt": {"template": "{{ text"}}),
-        Told("tasks/colours.yaml", "prompt template", "'{{{{ text'", "mend it"),
+        Told("tasks/colours.yaml", "prompt template", "'{{{{ text'", "fix it"),
     ),
     # -- models
     "missing model folder": (
@@ -382,7 +382,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a tracking server that does not answer": (
         edit(mlflow={"tracking_uri": "http://127.0.0.1:9"}),
-        Told("run.yaml", "mlflow.tracking_uri:", "http://127.0.0.1:9", "start it, or mend the address"),
+        Told("run.yaml", "mlflow.tracking_uri:", "http://127.0.0.1:9", "start it, or fix the address"),
     ),
     "a database that is none": (
         no_database, Told("run.yaml", "mlflow.tracking_uri:", "{folder}/text.db", "name another file")
@@ -411,7 +411,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "no cluster at the address": (
         at_address("127.0.0.1:9"),
-        Told("RAY_ADDRESS:", "RAY_ADDRESS", "'127.0.0.1:9'", "start it, mend the address, or unset"),
+        Told("RAY_ADDRESS:", "RAY_ADDRESS", "'127.0.0.1:9'", "start it, fix the address, or unset"),
     ),
     "an address of Ray's client": (
         at_address("ray://head:10001"), Told("RAY_ADDRESS:", "RAY_ADDRESS", "'ray://head:10001'", "expected HOST:PORT")

@@ -92,8 +92,8 @@ def one_row_less(own: Path) -> None:
     changed(own / "config.json", vocab_size=35)
 
 
-def told(value: str, mend: str, file: str = "{folder}/model-own") -> Told:
-    return Told(file, "model.source:", value, mend)
+def told(value: str, fix: str, file: str = "{folder}/model-own") -> Told:
+    return Told(file, "model.source:", value, fix)
 
 
 CONFIG = "{folder}/model-own/config.json"

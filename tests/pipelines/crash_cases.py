@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from amlora_dist.crash_points import POINTS
-from tests.forked import ROOT
-from tests.tiny_folder import write_config
+from tests.fork_server import ROOT
+from tests.tiny_config import write_config
 
 KINDS = {"raise": "exception", "kill": "SIGKILL"}
 """Kinds of death, and what they are called in the table."""

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import ray
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.training.failures import StoppedError
-from pipelines.progress import Progress, Silent
-from pipelines.sequence import run_sequence
+from pipelines.runs.progress import Progress, Silent
+from pipelines.runs.sequence import run_sequence
 from tests.pipelines.crash_cases import within_one_row
-from tests.tiny_folder import write_config
-from tests.watching import Watching
+from tests.recording_progress import Watching
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one message that names file, key, value and mend, and nothing written, no process started."""
+"""Bad input: exit code 2, one message that names file, key, value and fix, and nothing written, no process started."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import typer
 
 from amlora_dist.base_model import ModelSettings, check_weights, load_model, load_tokenizer, meta_model, resolve_base
 from amlora_dist.errors import UserError
-from pipelines import sequence
-from pipelines.cli import app
+from pipelines.cli.main import app
+from pipelines.runs import sequence
 from tests.pipelines.bad_inputs import AGAIN, CASES, edit
 from tests.pipelines.bad_models import MODELS, changed, with_code
-from tests.tiny_folder import write_config, write_model
+from tests.tiny_config import write_config, write_model
 
 REGISTRY = ("a tracking store", "a tracking server", "a database", "a home", "a registered model")
 """These are found out by the store itself, which may be opened."""

@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from amlora_dist.adapters.router import FixedRouter
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.exports import gap_between
 from amlora_dist.registry.runs import Runs
 from amlora_dist.registry.store import Store
-from pipelines.bank_exports import measure_gap
-from pipelines.bank_work import difference
-from pipelines.cli import app
-from pipelines.text_work import Line, drained
+from pipelines.cli.bank_output import difference
+from pipelines.cli.batch_inference import Line, drained
+from pipelines.cli.exports import measure_gap
+from pipelines.cli.main import app
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 from tests.registry.tiny_banks import publish_sequence, rewrite, tiny_adapter, tiny_bank
-from tests.tiny_folder import TOPICS
+from tests.tiny_config import TOPICS
 
 pytestmark = pytest.mark.integration  # starts processes and stores
 

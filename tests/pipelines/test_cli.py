@@ -38,7 +38,7 @@ RESULT = {
 FAKE = """
 import os, sys, types
 from amlora_dist import errors
-fake = types.ModuleType("pipelines.sequence")
+fake = types.ModuleType("pipelines.runs.sequence")
 def run_sequence(config, *, run_id, progress, verbose, **more):
     print("noise of a library")
     os.write(1, b"noise of a C library\\n")
@@ -49,8 +49,8 @@ def run_sequence(config, *, run_id, progress, verbose, **more):
 fake.run_sequence = run_sequence
 fake.load_result = lambda run_id, tracking_uri: run_sequence(None, run_id=run_id, progress=types.SimpleNamespace(
     stage=lambda *a: None, step=lambda *a: None), verbose=False)
-sys.modules["pipelines.sequence"] = fake
-from pipelines.cli import main
+sys.modules["pipelines.runs.sequence"] = fake
+from pipelines.cli.main import main
 main()
 """
 
@@ -78,7 +78,7 @@ def amlora_with(repository: Path):
 HEAVY = ("torch", "transformers", "ray", "mlflow", "datasets", "deepspeed", "numpy", "pandas")
 LOADED = """
 import sys
-from pipelines.cli import main
+from pipelines.cli.main import main
 try:
     main()
 finally:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.training.mirror import file_system
+from amlora_dist.training.remote_storage import file_system
 from tests.ray_nodes import REPOSITORY, Nodes
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600)]
 

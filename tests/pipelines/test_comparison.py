@@ -16,10 +16,10 @@ import yaml
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.report import report
-from pipelines import comparison as comparison_module
-from pipelines.comparison import Plan, plan_comparison, run_comparison
-from pipelines.progress import Silent
-from tests.tiny_folder import write_config
+from pipelines.runs import comparison as comparison_module
+from pipelines.runs.comparison import Plan, plan_comparison, run_comparison
+from pipelines.runs.progress import Silent
+from tests.tiny_config import write_config
 
 METHODS = ["am_lora", "uniform", "per_task"]
 SMALL = {
@@ -207,8 +207,8 @@ def test_a_run_that_fails_for_good_leaves_the_others_going(
         {"run_id": "c.seq_lora.given.s0", "method": "seq_lora", "reason": "the loss is not finite"}
     ]
     monkeypatch.setattr(comparison_module, "run_sequence", real)
-    mended = run_comparison(plan(config, methods=["base", "seq_lora"]), command="", progress=Silent())
-    assert list(mended["methods"]) == ["base", "seq_lora"] and mended["failed"] == []
+    fixed = run_comparison(plan(config, methods=["base", "seq_lora"]), command="", progress=Silent())
+    assert list(fixed["methods"]) == ["base", "seq_lora"] and fixed["failed"] == []
 
 
 @pytest.mark.integration

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.crash_points import POINTS
-from tests.forked import ROOT, Server
+from tests.fork_server import ROOT, Server
 from tests.pipelines.crash_cases import (
     DIES_AT,
     KINDS,

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from pipelines.display import show_result
-from pipelines.progress import _Lines, progress_for
+from pipelines.cli.tables import show_result
+from pipelines.runs.progress import _Lines, progress_for
 from tests.pipelines.test_cli import RESULT
 
 

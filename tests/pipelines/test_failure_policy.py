@@ -18,8 +18,8 @@ from amlora_dist.training.failures import (
     StoppedError,
     memory_watched,
 )
-from pipelines.failure_policy import RETRIES, Failure, decide
-from pipelines.stage import WorkersLostError, _fit, _FitError, told_by
+from pipelines.cluster.executor import WorkersLostError, _fit, _FitError, told_by
+from pipelines.runs.retries import RETRIES, Failure, decide
 
 LOST = WorkersLostError("rank 1 died")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shipping import collect
+from pipelines.cluster.working_dir import collect
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="compared with git, which is not installed")
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from amlora_dist import importing
+from amlora_dist.inference import import_peft as importing
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.exports import write_row
-from pipelines.cli import app
+from pipelines.cli.main import app
 from tests.bank_with_base import texts_of, write_working_bank
 from tests.pipelines.bad_models import changed, with_code
 

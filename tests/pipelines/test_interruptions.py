@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.interrupts import stops_handled
-from tests.forked import Child, Server
+from pipelines.runs.interrupts import stops_handled
+from tests.fork_server import Child, Server
 from tests.pipelines.crash_cases import Outcome, calm, matrix_config, outcome_of
 
 LONG = "training.epochs=600"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import node_checks
-from pipelines.node_checks import PACKAGES, Probe, _graphics, _hub, _storage, _versions
+from pipelines.cluster import node_checks
+from pipelines.cluster.node_checks import PACKAGES, Probe, _graphics, _hub, _storage, _versions
 
 
 class Picky(BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def test_gpus_that_ray_counts_and_torch_cannot_use_are_bad() -> None:
     head = _graphics("head", ["A"], 0.0)
     assert (head.state, head.found) == ("ok", "1 x A; Ray offers 0"), "a head that drives and trains nothing"
     hidden = _graphics("n", [], 8.0)
-    assert hidden.state == "bad" and "Ray counts 8, torch sees none" in hidden.found and "--gpus=all" in hidden.mend
+    assert hidden.state == "bad" and "Ray counts 8, torch sees none" in hidden.found and "--gpus=all" in hidden.fix
 
 
 def test_a_folder_of_hub_models_that_nodes_do_not_share_is_told() -> None:
@@ -81,7 +81,7 @@ def test_nodes_that_write_to_folders_of_their_own_are_named(tmp_path: Path, monk
     (tmp_path / "file").write_text("")
     folders["c"] = tmp_path / "file"
     checks = {check.name: check for check in _storage("/shared", list(probes), {n: n for n in probes}, ask)}
-    assert checks["c storage"].mend == "mount it there, writable by this user" and checks["a storage"].state == "ok"
+    assert checks["c storage"].fix == "mount it there, writable by this user" and checks["a storage"].state == "ok"
 
 
 def test_a_node_of_another_version_is_named() -> None:
@@ -90,7 +90,7 @@ def test_a_node_of_another_version_is_named() -> None:
     facts["b"]["versions"]["torch"] = "2"
     checks = {check.name: check for check in _versions(facts, {n: f"node {n}" for n in facts})}
     torch = checks["torch"]
-    assert (torch.state, torch.found) == ("bad", "1; node b has 2") and "one image" in torch.mend
+    assert (torch.state, torch.found) == ("bad", "1; node b has 2") and "one image" in torch.fix
     assert checks["amlora-dist"].found == "shipped with the job" and checks["ray"].state == "ok"
 
 

@@ -11,7 +11,7 @@ import pytest
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.manifest import SCHEMA_VERSION
 from amlora_dist.registry.store import Store
-from tests.forked import Server
+from tests.fork_server import Server
 from tests.journals.make import PLACE, RUN, rewrite_texts
 from tests.pipelines.crash_cases import outcome_of
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from amlora_dist.config import load_config, named_keys, to_mapping
-from pipelines.same_configuration import _on_parent
-from tests.tiny_folder import write_config
+from amlora_dist.config.loading import load_config, named_keys, to_mapping
+from pipelines.runs.resume_check import _on_parent
+from tests.tiny_config import write_config
 
 
 class Banks:

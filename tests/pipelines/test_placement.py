@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from amlora_dist.config import load_config, validate_config
+from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.training.work import StageWork
-from pipelines import preflight
-from pipelines.preflight import Demand
-from pipelines.stage import Placement, RayCluster, _passed_on
-from tests.tiny_folder import write_config
+from amlora_dist.training.stage_spec import StageWork
+from pipelines.cluster import resources
+from pipelines.cluster.executor import Placement, RayCluster, _passed_on
+from pipelines.cluster.resources import Demand
+from tests.tiny_config import write_config
 
 
 def placement_of(config: Path, fewest: int) -> Placement:
@@ -53,17 +53,17 @@ def test_a_cluster_that_grows_is_asked_for_what_is_waited_for_and_then_let_go(
 ) -> None:
     placement = placement_of(write_config(tmp_path, tasks=("colours",), workers=2), fewest=2)
     memory = {"memory": 64 << 30, "largest_node": 64 << 30}
-    none, one = preflight.Supply(cpus=0, gpus=0, **memory), preflight.Supply(cpus=16, gpus=1, **memory)
-    grows = iter([none, none, one, preflight.Supply(cpus=32, gpus=2, **memory)])
+    none, one = resources.Supply(cpus=0, gpus=0, **memory), resources.Supply(cpus=16, gpus=1, **memory)
+    grows = iter([none, none, one, resources.Supply(cpus=32, gpus=2, **memory)])
     asked: list[Any] = []
-    monkeypatch.setattr(preflight, "in_cluster", lambda: next(grows))
+    monkeypatch.setattr(resources, "in_cluster", lambda: next(grows))
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     cluster = RayCluster(placement, verbose=False)
     monkeypatch.setattr(cluster, "_start", lambda: None)
     cluster.ready(again=True)
     assert asked == [[{"CPU": 1.0}] * 2, [{"GPU": 1.0}] * 2, []]
 
-    monkeypatch.setattr(preflight, "in_cluster", lambda: none)
+    monkeypatch.setattr(resources, "in_cluster", lambda: none)
     monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", "0.1")
     with pytest.raises(UserError, match="can never fit"):
         cluster.ready(again=False)

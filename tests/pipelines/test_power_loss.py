@@ -17,8 +17,8 @@ import pytest
 
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.store import Store
-from tests.forked import Server
-from tests.tiny_folder import write_config
+from tests.fork_server import Server
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 

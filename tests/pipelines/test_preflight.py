@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.errors import UserError
-from pipelines.preflight import GIB, Demand, Supply, deadline_s, here, missing, refuse
+from pipelines.cluster.resources import GIB, Demand, Supply, deadline_s, here, missing, refuse
 
 SMALL = Demand(workers=2, parameters=135_000_000, trainable=1_000_000, stages=4, dtype="fp32", zero_stage=2)
 LARGE = Demand(workers=16, parameters=70_000_000_000, trainable=100_000_000, stages=15, dtype="bf16", zero_stage=3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from pipelines.search.journal import Trial
 from pipelines.search.plan import Plan, plan_search

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.forked import ROOT
+from tests.fork_server import ROOT
 from tests.pipelines.crash_cases import (
     DIES_AT_IN_WORKER,
     KINDS,

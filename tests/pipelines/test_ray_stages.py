@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import ray
 
-from amlora_dist.config import load_config
-from pipelines.progress import Silent
-from pipelines.sequence import run_sequence
+from amlora_dist.config.loading import load_config
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
 from tests.pipelines.crash_cases import within_one_row
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 

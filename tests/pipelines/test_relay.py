@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amlora_dist.serving.settings import ServeSettings
-from pipelines.relay import OPTIONS_VARIABLE, Relay, environment, middlewares
+from pipelines.cluster.relay import OPTIONS_VARIABLE, Relay, environment, middlewares
 
 SSE = [(b"content-type", b"text/event-stream")]
 TEXT = [(b"content-type", b"text/plain; charset=utf-8")]

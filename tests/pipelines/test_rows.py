@@ -19,8 +19,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from amlora_dist.evaluation.requests import Answer, Classification, Route
-from amlora_dist.model import AMLoRAModel
-from pipelines.cli import app
+from amlora_dist.inference.model import AMLoRAModel
+from pipelines.cli.main import app
 from tests.registry.tiny_banks import tiny_bank
 
 TASKS = ("colours", "shapes")

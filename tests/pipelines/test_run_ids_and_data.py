@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
-from pipelines.progress import Silent
-from pipelines.sequence import run_sequence
-from tests.tiny_folder import write_config, write_model
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
+from tests.tiny_config import write_config, write_model
 
 pytestmark = pytest.mark.integration
 

@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 
 from amlora_dist.base_model import Attention, settled_attention
-from amlora_dist.config import flat, from_mapping, load_config, named_keys, to_mapping
+from amlora_dist.config.former_values import FORMER, completed
+from amlora_dist.config.loading import flat, from_mapping, load_config, named_keys, to_mapping
 from amlora_dist.errors import UserError
-from amlora_dist.former_values import FORMER, completed
-from pipelines.jobs import Job
-from pipelines.same_configuration import IRRELEVANT, refuse_other_configuration, taken_up
-from pipelines.submit import _attached
-from tests.tiny_folder import write_config
+from pipelines.cluster.jobs import Job
+from pipelines.cluster.submit import _attached
+from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, taken_up
+from tests.tiny_config import write_config
 
 FREE = {
     "workers": "workers=3", "min_workers": "min_workers=1", "placement": "placement=SPREAD", "storage": "storage=/shared",

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import HeldError, TrainingError, UserError
 from amlora_dist.registry.connection import StoreAwayError
 from amlora_dist.registry.store import Store
-from pipelines import preflight
-from pipelines.preflight import GIB, Demand, Supply
-from pipelines.progress import Silent
+from pipelines.cluster import resources
+from pipelines.cluster.resources import GIB, Demand, Supply
+from pipelines.runs.progress import Silent
 from pipelines.search.driver import _Search
-from pipelines.search.halving import OPEN, Halving, Rounds
 from pipelines.search.journal import Journal
 from pipelines.search.outcome import search_result
 from pipelines.search.plan import Plan, plan_search
+from pipelines.search.schedulers import OPEN, Halving, Rounds
 from pipelines.search.trial import Order, is_outage, run_trial
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 STAGES = 4
 
@@ -268,7 +268,7 @@ def test_as_many_trials_work_at_once_as_fit(
     search = open_search(plan, Memory())
     search.plan = replace(plan, base=replace(plan.base, workers=workers), listed=[{}] * 100)
     search.demand = Demand(fewest, 1, 1, STAGES, "fp32", 0, share)
-    monkeypatch.setattr(preflight, "in_cluster", lambda: supply)
+    monkeypatch.setattr(resources, "in_cluster", lambda: supply)
     assert search.room(bool(supply.gpus)) == at_once
 
 
@@ -276,7 +276,7 @@ def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: Plan, monke
     search = open_search(plan, Memory())
     search.plan = replace(plan, base=replace(plan.base, workers=4))
     search.demand = Demand(4, 1, 1, STAGES, "fp32", 0)
-    monkeypatch.setattr(preflight, "in_cluster", lambda: Supply(cpus=2, memory=100 * GIB))
+    monkeypatch.setattr(resources, "in_cluster", lambda: Supply(cpus=2, memory=100 * GIB))
     with pytest.raises(UserError, match=r"one trial needs 4 processes.*the cluster has 2 CPUs"):
         search.room(False)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.store import Store
 from amlora_dist.training.result import read_result
-from pipelines.progress import Silent
-from pipelines.sequence import load_result, run_sequence
-from tests.tiny_folder import write_config, write_task
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import load_result, run_sequence
+from tests.tiny_config import write_config, write_task
 
 pytestmark = pytest.mark.integration
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from openai import OpenAI
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.prompts import STYLES
-from pipelines.progress import Silent
-from pipelines.score_work import Rows, answer_differences, ask, rekey_bank, score
-from pipelines.sequence import run_sequence
+from pipelines.cli.scoring import Rows, answer_differences, ask, rekey_bank, score
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
 from tests.serving.servers import running
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
 TASKS = ("colours", "shapes", "sizes")

@@ -19,9 +19,9 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.store import Store
-from pipelines.cli import app
+from pipelines.cli.main import app
 from tests.bank_with_base import write_working_bank
 from tests.ports import free_port
 from tests.serving.load import TEXTS, ask_all, expected, publish, write_versions

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from pipelines.serving import KEY_VARIABLE, Place, taken_key
+from pipelines.cluster.serve import KEY_VARIABLE, Place, taken_key
 from tests.bank_with_base import write_working_bank
 from tests.pipelines.test_serving import Server
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.errors import UserError
-from pipelines import shipping
-from pipelines.jobs import TOKEN_FILE, find_token
-from pipelines.run_ids import checked_run_id
-from pipelines.submit import environment_from, runtime_env_from
+from pipelines.cluster import working_dir
+from pipelines.cluster.jobs import TOKEN_FILE, find_token
+from pipelines.cluster.submit import environment_from, runtime_env_from
+from pipelines.runs.run_ids import checked_run_id
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -31,33 +31,33 @@ def test_ignore_files_are_obeyed_as_git_obeys_them(tmp_path: Path) -> None:
             "__pycache__/a.pyc": "x",
         }
     )  # fmt: skip
-    assert list(shipping.collect(tmp_path).files) == [
+    assert list(working_dir.collect(tmp_path).files) == [
         ".gitignore", "a.py", "keep.log", "sub/.gitignore", "sub/data/rows.jsonl", "sub/special.log", "x.tmp",
     ]  # fmt: skip
 
 
 def test_too_much_is_refused_with_the_largest_files_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipping, "MOST_BYTES", 1000)
+    monkeypatch.setattr(working_dir, "MOST_BYTES", 1000)
     for number in range(8):
         (tmp_path / f"file{number}").write_bytes(b"x" * 100 * (number + 1))
     with pytest.raises(UserError, match=r"the largest are file7 .*file6 .*file3 .*Name in \.gitignore") as told:
-        shipping.collect(tmp_path)
+        working_dir.collect(tmp_path)
     assert "file2" not in str(told.value)
     with pytest.raises(UserError, match="no folder"):
-        shipping.collect(tmp_path / "nowhere")
+        working_dir.collect(tmp_path / "nowhere")
 
 
 def test_what_this_machines_own_runs_have_written_is_not_shipped(tmp_path: Path) -> None:
     write(tmp_path, **{".amlora/mlflow.db": "x", "a.py": "x", "sub/.amlora/models/weights": "x"})
     (tmp_path / "sub" / "__pycache__").mkdir()
     (tmp_path / "sub" / "__pycache__" / "a.pyc").write_text("x")
-    assert list(shipping.collect(tmp_path).files) == ["a.py"]
+    assert list(working_dir.collect(tmp_path).files) == ["a.py"]
 
 
 def test_equal_files_make_an_equal_archive(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", a="1", sub__b="2"), write(tmp_path / "two", sub__b="2", a="1")
     for folder in (one, two):
-        shipping.pack(shipping.collect(folder), folder.with_suffix(".zip"))
+        working_dir.pack(working_dir.collect(folder), folder.with_suffix(".zip"))
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "one.zip") as archive:
         assert archive.namelist() == ["a", "sub/b"] and archive.read("sub/b") == b"2"

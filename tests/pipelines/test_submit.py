@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.errors import UserError
-from pipelines.jobs import Jobs
+from pipelines.cluster.jobs import Jobs
 from tests.ray_nodes import Nodes
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

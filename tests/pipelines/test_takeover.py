@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.store import Store
-from pipelines.progress import Silent
-from pipelines.sequence import run_sequence
-from tests.tiny_folder import write_config
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
+from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
 

@@ -15,12 +15,12 @@ import pytest
 import ray
 import yaml
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
-from pipelines.progress import Silent
+from pipelines.runs.progress import Silent
 from pipelines.search.driver import run_search
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

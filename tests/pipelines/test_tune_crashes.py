@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from amlora_dist.registry.store import Store
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.adapters.targets import find_targets

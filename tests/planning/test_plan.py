@@ -1,4 +1,4 @@
-"""A plan says what fits, what does not, and the smallest change that mends it; from the command line too."""
+"""A plan says what fits, what does not, and the smallest change that fixes it; from the command line too."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from amlora_dist.planning.memory import GIB, Layout
 from amlora_dist.planning.plan import Cluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
-from pipelines.cli import app
-from pipelines.plan_page import bytes_of
+from pipelines.cli.main import app
+from pipelines.cli.plan import bytes_of
 
 SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
 TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
@@ -38,15 +38,15 @@ def planned(zero: int = 2, memory: float = 80, **more: Any) -> Plan:
 
 def test_a_run_that_fits_needs_no_change() -> None:
     plan = planned()
-    assert plan.configured.fits and plan.mend is None
+    assert plan.configured.fits and plan.fix is None
     assert [row.layout.zero for row in plan.rows] == [0, 1, 1, 2, 2, 3, 3, 3, 3, 3]
 
 
 def test_the_smallest_change_is_named_and_is_enough() -> None:
     plan = planned(memory=20)
-    assert not plan.configured.fits and plan.mend
-    assert len(plan.mend) == 1, "one key is enough here"
-    ((key, value),) = plan.mend.items()
+    assert not plan.configured.fits and plan.fix
+    assert len(plan.fix) == 1, "one key is enough here"
+    ((key, value),) = plan.fix.items()
     assert key in {"deepspeed.zero_stage", "training.gradient_checkpointing", "training.micro_batch_size"}
     changes = {
         "deepspeed.zero_stage": "zero", "training.gradient_checkpointing": "checkpointing",
@@ -61,7 +61,7 @@ def test_weights_go_to_the_host_by_one_key_and_to_disk_where_the_host_is_small()
     big = shape_of(ModelSettings(source="llama-3.1-405b"), AdapterSettings(targets="auto"), RouterSettings())
     layout = Layout(zero=3, ranks=8, micro_batch=1, checkpointing=True, bucket=10_000_000, live=10_000_000)
     plan = make_plan(big, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE)
-    assert plan.mend == {"deepspeed.zero_optimization.offload_param.device": "cpu"}
+    assert plan.fix == {"deepspeed.zero_optimization.offload_param.device": "cpu"}
     small = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
     rows = {r.layout.offload: r for r in make_plan(small, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE).rows}
     assert rows["nvme"].memory.nvme == rows["none"].memory.weights
@@ -78,12 +78,12 @@ def test_scored_tasks_are_those_of_the_run() -> None:
 
 
 def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:
-    assert planned(memory=2.5).mend == {}
+    assert planned(memory=2.5).fix == {}
     seventy = shape_of(ModelSettings(source="llama-3-70b"), AdapterSettings(targets="auto"), RouterSettings())
     layout = Layout(zero=3, ranks=1, micro_batch=1, checkpointing=True, bucket=10_000_000)
     host = Cluster(1, 1, 24 * GIB, host_memory=100 * GIB)
     plan = make_plan(seventy, TASKS, RECIPE, layout, host, MACHINE)
-    assert plan.mend and plan.mend["--nodes"] > 1
+    assert plan.fix and plan.fix["--nodes"] > 1
 
 
 def test_stages_by_hand() -> None:

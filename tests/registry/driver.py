@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from amlora_dist.errors import LeaseLostError
-from amlora_dist.registry.claims import Timing
+from amlora_dist.registry.leases import Timing
 from amlora_dist.registry.store import Store
 from tests.registry.tiny_banks import TASKS, fingerprint, publish_sequence
 

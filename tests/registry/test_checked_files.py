@@ -21,7 +21,7 @@ from amlora_dist.registry.manifest import (
 )
 from amlora_dist.registry.store import Store
 from amlora_dist.tasks.task_entry import TaskEntry
-from pipelines.bank_work import verify_bank
+from pipelines.cli.bank_output import verify_bank
 from tests.registry.tiny_banks import TASKS, fingerprint, publish_sequence
 
 

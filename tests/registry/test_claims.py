@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from amlora_dist.errors import AmloraError, HeldError, LeaseLostError
 from amlora_dist.registry import tags
-from amlora_dist.registry.claims import (
+from amlora_dist.registry.leases import (
     Lease,
     Timing,
     acquire,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import Bank, read_bank
 from amlora_dist.registry.exports import (
     export_merged,
@@ -184,7 +184,7 @@ def test_what_a_bank_cannot_hold_is_refused(bank: Bank, place: Path, tmp_path: P
 
 
 def test_an_imported_adapter_is_routed_to_beside_the_others(place: Path, tmp_path: Path) -> None:
-    from amlora_dist.importing import add_adapter, empty_manifest
+    from amlora_dist.inference.import_peft import add_adapter, empty_manifest
     from amlora_dist.tasks.task_entry import TaskEntry
     from tests.bank_with_base import texts_of
 

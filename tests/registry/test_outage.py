@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from amlora_dist.config import load_config
-from amlora_dist.registry import claims, connection
+from amlora_dist.config.loading import load_config
+from amlora_dist.registry import connection, leases
 from amlora_dist.registry.connection import StoreAwayError
 from amlora_dist.registry.store import Store
-from pipelines.progress import Silent
-from pipelines.sequence import run_sequence
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
 from tests.registry.tiny_banks import TASKS, publish_sequence
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +44,7 @@ class Wire:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         self.is_cut = False
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ def test_what_was_cut_off_in_mid_publication_goes_on_when_the_server_is_back(
         calls.append(1)
         if len(calls) == 5:  # each version is guarded three times: in the middle of the second
             wire.cut()
-            threading.Timer(2.0, wire.mend).start()
+            threading.Timer(2.0, wire.fix).start()
 
     with caplog.at_level(logging.WARNING):
         publish_sequence(store, name, tmp_path, guard=guard)
@@ -102,21 +102,21 @@ def test_what_was_cut_off_in_mid_publication_goes_on_when_the_server_is_back(
 
 
 class Observer(Silent):
-    """Cuts the wire when training begins, mends it some seconds after the stage was scored."""
+    """Cuts the wire when training begins, fixes it some seconds after the stage was scored."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire, self.steps_while_cut = wire, 0
-        self.mended: threading.Timer | None = None
+        self.fixed: threading.Timer | None = None
 
     def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
-        if self.mended is None and done == 2:
+        if self.fixed is None and done == 2:
             self.wire.cut()
         self.steps_while_cut += self.wire.is_cut
 
     def note(self, text: str) -> None:
-        if self.wire.is_cut and self.mended is None and "accuracy" in text:
-            self.mended = threading.Timer(3.0, self.wire.mend)
-            self.mended.start()
+        if self.wire.is_cut and self.fixed is None and "accuracy" in text:
+            self.fixed = threading.Timer(3.0, self.wire.fix)
+            self.fixed.start()
 
 
 def test_training_goes_on_while_the_server_is_away_and_publishing_waits(wire: Wire, name: str, tmp_path: Path) -> None:
@@ -142,14 +142,14 @@ def test_a_run_that_gave_up_says_so_and_goes_on_when_the_server_is_back(
     wire: Wire, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "OUTAGE_DEADLINE_S", 1.0)
-    monkeypatch.setitem(claims.Timing.__init__.__kwdefaults__, "dead_after_s", 2.0)
+    monkeypatch.setitem(leases.Timing.__init__.__kwdefaults__, "dead_after_s", 2.0)
     file = write_config(tmp_path, tasks=("colours",), mlflow={"tracking_uri": wire.uri})
     began = time.monotonic()
     with pytest.raises(StoreAwayError, match=r"no answer for .* what was trained is kept.* same command") as caught:
         run_sequence(load_config(file), run_id=name, progress=Cutting(wire))
     assert caught.value.exit_code == 2
     assert time.monotonic() - began < 60, "after it gave up it does not wait again for each thing left to do"
-    wire.mend()
+    wire.fix()
     result = run_sequence(load_config(file), run_id=name, progress=Silent())
     assert [stage["version"] for stage in result["stages"]] == [1]
     store = Store.open(tmp_path / "home", wire.uri)

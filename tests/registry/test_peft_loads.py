@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.registry.manifest import BaseEntry
 from tests.registry.tiny_banks import fingerprint, tiny_adapter, tiny_bank
 

@@ -46,9 +46,9 @@ class EchoModel:
 
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = types.ModuleType("amlora_dist.model")
+    module: Any = types.ModuleType("amlora_dist.inference.model")
     module.AMLoRAModel = EchoModel
-    monkeypatch.setitem(sys.modules, "amlora_dist.model", module)
+    monkeypatch.setitem(sys.modules, "amlora_dist.inference.model", module)
 
 
 def test_prediction_takes_a_column_of_texts_and_maybe_questions_and_tasks() -> None:
@@ -138,7 +138,7 @@ def test_mlflow_loads_a_version_with_the_adapters_it_refers_to(
 def test_mlflow_loads_a_folder_and_answers_as_the_model_does(tmp_path: Path) -> None:
     import mlflow
 
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
     from tests.bank_with_base import TASKS as WORKING
     from tests.bank_with_base import texts_of, write_working_bank
 
@@ -155,7 +155,7 @@ def test_mlflow_loads_a_folder_and_answers_as_the_model_does(tmp_path: Path) -> 
 def test_mlflow_models_serve_answers_as_the_model_does(
     embedded_home: Path, name: str, tmp_path: Path, repository: Path
 ) -> None:
-    from amlora_dist.model import AMLoRAModel
+    from amlora_dist.inference.model import AMLoRAModel
     from tests.bank_with_base import write_working_bank
     from tests.serving.load import publish
 

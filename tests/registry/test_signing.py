@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry import signing
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.signing import Trust, sign
 from amlora_dist.registry.store import Store
-from pipelines.bank_work import point, pull_to, sign_bank
+from pipelines.cli.bank_output import point, pull_to, sign_bank
 from tests.registry.tiny_banks import TASKS, publish_sequence, rewrite, tiny_bank
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ import torch
 from amlora_dist.errors import BankError, LeaseLostError, UserError
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
-from amlora_dist.registry.claims import Timing
+from amlora_dist.registry.leases import Timing
 from amlora_dist.registry.manifest import Lineage, Stored, read_manifest, replace
 from amlora_dist.registry.store import Store
 from tests.registry.tiny_banks import TASKS, fingerprint, publish_sequence, rewrite, tiny_adapter, tiny_bank

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.bank import Adapter
+from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_bank
 from amlora_dist.registry.manifest import AccuracyMatrix, BaseEntry, Manifest, RouterEntry, replace

@@ -18,17 +18,17 @@ import torch
 from amlora_dist.adapters import router as router_module
 from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router
 from amlora_dist.adapters.statistics import TaskStatistics
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.facts import RunFacts, read_run
 from amlora_dist.reporting.report import report
 from amlora_dist.reporting.routing_facts import routing_by_stage
 from amlora_dist.reporting.run_report import run_metrics
-from pipelines.progress import Silent
-from pipelines.sequence import run_sequence
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
 from tests.reporting.browser import chromium, visit
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
 

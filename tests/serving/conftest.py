@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from tests.bank_with_base import write_working_bank
 from tests.serving.servers import Running, running

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.store import Store

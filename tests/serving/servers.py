@@ -16,7 +16,7 @@ import uvicorn
 from amlora_dist.serving.app import build_app
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.connections import http_protocol
-from amlora_dist.serving.gatekeeper import key_digest
+from amlora_dist.serving.middleware import key_digest
 from amlora_dist.serving.service import Service
 from amlora_dist.serving.settings import ServeSettings
 

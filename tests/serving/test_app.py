@@ -14,11 +14,11 @@ import openai
 import pytest
 
 from amlora_dist.errors import UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from tests.bank_with_base import TASKS, texts_of
 from tests.serving.servers import Running, events, running
-from tests.tiny_folder import TOPICS
+from tests.tiny_config import TOPICS
 
 pytestmark = pytest.mark.integration  # a running app
 

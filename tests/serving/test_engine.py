@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from amlora_dist.adapters.settings import LiteralSettings
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.decode_batch import can_join, joined, keep
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.jobs import Began, Ended, Event, Failed, Job, Piece, Sampling, StoppingError
-from amlora_dist.serving.rows import can_join, joined, keep
 from amlora_dist.serving.settings import ServeSettings
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 

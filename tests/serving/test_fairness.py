@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amlora_dist.evaluation.requests import Request
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.jobs import BusyError, Classified, Event, Failed, Job
@@ -19,7 +19,7 @@ from amlora_dist.serving.queueing import GAP_S, HEAVY_SHARE, FairQueue, Share
 from amlora_dist.serving.service import Service, is_heavy
 from amlora_dist.serving.settings import ServeSettings
 from tests.bank_with_base import TASKS, texts_of
-from tests.tiny_folder import TOPICS
+from tests.tiny_config import TOPICS
 
 TEXTS = [texts_of(task, 3, "fair")[i] for i in range(3) for task in TASKS]
 KNOWN = sorted({word for task in TASKS for word in TOPICS[task][1]})

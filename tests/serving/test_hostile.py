@@ -11,7 +11,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving import engine as engine_module
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.bank import ServedBank

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from amlora_dist.errors import UserError
-from amlora_dist.model import AMLoRAModel
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.store import Store
+from amlora_dist.serving.alias_watcher import Follower, is_moving
 from amlora_dist.serving.bank import ServedBank
-from amlora_dist.serving.following import Follower, is_moving
 from tests.serving.load import VERSIONS, ask_all, expected, publish, write_versions
 from tests.serving.servers import running
 

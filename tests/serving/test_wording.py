@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlora_dist.serving.wording import Wording
+from amlora_dist.serving.detokenizer import Wording
 
 
 def decode_bytes(tokens: object) -> str:

@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.tasks.files import LONGEST_LINE, Mends, RawRow, form_of, read_file
+from amlora_dist.tasks.files import LONGEST_LINE, Fixes, RawRow, form_of, read_file
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec, read_mapping
 
-MENDS = Mends("name another column", "give the format")
+MENDS = Fixes("name another column", "give the format")
 GOOD = [{"text": f"the wall {number} is {colour}", "label": colour} for number, colour in enumerate(["red", "blue"] * 5)]
 
 

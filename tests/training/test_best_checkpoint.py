@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.methods import method_for
 from amlora_dist.training.best_checkpoint import best_of, check_interval, exhausted
 from amlora_dist.training.failures import StoppedError
-from amlora_dist.training.learner import STOP_FILE
+from amlora_dist.training.loop import STOP_FILE
 from amlora_dist.training.race import race_steps
 from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.work import StageWork
-from pipelines.materials import gather_materials
+from amlora_dist.training.stage_spec import StageWork
+from pipelines.runs.inputs import gather_materials
 from tests.methods.stages import stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
 
 TRAINING = {

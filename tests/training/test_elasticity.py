@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.training.failures import StoppedError
-from amlora_dist.training.learner import STOP_FILE
+from amlora_dist.training.loop import STOP_FILE
 from amlora_dist.training.result import read_result
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.work import StageWork
+from amlora_dist.training.stage_spec import StageWork
 from tests.methods.stages import stages
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
 
 STOP_AFTER = 5

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amlora_dist.adapters.bank import Adapter
-from amlora_dist.config import load_config
-from amlora_dist.former_values import FORMER
+from amlora_dist.adapters.adapter import Adapter
+from amlora_dist.config.former_values import FORMER
+from amlora_dist.config.loading import load_config
 from amlora_dist.methods import METHODS, method_for
 from amlora_dist.registry.adapter_folder import peft_config
 from amlora_dist.tasks.batches import IGNORED, Example
@@ -24,7 +24,7 @@ from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.settings import StageSettings, TrainingSettings
 from tests.methods.stages import stages
 from tests.registry.tiny_banks import tiny_bank
-from tests.tiny_folder import write_config
+from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
 from tests.training.test_elasticity import half, on_two_ranks, rest
 

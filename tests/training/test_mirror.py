@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from amlora_dist.config import load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
-from amlora_dist.training.mirror import Copies, Mirror
-from pipelines.sequence import run_sequence
-from tests.tiny_folder import write_config
-from tests.watching import Watching
+from amlora_dist.training.remote_storage import Copies, Mirror
+from pipelines.runs.sequence import run_sequence
+from tests.recording_progress import Watching
+from tests.tiny_config import write_config
 
 FINGERPRINT = "f" * 64
 

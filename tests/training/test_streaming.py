@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from amlora_dist.base_model import BaseModel, load_model
 from amlora_dist.errors import UserError
-from amlora_dist.training.streaming import load_partitioned, read_range, shards_of, sources_of
-from amlora_dist.training.zero import deepspeed_config, join_process_group, whole_parameters
-from tests.tiny_folder import write_model
+from amlora_dist.training.engine import deepspeed_config, join_process_group, whole_parameters
+from amlora_dist.training.zero3_loading import load_partitioned, read_range, shards_of, sources_of
+from tests.tiny_config import write_model
 from tests.training.ranks import on_ranks
 
 

@@ -24,7 +24,7 @@ from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
-from amlora_dist.training.work import Cell
+from amlora_dist.training.stage_spec import Cell
 from tests.registry.tiny_banks import tiny_adapter
 
 FINGERPRINT = "f" * 64

@@ -20,7 +20,7 @@ from amlora_dist.evaluation.scoring import score_task
 from amlora_dist.tasks.batches import Example, collate_prompts
 from amlora_dist.training.batching import LossComputer, prompt_positions
 from amlora_dist.training.trunk_cache import TrunkCache, make_room
-from tests.tiny_folder import write_model
+from tests.tiny_config import write_model
 
 WIDTH = 8
 

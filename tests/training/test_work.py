@@ -11,8 +11,8 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings, resolve_base
 from amlora_dist.errors import UserError
 from amlora_dist.training.settings import StageSettings, TrainingSettings
-from amlora_dist.training.work import Cell, Parent, StageWork
-from tests.tiny_folder import write_model
+from amlora_dist.training.stage_spec import Cell, Parent, StageWork
+from tests.tiny_config import write_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

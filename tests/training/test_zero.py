@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amlora_dist.training.engine import DeepSpeedEngine, Engine, PlainEngine, deepspeed_config, join_process_group
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.settings import TrainingSettings
-from amlora_dist.training.zero import DeepSpeedEngine, Engine, PlainEngine, deepspeed_config, join_process_group
 from tests.training.ranks import on_ranks
 
 SETTINGS = TrainingSettings(learning_rate=1e-2, recipe_learning_rate=1e-2, l1=0.1, clip=0.5)

@@ -1,0 +1,126 @@
+"""A pool of prompts in the input embedding, chosen for each input by keys: what the method ``l2p`` trains.
+
+A prompt is one learned vector with one key. Every input has ``PromptSlots.tokens`` tokens in front that mean nothing (the
+tokenizer's end token): the positions where its chosen prompts stand. So lengths, positions, attention masks and the KV
+cache need to know nothing of prompts. In a bank the pool is the adapter of one layer, the embedding, in the shapes of
+any adapter: the keys are A (M, D), the prompts are the columns of B (D, M), M the size of the pool.
+
+Shapes in names: B inputs, L tokens, D hidden size, M prompts of a pool, R prompts of all stages' pools side by side,
+N prompts of an input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amlora_dist.adapters.gate_context import active_call
+from amlora_dist.adapters.gated_linear import beside
+from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
+from amlora_dist.adapters.selector_layer import Selection
+from amlora_dist.adapters.targets import Target, routing_stack
+from amlora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.adapters.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSlots:
+    """The places of the prompts: ``tokens`` times the token ``marker`` in front of every input."""
+
+    tokens: int
+    marker: int
+
+    def before(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """A prompt's token ids behind the places."""
+        return (self.marker,) * self.tokens + prompt
+
+
+class PromptEmbedding(MixtureLinear):
+    """The input embedding with the pools of a bank::
+
+        y = E[marker] + scale b_j      at the n-th leading position, j the n-th chosen prompt
+
+    Chosen are the N prompts whose keys have the largest cosine with the input's features, in the order of the pool,
+    among those of the row that the gate weighs. While stage t learns, they are its own: the prompts (t-1) N to t N of
+    the pool, as long as there are any left that no stage has had, and then those of the whole pool that match best.
+    """
+
+    def __init__(
+        self, base: nn.Module, path: str, adapters: list[Adapter], new: NewWeights | None = None, *, lead: PromptSlots
+    ) -> None:
+        super().__init__(base, path, adapters, new)
+        self.lead = lead
+
+    @staticmethod
+    def sizes(base: nn.Module) -> tuple[int, int] | None:
+        """A key and a prompt are as wide as a hidden state."""
+        return (base.embedding_dim, base.embedding_dim) if isinstance(base, nn.Embedding) else None
+
+    def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, D) of token ids ``x`` (B, L), with prompts at the leading positions.
+
+        Only in a call that has features: not in the pass that makes them, and not behind a KV cache, which holds the
+        prompts already.
+        """
+        y_BLD = self._base(x)
+        call = active_call()
+        if call is None or call.bypass or call.features is None:
+            return y_BLD
+        gate_BR = self.rank_gates(call.gate() if task_gate is None else task_gate)
+        keys_RD = beside(self.old_a, self.new_a, 0).float()
+        match_BR = F.normalize(call.features, dim=1) @ F.normalize(keys_RD, dim=1).T
+        chosen_BN = self._chosen(match_BR.detach(), gate_BR)
+        if call.on_select is not None:
+            match_B1N = match_BR.gather(1, chosen_BN)[:, None]
+            pooled = match_B1N[:, 0].detach()  # one choice for the whole row: there are no positions to weigh
+            call.on_select(self.path, Selection(match_B1N, torch.ones_like(match_B1N), match_B1N, pooled))
+        prompts_RD = beside(self.old_b, self.new_b, 1).float().T
+        added_BND = prompts_RD[chosen_BN] * gate_BR.gather(1, chosen_BN)[..., None]
+        mask_BL = call.pooling_mask(x, start=False)
+        place_BL = mask_BL.cumsum(dim=1) - 1
+        leads_BL = mask_BL & (place_BL < self.lead.tokens) & (x == self.lead.marker)
+        place_BL = place_BL.clamp(0, self.lead.tokens - 1)
+        added_BLD = added_BND.gather(1, place_BL[..., None].expand(-1, -1, y_BLD.shape[-1]))
+        return y_BLD + (added_BLD * leads_BL[..., None]).to(y_BLD.dtype)
+
+    def _chosen(self, match_BR: Tensor, gate_BR: Tensor) -> Tensor:
+        """Which prompts each input has, (B, N), in the order of the pool."""
+        count = self.lead.tokens
+        open_BR = gate_BR != 0
+        if self.new_a is not None and torch.is_grad_enabled():
+            earlier, size = self.spread_bits.shape[0] - 1, self.new_a.shape[0]
+            if (earlier + 1) * count <= size:
+                first = match_BR.shape[1] - size + earlier * count
+                place_R = torch.arange(match_BR.shape[1], device=match_BR.device)
+                open_BR = open_BR & (place_R >= first) & (place_R < first + count)
+        best_BN = match_BR.masked_fill(~open_BR, -torch.inf).topk(count, dim=1).indices
+        return best_BN.sort(dim=1).values
+
+
+def embedding_target(model: PreTrainedModel) -> Target:
+    """The input embedding, of an encoder-decoder its encoder's, as what a stage adapts; it lies below every layer.
+
+    Raises:
+        UserError: it is no plain embedding.
+    """
+    owner = model.get_encoder() if model.config.is_encoder_decoder else model
+    # A decoder may share the encoder's embedding, but has a name of its own for it.
+    inside = next(path for path, module in model.named_modules() if module is owner)
+    embedding = owner.get_input_embeddings()
+    sizes = PromptEmbedding.sizes(embedding)
+    path = next(
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module is embedding and (not inside or path.startswith(f"{inside}."))
+    )
+    if sizes is None:
+        raise UserError(f"method: prompts need a plain input embedding; {path} is a {type(embedding).__name__}")
+    return Target(path, *sizes, layer=-1, part=routing_stack(model).part)

@@ -1,0 +1,200 @@
+"""A bank and its base model brought together: found, checked, and put into one another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from amlora_dist.adapters.inject import Mixture, inject
+from amlora_dist.adapters.prompt_pool import PromptSlots, embedding_target
+from amlora_dist.adapters.router import PRIOR_KEY, router_from
+from amlora_dist.adapters.router_override import OverridableRouter
+from amlora_dist.adapters.settings import LiteralSettings, RouterSettings
+from amlora_dist.adapters.targets import Target, layer_stacks, linear_sizes
+from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
+from amlora_dist.config.former_values import completed
+from amlora_dist.config.loading import home
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.evaluation.settings import AnswerSettings
+from amlora_dist.files import write_bytes
+from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from amlora_dist.registry.bank_folder import Bank
+    from amlora_dist.registry.manifest import BaseEntry, Manifest
+    from amlora_dist.registry.signing import Trust
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def sharing_copy(transformer: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same weights: modules of its own, to put another bank in, and not one tensor more."""
+    weights: dict[int, Any] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+    return copy.deepcopy(transformer, weights)
+
+
+def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mixture:
+    """Put a bank with its router into its base model; ``eos_id`` is its tokenizer's end token.
+
+    Raises:
+        BankError: a module, a setting or a shape that this base model does not have.
+    """
+    manifest = bank.manifest
+    try:
+        router_settings = RouterSettings(**completed(manifest.training_configuration).get("router", {}))
+        own = dict(bank.router_settings)
+        prior = own.pop(PRIOR_KEY, None)
+        literal = LiteralSettings(**own) if manifest.router.kind == "literal" else None
+    except (ValidationError, TypeError) as error:
+        raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
+    described = bank.router_settings if literal is None else prior
+    router = None if described is None else router_from(bank.router, described)
+    lead = PromptSlots(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
+    targets = [embedding_target(transformer)] if lead else bank_targets(transformer, manifest.targets)
+    return inject(
+        transformer,
+        targets,
+        bank.adapters,
+        router=None if router is None else OverridableRouter(router),
+        literal=literal,
+        router_layer=router_settings.layer,
+        depths=(router_settings.depths or ()) if lead is None and literal is None else (),
+        skip_tokens=router_settings.skip_tokens,
+        lead=lead,
+    )
+
+
+def bank_format(manifest: Manifest) -> PromptFormat:
+    """How a bank's prompts become ids.
+
+    Raises:
+        BankError: a format of a later version.
+    """
+    found = completed(manifest.training_configuration)
+    version, router = found["prompt_format"], found.get("router", {})
+    if version not in (1, 2):
+        raise BankError(
+            f"manifest: prompt_format: found {version!r}, expected 1 or 2; a newer bank needs a newer amlora-dist"
+        )
+    return PromptFormat(version, int(router.get("max_text_tokens") or DEFAULT_TEXT_TOKENS))
+
+
+def answer_settings(manifest: Manifest) -> AnswerSettings:
+    """How a bank weighs the labels of a task. Raises BankError where the settings do not fit this version."""
+    try:
+        return AnswerSettings(**completed(manifest.training_configuration)["answer"])
+    except (ValidationError, TypeError) as error:
+        raise BankError(f"manifest: the settings of its answers do not fit this version: {error}") from error
+
+
+def bank_targets(transformer: PreTrainedModel, paths: Sequence[str]) -> list[Target]:
+    """The modules that a bank adapts, in the model's order.
+
+    Raises:
+        BankError: the model has no linear layer of that path.
+    """
+    wanted, found = set(paths), []
+    for stack in layer_stacks(transformer):
+        for index, layer in enumerate(stack.layers):
+            for inner, module in layer.named_modules():
+                path = f"{stack.path}.{index}.{inner}"
+                if path in wanted and (sizes := linear_sizes(module)) is not None:
+                    wanted.remove(path)
+                    found.append(Target(path, *sizes, index, stack.part))
+    if wanted:
+        raise BankError(
+            f"the bank adapts {min(wanted)}, which is no linear layer of {type(transformer).__name__}; "
+            "it belongs to another base model"
+        )
+    return found
+
+
+def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
+    """The base model of a bank, as a local folder with the right digest.
+
+    Raises:
+        UserError: it is not where the bank says (and ``base`` was not given), or its files are not those that the
+            bank was trained on.
+    """
+    if base is None and (known := _remembered(entry.digest)) is not None:
+        return known
+    source = entry.source if base is None else str(base)
+    revision = entry.revision if base is None else None
+    try:
+        found = resolve_base(ModelSettings(source=source, revision=revision), home())
+    except UserError as error:
+        if base is not None:
+            raise
+        raise UserError(
+            f"the bank's base model {entry.source!r} cannot be had from there ({error}); give the folder or Hub id "
+            f"of the model whose files have sha256 {entry.digest[:12]}... as base= (on the command line --base)"
+        ) from error
+    if found.digest != entry.digest:
+        raise UserError(
+            f"base model {source!r}: digest: found {found.digest[:12]}..., the bank was trained on "
+            f"{entry.digest[:12]}... ({entry.source!r}, revision {entry.revision or 'not pinned'}); with other "
+            "weights, configuration or tokenizer the adapters would answer wrongly: give that very model as base= (--base)"
+        )
+    return found
+
+
+def remember_base(base: BaseModel) -> None:
+    """Note in ``AMLORA_HOME`` where a base model lies: banks name it without its folder, which is nobody else's business."""
+    if Path(base.source).expanduser().is_dir():
+        file = home() / "bases" / f"{base.digest}.txt"
+        if not file.is_file() or file.read_text(encoding="utf-8") != str(base.path):
+            write_bytes(file, str(base.path).encode())
+
+
+def _remembered(digest: str) -> BaseModel | None:
+    """The base model of this digest, if it still lies where it was when it was last used here."""
+    file = home() / "bases" / f"{digest}.txt"
+    if not file.is_file():
+        return None
+    try:
+        found = resolve_base(ModelSettings(source=file.read_text(encoding="utf-8")), home())
+    except (UserError, OSError, UnicodeDecodeError):
+        return None
+    return found if found.digest == digest else None
+
+
+def pulled(uri: str, tracking_uri: str | None, trust: Trust | None = None) -> tuple[str, Path]:
+    """The version that a URI means, and its folder below ``AMLORA_HOME/banks``."""
+    from amlora_dist.registry.pulling import pull_home
+    from amlora_dist.registry.store import Store
+
+    store = Store.open(home(), tracking_uri)
+    version = store.resolve(uri)
+    return version.uri, pull_home(store, version, home() / "banks", trust=trust)
+
+
+def chosen_device(asked: torch.device | str | None) -> torch.device:
+    """The device asked for; the first GPU, or the CPU."""
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def chosen_dtype(asked: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; bf16 where the device has it, else fp32."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked is None or asked == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    if asked not in DTYPES:
+        raise UserError(f"dtype: found {asked!r}, expected one of {', '.join(DTYPES)}, or a torch dtype")
+    return DTYPES[asked]
+
+
+def chosen_attention(manifest: Manifest, device: torch.device) -> str:
+    """transformers' attention implementation: the one that the bank was trained with, where the device has it."""
+    model = manifest.training_configuration.get("model")
+    asked = model.get("attention", "sdpa") if isinstance(model, dict) else "sdpa"
+    return asked if asked in ("sdpa", "eager") or (asked in ATTENTION and device.type == "cuda") else "sdpa"

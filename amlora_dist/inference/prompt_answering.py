@@ -1,0 +1,197 @@
+"""Banks whose router has no keys for plain text: those before 0.2, and methods without a posterior.
+
+They answer as they always did: a text behind the bank's own prompt is routed in the same pass that reads it, and only
+``classify`` looks for the labels and the prompt of the task that was found.
+
+Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.router_override import OverridableRouter, PartlyGivenRouter, routed_by
+from amlora_dist.adapters.selector_layer import mean_over_prompt
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, picked
+from amlora_dist.evaluation.requests import (
+    Answer,
+    Classification,
+    Prompter,
+    Request,
+    Route,
+    batches,
+    routes,
+    tensors,
+)
+from amlora_dist.training.batching import prompt_positions
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.adapters.router import Router
+
+
+class PromptAnswering:
+    """A bank in its base model, which routes whole prompts. Every call takes the router in place of the bank's own, if any.
+
+    Args:
+        mixture: of the model.
+        decoder: of the model.
+        prompter: of the bank.
+        rows_TN: how much each task uses each adapter.
+    """
+
+    def __init__(self, mixture: Mixture, decoder: Decoder, prompter: Prompter, rows_TN: Tensor) -> None:
+        self.mixture, self.decoder, self.prompter, self.rows_TN = mixture, decoder, prompter, rows_TN
+        self.tasks = mixture.task_names
+
+    def routed(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Route]:
+        """How the router weighs texts behind the bank's prompt."""
+        self.prompter.fill(requests, new_tokens=0)
+        return routes(self._gates(requests, batch_size, router), self.tasks, self.rows_TN)
+
+    def answered(
+        self, requests: Sequence[Request], batch_size: int, max_new_tokens: int | None, router: Router | None
+    ) -> list[Answer]:
+        """Greedy answers."""
+        named = {request.task for request in requests}
+        steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
+        self.prompter.fill(requests, new_tokens=steps)
+        made: dict[int, Answer] = {}
+        for batch in batches(requests, batch_size):
+            state, gate_BT = self.prefill(batch, router)
+            with torch.no_grad(), routed_by(router):
+                outputs = self.decoder.greedy(state, steps, bool)
+            ways = routes(gate_BT, self.tasks, self.rows_TN)
+            for request, (tokens, ended), route in zip(batch, outputs, ways, strict=True):
+                made[request.place] = Answer(self.prompter.decode(tokens), ended, route)
+        return [made[place] for place in range(len(requests))]
+
+    def next_token_logits(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> Tensor:
+        """Scores of the first token of each answer, (B, vocabulary) fp32 on the CPU."""
+        self.prompter.fill(requests, new_tokens=1)
+        found: dict[int, Tensor] = {}
+        for batch in batches(requests, batch_size):
+            state, _ = self.prefill(batch, router)
+            found |= {request.place: row for request, row in zip(batch, state.logits.float().cpu(), strict=True)}
+        return torch.stack([found[place] for place in range(len(requests))])
+
+    def classifying(
+        self, requests: Sequence[Request], batch_size: int, router: Router | None
+    ) -> Generator[int, None, list[Classification]]:
+        """Labels, with a stop after each pass."""
+        self._choose_labels([request for request in requests if request.labels is None], batch_size, router)
+        ranked = [request for request in requests if request.labels]
+        # Room for each one's own labels: those of another caller must not cut this one's text.
+        sizes: dict[int, list[Request]] = {}
+        for request in ranked:
+            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
+        for longest, group in sizes.items():
+            self.prompter.fill(group, new_tokens=longest + 1)
+        made: dict[int, Classification] = {}
+        for request in requests:
+            if not request.labels and request.gate is not None:
+                route = routes(request.gate[None], self.tasks, self.rows_TN)[0]
+                made[request.place] = Classification(None, request.task, {}, route)
+        for batch in batches(ranked, batch_size):
+            made |= yield from self._ranking(batch, batch_size, router)
+        return [made[place] for place in range(len(requests))]
+
+    def _choose_labels(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> None:
+        """Give every request the labels of its task; of the task that the router chooses, where none is named."""
+        for task in {request.task for request in requests if request.task is not None}:
+            self.prompter.labels_of(task)
+        routed = [request for request in requests if request.task is None]
+        if routed:
+            self.prompter.fill(routed, new_tokens=0)
+            gate_BT = self._gates(routed, batch_size, router)
+            found = routes(gate_BT, self.tasks, self.rows_TN)
+            for request, gate_T, route in zip(routed, gate_BT, found, strict=True):
+                request.gate, request.task = gate_T, route.task
+        for request in requests:
+            labels = None if request.task is None else self.prompter.entry(request.task).labels
+            request.labels = None if labels is None else tuple(labels)
+
+    @torch.no_grad()
+    def _gates(self, requests: Sequence[Request], batch_size: int, chosen: Router | None) -> Tensor:
+        """The router's gates (B, T), on the model's device, by a partial pass."""
+        router = chosen or self.mixture.router
+        made: dict[int, Tensor] = {}
+        for batch in batches(requests, batch_size):
+            if router is None:
+                gate_BT = self.prefill(batch, chosen)[1].to(self.mixture.device)
+            elif router.needs_features:
+                inputs = tensors(batch, **self._collation)
+                positions = prompt_positions(
+                    self.mixture.model, inputs["attention_mask"], encoder_decoder=self.decoder.encoder_decoder
+                )
+                features = self.mixture.routing_features(**(inputs | positions))  # type: ignore[arg-type]
+                gate_BT = router.gates(features, len(batch))
+            else:
+                gate_BT = router.gates(None, len(batch))
+            made |= {request.place: row for request, row in zip(batch, gate_BT, strict=True)}
+        return torch.stack([made[request.place] for request in requests])
+
+    @torch.no_grad()
+    def prefill(self, batch: Sequence[Request], router: Router | None) -> tuple[Prefilled, Tensor]:
+        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used."""
+        inputs = tensors(batch, **self._collation)
+        routing: dict[str, Any] = {"prompt_mask": inputs["prompt_mask"]}
+        noted: list[Tensor] = []
+        selected: list[Tensor] = []
+        given = [request.gate for request in batch]
+        if all(gate is not None for gate in given):
+            routing["task_gate"] = torch.stack([gate for gate in given if gate is not None])
+            noted.append(routing["task_gate"])
+        elif self.mixture.router is not None:
+            routing["on_route"] = lambda _features, gate_BT: noted.append(gate_BT)
+            if any(gate is not None for gate in given):
+                bank_router = self.mixture.router
+                inner = bank_router.inner if isinstance(bank_router, OverridableRouter) else bank_router
+                router = PartlyGivenRouter(router or inner, given)
+        else:
+            mask_BS = inputs["prompt_mask"]
+            routing["on_select"] = lambda _path, selection: selected.append(mean_over_prompt(selection.weights, mask_BS))
+        with routed_by(router):
+            state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
+        return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
+
+    def _ranking(
+        self, batch: Sequence[Request], batch_size: int, router: Router | None
+    ) -> Generator[int, None, dict[int, Classification]]:
+        """One pass over all prompts; then the labels of each set behind the rows that have it."""
+        state, gate_BT = self.prefill(batch, router)
+        found = routes(gate_BT, self.tasks, self.rows_TN)
+        longest = max(len(request.tokens) for request in batch)
+        sets: dict[tuple[str, ...], list[int]] = {}
+        for row, request in enumerate(batch):
+            sets.setdefault(request.labels or (), []).append(row)
+        made: dict[int, Classification] = {}
+        yield longest * len(batch)
+        for names, rows in sets.items():
+            plan = self.prompter.plan(names)
+            part = state if len(rows) == len(batch) else picked(state, rows)
+            passes = contexts_per_pass(longest, batch_size, plan)
+            scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)
+            while True:
+                try:
+                    with routed_by(router):  # only while it computes: others run at the stops, by theirs
+                        tokens = next(scoring)
+                except StopIteration as end:
+                    scores_BL: Tensor = end.value
+                    break
+                yield tokens
+            shares, best = torch.softmax(scores_BL, dim=-1).tolist(), scores_BL.argmax(dim=-1).tolist()
+            for row, share, winner in zip(rows, shares, best, strict=True):
+                scores = dict(zip(names, share, strict=True))
+                made[batch[row].place] = Classification(names[winner], batch[row].task, scores, found[row])
+        return made
+
+    @property
+    def _collation(self) -> dict[str, Any]:
+        return {
+            "pad_id": self.decoder.pad_id, "encoder_decoder": self.decoder.encoder_decoder, "device": self.mixture.device
+        }  # fmt: skip

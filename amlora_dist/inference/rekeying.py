@@ -1,0 +1,157 @@
+"""A finished bank whose statistics are made again from rows: one of before 0.2 then routes and answers plain text.
+
+Adapters stay bit for bit. The router's keys, and what calibrates them, are made of the texts of rows that the caller has;
+the bank then has prompt format 2. Its adapters were trained behind prompts of format 1, whose ids differ at the seams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from amlora_dist.adapters.inject import inject
+from amlora_dist.adapters.keyed_router import keyed_router
+from amlora_dist.adapters.settings import RouterSettings
+from amlora_dist.adapters.statistics import HeldOut, TaskStatistics
+from amlora_dist.adapters.targets import default_depths
+from amlora_dist.base_model import load_model, load_tokenizer
+from amlora_dist.config.former_values import completed
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.decoding import Decoder, contexts_per_pass
+from amlora_dist.evaluation.requests import Prompter, Request
+from amlora_dist.inference.import_peft import sample_features
+from amlora_dist.inference.loading import bank_targets, resolve_bank_base
+from amlora_dist.registry.bank_folder import read_bank, statistics_entry, write_bank
+from amlora_dist.registry.manifest import RouterEntry
+from amlora_dist.registry.manifest import replace as with_changes
+from amlora_dist.tasks.prompt_format import PromptFormat
+from amlora_dist.training.stage_statistics import held_out_places
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.registry.manifest import Manifest
+    from amlora_dist.tasks.task_entry import TaskEntry
+
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """Texts of one task with their right answers, in one order."""
+
+    texts: Sequence[str]
+    answers: Sequence[str]
+
+
+def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str | None = None) -> Manifest:
+    """Write a bank with the adapters of another and a router for plain text.
+
+    Args:
+        source: folder of the bank.
+        dest: folder to write.
+        rows: of every task of the bank; for tasks with labels every answer is one of them.
+        base: folder or Hub id of the base model, where it is not at the place that the bank names.
+
+    Raises:
+        UserError: a task without rows or description, a bank that no router of tasks weighs, another base model.
+        BankError: the bank is damaged.
+    """
+    bank = read_bank(source, statistics=False)
+    manifest = bank.manifest
+    if manifest.router.kind != "posterior":
+        raise UserError(f"rekey: found router kind {manifest.router.kind!r}, expected posterior: others read no texts")
+    if missing := [task for task in manifest.tasks if not rows.get(task) or not rows[task].texts]:
+        raise UserError(f"rekey: found no rows of {', '.join(missing)}, expected some of every task; give --rows TASK=FILE")
+    found = resolve_bank_base(manifest.base, base)
+    model, tokenizer = load_model(found, dtype=torch.float32).eval(), load_tokenizer(found.path)
+    stored = completed(manifest.training_configuration)
+    settings = RouterSettings(**stored.get("router", {}))
+    targets = bank_targets(model, manifest.targets)
+    probe = inject(model, targets, bank.adapters, router_layer=settings.layer)
+    layer = probe.router_layer
+    probe.remove()
+    depths = default_depths(layer)
+    mixture = inject(
+        model, targets, bank.adapters, router_layer=layer, depths=depths, skip_tokens=settings.skip_tokens
+    )
+    entries = {line.task: line.task_spec for line in manifest.adapters}
+    longest = max((entry.max_length for entry in entries.values() if entry is not None), default=512)
+    prompter = Prompter(
+        entries, manifest.bank_template, tokenizer, encoder_decoder=found.encoder_decoder,
+        positions=getattr(model.config, "max_position_embeddings", None), prompt_format=PromptFormat(2, longest),
+    )  # fmt: skip
+    statistics = [
+        _statistics(model, mixture, prompter, found, task, prompter.entry(task), rows[task]) for task in manifest.tasks
+    ]
+    router = keyed_router(statistics, rule="label", shrinkage=None, gate=settings.gate)
+    section = {
+        **stored.get("router", {}), "keys": "label", "depths": depths, "layer": layer, "max_text_tokens": longest,
+        "shrinkage": "held_out",
+    }  # fmt: skip
+    configuration = {
+        **stored, "prompt_format": 2, "router": section, "answer": {"evidence": "both", "beta": "calibrated"},
+    }  # fmt: skip
+    changed = with_changes(
+        manifest,
+        router=RouterEntry(kind=router.kind, settings=router.settings(), digest="0" * 64),
+        statistics=[statistics_entry(k, s.task, s.tensors()) for k, s in enumerate(statistics, start=1)],
+        training_configuration=configuration,
+        adapters=[dataclasses.replace(line, stored=None) for line in manifest.adapters],
+    )
+    return write_bank(dest, changed, bank.adapters, router.tensors(), {s.task: s.tensors() for s in statistics})
+
+
+def _statistics(
+    model: Any, mixture: Mixture, prompter: Prompter, base: Any, task: str, entry: TaskEntry, rows: TaskRows
+) -> TaskStatistics:
+    """Of one task: most rows for the keys, a share held out."""
+    labels = list(entry.labels or [])
+    if odd := sorted(set(rows.answers) - set(labels)) if labels else []:
+        raise UserError(f"rekey: task {task!r}: found answer {odd[0]!r}, its labels are {', '.join(labels)}")
+    features = sample_features(model, mixture, prompter, base, task, entry, rows.texts)
+    places = [labels.index(answer) if labels else -1 for answer in rows.answers]
+    held = held_out_places(len(places), 0.1, seed=0, task=task)
+    kept = [place for place in range(len(places)) if place not in set(held)]
+    own = TaskStatistics.from_features(task, features[kept], [max(places[k], 0) for k in kept], len(labels))
+    if not held:
+        return own
+    unseen = HeldOut(features[held].float(), torch.tensor([places[k] for k in held]))
+    if labels:
+        likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], tuple(labels))
+        unseen = replace(unseen, loglikelihoods=likelihoods)
+    return replace(own, held=unseen)
+
+
+@torch.no_grad()
+def _likelihoods(
+    mixture: Mixture, prompter: Prompter, task: str, texts: Sequence[str], labels: tuple[str, ...]
+) -> torch.Tensor:
+    """What the model says of each label of each text under the task's own row, (rows, labels), nats."""
+    tokenizer = prompter.tokenizer
+    decoder = Decoder(
+        mixture.model, pad_id=int(tokenizer.pad_token_id), eos_id=int(tokenizer.eos_token_id),
+        encoder_decoder=prompter.encoder_decoder,
+    )  # fmt: skip
+    plan = prompter.plan(labels)
+    found = []
+    for start in range(0, len(texts), BATCH):
+        requests = [Request(place, text, task=task) for place, text in enumerate(texts[start : start + BATCH])]
+        prompter.read(requests)
+        for request in requests:
+            prompter.ask(request, new_tokens=plan.longest + 1)
+        width = max(len(request.tokens) for request in requests)
+        left = not prompter.encoder_decoder
+        ids, mask = [], []
+        for request in requests:
+            fill, ones = [decoder.pad_id] * (width - len(request.tokens)), [1] * len(request.tokens)
+            ids.append([*fill, *request.tokens] if left else [*request.tokens, *fill])
+            mask.append([0] * len(fill) + ones if left else ones + [0] * len(fill))
+        gate = mixture.one_hot(mixture.task_names.index(task), len(requests))
+        state = decoder.prefill(torch.tensor(ids), torch.tensor(mask), task_gate=gate)
+        found.append(decoder.label_scores(state, plan, contexts_per_pass=contexts_per_pass(width, BATCH, plan)))
+    return torch.cat(found)

@@ -1,0 +1,262 @@
+"""The optimizer loop of one stage: steps, losses, checkpoints, and a clean end when asked to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amlora_dist.adapters.dropout import DropoutKeys, row_keys
+from amlora_dist.crash_points import reach
+from amlora_dist.errors import TrainingError
+from amlora_dist.tasks.batches import IGNORED, Example
+from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
+from amlora_dist.training.best_checkpoint import BestKeeper, best_of, exhausted
+from amlora_dist.training.checkpoint import Progress, checkpoint_name, newest_checkpoint, save_checkpoint
+from amlora_dist.training.engine import Engine
+from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
+from amlora_dist.training.optimizer import rate_factor
+from amlora_dist.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from amlora_dist.training.batching import Chosen
+    from amlora_dist.training.remote_storage import Mirror
+
+STOP_FILE = "STOP"
+"""When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
+
+
+class Learner:
+    """Runs the steps of one stage on one rank."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loss: LossComputer,
+        examples: Sequence[Example],
+        settings: TrainingSettings,
+        *,
+        layout: Layout,
+        seed: int,
+        stage: str,
+        folder: Path,
+        fingerprint: str,
+        gate: Tensor | None,
+        dropout: bool = False,
+        extra_loss: Callable[[], Tensor | None],
+        selection_loss: Callable[[Chosen], Tensor] | None = None,
+        use_selectors: Callable[[bool], None] | None = None,
+        teacher_gate: Tensor | None = None,
+        distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
+        report: Callable[[dict[str, Any]], None],
+        mirror: Mirror | None = None,
+        keeper: Callable[[int], BestKeeper] | None = None,
+    ) -> None:
+        """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
+        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
+        that checkpoints are copied to, and fetched from where the folder has none as new. ``keeper``, made for so many
+        steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last."""
+        self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
+        self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
+        self.gate, self.extra_loss, self.report = gate, extra_loss, report
+        self.seed, self.dropout = seed, dropout
+        self.teacher_gate, self.distillation = teacher_gate, distillation
+        self.selection_loss, self.use_selectors = selection_loss, use_selectors
+        self.mirror = mirror
+        self.schedule = Schedule(
+            len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
+        )
+        self.keeper = None if keeper is None else keeper(self.schedule.steps)
+
+    def resume(self) -> Progress | None:
+        """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
+        folder, ranks, shapes = self.folder / "checkpoints", self.engine.ranks, self.engine.state_shapes()
+        if self.mirror is not None:
+            self.mirror.fetch(folder)
+        found = newest_checkpoint(folder, self.fingerprint, shapes)
+        steps = ranks.gather(-1 if found is None else found[1].step)
+        if self.mirror is not None and len(set(steps)) != 1:  # a node has one that was not copied any more
+            name = checkpoint_name(steps[0])
+            if ranks.rank == 0 and found is not None:
+                self.mirror.keep(folder / name)
+            ranks.gather(None)  # nobody looks for it before it is there
+            if ranks.rank != 0:
+                self.mirror.bring(name, folder)
+            found = newest_checkpoint(folder, self.fingerprint, shapes, at=steps[0])
+            steps = ranks.gather(-1 if found is None else found[1].step)
+        if len(set(steps)) != 1:
+            raise TrainingError(
+                f"ranks see different checkpoints (steps {steps}); `storage` must be one folder that all nodes mount, or a"
+                " URL that all nodes can read and write"
+            )
+        if found is None:
+            return None
+        state, progress = found
+        self.engine.import_state(state, progress.step)
+        if self.keeper is not None:
+            self.keeper.take_up(state)
+        self.report({"kind": "resumed", "step": progress.step})
+        return progress
+
+    def run(self, progress: Progress) -> Progress:
+        """Train from ``progress`` to the end.
+
+        Raises:
+            StoppedError: the stop file appeared; a checkpoint is written.
+            NonFiniteLossError: at the first step whose loss is not finite.
+            DeviceMemoryError: at the first step that does not fit in memory.
+        """
+        began, before = time.monotonic(), progress.seconds
+        for step in range(progress.step, self.schedule.steps):
+            if self._ended(progress):
+                break
+            stop = self._advance(progress, step)
+            looked = self.keeper is not None and self.keeper.look(progress.step, progress.held_losses)
+            progress.seconds = before + time.monotonic() - began
+            self.report(
+                {
+                    "kind": "step",
+                    "step": progress.step,
+                    "steps": self.schedule.steps,
+                    "loss": progress.losses[-1],
+                    "tokens": progress.tokens,
+                    "seconds": progress.seconds,
+                    "next_rows": self._rows(step + 1),
+                }
+            )
+            reach("step_done")
+            if looked:
+                step_at, loss = progress.held_losses[-1]
+                self.report({"kind": "held_out", "step": step_at, "loss": loss})
+            last = progress.step == self.schedule.steps or self._ended(progress)
+            if stop or last or progress.step % self.settings.checkpoint_every == 0:
+                self._checkpoint(progress)
+            if stop and not last:
+                raise StoppedError(f"stage {self.stage!r} stopped after step {progress.step}; a checkpoint is written")
+        if self.keeper is not None:
+            best = best_of(progress.held_losses, self.settings.near_tie)
+            progress.kept_step = None if best is None else int(progress.held_losses[best][0])
+            if progress.kept_step != progress.step:
+                self.keeper.restore(progress.step)
+        return progress
+
+    def warm(self, progress: Progress, steps: int) -> Progress:
+        """Take the first ``steps`` steps without checkpoints: one start of several (``race``). Errors as in ``run``."""
+        began = time.monotonic()
+        for step in range(steps):
+            if self._advance(progress, step):
+                raise StoppedError(f"stage {self.stage!r} stopped while its starts raced; the race begins again")
+        progress.seconds += time.monotonic() - began
+        return progress
+
+    def commit(self, progress: Progress) -> None:
+        """Write a checkpoint of the present state."""
+        self._checkpoint(progress)
+
+    def _ended(self, progress: Progress) -> bool:
+        """Whether held-out rows say that it gets no better."""
+        return self.keeper is not None and exhausted(progress.held_losses, self.settings)
+
+    def _advance(self, progress: Progress, step: int) -> bool:
+        """One optimizer step, noted in ``progress``; whether any rank was told to stop."""
+        place = batch_text(step + 1, self._rows(step))
+        with memory_watched(place, LESS_MEMORY, step + 1):
+            loss, stop = self._step(step)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
+                " those rows",
+                step + 1,
+            )
+        progress.step = step + 1
+        progress.losses.append(loss)
+        progress.tokens += all_tokens([self.examples[i] for i in self.schedule.rows(step)])
+        return stop
+
+    def _rows(self, step: int) -> list[int]:
+        """Row numbers of a step's global batch, as the source counts them; none after the last step."""
+        return [self.examples[i].row for i in self.schedule.rows(step)] if step < self.schedule.steps else []
+
+    def _step(self, step: int) -> tuple[float, bool]:
+        """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.
+
+        The loss is the rows' cross-entropy (smoothed, if so configured), without what the method adds; it is NaN if that
+        is not finite.
+        """
+        ranks = self.engine.ranks
+        batch = [self.examples[i] for i in self.schedule.rows(step)]
+        tokens = target_tokens(batch)
+        places = {id(row): place for place, row in enumerate(batch)}
+        begun = step
+        phase, step, steps = self._phase(step)
+        total = torch.zeros(3, device=self.engine.device)
+        for part, counts in micro_batches(batch, ranks.rank, self.layout):
+            keys = self._dropout_keys(begun, [places[id(row)] for row in part]) if self.dropout else None
+            loss, distilled, selection = self._losses(part, phase, keys)
+            loss = loss / tokens if counts else loss * 0.0
+            total[0] += loss.detach()
+            added = torch.zeros((), device=self.engine.device)
+            if distilled is not None and counts:
+                added = added + distilled / tokens
+            if selection is not None:  # at weight 0 too: a gradient on some ranks only would hang a collective
+                added = added + selection * (counts * len(part) / len(batch))
+            extra = self.extra_loss()
+            if extra is not None:
+                added = added + extra / (ranks.world * self.layout.accumulation)
+            total[2] += added.detach()
+            loss = loss + added
+            self.engine.backward(loss)
+        if ranks.rank == 0 and (self.folder / STOP_FILE).exists():
+            total[1] = 1.0
+        loss_sum, stop, added_sum = ranks.sum(total).tolist()
+        if not math.isfinite(added_sum):
+            return math.nan, stop > 0
+        if math.isfinite(loss_sum):
+            self.engine.step(rate_factor(step, steps, self.settings), phase)
+        return loss_sum, stop > 0
+
+    def _phase(self, step: int) -> tuple[int, int, int]:
+        """Phase of a step, which of the phase's steps it is, and how many these are."""
+        if self.use_selectors is None:
+            return 1, step, self.schedule.steps
+        half = self.schedule.steps // 2
+        self.use_selectors(step >= half)
+        return (1, step, half) if step < half else (2, step - half, self.schedule.steps - half)
+
+    def _dropout_keys(self, step: int, places: list[int]) -> DropoutKeys:
+        """For rows by their places in the step's global batch: the same whichever rank computes them."""
+        return row_keys(
+            self.seed, self.stage, step, places, from_right=not self.loss.encoder_decoder, device=self.engine.device
+        )
+
+    def _losses(
+        self, part: Sequence[Example], phase: int, keys: DropoutKeys | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of a micro-batch: cross-entropy and, if the method has a teacher, distillation, sums over the target tokens;
+        and the term of what the selectors chose, a mean over rows."""
+        gate, smoothing = self.gate if phase == 1 else None, self.settings.label_smoothing
+        if self.teacher_gate is None or self.distillation is None:
+            chosen: Chosen | None = [] if self.selection_loss is not None else None
+            logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, gate, chosen, keys)
+            loss = self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing)
+            return loss, None, self.selection_loss(chosen) if self.selection_loss is not None and chosen else None
+        with torch.no_grad():
+            teacher_BLV, _ = self.loss.logits(self.engine.model, part, self.teacher_gate)
+        logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate, dropout_keys=keys)
+        targets = labels_BL != IGNORED
+        distilled = self.distillation(logits_BLV[targets].float(), teacher_BLV[targets].float())
+        return self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing), distilled, None
+
+    def _checkpoint(self, progress: Progress) -> None:
+        state = self.engine.export_state()
+        if self.keeper is not None:
+            state |= self.keeper.state()
+        if self.engine.ranks.rank == 0:
+            saved = save_checkpoint(self.folder / "checkpoints", state, progress)
+            if self.mirror is not None:
+                self.mirror.keep(saved)

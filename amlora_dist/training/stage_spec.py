@@ -1,0 +1,231 @@
+"""What a stage is told to do, as plain data: it travels to the workers and lies beside the stage's results."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
+from amlora_dist.errors import UserError
+from amlora_dist.tasks.sources import TaskData, load_task
+from amlora_dist.tasks.task import TaskSpec, read_mapping
+from amlora_dist.tasks.task_entry import TaskEntry, task_entry
+from amlora_dist.training.remote_storage import Copies, Mirror
+from amlora_dist.training.result import is_whole
+from amlora_dist.training.settings import StageSettings
+
+Mode = str
+"""``untrained``, ``router``, ``oracle`` (told the task), ``own`` (as ``router``, but each row behind its own task's prompt,
+which tells the task), or ``without.N``: as ``router``, the Nth adapter silent."""
+WITHOUT = "without."
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter of the bank below the stage: its digest, and the folder of ``training.result`` that holds it."""
+
+    task: str
+    digest: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One score to compute: a task and split under one way of gating."""
+
+    task: str
+    split: str
+    mode: Mode
+    fingerprint: str
+    folder: str
+    """Where predictions and summary go; whole when ``summary.json`` is there."""
+    before: tuple[str, ...] = ()
+    """Folders of scores of the same rows that differ from this one in nothing but the gates (``evaluation.unchanged``);
+    those that are not there are passed over."""
+    features: str | None = None
+    """File of what the router reads of these rows."""
+
+    @property
+    def done(self) -> bool:
+        return self.summary() is not None
+
+    def summary(self) -> dict[str, Any] | None:
+        """The score; None where it was not computed, or its file is damaged and has to be written again."""
+        try:
+            found = json.loads((Path(self.folder) / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        whole = isinstance(found, dict) and found.get("fingerprint") == self.fingerprint
+        return found if whole and {"accuracy", "seconds"} <= found.keys() else None
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """One stage: train an adapter on top of its parents (unless it is there already), then score cells."""
+
+    fingerprint: str
+    index: int
+    """1-based place of the stage in its sequence."""
+    task: str
+    folder: str
+    """Absolute; ``trained/``, ``checkpoints/`` and ``progress.jsonl`` go here."""
+    settings: StageSettings
+    base: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    """Specifications by name, of the task to learn and of all that are scored."""
+    data_seed: int
+    data_dir: str | None
+    parents: list[Parent]
+    cells: list[Cell]
+    deepspeed: dict[str, Any]
+    evaluation_batch_size: int
+    rows: dict[str, int | None] = field(default_factory=dict)
+    """Tasks whose training rows the stage learns from, and how many of each at most; default: its own, all of them."""
+    mixed: dict[str, int] = field(default_factory=dict)
+    """Other tasks of which so many training rows stand among the stage's own, which nobody told it (``boundary_mix``)."""
+    data_digests: dict[str, str] = field(default_factory=dict)
+    """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
+    plain_texts: bool = False
+    """Score rows as plain texts, through the function that serves them, where the bank's router can."""
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the parent bank says of its tasks, by name: a text may be routed to them."""
+    sealed: tuple[str, ...] = ()
+    """Splits that must not be opened."""
+    cache: str = ""
+    """Folder of files that may be deleted at any time; absolute, on any node its own."""
+    root: str = ""
+    """The folder below which all others lie; absolute."""
+    url: str | None = None
+    """Where checkpoints are copied to, if nodes share no folder (``training.mirror``)."""
+    apart: bool = False
+    """Whether workers have folders of their own: then what is finished goes to ``url`` too, and comes from there."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def trained(self) -> Path:
+        """The result of training; whole when ``COMMIT`` is there."""
+        return self.path / "trained"
+
+    @property
+    def is_trained(self) -> bool:
+        return is_whole(self.trained)
+
+    @property
+    def copies(self) -> Copies | None:
+        """Copies of what is finished; None where driver and workers read the same folders."""
+        return Copies(self.url, Path(self.root)) if self.url is not None and self.apart else None
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Copies of this stage's checkpoints."""
+        return None if self.url is None else Copies(self.url, Path(self.root)).mirror(self.path)
+
+    def progress(self) -> tuple[int, int]:
+        """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
+        names = [mark.parent.name for mark in self.path.glob("checkpoints/step-*/COMMIT")]
+        if self.apart and self.mirror is not None:
+            names += self.mirror.committed()
+        steps = [int(name.removeprefix("step-")) for name in names]
+        return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
+
+    def send(self) -> None:
+        """From the driver: copy what workers need who have folders of their own."""
+        if (copies := self.copies) is not None:
+            for folder in [Path(parent.folder) for parent in self.parents] + [self.trained] * self.is_trained:
+                copies.send(folder)
+
+    def bring(self) -> None:
+        """To the driver: fetch what such workers have made."""
+        if (copies := self.copies) is not None:
+            copies.bring(self.trained, partial(is_whole, self.trained))
+            for cell in self.cells:
+                copies.bring(Path(cell.folder), partial(getattr, cell, "done"))
+
+    def moved(self, root: Path, cache: Path) -> StageWork:
+        """The same work on a node whose own folder is ``root``."""
+
+        def here(path: str) -> str:
+            return str(root / Path(path).relative_to(self.root))
+
+        cells = [
+            replace(
+                cell,
+                folder=here(cell.folder),
+                before=tuple(here(folder) for folder in cell.before),
+                features=None if cell.features is None else here(cell.features),
+            )
+            for cell in self.cells
+        ]
+        parents = [replace(parent, folder=here(parent.folder)) for parent in self.parents]
+        return replace(
+            self, folder=here(self.folder), parents=parents, cells=cells, cache=str(cache), root=str(root)
+        )
+
+    def base_model(self) -> BaseModel:
+        """The base model, in the folder where the driver found it; where nodes share none, brought to this node.
+
+        Raises:
+            UserError: this node has no such folder, or another model.
+        """
+        path, source = Path(self.base["path"]), str(self.base["source"])
+        if (path / "config.json").is_file():
+            return BaseModel(**{**self.base, "path": path})
+        from_hub = path.parent.name == "snapshots"
+        if not self.apart or not (from_hub or source.startswith("package:")):
+            raise UserError(
+                f"model.source: {source!r} lies in {path} where the driver runs, and node {platform.node()} has"
+                " nothing there; put it into a folder that all nodes share: for a model from the Hub set HF_HOME to one on"
+                " every node, for a package's AMLORA_HOME"
+            )
+        commit = path.name if from_hub else None
+        home = Path(self.root).parent  # of a node that has a folder of its own
+        found = resolve_base(ModelSettings(source=source, revision=commit), home)
+        if found.digest != self.base["digest"]:
+            raise UserError(
+                f"model.source: {source!r} has digest {found.digest[:12]} on node {platform.node()}, where the driver runs"
+                f" {self.base['digest'][:12]}; use one image on all nodes"
+            )
+        return found
+
+    def entry(self, task: str) -> TaskEntry | None:
+        """Labels and prompt of a task of the bank; None where nobody knows them."""
+        if task in self.tasks:
+            return task_entry(self.spec(task))
+        return TypeAdapter(TaskEntry).validate_python(self.entries[task]) if task in self.entries else None
+
+    def spec(self, task: str) -> TaskSpec:
+        return read_mapping(self.tasks[task], origin=Path(f"task {task}"))
+
+    def data(self, task: str, splits: tuple[str, ...]) -> TaskData:
+        """The rows of a task, which must be those the driver saw.
+
+        Raises:
+            UserError: this node reads other rows than the driver did.
+        """
+        spec = self.spec(task)
+        data_dir = Path(self.data_dir) if self.data_dir else None
+        data = load_task(spec, seed=self.data_seed, data_dir=data_dir, splits=splits, sealed=self.sealed)
+        for split in splits:
+            expected = self.data_digests.get(f"{task}/{split}")
+            if expected is not None and data.digest(split) != expected:
+                raise UserError(
+                    f"task {task!r}, split {split}: this node reads other rows (digest {data.digest(split)[:12]}) than"
+                    f" the driver did ({expected[:12]}); data_dir must be the same files on every node"
+                )
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StageWork:
+        return TypeAdapter(cls).validate_json(text)

@@ -1,0 +1,1 @@
+"""``amlora``: the command line, one file a family of commands. What they do is in the rooms beside it."""

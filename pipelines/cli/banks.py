@@ -1,0 +1,386 @@
+"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
+``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Answered = Callable[..., AbstractContextManager[None]]
+"""Turns errors into messages and exit codes; takes ``verbose``."""
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, the rest on standard error.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
+Bank = Annotated[
+    str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
+]
+Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="[FILE]", help="JSON lines, CSV, Parquet or plain lines; - is standard input.", show_default=False
+    ),
+]
+Format = Annotated[
+    Literal["auto", "jsonl", "csv", "parquet", "text"],
+    typer.Option(help="Of the input; auto goes by its suffix or, without one, by its first line."),
+]
+Spreadsheet = Annotated[
+    bool, typer.Option("--spreadsheet", help="CSV whose texts no spreadsheet takes for formulas: a ' in front of = + - @.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
+Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
+Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
+Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
+Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read beside it.")]
+
+
+Signature = Annotated[
+    Path | None, typer.Option("--require-signature", help="PEM of the public key that must have signed the bank.")
+]
+Expected = Annotated[str | None, typer.Option("--expect-digest", help="The manifest's, as `amlora verify` prints it.")]
+
+
+def versions(name: Name, tracking_uri: TrackingUri = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the versions of a registered model, with their tasks, scores and aliases."""
+    from pipelines.cli.bank_output import show_versions
+
+    show_versions(name, tracking_uri, as_json=as_json)
+
+
+def pull(
+    uri: Uri,
+    dest: Annotated[Path | None, typer.Argument(help="Folder to make; default: NAME-VERSION.", show_default=False)] = None,
+    statistics: Annotated[bool, typer.Option(help="Fetch what only further training needs, too.")] = False,
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a self-contained folder of a version; what an interrupted pull has fetched is not fetched again."""
+    from amlora_dist.registry.signing import Trust
+    from pipelines.cli.bank_output import pull_to
+
+    trust = Trust.of(require_signature, expect_digest)
+    typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics, trust=trust))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="V1", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="V2", help="models:/NAME/VERSION or a folder.", show_default=False)],
+    sample: Annotated[
+        Path | None, typer.Option(help="Texts to ask both: whose answers change, and to what.", show_default=False)
+    ] = None,
+    column: Column = "text",
+    base: Base = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What two banks differ in: base model, tasks, adapters, router, scores; with --sample, which answers."""
+    from pipelines.cli.bank_output import show_difference
+    from pipelines.cli.scoring import Rows, answer_differences
+
+    if sample is None:
+        show_difference(first, second, tracking_uri, as_json=as_json)
+        return
+    options = {"base": base, "tracking_uri": tracking_uri}
+    answer_differences(first, second, Rows(str(sample), column), 8, options, as_json=as_json)
+
+
+def ask(
+    bank: Bank,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Plain texts, each in quotes.", show_default=False)],
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
+    from pipelines.cli.scoring import ask as ask_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    ask_bank(bank, texts, options, as_json=as_json)
+
+
+def score(
+    bank: Bank,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Rows of text and right answer.", show_default=False)],
+    task: Annotated[str, typer.Option(help="The task that the rows belong to; the bank is not told.", show_default=False)],
+    column: Column = "text",
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score rows of your own at any version, as plain text: accuracy, routing, and each kind of evidence."""
+    from pipelines.cli.scoring import Rows
+    from pipelines.cli.scoring import score as score_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    score_bank(bank, Rows(data, column, label), task, batch_size, options, as_json=as_json)
+
+
+def alias(
+    name: Name,
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Point an alias at a version."""
+    from amlora_dist.registry.signing import Trust
+    from pipelines.cli.bank_output import point
+
+    typer.echo(point(name, version, alias, tracking_uri, Trust.of(require_signature, expect_digest)))
+
+
+def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
+    """Read every part of a bank and compare it with its digest; a version is fetched as a whole for that."""
+    from pipelines.cli.bank_output import verify_bank
+
+    typer.echo(verify_bank(bank, tracking_uri))
+
+
+def prune(
+    name: Name,
+    numbers: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="[VERSION]...", help="Default: those that do not count.", show_default=False),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would be deleted.")] = False,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Delete versions that nothing refers to: no alias, no other version, no run at work.
+
+    A run that is started again trains a stage anew whose version was deleted.
+    """
+    from pipelines.cli.bank_output import prune_versions
+
+    for line in prune_versions(name, numbers or None, tracking_uri, yes=yes):
+        typer.echo(line)
+
+
+def export(
+    bank: Bank,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
+    format: Annotated[  # noqa: A002 (the option's name)
+        Literal["peft", "merged", "top1", "vllm"], typer.Option(help="What to make of the bank.")
+    ] = "peft",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="merged: TASK=WEIGHT, once for each task.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged, top1).")
+    ] = None,
+    column: Column = "text",
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, a folder for vLLM."""
+    from pipelines.cli.exports import export_bank
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    for line in export_bank(bank, dest, format, weights or [], sample, column, options):
+        typer.echo(line)
+
+
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder for the bank.", show_default=False)],
+    task: Annotated[str, typer.Option(help="Name of its task.", show_default=False)],
+    sample: Annotated[Path, typer.Option(help="Texts of the task, for the router.", show_default=False)],
+    onto: Annotated[
+        str | None, typer.Option(help="Bank (with statistics) to add it to; default: a new one.", show_default=False)
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A label of the task, once for each.")] = None,
+    question: Question = None,
+    column: Column = "text",
+    base: Base = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make an existing PEFT LoRA an adapter of a bank, with statistics for the router from a sample of its texts."""
+    from pipelines.cli.exports import import_adapter
+
+    for line in import_adapter(
+        adapter, dest, task, sample, column=column, onto=onto, labels=label, question=question, base=base,
+        tracking_uri=tracking_uri,
+    ):  # fmt: skip
+        typer.echo(line)
+
+
+def generate(
+    bank: Bank,
+    source: Source = "-",
+    output: Output = None,
+    task: Task = None,
+    question: Question = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the tasks need.")] = None,
+    column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
+    from pipelines.cli.batch_inference import Files, answer_texts
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
+    files = Files(source, output, column, format, spreadsheet)
+    answer_texts(bank, files, batch_size, call, options)
+
+
+def classify(
+    bank: Bank,
+    source: Source = "-",
+    output: Output = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A label to choose from, once for each; default: the task's.")
+    ] = None,
+    task: Task = None,
+    question: Question = None,
+    column: Column = "text",
+    format: Format = "auto",  # noqa: A002 (the option's name)
+    spreadsheet: Spreadsheet = False,
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
+    from pipelines.cli.batch_inference import Files, classify_texts
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    call = {"labels": label or None, "task": task, "question": question}
+    files = Files(source, output, column, format, spreadsheet)
+    classify_texts(bank, files, batch_size, call, options)
+
+
+def serve(
+    bank: Bank,
+    host: Annotated[str, typer.Option(help="To listen at; 0.0.0.0 for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="To listen at.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the bank; default: its own name.")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model; each batches what reaches it.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a replica; default: all, shared.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 512,
+    max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest text with its question.")] = 32768,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest body of a request.")] = 1048576,
+    max_texts: Annotated[int, typer.Option(min=1, max=4096, help="Most texts of one request.")] = 64,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Most texts at once in a replica; then 429.")] = 256,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that its head, and its body, may take.")] = 20.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients may call the server by; again for more; * for any.", show_default=False),
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Most texts of one pass.")] = 32,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of one pass.")] = 4096,
+    poll: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias.")] = 10.0,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a bank over HTTP, as OpenAI's API, on Ray Serve; follows an alias; a page to try it at /.
+
+    Clients need the key of the environment variable AMLORA_API_KEY, if it is set.
+    """
+    from amlora_dist.serving.settings import ServeSettings
+    from pipelines.cluster.serve import Place, serve_bank
+
+    settings = ServeSettings(
+        max_body_bytes=max_body_bytes, max_prompt_characters=max_prompt_characters, max_new_tokens=max_new_tokens,
+        max_texts=max_texts, max_concurrency=max_concurrency, request_timeout_s=request_timeout, batch_rows=batch_rows,
+        prefill_tokens=prefill_tokens, poll_s=poll, read_timeout_s=read_timeout,
+    )  # fmt: skip
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    demanded = {"require_signature": require_signature and str(require_signature.expanduser().absolute()),
+                "expect_digest": expect_digest}  # fmt: skip
+    options |= {name: value for name, value in demanded.items() if value is not None}
+    place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
+    serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)
+
+
+def rekey(
+    bank: Bank,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.", show_default=False)],
+    rows: Annotated[list[str], typer.Option(help="TASK=FILE, once for each task of the bank.", show_default=False)],
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    base: Base = None,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Give a bank of before 0.2 a router for plain text, made of rows; its adapters stay as they are."""
+    from pipelines.cli.scoring import rekey_bank
+
+    typer.echo(rekey_bank(bank, dest, rows, label, {"base": base, "tracking_uri": tracking_uri}))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "versions": versions,
+    "pull": pull,
+    "diff": diff,
+    "alias": alias,
+    "verify": verify,
+    "prune": prune,
+    "export": export,
+    "import-peft": import_peft,
+    "ask": ask,
+    "score": score,
+    "rekey": rekey,
+    "generate": generate,
+    "classify": classify,
+    "serve": serve,
+}
+
+
+def add_commands(app: typer.Typer, answered: Answered, commands: Mapping[str, Callable[..., None]] = COMMANDS) -> None:
+    """Add commands to the program: those of this module, or another one's."""
+    for name, command in commands.items():
+        app.command(name)(_guarded(command, answered))
+
+
+def _guarded(command: Callable[..., None], answered: Answered) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(*args: Any, verbose: bool = False, **options: Any) -> None:
+        with answered(verbose=verbose):
+            command(*args, verbose=verbose, **options)
+
+    return guarded

@@ -1,0 +1,174 @@
+"""``generate`` and ``classify``: rows in, the same rows with answers out, as they come."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.errors import UserError
+from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.row_input import Asked, Line, opened
+from pipelines.cli.row_output import check_fields, checked_place, writer
+
+if TYPE_CHECKING:
+    from amlora_dist.evaluation.requests import Route
+    from amlora_dist.inference.model import AMLoRAModel
+
+_END = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a command reads and writes: the options of the same names, and ``source`` (``-``: standard input)."""
+
+    source: str = "-"
+    output: Path | None = None
+    column: str = "text"
+    form: Asked = "auto"
+    spreadsheet: bool = False
+
+
+def answer_texts(
+    bank: str, files: Files, batch_size: int, call: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """``amlora generate``: adds ``answer``, ``ended`` and ``route`` to every row.
+
+    Raises:
+        UserError: a row without text, a task that the bank does not have, an unreadable file.
+    """
+
+    def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
+        found = model.answer([line.text for line in lines], **_call(lines, call), batch_size=batch_size)
+        return [{"answer": one.text, "ended": one.ended, **_routed(one.route)} for one in found]
+
+    _run(bank, files, batch_size, call, options, work)
+
+
+def classify_texts(
+    bank: str, files: Files, batch_size: int, call: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """``amlora classify``: adds ``label``, ``score`` and ``route`` to every row; errors as ``answer_texts``."""
+
+    def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
+        found = model.classify([line.text for line in lines], **_call(lines, call), batch_size=batch_size)
+        return [
+            {"label": one.label, "score": None if one.label is None else one.scores[one.label], **_routed(one.route)}
+            for one in found
+        ]
+
+    _run(bank, files, batch_size, call, options, work)
+
+
+def _run(
+    bank: str,
+    files: Files,
+    batch_size: int,
+    call: dict[str, Any],
+    options: dict[str, Any],
+    work: Callable[[AMLoRAModel, Sequence[Line]], list[dict[str, Any]]],
+) -> None:
+    """Check the files, the rows and the tasks; only then load the model."""
+    place = checked_place(files.output, files.source, spreadsheet=files.spreadsheet)
+    with opened(files.source, files.column, files.form) as rows:
+        written = place.of(rows.form)
+        with stdout_to_stderr():
+            folder, tasks = bank_and_tasks(bank, options)
+        named = call.get("task")
+        if named is not None and named not in tasks:
+            raise UserError(f"--task: found {named!r}, the bank's tasks are {', '.join(tasks)}")
+        rows.check(tasks, partial(check_fields, form=written))
+        with stdout_to_stderr():
+            from amlora_dist.inference.model import AMLoRAModel
+
+            model = AMLoRAModel.from_bank(folder, **options)
+        with writer(place, written) as write:
+            lines = rows.lines()
+            for batch in chunks(lines, batch_size) if rows.again else drained(lines, batch_size):
+                with stdout_to_stderr():
+                    found = work(model, batch)
+                write([_joined(line.fields, result) for line, result in zip(batch, found, strict=True)])
+
+
+def bank_and_tasks(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Folder of a bank, pulled if it is a version, and its tasks."""
+    from amlora_dist.registry.manifest import read_manifest
+
+    if bank.startswith("models:"):
+        from amlora_dist.inference.loading import pulled
+
+        folder = pulled(bank, options.get("tracking_uri"))[1]
+    else:
+        folder = Path(bank).expanduser()
+    return folder, read_manifest(folder).tasks
+
+
+def chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    """Batches of ``size`` lines."""
+    iterator = iter(lines)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def drained(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    """Batches of what has come in, ``size`` at most: a line is never kept waiting for the next one.
+
+    Raises:
+        UserError: what reading a line raised, after the lines before it.
+    """
+    waiting: queue.Queue[Any] = queue.Queue(maxsize=4 * size)
+
+    def read() -> None:
+        try:
+            for line in lines:
+                waiting.put(line)
+            waiting.put(_END)
+        except (UserError, OSError, ValueError, csv.Error) as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True, name="amlora-stdin").start()
+    ending: Any = None
+    while ending is None:
+        batch: list[Line] = []
+        item = waiting.get()
+        while isinstance(item, Line):
+            batch.append(item)
+            if len(batch) == size:
+                break
+            try:
+                item = waiting.get_nowait()
+            except queue.Empty:
+                break
+        if not isinstance(item, Line):
+            ending = item
+        if batch:
+            yield batch
+    if isinstance(ending, UserError):
+        raise ending
+    if isinstance(ending, Exception):
+        raise UserError(f"standard input: {ending}") from ending
+
+
+def _call(lines: Sequence[Line], call: dict[str, Any]) -> dict[str, Any]:
+    """The call's options, with ``task`` and ``question`` of each row where the command line names none."""
+    given = dict(call)
+    for key in ("task", "question"):
+        if given.get(key) is None:
+            given[key] = [line.option(key) for line in lines]
+    return given
+
+
+def _routed(route: Route) -> dict[str, Any]:
+    weights = {task: round(weight, 6) for task, weight in route.tasks.items() if weight}
+    return {"routed_to": route.task, "route": weights, "abstention": round(route.abstention, 6)}
+
+
+def _joined(fields: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The row with its result; a field of the input that has a result's name stays as ``input_<name>``."""
+    return {f"input_{key}" if key in result else key: value for key, value in fields.items()} | result

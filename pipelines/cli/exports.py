@@ -1,0 +1,232 @@
+"""What ``export`` and ``import-peft`` do: load what they need, call ``amlora_dist.registry.exports``, say what came out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.errors import UserError
+from pipelines.cli.batch_inference import bank_and_tasks
+from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.row_input import opened
+from pipelines.cluster.resources import check_folder
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.adapter import Adapter
+    from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.registry.bank_folder import Bank
+
+SAMPLE_ROWS = 512
+
+
+def export_bank(
+    bank: str,
+    dest: Path,
+    form: str,
+    weights: Sequence[str],
+    sample: Path | None,
+    column: str,
+    options: dict[str, Any],
+) -> Iterator[str]:
+    """Export a bank and say what was written.
+
+    Raises:
+        UserError: options that do not fit the format, no such task, a folder that is not empty.
+    """
+    from amlora_dist.registry.exports import discard, export_peft, new_folder
+
+    shares = _shares(weights)
+    if (form == "merged") != bool(shares):
+        raise UserError("--weights TASK=WEIGHT belongs to --format merged, which needs at least one")
+    if form in ("merged", "top1") and sample is None:
+        raise UserError(f"--format {form} needs --sample FILE: texts to measure its gap to the mixture on")
+    check_folder(dest, "DEST")
+    tasks = bank_and_tasks(bank, options)[1] if shares else []
+    if unknown := sorted(shares.keys() - set(tasks)):
+        raise UserError(f"--weights: found task {unknown[0]!r}, the bank's tasks are {', '.join(tasks)}")
+    texts = _texts(sample, column) if sample else None
+    new_folder(dest)
+    try:
+        if form == "peft":
+            exported = _bank_alone(bank, options)
+            export_peft(dest, exported)
+            yield f"{len(exported.adapters)} PEFT adapters, one for each task's row, are in {dest}"
+            return
+        yield from _measured(bank, dest, form, shares, texts, options)
+    except BaseException:
+        discard(dest)
+        raise
+
+
+def _measured(
+    bank: str, dest: Path, form: str, shares: dict[str, float], texts: list[str] | None, options: dict[str, Any]
+) -> Iterator[str]:
+    from amlora_dist.base_model import load_model
+    from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.registry.exports import export_merged, export_peft, export_vllm
+
+    with stdout_to_stderr():
+        model = AMLoRAModel.from_bank(bank, **options)
+        gap = None if texts is None else measure_gap(model, texts, shares or None)
+        if form == "merged":
+            dtype = next(model.transformer.parameters()).dtype
+            plain = load_model(model.base, dtype=dtype)
+            export_merged(dest, model.bank, plain, model.tokenizer, shares, gap_to_mixture=gap)
+        elif form == "top1":
+            export_peft(dest, model.bank, kind="top1", gap_to_mixture=gap)
+        else:
+            export_vllm(dest, model.bank, base=str(model.base.source), gap_to_mixture=gap)
+    yield f"{form} of {len(model.tasks)} tasks is in {dest}"
+    if gap is not None:
+        yield (
+            f"gap to the mixture over {gap['texts']} texts: another first token for {100 * gap['other_first_token']:.1f}%, "
+            f"mean KL {gap['mean_kl_nats']:.4f} nats, largest difference of a logit {gap['largest_logit_difference']:.4f}"
+        )
+
+
+def measure_gap(model: AMLoRAModel, texts: Sequence[str], shares: dict[str, float] | None) -> dict[str, float]:
+    """How far fixed weights (None: the strongest task's row alone) are from the router's mixture, at the first token.
+
+    Weights that are merged into the base model are a constant gate, so the bank itself can say.
+    """
+    import torch
+
+    from amlora_dist.registry.exports import gap_between
+
+    routed = torch.tensor([list(route.tasks.values()) for route in model.route(texts)])
+    if shares is None:
+        best = routed.argmax(dim=1)
+        fixed = torch.nn.functional.one_hot(best, len(model.tasks)).float() * (routed.amax(dim=1) > 0)[:, None]
+    else:
+        if unknown := sorted(shares.keys() - set(model.tasks)):
+            raise UserError(f"--weights: found task {unknown[0]!r}, the bank's tasks are {', '.join(model.tasks)}")
+        fixed = torch.tensor([[shares.get(task, 0.0) for task in model.tasks]]).expand(len(texts), -1)
+    return gap_between(model.next_token_logits(texts, routed), model.next_token_logits(texts, fixed))
+
+
+def import_adapter(
+    adapter: Path,
+    dest: Path,
+    task: str,
+    sample: Path,
+    *,
+    column: str,
+    onto: str | None,
+    labels: list[str] | None,
+    question: str | None,
+    base: str | None,
+    tracking_uri: str | None,
+) -> Iterator[str]:
+    """Make a bank of a PEFT LoRA, alone or on top of another bank, and say what was written.
+
+    Raises:
+        UserError: not a LoRA that a bank can hold, layers that differ from the bank's, no statistics in the bank.
+    """
+    from amlora_dist.inference.import_peft import check_options
+    from amlora_dist.registry.exports import vacant
+    from amlora_dist.registry.peft_adapters import read_peft
+
+    check_options(task, labels)
+    check_folder(dest, "DEST")
+    vacant(dest)
+    texts = _texts(sample, column)
+    with _discarded(dest), stdout_to_stderr():
+        made, config = read_peft(adapter, task)
+        if not (base or onto or config.get("base_model_name_or_path")):
+            raise UserError(f"{adapter}: its configuration names no base model; say which one with --base")
+        source = base or str(config.get("base_model_name_or_path") or "")
+        bank = _import(made, texts, dest, onto=onto, labels=labels, question=question, source=source,
+                       revision=None if base else config.get("revision"), base=base, tracking_uri=tracking_uri)  # fmt: skip
+    yield f"bank of {len(bank)} adapters, {task!r} with statistics of {len(texts)} texts, is in {dest}"
+
+
+@contextmanager
+def _discarded(folder: Path) -> Iterator[None]:
+    """What cannot be finished leaves no folder behind."""
+    from amlora_dist.registry.exports import discard
+
+    try:
+        yield
+    except BaseException:
+        discard(folder)
+        raise
+
+
+def _import(
+    made: Adapter,
+    texts: list[str],
+    dest: Path,
+    *,
+    onto: str | None,
+    labels: list[str] | None,
+    question: str | None,
+    source: str,
+    revision: str | None,
+    base: str | None,
+    tracking_uri: str | None,
+) -> list[str]:
+    from amlora_dist.base_model import ModelSettings, resolve_base
+    from amlora_dist.config.loading import home
+    from amlora_dist.inference.import_peft import add_adapter, check_joinable, empty_manifest
+    from amlora_dist.inference.loading import resolve_bank_base
+    from amlora_dist.registry.bank_folder import read_bank
+    from amlora_dist.tasks.prompts import BANK_TEMPLATE
+    from amlora_dist.tasks.task_entry import TaskEntry
+
+    before = None if onto is None else read_bank(_local(onto, tracking_uri, statistics=True))
+    if before is not None:
+        check_joinable(before, made)
+    if before is None:
+        found = resolve_base(ModelSettings(source=source, revision=revision), home())
+        draft = empty_manifest(found)
+    else:
+        found, draft = resolve_bank_base(before.manifest.base, base), before.manifest
+    entry = TaskEntry(question=question, labels=labels, template=BANK_TEMPLATE)
+    return add_adapter(dest, found, draft, before, made, texts, entry).tasks
+
+
+def _bank_alone(bank: str, options: dict[str, Any]) -> Bank:
+    """A bank without its base model."""
+    from amlora_dist.registry.bank_folder import read_bank
+
+    with stdout_to_stderr():
+        return read_bank(_local(bank, options.get("tracking_uri")), statistics=False)
+
+
+def _local(bank: str, tracking_uri: str | None, *, statistics: bool = False) -> Path:
+    if not bank.startswith("models:"):
+        return Path(bank).expanduser()
+    from amlora_dist.config.loading import home
+    from amlora_dist.registry.pulling import pull_home
+    from amlora_dist.registry.store import Store
+
+    store = Store.open(home(), tracking_uri)
+    version = store.resolve(bank)
+    folder = pull_home(store, version, home() / "banks")
+    return store.pull_version(version, folder) if statistics else folder
+
+
+def _shares(given: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in given:
+        task, equals, number = text.rpartition("=")
+        try:
+            found[task] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not task or not math.isfinite(found[task]):
+            raise UserError(f"--weights: found {text!r}, expected TASK=WEIGHT, such as helpdesk/email_route=0.5")
+    return found
+
+
+def _texts(sample: Path, column: str) -> list[str]:
+    """Texts of the first rows of a sample."""
+    with opened(str(sample), column) as rows:
+        texts = [line.text for line in itertools.islice(rows.lines(asked=[column]), SAMPLE_ROWS)]
+    if not texts:
+        raise UserError(f"{sample}: found no text, expected some; put the task's texts there")
+    return texts

@@ -1,0 +1,253 @@
+"""``amlora``: run, validate and show sequences of tasks.
+
+Exit codes: 0 done, 2 something the caller can fix, 3 the run id is held by another driver, 4 training failed after
+its retries, 130 interrupted, 143 terminated; 1 is a fault of this program. Commands import what they need when they
+run, so that help and validation are quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.privacy import shown
+from pipelines.cli import banks, cluster, reports, search, store
+from pipelines.runs.run_ids import checked_run_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType, TracebackType
+
+app = typer.Typer(
+    name="amlora",
+    help="Teach one language model task after task without forgetting, on a Ray cluster, with banks in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
+
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(help="Name of the durable run; the same id goes on where it was. Default: name and time."),
+    ] = None,
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train anew what has.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
+    with _answered(verbose=verbose):
+        from amlora_dist.config.loading import named_file, named_keys, validate_config
+        from pipelines.cli.output import stdout_to_stderr
+        from pipelines.runs.progress import progress_for
+
+        settings, _ = validate_config(config, overrides)
+        run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        progress = progress_for()
+        with stdout_to_stderr(), contextlib.closing(progress), named_file(config, overrides):
+            from pipelines.runs.resume_check import going_on
+            from pipelines.runs.sequence import run_sequence
+
+            settings = going_on(settings, named=named_keys(config, overrides), run_id=run_id)
+            result = run_sequence(
+                settings, run_id=run_id, progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
+            )
+        _print_result(result, as_json=as_json)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List every fault of CONFIG at once, without loading a model or data; --json prints it resolved."""
+    with _answered(verbose=verbose):
+        from amlora_dist.config.loading import to_mapping, validate_config
+
+        settings, specs = validate_config(config, overrides)
+        if as_json:
+            _print_json(to_mapping(settings))
+            return
+        rows = settings.task_defaults.max_train
+        typer.echo(f"{config}: valid")
+        typer.echo(f"  model   {settings.model.source}, dtype {settings.dtype}")
+        typer.echo(f"  method  {settings.method}, router {settings.router.kind}, rank {settings.adapters.rank}")
+        zero = f"ZeRO {settings.zero_stage}" if settings.workers else "in the driver's process"
+        where = f"{settings.workers} workers, {zero}" if settings.workers else zero
+        typer.echo(f"  stages  {len(specs)}, {settings.training.epochs} epochs each, {where}")
+        for number, spec in enumerate(specs, start=1):
+            limit = spec.max_train or rows
+            at_most = f"at most {limit} training rows" if limit else "all training rows"
+            answers = "free text" if spec.free_text else f"{len(spec.label_texts)} labels"
+            typer.echo(f"    {number}. {spec.name}: {answers}, {at_most}, prompt style {spec.prompt_style}")
+
+
+@app.command()
+def show(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Run id.", show_default=False)],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print the result of a run again, as far as it has come."""
+    with _answered(verbose=verbose):
+        from pipelines.cli.output import stdout_to_stderr
+
+        with stdout_to_stderr():
+            from pipelines.runs.sequence import load_result
+
+            result = load_result(checked_run_id(run_id), tracking_uri)
+        _print_result(result, as_json=as_json)
+
+
+@app.command()
+def tasks(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A task's name or YAML.", show_default=False)
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Local rows in place of the Hub's.")] = None,
+    style: Annotated[str | None, typer.Option("--style", help="question, options, bare or named.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """List the built-in tasks, or show one with a prompt as the model sees it."""
+    with _answered(verbose=verbose):
+        from pipelines.cli.tasks import show_task, show_tasks
+
+        if name is None:
+            show_tasks(data_dir)
+        else:
+            show_task(name, data_dir=data_dir, style=style)
+
+
+@app.command()
+def doctor(
+    tracking_uri: TrackingUri = None,
+    address: Annotated[
+        str | None, typer.Option(help="Dashboard of a cluster, such as http://head:8265: look at each of its nodes.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="With --address: the folder that all nodes share, or a URL.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="With --address: shipped, as `amlora submit` does.")] = Path("."),
+    verbose: Verbose = False,
+) -> None:
+    """Look at versions, memory, disk and stores, and say what to fix; exit code 2 where something is bad."""
+    with _answered(verbose=verbose):
+        from pipelines.cli.doctor import examine
+        from pipelines.cli.output import stdout_to_stderr
+
+        if address is None:
+            checks = examine(tracking_uri)
+        else:
+            from pipelines.cluster.doctor import examine_cluster
+            from pipelines.cluster.jobs import Jobs
+
+            checks = examine_cluster(Jobs(address), storage, tracking_uri, working_dir)
+        bad = 0
+        while True:
+            with stdout_to_stderr():
+                check = next(checks, None)
+            if check is None:
+                break
+            bad += check.state == "bad"
+            fix = f"  -> {check.fix}" if check.fix else ""
+            typer.echo(f"{check.state:4}  {check.name:20} {check.found}{fix}")
+        if bad:
+            raise UserError(f"{bad} thing{'s' if bad > 1 else ''} to fix, marked bad above")
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.excepthook = _unexpected
+    signal.signal(signal.SIGTERM, _terminate)
+    typer.main.get_command(app)(prog_name="amlora")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: unwinds like KeyboardInterrupt, so that locks and workers are let go."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+@contextlib.contextmanager
+def _answered(*, verbose: bool) -> Iterator[None]:
+    """One clear message on standard error for what can go wrong, and its exit code."""
+    from pipelines.cli.output import set_up
+
+    set_up(verbose=verbose)
+    if verbose:
+        sys.excepthook = sys.__excepthook__
+    try:
+        yield
+    except AmloraError as error:
+        if verbose:
+            typer.echo(shown(traceback.format_exc()), err=True)
+        stopped = error.exit_code in (INTERRUPTED, TERMINATED)
+        typer.echo(str(error) if stopped else f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with the same run id goes on from here", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except _TerminatedError:
+        raise typer.Exit(TERMINATED) from None
+    except SystemExit as leaving:
+        # Ray replaces our handler of SIGTERM by one that exits with the number of the signal.
+        if leaving.code == signal.SIGTERM:
+            raise typer.Exit(TERMINATED) from None
+        raise
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of this program, in one line; -v shows where."""
+    frames = traceback.extract_tb(trace)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    told = shown(str(error))
+    print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
+
+
+def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    from pipelines.cli.tables import console_for, show_result
+
+    show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+banks.add_commands(app, _answered)
+banks.add_commands(app, _answered, cluster.COMMANDS)
+banks.add_commands(app, _answered, store.COMMANDS)
+reports.add_commands(app, _answered)
+search.add_commands(app, _answered)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Rows that commands are given: a file or standard input, read as training reads its rows, and checked beforehand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.tasks.files import (
+    SUFFIXES,
+    Fixes,
+    Form,
+    RawRow,
+    buffered,
+    form_of,
+    lines_of,
+    read_file,
+    rows_of_lines,
+    sniffed,
+)
+from amlora_dist.tasks.tables import UNEVEN
+from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
+
+Asked = Literal["auto", "jsonl", "csv", "parquet", "text"]
+"""What ``--format`` takes."""
+
+OPEN_SUFFIXES = ("", ".txt", ".log", ".text")
+"""Files that are what their first line says."""
+MENDS = Fixes("name the one with the text: --column", "give --format")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the input: all its fields, and where it stands."""
+
+    where: str
+    fields: dict[str, Any]
+    text: str
+
+    def option(self, key: str) -> str | None:
+        """The row's own ``task`` or ``question``; None where it has none."""
+        value = self.fields.get(key)
+        return None if value is None else _text(value, self.where, key, "leave the key out, or give a text") or None
+
+
+class RowInput:
+    """Rows of a file or of standard input.
+
+    Attributes:
+        form: how they are written.
+        again: whether they can be read a second time.
+    """
+
+    def __init__(self, name: str, form: Form, column: str, file: Path | None, rows: Iterator[RawRow]) -> None:
+        self.name, self.form, self.column = name, form, column
+        self._file, self._rows = file, rows
+        self.again = file is not None
+
+    def lines(self, asked: Sequence[str] | None = None) -> Iterator[Line]:
+        """The rows, as they come; ``asked`` columns alone where the form keeps columns apart.
+
+        Raises:
+            UserError: a row that cannot be read or has no text; names file and line.
+        """
+        for row in self._rows if self._file is None else _file_rows(self._file, self.form, self.column, asked):
+            yield _line(row, self.column)
+
+    def check(self, tasks: Sequence[str], writable: Callable[[dict[str, Any], str], None]) -> None:
+        """Read all rows once, if they can be read again.
+
+        Args:
+            tasks: those that rows may name.
+            writable: raises UserError where a row's fields, from a place in the input, cannot be written again.
+
+        Raises:
+            UserError: as ``lines``, or a row names another task, or cannot be written.
+        """
+        for line in self.lines() if self.again else ():
+            writable(line.fields, line.where)
+            task = line.option("task")
+            line.option("question")
+            if task is not None and task not in tasks:
+                raise UserError(f"{line.where}: task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
+
+
+@contextmanager
+def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput]:
+    """The rows of a file, or of standard input (``-``).
+
+    Raises:
+        UserError: there is no such file, or what it is cannot be told. Names what to give.
+    """
+    if source == "-":
+        yield _stream(buffered(sys.stdin), "standard input", column, asked)
+        return
+    path = Path(source).expanduser()
+    if path.is_file() or path.is_dir():
+        form = _form(path, column, asked)
+        yield RowInput(source, form, column, path, iter(()))
+        return
+    try:
+        file = path.open("rb")  # a pipe: it is read once
+    except OSError as error:
+        raise UserError(f"{source}: {plain_reason(error)}; give a file, or - for standard input") from error
+    with file:
+        yield _stream(file, source, column, asked)
+
+
+def _stream(file: BinaryIO, name: str, column: str, asked: Asked) -> RowInput:
+    lines = lines_of(file, name)
+    form: Form
+    if asked == "auto":
+        form, lines = sniffed(lines, name, column)
+    else:
+        form = cast("Form", asked)
+    return RowInput(name, form, column, None, rows_of_lines(lines, name, form, _needed(form, column), MENDS, column))
+
+
+def _form(path: Path, column: str, asked: Asked) -> Form:
+    found = form_of(path)
+    if found == "saved" or asked == "auto":
+        if found is not None:
+            return found
+        if path.suffix.lower() not in OPEN_SUFFIXES:
+            known = ", ".join([*SUFFIXES, ".txt"])
+            raise UserError(f"{path}: found suffix {path.suffix!r}, expected one of {known}; or give --format")
+        with path.open("rb") as file:
+            return sniffed(lines_of(file, str(path)), str(path), column)[0]
+    return cast("Form", asked)
+
+
+def _file_rows(path: Path, form: Form, column: str, asked: Sequence[str] | None) -> Iterator[RawRow]:
+    if form in ("text", "lines"):
+        with path.open("rb") as file:
+            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, (), MENDS, column)
+    else:
+        yield from read_file(path, form, _needed(form, column), asked, MENDS)
+
+
+def _needed(form: Form, column: str) -> Sequence[str]:
+    """Columns of the header. A JSON line may have keys of its own, so each is asked for its text."""
+    return () if form in ("jsonl", "text", "lines") else (column,)
+
+
+def _line(row: RawRow, column: str) -> Line:
+    if row.fault is not None:
+        expected = "as many as the header has" if row.fault == UNEVEN else "a row that can be read"
+        fix = "put a cell with a comma or a line break in quotes"
+        raise UserError(f"{row.where}: found {row.fault}, expected {expected}; {fix}")
+    return Line(row.where, row.values, text_in(row.values, row.where, column))
+
+
+def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:
+    """The text of a row. Raises UserError where it has none, or only spaces; names the row."""
+    fix = "--column names another key"
+    text = _text(fields.get(column), where, column, fix)
+    if not text.strip():
+        raise UserError(f"{where}: {column}: found {text[:20]!r}, expected a text with words; leave the row out ({fix})")
+    return text
+
+
+def _text(value: object, where: str, key: str, fix: str) -> str:
+    try:
+        return text_of(value)
+    except NoTextError as error:
+        raise UserError(f"{where}: {key}: found {error}, expected a text ({TAKEN}); {fix}") from None

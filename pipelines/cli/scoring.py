@@ -1,0 +1,232 @@
+"""``ask``, ``score``, ``diff --sample`` and ``rekey``: what a bank answers to plain texts, told, counted, compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from amlora_dist.errors import UserError
+from pipelines.cli.batch_inference import bank_and_tasks
+from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.row_input import Line, opened
+from pipelines.cli.tables import console_for
+
+if TYPE_CHECKING:
+    from amlora_dist.evaluation.requests import Classification
+    from amlora_dist.evaluation.scoring import Prediction
+    from amlora_dist.inference.model import AMLoRAModel
+
+NAMED = 20
+"""Changed answers that a table lists; JSON has them all."""
+SHOWN_TEXT = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A file of rows: where it is, and the keys or columns of text and right answer."""
+
+    source: str
+    column: str = "text"
+    label: str = "label"
+
+
+def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bool) -> None:
+    """``amlora ask``: the answer to each text, the task that it was routed to, and how sure that is.
+
+    Raises:
+        UserError: an empty text, no such bank.
+    """
+    with stdout_to_stderr():
+        model = _model(bank, options)
+        found = model.classify(list(texts))
+        unlabelled = [text for text, one in zip(texts, found, strict=True) if one.label is None]
+        written = dict(zip(unlabelled, model.predict(unlabelled), strict=True)) if unlabelled else {}
+    lines = [
+        {
+            "text": text, "answer": one.label if one.label is not None else written[text],
+            "task": one.task if one.route.task is not None else None, "confidence": _confidence(one),
+        }
+        for text, one in zip(texts, found, strict=True)
+    ]  # fmt: skip
+    if as_json:
+        for line in lines:
+            print(json.dumps(line, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name in ("answer", "task", "confidence", "text"):
+        table.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
+    for line in lines:
+        sure = "" if line["confidence"] is None else f"{line['confidence']:.2f}"
+        table.add_row(str(line["answer"]), str(line["task"] or "none: the base model"), sure, str(line["text"]))
+    console_for().print(table)
+
+
+def _confidence(one: Classification) -> float | None:
+    """Weight of the task times the share of the label; None where there is no label."""
+    if one.label is None or one.task is None:
+        return None
+    return one.route.tasks[one.task] * one.scores[one.label]
+
+
+def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, Any], *, as_json: bool) -> None:
+    """``amlora score``: a user's own rows, answered as plain texts and counted as the accuracy matrix counts.
+
+    Raises:
+        UserError: no such file, task or column; a row without an answer, or whose answer is no label of the task.
+    """
+    from amlora_dist.evaluation.scoring import routing_accuracy, summarise
+
+    with stdout_to_stderr():
+        model = _model(bank, options, task)
+        lines, answers = _labelled(rows, model.labels(task), task)
+        found = _predictions(model, lines, answers, task, batch_size)
+    routed = routing_accuracy(found, task, model.tasks)
+    summary = {"bank": model.uri or bank, "task": task, **summarise(found), "routing_accuracy": routed}
+    if as_json:
+        print(json.dumps(summary))
+        return
+    table = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
+    shown = {
+        "accuracy": "served answers that are right", "routing_accuracy": "texts routed to this task",
+        "model_accuracy": "the model's evidence alone", "keys_accuracy": "the keys' evidence alone",
+        "greedy_accuracy": "written freely", "ranked_accuracy": "best of this task's labels",
+    }  # fmt: skip
+    for key, words in shown.items():
+        if summary.get(key) is not None:
+            table.add_row(words, f"{summary[key]:.3f}")
+    console = console_for()
+    console.print(f"{summary['bank']}, {task}: {len(found)} rows as plain text", markup=False, highlight=False)
+    console.print(table)
+
+
+def answer_differences(
+    first: str, second: str, sample: Rows, batch_size: int, options: dict[str, Any], *, as_json: bool
+) -> None:
+    """``amlora diff --sample``: whose answers change between two banks, and to what.
+
+    Raises:
+        UserError: no such bank or file, a row without text.
+    """
+    with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
+        lines = list(rows.lines())
+        texts = [line.text for line in lines]
+        answers = [_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
+    changed = [
+        {"row": line.where, "text": line.text, "before": before.text, "after": after.text,
+         "task_before": before.route.task, "task_after": after.route.task}
+        for line, before, after in zip(lines, *answers, strict=True)
+        if before.text != after.text
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"rows": len(lines), "changed": len(changed), "answers": changed}, ensure_ascii=False))
+        return
+    console = console_for()
+    console.print(f"{len(changed)} of {len(lines)} answers change: {first} -> {second}", markup=False, highlight=False)
+    for one in changed[:NAMED]:
+        text = one["text"] if len(str(one["text"])) <= SHOWN_TEXT else f"{str(one['text'])[:SHOWN_TEXT]}..."
+        way = "" if one["task_before"] == one["task_after"] else f" ({one['task_before']} -> {one['task_after']})"
+        console.print(f"  {one['before']} -> {one['after']}{way}: {text}", markup=False, highlight=False)
+    if len(changed) > NAMED:
+        console.print(f"  and {len(changed) - NAMED} more (--json has them)")
+
+
+def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options: dict[str, Any]) -> str:
+    """``amlora rekey``: the bank's adapters with a router made of the texts of rows.
+
+    Args:
+        bank: a version or a folder.
+        dest: folder to write.
+        given: ``TASK=FILE`` for every task.
+        label: key or column of the right answers.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: ``dest`` exists, a task without rows or an unknown one, rows that are none of its.
+    """
+    with stdout_to_stderr():
+        if dest.exists():
+            raise UserError(f"{dest} exists; give a folder that does not")
+        folder, tasks = bank_and_tasks(bank, options)
+        files = dict(one.split("=", 1) for one in given if "=" in one)
+        if len(files) != len(given) or (odd := sorted(set(files) - set(tasks))):
+            found = ", ".join(repr(one) for one in given if "=" not in one) or ", ".join(odd)
+            raise UserError(f"--rows: found {found}, expected TASK=FILE of each task of the bank: {', '.join(tasks)}")
+        from amlora_dist.inference.rekeying import TaskRows, rekey
+        from amlora_dist.registry.manifest import read_manifest
+
+        entries = {line.task: line.task_spec for line in read_manifest(folder).adapters}
+        rows = {}
+        for task, file in files.items():
+            entry = entries[task]
+            lines, answers = _labelled(Rows(file, label=label), None if entry is None else entry.labels, task)
+            rows[task] = TaskRows([line.text for line in lines], answers)
+        made = rekey(folder, dest, rows, base=options.get("base"))
+    return f"{dest}: {len(made.tasks)} tasks, routed and answered by plain text"
+
+
+def _model(bank: str, options: dict[str, Any], task: str | None = None) -> AMLoRAModel:
+    """The bank in its base model; a task that it must have is looked for first."""
+    folder, tasks = bank_and_tasks(bank, options)
+    if task is not None and task not in tasks:
+        raise UserError(f"--task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
+    from amlora_dist.inference.model import AMLoRAModel
+
+    model = AMLoRAModel.from_bank(folder, **options)
+    model.uri = bank if bank.startswith("models:") else None
+    return model
+
+
+def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Line], list[str]]:
+    """The rows of a file with their right answers."""
+    from amlora_dist.tasks.texts import NoTextError, text_of
+
+    with ExitStack() as stack:
+        read = stack.enter_context(opened(rows.source, rows.column))
+        lines = list(read.lines())
+    if not lines:
+        raise UserError(f"{rows.source}: found no rows, expected some with {rows.column!r} and {rows.label!r}")
+    answers = []
+    for line in lines:
+        if line.fields.get(rows.label) is None:
+            there = ", ".join(line.fields)
+            raise UserError(f"{line.where}: found no {rows.label!r}, the row has {there}; give the right answer's: --label")
+        try:
+            answer = text_of(line.fields[rows.label]).strip()
+        except NoTextError as error:
+            raise UserError(f"{line.where}: {rows.label}: found {error}, expected a text") from None
+        if labels is not None and answer not in labels:
+            raise UserError(
+                f"{line.where}: {rows.label}: found {answer!r}, the labels of {task!r} are {', '.join(labels)}"
+            )
+        answers.append(answer)
+    return lines, answers
+
+
+def _predictions(
+    model: AMLoRAModel, lines: Sequence[Line], answers: Sequence[str], task: str, batch_size: int
+) -> list[Prediction]:
+    from amlora_dist.evaluation.scoring import Prediction
+    from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
+    from amlora_dist.evaluation.text_metrics import METRICS
+
+    labels = model.labels(task)
+    metric = "accuracy" if labels is not None else "exact_match"
+    if model.answering is not None:
+        pairs = enumerate(zip(lines, answers, strict=True), start=1)
+        rows = [PlainRow(n, line.text, answer) for n, (line, answer) in pairs]
+        scorer = ServedScore(model.answering, metric, None if labels is None else tuple(labels))
+        return scorer.score(rows, batch_size=batch_size)
+    count: Callable[[str, str], float] = METRICS[metric]
+    found = model.answer([line.text for line in lines], batch_size=batch_size)
+    return [
+        Prediction(n, answer, one.text, one.ended, count(one.text, answer), served=one.text, route=one.route.task)
+        for n, (one, answer) in enumerate(zip(found, answers, strict=True), start=1)
+    ]

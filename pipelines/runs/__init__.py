@@ -1,0 +1,1 @@
+"""Durable runs: what a sequence is made of, its stages one after another, its journal in MLflow, comparisons of runs."""

@@ -1,0 +1,316 @@
+"""What a run is made of before anything trains: its tasks' rows, its base model, and everything wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.adapters.settings import RouterSettings
+from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
+from amlora_dist.config.former_values import unlike_former
+from amlora_dist.config.loading import RunConfig
+from amlora_dist.digests import value_digest
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.settings import AnswerSettings
+from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
+from amlora_dist.methods import method_for
+from amlora_dist.privacy import public_name
+from amlora_dist.tasks import background
+from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
+from amlora_dist.tasks.prompts import template_for
+from amlora_dist.tasks.sources import TaskData, load_task
+from amlora_dist.tasks.task import TaskSpec, resolve_task
+from amlora_dist.training.settings import StageSettings
+from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode
+from pipelines.cluster.resources import Demand
+from pipelines.runs.model_checks import check_model
+
+if TYPE_CHECKING:
+    from amlora_dist.methods.base import Method
+    from amlora_dist.tasks.sources import Row
+
+
+@dataclass(slots=True)
+class Materials:
+    """Tasks with their rows, and the base model, all checked."""
+
+    config: RunConfig
+    base: BaseModel
+    specs: dict[str, TaskSpec]
+    """The tasks of the sequence, in order, and after them the test sets that are only scored."""
+    data: dict[str, TaskData]
+    dtype: str
+    parameters: int = 0
+    """Of the base model."""
+    trainable: int = 0
+    """Of the adapter that a stage trains."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks of the sequence."""
+        return list(self.specs)[: len(self.config.tasks)]
+
+    @property
+    def also(self) -> list[str]:
+        """Names of the test sets that no stage learns."""
+        return list(self.specs)[len(self.config.tasks) :]
+
+    def stage_settings(self) -> StageSettings:
+        """The part of the configuration that stages read."""
+        c = self.config
+        return StageSettings(
+            method=c.method,
+            seed=c.seed,
+            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            attention=c.model.attention,
+            adapters=c.adapters,
+            router=c.router,
+            training=c.training,
+            method_settings=c.method_settings,
+            recipe=c.recipe,
+            prompt_format=self.prompt_format,
+            answer=c.answer,
+        )
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How prompts become ids."""
+        return PromptFormat(self.config.prompt_format, self.config.router.max_text_tokens or DEFAULT_TEXT_TOKENS)
+
+    def demand(self, gpu_share: float = 1.0) -> Demand:
+        """What the run needs at least."""
+        c = self.config
+        fewest = c.workers if c.min_workers is None else c.min_workers
+        return Demand(
+            fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share,
+            keeps_best=c.training.keep == "best",
+        )  # fmt: skip
+
+    def prompt(self, task: str) -> dict[str, Any]:
+        """What turns this task's rows into token ids, for fingerprints."""
+        spec = self.specs[task]
+        template = template_for(spec, spec.prompt_style)
+        values = prompt_values(template.digest, int(spec.max_length or 0), self.base.encoder_decoder)
+        if not self.prompt_format.text_alone:
+            return values
+        # Whoever is routed to this task is answered by its prompt and labels, so they are part of what a bank is.
+        labels = {} if spec.free_text else {"labels": spec.label_texts}
+        return values | self.prompt_format.values() | labels
+
+    def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
+        """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
+        share, later = self.config.boundary_mix, sequence[sequence.index(stage) + 1 :]
+        if not share or stage not in self.data or not later:
+            return {}
+        return {later[0]: round(len(self.data[stage].rows["train"]) * share / (1 - share))}
+
+    def training_fingerprint(
+        self,
+        method: Method,
+        stage: int,
+        task: str,
+        adapters: list[str],
+        statistics: list[str],
+        rows: dict[str, int | None],
+        mixed: dict[str, int] | None = None,
+    ) -> str:
+        """Of the stage that learns ``task`` on top of adapters with these digests, from ``rows`` (``Method.rows``) with
+        so many rows of other tasks ``mixed`` among its own."""
+        reads = method.reads(stage)
+        if mixed:
+            reads["mixed"] = {
+                name: {"count": count, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}
+                for name, count in mixed.items()
+            }
+        if list(rows) != [task]:
+            reads["rows"] = {
+                name: {"at_most": limit, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}
+                for name, limit in rows.items()
+            }
+        own = task in rows
+        return training_fingerprint(
+            base_digest=self.base.digest,
+            parent_adapters=adapters,
+            parent_statistics=[] if self.prompt_format.text_alone else statistics,
+            task=task,
+            rows_digest=self.data[task].digest("train") if own else "",
+            prompt=self.prompt(task) if own else {},
+            method=self.config.method,
+            seed=self.config.seed,
+            reads=reads,
+        )
+
+    def scoring_fingerprint(self, method: Method, bank: list[str], mode: str, task: str) -> str:
+        """Of one cell, under a bank whose stages have these training fingerprints."""
+        router = self._weighing(self.config.router) if _routes(mode) and method.routed else {}
+        if self.plain_texts and mode != "untrained":
+            router |= {"prompts": "served", "answer": asdict(self.config.answer)}
+            router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
+            if self.config.router.gate.abstention:
+                router |= {"background": background.digest()}
+            free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
+            router |= {f"answer of {name}": self.specs[name].max_answer_tokens for name in free if name != task}
+        anew = {} if self.config.evaluation.reuse else {"reuse": False}
+        return self._scoring(bank, mode, router | anew, task)
+
+    def cell(
+        self, method: Method, storage: Path, mode: Mode, task: str, bank: list[str], before: str | None = None
+    ) -> Cell:
+        """One cell to score; ``before`` is the scoring fingerprint of the same rows under other gates."""
+        fingerprint = self.scoring_fingerprint(method, bank, mode, task)
+        features = self.features_fingerprint(method, task)
+        alike = [] if features is None or mode == "untrained" else [before, self.scored_by_default(bank, task)]
+        scores = storage / "scores"
+        return Cell(
+            task,
+            self.config.evaluation.split,
+            mode,
+            fingerprint,
+            folder=str(scores / fingerprint),
+            before=tuple(str(scores / one) for one in alike if one not in (None, fingerprint)),
+            features=None if features is None else str(storage / "features" / f"{features}.safetensors"),
+        )
+
+    @property
+    def plain_texts(self) -> bool:
+        """Whether rows are scored as plain texts, by what serves them, where the method's router can."""
+        return self.prompt_format.text_alone and self.config.evaluation.prompts == "served"
+
+    def _weighing(self, router: RouterSettings) -> dict[str, Any]:
+        """What of a router's settings decides its gates."""
+        return {"kind": router.kind, **unlike_former("router.gate", asdict(router.gate))}
+
+    def scored_by_default(self, bank: list[str], task: str) -> str:
+        """Of the cell of this bank and task under the default router: a run that varies the gates of another's bank differs
+        from it in few rows."""
+        router = self._weighing(RouterSettings())
+        if self.plain_texts:
+            router |= {"prompts": "served", "answer": asdict(AnswerSettings())}
+            router |= {key: getattr(RouterSettings(), key) for key in ("keys", "shrinkage")}
+        return self._scoring(bank, "router", router, task)
+
+    def _scoring(self, bank: list[str], mode: str, router: dict[str, Any], task: str) -> str:
+        spec, split = self.specs[task], self.config.evaluation.split
+        return scoring_fingerprint(
+            bank=[self.base.digest] if mode == "untrained" else bank,
+            mode=mode,
+            router=router,
+            task=task,
+            split=split,
+            rows_digest=self.data[task].digest(split),
+            prompt=self.prompt(task) | ({"answer": spec.max_answer_tokens} if spec.free_text else {}),
+            metric=str(spec.metric),
+            labels=spec.label_texts,
+            dtype=self.dtype,
+        )
+
+    def features_fingerprint(self, method: Method, task: str) -> str | None:
+        """Of what the router reads of a task's rows; None where no score of them can hold for a later bank too."""
+        if not self.config.evaluation.reuse or not method.inherits or method.alters_inputs or method.uses_selectors:
+            return None
+        router = self.config.router
+        read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}
+        if self.prompt_format.text_alone:
+            read |= {"depths": router.depths}
+        read |= {"batch": self.config.evaluation.batch_size, "attention": self.config.model.attention}
+        return value_digest({"rows": self._scoring([], "untrained", {}, task), **read})
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the model and the rows, JSON-able."""
+        return {
+            "base": {"source": public_name(self.base.source), "revision": self.base.revision, "digest": self.base.digest},
+            "dtype": self.dtype,
+            "tasks": {name: self._task_facts(name) for name in self.specs},
+        }
+
+    def _task_facts(self, name: str) -> dict[str, Any]:
+        spec, data = self.specs[name], self.data[name]
+        return {
+            "labels": spec.label_texts,
+            "metric": spec.metric,
+            "prompt": self.prompt(name),
+            "prompt_style": "its own template" if spec.prompt.template else spec.prompt_style,
+            "leaks": spec.leaks,
+            "rows": {split: len(rows) for split, rows in data.rows.items()},
+            "digests": {split: data.digest(split) for split in data.rows},
+            "bad_rows": len(data.bad),
+        }
+
+
+def gather_materials(config: RunConfig, home: Path) -> Materials:
+    """Read and check everything that can be checked before a process is started.
+
+    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here.
+
+    Raises:
+        UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the fix.
+    """
+    config = replace(config, model=replace(config.model, attention=settled_attention(config.model.attention, gpu=_gpu())))
+    specs: dict[str, TaskSpec] = {}
+    data: dict[str, TaskData] = {}
+    for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
+        spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
+        if spec.name in specs:
+            raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
+        specs[spec.name] = spec
+        try:
+            template_for(spec, spec.prompt_style)
+        except UserError as error:
+            raise UserError(f"{spec.origin}: {error}") from error
+        splits = ("train", config.evaluation.split) if place < len(config.tasks) else (config.evaluation.split,)
+        data[spec.name] = load_task(
+            spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
+        )
+    for spec in list(specs.values())[: len(config.tasks)]:
+        for other in paraphrased(spec, config.evaluation.paraphrases):
+            specs[other.name], data[other.name] = other, data[spec.name]
+    base = resolve_base(config.model, home)
+    if config.training.cache_trunk and base.encoder_decoder:
+        raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
+    materials = Materials(config, base, specs, data, _dtype(config.dtype))
+    method = method_for(materials.stage_settings())
+    tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
+    materials.parameters, materials.trainable, depths = check_model(method, base, tasks)
+    if config.prompt_format == 2:
+        longest = max(int(spec.max_length or DEFAULT_TEXT_TOKENS) for spec in specs.values())
+        router = replace(
+            config.router,
+            depths=depths if config.router.depths is None else config.router.depths,
+            max_text_tokens=config.router.max_text_tokens or longest,
+        )
+        materials.config = replace(materials.config, router=router)
+    return materials
+
+
+def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
+    """The task with at most ``count`` other wordings of its question, each under a name of its own, with the same rows."""
+    wordings = spec.prompt.paraphrases[:count]
+    source = replace(spec.source, mirror=spec.source.mirror or spec.name)
+    return [
+        replace(spec, name=f"{spec.name}.paraphrase{n}", source=source, prompt=replace(spec.prompt, question=wording))
+        for n, wording in enumerate(wordings, start=1)
+    ]
+
+
+def _first_rows(data: TaskData) -> list[Row]:
+    """One row of each split: what their prompts have beside the text is alike in all."""
+    return [row for rows in data.rows.values() for row in rows[:1]]
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _dtype(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _routes(mode: str) -> bool:
+    return mode in ("router", "own") or mode.startswith(WITHOUT)

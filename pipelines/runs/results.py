@@ -1,0 +1,139 @@
+"""From stages to the accuracy matrix, its metrics, and the JSON object that ``amlora run --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.config.loading import home
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation import metrics
+from amlora_dist.registry import tags
+from amlora_dist.registry.store import Store
+from amlora_dist.training.stage_spec import WITHOUT
+
+if TYPE_CHECKING:
+    from pipelines.runs.journal import StageRecord
+
+FILE = "result.json"
+"""Artifact of the sequence's MLflow run: the result so far."""
+MATERIALS = "materials.json"
+"""Artifact of the sequence's MLflow run: what it is made of (``Materials.facts``)."""
+STAGE_FILE = "stage.json"
+"""Artifact of a stage's MLflow run: its scores and how it was trained."""
+
+Row = list[float | None]
+METRICS = (
+    "average_performance", "average_incremental_performance", "backward_transfer", "forward_transfer_gem",
+    "forward_transfer_single", "forgetting", "learning_accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """R by two scores: row 0 untrained, then one row a stage; None where not scored."""
+
+    accuracy: list[Row]
+    ranked_accuracy: list[Row]
+    oracle: Row | None
+
+
+def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
+    """The accuracy matrices of the stages so far, one column a task."""
+
+    def rows(score: str) -> list[Row]:
+        untrained = _row(tasks, [s for stage in stages for s in stage.scores], "untrained", score)
+        return [untrained, *(_row(tasks, stage.scores, "router", score) for stage in stages)]
+
+    oracle = _row(tasks, stages[-1].scores, "oracle", "accuracy") if stages else []
+    return Matrices(rows("accuracy"), rows("ranked_accuracy"), oracle if any(v is not None for v in oracle) else None)
+
+
+def _knockout(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[Row] | None:
+    """Accuracy with each adapter of the bank silent, in its order; None where that was not scored."""
+    count = len({one["mode"] for one in scores if one["mode"].startswith(WITHOUT)})
+    return [_row(tasks, scores, f"{WITHOUT}{n}", "accuracy") for n in range(1, count + 1)] or None
+
+
+def _also(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of the test sets that no stage learns."""
+    keys = ("task", "accuracy", "ranked_accuracy", "rows")
+    return [{key: one[key] for key in keys} for one in scores if one["mode"] == "router" and one["task"] not in tasks]
+
+
+LAST = {
+    "routing_accuracy": ("router", "routing_accuracy"),
+    "model_accuracy": ("router", "model_accuracy"),
+    "keys_accuracy": ("router", "keys_accuracy"),
+    "greedy_accuracy": ("router", "greedy_accuracy"),
+    "told_model_accuracy": ("oracle", "model_accuracy"),
+    "own_prompt": ("own", "accuracy"),
+}
+"""Rows about the last bank, by name: the mode and the score that they are of."""
+
+
+def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, Row]:
+    """What is known of the last bank's answers to plain texts beside their accuracy, one score a task; what was not scored
+    is left out."""
+    found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
+    return {name: row for name, row in found.items() if any(value is not None for value in row)}
+
+
+def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> Row:
+    found = {one["task"]: one.get(score) for one in scores if one["mode"] == mode}
+    return [found.get(task) for task in tasks]
+
+
+def result(
+    *,
+    run_id: str,
+    registered_model: str,
+    method: str,
+    seed: int,
+    tasks: Sequence[str],
+    stages: Sequence[StageRecord],
+    in_sequence: bool = True,
+) -> dict[str, Any]:
+    """The result object; what is undefined is None. Where it is kept is not in it: it may be shown to anybody.
+
+    Unless ``in_sequence``, the one stage is about all tasks, and the only metric is the mean of its row.
+    """
+    found = matrices(tasks, stages)
+    complete = metrics.summary(found.accuracy) if stages and in_sequence else {}
+    if stages and not in_sequence:
+        complete = {"average_performance": metrics.mean(found.accuracy[-1])}
+    untrained = found.accuracy[0]
+    return {
+        "run_id": run_id,
+        "registered_model": registered_model,
+        "method": method,
+        "seed": seed,
+        "tasks": list(tasks),
+        "accuracy_matrix": found.accuracy[1:],
+        "ranked_accuracy_matrix": found.ranked_accuracy[1:],
+        "untrained": untrained if any(value is not None for value in untrained) else None,
+        "oracle": found.oracle,
+        "last": last_rows(tasks, stages[-1].scores if stages else []),
+        "knockout": _knockout(tasks, stages[-1].scores if stages else []),
+        "also": _also(tasks, stages[-1].scores if stages else []),
+        "metrics": {name: complete.get(name) for name in METRICS},
+        "stages": [stage.public() for stage in stages],
+    }
+
+
+def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
+    """The result of a run as far as it has come.
+
+    Raises:
+        UserError: no run of this id.
+    """
+    store = Store.open(home(), tracking_uri)
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    if not found:
+        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
+        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
+    result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
+    if result is None:
+        raise UserError(f"run {run_id!r} has not finished a stage yet")
+    return result | {"tracking_uri": store.connection.shown}

@@ -1,0 +1,239 @@
+"""The same id goes on with the same configuration: what may differ between two starts, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from amlora_dist.config.former_values import completed
+from amlora_dist.config.loading import RunConfig, flat, from_mapping, home, to_mapping
+from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.privacy import public_configuration
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.store import Store
+
+IRRELEVANT = (
+    "workers", "min_workers", "placement", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
+    "training.cache_trunk", "training.cache_trunk_gb",
+)  # fmt: skip
+"""Keys that may differ between two starts: they change no result."""
+FREE_IN_RUN = (*IRRELEVANT, "search")
+"""The same of a run, which does not read the search."""
+FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
+"""The same of a search."""
+
+
+OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
+"""What a bank has one of for life: how its texts are read, and what its keys are of."""
+AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers")
+"""Keys that a run on a published bank takes from it, where its file does not name them."""
+UNSETTLED: dict[str, Any] = {"model.attention": "auto", "router.depths": None, "router.max_text_tokens": None}
+"""Keys that a run settles before it stores them, and the value that leaves it to the run: it is none that differs."""
+RESOLVED = ("model.attention",)
+"""Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
+
+
+def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", search_id: str = "") -> RunConfig:
+    """The configuration of a start under an id that may exist: what the file does not name is what it was (`taken_up`).
+
+    Args:
+        config: as the file, the overrides and today's defaults give it.
+        named: of ``named_keys``.
+        run_id: of a run;
+        search_id: or of a search.
+    """
+    from amlora_dist.registry import tags
+    from amlora_dist.registry.store import Store
+
+    uri = config.mlflow.tracking_uri
+    if not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not (home() / "mlflow.db").exists():
+        return config  # nothing was ever run here, and a store is not made before the data have been looked at
+    store = Store.open(home(), uri)
+    wanted = {tags.KIND: "search", tags.SEARCH: search_id} if search_id else {tags.KIND: "sequence", tags.RUN_ID: run_id}
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is not None:
+        return taken_up(config, stored, named, free=FREE_IN_SEARCH if search_id else FREE_IN_RUN)
+    return _on_parent(config, store, named) if config.parent is not None else config
+
+
+def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunConfig:
+    """A first start on a published bank: texts are read as the bank reads them and adapters lie where its do, unless the
+    file says otherwise."""
+    from amlora_dist.registry import tags
+
+    run_id = store.resolve(str(config.parent)).run_id
+    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id}) if run_id else []
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is None:  # a bank that was brought from elsewhere
+        return config
+    others = flat(to_mapping(config)).keys() - set(AS_THE_BANK)
+    return taken_up(config, stored, {*named, *others})
+
+
+def taken_up(
+    config: RunConfig, stored: Mapping[str, Any], named: Collection[str], *, free: tuple[str, ...] = FREE_IN_RUN
+) -> RunConfig:
+    """``config`` with the values of ``stored`` for all keys that nobody named: new defaults change no old run.
+
+    ``auto`` counts as not named where what it meant was stored in its place.
+    """
+    try:
+        former = flat(to_mapping(from_mapping(dict(stored))))
+    except FaultsError:
+        return config  # it no longer fits this code; what differs is told by who compares
+    made = to_mapping(config)
+    asked = {key for key in named if not (key in RESOLVED and flat(made)[key] == "auto")}
+    for key in flat(made):
+        if key not in former or _free(key, free) or any(key == n or key.startswith(f"{n}.") for n in asked):
+            continue
+        *sections, last = key.split(".")
+        inner = made
+        for section in sections:
+            inner = inner[section]
+        inner[last] = former[key]
+    return from_mapping(made)
+
+
+def _free(key: str, free: tuple[str, ...]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in free)
+
+
+def refuse_other_configuration(
+    store: Store,
+    wanted: dict[str, str],
+    mapping: dict[str, Any],
+    name: str,
+    *,
+    free: tuple[str, ...] = FREE_IN_RUN,
+    grows: bool = True,
+) -> None:
+    """The same id goes on with the same configuration, but for what changes no result.
+
+    Args:
+        store: which has the configuration of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        mapping: the configuration now.
+        name: what a message calls it.
+        free: keys that may differ.
+        grows: whether tasks may be appended.
+
+    Raises:
+        UserError: another key differs; names it.
+    """
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, "config.json") if found else None
+    if stored is not None and (told := differences(stored, mapping, free=free, grows=grows)):
+        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
+
+
+def differences(
+    stored: dict[str, Any], mapping: dict[str, Any], *, free: tuple[str, ...] = FREE_IN_RUN, grows: bool = False
+) -> str:
+    """What two configurations differ in, but for what changes no result, in words; empty if they do not.
+
+    Args:
+        stored: the earlier one, as any version of this project wrote it.
+        mapping: the configuration now.
+        free: keys that may differ.
+        grows: whether tasks may be appended.
+    """
+    with contextlib.suppress(FaultsError):
+        stored = to_mapping(from_mapping(stored))  # what versions since then have added is at what was done then
+    stored, mapping = public_configuration(stored), public_configuration(mapping)  # older code kept paths
+    differing = sorted(
+        key
+        for key in flat(stored).keys() | flat(mapping).keys()
+        if flat(stored).get(key) != flat(mapping).get(key)
+        and not (key in UNSETTLED and flat(mapping).get(key) == UNSETTLED[key])
+        and not (grows and key == "tasks")
+        and not _free(key, free)
+    )
+    before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
+    if grows and now[: len(before)] != before:
+        differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
+    return "; ".join(
+        f"{key}: {flat(stored).get(key)!r} then, {flat(mapping).get(key)!r} now" if "(" not in key else key
+        for key in differing
+    )
+
+
+def refuse_other_data(
+    store: Store, wanted: dict[str, str], facts: dict[str, Any], file: str, name: str, *, allow: bool = False
+) -> bool:
+    """The same id goes on with the same rows, prompts and base model: others would train its stages anew, one after the
+    other, as if nothing were there.
+
+    Args:
+        store: which has the facts of the start before, in the run that carries the tags ``wanted``.
+        wanted: tags of that run.
+        facts: ``Materials.facts`` now.
+        file: the artifact that holds those of then.
+        name: what a message calls the id.
+        allow: go on all the same.
+
+    Returns:
+        Whether something differs.
+
+    Raises:
+        UserError: something differs; names each with both digests.
+    """
+    found = store.find_runs(wanted)
+    stored = store.load_json(found[-1].run, file) if found else None
+    told = _other_data(stored, facts) if isinstance(stored, dict) else []
+    if told and not allow:
+        raise UserError(
+            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or train what has changed"
+            " again with --allow-changed-data (until its last stage is there, `current` stays at the bank of then)"
+        )
+    return bool(told)
+
+
+def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What differs, in words; of what only one of the two has noted nothing is known."""
+    told = []
+    base = [one.get("base", {}).get("digest") for one in (stored, facts)]
+    if None not in base and base[0] != base[1]:
+        told.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
+    then, now = stored.get("tasks", {}), facts["tasks"]
+    for task in [task for task in now if task in then]:
+        rows = [one[task].get("digests", {}) for one in (then, now)]
+        counts = [one[task].get("rows", {}) for one in (then, now)]
+        for split in [split for split in rows[1] if rows[0].get(split) not in (None, rows[1][split])]:
+            each = [f"{count.get(split, '?')} rows, digest {_short(row[split])}" for count, row in zip(counts, rows)]  # noqa: B905
+            told.append(f"task {task!r}, split {split}: {each[0]} then; {each[1]} now")
+        for key, called in (("prompt", "prompt"), ("labels", "labels"), ("metric", "metric")):
+            before, after = then[task].get(key), now[task].get(key)
+            if key in then[task] and key in now[task] and before != after:
+                told.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
+    return told
+
+
+def _short(value: Any) -> str:
+    text = str(value.get("template", value)) if isinstance(value, dict) else str(value)
+    return text[:12] if len(text) == 64 else text[:60]
+
+
+
+def check_rule_of_bank(config: RunConfig, stored: Mapping[str, Any], uri: str) -> None:
+    """See that a stage added to a published bank reads texts as the bank does.
+
+    Args:
+        config: of the run, resolved.
+        stored: the bank's training configuration, as any version of this project wrote it.
+        uri: of the bank.
+
+    Raises:
+        UserError: it does not; says which keys to set.
+    """
+    then, now = flat(completed(stored)), flat(to_mapping(config))
+    odd = [key for key in OF_A_BANK if key in then and then[key] != now.get(key)]
+    if odd:
+        found = ", ".join(f"{key} {now.get(key)!r}" for key in odd)
+        fix = " ".join(f"{key}={json.dumps(then[key])}" for key in odd)
+        raise UserError(f"parent: found {found}, expected those of {uri}, which a bank has for life; give the run {fix}")
