@@ -2,7 +2,7 @@
 
 A file is named by the digest of its row's tokens, in a folder named by the digest of all else that decides the states:
 base model, layer, dtype, attention implementation, device, processor, library versions. Rows are computed alone and
-unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files are renamed into place when whole, and end
+unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files appear when they are whole, and end
 with a checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When
 the files of all folders together pass the limit, those that were used longest ago go.
 """
