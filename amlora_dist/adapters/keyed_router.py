@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.keys import Keys, fit
+from amlora_dist.adapters.keys import Fitted, Keys, covariance_of, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
-from amlora_dist.adapters.statistics import Covariance
 from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.keys import KeyRule
-    from amlora_dist.adapters.statistics import TaskStatistics
+    from amlora_dist.adapters.statistics import Covariance, TaskStatistics
 
-SHRINKAGES: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+SHRINKAGES: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
 """Of which held-out rows choose, where the configuration leaves it to them."""
 MOST_TAKEN = 0.01
 """Share of a task's held-out rows that a part of the background may win; one that wins more is left out for this bank."""
@@ -181,34 +180,43 @@ def keyed_router(
     fitted = fit(statistics, rule, SHRINKAGES if shrinkage is None else (shrinkage,))
     labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
     router = KeyedRouter([s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate)
-    if not background:
-        return router
-    covariance = Covariance(statistics, fitted.shrinkage, within_labels=rule == "label")
-    return with_background(router, statistics, covariance, background)
+    return with_background(router, fitted, statistics, rule, background) if background else router
 
 
 def with_background(
-    router: KeyedRouter, statistics: Sequence[TaskStatistics], covariance: Covariance, background: Mapping[str, Tensor]
+    router: KeyedRouter,
+    fitted: Fitted,
+    statistics: Sequence[TaskStatistics],
+    rule: KeyRule,
+    background: Mapping[str, Tensor],
 ) -> KeyedRouter:
-    """``router`` with keys for those parts of a background that hardly take a row of the bank's tasks, and thresholds."""
+    """``router`` with keys for those parts of a background that hardly take a row of the bank's tasks, and thresholds.
+
+    Parts and thresholds are chosen with keys that have not seen the held-out rows, as all that is fitted.
+    """
     names = sorted(background)
     means = torch.stack([background[name].double() for name in names])
-    weights = covariance.solve(means)
-    bias = -0.5 * (means * weights).sum(dim=1)
     temperature = router.chosen_temperature
-    held = [one.held.features for one in statistics if one.held is not None and len(one.held.labels)]
+    weights, bias = _means_as_keys(covariance_of(statistics, rule, fitted.shrinkage), means)
+    held = [one.held.features.double() for one in statistics if one.held is not None and len(one.held.labels)]
     taken = torch.zeros(len(names))
     for rows in held:
-        own = (rows.double() @ weights.T + bias) / temperature > _mass(rows.double(), router.keys, temperature)[:, None]
+        own = (rows @ weights.T + bias) / temperature > _mass(rows, fitted.unseen, temperature)[:, None]
         taken = torch.maximum(taken, own.float().mean(dim=0))
     kept = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
     if not kept or not held:
         return router
-    weights, bias = weights[kept].contiguous(), bias[kept].contiguous()
-    scores = torch.cat([_foreign(rows.double(), router.keys, weights, bias, temperature) for rows in held])
+    scores = torch.cat([_foreign(rows, fitted.unseen, weights[kept], bias[kept], temperature) for rows in held])
     above = tuple((share, float(torch.quantile(scores, 1 - share))) for share in LOST)
     parts = tuple(names[place] for place in kept)
-    return replace(router, background=(weights, bias), parts=parts, foreign_above=above)
+    whole = covariance_of([one.with_held() for one in statistics], rule, fitted.shrinkage)
+    return replace(router, background=_means_as_keys(whole, means[kept]), parts=parts, foreign_above=above)
+
+
+def _means_as_keys(covariance: Covariance, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (K, d) and bias (K,) of Gaussians around means (K, d)."""
+    weights = covariance.solve(means)
+    return weights.contiguous(), -0.5 * (means * weights).sum(dim=1)
 
 
 def _mass(rows: Tensor, keys: Keys, temperature: float) -> Tensor:

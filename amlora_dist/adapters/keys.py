@@ -110,7 +110,7 @@ def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: fl
     Raises:
         UserError: as ``Covariance``.
     """
-    covariance = Covariance(statistics, shrinkage, within_labels=rule == "label")
+    covariance = covariance_of(statistics, rule, shrinkage)
     means: list[Tensor] = []
     task: list[int] = []
     label: list[int] = []
@@ -132,11 +132,19 @@ def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: fl
     return Keys(weights, -0.5 * (means_JD * weights).sum(dim=1), tuple(task), tuple(label), prior)
 
 
+def covariance_of(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Covariance:
+    """Of the keys of a bank, and of what stands beside them."""
+    return Covariance(statistics, shrinkage, within_labels=rule == "label", by_feature=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """Keys with the settings that held-out rows prefer."""
 
     keys: Keys
+    """Of all rows, the held-out ones among them."""
+    unseen: Keys
+    """Of all but the held-out rows: what these are judged by."""
     shrinkage: float
     temperature: float
     beta: float
@@ -144,6 +152,9 @@ class Fitted:
 
 def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequence[float]) -> Fitted:
     """Keys, temperature and the weight of their evidence, from statistics and held-out rows alone.
+
+    Shrinkage, temperature and weight are chosen with keys that have not seen the held-out rows; the keys that serve count
+    these too, for with few rows a mean of a quarter more is a better one.
 
     Args:
         statistics: one per task, in the bank's order.
@@ -155,7 +166,8 @@ def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequenc
         keys = make_keys(statistics, rule, shrinkage)
         found.append((*_temperature(statistics, keys), shrinkage, keys))
     _, temperature, shrinkage, keys = min(found, key=lambda one: one[0])
-    return Fitted(keys, shrinkage, temperature, fit_beta(statistics, keys, temperature))
+    beta = fit_beta(statistics, keys, temperature)
+    return Fitted(make_keys([one.with_held() for one in statistics], rule, shrinkage), keys, shrinkage, temperature, beta)
 
 
 def _temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:

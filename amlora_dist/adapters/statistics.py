@@ -97,6 +97,17 @@ class TaskStatistics:
     background: dict[str, Tensor] = field(default_factory=dict)
     """Mean features (d,) of generic texts by their part, where they were computed (``tasks.background``)."""
 
+    def with_held(self) -> TaskStatistics:
+        """The statistics of all of the task's rows, the held-out ones counted too; these stay beside them."""
+        held = self.held
+        if held is None or not len(held.labels):
+            return self
+        labels = [] if self.by_label is None else held.labels.tolist()
+        count = 0 if self.by_label is None else len(self.by_label.counts)
+        bare = TaskStatistics(self.task, self.count, self.mean, self.factor, by_label=self.by_label)
+        whole = merge([bare, TaskStatistics.from_features(self.task, held.features, labels, count)])
+        return replace(whole, held=held, background=self.background)
+
     @property
     def task_factor(self) -> Tensor:
         """A factor of the scatter around the task's mean, (k, d)."""
@@ -286,29 +297,44 @@ def merge_holdouts(parts: Sequence[TaskStatistics]) -> TaskStatistics:
 
 
 class Covariance:
-    """Sigma = (1 - shrinkage) S/N + shrinkage mean(diag(S/N)) I of all tasks together, as something to solve with.
+    """Sigma = (1 - shrinkage) S/N + shrinkage D of all tasks together, as something to solve with.
 
-    S is the pooled scatter within tasks (or ``within_labels``) and N the number of rows. With fewer factor rows than
-    features the solve goes through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d
-    matrix; otherwise through the Cholesky factor of the dense Sigma. Features without any spread (one row per task)
-    have Sigma = I.
+    D is diag(S/N) ``by_feature``, else mean(diag(S/N)) I. Hidden states have features of very unlike spread, and those of
+    several depths unlike scale: by feature, the wide ones do not hide what the narrow ones tell. S is the pooled scatter
+    within tasks (or ``within_labels``) and N the number of rows. With fewer factor rows than features the solve goes
+    through the Woodbury identity on a (rows, rows) system, so that d = 8192 needs no d x d matrix; otherwise through the
+    Cholesky factor of the dense Sigma. Features without any spread (one row per task) have Sigma = I.
 
     Raises:
         UserError: Sigma is singular (shrinkage 0 with too few rows).
     """
 
-    def __init__(self, statistics: Sequence[TaskStatistics], shrinkage: float, *, within_labels: bool = False) -> None:
+    def __init__(
+        self,
+        statistics: Sequence[TaskStatistics],
+        shrinkage: float,
+        *,
+        within_labels: bool = False,
+        by_feature: bool = False,
+    ) -> None:
         check(statistics)
         width = len(statistics[0].mean)
         total = sum(s.count for s in statistics)
         self.low_rank = False
+        self.scale: Tensor | None = None
+        """(d,) by which features are divided before, and solutions after; None for 1."""
         self.factors = [s.factor if within_labels else s.task_factor for s in statistics]
         trace = sum(float(factor.square().sum()) for factor in self.factors)
         power = sum(s.count * float(s.mean.square().sum()) for s in statistics)
         if trace <= 1e-24 * power:  # equal rows leave rounding errors, not a covariance
             self.ridge, self.weight = 1.0, 0.0
-        else:
-            self.ridge, self.weight = shrinkage * trace / (total * width), (1 - shrinkage) / total
+            return
+        self.ridge, self.weight = shrinkage * trace / (total * width), (1 - shrinkage) / total
+        if by_feature:
+            spread = torch.stack([factor.square().sum(dim=0) for factor in self.factors]).sum(dim=0)
+            self.scale = spread.clamp(min=1e-9 * trace / width).div(total).sqrt()
+            self.factors = [factor / self.scale for factor in self.factors]
+            self.ridge = shrinkage
         if self.weight == 0.0:
             return
         rank = sum(map(len, self.factors))
@@ -331,6 +357,11 @@ class Covariance:
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows`` (m, d) -> (m, d), each Sigma^-1 row."""
+        if self.scale is not None:
+            return self._solve(rows / self.scale) / self.scale
+        return self._solve(rows)
+
+    def _solve(self, rows: Tensor) -> Tensor:
         if self.weight == 0.0:
             return rows / self.ridge
         if not self.low_rank:
@@ -340,6 +371,8 @@ class Covariance:
 
     def between(self, rows: Tensor) -> Tensor:
         """``rows`` (m, d) -> (m, m), rows Sigma rows^T."""
+        if self.scale is not None:
+            rows = rows * self.scale
         seen = [rows @ factor.T for factor in self.factors]
         return self.ridge * (rows @ rows.T) + self.weight * sum((x @ x.T for x in seen), rows.new_zeros(()))
 

@@ -129,8 +129,8 @@ def routing_stack(model: PreTrainedModel) -> LayerStack:
 
 
 def default_depths(layer: int) -> list[int]:
-    """Layers whose states are features beside those of the routing layer: the one at half of its depth."""
-    return [layer // 2] if layer >= 2 else []
+    """Layers whose states are features beside those of the routing layer: those at each quarter of its depth."""
+    return sorted({layer * quarter // 4 for quarter in (1, 2, 3)} - {0, layer})
 
 
 def default_router_layer(model: PreTrainedModel) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
-from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, fit_beta, make_keys
+from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, fit, fit_beta, make_keys
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
@@ -40,8 +40,8 @@ BANK = [statistics_of(0, 3, held=20), statistics_of(1, 2, held=20), statistics_o
 
 def test_a_key_a_task_is_the_router_of_before() -> None:
     plain = [TaskStatistics(s.task, s.count, s.mean, s.task_factor) for s in BANK]
-    before = posterior_router(plain, shrinkage=0.1, gate=GateSettings(temperature=1.0))
-    keys = make_keys(BANK, "task", 0.1)
+    before = posterior_router(plain, shrinkage=0.0, gate=GateSettings(temperature=1.0))
+    keys = make_keys(BANK, "task", 0.0)
     rows = torch.cat([rows_of(task, 0, 5, seed=3) for task in range(3)])
     torch.testing.assert_close(keys.of_tasks(keys.scores(rows, 1.0)), before.posterior(rows))
 
@@ -50,7 +50,7 @@ def test_the_posterior_of_a_label_is_bayes_rule_on_gaussians_of_one_covariance()
     keys = make_keys(BANK, "label", 0.2)
     scatter = sum((s.factor.T @ s.factor for s in BANK), torch.zeros(WIDTH, WIDTH, dtype=torch.float64))
     sigma = scatter / sum(s.count for s in BANK)
-    sigma = 0.8 * sigma + 0.2 * sigma.diag().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    sigma = 0.8 * sigma + 0.2 * sigma.diag().diag()
     rows = rows_of(1, 1, 4, seed=5).double()
     logs = []
     for one in BANK:
@@ -74,6 +74,28 @@ def test_the_shares_of_two_ranks_are_the_statistics_of_all_rows() -> None:
     torch.testing.assert_close(joined.by_label.means, whole.by_label.means)
     torch.testing.assert_close(joined.factor.T @ joined.factor, whole.factor.T @ whole.factor)
     torch.testing.assert_close(joined.task_factor.T @ joined.task_factor, whole.task_factor.T @ whole.task_factor)
+
+
+def test_statistics_with_the_held_out_rows_are_those_of_all_rows() -> None:
+    features = torch.cat([rows_of(0, label, 20) for label in range(2)])
+    places = [label for label in range(2) for _ in range(20)]
+    unseen = torch.arange(0, 40, 5)
+    kept = [place for place in range(40) if place not in set(unseen.tolist())]
+    part = TaskStatistics.from_features("t", features[kept], [places[n] for n in kept], 2)
+    part = replace(part, held=HeldOut(features[unseen], torch.tensor(places)[unseen]))
+    whole, wanted = part.with_held(), TaskStatistics.from_features("t", features, places, 2)
+    assert whole.count == 40 and whole.held is part.held and whole.by_label is not None and wanted.by_label is not None
+    torch.testing.assert_close(whole.mean, wanted.mean)
+    torch.testing.assert_close(whole.by_label.means, wanted.by_label.means)
+    torch.testing.assert_close(whole.factor.T @ whole.factor, wanted.factor.T @ wanted.factor)
+
+
+def test_keys_that_serve_have_seen_the_rows_that_their_settings_were_chosen_on() -> None:
+    found = fit(BANK, "label", (0.1, 0.5))
+    torch.testing.assert_close(found.unseen.weights, make_keys(BANK, "label", found.shrinkage).weights)
+    whole = make_keys([one.with_held() for one in BANK], "label", found.shrinkage)
+    torch.testing.assert_close(found.keys.weights, whole.weights)
+    assert not torch.allclose(found.keys.weights, found.unseen.weights)
 
 
 def test_statistics_come_back_from_their_tensors_with_labels_and_held_out_rows() -> None:

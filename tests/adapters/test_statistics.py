@@ -111,6 +111,23 @@ def test_keys_equal_the_dense_formula(shrinkage: float, width: int) -> None:
     assert weights.dtype == bias.dtype == torch.float64
 
 
+@pytest.mark.parametrize("shrinkage", [0.1, 1.0])
+@pytest.mark.parametrize("width", [WIDTH, 400], ids=["dense", "low rank"])
+def test_shrinkage_by_feature_equals_the_dense_formula_and_knows_no_scale(shrinkage: float, width: int) -> None:
+    stats = bank(width=width)
+    scatter = sum((s.factor.T @ s.factor for s in stats), torch.zeros(width, width, dtype=torch.float64))
+    scatter = scatter / sum(s.count for s in stats)
+    dense = (1 - shrinkage) * scatter + shrinkage * scatter.diag().diag()
+    means = torch.stack([s.mean for s in stats])
+    covariance = st.Covariance(stats, shrinkage, by_feature=True)
+    torch.testing.assert_close(covariance.solve(means), means @ torch.linalg.inv(dense), atol=1e-8, rtol=1e-7)
+    torch.testing.assert_close(covariance.between(means), means @ dense @ means.T)
+    scale = torch.logspace(-1, 1, width, dtype=torch.float64)
+    wide = [TaskStatistics(s.task, s.count, s.mean * scale, s.factor * scale) for s in stats]
+    again = st.Covariance(wide, shrinkage, by_feature=True).solve(means * scale)
+    torch.testing.assert_close(again * scale, covariance.solve(means), atol=1e-8, rtol=1e-6)
+
+
 def test_wide_features_need_no_square_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     stats = [TaskStatistics.from_features(f"t{t}", t + torch.randn(10, 8192, generator=generator)) for t in range(3)]
