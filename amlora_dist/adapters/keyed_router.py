@@ -5,7 +5,8 @@ beside the bank's find most: the text is foreign where
 
     log sum_k exp(s_k / T) / K - log sum_j exp(s_j / T + log prior_j)
 
-over the K background keys and the bank's J is above a threshold, which is a quantile of the bank's own held-out rows.
+over the K background keys and the bank's J is above a threshold, which is a quantile of the bank's own held-out rows. The
+keys of both are those that have not seen the held-out rows: these then look as foreign as any other row of their task.
 
 Shapes: B texts, T tasks, J keys, K background keys, d features.
 """
@@ -26,7 +27,7 @@ from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.keys import KeyRule
-    from amlora_dist.adapters.statistics import Covariance, TaskStatistics
+    from amlora_dist.adapters.statistics import TaskStatistics
 
 SHRINKAGES: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
 """Of which held-out rows choose, where the configuration leaves it to them."""
@@ -60,6 +61,7 @@ class KeyedRouter:
         beta: fitted weight of the keys' evidence for a label beside the language model's.
         gate: thresholds.
         background: weights (K, d) and bias (K,) of the background's keys; None for none.
+        unseen: the bank's keys beside which the background stands: those that have not seen the held-out rows.
         parts: their names.
         foreign_above: by share of own rows lost, the score from which on a text is foreign.
     """
@@ -71,6 +73,7 @@ class KeyedRouter:
     beta: float
     gate: GateSettings
     background: tuple[Tensor, Tensor] | None = None
+    unseen: Keys | None = None
     parts: tuple[str, ...] = ()
     foreign_above: tuple[tuple[float, float], ...] = ()
     kind: str = "posterior"
@@ -111,9 +114,9 @@ class KeyedRouter:
     def foreign(self, features_BD: Tensor) -> Tensor:
         """log of the background's mass over the bank's, (B,) fp64; minus infinity without a background."""
         rows = features_BD.to(self.keys.weights)
-        if self.background is None:
+        if self.background is None or self.unseen is None:
             return rows.new_full((len(rows),), -torch.inf)
-        return _foreign(rows, self.keys, *self.background, self.chosen_temperature)
+        return _foreign(rows, self.unseen, *self.background, self.chosen_temperature)
 
     def posterior(self, features_BD: Tensor) -> Tensor:
         """p(t | text) before any threshold, (B, T), fp64: also the prior of ``literal + prior``."""
@@ -132,18 +135,21 @@ class KeyedRouter:
 
     def only(self, tasks: Sequence[int]) -> KeyedRouter:
         """The same router, as if the bank held these tasks alone: the gates of the others are 0."""
-        return replace(self, keys=self.keys.only(tasks))
+        return replace(self, keys=self.keys.only(tasks), unseen=self.unseen and self.unseen.only(tasks))
 
     def to(self, device: torch.device | str) -> KeyedRouter:
         """See ``Router``."""
         background = self.background and (self.background[0].to(device), self.background[1].to(device))
-        return replace(self, keys=self.keys.to(device), background=background)
+        unseen = self.unseen and self.unseen.to(device)
+        return replace(self, keys=self.keys.to(device), background=background, unseen=unseen)
 
     def tensors(self) -> dict[str, Tensor]:
-        """``weights``, ``bias``, ``log_prior`` and, with a background, its own."""
+        """``weights``, ``bias``, ``log_prior`` and, with a background, its own and those that it stands beside."""
         named = {"weights": self.keys.weights, "bias": self.keys.bias, "log_prior": self.keys.log_prior}
         if self.background is not None:
             named |= {"background.weights": self.background[0], "background.bias": self.background[1]}
+        if self.unseen is not None:
+            named |= {f"unseen.{name}": getattr(self.unseen, name) for name in ("weights", "bias", "log_prior")}
         return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
     def settings(self) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class KeyedRouter:
             "kind": self.kind, "tasks": self.tasks, "temperature": self.temperature, "beta": self.beta, "keys": keys,
             "gate": asdict(self.gate), "parts": list(self.parts),
             "foreign_above": [list(one) for one in self.foreign_above],
+            "unseen": self.unseen and {"task": list(self.unseen.task), "label": list(self.unseen.label)},
         }  # fmt: skip
 
 
@@ -190,33 +197,25 @@ def with_background(
     rule: KeyRule,
     background: Mapping[str, Tensor],
 ) -> KeyedRouter:
-    """``router`` with keys for those parts of a background that hardly take a row of the bank's tasks, and thresholds.
-
-    Parts and thresholds are chosen with keys that have not seen the held-out rows, as all that is fitted.
-    """
+    """``router`` with keys for those parts of a background that hardly take a row of the bank's tasks, and thresholds."""
     names = sorted(background)
     means = torch.stack([background[name].double() for name in names])
     temperature = router.chosen_temperature
-    weights, bias = _means_as_keys(covariance_of(statistics, rule, fitted.shrinkage), means)
+    weights = covariance_of(statistics, rule, fitted.shrinkage).solve(means)
+    bias = -0.5 * (means * weights).sum(dim=1)
     held = [one.held.features.double() for one in statistics if one.held is not None and len(one.held.labels)]
     taken = torch.zeros(len(names))
     for rows in held:
-        own = (rows @ weights.T + bias) / temperature > _mass(rows, fitted.unseen, temperature)[:, None]
-        taken = torch.maximum(taken, own.float().mean(dim=0))
+        wins = (rows @ weights.T + bias) / temperature > _mass(rows, fitted.unseen, temperature)[:, None]
+        taken = torch.maximum(taken, wins.float().mean(dim=0))
     kept = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
     if not kept or not held:
         return router
     scores = torch.cat([_foreign(rows, fitted.unseen, weights[kept], bias[kept], temperature) for rows in held])
     above = tuple((share, float(torch.quantile(scores, 1 - share))) for share in LOST)
     parts = tuple(names[place] for place in kept)
-    whole = covariance_of([one.with_held() for one in statistics], rule, fitted.shrinkage)
-    return replace(router, background=_means_as_keys(whole, means[kept]), parts=parts, foreign_above=above)
-
-
-def _means_as_keys(covariance: Covariance, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (K, d) and bias (K,) of Gaussians around means (K, d)."""
-    weights = covariance.solve(means)
-    return weights.contiguous(), -0.5 * (means * weights).sum(dim=1)
+    own = (weights[kept].contiguous(), bias[kept].contiguous())
+    return replace(router, background=own, unseen=fitted.unseen, parts=parts, foreign_above=above)
 
 
 def _mass(rows: Tensor, keys: Keys, temperature: float) -> Tensor:
@@ -236,16 +235,23 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         BankError: numbers that are not finite, or that do not fit.
     """
     named = {name: tensors[name].double() for name in ("weights", "bias", "log_prior")}
-    extra = {n: t.double() for n, t in tensors.items() if n.startswith("background.")}
+    extra = {n: t.double() for n, t in tensors.items() if n.startswith(("background.", "unseen."))}
     if not all(bool(torch.isfinite(t).all()) for t in (*named.values(), *extra.values())):
         raise BankError("router: keys hold NaN or infinity")
-    of = settings["keys"]
-    keys = Keys(named["weights"], named["bias"], tuple(of["task"]), tuple(of["label"]), named["log_prior"])
-    if not len(keys.task) == len(keys.label) == len(keys.bias) == len(keys.log_prior):
-        raise BankError(f"router: {len(keys.task)} keys, {len(keys.bias)} biases")
+    keys = _keys_from(named, settings["keys"])
+    unseen = _keys_from({name: extra[f"unseen.{name}"] for name in named}, settings["unseen"]) if extra else None
     return KeyedRouter(
-        list(settings["tasks"]), tuple(of["labels"]), keys, float(settings["temperature"]), float(settings["beta"]),
+        list(settings["tasks"]), tuple(settings["keys"]["labels"]), keys,
+        float(settings["temperature"]), float(settings["beta"]),
         GateSettings(**settings["gate"]),
-        (extra["background.weights"], extra["background.bias"]) if extra else None,
+        (extra["background.weights"], extra["background.bias"]) if extra else None, unseen,
         tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]),
     )  # fmt: skip
+
+
+def _keys_from(tensors: Mapping[str, Tensor], whose: Mapping[str, Any]) -> Keys:
+    """Keys of their tensors and of the tasks and labels to which they belong."""
+    keys = Keys(tensors["weights"], tensors["bias"], tuple(whose["task"]), tuple(whose["label"]), tensors["log_prior"])
+    if not len(keys.task) == len(keys.label) == len(keys.bias) == len(keys.log_prior):
+        raise BankError(f"router: {len(keys.task)} keys, {len(keys.bias)} biases")
+    return keys

@@ -84,7 +84,7 @@ class RouterSettings:
     layer: int | None = Field(default=None, ge=0)
     """k: hidden states after this many layers are features; default: the middle of the depth."""
     depths: list[Annotated[int, Field(ge=0)]] | None = None
-    """Further layers below k whose hidden states are features too; default: those at a quarter, half and three quarters of k."""
+    """Further layers below k whose hidden states are features too; default: at each quarter of k."""
     max_text_tokens: int | None = Field(default=None, ge=8)
     """Tokens of a text that are read, whatever the task; default: the largest ``max_length`` of the run's tasks."""
     shrinkage: Literal["held_out"] | Annotated[float, Field(ge=0, le=1)] = "held_out"

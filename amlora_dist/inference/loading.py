@@ -41,21 +41,22 @@ def sharing_copy(transformer: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(transformer, weights)
 
 
-def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int) -> Mixture:
+def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int, abstain: float | None = None) -> Mixture:
     """Put a bank with its router into its base model; ``eos_id`` is its tokenizer's end token.
 
     Raises:
+        UserError: as ``described_router``.
         BankError: a module, a setting or a shape that this base model does not have.
     """
     manifest = bank.manifest
     try:
         router_settings = RouterSettings(**completed(manifest.training_configuration).get("router", {}))
-        own = dict(bank.router_settings)
+        own = described_router(bank, abstain)
         prior = own.pop(PRIOR_KEY, None)
         literal = LiteralSettings(**own) if manifest.router.kind == "literal" else None
     except (ValidationError, TypeError) as error:
         raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
-    described = bank.router_settings if literal is None else prior
+    described = own if literal is None else prior
     router = None if described is None else router_from(bank.router, described)
     lead = PromptSlots(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
     targets = [embedding_target(transformer)] if lead else bank_targets(transformer, manifest.targets)
@@ -93,6 +94,33 @@ def answer_settings(manifest: Manifest) -> AnswerSettings:
         return AnswerSettings(**completed(manifest.training_configuration)["answer"])
     except (ValidationError, TypeError) as error:
         raise BankError(f"manifest: the settings of its answers do not fit this version: {error}") from error
+
+
+def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
+    """Settings of a bank's router, with abstention as it is asked for here instead of as it was published.
+
+    Args:
+        bank: as read.
+        abstain: share of its own rows that may be lost by giving texts of no task to the base model, of which the nearest
+            stored threshold is taken; 0: every text is taken for one of the bank's; None: as published.
+
+    Raises:
+        UserError: a share that is none, or a bank without the background that tells such texts.
+    """
+    described = dict(bank.router_settings)
+    if abstain is None:
+        return described
+    if not 0 <= abstain < 0.5:
+        raise UserError(f"abstain: found {abstain:g}, expected a share of the bank's own rows from 0 (off) to 0.5")
+    if abstain and not described.get("foreign_above"):
+        raise UserError(
+            f"abstain: found {abstain:g}, but this bank stores no background by which texts of no task are told; train it"
+            " with router.background true and router.holdout above 0, or make its router again with `amlora rekey`"
+        )
+    if "gate" in described:
+        chosen = {"abstention": True, "lost": abstain} if abstain else {"abstention": False}
+        described["gate"] = described["gate"] | chosen
+    return described
 
 
 def bank_targets(transformer: PreTrainedModel, paths: Sequence[str]) -> list[Target]:

@@ -43,6 +43,7 @@ from amlora_dist.inference.loading import (
     chosen_attention,
     chosen_device,
     chosen_dtype,
+    described_router,
     inject_bank,
     pulled,
     resolve_bank_base,
@@ -139,6 +140,7 @@ class AMLoRAModel:
         beside: AMLoRAModel | None = None,
         require_signature: str | Path | None = None,
         expect_digest: str | None = None,
+        abstain: float | None = None,
     ) -> AMLoRAModel:
         """Load a bank and its base model.
 
@@ -153,6 +155,8 @@ class AMLoRAModel:
                 the same base model; ``device`` and ``dtype`` are then its own.
             require_signature: PEM file of the public key that must have signed the whole bank.
             expect_digest: of its manifest, as ``amlora verify`` prints it.
+            abstain: share of its own rows that the bank may lose by giving texts of no task to the base model; 0: it takes
+                every text for its own; default: as it was published.
 
         Raises:
             UserError: no such version or folder; the base model is not there, or is another one than the bank was
@@ -167,6 +171,7 @@ class AMLoRAModel:
             folder = Path(bank).expanduser()
             trust.check(folder)
         loaded = read_bank(folder, statistics=False)
+        described_router(loaded, abstain)  # says what is wrong before a weight is read
         found = resolve_bank_base(loaded.manifest.base, base)
         if beside is not None and beside.base.digest == found.digest:
             plain = beside._plain
@@ -177,7 +182,7 @@ class AMLoRAModel:
             plain.to(where)
         transformer = sharing_copy(plain)
         tokenizer = load_tokenizer(found.path)
-        mixture = inject_bank(transformer, loaded, eos_id=int(tokenizer.eos_token_id))
+        mixture = inject_bank(transformer, loaded, eos_id=int(tokenizer.eos_token_id), abstain=abstain)
         made = cls(loaded, found, transformer, tokenizer, mixture, uri=uri)
         made._plain = plain
         return made

@@ -39,6 +39,13 @@ Spreadsheet = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
 Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+Abstain = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Share of own rows that may be lost by giving texts of no task to the base model; 0: off.",
+        show_default="as the bank was published",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
 Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
@@ -105,6 +112,7 @@ def ask(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -112,7 +120,7 @@ def ask(
     """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
     from pipelines.cli.scoring import ask as ask_bank
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
     ask_bank(bank, texts, options, as_json=as_json)
 
 
@@ -126,6 +134,7 @@ def score(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -134,7 +143,7 @@ def score(
     from pipelines.cli.scoring import Rows
     from pipelines.cli.scoring import score as score_bank
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
     score_bank(bank, Rows(data, column, label), task, batch_size, options, as_json=as_json)
 
 
@@ -247,13 +256,14 @@ def generate(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
     from pipelines.cli.batch_inference import Files, answer_texts
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
     call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
     files = Files(source, output, column, format, spreadsheet)
     answer_texts(bank, files, batch_size, call, options)
@@ -275,13 +285,14 @@ def classify(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
     from pipelines.cli.batch_inference import Files, classify_texts
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
     call = {"labels": label or None, "task": task, "question": question}
     files = Files(source, output, column, format, spreadsheet)
     classify_texts(bank, files, batch_size, call, options)
@@ -313,6 +324,7 @@ def serve(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    abstain: Abstain = None,
     require_signature: Signature = None,
     expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
@@ -332,7 +344,7 @@ def serve(
     )  # fmt: skip
     options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     demanded = {"require_signature": require_signature and str(require_signature.expanduser().absolute()),
-                "expect_digest": expect_digest}  # fmt: skip
+                "expect_digest": expect_digest, "abstain": abstain}  # fmt: skip
     options |= {name: value for name, value in demanded.items() if value is not None}
     place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     serve_bank(bank, name, place, settings, options, typer.echo, verbose=verbose)

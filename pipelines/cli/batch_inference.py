@@ -59,7 +59,10 @@ def classify_texts(
     def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
         found = model.classify([line.text for line in lines], **_call(lines, call), batch_size=batch_size)
         return [
-            {"label": one.label, "score": None if one.label is None else one.scores[one.label], **_routed(one.route)}
+            {
+                "label": one.label, "score": None if one.label is None else one.scores[one.label], **_routed(one.route),
+                "foreign": None if one.foreign is None else round(one.foreign, 6),
+            }
             for one in found
         ]
 

@@ -228,7 +228,7 @@ def _check_installed() -> None:
 
 def _checked(bank: str, options: dict[str, Any]) -> str:
     """The version to serve, after all that can be looked at before Ray starts."""
-    from amlora_dist.inference.loading import pulled, resolve_bank_base
+    from amlora_dist.inference.loading import described_router, pulled, resolve_bank_base
     from amlora_dist.registry.bank_folder import read_bank
     from amlora_dist.registry.signing import Trust
 
@@ -238,7 +238,9 @@ def _checked(bank: str, options: dict[str, Any]) -> str:
     else:
         version, folder = bank, Path(bank)
         trust.check(folder)
-    resolve_bank_base(read_bank(folder, statistics=False).manifest.base, options["base"])
+    read = read_bank(folder, statistics=False)
+    described_router(read, options.get("abstain"))
+    resolve_bank_base(read.manifest.base, options["base"])
     return version
 
 

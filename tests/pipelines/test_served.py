@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from openai import OpenAI
+from typer.testing import CliRunner
 
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
@@ -18,6 +19,7 @@ from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.prompts import STYLES
+from pipelines.cli.main import app
 from pipelines.cli.scoring import Rows, answer_differences, ask, rekey_bank, score
 from pipelines.runs.progress import Silent
 from pipelines.runs.sequence import run_sequence
@@ -34,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLORA_HOME", str(folder / "home"))
-        config = load_config(write_config(folder), ["evaluate=all"])
+        config = load_config(write_config(folder), ["evaluate=all", "router.background=true"])
         result = run_sequence(config, run_id="served", progress=Silent())
         yield folder, result, AMLoRAModel.from_bank("models:/served@current", device="cpu")
 
@@ -190,6 +192,42 @@ def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: An
     with pytest.raises(UserError, match="found no rows of sizes"):
         rekey_bank("models:/before@current", tmp_path / "x", given[:2], "label", {})
     assert not (tmp_path / "x").exists()
+
+
+def test_texts_of_no_task_go_to_the_base_model_where_that_is_asked_for(run: Any, tmp_path: Path) -> None:
+    """On a finished bank, which was published without abstention; a threshold that loses nearly half takes the rest too."""
+    folder, _, model = run
+    own = [text for task in TASKS for text in texts_of(folder, task)]
+    bold = AMLoRAModel.from_bank("models:/served@current", device="cpu", abstain=0.0)
+    assert [one.label for one in bold.classify(own)] == [one.label for one in model.classify(own)]
+    shy = AMLoRAModel.from_bank("models:/served@current", device="cpu", abstain=0.1)
+    assert shy.bank.manifest.digest() == model.bank.manifest.digest(), "it is the same bank"
+    found = shy.classify(own)
+    threshold = shy.answering.router.threshold if shy.answering is not None else None
+    assert threshold is not None and all(one.foreign is not None for one in found)
+    assert [one.label is None for one in found] == [one.foreign > threshold for one in found if one.foreign is not None]
+    assert sum(one.label is None for one in found) <= len(own) // 3, "most rows are the bank's own"
+    for one, free in zip(found, shy.answer(own), strict=True):
+        assert one.label is not None or (one.route.task is None and one.scores == {} and free.route.task is None)
+    with pytest.raises(UserError, match=r"abstain: found 0\.7, expected a share"):
+        AMLoRAModel.from_bank("models:/served@current", device="cpu", abstain=0.7)
+
+
+def test_the_snippet_of_the_readme_runs_word_for_word(
+    run: Any, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    library, client = (part.split("```", 1)[0] for part in text.split("```python\n")[1:])
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["pull", "models:/served@current", "bank/"])
+    assert done.exit_code == 0, done.output
+    exec(compile(library, "README.md", "exec"), {})  # noqa: S102 (our own words)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all("none: 0.000" in line for line in lines)
+    assert lines[0].endswith("My invoice shows the same order twice.")
+    with running(ServedBank(run[2], "demo")) as server:
+        exec(compile(client.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip() == run[2].predict("My invoice shows the same order twice.")[0]
 
 
 def test_texts_are_answered_from_the_command_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
