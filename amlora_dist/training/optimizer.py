@@ -77,7 +77,7 @@ def parameter_groups(
     groups: list[dict[str, Any]] = []
     for phase, members, multiple in ((1, other, 1.0), (1, quick, settings.lora_plus), (2, selectors, 1.0)):
         if members:
-            rate = settings.learning_rate * multiple
+            rate = settings.rate * multiple
             groups.append(
                 {
                     "params": members,
