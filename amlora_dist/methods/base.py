@@ -101,7 +101,7 @@ class Method:
         if stage > 1 and self.learns_recipe(stage):
             values["recipe"] = {
                 key: getattr(s.training, key) for key in ("l1", "recipe_learning_rate", "probe_rows")
-            } | unlike_former("recipe", {"start": s.recipe.start})
+            } | unlike_former("recipe", {"start": s.recipe.start, "refit": s.recipe.refit})
             if s.recipe.start == "race":
                 values["recipe"] |= {"race_steps": s.recipe.race_steps, "near_tie": s.training.near_tie}
         if stage > 1 and self.uses:

@@ -57,12 +57,14 @@ class Learner:
         mirror: Mirror | None = None,
         keeper: Callable[[int], BestKeeper] | None = None,
         stop_in: Path | None = None,
+        refit: float = 0.0,
     ) -> None:
         """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
         steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
         that checkpoints are copied to, and fetched from where the folder has none as new. ``keeper``, made for so many
         steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last. ``stop_in``:
-        folder of the stop file; default: ``folder``."""
+        folder of the stop file; default: ``folder``. ``refit``: share of the steps, the last ones, in which a recipe
+        learns on its support."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
@@ -74,6 +76,7 @@ class Learner:
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
+        self._refit_from = self.schedule.steps - round(refit * self.schedule.steps)
         self.keeper = None if keeper is None else keeper(self.schedule.steps)
 
     def resume(self) -> Progress | None:
@@ -221,7 +224,7 @@ class Learner:
         if not math.isfinite(added_sum):
             return math.nan, stop > 0
         if math.isfinite(loss_sum):
-            self.engine.step(rate_factor(step, steps, self.settings), phase)
+            self.engine.step(rate_factor(step, steps, self.settings), phase, refit=begun >= self._refit_from)
         return loss_sum, stop > 0
 
     def _phase(self, step: int) -> tuple[int, int, int]:

@@ -87,6 +87,9 @@ class RecipeSettings:
     best old row if it explains the new task better than the base model does."""
     race_steps: int = Field(default=20, ge=8)
     """Steps that each start takes at most; the losers' are at most 15% of the stage's (50% below 100 steps)."""
+    refit: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a stage's steps, the last ones, in which the weights that ``training.l1`` has left go on without it and those
+    at 0 stay there: the penalty chooses, and no longer shrinks what it has chosen."""
 
 
 DeepSpeedSection = dict[str, Any]

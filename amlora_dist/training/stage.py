@@ -288,6 +288,7 @@ class _Stage:
             report=self.report,
             mirror=work.mirror,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
+            refit=settings.recipe.refit,
             stop_in=None if work.stop_in is None else Path(work.stop_in),
         )
         return learner, held_loss

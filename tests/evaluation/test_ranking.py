@@ -26,7 +26,7 @@ from amlora_dist.evaluation.ranking import (
 from tests.evaluation.tiny_models import EOS, LABELS, PAD, VOCABULARY, Example, naive_loglikelihood, tiny
 
 PROMPTS = [(5, 6, 7, 8, 3), (9, 4), (12, 17, 3, 3, 2, 14, 6)]
-SETS = {name: labels for name, labels in LABELS.items()} | {
+SETS: dict[str, list[tuple[int, ...]]] = LABELS | {
     "many": sorted({(n % 13 + 3, n % 7 + 2, n % 5 + 4)[: 1 + n % 3] for n in range(60)}),
     "one alone": [(3, 4, 5)],
 }
@@ -80,7 +80,7 @@ def test_eos_counts_for_all_labels_if_one_begins_another() -> None:
 
 @pytest.mark.parametrize("labels", [[(3,), ()], [(3,), (4,), (3,)]])
 def test_labels_that_the_model_cannot_tell_apart_are_refused(labels: list[tuple[int, ...]]) -> None:
-    with pytest.raises(UserError, match="no tokens|same tokens"):
+    with pytest.raises(UserError, match=r"no tokens|same tokens"):
         plan_labels(labels, EOS)
 
 

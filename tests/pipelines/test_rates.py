@@ -15,7 +15,7 @@ from amlora_dist.training.failures import StoppedError
 from amlora_dist.training.loop import STOP_FILE
 from pipelines.runs.comparison import plan_comparison
 from pipelines.runs.progress import Silent
-from pipelines.runs.rates import FILE, KIND
+from pipelines.runs.rates import FILE, KIND, RateSearch
 from pipelines.runs.resume_check import going_on
 from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config
@@ -59,7 +59,8 @@ def run(config: Path, run_id: str, *overrides: str, notes: Notes | None = None) 
 
 def stored(home: Path, run_id: str) -> dict[str, Any]:
     store = Store.open(home)
-    found: dict[str, Any] = store.load_json(store.find_runs({"amlora.kind": "sequence", "amlora.run_id": run_id})[-1].run, "config.json")
+    run = store.find_runs({"amlora.kind": "sequence", "amlora.run_id": run_id})[-1].run
+    found: dict[str, Any] = store.load_json(run, "config.json")
     return found
 
 
@@ -93,7 +94,7 @@ def test_auto_races_once_and_is_the_number_that_won_from_then_on(tmp_path: Path,
     shutil.rmtree(home / "storage")
     number, notes = run(config, "named", tasks, f"training.learning_rate={chosen}")
     assert number["stages"][0]["fingerprint"] == first["stages"][0]["fingerprint"] and number["stages"][0]["reused"]
-    grown, notes = run(config, "raced")
+    _, notes = run(config, "raced")
     assert not any("won over" in note for note in notes.notes), "a run goes on at its number"
     other, notes = run(config, "other", "training.l1=0.5", "evaluation.cells=last")
     assert any("won over 9 steps" in note for note in notes.notes) and other["stages"][0]["reused"]
@@ -104,9 +105,8 @@ def test_auto_races_once_and_is_the_number_that_won_from_then_on(tmp_path: Path,
     child = tmp_path / "child"
     child.mkdir()
     more = write_config(child, rows=36, tasks=("sizes",), training=TRAINING, parent="models:/named@current")
-    _, notes = run(more, "child")
+    run(more, "child")
     assert stored(home, "child")["training"]["learning_rate"] == chosen
-    assert any(f"learning rate {chosen:g}: that of models:/named" in note for note in notes.notes)
     assert len(Store.open(home).find_runs({"amlora.kind": KIND})) == 1
 
 
@@ -119,9 +119,23 @@ def test_what_the_winner_trained_is_bit_for_bit_what_its_number_trains(
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(empty_home, elsewhere)
     monkeypatch.setenv("AMLORA_HOME", str(elsewhere))
-    named, notes = run(config, "named", f"training.learning_rate={chosen}")
+    named, _ = run(config, "named", f"training.learning_rate={chosen}")
     assert not named["stages"][0]["reused"]
     assert adapters(named, elsewhere) == adapters(raced, home)
+
+
+@pytest.mark.parametrize(
+    ("training", "rate", "how"),
+    [({"learning_rate": 0.02}, 0.02, "parent"), ({"learning_rate": "auto"}, 3e-3, "default"), (None, 3e-3, "default")],
+)
+def test_a_bank_from_elsewhere_brings_its_rate_or_the_default_is_taken(
+    training: dict[str, Any] | None, rate: float, how: str
+) -> None:
+    notes = Notes()
+    search = RateSearch(None, None, Path(), notes, "run")  # type: ignore[arg-type]
+    chosen = search.of_bank({} if training is None else {"training": training}, "models:/there/1")
+    assert (chosen.rate, chosen.facts["how"]) == (rate, how)
+    assert f"learning rate {rate:g}" in notes.notes[0] and "models:/there/1" in notes.notes[0]
 
 
 @pytest.mark.parametrize("overrides", [["training.epochs=2"], ["prompt_format=1"], ["router.holdout=0"]])
