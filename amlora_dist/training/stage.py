@@ -201,17 +201,20 @@ class _Stage:
                 start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
                 progress = start.begin(progress)
         progress.trained_with = self._trained_with()
-        progress = learner.run(progress)
+        if self.method.learns:
+            progress = learner.run(progress)
         reach("training_ended")
         if weights_checksum(engine.model, trainable) != before:
             raise TrainingError("the base model or an old adapter changed while training")
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
-        if self._label_count():
+        adapter = mixture.extract_new(gather=engine.whole)
+        if (final := self.method.finished(adapter, adapters)) is not adapter:
+            mixture.set_new(adapter := final)
+        if self.method.learns and self._label_count():
             labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
             eos_id = int(self.tokenizer.eos_token_id)
             statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
-        adapter = mixture.extract_new(gather=engine.whole)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
             training = asdict(progress) | {

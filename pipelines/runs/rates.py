@@ -140,7 +140,9 @@ class RateSearch:
         """
         steps = self._steps(task, rows, mixed)
         if not steps:
-            self.progress.note(f"learning rate {DEFAULT_RATE:g}: the default, the first stage is too short for a race")
+            self.progress.note(
+                f"learning rate {DEFAULT_RATE:g}: the default, no race (few steps, no rows held out, or nothing to learn)"
+            )
             return Chosen(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
         race = RateRace({f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}, steps)
         near_tie = self.materials.config.training.near_tie
@@ -204,7 +206,7 @@ class RateSearch:
         """Of each candidate; 0: no race."""
         config, data = self.materials.config, self.materials.data
         method = method_for(self.materials.stage_settings())
-        if config.prompt_format == 1 or method.selectors_alone or not method.trains:
+        if config.prompt_format == 1 or method.selectors_alone or not (method.trains and method.learns):
             return 0
         sizes = {name: len(data[name].rows["train"]) for name in rows}
         own = sum(sizes[name] for name, limit in rows.items() if limit is None) + sum(mixed.values())

@@ -23,7 +23,8 @@ from amlora_dist.evaluation.ranking import (
     scoring,
     takes_tries,
 )
-from tests.evaluation.tiny_models import EOS, LABELS, PAD, VOCABULARY, Example, naive_loglikelihood, tiny
+from amlora_dist.tasks.batches import Example
+from tests.evaluation.tiny_models import EOS, LABELS, PAD, VOCABULARY, naive_loglikelihood, tiny
 
 PROMPTS = [(5, 6, 7, 8, 3), (9, 4), (12, 17, 3, 3, 2, 14, 6)]
 SETS: dict[str, list[tuple[int, ...]]] = LABELS | {
