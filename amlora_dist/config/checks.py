@@ -83,8 +83,10 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
 def _keys_faults(config: RunConfig) -> dict[KeyPath, Fault]:
     """What the method of keys alone cannot do without."""
     needed: dict[KeyPath, Any] = {("router", "kind"): "posterior", ("router", "keys"): "label", ("prompt_format",): 2}
-    found = {("router", "kind"): config.router.kind, ("router", "keys"): config.router.keys,
-             ("prompt_format",): config.prompt_format}  # fmt: skip
+    router = config.router
+    found: dict[KeyPath, Any] = {
+        ("router", "kind"): router.kind, ("router", "keys"): router.keys, ("prompt_format",): config.prompt_format
+    }  # fmt: skip
     return {
         path: Fault(dotted(path), shown(found[path]), f"{value} with method: keys, which has nothing else to answer by")
         for path, value in needed.items()

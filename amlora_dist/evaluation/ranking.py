@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -176,17 +176,18 @@ class _TrieSearch:
         return self._known_BE[:, self._paths].all(dim=-1)
 
     def promising(self, bounds_BL: Tensor, open_BL: Tensor, budget: int) -> list[list[int]]:
-        """Nodes of each prompt that tell most: all that is missing of its best open labels, one after the other, while
-        there are fewer than ``budget``."""
+        """Nodes of each prompt that tell most, about ``budget``: all that is missing of the best open label, which may well
+        be the winner, and then the next one of every other in turn, best first; what lies deeper may never be needed."""
         order = bounds_BL.masked_fill(~open_BL, -torch.inf).argsort(dim=-1, descending=True, stable=True).tolist()
         counts = open_BL.sum(dim=-1).tolist()
         found: list[list[int]] = []
         for seen, labels, count in zip(self._seen, order, counts, strict=True):
-            nodes: dict[int, None] = {}
-            for label in labels[:count]:
-                if len(nodes) >= budget:
-                    break
-                nodes |= dict.fromkeys(node for node in self._plan.trie.nodes(label) if node not in seen)
+            missing = [[n for n in self._plan.trie.nodes(label) if n not in seen] for label in labels[:count]]
+            nodes = dict.fromkeys(missing[0] if missing else [])
+            for column in zip_longest(*missing[1:]):  # the parents of a column's nodes are in the one before
+                for node in column:
+                    if node is not None and len(nodes) < budget:
+                        nodes[node] = None
             found.append(list(nodes))
         return found
 
