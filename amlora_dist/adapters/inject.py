@@ -130,6 +130,14 @@ class Mixture:
         gate[:, task] = 1.0
         return gate
 
+    def set_new(self, adapter: Adapter) -> None:
+        """Put other values into the adapter in progress, whole parameters only (not under ZeRO-3). Between calls."""
+        with torch.no_grad():
+            for path, module in self.modules.items():
+                assert module.new_a is not None and module.new_b is not None
+                module.new_a.copy_(adapter.a[path])
+                module.new_b.copy_(adapter.b[path])
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What a stage learns, by names that checkpoints use: ``a.<module path>``, ``b.``, ``recipe.``, ``selector.``.
 

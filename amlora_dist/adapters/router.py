@@ -19,6 +19,7 @@ from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_r
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.adapters.statistics import calibrate, keys, posterior
+from amlora_dist.adapters.subspace_router import SubspaceRouter
 from amlora_dist.errors import BankError, UserError
 
 if TYPE_CHECKING:
@@ -336,6 +337,8 @@ def _router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         return UniformRouter(tasks)
     if kind == "fixed":
         return FixedRouter(tasks, tuple(settings["row"]))
+    if kind == "subspace":
+        return SubspaceRouter(tasks, tensors["weights"].double())
     if kind == "posterior" and "keys" in settings:
         return keyed_router_from(tensors, settings)
     if kind != "posterior":

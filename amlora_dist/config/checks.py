@@ -41,6 +41,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults[("method",)] = Fault("method", shown(config.method), f"one of {', '.join(METHODS)}", hint)
     if not faulty(("tasks",)):
         faults |= _same_names(config)
+    if config.method == "keys" and not any(faulty(path) for path in (("router",), ("prompt_format",))):
+        faults |= _keys_faults(config)
     if config.min_workers is not None and config.min_workers > max(1, config.workers):
         found, expected = str(config.min_workers), f"at most workers, which is {config.workers}"
         faults[("min_workers",)] = Fault("min_workers", found, expected)
@@ -76,6 +78,20 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         path = ("deepspeed", *keys)
         faults[path] = Fault(dotted(path), fault.found, fault.expected, fault.hint)
     return faults
+
+
+def _keys_faults(config: RunConfig) -> dict[KeyPath, Fault]:
+    """What the method of keys alone cannot do without."""
+    needed: dict[KeyPath, Any] = {("router", "kind"): "posterior", ("router", "keys"): "label", ("prompt_format",): 2}
+    router = config.router
+    found: dict[KeyPath, Any] = {
+        ("router", "kind"): router.kind, ("router", "keys"): router.keys, ("prompt_format",): config.prompt_format
+    }  # fmt: skip
+    return {
+        path: Fault(dotted(path), shown(found[path]), f"{value} with method: keys, which has nothing else to answer by")
+        for path, value in needed.items()
+        if found[path] != value
+    }
 
 
 def _zero_stage(config: RunConfig) -> int | None:

@@ -26,6 +26,7 @@ FORMER: dict[str, Any] = {
     "training.lora_plus": 1.0,
     "training.keep": "last",
     "recipe.start": "probe",
+    "recipe.refit": 0.0,
     "training.label_smoothing": 0.0,
 }
 """Key path -> what version 0.1 did, which did not know the key."""

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
 from amlora_dist.adapters.reading import Reading, keeping_trunk, read_texts
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, finished, picked
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
+from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, routes
 
 if TYPE_CHECKING:
@@ -60,6 +61,15 @@ class Weighed:
         return score.index(max(score))
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The label that is served, and what was asked for beside it."""
+
+    label: str
+    shares: dict[str, float] = field(default_factory=dict)
+    weighed: Weighed | None = None
+
+
 @dataclass(slots=True)
 class Answered:
     """What a bank answers to one text."""
@@ -73,7 +83,7 @@ class Answered:
     label: str | None = None
     """None where there are no labels to choose from."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Of each label: softmax over what the evidence says."""
+    """Of each label: softmax over what the evidence says; empty where only the best one was asked for."""
     weighed: Weighed | None = None
     foreign: float | None = None
     """How much more the text looks like the background than like the bank's tasks, log odds."""
@@ -221,24 +231,50 @@ class Answering:
         self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
     ) -> Generator[int, None, list[Weighed | None]]:
         """``weigh`` with a stop after each pass, which yields the tokens that went through: others may run there."""
-        sets: dict[tuple[str, ...], list[int]] = {}
-        chosen = labels if labels is not None else [request.labels for request in begun.requests]
-        for row, names in enumerate(chosen):
-            if names:
-                sets.setdefault(names, []).append(row)
         found: list[Weighed | None] = [None] * len(begun.requests)
-        longest = max(len(request.tokens) for request in begun.requests)
-        passes = 0
-        for names, rows in sets.items():
+        room, passes = self._room(begun), 0
+        for names, rows in _sets(begun, labels).items():
             plan = self.prompter.plan(names)
             part = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
-            limit = contexts_per_pass(longest, len(begun.requests), plan)
-            passes += len(plan.passes(limit))
-            scores_BL = (yield from self.decoder.scoring(part, plan, contexts_per_pass=limit)).tolist()
+            passes += count_passes(self.decoder, part, plan, room)
+            scores_BL = (yield from scoring(self.decoder, part, plan, room)).tolist()
             for row, scores in zip(rows, scores_BL, strict=True):
                 found[row] = Weighed(names, tuple(scores), self._of_keys(begun, row, names))
         for _ in range(self._agree(passes) - passes):  # under ZeRO-3 every rank makes equally many passes
             self.decoder.advance(picked(begun.state, [0]), torch.full((1, 1), self.decoder.pad_id, device=self.device))
+        return found
+
+    def choose(self, begun: Begun) -> list[str | None]:
+        """The label of each row that ``decide`` would serve, without the likelihoods of all the others; None for rows
+        without labels. Leaves the state as it is."""
+        return finished(self.choosing(begun))
+
+    @torch.no_grad()
+    def choosing(self, begun: Begun) -> Generator[int, None, list[str | None]]:
+        """``choose`` with a stop after each pass, which yields the tokens that went through."""
+        found: list[str | None] = [None] * len(begun.requests)
+        if self._whole:  # how many passes it takes must not depend on the rows
+            for row, one in enumerate((yield from self.weighing(begun))):
+                found[row] = None if one is None else self.decide(one)[0]
+            return found
+        for names, rows in _sets(begun).items():
+            keys = [self._of_keys(begun, row, names) for row in rows]
+            more_BL = torch.zeros(len(rows), len(names))
+            undecided = list(range(len(rows)))
+            for place, known in enumerate(keys):
+                if known is not None and self.kind == "keys":
+                    found[rows[place]] = names[known.index(max(known))]
+                    undecided.remove(place)
+                elif known is not None and self.kind == "both":
+                    more_BL[place] = self.beta * torch.tensor(known)
+            if not undecided:
+                continue
+            left = [rows[place] for place in undecided]
+            part = begun.state if len(left) == len(begun.requests) else picked(begun.state, left)
+            plan, room = self.prompter.plan(names), self._room(begun)
+            best = yield from choosing(self.decoder, part, plan, room, more_BL[undecided])
+            for row, label in zip(left, best, strict=True):
+                found[row] = names[label]
         return found
 
     def decide(self, weighed: Weighed) -> tuple[str, dict[str, float]]:
@@ -256,6 +292,7 @@ class Answering:
         router: KeyedRouter | None = None,
         write: bool = True,
         write_all: bool = False,
+        shares: bool = True,
         all_done: Callable[[bool], bool] = bool,
         on_batch: Callable[[Begun], None] | None = None,
     ) -> list[Answered]:
@@ -263,7 +300,7 @@ class Answering:
         return finished(
             self.answering(
                 requests, batch_size=batch_size, new_tokens=new_tokens, router=router, write=write, write_all=write_all,
-                all_done=all_done, on_batch=on_batch,
+                shares=shares, all_done=all_done, on_batch=on_batch,
             )
         )  # fmt: skip
 
@@ -277,6 +314,7 @@ class Answering:
         router: KeyedRouter | None = None,
         write: bool = True,
         write_all: bool = False,
+        shares: bool = True,
         all_done: Callable[[bool], bool] = bool,
         on_batch: Callable[[Begun], None] | None = None,
     ) -> Generator[int, None, list[Answered]]:
@@ -289,6 +327,7 @@ class Answering:
             router: in place of the bank's own.
             write: write answers where there are no labels.
             write_all: write beside the labels too.
+            shares: find out how likely every label is; the best one alone takes less.
             all_done: whether all ranks are done, given whether this one is.
             on_batch: sees every batch after its labels were weighed and before anything is written.
         """
@@ -300,12 +339,18 @@ class Answering:
             places = order[start : start + batch_size]
             begun = self.begin([requests[place] for place in places], new_tokens=new_tokens, router=router)
             yield sum(len(request.tokens) for request in begun.requests)
-            weighed = yield from self.weighing(begun)
+            decided: list[Decided | None]
+            if shares:
+                weighed = yield from self.weighing(begun)
+                decided = [None if one is None else Decided(*self.decide(one), one) for one in weighed]
+            else:
+                labels = yield from self.choosing(begun)
+                decided = [None if label is None else Decided(label) for label in labels]
             if on_batch is not None:
                 on_batch(begun)
-            free = [row for row, one in enumerate(weighed) if write_all or (write and one is None)]
+            free = [row for row, one in enumerate(decided) if write_all or (write and one is None)]
             written = self.written(begun, free, new_tokens, all_done)
-            for row, (place, one) in enumerate(zip(places, weighed, strict=True)):
+            for row, (place, one) in enumerate(zip(places, decided, strict=True)):
                 made[place] = self._answered(begun, row, one, written.get(row))
         return [made[place] for place in range(len(requests))]
 
@@ -342,16 +387,20 @@ class Answering:
         return {row: (self.prompter.decode(ids), ended) for row, (ids, ended) in zip(rows, outputs, strict=True)}
 
     def _answered(
-        self, begun: Begun, row: int, weighed: Weighed | None, written: tuple[str, bool] | None
+        self, begun: Begun, row: int, decided: Decided | None, written: tuple[str, bool] | None
     ) -> Answered:
         request, route, foreign = begun.requests[row], begun.routes[row], begun.foreign[row]
-        if weighed is not None:
-            label, shares = self.decide(weighed)
-            return Answered(request, label, True, route, label, shares, weighed, foreign, written)
+        if decided is not None:
+            label = decided.label
+            return Answered(request, label, True, route, label, decided.shares, decided.weighed, foreign, written)
         text, ended = written or ("", False)
         return Answered(request, text, ended, route, foreign=foreign, written=written)
 
     # ---- inside -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _room(begun: Begun) -> Room:
+        return Room(max(len(request.tokens) for request in begun.requests), len(begun.requests))
 
     def _of_keys(self, begun: Begun, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
         task = begun.requests[row].task
@@ -380,3 +429,14 @@ class Answering:
         width = max(map(len, rows))
         made = [((fill,) * (width - len(row)) + row) if left else (row + (fill,) * (width - len(row))) for row in rows]
         return torch.tensor(made, dtype=torch.long, device=self.device)
+
+
+def _sets(
+    begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
+) -> dict[tuple[str, ...], list[int]]:
+    """Rows that have the same labels, by those."""
+    sets: dict[tuple[str, ...], list[int]] = {}
+    for row, names in enumerate([request.labels for request in begun.requests] if labels is None else labels):
+        if names:
+            sets.setdefault(names, []).append(row)
+    return sets

@@ -17,7 +17,7 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import rows
 from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
+from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.selector_layer import mean_over_prompt
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Decoder, Forward, LabelPlan, check_room, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.decoding import Decoder, Forward, check_room
+from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
+from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.text_metrics import METRICS
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
@@ -156,7 +158,7 @@ def score_task(
                     batch,
                     plan,
                     steps=steps,
-                    passes=contexts_per_pass(longest, batch_size, plan) if plan else 0,
+                    room=Room(longest, batch_size),
                     routing=_Routing(tasks, task_gate_row, selectors),
                     device=device,
                     all_done=all_done,
@@ -322,7 +324,7 @@ def _score_batch(
     plan: LabelPlan | None,
     *,
     steps: int,
-    passes: int,
+    room: Room,
     routing: _Routing,
     device: torch.device | str,
     all_done: Callable[[bool], bool] | None,
@@ -341,7 +343,7 @@ def _score_batch(
         trunk.fill(state.cache, kept)
     scores = None
     if plan is not None:
-        scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
+        scores = label_scores(decoder, state, plan, room).tolist()
     outputs = decoder.greedy(state, steps, all_done)
     return _Scored(outputs, scores, gates, zeros, routing.features)
 

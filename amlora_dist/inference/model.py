@@ -28,7 +28,8 @@ from amlora_dist.adapters.router_override import OverridableRouter, SubsetRouter
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.answering import Answering
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, finished
+from amlora_dist.evaluation.decoding import Decoder, Prefilled
+from amlora_dist.evaluation.ranking import finished
 from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
@@ -279,7 +280,7 @@ class AMLoRAModel:
             for request in requests:
                 request.free = free
             found = self.answering.answered(
-                requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed
+                requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed, shares=False
             )
             return [Answer(one.text, one.ended, one.route) for one in found]
         return self.former.answered(requests, batch_size, max_new_tokens, self._router)

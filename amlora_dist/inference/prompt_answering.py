@@ -16,7 +16,8 @@ from torch import Tensor
 
 from amlora_dist.adapters.router_override import OverridableRouter, PartlyGivenRouter, routed_by
 from amlora_dist.adapters.selector_layer import mean_over_prompt
-from amlora_dist.evaluation.decoding import Decoder, Prefilled, contexts_per_pass, picked
+from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
+from amlora_dist.evaluation.ranking import Room, scoring
 from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
@@ -174,12 +175,11 @@ class PromptAnswering:
         for names, rows in sets.items():
             plan = self.prompter.plan(names)
             part = state if len(rows) == len(batch) else picked(state, rows)
-            passes = contexts_per_pass(longest, batch_size, plan)
-            scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)
+            work = scoring(self.decoder, part, plan, Room(longest, batch_size))
             while True:
                 try:
                     with routed_by(router):  # only while it computes: others run at the stops, by theirs
-                        tokens = next(scoring)
+                        tokens = next(work)
                 except StopIteration as end:
                     scores_BL: Tensor = end.value
                     break

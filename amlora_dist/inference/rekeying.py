@@ -22,7 +22,8 @@ from amlora_dist.adapters.targets import default_depths
 from amlora_dist.base_model import load_model, load_tokenizer
 from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Decoder, contexts_per_pass
+from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.inference.import_peft import sample_features
 from amlora_dist.inference.loading import bank_targets, resolve_bank_base
@@ -153,5 +154,5 @@ def _likelihoods(
             mask.append([0] * len(fill) + ones if left else ones + [0] * len(fill))
         gate = mixture.one_hot(mixture.task_names.index(task), len(requests))
         state = decoder.prefill(torch.tensor(ids), torch.tensor(mask), task_gate=gate)
-        found.append(decoder.label_scores(state, plan, contexts_per_pass=contexts_per_pass(width, BATCH, plan)))
+        found.append(label_scores(decoder, state, plan, Room(width, BATCH)))
     return torch.cat(found)

@@ -18,12 +18,16 @@ METHODS = {
     "ewc": "amlora_dist.methods.ewc:EWC",
     "lwf": "amlora_dist.methods.lwf:LwF",
     "l2p": "amlora_dist.methods.l2p:L2P",
+    "keys": "amlora_dist.methods.keys:Keys",
+    "gainlora": "amlora_dist.methods.gainlora:GainLoRA",
+    "ella": "amlora_dist.methods.ella:ELLA",
+    "slao": "amlora_dist.methods.slao:SLAO",
     "per_task": "amlora_dist.methods.per_task:PerTask",
     "joint": "amlora_dist.methods.joint:Joint",
     "base": "amlora_dist.methods.untrained:Untrained",
 }
 """Name -> ``module:class``, so that naming the methods imports nothing heavy."""
-READ_PARAMETERS = frozenset({"o_lora", "ewc", "l2p"})
+READ_PARAMETERS = frozenset({"o_lora", "ewc", "l2p", "ella", "slao"})
 """Methods with ``reads_parameters``, which ZeRO-3 is refused for, for the same reason."""
 
 

@@ -54,6 +54,10 @@ class Method:
     """Whether a stage sees the adapters of earlier stages."""
     trains: ClassVar[bool] = True
     """Whether there is anything to train and to publish."""
+    learns: ClassVar[bool] = True
+    """Whether a stage takes optimizer steps; otherwise its adapter stays zero."""
+    keys_alone: ClassVar[bool] = False
+    """Whether the keys' evidence is the only one: then ``answer.evidence`` is ``keys``."""
     routed: ClassVar[bool] = True
     """Whether scores depend on the settings of ``router.gate``."""
     told_task: ClassVar[bool] = False
@@ -101,7 +105,7 @@ class Method:
         if stage > 1 and self.learns_recipe(stage):
             values["recipe"] = {
                 key: getattr(s.training, key) for key in ("l1", "recipe_learning_rate", "probe_rows")
-            } | unlike_former("recipe", {"start": s.recipe.start})
+            } | unlike_former("recipe", {"start": s.recipe.start, "refit": s.recipe.refit})
             if s.recipe.start == "race":
                 values["recipe"] |= {"race_steps": s.recipe.race_steps, "near_tie": s.training.near_tie}
         if stage > 1 and self.uses:
@@ -213,6 +217,10 @@ class Method:
     def distillation(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
         """A term of the answers, summed over the N target tokens of a batch (V logits each, fp32)."""
         raise NotImplementedError(f"{type(self).__name__} has a teacher_gate but no distillation")
+
+    def finished(self, adapter: Adapter, earlier: Sequence[Adapter]) -> Adapter:
+        """The adapter that the bank gets, from the one that was trained on top of ``earlier``; it serves from then on."""
+        return adapter
 
     def remember(self, trained: Trained) -> dict[str, Tensor]:
         """Tensors that later stages need beside the adapter; they are published with the stage's statistics."""

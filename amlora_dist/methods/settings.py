@@ -22,6 +22,10 @@ class MethodSettings:
     """``lwf``: weight of the distillation from the model before the stage."""
     lwf_temperature: float = Field(default=2.0, gt=0)
     """``lwf``: temperature of both distributions in the distillation."""
+    ella_weight: float = Field(default=1.0, ge=0)
+    """``ella``: weight of the new update's energy where earlier ones have theirs."""
+    gain_energy: float = Field(default=0.97, gt=0, le=1)
+    """``gainlora``: share of the second moment of earlier tasks' features that spans what a new gate must not see."""
     prompt_pool: int = Field(default=160, ge=1)
     """``l2p``: prompts in the pool, each of one token."""
     prompt_tokens: int = Field(default=10, ge=1)

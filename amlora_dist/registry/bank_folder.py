@@ -277,15 +277,18 @@ def read_statistics(folder: Path, part: StatisticsEntry) -> dict[str, Tensor]:
 def check_publishable(manifest: Manifest, adapters: Iterable[Adapter]) -> None:
     """Refuse what loads but was never trained or gathered: an adapter that adds nothing.
 
-    Under ZeRO-3 an adapter saved without gathering is empty or zero although training looked fine (peft#2892).
+    Under ZeRO-3 an adapter saved without gathering is empty or zero although training looked fine (peft#2892). Where the
+    bank answers by its keys alone, adapters are meant to add nothing.
 
     Raises:
-        BankError: every B of an adapter is zero, or the bank has no adapter.
+        BankError: every B of an adapter is zero and the bank would answer by it, or the bank has no adapter.
     """
     if not manifest.adapters:
         raise BankError("a bank without adapters is not published; train at least one stage")
     lines = {line.task: line for line in manifest.adapters}
-    for adapter in adapters:
+    answer = manifest.training_configuration.get("answer")
+    by_keys = isinstance(answer, dict) and answer.get("evidence") == "keys"
+    for adapter in () if by_keys else adapters:
         line = lines[adapter.task]
         silent = [module for module, b in adapter.b.items() if not bool(b.any())]
         if len(silent) == len(adapter.b):

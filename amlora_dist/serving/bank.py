@@ -113,8 +113,7 @@ class ServedBank:
             state, gate_BT = self.model.prefill(requests)
             return state, routes(gate_BT, self.tasks, self.model.rows_TN), [None] * len(requests)
         begun = answering.begin(requests)
-        weighed = answering.weigh(begun)
-        return begun.state, begun.routes, [None if one is None else answering.decide(one)[0] for one in weighed]
+        return begun.state, begun.routes, answering.choose(begun)
 
     def tokens_of(self, answer: str) -> int:
         """Tokens of a label's words."""

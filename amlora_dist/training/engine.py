@@ -82,7 +82,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """``loss`` is this rank's part of the global loss: the gradients of all ranks and micro-batches add up."""
 
-    def step(self, factor: float, phase: int = 1) -> None:
+    def step(self, factor: float, phase: int = 1, *, refit: bool = False) -> None:
         """One optimizer step at ``factor`` times the base learning rates."""
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
@@ -139,8 +139,8 @@ class PlainEngine:
                 master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad.float()
                 parameter.grad = None
 
-    def step(self, factor: float, phase: int = 1) -> None:
-        set_rates(self._optimizer, factor, phase)
+    def step(self, factor: float, phase: int = 1, *, refit: bool = False) -> None:
+        set_rates(self._optimizer, factor, phase, refit=refit)
         if self._clip:
             nn.utils.clip_grad_norm_(list(self._masters.values()), self._clip)
         self._optimizer.step()
@@ -232,8 +232,8 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, factor: float, phase: int = 1) -> None:
-        set_rates(self._client, factor, phase)
+    def step(self, factor: float, phase: int = 1, *, refit: bool = False) -> None:
+        set_rates(self._client, factor, phase, refit=refit)
         self._engine.step()
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:

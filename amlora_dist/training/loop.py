@@ -56,11 +56,15 @@ class Learner:
         report: Callable[[dict[str, Any]], None],
         mirror: Mirror | None = None,
         keeper: Callable[[int], BestKeeper] | None = None,
+        stop_in: Path | None = None,
+        refit: float = 0.0,
     ) -> None:
         """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
         steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
         that checkpoints are copied to, and fetched from where the folder has none as new. ``keeper``, made for so many
-        steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last."""
+        steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last. ``stop_in``:
+        folder of the stop file; default: ``folder``. ``refit``: share of the steps, the last ones, in which a recipe
+        learns on its support."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.gate, self.extra_loss, self.report = gate, extra_loss, report
@@ -68,9 +72,11 @@ class Learner:
         self.teacher_gate, self.distillation = teacher_gate, distillation
         self.selection_loss, self.use_selectors = selection_loss, use_selectors
         self.mirror = mirror
+        self.stop_file = (folder if stop_in is None else stop_in) / STOP_FILE
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
         )
+        self._refit_from = self.schedule.steps - round(refit * self.schedule.steps)
         self.keeper = None if keeper is None else keeper(self.schedule.steps)
 
     def resume(self) -> Progress | None:
@@ -103,8 +109,8 @@ class Learner:
         self.report({"kind": "resumed", "step": progress.step})
         return progress
 
-    def run(self, progress: Progress) -> Progress:
-        """Train from ``progress`` to the end.
+    def run(self, progress: Progress, until: int | None = None) -> Progress:
+        """Train from ``progress`` to the end, or to a checkpoint after ``until`` steps.
 
         Raises:
             StoppedError: the stop file appeared; a checkpoint is written.
@@ -112,7 +118,8 @@ class Learner:
             DeviceMemoryError: at the first step that does not fit in memory.
         """
         began, before = time.monotonic(), progress.seconds
-        for step in range(progress.step, self.schedule.steps):
+        end = self.schedule.steps if until is None else min(until, self.schedule.steps)
+        for step in range(progress.step, end):
             if self._ended(progress):
                 break
             stop = self._advance(progress, step)
@@ -133,12 +140,12 @@ class Learner:
             if looked:
                 step_at, loss = progress.held_losses[-1]
                 self.report({"kind": "held_out", "step": step_at, "loss": loss})
-            last = progress.step == self.schedule.steps or self._ended(progress)
+            last = progress.step == end or self._ended(progress)
             if stop or last or progress.step % self.settings.checkpoint_every == 0:
                 self._checkpoint(progress)
             if stop and not last:
                 raise StoppedError(f"stage {self.stage!r} stopped after step {progress.step}; a checkpoint is written")
-        if self.keeper is not None:
+        if self.keeper is not None and until is None:
             best = best_of(progress.held_losses, self.settings.near_tie)
             progress.kept_step = None if best is None else int(progress.held_losses[best][0])
             if progress.kept_step != progress.step:
@@ -211,13 +218,13 @@ class Learner:
             total[2] += added.detach()
             loss = loss + added
             self.engine.backward(loss)
-        if ranks.rank == 0 and (self.folder / STOP_FILE).exists():
+        if ranks.rank == 0 and self.stop_file.exists():
             total[1] = 1.0
         loss_sum, stop, added_sum = ranks.sum(total).tolist()
         if not math.isfinite(added_sum):
             return math.nan, stop > 0
         if math.isfinite(loss_sum):
-            self.engine.step(rate_factor(step, steps, self.settings), phase)
+            self.engine.step(rate_factor(step, steps, self.settings), phase, refit=begun >= self._refit_from)
         return loss_sum, stop > 0
 
     def _phase(self, step: int) -> tuple[int, int, int]:

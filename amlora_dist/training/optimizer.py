@@ -27,6 +27,9 @@ class ProximalAdamW(torch.optim.AdamW):
     which is the proximal operator of ``l1 * ||c||_1`` in the metric of Adam's own step (Yun, Lozano and Yang 2021,
     ProxGen): a weight becomes exactly zero when the loss pulls at it with less than ``l1``. It is elementwise, so it
     means the same on ZeRO's flat partitions as on whole parameters.
+
+    While such a group is ``refit``, there is no shrinkage, and weights that are zero stay so: the others find the values
+    that they have without the penalty's pull.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999)) -> None:
@@ -39,9 +42,12 @@ class ProximalAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One AdamW step, then the proximal step of the groups with an L1 coefficient."""
+        zeros = [(p, p == 0) for group in self.param_groups if group.get("refit", False) for p in group["params"]]
         loss: float | None = super().step(closure)
+        for parameter, where in zeros:
+            parameter.masked_fill_(where, 0.0)
         for group in self.param_groups:
-            if group.get("l1", 0.0) > 0:
+            if group.get("l1", 0.0) > 0 and not group.get("refit", False):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._shrink(parameter, group)
@@ -77,7 +83,7 @@ def parameter_groups(
     groups: list[dict[str, Any]] = []
     for phase, members, multiple in ((1, other, 1.0), (1, quick, settings.lora_plus), (2, selectors, 1.0)):
         if members:
-            rate = settings.learning_rate * multiple
+            rate = settings.rate * multiple
             groups.append(
                 {
                     "params": members,
@@ -107,7 +113,9 @@ def rate_factor(step: int, total: int, settings: TrainingSettings) -> float:
     return 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float, phase: int = 1) -> None:
-    """Set the learning rate of a phase's groups to their base rate times ``factor``, of the others to 0."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, phase: int = 1, *, refit: bool = False) -> None:
+    """Set the learning rate of a phase's groups to their base rate times ``factor``, of the others to 0; ``refit``: those
+    with an L1 coefficient learn on their support, without it."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor if group.get("phase", 1) == phase else 0.0
+        group["refit"] = refit and group.get("l1", 0.0) > 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.errors import TrainingError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.tasks.prompt_format import PromptFormat
@@ -26,7 +27,9 @@ class TrainingSettings:
     """Examples per optimizer step over all workers."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples per forward pass of one worker; default: the whole share of the worker."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """``auto``: a race on the first stage's held-out rows (``training.rate_race``) finds it, once for all runs that begin
+    with that stage; a run on a published bank keeps the bank's. Stages, their fingerprints and banks hold the number."""
     recipe_learning_rate: float = Field(default=3e-2, gt=0)
     """Learning rate of the weights on earlier adapters."""
     l1: float = Field(default=0.1, ge=0)
@@ -62,6 +65,17 @@ class TrainingSettings:
     probe_rows: int = Field(default=32, ge=1)
     """Training rows on which a stage probes the earlier tasks' rows for the start of its recipe."""
 
+    @property
+    def rate(self) -> float:
+        """The learning rate, once it is a number.
+
+        Raises:
+            TrainingError: it is still ``auto``, which runs replace before their first stage.
+        """
+        if self.learning_rate == "auto":
+            raise TrainingError("training.learning_rate is still auto: no stage can train before a number has been found")
+        return self.learning_rate
+
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class RecipeSettings:
@@ -73,6 +87,9 @@ class RecipeSettings:
     best old row if it explains the new task better than the base model does."""
     race_steps: int = Field(default=20, ge=8)
     """Steps that each start takes at most; the losers' are at most 15% of the stage's (50% below 100 steps)."""
+    refit: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a stage's steps, the last ones, in which the weights that ``training.l1`` has left go on without it and those
+    at 0 stay there: the penalty chooses, and no longer shrinks what it has chosen."""
 
 
 DeepSpeedSection = dict[str, Any]

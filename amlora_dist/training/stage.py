@@ -51,6 +51,7 @@ from amlora_dist.training.failures import StoppedError, disk_watched
 from amlora_dist.training.held_loss import HeldLoss
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.rate_race import run_rate_race
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
@@ -77,7 +78,14 @@ def run_stage(work: StageWork, *, distributed: bool, report: Report, device: tor
     if distributed:
         join_process_group()
     with disk_watched():
-        _Stage(work, distributed, report, device).run()
+        if work.race is None:
+            _Stage(work, distributed, report, device).run()
+            return
+        ranks: Ranks = Group() if distributed else Alone()
+        run_rate_race(
+            work, work.race, lambda one, steps: _Stage(one, distributed, report, device).begin(steps),
+            writes=ranks.rank == 0,
+        )  # fmt: skip
 
 
 class _Stage:
@@ -170,32 +178,96 @@ class _Stage:
         self._announce(mixture)
         before = weights_checksum(engine.model, trainable)
 
-        own, replayed = self._training_rows()
-        check_room(model.config, max(len(row.prompt) for row in own), max(len(row.target) for row in own))
-        trunk = self._trunk(mixture)
-        every, makes = own, self._statistics(engine)
+        every, replayed = self._training_rows()
+        check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
+        trunk, makes = self._trunk(mixture), self._statistics(engine)
         earlier = [parent.statistics for parent in parents]
         found = makes.of(mixture, every, earlier, trunk, self._label_count())
         statistics = [*earlier, self._with_background(makes, mixture, found)]
         newest = statistics[-1]
         held = newest.holdout_count if newest.held is None else len(newest.held.labels)
         self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
-        if settings.prompt_format.text_alone:
-            left_out = set(makes.held_out(len(every)))
-            own = [example for place, example in enumerate(every) if place not in left_out]
-            unseen = [example for place, example in enumerate(every) if place in left_out]
-        else:
-            unseen = []  # format 1 trains on all rows
-        loss = LossComputer(
+        own, unseen = self._divided(makes, every)
+        loss = self._loss(model, trunk)
+        if self.method.uses_selectors:
+            mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
+        self.method.prepare(mixture, parents)
+        learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
+        gate = learner.gate
+        progress = learner.resume()
+        if progress is None:
+            progress = Progress(fingerprint=work.fingerprint, step=0)
+            if self.method.learns_recipe(work.index) and adapters:
+                start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
+                progress = start.begin(progress)
+        progress.trained_with = self._trained_with()
+        if self.method.learns:
+            progress = learner.run(progress)
+        reach("training_ended")
+        if weights_checksum(engine.model, trainable) != before:
+            raise TrainingError("the base model or an old adapter changed while training")
+        row_losses = partial(self._row_losses, engine, loss, own, gate)
+        memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
+        adapter = mixture.extract_new(gather=engine.whole)
+        if (final := self.method.finished(adapter, adapters)) is not adapter:
+            mixture.set_new(adapter := final)
+        if self.method.learns and self._label_count():
+            labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
+            eos_id = int(self.tokenizer.eos_token_id)
+            statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
+        reach("adapter_gathered")
+        if self.ranks.rank == 0:
+            training = asdict(progress) | {
+                "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
+                "mixed": mixed_shares(statistics),
+            }
+            write_result(work.trained, Result(adapter, statistics[-1], training, memory))
+            if work.copies is not None:
+                work.copies.send(work.trained)
+        self.ranks.gather(None)  # nobody goes on before the result is there
+        return mixture, [*adapters, adapter], statistics
+
+    def begin(self, steps: int) -> float:
+        """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
+        are held out, nats per target token."""
+        model = self._load_base()
+        mixture = self._inject(model, [], new=self._new_adapter([]))
+        engine = self._engine(mixture)
+        self._announce(mixture)
+        every, replayed = self._training_rows()
+        check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
+        own, unseen = self._divided(self._statistics(engine), every)
+        loss = self._loss(model, self._trunk(mixture))
+        self.method.prepare(mixture, [])
+        learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
+        if held_loss is None:
+            raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
+        learner.run(learner.resume() or Progress(fingerprint=self.work.fingerprint, step=0), until=steps)
+        return held_loss()
+
+    def _divided(self, makes: StageStatistics, every: list[Example]) -> tuple[list[Example], list[Example]]:
+        """The stage's own rows: those that it trains on, and those that nobody sees."""
+        if not self.settings.prompt_format.text_alone:
+            return every, []  # format 1 trains on all rows
+        left_out = set(makes.held_out(len(every)))
+        kept = [example for place, example in enumerate(every) if place not in left_out]
+        return kept, [example for place, example in enumerate(every) if place in left_out]
+
+    def _loss(self, model: Any, trunk: TrunkCache | None) -> LossComputer:
+        return LossComputer(
             model,
             pad_id=self.tokenizer.pad_token_id,
             encoder_decoder=self.base.encoder_decoder,
             device=self.device,
             trunk=None if trunk is None else trunk.states,
         )
-        if self.method.uses_selectors:
-            mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
-        self.method.prepare(mixture, parents)
+
+    def _learner(
+        self, mixture: Mixture, engine: Engine, loss: LossComputer, own: list[Example], replayed: list[Example],
+        unseen: list[Example],
+    ) -> tuple[Learner, HeldLoss | None]:  # fmt: skip
+        """The optimizer loop over the stage's rows, and the loss on those that it does not see."""
+        work, settings = self.work, self.settings
         gate = self.method.training_gate(len(mixture.task_names))
         held_loss = HeldLoss(engine, loss, unseen, gate) if unseen else None
         keeps = held_loss is not None and settings.training.keep == "best" and not self.method.selectors_alone
@@ -219,36 +291,10 @@ class _Stage:
             report=self.report,
             mirror=work.mirror,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
+            refit=settings.recipe.refit,
+            stop_in=None if work.stop_in is None else Path(work.stop_in),
         )
-        progress = learner.resume()
-        if progress is None:
-            progress = Progress(fingerprint=work.fingerprint, step=0)
-            if self.method.learns_recipe(work.index) and adapters:
-                start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
-                progress = start.begin(progress)
-        progress.trained_with = self._trained_with()
-        progress = learner.run(progress)
-        reach("training_ended")
-        if weights_checksum(engine.model, trainable) != before:
-            raise TrainingError("the base model or an old adapter changed while training")
-        row_losses = partial(self._row_losses, engine, loss, own, gate)
-        memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
-        if self._label_count():
-            labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
-            eos_id = int(self.tokenizer.eos_token_id)
-            statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
-        adapter = mixture.extract_new(gather=engine.whole)
-        reach("adapter_gathered")
-        if self.ranks.rank == 0:
-            training = asdict(progress) | {
-                "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
-                "mixed": mixed_shares(statistics),
-            }
-            write_result(work.trained, Result(adapter, statistics[-1], training, memory))
-            if work.copies is not None:
-                work.copies.send(work.trained)
-        self.ranks.gather(None)  # nobody goes on before the result is there
-        return mixture, [*adapters, adapter], statistics
+        return learner, held_loss
 
     def _training_rows(self) -> tuple[list[Example], list[Example]]:
         """The rows that the stage is about, and those of earlier tasks that the method lets it see again.

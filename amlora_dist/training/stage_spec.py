@@ -66,6 +66,16 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class RateRace:
+    """Learning rates that take the first steps of a stage (``training.rate_race``)."""
+
+    fingerprints: dict[str, str]
+    """Rate -> training fingerprint of the stage at that rate."""
+    steps: int
+    """Of each."""
+
+
+@dataclass(frozen=True, slots=True)
 class StageWork:
     """One stage: train an adapter on top of its parents (unless it is there already), then score cells."""
 
@@ -105,6 +115,10 @@ class StageWork:
     """Where checkpoints are copied to, if nodes share no folder (``training.mirror``)."""
     apart: bool = False
     """Whether workers have folders of their own: then what is finished goes to ``url`` too, and comes from there."""
+    race: RateRace | None = None
+    """Nothing but the beginnings of the stage at several learning rates."""
+    stop_in: str | None = None
+    """Folder in which the stop file appears; default: ``folder``."""
 
     @property
     def path(self) -> Path:
@@ -118,6 +132,11 @@ class StageWork:
     @property
     def is_trained(self) -> bool:
         return is_whole(self.trained)
+
+    @property
+    def race_file(self) -> Path:
+        """What a race comes to."""
+        return self.path / "race.json"
 
     @property
     def copies(self) -> Copies | None:
@@ -146,6 +165,9 @@ class StageWork:
     def bring(self) -> None:
         """To the driver: fetch what such workers have made."""
         if (copies := self.copies) is not None:
+            if self.race is not None:
+                copies.bring(self.race_file, self.race_file.is_file)
+                return
             copies.bring(self.trained, partial(is_whole, self.trained))
             for cell in self.cells:
                 copies.bring(Path(cell.folder), partial(getattr, cell, "done"))

@@ -22,7 +22,9 @@ from torch import Tensor
 from amlora_dist.adapters.reading import read_texts
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge, merge_holdouts
 from amlora_dist.digests import named_seed, value_digest
-from amlora_dist.evaluation.decoding import Decoder, contexts_per_pass, plan_labels
+from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.label_plan import plan_labels
+from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks import background
 from amlora_dist.tasks.batches import Example, collate_prompts, padded
@@ -142,7 +144,7 @@ class StageStatistics:
         pad_id = int(self.tokenizer.pad_token_id)
         decoder = Decoder(mixture.model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=self.encoder_decoder)
         plan = plan_labels(labels, eos_id)
-        passes = contexts_per_pass(max(len(example.prompt) for example in chosen), BATCH, plan)
+        room = Room(max(len(example.prompt) for example in chosen), BATCH)
         found: dict[int, list[float]] = {}
         was_training = mixture.model.training
         mixture.model.eval()
@@ -152,7 +154,7 @@ class StageStatistics:
                 ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
                 gate = mixture.one_hot(len(mixture.task_names) - 1, len(indices))
                 state = decoder.prefill(ids, mask, task_gate=gate)
-                scores = decoder.label_scores(state, plan, contexts_per_pass=passes).tolist()
+                scores = label_scores(decoder, state, plan, room).tolist()
                 if counts:
                     found |= dict(zip(indices, scores, strict=True))
         mixture.model.train(was_training)

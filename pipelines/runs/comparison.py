@@ -23,6 +23,7 @@ from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
+from amlora_dist.training.rate_race import RATES
 from pipelines.runs import results
 from pipelines.runs.resume_check import differences, refuse_other_configuration, taken_up
 from pipelines.runs.sequence import run_sequence
@@ -149,6 +150,11 @@ def plan_comparison(
     if bad := [rate for rate in plan.learning_rates if not 0 < rate < float("inf")]:
         raise UserError(f"--learning-rates: found {bad[0]:g}, expected numbers above 0")
     own = [one for c in plan.contenders for one in c.overrides if one.startswith("training.learning_rate=")]
+    if base.training.learning_rate == "auto" and not plan.learning_rates and len(own) < len(plan.contenders):
+        raise UserError(
+            f"{file}: training.learning_rate: found auto, expected a number: a comparison tunes whole sequences, not first"
+            f" stages; give --learning-rates {','.join(f'{rate:g}' for rate in RATES)}, or a rate in the file"
+        )
     if plan.learning_rates and own:
         raise UserError(f"--learning-rates: {own[0]} in --methods sets it already; leave one of the two out")
     for contender in plan.contenders:

@@ -14,7 +14,7 @@ from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
-from amlora_dist.methods import method_for
+from amlora_dist.methods import method_class, method_for
 from amlora_dist.privacy import public_name
 from amlora_dist.tasks import background
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
@@ -241,12 +241,15 @@ class Materials:
 def gather_materials(config: RunConfig, home: Path) -> Materials:
     """Read and check everything that can be checked before a process is started.
 
-    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here.
+    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here, and the evidence that
+    a method of keys alone has.
 
     Raises:
         UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the fix.
     """
     config = replace(config, model=replace(config.model, attention=settled_attention(config.model.attention, gpu=_gpu())))
+    if method_class(config.method).keys_alone:
+        config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
     for place, ref in enumerate([*config.tasks, *config.evaluation.also]):

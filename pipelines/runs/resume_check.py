@@ -30,12 +30,14 @@ FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "searc
 
 OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
 """What a bank has one of for life: how its texts are read, and what its keys are of."""
-AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers")
+AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers", "training.learning_rate")
 """Keys that a run on a published bank takes from it, where its file does not name them."""
-UNSETTLED: dict[str, Any] = {"model.attention": "auto", "router.depths": None, "router.max_text_tokens": None}
+UNSETTLED: dict[str, Any] = {
+    "model.attention": "auto", "router.depths": None, "router.max_text_tokens": None, "training.learning_rate": "auto",
+}  # fmt: skip
 """Keys that a run settles before it stores them, and the value that leaves it to the run: it is none that differs."""
-RESOLVED = ("model.attention",)
-"""Keys whose value ``auto`` is replaced, before anything is stored, by what it means where the run starts."""
+RESOLVED = ("model.attention", "training.learning_rate")
+"""Keys whose value ``auto`` is replaced, in what is stored, by what it means where the run starts."""
 
 
 def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", search_id: str = "") -> RunConfig:

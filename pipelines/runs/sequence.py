@@ -34,6 +34,7 @@ from pipelines.runs import results
 from pipelines.runs.inputs import Materials, gather_materials
 from pipelines.runs.interrupts import stops_handled
 from pipelines.runs.journal import GrowingBank, Publication, StageRecord, library_versions, statistics_digest
+from pipelines.runs.rates import settle_rate
 from pipelines.runs.results import load_result as load_result  # as it is known here
 from pipelines.runs.resume_check import check_rule_of_bank, refuse_other_configuration, refuse_other_data
 from pipelines.runs.retries import Failure, decide
@@ -185,7 +186,8 @@ class _Driver:
     def run(self, cluster: RayCluster, began: float) -> dict[str, Any]:
         """All stages; the result."""
         bank = self._starting_bank()
-        facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents]}
+        chosen = settle_rate(self, bank, cluster)
+        facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents], "rate": chosen}
         self.store.log_json(self.parent_run, results.MATERIALS, facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))

@@ -20,7 +20,7 @@ from amlora_dist.tasks.batches import Example
 
 VOCABULARY = 19
 PAD, EOS = 0, 1
-LABELS = {
+LABELS: dict[str, list[tuple[int, ...]]] = {
     "one token each": [(3,), (4,), (5,)],
     "many tokens": [(3, 4), (3, 5, 6), (7,), (8, 9, 10, 11), (8, 9, 12)],
     "one begins another": [(3,), (3, 4), (5, 6)],

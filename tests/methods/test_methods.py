@@ -31,6 +31,10 @@ DECLARED: dict[str, dict[str, set[str]]] = {
     "ewc": {"first": {"ewc_rows"}, "later": {"ewc_rows", "ewc_weight"}},
     "lwf": {"later": {"lwf_weight", "lwf_temperature"}},
     "l2p": {"first": {"prompt_pool", "prompt_tokens"}, "later": {"prompt_pool", "prompt_tokens"}},
+    "keys": {},
+    "gainlora": {"later": {"gain_energy"}},
+    "ella": {"later": {"ella_weight"}},
+    "slao": {},
     "per_task": {},
     "joint": {},
     "base": {},
@@ -237,7 +241,7 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
     assert float(method.distillation(new, old)) == pytest.approx(float(0.5 * 4 * (p * (p / q).log()).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["o_lora", "ewc", "l2p"])
+@pytest.mark.parametrize("name", sorted(READ_PARAMETERS))
 def test_what_zero_3_cannot_do_for_a_method_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours",), method=name)
     with pytest.raises(UserError, match=f"zero_stage: found 3 with method: {name}, which reads the parameters"):

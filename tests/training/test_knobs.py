@@ -20,7 +20,7 @@ from amlora_dist.methods import METHODS, method_for
 from amlora_dist.registry.adapter_folder import peft_config
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import LossComputer
-from amlora_dist.training.optimizer import parameter_groups
+from amlora_dist.training.optimizer import ProximalAdamW, parameter_groups, set_rates
 from amlora_dist.training.settings import StageSettings, TrainingSettings
 from tests.methods.stages import stages
 from tests.registry.tiny_banks import tiny_bank
@@ -95,6 +95,27 @@ def test_lora_plus_teaches_b_faster_and_leaves_the_groups_alone_at_one() -> None
     assert [g["base_lr"] for g in plus] == [1e-3, 16e-3, 3e-2]
     assert plus[1]["params"] == [trainable["b.m"]]
     assert [g["weight_decay"] for g in plus] == [0.1, 0.1, 0.0], "a recipe does not decay, it has its L1"
+
+
+def test_a_refit_moves_the_weights_that_the_penalty_left_and_keeps_its_zeros() -> None:
+    """Least squares of three weights of which two matter: the penalty shrinks them, the refit does not."""
+    wanted = torch.tensor([1.0, -0.5, 0.02])
+
+    def learned(refit_from: int) -> torch.Tensor:
+        weights = nn.Parameter(torch.zeros(3))
+        settings = TrainingSettings(learning_rate=1e-3, l1=0.3, recipe_learning_rate=0.03)
+        optimizer = ProximalAdamW(parameter_groups({"a.m": nn.Parameter(torch.ones(1)), "recipe.m": weights}, settings))
+        for step in range(600):
+            set_rates(optimizer, 1.0, refit=step >= refit_from)
+            optimizer.zero_grad()
+            (0.5 * (weights - wanted).square().sum()).backward()
+            optimizer.step()
+        return weights.detach()
+
+    shrunk, refitted = learned(600), learned(300)
+    assert float(shrunk[2]) == float(refitted[2]) == 0.0, "what was left out stays out"
+    assert float(shrunk[0]) < 0.9, "the penalty pulls"
+    torch.testing.assert_close(refitted[:2], wanted[:2], atol=0.02, rtol=0)
 
 
 def test_labels_are_smoothed_and_free_text_is_not() -> None:
