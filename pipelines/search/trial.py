@@ -98,7 +98,11 @@ def run_trial(config: Mapping[str, Any]) -> None:
     try:
         while True:
             try:
-                run_sequence(run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within)
+                # The search has compared the data of all its trials.
+                run_sequence(
+                    run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within,
+                    allow_changed_data=True,
+                )  # fmt: skip
                 return
             except HeldError:  # by a process of a start that was killed, which has not noticed yet
                 if time.monotonic() > deadline:
