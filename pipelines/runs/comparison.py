@@ -224,7 +224,8 @@ class _Driver:
             self.progress.note("the data has changed since this comparison began: all of it runs again")
             ids = [plan.run_id(*one) for one in plan.grid]
             ids += [plan.candidate_id(contender, rate) for contender in plan.contenders for rate in plan.learning_rates]
-            self.comparison |= {"tuning": {}, "again": ids}
+            begun = {run.tags[tags.RUN_ID] for run in self.store.find_runs({tags.KIND: "sequence"})}
+            self.comparison |= {"tuning": {}, "again": [one for one in ids if one in begun]}
             self._save()
         self.store.log_json(self.journal, results.MATERIALS, facts)
 
@@ -309,6 +310,8 @@ class _Driver:
         )
         if again:
             self.comparison["again"].remove(run_id)
+            if not self.comparison["again"]:
+                del self.comparison["again"]
             self._save()
         return made
 

@@ -160,6 +160,39 @@ def test_the_same_id_with_another_space_is_refused(world: dict[str, Any]) -> Non
         search(world["config"], "one", "search.space.training.l1={grid: [0.0]}")
 
 
+def test_data_changed_under_a_search_is_refused_before_anything_starts(world: dict[str, Any]) -> None:
+    rows = world["folder"] / "tasks" / "colours" / "train.jsonl"
+    kept = rows.read_text(encoding="utf-8")
+    rows.write_text("".join(kept.splitlines(keepends=True)[1:]), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match=r"--search-id 'one' was begun with other data: task 'colours', split train"):
+            search(world["config"], "one")
+    finally:
+        rows.write_text(kept, encoding="utf-8")
+
+
+@pytest.mark.crash
+def test_data_changed_and_allowed_runs_all_trials_again(world: dict[str, Any], home: Path) -> None:
+    small = ("search.space={training.l1: {grid: [0.0, 0.5]}}", "training.epochs=1")
+    tasks = f"tasks={json.dumps(load_config(world['config']).tasks[:2])}"
+    search(world["config"], "moved", *small, tasks)
+    before = Store.open(home).resolve("models:/moved@champion").number
+    rows = world["folder"] / "tasks" / "colours" / "train.jsonl"
+    kept, notes = rows.read_text(encoding="utf-8"), Notes()
+    rows.write_text("".join(kept.splitlines(keepends=True)[1:]), encoding="utf-8")
+    try:
+        result = run_search(
+            load_config(world["config"], [*small, tasks]), file="run.yaml", search_id="moved", progress=notes,
+            began=time.time(), allow_changed_data=True,
+        )  # fmt: skip
+    finally:
+        rows.write_text(kept, encoding="utf-8")
+    assert sum(line.startswith("trial ") for line in notes.lines) == 2
+    assert [trial["outcome"] for trial in result["trials"]] == ["finished", "finished"]
+    assert result["trials"][0]["stages"][0]["reused"] is False
+    assert Store.open(home).resolve("models:/moved@champion").number > before
+
+
 @pytest.mark.crash
 @pytest.mark.parametrize("scheduler", ["asha", "halving"])
 def test_a_trial_behind_the_others_is_stopped_and_its_run_closed(
