@@ -145,6 +145,13 @@ def test_mlflow_has_trials_below_the_search_and_sequences_below_trials(world: di
     assert not [run for run in store.find_runs({}) if run.status == "RUNNING"]
 
 
+def test_no_file_of_ray_tune_holds_the_stores_address(world: dict[str, Any], home: Path) -> None:
+    address = Store.open(home).connection.uri.encode()
+    files = [file for file in (home / "ray").rglob("*") if file.is_file()]
+    assert files, "Tune wrote its state"
+    assert [file for file in files if address in file.read_bytes()] == []
+
+
 def test_the_same_command_again_runs_no_trial_and_says_the_same(world: dict[str, Any]) -> None:
     notes = Notes()
     again = search(world["config"], "one", notes=notes)
