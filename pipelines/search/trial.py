@@ -23,8 +23,8 @@ HELD_DEADLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where the things of all trials lie. It travels through Ray's memory alone: Tune writes a trial's order to its files, and
-    an address may hold a password."""
+    """Where the things of all trials lie. It travels through Ray's memory alone: Tune writes a trial's order to its
+    files, and an address may hold a password."""
 
     home: str
     folder: str
