@@ -4,6 +4,8 @@
 # VENV=DIR             where the virtual environment goes (default .venv)
 # PYTHON=PROGRAM       which Python makes it (3.10 or newer; constraints.txt was tested with 3.11)
 # PIP_FLAGS='...'      more flags for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+# LOWEST=DIR           where `make test-lowest` puts its environment (default .venv-lowest)
+# UV_FLAGS='...'       more flags for its uv, such as --index https://download.pytorch.org/whl/cpu (a smaller torch)
 # AMLORA_HOME=DIR      where runs, banks and caches go (default .amlora)
 
 VENV ?= .venv
@@ -12,6 +14,9 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-compile $(PIP_FLAGS)
 PACKAGES = $(VENV)/lib/python3*/site-packages
 STAMP = $(VENV)/.installed
+LOWEST ?= .venv-lowest
+UV = $(LOWEST)/bin/uv pip
+LOWEST_STAMP = $(LOWEST)/.installed
 
 # Every run starts processes that import the same packages: compiling them each time would cost more than the work.
 export PYTHONDONTWRITEBYTECODE :=
@@ -23,7 +28,7 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-unit test-crash crash-matrix lint format clean
+.PHONY: help setup demo test test-unit test-lowest test-crash crash-matrix lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +63,22 @@ test: lint
 test-unit: setup
 	$(BIN)/pytest -q -m 'not integration'
 
+# The oldest releases of everything that pyproject.toml names for `.[serve]`, and tests of what such an installation is
+# for; what only tests need is as new as in constraints.txt.
+test-lowest: $(LOWEST_STAMP)
+	$(LOWEST)/bin/python -m pytest -q tests/tasks tests/registry tests/serving
+
+$(LOWEST_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) -c constraints.txt uv
+	grep -E '^(httpx|hypothesis|jsonschema|openai|peft|pytest|pytest-timeout|pytest-xdist|schemathesis)==' constraints.txt \
+		> $(LOWEST)/tools.in
+	$(UV) compile pyproject.toml $(LOWEST)/tools.in --extra serve --resolution lowest-direct --python $(LOWEST)/bin/python \
+		--quiet -o $(LOWEST)/lowest.txt $(UV_FLAGS)
+	$(UV) install --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt $(UV_FLAGS)
+	$(UV) install --python $(LOWEST)/bin/python --no-deps -e .
+	touch $(LOWEST_STAMP)
+
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0
 
@@ -65,5 +86,5 @@ crash-matrix: setup
 	$(BIN)/python benchmarks/crash_matrix.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
 """Ten clients beside a flood of each hostile kind: the requests they get answered, against their rate alone in the same run.
 
 The server runs in a process of its own (uvicorn, no Ray), the flood in another one: ``--rate`` requests a second at most,
-so that what is measured is the server and not the cores that an attacker on the same machine takes. Blocks take turns
+made beforehand, so that what is measured is the server and not the cores that an attacker on the same machine takes
+(``attackers_cpu_seconds`` says how much it was all the same). Blocks take turns
 (alone, beside, alone, beside, ...), and each block beside a flood is compared with its neighbours. Every answer of the ten
 clients is compared with what they got before any flood.
 
@@ -40,6 +41,8 @@ JSON = {"content-type": "application/json"}
 Hostile = Callable[[int], tuple[str, bytes, dict[str, str]]]
 """Path, body and headers of a hostile request, by number."""
 CLIENTS = 10
+BEFOREHAND = 64
+"""Hostile requests that are made before the flood begins, and sent in turn."""
 
 
 def _made(path: str, **body: Any) -> tuple[str, bytes, dict[str, str]]:
@@ -85,19 +88,27 @@ def serve(folder: str, port: int, limits: dict[str, Any]) -> None:
     uvicorn.run(app, port=port, http=http_protocol(settings), log_level="critical")
 
 
-def flood(kind: str, url: str, rate: float, attackers: int, seconds: float, found: Any) -> None:
-    """The attackers' process: what they were answered goes to the queue ``found``."""
-    asyncio.run(_flood(kind, url, rate, attackers, seconds, found))
+def flood(kind: str, url: str, rate: float, attackers: int, seconds: float, begin: Any, found: Any) -> None:
+    """The attackers' process: says through the queue ``found`` that it is ready, waits for the event ``begin``, and says
+    what was answered."""
+    made = [] if kind == SLOW else [KINDS[kind](number) for number in range(BEFOREHAND)]
+    found.put("ready")
+    begin.wait(300)
+    before = time.process_time()
+    counts = asyncio.run(_flood(made, url, rate, attackers, seconds))
+    found.put((counts, time.process_time() - before))
 
 
-async def _flood(kind: str, url: str, rate: float, attackers: int, seconds: float, found: Any) -> None:
+async def _flood(
+    made: list[tuple[str, bytes, dict[str, str]]], url: str, rate: float, attackers: int, seconds: float
+) -> dict[str, int]:
     counts: Counter[str] = Counter()
     end, numbers = time.monotonic() + seconds, iter(range(10**9))
 
     async def attack(session: aiohttp.ClientSession) -> None:
         while time.monotonic() < end:
             start = time.monotonic()
-            path, body, headers = KINDS[kind](next(numbers))
+            path, body, headers = made[next(numbers) % len(made)]
             try:
                 async with session.post(url + path, data=body, headers=headers) as answer:
                     await answer.read()
@@ -123,12 +134,12 @@ async def _flood(kind: str, url: str, rate: float, attackers: int, seconds: floa
             except OSError:
                 counts["closed by the server"] += 1
 
-    if kind == SLOW:
+    if not made:
         await asyncio.gather(*(drip(number) for number in range(200)))
     else:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             await asyncio.gather(*(attack(session) for _ in range(attackers)))
-    found.put(dict(counts))
+    return dict(counts)
 
 
 async def usual(url: str, texts: list[str], tokens: int, seconds: float, right: dict[int, Any]) -> tuple[float, int]:
@@ -164,20 +175,24 @@ def measure(url: str, server: Any, texts: list[str], args: argparse.Namespace) -
     rows: list[dict[str, Any]] = []
     for kind in args.kinds:
         before = process.memory_info().rss, len(process.net_connections())
-        alone, beside, wrong, theirs = [], [], 0, Counter[str]()
+        alone, beside, wrong, theirs, attackers_s = [], [], 0, Counter[str](), 0.0
         for _ in range(args.rounds):
             rate, faults = asyncio.run(usual(url, texts, args.tokens, args.seconds, right))
             alone.append(rate)
-            found = context.Queue()
+            found, begin = context.Queue(), context.Event()
             attack = context.Process(
-                target=flood, args=(kind, url, args.rate, args.attackers, args.seconds + 4, found), daemon=True
+                target=flood, args=(kind, url, args.rate, args.attackers, args.seconds + 1, begin, found), daemon=True
             )
             attack.start()
-            time.sleep(3)  # its imports
+            found.get(timeout=300)
+            begin.set()
+            time.sleep(0.5)
             rate, more = asyncio.run(usual(url, texts, args.tokens, args.seconds, right))
             beside.append(rate)
             wrong += faults + more
-            theirs.update(found.get(timeout=300))
+            answers, seconds = found.get(timeout=300)
+            theirs.update(answers)
+            attackers_s += seconds
             attack.join()
         last, _ = asyncio.run(usual(url, texts, args.tokens, args.seconds, right))
         neighbours = [(a + b) / 2 for a, b in zip(alone, [*alone[1:], last], strict=True)]
@@ -188,6 +203,7 @@ def measure(url: str, server: Any, texts: list[str], args: argparse.Namespace) -
             "share": statistics.median(b / a for b, a in zip(beside, neighbours, strict=True)),
             "wrong": wrong,
             "attackers_answers": dict(theirs),
+            "attackers_cpu_seconds": attackers_s,
             "faults": sum(count for status, count in theirs.items() if status in ("500", "502")),
             "memory_mib": [round(one / 2**20) for one in (before[0], process.memory_info().rss)],
             "connections": [before[1], len(process.net_connections())],

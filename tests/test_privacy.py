@@ -153,6 +153,12 @@ def test_a_jobs_command_line_and_metadata_hold_no_address_and_no_path(
         cluster, config, [*given, "training.epochs=1"], "r", working_dir=tmp_path, environment={}, runtime_env={}
     )
     assert cluster.entrypoint == f"exec python -m pipelines.cli run run.yaml @{PRIVATE} training.epochs=1 --run-id r"
+    again: Any = Cluster()
+    submit_run(
+        again, config, [], "r", working_dir=tmp_path, environment={"AMLORA_HOME": "home"}, runtime_env={},
+        allow_changed_data=True,
+    )  # fmt: skip
+    assert again.entrypoint.endswith(" --run-id r --allow-changed-data")
     for private in (SECRET, "host", "/mnt/shared", str(tmp_path)):
         assert private not in cluster.entrypoint + cluster.metadata
     assert cluster.overrides.splitlines() == given

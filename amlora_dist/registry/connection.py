@@ -237,13 +237,13 @@ def _client(uri: str, where: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # opens both; a database migrates here
         client.search_registered_models(max_results=1)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         module = (error.name or str(error)).partition(".")[0]
         raise UserError(
             f"{where}: found {seen}, whose driver {module!r} is not installed; run: pip install"
             f" {_PACKAGES.get(module, module)}"
         ) from None
-    except (MlflowException, SQLAlchemyError, ValueError) as error:
+    except (ImportError, MlflowException, SQLAlchemyError, ValueError) as error:  # versions that do not fit together, too
         fix = NO_ROOM if is_full(error) else "fix the store or give another URI"
         reason = _first_line(privacy.shown(str(error), *privacy.secrets_of(uri)))
         raise UserError(f"{where}: found {seen}, expected a store that can be used ({reason}); {fix}") from None

@@ -322,8 +322,29 @@ class Engine:
             keep(group.state, going)
         start = time.perf_counter()
         next_B1 = torch.tensor([[tokens[place]] for place in going], device=group.state.logits.device)
-        group.bank.advance(group.state, next_B1)
+        try:
+            group.bank.advance(group.state, next_B1)
+        except (AmloraError, *PASS_FAULTS) as error:
+            log.exception("a pass that wrote %d texts on failed", len(group.rows))
+            self._rows_apart(group, error)
+            return
         self._observe("decode", len(going), time.perf_counter() - start)
+
+    def _rows_apart(self, group: Group, error: Exception) -> None:
+        """After a pass that failed each row is read again with what it has written, and goes on by itself: the cache that
+        all shared may hold half of the pass. Only a row that fails alone is lost."""
+        self._groups.remove(group)
+        rows = group.rows if len(group.rows) > 1 else []
+        self._fail([row.job for row in group.rows if row not in rows], error, None)
+        for row in rows:
+            try:
+                state, _, _ = group.bank.begin([row.job.request])
+                group.bank.advance(state, torch.tensor([row.wording.tokens], device=state.logits.device))
+            except (AmloraError, *PASS_FAULTS) as own:
+                log.exception("a text that was written on by itself failed")
+                self._fail([row.job], own, None)
+            else:
+                self._groups.append(Group(group.bank, group.key, state, [row]))
 
     def _written(self, bank: ServedBank, row: Row, token: int) -> Event | None:
         """What a row's next token means: the job's last event, or None where it goes on."""

@@ -28,6 +28,7 @@ SUFFIXES: dict[str, Form] = {
 LONGEST_LINE = 64 << 20
 """Bytes: a file without line ends is not taken into memory as a whole."""
 
+_MARK = b"\xef\xbb\xbf"
 _MAGIC = {
     b"PAR1": "Parquet", b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "a zstd archive", b"BZh": "a bzip2 archive",
@@ -132,6 +133,11 @@ def _form_of_line(first: str, name: str, column: str) -> Form:
         return "lines"
     if re.match(r"\[\s*(\{|\]|$)", first):
         return "jsonl"
+    if re.match(r"\[\s*[\"\[]", first) or _is_array(first):
+        raise UserError(
+            f"{name}, line 1: found {_short(first)}, a JSON array of something else than objects; write one JSON object a"
+            " line, or one text a line, or give --format text"
+        )
     cells = [cell.strip().strip('"') for cell in first.split(",")]
     if column in cells and len(cells) > 1:
         return "csv"
@@ -148,11 +154,18 @@ def _form_of_line(first: str, name: str, column: str) -> Form:
     return "lines"
 
 
+def _is_array(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False
+
+
 # ---- lines ----------------------------------------------------------------------------------------------------
 
 
 def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
-    """Lines of UTF-8 text, as they come, without a byte order mark.
+    """Lines of UTF-8 text, as they come, without byte order marks in front: files with one that were joined have more.
 
     They end at newlines only: JSON text may hold other line separators.
 
@@ -162,8 +175,9 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
     number = 0
     while raw := file.readline(LONGEST_LINE + 1):
         number += 1
+        while raw.startswith(_MARK):
+            raw = raw[len(_MARK) :]
         if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
             for magic, what in _MAGIC.items():
                 if raw.startswith(magic):
                     raise UserError(f"{name}: not UTF-8 text but {what}; write it as UTF-8, or unpack it first")

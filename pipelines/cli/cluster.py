@@ -80,6 +80,9 @@ def submit(
     working_dir: Annotated[Path, typer.Option(help="Shipped but for what .gitignore names; at most 100 MB.")] = Path("."),
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the driver and its workers; repeat.")] = None,
     runtime_env: Annotated[Path | None, typer.Option(help="YAML of Ray's runtime environment, such as pip.")] = None,
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="As of `amlora run` and `amlora tune`.")
+    ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the submission id and leave.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -105,7 +108,7 @@ def submit(
     cluster = Jobs(address)
     made = submit_run(
         cluster, config, overrides or [], name, working_dir=working_dir, environment=environment, runtime_env=more,
-        search=search,
+        search=search, allow_changed_data=allow_changed_data,
     )  # fmt: skip
     told = "runs already; following it" if made.attached else "submitted"
     typer.echo(f"job {made.job.id}: {told}; `amlora logs {made.job.id} --follow` shows it, `amlora stop` ends it", err=True)

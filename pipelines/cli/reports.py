@@ -62,6 +62,10 @@ def compare(
     run_id: Annotated[
         str | None, typer.Option(help="Name of the comparison; the same goes on. Default: the CONFIG's name, -compared.")
     ] = None,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Go on although rows or model have changed: all of it runs again."),
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -89,7 +93,9 @@ def compare(
             comparison_id=name,
         )
         with named_file(config, overrides):
-            result = run_comparison(plan, command=_command(), progress=progress, verbose=verbose)
+            result = run_comparison(
+                plan, command=_command(), progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
+            )
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
         return

@@ -36,6 +36,10 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
             str | None,
             typer.Option(help="Name of the durable search; the same id goes on where it was. Default: name and time."),
         ] = None,
+        allow_changed_data: Annotated[
+            bool,
+            typer.Option("--allow-changed-data", help="Go on although rows or model have changed: all trials run again."),
+        ] = False,
         as_json: Annotated[
             bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")
         ] = False,
@@ -61,7 +65,7 @@ def add_commands(app: typer.Typer, answered: Answered) -> None:
                 settings = going_on(settings, named=named_keys(config, overrides), search_id=search_id)
                 result = run_search(
                     settings, file=str(config), search_id=search_id, progress=progress,
-                    began=psutil.Process().create_time(), verbose=verbose,
+                    began=psutil.Process().create_time(), verbose=verbose, allow_changed_data=allow_changed_data,
                 )  # fmt: skip
             if as_json:
                 sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -38,7 +38,7 @@ class Submission:
 
 def submit_run(
     jobs: Jobs, config_file: Path, overrides: list[str], run_id: str, *, working_dir: Path,
-    environment: dict[str, str], runtime_env: dict[str, Any], search: bool = False,
+    environment: dict[str, str], runtime_env: dict[str, Any], search: bool = False, allow_changed_data: bool = False,
 ) -> Submission:  # fmt: skip
     """Start the run on the cluster, unless an attempt at it is running.
 
@@ -51,6 +51,7 @@ def submit_run(
         environment: variables of the driver and its workers.
         runtime_env: more of Ray's runtime environment, such as ``pip``.
         search: the job is ``amlora tune``, not ``amlora run``.
+        allow_changed_data: give it ``--allow-changed-data``.
 
     Raises:
         UserError, FaultsError: the configuration, the folder or the cluster; or a job of this id runs with another
@@ -73,6 +74,7 @@ def submit_run(
     private = [text for text in overrides if _is_private(text)]
     public = [*([f"@{PRIVATE}"] if private else []), *(text for text in overrides if text not in private)]
     command = ["python", "-m", "pipelines.cli", what, shipped, *public, named, run_id]
+    command += ["--allow-changed-data"] if allow_changed_data else []
     with tempfile.TemporaryDirectory(prefix="amlora-submit-") as tmp:
         archive = Path(tmp) / "working_dir.zip"
         pack(shipment, archive, {PRIVATE: "".join(f"{text}\n" for text in private).encode()} if private else {})

@@ -25,7 +25,8 @@ from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
 from amlora_dist.training.rate_race import RATES
 from pipelines.runs import results
-from pipelines.runs.resume_check import differences, refuse_other_configuration, taken_up
+from pipelines.runs.inputs import gather_materials
+from pipelines.runs.resume_check import differences, refuse_other_configuration, refuse_other_data, taken_up
 from pipelines.runs.sequence import run_sequence
 
 if TYPE_CHECKING:
@@ -167,10 +168,14 @@ def plan_comparison(
     return plan
 
 
-def run_comparison(plan: Plan, *, command: str, progress: Progress, verbose: bool = False) -> dict[str, Any]:
+def run_comparison(
+    plan: Plan, *, command: str, progress: Progress, verbose: bool = False, allow_changed_data: bool = False
+) -> dict[str, Any]:
     """Run what is not done yet, and return the result as ``amlora compare --json`` prints it.
 
-    A run that fails for good (its loss diverged, say) leaves the others going; it is listed under ``failed``.
+    A run that fails for good (its loss diverged, say) leaves the others going; it is listed under ``failed``. Where rows,
+    prompts or the base model have changed since it began, all of it is run again if ``allow_changed_data``, and otherwise
+    nothing.
 
     Raises:
         UserError: the comparison id stands for something else; data or model are wrong.
@@ -184,6 +189,7 @@ def run_comparison(plan: Plan, *, command: str, progress: Progress, verbose: boo
         plan.base = taken_up(plan.base, stored["config"], named_keys(plan.file, plan.overrides))
     comparison = _resumed(plan, stored) | {"command": command}
     driver = _Driver(plan, store, journal, progress, verbose, comparison)
+    driver.check_data(allow=allow_changed_data)
     driver.tune()
     driver.run_grid()
     store.end_run(journal, "FAILED" if comparison["failed"] else "FINISHED")
@@ -205,6 +211,29 @@ class _Driver:
     progress: Progress
     verbose: bool
     comparison: dict[str, Any]
+
+    def check_data(self, *, allow: bool) -> None:
+        """Compare rows, prompts and base model with those of the start before (of the first seed: others draw from the
+        same files); where they differ and may, no run and no choice of a learning rate counts any more."""
+        plan, seed = self.plan, self.plan.seeds[0]
+        facts: dict[str, Any] = {"tasks": {}}
+        for order in plan.orders:
+            found = gather_materials(plan.config(plan.contenders[0], order, seed, None), home()).facts()
+            facts = {**found, "tasks": facts["tasks"] | found["tasks"]}
+        first = plan.run_id(plan.contenders[0], next(iter(plan.orders)), seed)
+        places = [
+            {tags.KIND: KIND, tags.RUN_ID: plan.comparison_id},
+            {tags.KIND: "sequence", tags.RUN_ID: first},  # comparisons of before 0.2 kept no facts
+        ]
+        name = f"--run-id: comparison {plan.comparison_id!r}"
+        if refuse_other_data(self.store, places, facts, results.MATERIALS, name, allow=allow, again="run all of it again"):
+            self.progress.note("the data has changed since this comparison began: all of it runs again")
+            ids = [plan.run_id(*one) for one in plan.grid]
+            ids += [plan.candidate_id(contender, rate) for contender in plan.contenders for rate in plan.learning_rates]
+            begun = {run.tags[tags.RUN_ID] for run in self.store.find_runs({tags.KIND: "sequence"})}
+            self.comparison |= {"tuning": {}, "again": [one for one in ids if one in begun]}
+            self._save()
+        self.store.log_json(self.journal, results.MATERIALS, facts)
 
     def tune(self) -> None:
         """The learning rate of each method: one run on the dev split for each candidate, the same for all."""
@@ -272,16 +301,25 @@ class _Driver:
         return score
 
     def _run(self, config: RunConfig, run_id: str, order: str) -> dict[str, Any]:
-        """The result of a run; what is finished is not touched again."""
+        """The result of a run; what is finished, on the data of now, is not touched again."""
+        again = run_id in self.comparison.get("again", ())
         config.registered_model = run_id
         wanted = {tags.KIND: "sequence", tags.RUN_ID: run_id}
         found = self.store.find_runs(wanted, registered_model=run_id)
-        if found and found[-1].status == "FINISHED":
+        if found and found[-1].status == "FINISHED" and not again:
             refuse_other_configuration(self.store, wanted, to_mapping(config), f"run id {run_id!r}")
             result: dict[str, Any] | None = self.store.load_json(found[-1].run, results.FILE)
             if result is not None and result["tasks"] == self.plan.names[order]:
                 return result
-        return run_sequence(config, run_id=run_id, progress=self.progress, verbose=self.verbose, alone=False)
+        made = run_sequence(
+            config, run_id=run_id, progress=self.progress, verbose=self.verbose, alone=False, allow_changed_data=again
+        )
+        if again:
+            self.comparison["again"].remove(run_id)
+            if not self.comparison["again"]:
+                del self.comparison["again"]
+            self._save()
+        return made
 
     def _save(self) -> None:
         self.store.log_json(self.journal, FILE, self.comparison)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.former_values import completed
@@ -166,18 +166,20 @@ def differences(
 
 
 def refuse_other_data(
-    store: Store, wanted: dict[str, str], facts: dict[str, Any], file: str, name: str, *, allow: bool = False
+    store: Store, places: Sequence[dict[str, str]], facts: dict[str, Any], file: str, name: str, *, allow: bool,
+    again: str = "train what has changed again",
 ) -> bool:
     """The same id goes on with the same rows, prompts and base model: others would train its stages anew, one after the
     other, as if nothing were there.
 
     Args:
-        store: which has the facts of the start before, in the run that carries the tags ``wanted``.
-        wanted: tags of that run.
+        store: which has the facts of the start before.
+        places: tags of the run that has them, or else of another one.
         facts: ``Materials.facts`` now.
         file: the artifact that holds those of then.
         name: what a message calls the id.
         allow: go on all the same.
+        again: what that does, for the message.
 
     Returns:
         Whether something differs.
@@ -185,13 +187,17 @@ def refuse_other_data(
     Raises:
         UserError: something differs; names each with both digests.
     """
-    found = store.find_runs(wanted)
-    stored = store.load_json(found[-1].run, file) if found else None
-    told = _other_data(stored, facts) if isinstance(stored, dict) else []
+    told = []
+    for wanted in places:
+        found = store.find_runs(wanted)
+        stored = store.load_json(found[-1].run, file) if found else None
+        if isinstance(stored, dict):
+            told = _other_data(stored, facts)
+            break
     if told and not allow:
         raise UserError(
-            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or train what has changed"
-            " again with --allow-changed-data (until its last stage is there, `current` stays at the bank of then)"
+            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or {again} with"
+            " --allow-changed-data (until a run's last stage is there, its `current` stays at the bank of then)"
         )
     return bool(told)
 

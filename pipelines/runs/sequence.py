@@ -123,7 +123,7 @@ def _run_sequence(
     mapping = public_configuration(to_mapping(config))
     own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
     refuse_other_configuration(store, own, mapping, name)
-    if refuse_other_data(store, own, materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
+    if refuse_other_data(store, [own], materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
         progress.note("the data has changed since this run began: stages that read it are trained again")
     remember_base(materials.base)
     with store.hold_run(run_id, model) as lease:

@@ -25,8 +25,9 @@ from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
 from pipelines.cluster import resources
 from pipelines.cluster.executor import Placement, RayCluster
+from pipelines.runs import results
 from pipelines.runs.inputs import gather_materials
-from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration
+from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration, refuse_other_data
 from pipelines.runs.sequence import SearchContext, run_sequence
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 
 
 def run_search(
-    config: RunConfig, *, file: str, search_id: str, progress: Progress, began: float, verbose: bool = False
+    config: RunConfig, *, file: str, search_id: str, progress: Progress, began: float, verbose: bool = False,
+    allow_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Run a search to its end, from wherever it is.
 
@@ -54,6 +56,8 @@ def run_search(
         progress: told about trials.
         began: when the command was started, seconds since 1970.
         verbose: let Ray and the libraries talk.
+        allow_changed_data: go on where rows, prompts or the base model have changed since the search began; what its
+            trials found on the others does not count any more.
 
     Returns:
         The result as ``amlora tune --json`` prints it (docs/search.md).
@@ -66,7 +70,8 @@ def run_search(
     plan = plan_search(config, file)
     place = home()
     resources.check_folder(place)
-    demand = gather_materials(plan.config({}), place).demand(plan.settings.gpus or 1.0)
+    materials = gather_materials(plan.config({}), place)
+    demand = materials.demand(plan.settings.gpus or 1.0)
     storage, _ = storage_of(config)
     resources.check_folder(storage, "storage")
     resources.refuse(resources.missing(demand, resources.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
@@ -75,7 +80,12 @@ def run_search(
     model = config.registered_model or search_id
     mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
-    refuse_other_configuration(store, wanted, mapping, f"--search-id {search_id!r}", free=FREE_IN_SEARCH, grows=False)
+    name, facts = f"--search-id {search_id!r}", materials.facts()
+    refuse_other_configuration(store, wanted, mapping, name, free=FREE_IN_SEARCH, grows=False)
+    of_a_trial = {tags.KIND: "sequence", tags.RUN_ID: trial_run_id(search_id, 1)}  # searches of before 0.2 kept no facts
+    changed = refuse_other_data(
+        store, [wanted, of_a_trial], facts, results.MATERIALS, name, allow=allow_changed_data, again="run all trials again"
+    )
     key = leases.run_key(f"search.{search_id}")
     with leases.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
@@ -86,13 +96,19 @@ def run_search(
             if stale := store.close_open_runs(search_run):
                 progress.note(f"closed {stale} runs that a killed start had left open")
             journal = Journal(store, search_run, search_id, lease.check)
+            if changed:
+                progress.note("the data has changed since this search began: its trials run again")
+                journal.reopen()
+            store.log_json(search_run, results.MATERIALS, facts)
             search = _Search(plan, search_id, journal, progress, place, storage, demand, verbose)
             timing = search.run(began)
             store.close_open_runs(search_run)
             result = search_result(plan, search_id, model, list(journal.trials.values()), store.connection.shown)
             result["cost"] |= asdict(timing)
             add_intervals(result, store)
-            _score_winner(plan, result, champion, model, search_run, store, lease, progress, verbose)
+            _score_winner(
+                plan, result, champion, model, search_run, store, lease, progress, verbose, allow_changed_data or changed
+            )
             store.log_json(search_run, FILE, {key: value for key, value in result.items() if key != "tracking_uri"})
             status = "FINISHED"
         except AmloraError as error:
@@ -115,13 +131,16 @@ def _score_winner(
     lease: Lease,
     progress: Progress,
     verbose: bool,
+    allow_changed_data: bool,
 ) -> None:
     """Score the winner on the test split, once, publish it, and point the alias ``champion`` at it."""
     winner, runner_up = result["winner"], result["runner_up"]
     progress.note(f"winner: trial {winner['number']} ({described(winner['values'])}); scoring it on the test split")
     config = plan.champion(winner["values"], model)
     within = SearchContext(run=search_run, gpus=plan.settings.gpus or 1.0)
-    found = run_sequence(config, run_id=run_id, progress=progress, verbose=verbose, within=within)
+    found = run_sequence(
+        config, run_id=run_id, progress=progress, verbose=verbose, within=within, allow_changed_data=allow_changed_data
+    )
     version = store.resolve(f"models:/{model}/{found['stages'][-1]['version']}")
     # By an earlier start: whoever has pointed the alias elsewhere since keeps it.
     crowned = tags.SEARCH in version.tags and tags.CHAMPION in aliases(store, model)
@@ -139,6 +158,11 @@ def _score_winner(
         store.set_alias(model, tags.CHAMPION, version, lease.check)
     winner["version"] = version.uri
     winner["test"] = {key: found[key] for key in ("metrics", "accuracy_matrix", "untrained", "oracle", "run_id")}
+
+
+def trial_run_id(search_id: str, number: int) -> str:
+    """Of a trial's run."""
+    return f"{search_id}-t{number:03d}"
 
 
 @dataclass(slots=True)
@@ -285,7 +309,7 @@ class _Search:
 
     def run_id(self, number: int) -> str:
         """Of a trial's run."""
-        return f"{self.search_id}-t{number:03d}"
+        return trial_run_id(self.search_id, number)
 
     def stopped_by(self, report: dict[str, Any]) -> bool:
         """A trial has reported; whether the scheduler stops it.

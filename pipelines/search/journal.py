@@ -23,6 +23,7 @@ FILE = "trial.json"
 """Artifact of a trial's run: what it reported last."""
 STATUS: dict[Outcome, str] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 VALUES = "amlora.values"
+REOPENED = "amlora.reopened"
 
 
 @dataclass(slots=True)
@@ -37,6 +38,8 @@ class Trial:
     told: int | None = None
     outcome: Outcome | None = None
     """None: it has not ended."""
+    reopened: bool = False
+    """It had ended, on data that have changed since: its values were proposed by what was known then."""
     report: dict[str, Any] = field(default_factory=dict)
     """What it said last (``pipelines.search.trial``), with ``error`` where it failed."""
 
@@ -55,8 +58,9 @@ class Journal:
             number, told = int(values[tags.TRIAL]), values.get(tags.TOLD)
             ended: Any = values.get(tags.OUTCOME) if told else None
             trial = Trial(
-                number, found.run, json.loads(values[VALUES]), int(values[tags.ASKED]), int(told) if told else None, ended
-            )
+                number, found.run, json.loads(values[VALUES]), int(values[tags.ASKED]), int(told) if told else None, ended,
+                REOPENED in values,
+            )  # fmt: skip
             trial.report = (store.load_json(found.run, FILE) or {}) if ended else {}
             self.trials[number] = trial
         self._count = max([0, *(t.asked for t in self.trials.values()), *(t.told or 0 for t in self.trials.values())])
@@ -82,6 +86,14 @@ class Journal:
             self._store.set_tags(run, {VALUES: json.dumps(trial.values), tags.ASKED: str(trial.asked)})
             self.trials[number] = trial
         return self.trials[number]
+
+    def reopen(self) -> None:
+        """No trial has ended any more: each is started again, with the values it has."""
+        for trial in self.trials.values():
+            if trial.outcome:
+                self._guard()
+                self._store.set_tags(trial.run, {REOPENED: "yes", tags.OUTCOME: "", tags.TOLD: ""})
+                trial.told, trial.outcome, trial.report, trial.reopened = None, None, {}, True
 
     def log(self, trial: Trial, report: Mapping[str, Any]) -> None:
         """A trial's metrics after a stage."""

@@ -97,6 +97,11 @@ class _Optuna:
             self._study.tell(asked, state=state.FAIL)
 
     def _replay(self, trial: Trial) -> None:
+        if trial.reopened:  # what it was proposed by does not count any more
+            listed = {d.path for d in self._plan.dimensions if d.listed}
+            self._study.enqueue_trial(
+                {path: json.dumps(value) if path in listed else value for path, value in trial.values.items()}
+            )
         asked = self._study.ask(self._space)
         self._asked[trial.number] = asked
         if self._values(asked.params) != trial.values:

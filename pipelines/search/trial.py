@@ -22,6 +22,20 @@ HELD_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the things of all trials lie. It travels through Ray's memory alone: Tune writes a trial's order to its
+    files, and an address may hold a password."""
+
+    home: str
+    folder: str
+    """That relative paths of the configuration mean, if this node has it."""
+    tracking_uri: str
+    """MLflow's, where the configuration names none: this process has not the search's variables."""
+    config: dict[str, Any]
+    """The keys of the configuration that say where things lie (``privacy.DROPPED``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What a trial is told; plain values, because it travels to another node."""
 
@@ -29,12 +43,7 @@ class Order:
     run_id: str
     mlflow_run: str
     config: dict[str, Any]
-    """Of the trial's run (``to_mapping``)."""
-    home: str
-    folder: str
-    """That relative paths of the configuration mean, if this node has it."""
-    tracking_uri: str
-    """MLflow's, where the configuration names none: this process has not the search's variables."""
+    """Of the trial's run (``to_mapping``), without what all trials have in ``Places.config``."""
     objectives: list[str]
     stages: int
     """Of the whole sequence."""
@@ -55,7 +64,7 @@ class _FirstStep(Silent):
         self.at = self.at or time.time()
 
 
-def run_trial(config: Mapping[str, Any]) -> None:
+def run_trial(config: Mapping[str, Any], places: Places) -> None:
     """The trainable: runs in a thread of a Tune actor, which may have run other trials before.
 
     What a user could fix, and training that failed for good, is reported and not raised: Tune starts a trial again
@@ -68,14 +77,14 @@ def run_trial(config: Mapping[str, Any]) -> None:
     from pipelines.runs.sequence import SearchContext, run_sequence
 
     order = Order(**json.loads(config["order"]))
-    os.environ["AMLORA_HOME"], os.environ["MLFLOW_TRACKING_URI"] = order.home, order.tracking_uri
+    os.environ["AMLORA_HOME"], os.environ["MLFLOW_TRACKING_URI"] = places.home, places.tracking_uri
     # Read by Tune in this process: a stopped trial lets go of its run before its process is used again. With the 2 s that
     # Tune gives on its own the next trial would be lost when this one takes longer.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = LEAVING_S
     with contextlib.suppress(OSError):
-        os.chdir(order.folder)
+        os.chdir(places.folder)
     set_up(verbose=order.verbose)
-    run_config = from_mapping(order.config)
+    run_config = from_mapping(places.config | order.config)
     if run_config.workers == 0 and order.threads:
         import torch
 
@@ -98,7 +107,11 @@ def run_trial(config: Mapping[str, Any]) -> None:
     try:
         while True:
             try:
-                run_sequence(run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within)
+                # The search has compared the data of all its trials.
+                run_sequence(
+                    run_config, run_id=order.run_id, progress=watch, verbose=order.verbose, within=within,
+                    allow_changed_data=True,
+                )  # fmt: skip
                 return
             except HeldError:  # by a process of a start that was killed, which has not noticed yet
                 if time.monotonic() > deadline:

@@ -13,8 +13,10 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from amlora_dist.config.loading import to_mapping
 from amlora_dist.errors import TrainingError
-from pipelines.search.trial import Order, run_trial
+from amlora_dist.privacy import DROPPED
+from pipelines.search.trial import Order, Places, run_trial
 
 if TYPE_CHECKING:
     from pipelines.search.driver import _Search
@@ -46,7 +48,7 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
     plan = search.plan
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, _resources(search, gpus)),
+        tune.with_resources(tune.with_parameters(run_trial, places=places_of(search)), _resources(search, gpus)),
         tune_config=tune.TuneConfig(
             search_alg=_Proposer(search, gpus),
             scheduler=_Stopper(search),
@@ -66,6 +68,16 @@ def tune_trials(search: _Search, concurrent: int, *, gpus: bool) -> None:
     tuner.fit()
     if search.broken:
         raise search.broken
+
+
+def places_of(search: _Search) -> Places:
+    """Of all trials."""
+    return Places(
+        home=str(search.home),
+        folder=os.getcwd(),
+        tracking_uri=search.journal.tracking_uri,
+        config={key: value for key, value in to_mapping(search.plan.config({})).items() if key in DROPPED},
+    )
 
 
 def _resources(search: _Search, gpus: bool) -> dict[str, float]:
@@ -90,6 +102,7 @@ class _Proposer(_Stateless, Searcher):
     def __init__(self, search: _Search, gpus: bool) -> None:
         super().__init__()
         self._search, self._gpus = search, gpus
+        self._shared = places_of(search).config
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -107,10 +120,7 @@ class _Proposer(_Stateless, Searcher):
             number=trial.number,
             run_id=self._search.run_id(trial.number),
             mlflow_run=trial.run,
-            config=config,
-            home=str(self._search.home),
-            folder=os.getcwd(),
-            tracking_uri=self._search.journal.tracking_uri,
+            config={key: value for key, value in config.items() if self._shared.get(key, ...) != value},
             objectives=list(settings.objectives),
             stages=self._search.plan.stages,
             gpus=settings.gpus or 1.0,

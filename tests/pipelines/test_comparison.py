@@ -226,6 +226,28 @@ def test_without_its_outputs_the_same_comparison_gives_exactly_the_same_numbers(
     assert numbers("first") == numbers("second")
 
 
+@pytest.mark.integration
+def test_data_changed_under_a_comparison_is_refused_or_all_of_it_runs_again(tmp_path: Path, amlora_home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours",), **SMALL)
+
+    def compared(**more: Any) -> dict[str, Any]:
+        made = plan(config, methods=["seq_lora", "base"], learning_rates=[0.03])
+        return run_comparison(made, command="", progress=Silent(), **more)
+
+    before = compared()
+    rows = tmp_path / "tasks" / "colours" / "train.jsonl"
+    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"comparison 'c' was begun with other data: task 'colours', split train: 32 rows"):
+        compared()
+    after = compared(allow_changed_data=True)
+    assert "again" not in after and len(after["runs"]) == 2
+    run = Store.open(amlora_home).find_runs({"amlora.run_id": "c.seq_lora.given.s0", "amlora.kind": "sequence"})[-1]
+    facts = Store.open(amlora_home).load_json(run.run, "materials.json")
+    assert facts is not None and facts["tasks"]["colours"]["rows"]["train"] == 31
+    assert before["tuning"].keys() == after["tuning"].keys()
+    assert compared() == after, "the data of now are those of the comparison"
+
+
 def test_a_comparison_that_an_older_version_began_goes_on(config: Path) -> None:
     made = plan(config)
     old = made.to_json() | {"tuning": {"am_lora": {"chosen": None, "scores": {}}}}

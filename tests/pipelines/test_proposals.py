@@ -98,6 +98,23 @@ def test_optuna_learns(tmp_path: Path) -> None:
     assert sum(away[14:]) < sum(away[:10])
 
 
+def test_trials_that_run_again_on_other_data_keep_their_values(tmp_path: Path) -> None:
+    bench = Bench(plan(tmp_path))
+    for _ in range(20):
+        bench.step()
+    values = {number: dict(trial.values) for number, trial in bench.trials.items()}
+    for trial in bench.trials.values():  # as `Journal.reopen` leaves them
+        trial.reopened, trial.told, trial.outcome, trial.report = True, None, None, {}
+    for _ in range(3):
+        bench.die()
+        for _ in range(7):
+            bench.step()
+    while bench.step():
+        pass
+    assert len(bench.trials) == 24
+    assert {number: bench.trials[number].values for number in values} == values
+
+
 def test_optuna_that_proposes_something_else_than_before_says_so(tmp_path: Path) -> None:
     made = plan(tmp_path)
     bench = Bench(made)

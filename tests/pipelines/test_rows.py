@@ -110,6 +110,9 @@ def test_stdin_bom_is_no_part_of_the_first_row(told: Told) -> None:
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     assert amlora(stdin="\ufeff" + rows).exit_code == amlora(stdin="\ufeff" + "\n".join(TEXTS)).exit_code == 0
     assert told.texts == TEXTS * 2
+    joined = "".join("\ufeff" * (1 + place) + json.dumps({"text": text}) + "\n" for place, text in enumerate(TEXTS))
+    assert amlora(stdin=joined).exit_code == 0
+    assert told.texts == TEXTS * 3
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,9 @@ def test_stdin_bom_is_no_part_of_the_first_row(told: Told) -> None:
         ("id\ttext\n1\ta\n", "line 1: found cells between tabs"),
         ("id,text,text\n1,a,b\n", "line 1: found the column 'text' twice"),
         ('[{"text": "a"},\n', "line 1: found"),
+        ('["a wall", "red"]', "line 1: found '[\"a wall\", \"red\"]', a JSON array of something else than objects"),
+        ('["the wall is red",\n', "a JSON array of something else than objects"),
+        ("[1, 2]", "or give --format text"),
         (b"PAR1....", "not UTF-8 text but Parquet"),
         (b"\xff\xfea\x00", "not UTF-8 text but UTF-16 text"),
     ],

@@ -307,6 +307,8 @@ def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
 ) -> None:
     from ray import tune
 
+    from pipelines.search.tuning import places_of
+
     config = write_config(
         tmp_path, tasks=("colours", "shapes"), search={"space": {"training.l1": {"grid": [0.0, 0.5]}}},
     )  # fmt: skip
@@ -323,14 +325,15 @@ def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
     demand = Demand(0, 1, 1, STAGES, "fp32", 0)
     search = _Search(made, "s", journal, Silent(), tmp_path / "home", tmp_path / "home" / "storage", demand, False)
     order = order_of(search)
-    monkeypatch.chdir("/")  # as on a node where somebody else has started Ray
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
-    run_trial({"order": json.dumps(asdict(order))})
+    places = places_of(search)
+    monkeypatch.chdir("/")  # as on a node where somebody else has started Ray
+    run_trial({"order": json.dumps(asdict(order))}, places)
     assert [(one["stage"], len(one["records"]), len(one["curve"])) for one in said] == [(1, 1, 1), (2, 2, 2)]
     assert not any("error" in one for one in said) and said[0]["first_step"] is not None
     sequence = store.find_runs({"amlora.kind": "sequence", "amlora.run_id": "s-t001"})
     assert [run.tags["mlflow.parentRunId"] for run in sequence] == [order.mlflow_run], "in the store of the search"
     said.clear()
-    run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})})
+    run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})}, places)
     assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]

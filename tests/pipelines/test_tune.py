@@ -145,6 +145,13 @@ def test_mlflow_has_trials_below_the_search_and_sequences_below_trials(world: di
     assert not [run for run in store.find_runs({}) if run.status == "RUNNING"]
 
 
+def test_no_file_of_ray_tune_holds_the_stores_address(world: dict[str, Any], home: Path) -> None:
+    address = Store.open(home).connection.uri.encode()
+    files = [file for file in (home / "ray").rglob("*") if file.is_file()]
+    assert files, "Tune wrote its state"
+    assert [file for file in files if address in file.read_bytes()] == []
+
+
 def test_the_same_command_again_runs_no_trial_and_says_the_same(world: dict[str, Any]) -> None:
     notes = Notes()
     again = search(world["config"], "one", notes=notes)
@@ -158,6 +165,39 @@ def test_the_same_command_again_runs_no_trial_and_says_the_same(world: dict[str,
 def test_the_same_id_with_another_space_is_refused(world: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"--search-id 'one' exists with another configuration: search\.space"):
         search(world["config"], "one", "search.space.training.l1={grid: [0.0]}")
+
+
+def test_data_changed_under_a_search_is_refused_before_anything_starts(world: dict[str, Any]) -> None:
+    rows = world["folder"] / "tasks" / "colours" / "train.jsonl"
+    kept = rows.read_text(encoding="utf-8")
+    rows.write_text("".join(kept.splitlines(keepends=True)[1:]), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match=r"--search-id 'one' was begun with other data: task 'colours', split train"):
+            search(world["config"], "one")
+    finally:
+        rows.write_text(kept, encoding="utf-8")
+
+
+@pytest.mark.crash
+def test_data_changed_and_allowed_runs_all_trials_again(world: dict[str, Any], home: Path) -> None:
+    small = ("search.space={training.l1: {grid: [0.0, 0.5]}}", "training.epochs=1")
+    tasks = f"tasks={json.dumps(load_config(world['config']).tasks[:2])}"
+    search(world["config"], "moved", *small, tasks)
+    before = Store.open(home).resolve("models:/moved@champion").number
+    rows = world["folder"] / "tasks" / "colours" / "train.jsonl"
+    kept, notes = rows.read_text(encoding="utf-8"), Notes()
+    rows.write_text("".join(kept.splitlines(keepends=True)[1:]), encoding="utf-8")
+    try:
+        result = run_search(
+            load_config(world["config"], [*small, tasks]), file="run.yaml", search_id="moved", progress=notes,
+            began=time.time(), allow_changed_data=True,
+        )  # fmt: skip
+    finally:
+        rows.write_text(kept, encoding="utf-8")
+    assert sum(line.startswith("trial ") for line in notes.lines) == 2
+    assert [trial["outcome"] for trial in result["trials"]] == ["finished", "finished"]
+    assert result["trials"][0]["stages"][0]["reused"] is False
+    assert Store.open(home).resolve("models:/moved@champion").number > before
 
 
 @pytest.mark.crash

@@ -158,6 +158,33 @@ def test_a_cancelled_job_leaves_and_the_others_stay(model: AMLoRAModel, engine: 
     assert isinstance(gone.last(), Failed)
 
 
+@pytest.mark.parametrize("broken", ["a text", "any two"])
+def test_a_pass_of_decoding_that_fails_ends_only_the_text_whose_fault_it_is(
+    model: AMLoRAModel, engine: Engine, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    bank, advance, passes = ServedBank(model, "words"), model.decoder.advance, []
+
+    def picky(state: Any, tokens_BK: torch.Tensor) -> torch.Tensor:
+        passes.append(len(tokens_BK))
+        logits = advance(state, tokens_BK)  # the cache holds the pass when it fails
+        if len(tokens_BK) > 1 if broken == "any two" else bool((state.position > 30).any()):
+            raise RuntimeError("out of memory")
+        return logits
+
+    texts = [" ".join(TEXTS)[:200], *TEXTS[:3]]
+    expected = [AMLoRAModel.predict(model, text, max_new_tokens=9)[0] for text in texts]
+    monkeypatch.setattr(model.decoder, "advance", picky)
+    with engine._wake:  # all are read in one pass
+        clients = [Client(bank, text, new_tokens=9) for text in texts]
+        for client in clients:
+            engine.submit([client.job])
+    assert max(passes, default=0) == 0
+    first = clients[0].last()
+    assert [client.text() for client in clients[1:]] == expected[1:]
+    assert max(passes) > 1, "they were written together until one of their passes failed"
+    assert isinstance(first, Failed) if broken == "a text" else isinstance(first, Ended) and first.text == expected[0]
+
+
 def test_an_engine_that_dies_lets_nobody_wait(model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = ServedBank(model, "words")
 
