@@ -221,16 +221,17 @@ class Answering:
         self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
     ) -> Generator[int, None, list[Weighed | None]]:
         """``weigh`` with a stop after each pass, which yields the tokens that went through: others may run there."""
-        sets: dict[tuple[str, ...], list[int]] = {}
+        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
         chosen = labels if labels is not None else [request.labels for request in begun.requests]
         for row, names in enumerate(chosen):
             if names:
-                sets.setdefault(names, []).append(row)
+                chat = self.prompter.is_chat(begun.requests[row].task)
+                sets.setdefault((names, chat), []).append(row)
         found: list[Weighed | None] = [None] * len(begun.requests)
         longest = max(len(request.tokens) for request in begun.requests)
         passes = 0
-        for names, rows in sets.items():
-            plan = self.prompter.plan(names)
+        for (names, _), rows in sets.items():
+            plan = self.prompter.plan(names, begun.requests[rows[0]].task)
             part = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
             limit = contexts_per_pass(longest, len(begun.requests), plan)
             passes += len(plan.passes(limit))

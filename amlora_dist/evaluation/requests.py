@@ -19,8 +19,10 @@ from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
+from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
+from amlora_dist.tasks.conversations import Turn, joined
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
-from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, text_of
@@ -104,6 +106,8 @@ class Request:
     """Of the prompt."""
     text_ids: tuple[int, ...] = ()
     """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation: all of it up to the answer; ``text`` is what the user said last."""
     kept: int | None = None
     """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
 
@@ -134,12 +138,32 @@ class Prompter:
         self.lead = PromptSlots(lead_tokens, int(tokenizer.eos_token_id))
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
-        self._made: dict[str | None, TextPrompts] = {}
+        described = [entry for entry in self.entries.values() if entry is not None]
+        self.chat_bank = bool(described) and all(entry.chat for entry in described)
+        """Whether texts of no task are asked in the base model's chat template too: as those of every task are."""
+        self._made: dict[str | None, TextPrompts | ChatPrompts] = {}
         self._lock = threading.Lock()
         self._one_at_a_time = _Locked(tokenizer, self._lock)
-        self.plan: Callable[[tuple[str, ...]], LabelPlan] = lru_cache(PLANS)(self._planned)
-        """How labels are ranked, worked out once for those that were asked for lately. Raises UserError: two of them are
-        the same to the tokenizer, or one is nothing."""
+        self._chat: ChatTemplate | None = None
+        self._plan: Callable[[tuple[str, ...], bool], LabelPlan] = lru_cache(PLANS)(self._planned)
+
+    def is_chat(self, task: str | None) -> bool:
+        """Whether texts of a task (None: of no task) are asked in the base model's chat template."""
+        entry = None if task is None else self.entries.get(task)
+        return self.chat_bank if entry is None else entry.chat
+
+    @property
+    def converses(self) -> bool:
+        """Whether any of its tasks is asked in turns."""
+        return any(entry is not None and entry.chat for entry in self.entries.values())
+
+    def plan(self, labels: tuple[str, ...], task: str | None = None) -> LabelPlan:
+        """How labels are ranked behind the prompt of a task, worked out once for those that were asked for lately.
+
+        Raises:
+            UserError: two of them are the same to the tokenizer, or one is nothing.
+        """
+        return self._plan(labels, self.is_chat(task))
 
     def entry(self, task: str) -> TaskEntry:
         """What the bank knows of a task.
@@ -169,7 +193,7 @@ class Prompter:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
         if task is not None and self.entries.get(task) is not None:
             return self.entry(task).prompt(task, question)
-        return PromptTemplate(self.bank_template, question=question)
+        return PromptTemplate(BANK_CHAT_TEMPLATE if self.chat_bank else self.bank_template, question=question)
 
     def read(self, requests: Sequence[Request]) -> None:
         """Set ``text_ids`` of each request: what is read of its text before anybody knows its task.
@@ -191,21 +215,44 @@ class Prompter:
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
+        prompts = self._prompts(request.task, request.question)
+        if isinstance(prompts, ChatPrompts):
+            turns = request.turns or (Turn("user", request.text),)
+            request.tokens, request.kept = prompts.prompt(turns, limit)[0].ids, None
+            return
+        if request.turns:  # a task without turns is asked of all that was said
+            said, question = joined([turn for turn in request.turns if turn.role != "system"]), request.question
+            asked = joined([turn for turn in request.turns if turn.role == "system"])
+            prompts = self._prompts(request.task, question or asked or None)
+            assert isinstance(prompts, TextPrompts)
+            (ids,) = text_ids([said], self._one_at_a_time, self.format.text_tokens)
+            request.tokens, request.kept = prompts.prompt(ids, limit, text=said).ids, None
+            return
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
-        prompt = self._prompts(request.task, request.question).prompt(own, limit, text=request.text)
+        prompt = prompts.prompt(own, limit, text=request.text)
         request.tokens = prompt.ids
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
         request.kept = prompt.span[1] if begins and prompt.span is not None else None
 
-    def _prompts(self, task: str | None, question: str | None) -> TextPrompts:
+    def _prompts(self, task: str | None, question: str | None) -> TextPrompts | ChatPrompts:
         if question is None and task in self._made:
             return self._made[task]
         # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
         template, where = self.template(task, question), task or "the bank"
-        made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
+        made: TextPrompts | ChatPrompts
+        if self.is_chat(task):
+            entry = None if task is None else self.entries.get(task)
+            made = ChatPrompts(template, self._template_of_chat(), None if entry is None else entry.system, where)
+        else:
+            made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
         if question is None:
             self._made[task] = made
         return made
+
+    def _template_of_chat(self) -> ChatTemplate:
+        if self._chat is None:
+            self._chat = ChatTemplate(self._one_at_a_time)
+        return self._chat
 
     @staticmethod
     def _check(requests: Sequence[Request]) -> None:
@@ -250,15 +297,18 @@ class Prompter:
                     )
                 request.tokens = self.lead.before(tokens)
 
-    def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of labels, without end-of-sequence. Raises UserError for a label that is no text."""
+    def labels(self, texts: Sequence[str], *, chat: bool = False) -> list[tuple[int, ...]]:
+        """Token ids of labels, without end-of-sequence; ``chat``: as turns of the assistant. Raises UserError for a label
+        that is no text."""
         for place, text in enumerate(texts):
             _check_words(text, "label", place, len(texts))
+        if chat:
+            return [answer_ids(self._template_of_chat(), text) for text in texts]
         with self._lock:
             return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
 
-    def _planned(self, labels: tuple[str, ...]) -> LabelPlan:
-        return plan_labels(self.labels(labels), int(self.tokenizer.eos_token_id))
+    def _planned(self, labels: tuple[str, ...], chat: bool) -> LabelPlan:
+        return plan_labels(self.labels(labels, chat=chat), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
@@ -272,7 +322,7 @@ class Prompter:
         """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         limits = [
-            entry.max_answer_tokens if entry.labels is None else 1 + max(map(len, self.labels(entry.labels)))
+            1 + max(map(len, self.labels(entry.labels, chat=entry.chat))) if entry.labels else entry.max_answer_tokens
             for entry in asked
             if entry is not None
         ]

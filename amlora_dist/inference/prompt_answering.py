@@ -88,7 +88,7 @@ class PromptAnswering:
         # Room for each one's own labels: those of another caller must not cut this one's text.
         sizes: dict[int, list[Request]] = {}
         for request in ranked:
-            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
+            sizes.setdefault(self.prompter.plan(request.labels or (), request.task).longest, []).append(request)
         for longest, group in sizes.items():
             self.prompter.fill(group, new_tokens=longest + 1)
         made: dict[int, Classification] = {}
@@ -166,13 +166,13 @@ class PromptAnswering:
         state, gate_BT = self.prefill(batch, router)
         found = routes(gate_BT, self.tasks, self.rows_TN)
         longest = max(len(request.tokens) for request in batch)
-        sets: dict[tuple[str, ...], list[int]] = {}
+        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
         for row, request in enumerate(batch):
-            sets.setdefault(request.labels or (), []).append(row)
+            sets.setdefault((request.labels or (), self.prompter.is_chat(request.task)), []).append(row)
         made: dict[int, Classification] = {}
         yield longest * len(batch)
-        for names, rows in sets.items():
-            plan = self.prompter.plan(names)
+        for (names, _), rows in sets.items():
+            plan = self.prompter.plan(names, batch[rows[0]].task)
             part = state if len(rows) == len(batch) else picked(state, rows)
             passes = contexts_per_pass(longest, batch_size, plan)
             scoring = self.decoder.scoring(part, plan, contexts_per_pass=passes)

@@ -90,7 +90,7 @@ class ServedBank:
         (request,) = self.model.requests(text, question=question, task=task)
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
-            self.model.prompter.plan(request.labels)
+            self.model.prompter.plan(request.labels, task)
         elif task is not None:
             self.model.labels_of(task)
         self._tokenise(request, self.answer_limit(task))
