@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
-from amlora_dist.tasks.conversations import Turn, joined
+from amlora_dist.tasks.conversations import Turn, check_open, joined
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
@@ -112,6 +112,20 @@ class Request:
     """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
 
 
+RouteBy = Literal["turn", "conversation"]
+"""What routes a turn of a conversation: what the user said last, or what they said first, which keeps its route."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A conversation as a bank is asked it."""
+
+    text: str
+    """What the router reads."""
+    question: str | None = None
+    turns: tuple[Turn, ...] = ()
+
+
 class Prompter:
     """Texts to token ids, by the bank's template or a task's own. Safe for several threads.
 
@@ -188,6 +202,23 @@ class Prompter:
         if found is None:
             raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
         return found
+
+    def asked(self, turns: Sequence[Turn], route_by: RouteBy = "turn") -> Asked:
+        """A conversation as this bank is asked it: in turns where any of its tasks is; where none is, what user and
+        assistant said is the text, each below the other, and what the system said is the question.
+
+        Raises:
+            UserError: nobody says anything, or a conversation in turns does not end in the user's.
+        """
+        said = [turn for turn in turns if turn.text.strip()]
+        if self.converses:
+            check_open(said)
+            users = [turn.text for turn in said if turn.role == "user"]
+            return Asked(users[-1] if route_by == "turn" else users[0], None, tuple(said))
+        words = [turn for turn in said if turn.role != "system"]
+        if not words:
+            raise UserError("messages: found no words of role user, expected a text to answer")
+        return Asked(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
 
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""

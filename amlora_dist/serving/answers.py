@@ -17,6 +17,7 @@ from amlora_dist.serving import messages as wire
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Began, Classified, Ended, Piece, Sampling
 from amlora_dist.serving.service import Exchange, Service
+from amlora_dist.tasks.conversations import Turn, joined
 
 Chunk = Callable[[int, str | None, Route | None, Ended | None], wire.Completion | wire.ChatChunk]
 """Makes a chunk of a stream from the index of a text, more of its answer, its route, its end."""
@@ -32,6 +33,7 @@ class Writer:
         question: asked of them.
         raw: they are whole prompts.
         new_tokens: that the request allows, if it says so.
+        turns: of the conversation that the one text is from.
 
     Raises:
         UserError: beyond a limit, or a model that is not served.
@@ -46,12 +48,13 @@ class Writer:
         question: str | None,
         raw: bool,
         new_tokens: int | None,
+        turns: tuple[Turn, ...] = (),
     ) -> None:
-        self.service, self.asked, self.texts = service, asked, texts
+        self.service, self.asked, self.texts, self.turns = service, asked, texts, turns
         self.bank = service.bank
         self.task = service.task_of(self.bank, asked.model)
         self.question, self.raw = question, raw
-        service.check_texts(texts, question)
+        service.check_texts([joined(turns)] if turns else texts, question)
         most = service.settings.max_new_tokens
         if new_tokens is not None and new_tokens > most:
             raise UserError(f"max_tokens: found {new_tokens}, expected at most {most}")
@@ -72,7 +75,9 @@ class Writer:
     def _requests(self) -> list[Request]:
         limit = self.sampling.new_tokens
         return [
-            self.bank.to_generate(text, question=self.question, task=self.task, raw=self.raw, new_tokens=limit)
+            self.bank.to_generate(
+                text, question=self.question, task=self.task, raw=self.raw, new_tokens=limit, turns=self.turns
+            )
             for text in self.texts
         ]
 
@@ -185,17 +190,9 @@ def cards(bank: ServedBank) -> list[wire.ModelCard]:
     )]  # fmt: skip
 
 
-def conversation(turns: Sequence[wire.ChatMessage]) -> tuple[str, str | None]:
-    """Text and question of a chat.
-
-    Raises:
-        UserError: nobody but ``system`` says anything.
-    """
-    asked = [turn.text for turn in turns if turn.role in ("system", "developer") and turn.text.strip()]
-    said = [turn.text for turn in turns if turn.role in ("user", "assistant") and turn.text.strip()]
-    if not said:
-        raise UserError("messages: found no words of role user, expected a text to answer")
-    return "\n".join(said), "\n".join(asked) or None
+def turns_of(messages: Sequence[wire.ChatMessage]) -> list[Turn]:
+    """The turns of a chat."""
+    return [Turn("system" if one.role == "developer" else one.role, one.text) for one in messages]
 
 
 def listed(given: str | list[str]) -> list[str]:

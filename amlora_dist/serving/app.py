@@ -23,7 +23,7 @@ from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.evaluation.requests import Route
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
-from amlora_dist.serving.answers import Writer, cards, classify, conversation, error_body, listed
+from amlora_dist.serving.answers import Writer, cards, classify, error_body, listed, turns_of
 from amlora_dist.serving.jobs import BusyError, Ended, LateError, StoppingError
 from amlora_dist.serving.metrics import CONTENT_TYPE
 from amlora_dist.serving.middleware import Gatekeeper
@@ -156,9 +156,11 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     )
     async def chat(asked: wire.ChatRequest) -> Response:
         """Answer a conversation."""
-        text, question = conversation(asked.messages)
+        said = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
         limit = asked.max_completion_tokens or asked.max_tokens
-        writer = Writer(service, asked, [text], question=question, raw=False, new_tokens=limit)
+        writer = Writer(
+            service, asked, [said.text], question=said.question, raw=False, new_tokens=limit, turns=said.turns
+        )
         head = writer.head("chatcmpl")
 
         def chunk(index: int, text: str | None, route: Route | None, end: Ended | None) -> wire.ChatChunk:

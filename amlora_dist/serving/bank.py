@@ -17,6 +17,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.evaluation.requests import Classification, Request, Route, routes
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.tasks.conversations import Turn
 
 
 class ServedBank:
@@ -58,15 +59,22 @@ class ServedBank:
         return None if entry is None else entry.labels
 
     def to_generate(
-        self, text: str, *, question: str | None = None, task: str | None = None, raw: bool = False, new_tokens: int
+        self,
+        text: str,
+        *,
+        question: str | None = None,
+        task: str | None = None,
+        raw: bool = False,
+        new_tokens: int,
+        turns: tuple[Turn, ...] = (),
     ) -> Request:
-        """A text on its way to an answer, tokenised.
+        """A text on its way to an answer, tokenised; ``turns``: of the conversation that it is the last of.
 
         Raises:
             UserError: an empty text, an unknown task, no room for the prompt.
         """
         (request,) = self.model.requests(text, question=question, task=task)
-        request.raw = raw
+        request.raw, request.turns = raw, turns
         self._tokenise(request, new_tokens)
         return request
 

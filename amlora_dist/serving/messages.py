@@ -188,10 +188,14 @@ class TextFormat(_Asked):
 
 
 class ChatRequest(Writing):
-    """A conversation to answer. The bank's prompt is put around the turns of user and assistant, joined by newlines;
-    what ``system`` or ``developer`` say is the question asked of them."""
+    """A conversation to answer. A bank whose tasks were learned in the base model's chat template is asked in it; for
+    another the bank's prompt is put around the turns of user and assistant, joined by newlines, and what ``system`` or
+    ``developer`` say is the question asked of them."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MOST_TURNS)]
+    route_by: Literal["turn", "conversation"] | None = None
+    """What routes a conversation in turns: what the user said last (``turn``, the default), or what they said first, so
+    that it keeps its route."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -97,6 +97,31 @@ def turns_of(values: Mapping[str, Any], columns: Columns) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def messages_of(messages: Iterable[object]) -> tuple[Turn, ...]:
+    """The turns of a conversation that waits for its answer, as callers give it: ``{"role": ..., "content": ...}`` each.
+
+    Raises:
+        UserError: what is no turn, and where; a conversation without a user's turn, or that ends in the assistant's.
+    """
+    try:
+        turns = [
+            one if isinstance(one, Turn) else _turn(one, f"turn {place} of messages")
+            for place, one in enumerate(messages, start=1)
+        ]
+    except BadTurnsError as error:
+        raise UserError(f"messages: found {error}") from None
+    check_open(turns)
+    return tuple(turns)
+
+
+def check_open(turns: Sequence[Turn]) -> None:
+    """Raises UserError where a conversation is not one that waits for an answer."""
+    if not any(turn.role == "user" for turn in turns):
+        raise UserError("messages: found no words of role user, expected a text to answer")
+    if turns[-1].role not in ("user", "tool"):
+        raise UserError(f"messages: found a last turn of role {turns[-1].role}, expected the user's")
+
+
 def last_user(turns: Sequence[Turn]) -> int:
     """The place of the user's last turn. Raises ValueError where there is none."""
     return max(place for place, turn in enumerate(turns) if turn.role == "user")

@@ -21,19 +21,27 @@ from tests.tasks.chat_tokenizers import FAMILIES, TEMPLATES, chat_tokenizer
 
 ROWS = 50
 MARKED = {
-    "smollm2": ("{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
-                "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
-                "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{'<|im_start|>' + message['role'] + '\n' +"
-                " message['content'] + '<|im_end|>' + '\n'}}{% endif %}"),
-    "llama3": ("{{ content }}{% endfor %}",
-               "{% if message['role'] == 'assistant' %}{{ content[:content.index('<|end_header_id|>') + 19] }}"
-               "{% generation %}{{ content[content.index('<|end_header_id|>') + 19:] }}{% endgeneration %}{% else %}{{ content }}{% endif %}"
-               "{% endfor %}"),
-    "qwen2_5": ("""        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}""",
-                """        {%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}{% generation %}"""
-                """{{- message.content + '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}{% else %}"""
-                """{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{% endif %}"""),
-}  # fmt: skip
+    "smollm2": (
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
+        "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+        "{{ '\n' }}",
+    ),
+    "llama3": (
+        "{{ content }}{% endfor %}",
+        "{% if message['role'] == 'assistant' %}{% set start = content.index('<|end_header_id|>') + 19 %}"
+        "{{ content[:start] }}{% generation %}{{ content[start:] }}{% endgeneration %}"
+        "{% else %}{{ content }}{% endif %}{% endfor %}",
+    ),
+    "qwen2_5": (
+        """        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}""",
+        """        {{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}{% generation %}"""
+        """{{- message.content + '<|im_end|>' }}{% endgeneration %}"""
+        """{% else %}{{- message.content + '<|im_end|>' }}{% endif %}"""
+        """{{- '\\n' }}""",
+    ),
+}
 """The same templates with TRL's markers of what the assistant wrote, which none of the three has."""
 
 

@@ -47,7 +47,12 @@ def task(folder: Path, columns: Any, form: str = "jsonl", **more: Any) -> TaskSp
 def write(folder: Path, rows: list[dict[str, Any]], form: str = "jsonl") -> None:
     """The rows as training split, and others of the same form to test on."""
     for split in ("train", "dev", "test"):
-        own = rows if split == "train" else [json.loads(json.dumps(rows[0]).replace("where?", split).replace("Find", split))]
+        own = rows
+        if split != "train":
+            text = json.dumps(rows[0])
+            for word in ("where?", "re?", "Find"):
+                text = text.replace(word, split)
+            own = [json.loads(text)]
         file = folder / f"{split}.{form}"
         if form == "parquet":
             import pyarrow
@@ -78,7 +83,7 @@ def test_every_form_is_read_named_or_recognised(
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     write(tmp_path, [{"asked": "where?", "said": "there"}])
     assert loaded(task(tmp_path, {"prompt": "asked", "completion": "said"})).rows["train"][0].turns == TURNS
-    with pytest.raises(UserError, match="no column 'sad'.*did you mean 'said'"):
+    with pytest.raises(UserError, match=r"no column 'sad'.*did you mean 'said'"):
         loaded(task(tmp_path, {"prompt": "asked", "completion": "sad"}))
 
 
