@@ -104,6 +104,10 @@ class Request:
     """Write freely, whatever task it is."""
     tokens: tuple[int, ...] = ()
     """Of the prompt."""
+    top: int | None = None
+    """How many of the likeliest tokens are named beside each of the answer's; None: nobody asks for log probabilities."""
+    echo: bool = False
+    """Of a raw prompt: its own tokens are scored too."""
     text_ids: tuple[int, ...] = ()
     """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
     turns: tuple[Turn, ...] = ()
@@ -322,11 +326,27 @@ class Prompter:
                 given, template, self._one_at_a_time, limit, self.encoder_decoder, task or "(none named)"
             )
             for request, tokens in zip(group, found, strict=True):
-                if len(tokens) > room:
-                    raise UserError(
-                        f"the prompt has {len(tokens)} tokens; with {new_tokens} new ones the model has room for {room}"
-                    )
+                self._check_room(len(tokens), new_tokens)
                 request.tokens = self.lead.before(tokens)
+
+    def take(self, request: Request, tokens: Sequence[int], *, new_tokens: int) -> None:
+        """Set ``tokens`` of a raw request to those that its caller brings.
+
+        Raises:
+            UserError: a token that the tokenizer does not have, or more than the model has room for.
+        """
+        most = len(self.tokenizer)
+        if odd := [token for token in tokens if not 0 <= token < most]:
+            raise UserError(f"prompt: found token {odd[0]}, expected 0 to {most - 1}, as the model's tokenizer has them")
+        self._check_room(len(tokens), new_tokens)
+        request.tokens = self.lead.before(tuple(tokens))
+
+    def _check_room(self, length: int, new_tokens: int) -> None:
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens
+        if length > room:
+            raise UserError(
+                f"the prompt has {length} tokens; with {new_tokens} new ones the model has room for {room}"
+            )
 
     def labels(self, texts: Sequence[str], *, chat: bool = False) -> list[tuple[int, ...]]:
         """Token ids of labels, without end-of-sequence; ``chat``: as turns of the assistant. Raises UserError for a label
@@ -348,6 +368,12 @@ class Prompter:
                 tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         return text.strip()
+
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens as they are, special ones too."""
+        with self._lock:
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def answer_limit(self, task: str | None) -> int:
         """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -439,9 +439,11 @@ class AMLoRAModel:
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
         return [Request(place, text, asked, named, gate=self._row(named)) for place, (text, asked, named) in pairs]
 
-    def prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
+    def prefill(
+        self, batch: Sequence[Request], on_logits: Callable[[Tensor], None] | None = None
+    ) -> tuple[Prefilled, Tensor]:
         """One pass over whole prompts, routed by themselves: what decoding goes on from, and the gate (B, T)."""
-        return self.former.prefill(batch, self._router)
+        return self.former.prefill(batch, self._router, on_logits)
 
     def _row(self, task: str | None) -> Tensor | None:
         """The gate of a task that was named."""

@@ -8,7 +8,7 @@ Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,8 +136,11 @@ class PromptAnswering:
         return torch.stack([made[request.place] for request in requests])
 
     @torch.no_grad()
-    def prefill(self, batch: Sequence[Request], router: Router | None) -> tuple[Prefilled, Tensor]:
-        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used."""
+    def prefill(
+        self, batch: Sequence[Request], router: Router | None, on_logits: Callable[[Tensor], None] | None = None
+    ) -> tuple[Prefilled, Tensor]:
+        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used; ``on_logits``
+        sees the scores of every place, (B, S, V)."""
         inputs = tensors(batch, **self._collation)
         routing: dict[str, Any] = {"prompt_mask": inputs["prompt_mask"]}
         noted: list[Tensor] = []
@@ -156,7 +159,9 @@ class PromptAnswering:
             mask_BS = inputs["prompt_mask"]
             routing["on_select"] = lambda _path, selection: selected.append(mean_over_prompt(selection.weights, mask_BS))
         with routed_by(router):
-            state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
+            state = self.decoder.prefill(
+                inputs["input_ids"], inputs["attention_mask"], on_logits=on_logits, **routing
+            )
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
 
     def _ranking(

@@ -58,7 +58,8 @@ def test_no_row_differs_between_the_matrix_and_what_is_said(place: Path, model: 
     rows = [json.loads(line)["messages"] for line in (place / "talk" / "test.jsonl").read_text().splitlines()]
     texts = [json.loads(line)["text"] for line in (place / "colours" / "test.jsonl").read_text().splitlines()]
     scores = [json.loads(file.read_text()) | {"file": file} for file in place.glob("home/storage/scores/*/summary.json")]
-    for task, asked in (("talk", [turns[:-1] for turns in rows]), ("colours", [[{"role": "user", "content": t}] for t in texts])):
+    plain = [[{"role": "user", "content": text}] for text in texts]
+    for task, asked in (("talk", [turns[:-1] for turns in rows]), ("colours", plain)):
         for one in (one for one in scores if (one["task"], one["mode"]) == (task, "router")):
             found = sorted(read_predictions(one["file"].with_name("predictions.jsonl")), key=lambda row: row.row)
             if len(found[0].gates or ()) == 2:
@@ -106,7 +107,7 @@ def test_what_is_no_conversation_is_refused(model: AMLoRAModel, messages: Any, m
 def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Running, model: AMLoRAModel) -> None:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="unused")
     turns: list[Any] = [SYSTEM]
-    for said in ("Which parcel is number 1?", "paint wall red the sky", "Which camera is number 2?", "looks a wall blue", "a?"):
+    for said in ("Which parcel is number 1?", "paint wall red the sky", "Which camera is it?", "looks a wall blue", "a?"):
         turns.append({"role": "user", "content": said})
         wanted = model.chat(turns)
         reply = client.chat.completions.create(model="chat", messages=turns, extra_body={"routing": True})
@@ -117,3 +118,17 @@ def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Runnin
         kept = server.good("/v1/chat/completions", messages=turns, route_by="conversation", routing=True)
         assert kept["choices"][0]["routing"]["task"] == model.route(FIRST["content"])[0].task
         turns.append({"role": "assistant", "content": wanted.text or "-"})
+
+
+def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Running, model: AMLoRAModel) -> None:
+    turns = [{"role": "user", "content": "paint wall red the sky"}]
+    said = server.good("/v1/chat/completions", model="chat:colours", messages=turns, logprobs=True, top_logprobs=2)
+    found = said["choices"][0]["logprobs"]["content"]
+    answer = said["choices"][0]["message"]["content"]
+    assert "".join(token["token"] for token in found) == answer == model.chat(turns, task="colours").text
+    (request,) = model.requests(turns[0]["content"], task="colours")
+    assert model.answering is not None
+    begun = model.answering.begin([request])
+    (weighed,) = model.answering.weigh(begun)
+    assert weighed is not None
+    assert sum(token["logprob"] for token in found) == pytest.approx(weighed.model[weighed.labels.index(answer)], abs=1e-4)
