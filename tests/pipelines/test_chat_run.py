@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from amlora_dist.evaluation.scoring import read_predictions
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.conversations import Turn
+from pipelines.cli.main import app
 from pipelines.runs.progress import Silent
 from pipelines.runs.sequence import run_sequence
 from tests.serving.servers import Running, running
@@ -118,6 +120,40 @@ def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Runnin
         kept = server.good("/v1/chat/completions", messages=turns, route_by="conversation", routing=True)
         assert kept["choices"][0]["routing"]["task"] == model.route(FIRST["content"])[0].task
         turns.append({"role": "assistant", "content": wanted.text or "-"})
+
+
+@pytest.fixture
+def amlora(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `amlora chat` with these lines as its input."""
+    monkeypatch.setenv("AMLORA_HOME", str(place / "home"))
+
+    def call(lines: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = int(app(["chat", "models:/chat@current", "--device", "cpu", *options], standalone_mode=False) or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_lines_are_turns_with_their_routes(amlora: Any, model: AMLoRAModel) -> None:
+    lines = f"{FIRST['content']}\n\nred wall\n/new\nred wall\n/quit\nnever\n"
+    code, out, _ = amlora(lines, "--json", "--system", "Repeat it.")
+    found = [json.loads(line) for line in out.splitlines()]
+    first = model.chat([SYSTEM, FIRST])
+    turns = [SYSTEM, FIRST, {"role": "assistant", "content": first.text}] if first.text else [SYSTEM]
+    second = model.chat([*turns, {"role": "user", "content": "red wall"}])
+    third = model.chat([SYSTEM, {"role": "user", "content": "red wall"}])
+    assert code == 0 and [line["answer"] for line in found] == [first.text, second.text, third.text]
+    assert [line["route"]["task"] for line in found] == [first.route.task, second.route.task, third.route.task]
+
+
+def test_in_a_pipe_answers_are_output_and_routes_are_not(amlora: Any, model: AMLoRAModel) -> None:
+    code, out, err = amlora("red wall\n", "--task", "colours")
+    assert code == 0 and out == model.chat([{"role": "user", "content": "red wall"}], task="colours").text + "\n"
+    assert "[colours 1.00]" in err
+    code, _, err = amlora("red wall\n", "--task", "nothing")
+    assert code == 2 and "the bank's tasks are talk, colours" in err
 
 
 def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Running, model: AMLoRAModel) -> None:
