@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -236,8 +236,8 @@ def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
-        return [[token for token in given if isinstance(token, int)]]
-    return [one for one in given if not isinstance(one, int)]
+        return [given]
+    return [*cast("list[str | list[int]]", given)]
 
 
 def routing(route: Route) -> wire.Routing:

@@ -239,6 +239,8 @@ class Materials:
             "rows": {split: len(rows) for split, rows in data.rows.items()},
             "digests": {split: data.digest(split) for split in data.rows},
             "bad_rows": len(data.bad),
+            **({"columns": data.took} if data.took else {}),
+            **({"format": spec.prompt.format} if spec.prompt.format else {}),
         }
 
 

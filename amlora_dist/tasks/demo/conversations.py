@@ -41,7 +41,7 @@ POLICIES: list[tuple[str, str, tuple[str, ...]]] = [
      ("Can I cancel my order?", "Until when can I call off the order?", "I changed my mind, is it too late?")),
     ("An address can be changed until {clock} on the day before delivery.",
      "You can change the address until {clock} on the day before delivery.",
-     ("Can you deliver to another address?", "I moved, can I change the address?", "Until when can I change where it goes?")),
+     ("Can you deliver to another address?", "I moved, can I change the address?", "Until when can I change it?")),
     ("Gift cards are valid for {years} years and are not paid out.",
      "Your gift card is valid for {years} years, and we cannot pay it out.",
      ("How long is my gift card valid?", "Can I have the gift card in cash?", "Does a gift card run out?")),
