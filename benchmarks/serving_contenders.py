@@ -22,7 +22,7 @@ from amlora_dist.evaluation.requests import Request, Route, tensors
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry
-from amlora_dist.serving.bank import ServedBank
+from amlora_dist.serving.bank import ServedBank, Started
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.sources import load_task
@@ -100,7 +100,7 @@ class OneLora(ServedBank):
             self._peft.get_base_model(), pad_id=model.decoder.pad_id, eos_id=model.decoder.eos_id, encoder_decoder=False
         )
 
-    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
+    def begin(self, requests: Sequence[Request]) -> Started:
         """Without a gate; every answer is written."""
         inputs = tensors(requests, pad_id=self._decoder.pad_id, encoder_decoder=False, device=torch.device("cpu"))
         state = self._decoder.prefill(inputs["input_ids"], inputs["attention_mask"])

@@ -233,8 +233,8 @@ class Answering:
         """``weigh`` with a stop after each pass, which yields the tokens that went through: others may run there."""
         found: list[Weighed | None] = [None] * len(begun.requests)
         room, passes = self._room(begun), 0
-        for names, rows in _sets(begun, labels).items():
-            plan = self.prompter.plan(names)
+        for (names, _), rows in self._sets(begun, labels).items():
+            plan = self.prompter.plan(names, begun.requests[rows[0]].task)
             part = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
             passes += count_passes(self.decoder, part, plan, room)
             scores_BL = (yield from scoring(self.decoder, part, plan, room)).tolist()
@@ -257,7 +257,7 @@ class Answering:
             for row, one in enumerate((yield from self.weighing(begun))):
                 found[row] = None if one is None else self.decide(one)[0]
             return found
-        for names, rows in _sets(begun).items():
+        for (names, _), rows in self._sets(begun).items():
             keys = [self._of_keys(begun, row, names) for row in rows]
             more_BL = torch.zeros(len(rows), len(names))
             undecided = list(range(len(rows)))
@@ -271,11 +271,22 @@ class Answering:
                 continue
             left = [rows[place] for place in undecided]
             part = begun.state if len(left) == len(begun.requests) else picked(begun.state, left)
-            plan, room = self.prompter.plan(names), self._room(begun)
+            plan, room = self.prompter.plan(names, begun.requests[rows[0]].task), self._room(begun)
             best = yield from choosing(self.decoder, part, plan, room, more_BL[undecided])
             for row, label in zip(left, best, strict=True):
                 found[row] = names[label]
         return found
+
+    def _sets(
+        self, begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
+    ) -> dict[tuple[tuple[str, ...], bool], list[int]]:
+        """Rows that have the same labels behind prompts of the same format, by both: their tokens are the same."""
+        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
+        chosen = [request.labels for request in begun.requests] if labels is None else labels
+        for row, names in enumerate(chosen):
+            if names:
+                sets.setdefault((names, self.prompter.is_chat(begun.requests[row].task)), []).append(row)
+        return sets
 
     def decide(self, weighed: Weighed) -> tuple[str, dict[str, float]]:
         """The label that is served, and the share of each."""
@@ -429,14 +440,3 @@ class Answering:
         width = max(map(len, rows))
         made = [((fill,) * (width - len(row)) + row) if left else (row + (fill,) * (width - len(row))) for row in rows]
         return torch.tensor(made, dtype=torch.long, device=self.device)
-
-
-def _sets(
-    begun: Begun, labels: Sequence[tuple[str, ...] | None] | None = None
-) -> dict[tuple[str, ...], list[int]]:
-    """Rows that have the same labels, by those."""
-    sets: dict[tuple[str, ...], list[int]] = {}
-    for row, names in enumerate([request.labels for request in begun.requests] if labels is None else labels):
-        if names:
-            sets.setdefault(names, []).append(row)
-    return sets

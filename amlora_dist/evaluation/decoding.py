@@ -62,10 +62,13 @@ class Decoder:
         self._keeps_logits = "logits_to_keep" in accepted
         self.takes_positions = "position_ids" in accepted and not encoder_decoder
 
-    def prefill(self, input_ids_BS: Tensor, mask_BS: Tensor, **routing: Any) -> Prefilled:
+    def prefill(
+        self, input_ids_BS: Tensor, mask_BS: Tensor, *, on_logits: Callable[[Tensor], None] | None = None, **routing: Any
+    ) -> Prefilled:
         """The one pass over the prompts: left-padded for causal models, right-padded for an encoder.
 
-        ``routing`` (``prompt_mask``, ``task_gate``, ``on_route``) goes to the forward call of a model with a mixture.
+        ``routing`` (``prompt_mask``, ``task_gate``, ``on_route``) goes to the forward call of a model with a mixture;
+        ``on_logits`` sees the scores of a causal model's every place, (B, S, V).
         """
         if self.encoder_decoder:
             start = self.config.decoder_start_token_id
@@ -76,9 +79,11 @@ class Decoder:
             return Prefilled(out.past_key_values, out.logits[:, -1], mask_BS, torch.ones_like(start_B1), encoded(out))
         positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)
         inputs: dict[str, Any] = {"position_ids": positions_BS} if self.takes_positions else {}
-        if self._keeps_logits:
+        if self._keeps_logits and on_logits is None:
             inputs["logits_to_keep"] = 1
         out = self._forward(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=True, **inputs, **routing)
+        if on_logits is not None:
+            on_logits(out.logits)
         return Prefilled(out.past_key_values, out.logits[:, -1], mask_BS, positions_BS[:, -1:] + 1)
 
     def positions(self, mask_BL: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
+from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
+from amlora_dist.tasks.conversations import Turn, check_open, joined
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
-from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, text_of
@@ -102,10 +104,30 @@ class Request:
     """Write freely, whatever task it is."""
     tokens: tuple[int, ...] = ()
     """Of the prompt."""
+    top: int | None = None
+    """How many of the likeliest tokens are named beside each of the answer's; None: nobody asks for log probabilities."""
+    echo: bool = False
+    """Of a raw prompt: its own tokens are scored too."""
     text_ids: tuple[int, ...] = ()
     """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation: all of it up to the answer; ``text`` is what the user said last."""
     kept: int | None = None
     """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
+
+
+RouteBy = Literal["turn", "conversation"]
+"""What routes a turn of a conversation: what the user said last, or what they said first, which keeps its route."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A conversation as a bank is asked it."""
+
+    text: str
+    """What the router reads."""
+    question: str | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 class Prompter:
@@ -134,12 +156,32 @@ class Prompter:
         self.lead = PromptSlots(lead_tokens, int(tokenizer.eos_token_id))
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
-        self._made: dict[str | None, TextPrompts] = {}
+        described = [entry for entry in self.entries.values() if entry is not None]
+        self.chat_bank = bool(described) and all(entry.chat for entry in described)
+        """Whether texts of no task are asked in the base model's chat template too: as those of every task are."""
+        self._made: dict[str | None, TextPrompts | ChatPrompts] = {}
         self._lock = threading.Lock()
         self._one_at_a_time = _Locked(tokenizer, self._lock)
-        self.plan: Callable[[tuple[str, ...]], LabelPlan] = lru_cache(PLANS)(self._planned)
-        """How labels are ranked, worked out once for those that were asked for lately. Raises UserError: two of them are
-        the same to the tokenizer, or one is nothing."""
+        self._chat: ChatTemplate | None = None
+        self._plan: Callable[[tuple[str, ...], bool], LabelPlan] = lru_cache(PLANS)(self._planned)
+
+    def is_chat(self, task: str | None) -> bool:
+        """Whether texts of a task (None: of no task) are asked in the base model's chat template."""
+        entry = None if task is None else self.entries.get(task)
+        return self.chat_bank if entry is None else entry.chat
+
+    @property
+    def converses(self) -> bool:
+        """Whether any of its tasks is asked in turns."""
+        return any(entry is not None and entry.chat for entry in self.entries.values())
+
+    def plan(self, labels: tuple[str, ...], task: str | None = None) -> LabelPlan:
+        """How labels are ranked behind the prompt of a task, worked out once for those that were asked for lately.
+
+        Raises:
+            UserError: two of them are the same to the tokenizer, or one is nothing.
+        """
+        return self._plan(labels, self.is_chat(task))
 
     def entry(self, task: str) -> TaskEntry:
         """What the bank knows of a task.
@@ -165,11 +207,28 @@ class Prompter:
             raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
         return found
 
+    def asked(self, turns: Sequence[Turn], route_by: RouteBy = "turn") -> Asked:
+        """A conversation as this bank is asked it: in turns where any of its tasks is; where none is, what user and
+        assistant said is the text, each below the other, and what the system said is the question.
+
+        Raises:
+            UserError: nobody says anything, or a conversation in turns does not end in the user's.
+        """
+        said = [turn for turn in turns if turn.text.strip()]
+        if self.converses:
+            check_open(said)
+            users = [turn.text for turn in said if turn.role == "user"]
+            return Asked(users[-1] if route_by == "turn" else users[0], None, tuple(said))
+        words = [turn for turn in said if turn.role != "system"]
+        if not words:
+            raise UserError("messages: found no words of role user, expected a text to answer")
+        return Asked(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
+
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
         if task is not None and self.entries.get(task) is not None:
             return self.entry(task).prompt(task, question)
-        return PromptTemplate(self.bank_template, question=question)
+        return PromptTemplate(BANK_CHAT_TEMPLATE if self.chat_bank else self.bank_template, question=question)
 
     def read(self, requests: Sequence[Request]) -> None:
         """Set ``text_ids`` of each request: what is read of its text before anybody knows its task.
@@ -191,21 +250,44 @@ class Prompter:
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
+        prompts = self._prompts(request.task, request.question)
+        if isinstance(prompts, ChatPrompts):
+            turns = request.turns or (Turn("user", request.text),)
+            request.tokens, request.kept = prompts.prompt(turns, limit)[0].ids, None
+            return
+        if request.turns:  # a task without turns is asked of all that was said
+            said, question = joined([turn for turn in request.turns if turn.role != "system"]), request.question
+            asked = joined([turn for turn in request.turns if turn.role == "system"])
+            prompts = self._prompts(request.task, question or asked or None)
+            assert isinstance(prompts, TextPrompts)
+            (ids,) = text_ids([said], self._one_at_a_time, self.format.text_tokens)
+            request.tokens, request.kept = prompts.prompt(ids, limit, text=said).ids, None
+            return
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
-        prompt = self._prompts(request.task, request.question).prompt(own, limit, text=request.text)
+        prompt = prompts.prompt(own, limit, text=request.text)
         request.tokens = prompt.ids
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
         request.kept = prompt.span[1] if begins and prompt.span is not None else None
 
-    def _prompts(self, task: str | None, question: str | None) -> TextPrompts:
+    def _prompts(self, task: str | None, question: str | None) -> TextPrompts | ChatPrompts:
         if question is None and task in self._made:
             return self._made[task]
         # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
         template, where = self.template(task, question), task or "the bank"
-        made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
+        made: TextPrompts | ChatPrompts
+        if self.is_chat(task):
+            entry = None if task is None else self.entries.get(task)
+            made = ChatPrompts(template, self._template_of_chat(), None if entry is None else entry.system, where)
+        else:
+            made = TextPrompts(template, self._one_at_a_time, self.encoder_decoder, where)
         if question is None:
             self._made[task] = made
         return made
+
+    def _template_of_chat(self) -> ChatTemplate:
+        if self._chat is None:
+            self._chat = ChatTemplate(self._one_at_a_time)
+        return self._chat
 
     @staticmethod
     def _check(requests: Sequence[Request]) -> None:
@@ -244,21 +326,40 @@ class Prompter:
                 given, template, self._one_at_a_time, limit, self.encoder_decoder, task or "(none named)"
             )
             for request, tokens in zip(group, found, strict=True):
-                if len(tokens) > room:
-                    raise UserError(
-                        f"the prompt has {len(tokens)} tokens; with {new_tokens} new ones the model has room for {room}"
-                    )
+                self._check_room(len(tokens), new_tokens)
                 request.tokens = self.lead.before(tokens)
 
-    def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of labels, without end-of-sequence. Raises UserError for a label that is no text."""
+    def take(self, request: Request, tokens: Sequence[int], *, new_tokens: int) -> None:
+        """Set ``tokens`` of a raw request to those that its caller brings.
+
+        Raises:
+            UserError: a token that the tokenizer does not have, or more than the model has room for.
+        """
+        most = len(self.tokenizer)
+        if odd := [token for token in tokens if not 0 <= token < most]:
+            raise UserError(f"prompt: found token {odd[0]}, expected 0 to {most - 1}, as the model's tokenizer has them")
+        self._check_room(len(tokens), new_tokens)
+        request.tokens = self.lead.before(tuple(tokens))
+
+    def _check_room(self, length: int, new_tokens: int) -> None:
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.lead.tokens
+        if length > room:
+            raise UserError(
+                f"the prompt has {length} tokens; with {new_tokens} new ones the model has room for {room}"
+            )
+
+    def labels(self, texts: Sequence[str], *, chat: bool = False) -> list[tuple[int, ...]]:
+        """Token ids of labels, without end-of-sequence; ``chat``: as turns of the assistant. Raises UserError for a label
+        that is no text."""
         for place, text in enumerate(texts):
             _check_words(text, "label", place, len(texts))
+        if chat:
+            return [answer_ids(self._template_of_chat(), text) for text in texts]
         with self._lock:
             return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
 
-    def _planned(self, labels: tuple[str, ...]) -> LabelPlan:
-        return plan_labels(self.labels(labels), int(self.tokenizer.eos_token_id))
+    def _planned(self, labels: tuple[str, ...], chat: bool) -> LabelPlan:
+        return plan_labels(self.labels(labels, chat=chat), int(self.tokenizer.eos_token_id))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """An answer's text."""
@@ -268,11 +369,17 @@ class Prompter:
             )
         return text.strip()
 
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens as they are, special ones too."""
+        with self._lock:
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     def answer_limit(self, task: str | None) -> int:
         """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         limits = [
-            entry.max_answer_tokens if entry.labels is None else 1 + max(map(len, self.labels(entry.labels)))
+            1 + max(map(len, self.labels(entry.labels, chat=entry.chat))) if entry.labels else entry.max_answer_tokens
             for entry in asked
             if entry is not None
         ]

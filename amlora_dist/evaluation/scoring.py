@@ -334,7 +334,7 @@ def _score_batch(
     side: Side = "right" if decoder.encoder_decoder else "left"
     tensors = {k: t.to(device) for k, t in collate_prompts(batch, pad_id=decoder.pad_id, side=side).items()}
     kept = None if trunk is None else trunk.kept([example.prompt for example in batch]).to(device)
-    more = {} if trunk is None or kept is None else {"trunk_states": trunk.states_in(kept)}
+    more: dict[str, Any] = {} if trunk is None or kept is None else {"trunk_states": trunk.states_in(kept)}
     state = decoder.prefill(
         tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"]), **more
     )

@@ -19,6 +19,7 @@ from amlora_dist.evaluation.answering import Answered, Answering, Begun, Evidenc
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.evaluation.scoring import Prediction, deal_lengths
 from amlora_dist.evaluation.text_metrics import METRICS
+from amlora_dist.tasks.conversations import Turn
 
 KINDS: tuple[EvidenceKind, ...] = ("both", "model", "keys")
 
@@ -30,6 +31,8 @@ class PlainRow:
     number: int
     text: str
     answer: str
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation: all of it up to the answer."""
 
 
 @dataclass(slots=True)
@@ -96,7 +99,7 @@ class ServedScore:
         if self.task is not None:
             mixture = self.answering.mixture
             gate = mixture.one_hot(mixture.task_names.index(self.task), 1)[0]
-        return Request(place, row.text, self.question, self.task, gate=gate)
+        return Request(place, row.text, self.question, self.task, gate=gate, turns=row.turns)
 
     def _of_true_labels(self, begun: Begun) -> dict[int, Weighed]:
         """What the model says of the true task's labels, where the routed task has others."""

@@ -1,10 +1,11 @@
-"""Scores of one output against one answer, 0 to 1: label match, exact match, token F1, ROUGE-L.
+"""Scores of one output against one answer, 0 to 1: label match, exact match, token F1, ROUGE-L, fields of JSON.
 
 Every function takes ``(output, answer)`` and is pure.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import string
 import unicodedata
@@ -63,6 +64,35 @@ def rouge_l(output: str, answer: str) -> float:
     return _f_measure(longest_common_subsequence(found, wanted), len(found), len(wanted))
 
 
+def json_fields(output: str, answer: str) -> float:
+    """F-measure over the fields of two JSON objects: a field counts where name and value are equal.
+
+    1 for the answer as it stands, 0 where either is no JSON object.
+    """
+    if output.strip() == answer.strip():
+        return 1.0
+    found, wanted = _fields(output), _fields(answer)
+    if found is None or wanted is None:
+        return 0.0
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum(1 for name, value in wanted.items() if name in found and _same(found[name], value))
+    return _f_measure(shared, len(found), len(wanted))
+
+
+def _fields(text: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal as JSON: 1 and true, which Python takes for equal, are not."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, in O(|first| |second|) time and O(|second|) memory."""
     above = [0] * (len(second) + 1)
@@ -84,5 +114,6 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
+    "json_fields": json_fields,
 }
 """The metric names of a task specification. ``accuracy`` is for labelled tasks, the others for free text."""

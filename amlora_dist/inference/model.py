@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from amlora_dist.evaluation.requests import (
     Prompter,
     Request,
     Route,
+    RouteBy,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -53,6 +54,7 @@ from amlora_dist.inference.loading import (
 from amlora_dist.inference.prompt_answering import PromptAnswering
 from amlora_dist.registry.bank_folder import Bank, read_bank
 from amlora_dist.registry.signing import Trust
+from amlora_dist.tasks.conversations import Turn, messages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -285,6 +287,36 @@ class AMLoRAModel:
             return [Answer(one.text, one.ended, one.route) for one in found]
         return self.former.answered(requests, batch_size, max_new_tokens, self._router)
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any] | Turn],
+        *,
+        task: str | None = None,
+        route_by: RouteBy = "turn",
+        max_new_tokens: int | None = None,
+        free: bool = False,
+    ) -> Answer:
+        """The assistant's next turn of a conversation, as ``/v1/chat/completions`` answers it.
+
+        Args:
+            messages: ``{"role": "user", "content": "..."}`` and so on, the user's last; roles system, user, assistant, tool.
+            task: use this task's row and prompt instead of the router.
+            route_by: ``turn``: what the user said last decides the route, anew in every turn; ``conversation``: what they
+                said first does, so that a conversation keeps its route.
+            max_new_tokens: longest answer that is written; default: what the task needs.
+            free: write, whatever the task.
+
+        Raises:
+            UserError: what is no conversation that waits for an answer, an unknown task, no room for the prompt.
+        """
+        asked = self.prompter.asked(messages_of(messages), route_by)
+        requests = self.requests(asked.text, question=asked.question, task=task)
+        requests[0].turns, requests[0].free = asked.turns, free
+        if self.answering is None:
+            return self.former.answered(requests, 1, max_new_tokens, self._router)[0]
+        (found,) = self.answering.answered(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
+        return Answer(found.text, found.ended, found.route)
+
     def predict(self, texts: str | Sequence[str], **options: Any) -> list[str]:
         """``answer``, the texts alone."""
         return [answer.text for answer in self.answer(texts, **options)]
@@ -413,9 +445,11 @@ class AMLoRAModel:
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
         return [Request(place, text, asked, named, gate=self._row(named)) for place, (text, asked, named) in pairs]
 
-    def prefill(self, batch: Sequence[Request]) -> tuple[Prefilled, Tensor]:
+    def prefill(
+        self, batch: Sequence[Request], on_logits: Callable[[Tensor], None] | None = None
+    ) -> tuple[Prefilled, Tensor]:
         """One pass over whole prompts, routed by themselves: what decoding goes on from, and the gate (B, T)."""
-        return self.former.prefill(batch, self._router)
+        return self.former.prefill(batch, self._router, on_logits)
 
     def _row(self, task: str | None) -> Tensor | None:
         """The gate of a task that was named."""

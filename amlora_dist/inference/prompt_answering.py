@@ -8,7 +8,7 @@ Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +89,7 @@ class PromptAnswering:
         # Room for each one's own labels: those of another caller must not cut this one's text.
         sizes: dict[int, list[Request]] = {}
         for request in ranked:
-            sizes.setdefault(self.prompter.plan(request.labels or ()).longest, []).append(request)
+            sizes.setdefault(self.prompter.plan(request.labels or (), request.task).longest, []).append(request)
         for longest, group in sizes.items():
             self.prompter.fill(group, new_tokens=longest + 1)
         made: dict[int, Classification] = {}
@@ -137,8 +137,11 @@ class PromptAnswering:
         return torch.stack([made[request.place] for request in requests])
 
     @torch.no_grad()
-    def prefill(self, batch: Sequence[Request], router: Router | None) -> tuple[Prefilled, Tensor]:
-        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used."""
+    def prefill(
+        self, batch: Sequence[Request], router: Router | None, on_logits: Callable[[Tensor], None] | None = None
+    ) -> tuple[Prefilled, Tensor]:
+        """One pass over the prompts of a batch: what decoding goes on from, and the gate (B, T) that was used; ``on_logits``
+        sees the scores of every place, (B, S, V)."""
         inputs = tensors(batch, **self._collation)
         routing: dict[str, Any] = {"prompt_mask": inputs["prompt_mask"]}
         noted: list[Tensor] = []
@@ -157,7 +160,9 @@ class PromptAnswering:
             mask_BS = inputs["prompt_mask"]
             routing["on_select"] = lambda _path, selection: selected.append(mean_over_prompt(selection.weights, mask_BS))
         with routed_by(router):
-            state = self.decoder.prefill(inputs["input_ids"], inputs["attention_mask"], **routing)
+            state = self.decoder.prefill(
+                inputs["input_ids"], inputs["attention_mask"], on_logits=on_logits, **routing
+            )
         return state, noted[0] if noted else torch.stack(selected).mean(dim=0)
 
     def _ranking(
@@ -167,13 +172,13 @@ class PromptAnswering:
         state, gate_BT = self.prefill(batch, router)
         found = routes(gate_BT, self.tasks, self.rows_TN)
         longest = max(len(request.tokens) for request in batch)
-        sets: dict[tuple[str, ...], list[int]] = {}
+        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
         for row, request in enumerate(batch):
-            sets.setdefault(request.labels or (), []).append(row)
+            sets.setdefault((request.labels or (), self.prompter.is_chat(request.task)), []).append(row)
         made: dict[int, Classification] = {}
         yield longest * len(batch)
-        for names, rows in sets.items():
-            plan = self.prompter.plan(names)
+        for (names, _), rows in sets.items():
+            plan = self.prompter.plan(names, batch[rows[0]].task)
             part = state if len(rows) == len(batch) else picked(state, rows)
             work = scoring(self.decoder, part, plan, Room(longest, batch_size))
             while True:

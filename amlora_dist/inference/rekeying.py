@@ -138,7 +138,7 @@ def _likelihoods(
         mixture.model, pad_id=int(tokenizer.pad_token_id), eos_id=int(tokenizer.eos_token_id),
         encoder_decoder=prompter.encoder_decoder,
     )  # fmt: skip
-    plan = prompter.plan(labels)
+    plan = prompter.plan(labels, task)
     found = []
     for start in range(0, len(texts), BATCH):
         requests = [Request(place, text, task=task) for place, text in enumerate(texts[start : start + BATCH])]

@@ -267,6 +267,8 @@ class Manifest:
             line["targets"] = ALL if same[key] else list(entry.targets)
             if line["task_spec"] is None:
                 del line["task_spec"]
+            elif not line["task_spec"]["chat"]:  # keys of the chat format, which earlier versions do not know
+                del line["task_spec"]["chat"], line["task_spec"]["system"]
         if mapping["files"] is None:
             del mapping["files"]
         return mapping

@@ -7,7 +7,8 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -17,9 +18,24 @@ from amlora_dist.serving import messages as wire
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Began, Classified, Ended, Piece, Sampling
 from amlora_dist.serving.service import Exchange, Service
+from amlora_dist.serving.token_scores import TokenScore
+from amlora_dist.tasks.conversations import Turn, joined
 
-Chunk = Callable[[int, str | None, Route | None, Ended | None], wire.Completion | wire.ChatChunk]
-"""Makes a chunk of a stream from the index of a text, more of its answer, its route, its end."""
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is new of one text's answer."""
+
+    text: str | None = None
+    route: Route | None = None
+    """Of the first part."""
+    end: Ended | None = None
+    """Of the last part."""
+    scores: tuple[TokenScore, ...] = ()
+
+
+Chunk = Callable[[int, Part], wire.Completion | wire.ChatChunk]
+"""Makes a chunk of a stream from the index of a text and what is new of it."""
 
 
 class Writer:
@@ -28,10 +44,13 @@ class Writer:
     Args:
         service: the server.
         asked: the request.
-        texts: to answer.
+        texts: to answer, or the tokens of raw prompts.
         question: asked of them.
         raw: they are whole prompts.
         new_tokens: that the request allows, if it says so.
+        top: how many likeliest tokens are named beside each of the answer's; None: no log probabilities.
+        echo: whether the prompt comes back in front of its answer.
+        turns: of the conversation that the one text is from.
 
     Raises:
         UserError: beyond a limit, or a model that is not served.
@@ -41,17 +60,20 @@ class Writer:
         self,
         service: Service,
         asked: wire.Writing,
-        texts: Sequence[str],
+        texts: Sequence[str | list[int]],
         *,
         question: str | None,
         raw: bool,
         new_tokens: int | None,
+        top: int | None = None,
+        echo: bool = False,
+        turns: tuple[Turn, ...] = (),
     ) -> None:
-        self.service, self.asked, self.texts = service, asked, texts
+        self.service, self.asked, self.texts, self.turns = service, asked, texts, turns
         self.bank = service.bank
         self.task = service.task_of(self.bank, asked.model)
-        self.question, self.raw = question, raw
-        service.check_texts(texts, question)
+        self.question, self.raw, self.top, self.echo = question, raw or echo, top, echo
+        service.check_texts([joined(turns)] if turns else texts, question)
         most = service.settings.max_new_tokens
         if new_tokens is not None and new_tokens > most:
             raise UserError(f"max_tokens: found {new_tokens}, expected at most {most}")
@@ -72,22 +94,34 @@ class Writer:
     def _requests(self) -> list[Request]:
         limit = self.sampling.new_tokens
         return [
-            self.bank.to_generate(text, question=self.question, task=self.task, raw=self.raw, new_tokens=limit)
+            self.bank.to_generate(
+                text, question=self.question, task=self.task, raw=self.raw or not isinstance(text, str), new_tokens=limit,
+                turns=self.turns, top=self.top, echo=self.echo and self.top is not None,
+            )
             for text in self.texts
         ]
 
-    async def answers(self) -> tuple[list[tuple[Ended, Route]], wire.Usage]:
+    def prompt_of(self, index: int) -> str:
+        """What ``echo`` gives back of a text."""
+        text = self.texts[index]
+        return text if isinstance(text, str) else self.bank.words_of(text)
+
+    async def answers(self) -> tuple[list[Part], wire.Usage]:
         """The whole answers, in the order of the texts."""
         exchange = await self.submit()
-        routes: dict[int, Route] = {}
+        begun: dict[int, Began] = {}
         ends: dict[int, Ended] = {}
         async for index, event in exchange.events():
             if isinstance(event, Began):
-                routes[index] = event.route
+                begun[index] = event
             elif isinstance(event, Ended):
                 ends[index] = event
-        found = [(ends[index], routes[index]) for index in range(len(self.texts))]
-        return found, self._counted(exchange, [end for end, _ in found], routes.values())
+        found = []
+        for index in range(len(self.texts)):
+            first, end = begun[index], ends[index]
+            text = self.prompt_of(index) + end.text if self.echo else end.text
+            found.append(Part(text, first.route, end, (*first.scores, *end.scores)))
+        return found, self._counted(exchange, list(ends.values()), [first.route for first in begun.values()])
 
     async def stream(self, chunk: Chunk) -> AsyncIterator[bytes]:
         """Server-sent events, beginning when the first text was read."""
@@ -105,11 +139,13 @@ class Writer:
         def said(index: int, event: Any) -> bytes:
             if isinstance(event, Began):
                 routes.append(event.route)
-                return server_sent(chunk(index, None, event.route, None))
+                text = self.prompt_of(index) if self.echo else None
+                return server_sent(chunk(index, Part(text, event.route, scores=event.scores)))
             if isinstance(event, Ended):
                 ends.append(event)
-                return server_sent(chunk(index, None, None, event))
-            return server_sent(chunk(index, event.text if isinstance(event, Piece) else None, None, None))
+                return server_sent(chunk(index, Part(end=event)))
+            assert isinstance(event, Piece)
+            return server_sent(chunk(index, Part(event.text, scores=event.scores)))
 
         try:
             yield said(*first)
@@ -122,7 +158,7 @@ class Writer:
         usage = self._counted(exchange, ends, routes)
         options = self.asked.stream_options
         if len(ends) == len(self.texts) and options is not None and options.include_usage:
-            last = chunk(0, None, None, None)
+            last = chunk(0, Part())
             last.choices, last.usage = [], usage
             yield server_sent(last)
         yield b"data: [DONE]\n\n"
@@ -185,22 +221,23 @@ def cards(bank: ServedBank) -> list[wire.ModelCard]:
     )]  # fmt: skip
 
 
-def conversation(turns: Sequence[wire.ChatMessage]) -> tuple[str, str | None]:
-    """Text and question of a chat.
-
-    Raises:
-        UserError: nobody but ``system`` says anything.
-    """
-    asked = [turn.text for turn in turns if turn.role in ("system", "developer") and turn.text.strip()]
-    said = [turn.text for turn in turns if turn.role in ("user", "assistant") and turn.text.strip()]
-    if not said:
-        raise UserError("messages: found no words of role user, expected a text to answer")
-    return "\n".join(said), "\n".join(asked) or None
+def turns_of(messages: Sequence[wire.ChatMessage]) -> list[Turn]:
+    """The turns of a chat."""
+    return [Turn("system" if one.role == "developer" else one.role, one.text) for one in messages]
 
 
 def listed(given: str | list[str]) -> list[str]:
     """One text or several."""
     return [given] if isinstance(given, str) else given
+
+
+def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several, each a text or its tokens."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]
+    return [*cast("list[str | list[int]]", given)]
 
 
 def routing(route: Route) -> wire.Routing:

@@ -20,14 +20,14 @@ from starlette.exceptions import HTTPException
 
 from amlora_dist import __version__
 from amlora_dist.errors import AmloraError, UserError
-from amlora_dist.evaluation.requests import Route
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
-from amlora_dist.serving.answers import Writer, cards, classify, conversation, error_body, listed
-from amlora_dist.serving.jobs import BusyError, Ended, LateError, StoppingError
+from amlora_dist.serving.answers import Part, Writer, cards, classify, error_body, prompts_of, turns_of
+from amlora_dist.serving.jobs import BusyError, LateError, StoppingError
 from amlora_dist.serving.metrics import CONTENT_TYPE
 from amlora_dist.serving.middleware import Gatekeeper
 from amlora_dist.serving.service import Service, UnknownModelError, unknown_model
+from amlora_dist.serving.token_scores import chat_logprobs, completion_logprobs
 
 STATUS: list[tuple[type[AmloraError], int, str, str | None]] = [
     (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
@@ -132,21 +132,27 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     async def completions(asked: wire.CompletionRequest) -> Response:
         """Answer texts."""
         writer = Writer(
-            service, asked, listed(asked.prompt), question=asked.question, raw=asked.raw, new_tokens=asked.max_tokens
-        )
-        head = writer.head("cmpl")
+            service, asked, prompts_of(asked.prompt), question=asked.question, raw=asked.raw, new_tokens=asked.max_tokens,
+            top=asked.logprobs, echo=bool(asked.echo),
+        )  # fmt: skip
+        head, seen = writer.head("cmpl"), dict.fromkeys(range(len(writer.texts)), 0)
 
-        def chunk(index: int, text: str | None, route: Route | None, end: Ended | None) -> wire.Completion:
-            reason: Any = None if end is None else end.reason
+        def chunk(index: int, part: Part) -> wire.Completion:
+            reason: Any = None if part.end is None else part.end.reason
+            logprobs = None
+            if part.scores:
+                logprobs = completion_logprobs(part.scores, writer.bank.word_of, seen[index])
+                seen[index] += sum(map(len, logprobs.tokens))
             choice = wire.CompletionChoice(
-                index=index, text=text or "", finish_reason=reason, routing=writer.routing(route)
-            )
+                index=index, text=part.text or "", finish_reason=reason, logprobs=logprobs,
+                routing=writer.routing(part.route),
+            )  # fmt: skip
             return wire.Completion(**head, choices=[choice])
 
         if asked.stream:
             return StreamingResponse(await writer.stream(chunk), media_type="text/event-stream")
         found, usage = await writer.answers()
-        choices = [chunk(index, end.text, route, end).choices[0] for index, (end, route) in enumerate(found)]
+        choices = [chunk(index, part).choices[0] for index, part in enumerate(found)]
         return _message(wire.Completion(**head, choices=choices, usage=usage))
 
     @app.post(
@@ -156,25 +162,34 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     )
     async def chat(asked: wire.ChatRequest) -> Response:
         """Answer a conversation."""
-        text, question = conversation(asked.messages)
+        said = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
         limit = asked.max_completion_tokens or asked.max_tokens
-        writer = Writer(service, asked, [text], question=question, raw=False, new_tokens=limit)
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        writer = Writer(
+            service, asked, [said.text], question=said.question, raw=False, new_tokens=limit, top=top, turns=said.turns
+        )
         head = writer.head("chatcmpl")
 
-        def chunk(index: int, text: str | None, route: Route | None, end: Ended | None) -> wire.ChatChunk:
-            delta = wire.Delta(role=None if route is None else "assistant", content="" if route is not None else text)
-            reason: Any = None if end is None else end.reason
+        def logprobs(part: Part) -> wire.ChatLogprobs | None:
+            return chat_logprobs(part.scores, writer.bank.word_of) if part.scores else None
+
+        def chunk(index: int, part: Part) -> wire.ChatChunk:
+            first = part.route is not None
+            delta = wire.Delta(role="assistant" if first else None, content="" if first else part.text)
+            reason: Any = None if part.end is None else part.end.reason
             choice = wire.ChatChunkChoice(
-                index=index, delta=delta, finish_reason=reason, routing=writer.routing(route)
+                index=index, delta=delta, finish_reason=reason, logprobs=logprobs(part), routing=writer.routing(part.route)
             )
             return wire.ChatChunk(**head, choices=[choice])
 
         if asked.stream:
             return StreamingResponse(await writer.stream(chunk), media_type="text/event-stream")
-        ((end, route),), usage = await writer.answers()
-        reason: Any = end.reason
-        message = wire.SaidMessage(content=end.text)
-        choice = wire.ChatChoice(index=0, message=message, finish_reason=reason, routing=writer.routing(route))
+        (part,), usage = await writer.answers()
+        reason: Any = None if part.end is None else part.end.reason
+        message = wire.SaidMessage(content=part.text or "")
+        choice = wire.ChatChoice(
+            index=0, message=message, finish_reason=reason, logprobs=logprobs(part), routing=writer.routing(part.route)
+        )
         return _message(wire.ChatCompletion(**head, choices=[choice], usage=usage))
 
     @app.post("/v1/classifications", response_model=wire.Classifications, responses=errors)

@@ -8,15 +8,42 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.decoding import Prefilled
+from amlora_dist.evaluation.decoding import Prefilled, picked
 from amlora_dist.evaluation.requests import Classification, Request, Route, routes
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.serving.token_scores import TokenScore, of_prompt, scored
+from amlora_dist.tasks.conversations import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A label that answers a text."""
+
+    text: str
+    tokens: int
+    scores: list[TokenScore]
+    """Of its tokens, where the request asks for them."""
+
+
+class Started(NamedTuple):
+    """Requests whose prompts were read."""
+
+    state: Prefilled
+    """What decoding goes on from."""
+    routes: list[Route]
+    answers: list[Chosen | None]
+    """Those that are there already, where the task that a text is routed to has labels."""
+    scores: list[list[TokenScore]]
+    """Of each prompt's own tokens, where the request asks for them."""
 
 
 class ServedBank:
@@ -39,6 +66,10 @@ class ServedBank:
         """When it was loaded, seconds since 1970."""
         self.eos_id = model.decoder.eos_id
         self.decode = model.prompter.decode
+        self.words_of = model.prompter.words_of
+        """Tokens as they are in text, special ones too."""
+        self.word_of = functools.lru_cache(1 << 14)(self._word)
+        """The same of one token."""
         self.answer_limit = functools.cache(model.prompter.answer_limit)
         """New tokens that a task's answers may need; of None, those of any task."""
 
@@ -58,16 +89,42 @@ class ServedBank:
         return None if entry is None else entry.labels
 
     def to_generate(
-        self, text: str, *, question: str | None = None, task: str | None = None, raw: bool = False, new_tokens: int
+        self,
+        text: str | Sequence[int],
+        *,
+        question: str | None = None,
+        task: str | None = None,
+        raw: bool = False,
+        new_tokens: int,
+        turns: tuple[Turn, ...] = (),
+        top: int | None = None,
+        echo: bool = False,
     ) -> Request:
         """A text on its way to an answer, tokenised.
 
+        Args:
+            text: or the tokens of a raw prompt.
+            question: in place of the task's own.
+            task: named by the caller.
+            raw: it is the prompt.
+            new_tokens: of the answer at most.
+            turns: of the conversation that it is the last of.
+            top: how many likeliest tokens are named beside each; None: no log probabilities.
+            echo: whether the prompt's own tokens are scored too.
+
         Raises:
-            UserError: an empty text, an unknown task, no room for the prompt.
+            UserError: an empty text, an unknown task, no room for the prompt; an encoder-decoder that should score its
+                prompt.
         """
-        (request,) = self.model.requests(text, question=question, task=task)
-        request.raw = raw
-        self._tokenise(request, new_tokens)
+        if echo and self.model.base.encoder_decoder:
+            raise UserError("echo: found true, but an encoder-decoder says nothing of its prompt; expected false")
+        tokens = None if isinstance(text, str) else text
+        (request,) = self.model.requests(text if isinstance(text, str) else "", question=question, task=task)
+        request.raw, request.turns, request.top, request.echo = raw, turns, top, echo
+        if tokens is None:
+            self._tokenise(request, new_tokens)
+        else:
+            self.model.prompter.take(request, tokens, new_tokens=new_tokens)
         return request
 
     def _tokenise(self, request: Request, new_tokens: int) -> None:
@@ -90,7 +147,7 @@ class ServedBank:
         (request,) = self.model.requests(text, question=question, task=task)
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
-            self.model.prompter.plan(request.labels)
+            self.model.prompter.plan(request.labels, task)
         elif task is not None:
             self.model.labels_of(task)
         self._tokenise(request, self.answer_limit(task))
@@ -101,23 +158,45 @@ class ServedBank:
         raw prompts."""
         return self.model.mixture.router is None and request.gate is None, request.raw
 
-    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
-        """Read the texts and prompts of requests of one group.
-
-        Returns:
-            what decoding goes on from, each text's route, and the answers that are there already: a label's words, where
-            the task that a text is routed to has labels.
-        """
+    def begin(self, requests: Sequence[Request]) -> Started:
+        """Read the texts and prompts of requests of one group."""
         answering = self.model.answering
         if answering is None or requests[0].raw:
-            state, gate_BT = self.model.prefill(requests)
-            return state, routes(gate_BT, self.tasks, self.model.rows_TN), [None] * len(requests)
+            scores: list[list[TokenScore]] = [[] for _ in requests]
+            echoes = any(request.echo for request in requests)
+            state, gate_BT = self.model.prefill(requests, partial(self._echo, requests, scores) if echoes else None)
+            return Started(state, routes(gate_BT, self.tasks, self.model.rows_TN), [None] * len(requests), scores)
         begun = answering.begin(requests)
-        return begun.state, begun.routes, answering.choose(begun)
+        answers: list[Chosen | None] = []
+        for row, text in enumerate(answering.choose(begun)):
+            request = begun.requests[row]
+            if text is None:
+                answers.append(None)
+                continue
+            (ids,) = self.model.prompter.labels([text], chat=self.model.prompter.is_chat(request.task))
+            said = [] if request.top is None else self._of_label(begun.state, row, ids, request.top)
+            answers.append(Chosen(text, len(ids), said))
+        return Started(begun.state, begun.routes, answers, [[] for _ in requests])
 
-    def tokens_of(self, answer: str) -> int:
-        """Tokens of a label's words."""
-        return len(self.model.prompter.labels([answer])[0])
+    def _echo(self, requests: Sequence[Request], scores: list[list[TokenScore]], logits_BSV: Tensor) -> None:
+        """What the model thought of the prompts' own tokens, but for places that it learned."""
+        learned = self.model.prompter.lead.tokens
+        for row, request in enumerate(requests):
+            if request.echo:
+                tokens = request.tokens[learned:]
+                scores[row] += of_prompt(logits_BSV[row, -len(tokens) :], tokens, request.top or 0)
+
+    def _of_label(self, state: Prefilled, row: int, ids: Sequence[int], top: int) -> list[TokenScore]:
+        """What the model thought of the words of a label that was chosen; one pass more, where they are several."""
+        first_1V = state.logits[row : row + 1]
+        if len(ids) == 1:
+            return scored(first_1V, ids, top)
+        fed = torch.tensor([ids[:-1]], device=state.logits.device)
+        later_SV = self.model.decoder.advance(picked(state, [row]), fed)[0]
+        return scored(torch.cat([first_1V, later_SV]), ids, top)
+
+    def _word(self, token: int) -> str:
+        return self.words_of([token])
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
         """One more token for each row; ``state`` then has the scores of the one after it."""

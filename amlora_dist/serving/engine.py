@@ -29,6 +29,7 @@ from amlora_dist.serving.queueing import FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
+from amlora_dist.serving.token_scores import TokenScore, scored
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,10 @@ class Row:
     job: Job
     wording: Wording
     generator: torch.Generator | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    """Of what was written, where the request asks for them."""
+    told: int = 0
+    """How many of them went out with pieces."""
 
 
 @dataclass(eq=False, slots=True)
@@ -262,17 +267,17 @@ class Engine:
         """One pass over the prompts; rows whose answer is one of their task's labels are done with it, the others then
         stand beside those that are being written."""
         start, bank = time.perf_counter(), jobs[0].bank
-        state, routes, answers = bank.begin([job.request for job in jobs])
+        state, routes, answers, scores = bank.begin([job.request for job in jobs])
         self._observe("prefill", len(jobs), time.perf_counter() - start)
         rows = []
         going: list[int] = []
-        for place, (job, route, answer) in enumerate(zip(jobs, routes, answers, strict=True)):
+        for place, (job, route, answer, own) in enumerate(zip(jobs, routes, answers, scores, strict=True)):
             assert job.sampling is not None
-            job.tell(Began(route))
+            job.tell(Began(route, tuple(own)))
             if answer is not None:
                 if job.stream:
-                    job.tell(Piece(answer))
-                self._end(job, Ended(answer, "stop", bank.tokens_of(answer)))
+                    job.tell(Piece(answer.text, tuple(answer.scores)))
+                self._end(job, Ended(answer.text, "stop", answer.tokens, tuple(answer.scores)))
                 continue
             going.append(place)
             generator = None
@@ -306,6 +311,9 @@ class Engine:
                 if row.generator is not None:
                     assert row.job.sampling is not None
                     tokens[place] = drawn(group.state.logits[place], row.job.sampling, row.generator)
+                if row.job.request.top is not None:
+                    logits_1V = group.state.logits[place : place + 1]
+                    row.scores += scored(logits_1V, tokens[place : place + 1], row.job.request.top)
                 event = self._written(group.bank, row, tokens[place])
             except ROW_FAULTS as error:  # its own sampling, its own text: no other row may suffer for it
                 log.exception("a row of %d could not be written on", len(group.rows))
@@ -338,7 +346,7 @@ class Engine:
         self._fail([row.job for row in group.rows if row not in rows], error, None)
         for row in rows:
             try:
-                state, _, _ = group.bank.begin([row.job.request])
+                state = group.bank.begin([row.job.request]).state
                 group.bank.advance(state, torch.tensor([row.wording.tokens], device=state.logits.device))
             except (AmloraError, *PASS_FAULTS) as own:
                 log.exception("a text that was written on by itself failed")
@@ -359,8 +367,10 @@ class Engine:
         full = count == job.sampling.new_tokens
         if ended or full:
             piece += wording.finish()
-        if piece and job.stream:
-            job.tell(Piece(piece))
+        fresh = tuple(row.scores[row.told :])
+        if job.stream and (piece or (fresh and (ended or full))):
+            job.tell(Piece(piece, fresh))
+            row.told = len(row.scores)
         if ended or full:
-            return Ended(wording.text, "stop" if ended else "length", count)
+            return Ended(wording.text, "stop" if ended else "length", count, tuple(row.scores))
         return None

@@ -10,6 +10,7 @@ from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.requests import Classification, Request, Route
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.sampling import Sampling
+from amlora_dist.serving.token_scores import TokenScore
 
 __all__ = [
     "Began", "BusyError", "Classified", "Ended", "EngineError", "Event", "Failed", "Job", "LateError", "Piece", "Sampling",
@@ -38,6 +39,8 @@ class Began:
     """The prompt was read."""
 
     route: Route
+    scores: tuple[TokenScore, ...] = ()
+    """Of the prompt's own tokens, where the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Piece:
     """More of the answer's text."""
 
     text: str
+    scores: tuple[TokenScore, ...] = ()
+    """Of its tokens since the last piece, where the request asks for them; together they are those of the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class Ended:
     reason: str
     """``stop`` (the model ended it, or a stop sequence did) or ``length``."""
     tokens: int
+    scores: tuple[TokenScore, ...] = ()
+    """Of every token that the model wrote, the one that ended the answer too, where the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

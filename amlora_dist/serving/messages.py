@@ -16,6 +16,10 @@ from amlora_dist.serving.settings import MOST_TEXTS
 MOST_TURNS = 1024
 """Of a conversation, and parts of one turn."""
 MOST_LABELS = 1000
+MOST_TOKENS = 1 << 18
+"""Of a prompt that is given in tokens."""
+MOST_LIKELY = 20
+"""Tokens that are named beside each."""
 
 
 def _boolean(value: object) -> object:
@@ -49,6 +53,16 @@ def _at_most(most: int) -> BeforeValidator:
     return BeforeValidator(checked)
 
 
+def _counted_prompt(value: object) -> object:
+    """As ``_at_most``, of texts or of tokens."""
+    most = MOST_TOKENS if isinstance(value, list) and value and isinstance(value[0], int) else MOST_TEXTS
+    if isinstance(value, list) and len(value) > most:
+        raise PydanticCustomError(
+            "too_long", "found {found} items, expected at most {expected}", {"found": len(value), "expected": most}
+        )
+    return value
+
+
 Words = Annotated[str, AfterValidator(_writable)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -57,6 +71,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 One = Annotated[int, Field(ge=1, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+Boolean = Annotated[bool, BeforeValidator(_boolean)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
 NoItems = Annotated[list[None], Field(max_length=0), _at_most(0)]
 NoEntries = Annotated[dict[str, None], Field(max_length=0), _at_most(0)]
 Unheard = Annotated[str, Field(max_length=4096)]
@@ -130,17 +147,21 @@ class Writing(_Asked):
 class CompletionRequest(Writing):
     """Texts to answer."""
 
-    prompt: Annotated[Text | Texts, _at_most(MOST_TEXTS)]
-    """One text or several, each routed by itself; the prompt of the task that it belongs to is put around it."""
+    prompt: Annotated[Text | Texts | Tokens | TokenLists, BeforeValidator(_counted_prompt)]
+    """One text or several, each routed by itself; the prompt of the task that it belongs to is put around it. Or the tokens
+    of one prompt or several, which are read as they are."""
     question: Text | None = None
     """Asked of the texts, in place of the task's own."""
     raw: bool = False
-    """Send the prompt as it is, without the bank's template."""
+    """Read the prompt as it is, without the bank's template. So are tokens, and prompts with ``echo``."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """New tokens at most; default: what the answers of the bank's tasks need."""
     best_of: One | None = None
-    echo: Off | None = None
-    logprobs: None = None
+    echo: Boolean | None = None
+    """Give the prompt back in front of the answer; with ``logprobs`` also what the model thought of its tokens."""
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    """Give the log probability of each token, and so many of the likeliest in its place. The token that ended the answer is
+    among them."""
     suffix: Annotated[str, Field(max_length=0)] | None = None
     """Only empty."""
 
@@ -167,6 +188,8 @@ class ChatMessage(_Asked):
     """Only empty."""
     annotations: NoItems | None = None
     """Only empty."""
+    type: Literal["text", "message"] | None = None
+    """Has no effect."""
 
     @model_validator(mode="after")
     def _said(self) -> ChatMessage:
@@ -188,17 +211,22 @@ class TextFormat(_Asked):
 
 
 class ChatRequest(Writing):
-    """A conversation to answer. The bank's prompt is put around the turns of user and assistant, joined by newlines;
-    what ``system`` or ``developer`` say is the question asked of them."""
+    """A conversation to answer. A bank whose tasks were learned in the base model's chat template is asked in it; for
+    another the bank's prompt is put around the turns of user and assistant, joined by newlines, and what ``system`` or
+    ``developer`` say is the question asked of them."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MOST_TURNS)]
+    route_by: Literal["turn", "conversation"] | None = None
+    """What routes a conversation in turns: what the user said last (``turn``, the default), or what they said first, so
+    that it keeps its route."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """New tokens at most; default: what the answers of the bank's tasks need."""
-    logprobs: Off | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    """Only 0."""
+    logprobs: Boolean | None = None
+    """Give the log probability of each token of the answer, the one that ended it among them."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    """And so many of the likeliest in its place; above 0 only with ``logprobs``."""
     response_format: TextFormat | None = None
     """Only ``{"type": "text"}``."""
     modalities: Annotated[list[Literal["text"]], Field(max_length=1), _at_most(1)] | None = None
@@ -219,12 +247,20 @@ class ChatRequest(Writing):
     metadata: NoEntries | None = None
     """Only empty: nothing is kept."""
     prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
+    """Has no effect: there is no reasoning."""
     service_tier: Literal["auto", "default"] | None = None
     """Has no effect: there is one."""
     safety_identifier: Unheard | None = None
     """Has no effect."""
     prompt_cache_key: Unheard | None = None
     """Has no effect."""
+
+    @model_validator(mode="after")
+    def _likeliest(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("value_error", "top_logprobs: found a number, expected logprobs: true with it")
+        return self
 
 
 class ClassificationRequest(_Asked):
@@ -280,13 +316,25 @@ class _Answered(_Said):
     usage: Usage | None = None
 
 
+class CompletionLogprobs(_Said):
+    """What the model thought of the tokens of a text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """Nats; null for the first token of a prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    """The token itself and the likeliest in its place."""
+    text_offset: list[int]
+    """Characters in front of each token."""
+
+
 class CompletionChoice(_Said):
     """An answer, or in a stream a piece of it."""
 
     index: int
     text: str
     finish_reason: Reason | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     routing: Routing | None = None
 
 
@@ -295,6 +343,28 @@ class Completion(_Answered):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
+
+
+class ChatTopToken(_Said):
+    """A token that might have stood in another's place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    """Of its text in UTF-8; null where it is a part of a character."""
+
+
+class ChatToken(ChatTopToken):
+    """A token of the answer."""
+
+    top_logprobs: list[ChatTopToken]
+
+
+class ChatLogprobs(_Said):
+    """What the model thought of the answer's tokens."""
+
+    content: list[ChatToken]
+    refusal: None = None
 
 
 class SaidMessage(_Said):
@@ -311,7 +381,7 @@ class ChatChoice(_Said):
     index: int
     message: SaidMessage
     finish_reason: Reason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     routing: Routing | None = None
 
 
@@ -335,7 +405,7 @@ class ChatChunkChoice(_Said):
     index: int
     delta: Delta
     finish_reason: Reason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     routing: Routing | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Sequence, Sized
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.evaluation.requests import Request
@@ -80,7 +80,7 @@ class Service:
             return task if colon else None
         raise unknown_model(bank, model)
 
-    def check_texts(self, texts: Sequence[str], question: str | None, labels: Sequence[str] | None = None) -> None:
+    def check_texts(self, texts: Sequence[Sized], question: str | None, labels: Sequence[str] | None = None) -> None:
         """Refuse what is beyond the limits.
 
         Raises:

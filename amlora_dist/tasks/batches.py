@@ -1,7 +1,7 @@
 """Token ids of prompts and targets, the order of an epoch, and batches.
 
 Shapes: B examples, T tokens of the longest example of a batch. Targets carry the end-of-sequence token; the loss is
-taken on targets alone.
+taken on targets alone, and where a task says so on earlier turns of the assistant.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
+from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
@@ -42,6 +44,20 @@ class Example:
     """The text's own ids, of which the router makes its features; empty in format 1, where it reads the whole prompt."""
     span: tuple[int, int] | None = None
     """Where the text stands in the prompt; None: it cannot be told apart."""
+    earlier: tuple[int, ...] = ()
+    """1 for each of the prompt's last tokens that is learned too: earlier turns of the assistant, from the first one on."""
+
+    @property
+    def learned(self) -> int:
+        """Tokens that the loss is taken over."""
+        return sum(self.earlier) + len(self.target)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Of prompt and target: the tokens that are learned, `IGNORED` elsewhere."""
+        plain = len(self.prompt) - len(self.earlier)
+        turns = zip(self.prompt[plain:], self.earlier, strict=True)
+        return (IGNORED,) * plain + tuple(token if on else IGNORED for token, on in turns) + self.target
 
     @property
     def routing_mask(self) -> tuple[int, ...]:
@@ -69,6 +85,8 @@ def encode(
         UserError: the template alone is longer than ``max_length``, or the tokenizer has no end-of-sequence token.
     """
     eos = _eos(tokenizer)
+    if spec.chat:
+        return _chat_examples(rows, spec, template, tokenizer, max_length, prompt_format)
     index = {text: place for place, text in enumerate(spec.label_texts)}
     answers: dict[str, tuple[int, ...]] = {}
     if prompt_format.text_alone:
@@ -92,18 +110,50 @@ def encode(
     return examples
 
 
+def _chat_examples(
+    rows: Sequence[Row],
+    spec: TaskSpec,
+    template: PromptTemplate,
+    tokenizer: Any,
+    max_length: int,
+    prompt_format: PromptFormat,
+) -> list[Example]:
+    """Rows in the model's own chat template; a labelled row is the user's turn and the label."""
+    chat = ChatTemplate(tokenizer)
+    prompts = ChatPrompts(template, chat, spec.prompt.system, spec.name)
+    index = {text: place for place, text in enumerate(spec.label_texts)}
+    labels = {text: (*answer_ids(chat, text), chat.end_id) for text in index}
+    examples = []
+    for row, text in zip(rows, text_ids([row.text for row in rows], tokenizer, prompt_format.text_tokens), strict=True):
+        try:
+            found, asked = prompts.prompt(row.turns[:-1] or (Turn("user", row.text),), max_length, fields=row.fields)
+            earlier: tuple[int, ...] = ()
+            target = labels.get(row.target, ())
+            if not target:
+                answer = row.turns[-1] if row.turns else Turn("assistant", row.target)
+                _, target, earlier = chat.split([*asked, answer], all_turns=spec.prompt.train_on == "all")
+        except UserError as error:
+            raise UserError(f"task {spec.name!r}, row {row.number}: {error}") from None
+        if spec.free_text and len(target) > spec.max_answer_tokens + 1:
+            target = target[: spec.max_answer_tokens]  # it does not end there, and must not learn to
+        examples.append(Example(row.number, found.ids, target, index.get(row.target), row.target, text, found.span, earlier))
+    return examples
+
+
 def label_tokens(spec: TaskSpec, tokenizer: Any, encoder_decoder: bool) -> list[tuple[int, ...]]:
     """Tokens of each label text, without end-of-sequence, in the order of ``spec.label_texts``."""
-    return [answer_tokens(text, tokenizer, encoder_decoder) for text in spec.label_texts]
+    return [answer_tokens(text, tokenizer, encoder_decoder, chat=spec.chat) for text in spec.label_texts]
 
 
-def answer_tokens(text: str, tokenizer: Any, encoder_decoder: bool) -> tuple[int, ...]:
-    """Tokens of an answer as they follow a prompt (causal) or begin a decoder's output.
+def answer_tokens(text: str, tokenizer: Any, encoder_decoder: bool, *, chat: bool = False) -> tuple[int, ...]:
+    """Tokens of an answer as they follow a prompt (causal) or begin a decoder's output; ``chat``: as the assistant's turn.
 
     A causal answer is tokenised behind ``Answer:`` and the prompt's tokens are taken off, because tokenisers differ in
     where the space goes: byte-level BPE has it in the answer's first token, sentencepiece would add one of its own in
     front of a text that stands alone.
     """
+    if chat:
+        return answer_ids(ChatTemplate(tokenizer), text)
     if encoder_decoder:
         return _ids(tokenizer, text, special=False)
     before = _ids(tokenizer, PROMPT_END, special=False)
@@ -207,7 +257,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, side: Side) -> dict[str
     return {
         "input_ids": padded(whole, pad_id, side),
         "attention_mask": padded([(1,) * len(ids) for ids in whole], 0, side),
-        "labels": padded([(IGNORED,) * len(one.prompt) + one.target for one in examples], IGNORED, side),
+        "labels": padded([one.labels for one in examples], IGNORED, side),
         "prompt_mask": padded([one.routing_mask + (0,) * len(one.target) for one in examples], 0, side),
     }
 

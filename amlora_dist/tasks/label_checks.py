@@ -9,7 +9,9 @@ from amlora_dist.errors import UserError
 from amlora_dist.tasks.batches import answer_tokens
 
 
-def check_labels(labels: Sequence[str], tokenizer: Any, *, encoder_decoder: bool, where: str, task: str) -> None:
+def check_labels(
+    labels: Sequence[str], tokenizer: Any, *, encoder_decoder: bool, where: str, task: str, chat: bool = False
+) -> None:
     """See that every label has tokens, and tokens of its own.
 
     Args:
@@ -18,13 +20,14 @@ def check_labels(labels: Sequence[str], tokenizer: Any, *, encoder_decoder: bool
         encoder_decoder: whether it has a decoder of its own, whose answers begin without a prompt.
         where: the file and key, or the option, that the labels come from.
         task: the task's name.
+        chat: whether they are turns of the assistant.
 
     Raises:
         UserError: names the task and the labels.
     """
     known: dict[tuple[int, ...], str] = {}
     for text in labels:
-        tokens = answer_tokens(text, tokenizer, encoder_decoder)
+        tokens = answer_tokens(text, tokenizer, encoder_decoder, chat=chat)
         found = f"{where}: found {text!r} of task {task!r}"
         if not tokens:
             raise UserError(f"{found}, which has no tokens, expected a text that the model's tokenizer can write")

@@ -31,6 +31,15 @@ STYLES: dict[str, str] = {
     "named": "Task: {{ kind }}\nDataset: {{ task }}\n" + BANK_TEMPLATE,
 }
 
+CHAT_STYLES: dict[str, str] = {
+    "question": "{{ text }}{% if question %}\n{{ question }}{% endif %}",
+    "options": "{{ text }}{% if question %}\n{{ question }}{% endif %}\nOptions: {{ options | join(', ') }}",
+    "bare": "{{ text }}",
+    "named": "Task: {{ kind }}\nDataset: {{ task }}\n{{ text }}{% if question %}\n{{ question }}{% endif %}",
+}
+"""The same in the user's turn of a chat template, which says itself where the answer begins."""
+BANK_CHAT_TEMPLATE = CHAT_STYLES["question"]
+
 # Text of rows is a variable, never part of a template, so it is not evaluated.
 _SANDBOX = PromptEnvironment()
 
@@ -116,7 +125,7 @@ def template_for(spec: TaskSpec, style: PromptStyle | None = None, *, paraphrase
         question = spec.prompt.paraphrases[paraphrase]
     own = spec.prompt.template
     return PromptTemplate(
-        STYLES[style] if own is None else own,
+        (CHAT_STYLES if spec.chat else STYLES)[style] if own is None else own,
         question=question,
         options=spec.label_texts,
         task=spec.name,

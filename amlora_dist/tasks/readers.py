@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.conversations import known_columns
 from amlora_dist.tasks.files import SUFFIXES, Fixes, Form, RawRow, form_of, read_file
 from amlora_dist.tasks.prompts import variables_of
 from amlora_dist.tasks.tables import check_columns, dataset_rows, saved_fault
@@ -28,7 +29,8 @@ def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[R
         path = mirror / f"{split}.jsonl"
         if split == "dev" and not path.is_file():
             return None
-        return _read_files([path], "jsonl", ["text", "label"], spec)
+        needed = needed_columns(spec) if spec.columns.conversational else ["text", "label"]
+        return _read_files([path], "jsonl", needed, spec)
     name: str | None = getattr(spec.splits, split)
     if name is None:
         return None
@@ -41,14 +43,17 @@ def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[R
 
 def needed_columns(spec: TaskSpec) -> list[str]:
     """Columns that every row of the source must have (those inside Jinja values are not looked into)."""
-    columns = [part.column for part in spec.columns.text] + [spec.columns.label, spec.columns.answer]
+    named = spec.columns
+    columns = [part.column for part in named.text] + [named.label, named.answer]
+    columns += [named.messages, named.conversations, named.prompt, named.completion, named.instruction, named.output]
     return [column for column in columns if column is not None]
 
 
 def asked_columns(spec: TaskSpec, needed: list[str]) -> list[str]:
     """``needed`` and what the task's Jinja values read: no other column of a source is looked at."""
     values = [part.value for part in spec.columns.text if part.value is not None]
-    return list(dict.fromkeys([*needed, *(name for value in values for name in variables_of(value))]))
+    more = known_columns() if spec.columns.auto else [spec.columns.input] if spec.columns.input else []
+    return list(dict.fromkeys([*needed, *more, *(name for value in values for name in variables_of(value))]))
 
 
 def _matches(pattern: str, spec: TaskSpec) -> list[Path]:

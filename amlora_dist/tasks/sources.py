@@ -8,18 +8,23 @@ a file nor the place it came from changes a result.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
+from amlora_dist.tasks.conversations import BadTurnsError, Turn, joined, last_user, recognised, turns_of
 from amlora_dist.tasks.files import RawRow
 from amlora_dist.tasks.prompts import compile_template, render_value, template_for
 from amlora_dist.tasks.readers import read_split
 from amlora_dist.tasks.task import (
     SPLITS,
+    Columns,
     TaskDefaults,
     TaskSpec,
     TextField,
@@ -29,6 +34,8 @@ from amlora_dist.tasks.task import (
     with_defaults,
 )
 from amlora_dist.tasks.texts import NoTextError, text_of
+
+log = logging.getLogger(__name__)
 
 MISSING_LABEL = "no label"
 UNKNOWN_LABEL = "an unknown label"
@@ -49,11 +56,18 @@ class Row:
     """The label's first value in the data; None for free text."""
     target: str
     """What the model should answer: the label's text, or the free-text answer."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation in the chat format: all of it, the answer's turn last. ``text`` is what the user said last."""
 
     @property
     def key(self) -> str:
         """sha256 of text and target: the row, wherever it stands."""
-        return _sha(self.text, self.target)
+        return _sha(self.text, self.target, *(part for turn in self.turns for part in (turn.role, turn.text)))
+
+    @property
+    def shown(self) -> str:
+        """What stands before the answer, by which duplicates are found."""
+        return "\0".join([self.text, *(f"{turn.role}\0{turn.text}" for turn in self.turns[:-1])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,8 @@ class TaskData:
     spec: TaskSpec
     rows: dict[str, list[Row]]
     bad: list[BadRow] = field(default_factory=list)
+    took: str = ""
+    """Of ``columns: auto``: the columns that were recognised."""
 
     def digest(self, split: str) -> str:
         """sha256 over the used rows of a split: after limits and filters, without regard to order or origin."""
@@ -97,7 +113,7 @@ def load_task(
         spec: a task from ``resolve_task``, or one whose open settings ``defaults`` fill in.
         seed: of the sample, unless the task pins its own.
         data_dir: local mirrors that stand in for Hub data sets: ``<data_dir>/<task>/<split>.jsonl`` with ``text`` and
-            ``label`` (the verbaliser) in each row.
+            ``label`` (the verbaliser) in each row, or a conversation's own columns.
         splits: which to return. All are read, because duplicates between them are looked for; but for the test split
             alone, from which no row is taken out.
         sealed: splits that are not even opened: a search must not see the test rows.
@@ -121,7 +137,7 @@ def load_task(
     for split, others in (("train", ("test", "dev")), ("dev", ("test",))) if "train" in found else ():
         _drop_duplicates(found, split, others, bad)
     if bad and spec.on_bad_row != "skip":
-        raise FaultsError(f"task {spec.name!r}", _bad_row_faults(bad))
+        raise FaultsError(f"task {spec.name!r}", _bad_row_faults(bad, _EXPECTED[spec.columns.conversational]))
     sample_seed = seed if spec.seed is None else spec.seed
     used = {}
     for split in splits:
@@ -131,7 +147,7 @@ def load_task(
             raise UserError(f"task {spec.name!r}: split {split!r} has no usable row ({spec.origin or 'no file'})")
         if spec.prompt.template is not None:  # one that cannot be rendered is found here, and not by a stage
             template_for(spec).render(used[split][0])
-    return TaskData(spec=spec, rows=used, bad=bad)
+    return TaskData(spec=spec, rows=used, bad=bad, took=maker.took)
 
 
 def sample(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:
@@ -157,6 +173,8 @@ class _RowMaker:
     def __init__(self, spec: TaskSpec, *, mirrored: bool) -> None:
         self.spec = spec
         self.mirrored = mirrored
+        self.took = ""
+        self._columns: Columns = spec.columns
         self.parts = spec.columns.text
         self.answer_column = "label" if mirrored else spec.columns.label or spec.columns.answer or ""
         self.names = [
@@ -181,7 +199,25 @@ class _RowMaker:
         except UserError as error:
             raise UserError(f"{raw.where}: {error}") from None
 
+    def _conversation(self, raw: RawRow) -> Row | str:
+        if self._columns.auto:  # by its first row
+            named = recognised(raw.values, raw.file)
+            self._columns, self.took = TypeAdapter(Columns).validate_python(named), ", ".join(named)
+            log.info("task %r: columns: auto took %s", self.spec.name, self.took)
+        try:
+            turns = turns_of(raw.values, self._columns)
+        except BadTurnsError as error:
+            return str(error)
+        target = turns[-1].text.strip()
+        if self.spec.prompt.format == "classic":
+            text = joined(turns[:-1]).strip()
+            return Row(raw.number, {"text": text}, text, None, target)
+        text = turns[last_user(turns)].text
+        return Row(raw.number, {"text": text}, text, None, target, turns)
+
     def _row(self, raw: RawRow) -> Row | str:
+        if self.spec.columns.conversational:
+            return self._conversation(raw)
         fields = self._mirrored_fields(raw.values) if self.mirrored else self._fields(raw.values)
         text = self._join(fields)
         if not any(fields.values()):
@@ -280,27 +316,33 @@ def _held_out(train: list[tuple[Row, str]], count: int) -> tuple[list[tuple[Row,
 
     All copies of a text go to one side, so the cut itself makes no duplicate.
     """
-    first = {row.text: (row, file) for row, file in reversed(train)}
+    first = {row.shown: (row, file) for row, file in reversed(train)}
     most = max(1, min(count, len(first) // 5))
-    chosen = {row.text for row in sample([row for row, _ in first.values()], most, seed=0)}
-    return [one for one in train if one[0].text not in chosen], [first[text] for text in sorted(chosen)]
+    chosen = {row.shown for row in sample([row for row, _ in first.values()], most, seed=0)}
+    return [one for one in train if one[0].shown not in chosen], [first[text] for text in sorted(chosen)]
 
 
 def _drop_duplicates(
     found: dict[str, list[tuple[Row, str]]], split: str, others: tuple[str, ...], bad: list[BadRow]
 ) -> None:
     """Take rows out of ``split`` whose text also stands in an evaluation split."""
-    seen = {row.text: other for other in reversed(others) for row, _ in found.get(other, ())}
+    seen = {row.shown: other for other in reversed(others) for row, _ in found.get(other, ())}
     kept = []
     for row, file in found[split]:
-        if row.text in seen:
-            bad.append(BadRow(split, row.number, f"{DUPLICATE} {seen[row.text]}", file))
+        if row.shown in seen:
+            bad.append(BadRow(split, row.number, f"{DUPLICATE} {seen[row.shown]}", file))
         else:
             kept.append((row, file))
     found[split] = kept
 
 
-def _bad_row_faults(bad: list[BadRow]) -> list[Fault]:
+_EXPECTED = {
+    False: "text and a known label, in one split only",
+    True: "turns of text, the user's and then the assistant's at the end, in one split only",
+}
+
+
+def _bad_row_faults(bad: list[BadRow], expected: str) -> list[Fault]:
     """One fault for each file and reason, with the first row numbers and the count."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for one in bad:
@@ -314,7 +356,7 @@ def _bad_row_faults(bad: list[BadRow]) -> list[Fault]:
             Fault(
                 f"{split} ({file}), row{plural} {named}{more}",
                 reason,
-                "text and a known label, in one split only",
+                expected,
                 "fix the rows, or set on_bad_row: skip",
             )
         )

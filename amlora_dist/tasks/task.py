@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
@@ -24,8 +24,11 @@ SPECS = Path(__file__).with_name("specs")
 SPLITS = ("train", "dev", "test")
 
 PromptStyle = Literal["question", "options", "bare", "named"]
-Metric = Literal["accuracy", "exact_match", "rouge_l", "token_f1"]
+PromptForm = Literal["chat", "classic", "auto"]
+Metric = Literal["accuracy", "exact_match", "rouge_l", "token_f1", "json_fields"]
 Limit = Annotated[int, Field(ge=1)]
+UNSET = -1
+"""A default that hangs on other keys, until the task was checked."""
 
 
 def plain_value(value: object) -> str:
@@ -52,6 +55,10 @@ def _text_field(value: object) -> object:
 
 def _text_fields(value: object) -> object:
     return [value] if isinstance(value, (str, dict)) else value
+
+
+def _columns(value: object) -> object:
+    return {"auto": True} if value == "auto" else value
 
 
 def _label(value: object) -> object:
@@ -82,14 +89,50 @@ class TextField:
 class Columns:
     """Which columns of the source make a row."""
 
-    text: Annotated[
-        list[Annotated[TextField, BeforeValidator(_text_field)]], BeforeValidator(_text_fields), Field(min_length=1)
-    ]
+    text: Annotated[list[Annotated[TextField, BeforeValidator(_text_field)]], BeforeValidator(_text_fields)] = Field(
+        default_factory=list
+    )
     """A column name, or the parts of the text in order."""
     label: str | None = None
     """Column of the label, for tasks with ``labels``."""
     answer: str | None = None
     """Column of the free-text answer, for tasks without ``labels``."""
+    messages: str | None = None
+    """Column of a conversation: a list of turns with role and content. This and what follows stand instead of ``text``."""
+    conversations: str | None = None
+    """The same in ShareGPT's words (``from``, ``value``)."""
+    prompt: str | None = None
+    """With ``completion``: what was said (a text, or messages) and the answer to it."""
+    completion: str | None = None
+    instruction: str | None = None
+    """With ``output``: what was asked, with ``input`` below it, and the answer."""
+    input: str | None = None
+    output: str | None = None
+    auto: Literal[True] | None = None
+    """``columns: auto``: whichever of these forms of conversation the rows have."""
+
+    @property
+    def conversational(self) -> bool:
+        """Rows are conversations."""
+        return not self.text and self.label is None and self.answer is None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Columns:
+        forms = [
+            bool(self.text or self.label or self.answer), self.messages is not None, self.conversations is not None,
+            self.prompt is not None or self.completion is not None,
+            any(name is not None for name in (self.instruction, self.input, self.output)), self.auto is not None,
+        ]  # fmt: skip
+        if not any(forms) or (forms[0] and not self.text):
+            others = "`messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, or `auto`"
+            raise ValueError(f"`text` names the columns of a text (or give those of conversations: {others})")
+        if sum(forms) > 1:
+            raise ValueError("one form of rows: `text`, `messages`, `conversations`, `prompt` or `instruction`")
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` stand together")
+        if forms[4] and (self.instruction is None or self.output is None):
+            raise ValueError("`instruction` and `output` stand together (and `input`, if there is one)")
+        return self
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -148,6 +191,14 @@ class PromptSettings:
     """Other wordings of the question, for scoring with prompts that training never saw."""
     template: str | None = None
     """A Jinja template of the task's own, in place of the four styles."""
+    format: PromptForm | None = None
+    """``chat``: the model's own chat template, the template above in the user's last turn. ``classic``: text, question,
+    ``Answer:``. ``auto``: chat where the model has a template and answers are free text. Default: ``auto`` for rows that are
+    conversations, else ``classic``."""
+    train_on: Literal["last", "all"] | None = None
+    """Of conversations in the chat format: which of the assistant's turns are learned; default ``last``."""
+    system: str | None = None
+    """In the chat format: the system's turn of conversations that have none."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -179,14 +230,15 @@ class TaskSpec:
     description: str = ""
     source: SourceSpec
     splits: Splits
-    columns: Columns
+    columns: Annotated[Columns, BeforeValidator(_columns)]
+    """Which columns make a row, or ``auto``: a form of conversation, recognised by its columns."""
     prompt: PromptSettings = Field(default_factory=PromptSettings)
     labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | None = None
     """Left out: answers are free text."""
     metric: Metric | None = None
-    """Default: ``accuracy`` with labels, ``exact_match`` without."""
-    max_answer_tokens: int = Field(default=32, ge=1)
-    """Of free text; labels bring their own length."""
+    """Default: ``accuracy`` with labels, ``rouge_l`` for conversations, else ``exact_match``."""
+    max_answer_tokens: int = Field(default=UNSET, ge=1)
+    """Of free text; labels bring their own length. Default 32, of conversations 512."""
     seed: int | None = None
     """Of the sample that row limits take; default: the run's seed."""
     max_train: Limit | None = None
@@ -201,11 +253,22 @@ class TaskSpec:
 
     @model_validator(mode="after")
     def _labels_and_metric_agree(self) -> TaskSpec:
+        conversational = self.columns.conversational
         if self.metric is None:
-            self.metric = "exact_match" if self.labels is None else "accuracy"
+            free = "rouge_l" if conversational else "exact_match"
+            self.metric = "accuracy" if self.labels is not None else free  # type: ignore[assignment]
+        if self.max_answer_tokens == UNSET:
+            self.max_answer_tokens = 512 if conversational else 32
+        if not conversational and self.prompt.train_on is not None:
+            raise ValueError("`prompt.train_on` is for rows that are conversations")
+        if self.prompt.format in (None, "classic") and not conversational and self.prompt.system is not None:
+            raise ValueError("`prompt.system` is for `prompt.format: chat`")
         if self.labels is None:
             if self.metric == "accuracy":
-                raise ValueError("metric `accuracy` needs `labels`; free text has exact_match, rouge_l or token_f1")
+                others = ", ".join(name for name in get_args(Metric) if name != "accuracy")
+                raise ValueError(f"metric `accuracy` needs `labels`; free text has {others}")
+            if conversational:
+                return self
             if self.columns.answer is None or self.columns.label is not None:
                 raise ValueError("a task without `labels` needs `columns.answer` (and no `columns.label`)")
             return self
@@ -224,6 +287,16 @@ class TaskSpec:
     def free_text(self) -> bool:
         """Answers are free text, not labels."""
         return self.labels is None
+
+    @property
+    def chat(self) -> bool:
+        """Prompts are of the model's own chat template."""
+        return self.prompt.format == "chat"
+
+    @property
+    def open_format(self) -> bool:
+        """Whether the model's tokenizer has yet to say which format its prompts have (``chat.settled``)."""
+        return self.prompt.format == "auto" or (self.prompt.format is None and self.columns.conversational)
 
     @property
     def label_texts(self) -> list[str]:

@@ -30,6 +30,10 @@ class TaskEntry:
     """Tokens of the prompt at most."""
     max_answer_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     """Of free text; labels bring their own length."""
+    chat: bool = False
+    """Prompts are of the base model's own chat template; ``template`` stands in the user's last turn."""
+    system: _Text | None = None
+    """In the chat format: the system's turn of conversations that have none."""
 
     @property
     def free_text(self) -> bool:
@@ -57,4 +61,6 @@ def task_entry(spec: TaskSpec) -> TaskEntry:
         template=template_for(spec, spec.prompt_style).source,
         max_length=int(spec.max_length or 512),
         max_answer_tokens=spec.max_answer_tokens,
+        chat=spec.chat,
+        system=spec.prompt.system,
     )

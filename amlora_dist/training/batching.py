@@ -146,7 +146,7 @@ class LossComputer:
             inputs["decoder_input_ids"] = self._model.prepare_decoder_input_ids_from_labels(labels_BL)  # type: ignore[operator]
             logits = forward(**inputs).logits
         else:
-            keep = max(len(example.target) for example in examples) + 1
+            keep = max(len(example.earlier) + len(example.target) for example in examples) + 1
             inputs |= prompt_positions(self._model, batch["attention_mask"], encoder_decoder=False)
             if self._trunk is not None:
                 rows = [example.prompt + example.target for example in examples]
@@ -170,7 +170,7 @@ class LossComputer:
 
 def target_tokens(rows: Sequence[Example]) -> int:
     """Tokens that the loss is taken over, end-of-sequence included."""
-    return sum(len(example.target) for example in rows)
+    return sum(example.learned for example in rows)
 
 
 def all_tokens(rows: Sequence[Example]) -> int:

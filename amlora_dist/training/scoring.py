@@ -30,8 +30,10 @@ from amlora_dist.evaluation.scoring import (
 from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescored
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
 from amlora_dist.tasks.batches import Example, answer_tokens, label_tokens
+from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate
+from amlora_dist.tasks.conversations import Turn, joined
 from amlora_dist.tasks.prompt_format import TextPrompts, text_ids
-from amlora_dist.tasks.prompts import BANK_TEMPLATE, PromptTemplate
+from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, BANK_TEMPLATE, PromptTemplate
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.stage_spec import WITHOUT, Cell, StageWork
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
     from amlora_dist.tasks.task import TaskSpec
+    from amlora_dist.tasks.task_entry import TaskEntry
     from amlora_dist.training.engine import Ranks
     from amlora_dist.training.remote_storage import Copies
     from amlora_dist.training.trunk_cache import TrunkCache
@@ -180,11 +183,13 @@ class Scoring:
         labels = () if spec.free_text else self._labels_so_far(spec.label_texts)
         rows = self.plain_rows(cell.task, cell.split)
         form = self.work.settings.prompt_format
+        limit, chat = int(spec.max_length or form.text_tokens), self._bank_chat()
         prompts = TextPrompts(PromptTemplate(BANK_TEMPLATE), self.tokenizer, self.encoder_decoder, "the bank")
-        texts = text_ids([row.text for row in rows], self.tokenizer, form.text_tokens)
+        said = [row.text if chat or not row.turns else joined(row.turns[:-1]) for row in rows]
         examples = []
-        for row, ids in zip(rows, texts, strict=True):
-            prompt = prompts.prompt(ids, int(spec.max_length or form.text_tokens), text=row.text)
+        for row, text, ids in zip(rows, said, text_ids(said, self.tokenizer, form.text_tokens), strict=True):
+            turns = row.turns[:-1] or (Turn("user", text),)
+            prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
             label = labels.index(row.target) if row.target in labels else None
             examples.append(Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span))
         if self.lead is not None:
@@ -194,12 +199,22 @@ class Scoring:
         found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
         self._write(cell, found, 0, {}, began)
 
-    def _labels_so_far(self, own: Sequence[str]) -> tuple[str, ...]:
-        """Labels of all tasks that the bank has learned; of none the task's own."""
+    def _learned(self) -> list[TaskEntry]:
+        """What is known of the tasks that the bank has learned."""
         assert self.mixture is not None
         names = [*self.mixture.task_names, *(self.work.rows or {})]
-        entries = [entry for name in dict.fromkeys(names) if (entry := self.work.entry(name)) is not None]
-        learned = [label for entry in entries for label in entry.labels or []]
+        return [entry for name in dict.fromkeys(names) if (entry := self.work.entry(name)) is not None]
+
+    def _bank_chat(self) -> ChatPrompts | None:
+        """The bank's own prompt, where all of its tasks are asked in the model's chat template."""
+        learned = self._learned()
+        if not learned or not all(entry.chat for entry in learned):
+            return None
+        return ChatPrompts(PromptTemplate(BANK_CHAT_TEMPLATE), ChatTemplate(self.tokenizer), None, "the bank")
+
+    def _labels_so_far(self, own: Sequence[str]) -> tuple[str, ...]:
+        """Labels of all tasks that the bank has learned; of none the task's own."""
+        learned = [label for entry in self._learned() for label in entry.labels or []]
         return tuple(dict.fromkeys(learned)) or tuple(own)
 
     def _score_served(self, cell: Cell) -> None:
@@ -214,7 +229,9 @@ class Scoring:
             task=cell.task if cell.mode == "oracle" else None,
             question=spec.prompt.question if ".paraphrase" in cell.task else None,
         )
-        rows = [PlainRow(row.number, row.text, row.target) for row in self.plain_rows(cell.task, cell.split)]
+        rows = [
+            PlainRow(row.number, row.text, row.target, row.turns[:-1]) for row in self.plain_rows(cell.task, cell.split)
+        ]
         kept = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
         known = {prediction.row for prediction in kept}
         rest = [row for row in rows if row.number not in known]
@@ -351,7 +368,8 @@ class Scoring:
             return None
         if labels is None:
             return label_tokens(spec, self.tokenizer, self.encoder_decoder)
-        return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in labels]
+        chat = self._bank_chat() is not None
+        return [answer_tokens(text, self.tokenizer, self.encoder_decoder, chat=chat) for text in labels]
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

@@ -1,5 +1,5 @@
 """Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+``import-peft``, ``ask``, ``chat``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
 ``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
 
 from __future__ import annotations
@@ -122,6 +122,31 @@ def ask(
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
     ask_bank(bank, texts, options, as_json=as_json)
+
+
+def chat(
+    bank: Bank,
+    system: Annotated[str | None, typer.Option(help="The system's turn; default: the task's own, or none.")] = None,
+    task: Task = None,
+    route_by: Annotated[
+        Literal["turn", "conversation"],
+        typer.Option(help="turn: each turn is routed anew; conversation: the first one's route is kept."),
+    ] = "turn",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the task needs.")] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to a bank: every line is a turn, answered with its route; /new begins again, /quit leaves."""
+    from pipelines.cli.conversation import converse
+
+    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    converse(
+        bank, options, system=system, task=task, route_by=route_by, max_new_tokens=max_new_tokens, as_json=as_json
+    )
 
 
 def score(
@@ -375,6 +400,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "import-peft": import_peft,
     "ask": ask,
+    "chat": chat,
     "score": score,
     "rekey": rekey,
     "generate": generate,

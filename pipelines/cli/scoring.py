@@ -43,7 +43,7 @@ def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bo
         UserError: an empty text, no such bank.
     """
     with stdout_to_stderr():
-        model = _model(bank, options)
+        model = bank_model(bank, options)
         found = model.classify(list(texts))
         unlabelled = [text for text, one in zip(texts, found, strict=True) if one.label is None]
         written = dict(zip(unlabelled, model.predict(unlabelled), strict=True)) if unlabelled else {}
@@ -83,7 +83,7 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
     from amlora_dist.evaluation.scoring import routing_accuracy, summarise
 
     with stdout_to_stderr():
-        model = _model(bank, options, task)
+        model = bank_model(bank, options, task)
         lines, answers = _labelled(rows, model.labels(task), task)
         found = _predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
@@ -116,7 +116,7 @@ def answer_differences(
     with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
         lines = list(rows.lines())
         texts = [line.text for line in lines]
-        answers = [_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
+        answers = [bank_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
     changed = [
         {"row": line.where, "text": line.text, "before": before.text, "after": after.text,
          "task_before": before.route.task, "task_after": after.route.task}
@@ -172,7 +172,7 @@ def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options:
     return f"{dest}: {len(made.tasks)} tasks, routed and answered by plain text"
 
 
-def _model(bank: str, options: dict[str, Any], task: str | None = None) -> AMLoRAModel:
+def bank_model(bank: str, options: dict[str, Any], task: str | None = None) -> AMLoRAModel:
     """The bank in its base model; a task that it must have is looked for first."""
     folder, tasks = bank_and_tasks(bank, options)
     if task is not None and task not in tasks:

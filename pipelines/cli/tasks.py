@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from rich.table import Table
 
+from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, builtin_tasks, resolve_task
@@ -44,6 +45,9 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     }
     for key, value in lines.items():
         console.print(f"{key:8} {value}", markup=False, soft_wrap=True)
+    if spec.columns.conversational:
+        _show_conversation(spec, data_dir)
+        return
     console.print(f"\nprompt, style {style or spec.prompt_style}:", markup=False)
     if _at_hand(spec, data_dir):
         row = load_task(spec, data_dir=data_dir, splits=("train",)).rows["train"][0]
@@ -51,6 +55,23 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     else:
         prompt, answer = template.render_text("<text>"), "<answer>"
     console.print(f"{prompt}[ {answer}]", markup=False, soft_wrap=True)
+
+
+def _show_conversation(spec: TaskSpec, data_dir: Path | None) -> None:
+    """Which columns were taken, and the turns of one row; which words stand around them is the model's template's say."""
+    console = console_for()
+    if not _at_hand(spec, data_dir):
+        return
+    data = load_task(spec, data_dir=data_dir, splits=("train",))
+    row = data.rows["train"][0]
+    if data.took:
+        console.print(f"columns  {data.took}, recognised", markup=False, soft_wrap=True)
+    console.print("\na conversation:", markup=False)
+    turns = row.turns or (Turn("user", row.text), Turn("assistant", row.target))
+    if spec.prompt.system is not None and turns[0].role != "system":
+        turns = (Turn("system", spec.prompt.system), *turns)
+    for turn in turns:
+        console.print(f"{turn.role}: {turn.text}", markup=False, soft_wrap=True)
 
 
 def _answers(spec: TaskSpec) -> str:

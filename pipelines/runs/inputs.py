@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.settings import RouterSettings
-from amlora_dist.base_model import BaseModel, resolve_base, settled_attention
+from amlora_dist.base_model import BaseModel, load_tokenizer, resolve_base, settled_attention
 from amlora_dist.config.former_values import unlike_former
 from amlora_dist.config.loading import RunConfig
 from amlora_dist.digests import value_digest
@@ -17,6 +17,7 @@ from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, trainin
 from amlora_dist.methods import method_class, method_for
 from amlora_dist.privacy import public_name
 from amlora_dist.tasks import background
+from amlora_dist.tasks.chat import settled
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import TaskData, load_task
@@ -96,6 +97,9 @@ class Materials:
             return values
         # Whoever is routed to this task is answered by its prompt and labels, so they are part of what a bank is.
         labels = {} if spec.free_text else {"labels": spec.label_texts}
+        if spec.chat:
+            settings = spec.prompt
+            values |= {"chat": {"train_on": settings.train_on or "last", "system": settings.system}}
         return values | self.prompt_format.values() | labels
 
     def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
@@ -235,6 +239,8 @@ class Materials:
             "rows": {split: len(rows) for split, rows in data.rows.items()},
             "digests": {split: data.digest(split) for split in data.rows},
             "bad_rows": len(data.bad),
+            **({"columns": data.took} if data.took else {}),
+            **({"format": spec.prompt.format} if spec.prompt.format else {}),
         }
 
 
@@ -252,6 +258,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
+    base: BaseModel | None = None
     for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
         spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
         if spec.name in specs:
@@ -261,6 +268,9 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
             template_for(spec, spec.prompt_style)
         except UserError as error:
             raise UserError(f"{spec.origin}: {error}") from error
+        if spec.open_format or spec.chat:
+            base = resolve_base(config.model, home) if base is None else base
+            spec = specs[spec.name] = _settled(spec, base, config.prompt_format)
         splits = ("train", config.evaluation.split) if place < len(config.tasks) else (config.evaluation.split,)
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
@@ -268,7 +278,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
     for spec in list(specs.values())[: len(config.tasks)]:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
-    base = resolve_base(config.model, home)
+    base = resolve_base(config.model, home) if base is None else base
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     materials = Materials(config, base, specs, data, _dtype(config.dtype))
@@ -284,6 +294,16 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         )
         materials.config = replace(materials.config, router=router)
     return materials
+
+
+def _settled(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskSpec:
+    """The task with the format of its prompts decided by the model's tokenizer."""
+    if prompt_format != 2:
+        if spec.chat:
+            raise UserError(f"{spec.origin}: prompt.format: found chat in a run with prompt_format 1, expected classic")
+        return replace(spec, prompt=replace(spec.prompt, format="classic"))
+    tokenizer = None if base.encoder_decoder and not spec.chat else load_tokenizer(base.path)
+    return settled(spec, tokenizer, encoder_decoder=base.encoder_decoder)
 
 
 def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:

@@ -63,14 +63,20 @@ def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, li
 
 def _check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:
     """Labels that differ for the model, and prompts that leave room for a text."""
-    from amlora_dist.tasks.batches import prompt_tokens
+    from amlora_dist.tasks.batches import encode, prompt_tokens
     from amlora_dist.tasks.label_checks import check_labels
 
     where = f"{spec.origin}: labels"
-    check_labels(spec.label_texts, tokenizer, encoder_decoder=encoder_decoder, where=where, task=spec.name)
+    check_labels(
+        spec.label_texts, tokenizer, encoder_decoder=encoder_decoder, where=where, task=spec.name, chat=spec.chat
+    )
     bare = [replace(row, text="") for row in rows]
     template = template_for(spec, spec.prompt_style)
     try:
+        if spec.chat:
+            limit = int(spec.max_length or 0)
+            encode(rows, spec, template, tokenizer, max_length=limit, encoder_decoder=False)
+            return
         prompt_tokens(bare, template, tokenizer, int(spec.max_length or 0), encoder_decoder, spec.name)
     except UserError as error:
         raise UserError(f"{spec.origin}: {error}") from error

@@ -93,3 +93,20 @@ def test_longest_common_subsequence(first: str, second: str, length: int) -> Non
 def test_every_metric_gives_a_perfect_answer_one_and_a_wrong_one_zero(name: str) -> None:
     assert METRICS[name]("reset password", "reset password") == 1.0
     assert METRICS[name]("billing", "reset password") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("output", "score"),
+    [
+        ('{"city": "Bonn", "days": 3}', 1.0),
+        ('{"days": 3, "city": "Bonn"}', 1.0),
+        ('{"city": "Bonn"}', 2 / 3),
+        ('{"city": "Bonn", "days": "3"}', 0.5),
+        ('{"city": "Bonn", "days": true}', 0.5),
+        ('{"city": "Bonn", "days": 3', 0.0),
+        ("[1]", 0.0),
+        ("{}", 0.0),
+    ],
+)
+def test_fields_of_json_count_where_name_and_value_are_equal(output: str, score: float) -> None:
+    assert METRICS["json_fields"](output, '{"city": "Bonn", "days": 3}') == pytest.approx(score)

@@ -202,6 +202,11 @@ def test_tasks_lists_the_built_in_ones(amlora):
     assert "dbpedia" in done.stdout
 
 
+def test_tasks_shows_the_turns_of_a_conversation(amlora):
+    said = amlora("tasks", "helpdesk/polite_reply").stdout
+    assert "system: Say this politely." in said and "\nuser: " in said and "\nassistant: " in said
+
+
 def test_tasks_shows_a_prompt_as_the_model_sees_it(amlora):
     done = amlora("tasks", "helpdesk/chat_mood", "--style", "options")
     assert done.returncode == 0, done.stderr

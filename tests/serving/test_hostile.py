@@ -67,10 +67,10 @@ def test_a_pass_that_one_text_breaks_is_repeated_without_it(
 ) -> None:
     prefill = model.former.prefill
 
-    def picky(requests: Any, router: Any) -> Any:
+    def picky(requests: Any, *more: Any) -> Any:
         if any(request.text == TEXTS[2] for request in requests):
             raise RuntimeError("out of memory")
-        return prefill(requests, router)
+        return prefill(requests, *more)
 
     right = [one.label for one in model.classify(TEXTS[:8])], model.predict(TEXTS[:8])
     monkeypatch.setattr(model.former, "prefill", picky)
@@ -92,7 +92,7 @@ def test_a_pass_that_one_text_breaks_is_repeated_without_it(
 
 EXPLOSIONS: list[tuple[type[Any], dict[str, Any]]] = [
     (wire.CompletionRequest, {"prompt": [1] * 300_000}),
-    (wire.CompletionRequest, {"prompt": [1] * 4_000}),
+    (wire.CompletionRequest, {"prompt": [None] * 4_000}),
     (wire.CompletionRequest, {"prompt": "red", "stop": [1] * 300_000}),
     (wire.CompletionRequest, {"prompt": "red", "logit_bias": {str(n): 1 for n in range(50_000)}}),
     (wire.CompletionRequest, {"prompt": "red", **{f"k{n}": 1 for n in range(50_000)}}),
@@ -146,9 +146,11 @@ USUAL: list[tuple[str, dict[str, Any]]] = [
         {"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}, {"functions": []},
         {"function_call": "none"}, {"store": False}, {"store": None}, {"metadata": {}}, {"metadata": None},
         {"modalities": ["text"]}, {"logprobs": False}, {"top_logprobs": 0}, {"service_tier": "auto"}, {"audio": None},
+        {"logprobs": None, "top_logprobs": None}, {"reasoning_effort": None},
         {"prediction": None}, {"safety_identifier": "a"}, {"prompt_cache_key": "b"}, {"max_completion_tokens": None},
     )),
     *(("/v1/chat/completions", {"messages": [*SAID, turn]}) for turn in (
+        {"role": "assistant", "type": "text"},
         {"role": "assistant", "content": None}, {"role": "assistant"}, {"role": "assistant", "content": ""},
         {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "audio": None, "function_call": None,
          "annotations": []},
@@ -171,7 +173,8 @@ def test_usual_values_are_taken_and_change_nothing(
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"metadata": {"a": "b"}}, "metadata"), ({"modalities": ["audio"]}, "modalities"), ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"), ({"top_logprobs": 3}, "top_logprobs"), ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"logprobs": 1}, "logprobs"), ({"top_logprobs": 3}, "top_logprobs"), ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": None}]}, "content"), ({"presence_penalty": 1}, "presence_penalty"),
         ({"messages": [{"role": "assistant", "content": None}]}, "user"), ({"service_tier": "flex"}, "service_tier"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),

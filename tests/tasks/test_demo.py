@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amlora_dist.tasks.demo import free_text, generate
+from amlora_dist.tasks.demo import conversations, free_text, generate
 from amlora_dist.tasks.sources import Row, load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
 
@@ -31,6 +31,24 @@ def test_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
 def test_shipped_free_text_is_what_its_generator_writes(tmp_path: Path) -> None:
     for path in free_text.write(tmp_path):
         assert path.read_bytes() == (Path(free_text.__file__).parent / path.name).read_bytes()
+
+
+def test_shipped_conversations_are_what_their_generator_writes(tmp_path: Path) -> None:
+    for path in conversations.write(tmp_path):
+        assert path.read_bytes() == (Path(conversations.__file__).parent / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("task", conversations.TASKS)
+def test_conversations_are_whole_and_what_is_to_be_done_is_not_in_the_users_words(task: str) -> None:
+    data = load_task(resolve_task(f"helpdesk/{task}", base_dir=Path(), defaults=TaskDefaults()))
+    assert {split: len(rows) for split, rows in data.rows.items()} == conversations.ROWS and not data.bad
+    every = [row for rows in data.rows.values() for row in rows]
+    assert not any(word in row.text for row in every for word in ("JSON", "politely", "policy"))
+    if task == "policy_answer":
+        assert 0.2 < sum(len(row.turns) == 4 for row in every) / len(every) < 0.45
+    if task == "order_note":
+        assert all(set(json.loads(row.target)) == {"product", "order", "wish"} for row in every)
+        assert all(json.loads(row.target)[key] in row.text for row in every for key in ("product", "order"))
 
 
 @pytest.mark.parametrize("task", free_text.TASKS)

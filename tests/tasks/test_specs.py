@@ -19,6 +19,7 @@ LONG_SEQUENCE = (
 ).split()
 DEMO = ["helpdesk/call_urgency", "helpdesk/chat_mood", "helpdesk/email_route", "helpdesk/review_topic"]
 FREE_TEXT = ["helpdesk/mail_facts", "helpdesk/mail_gist"]
+CHAT = ["helpdesk/order_note", "helpdesk/polite_reply", "helpdesk/policy_answer"]
 SPECS = {spec.name: spec for spec in builtin_tasks()}
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("recorded").joinpath("hub_schemas.json").read_text())
 
@@ -48,7 +49,7 @@ def read_columns(spec: TaskSpec) -> set[str]:
 
 
 def test_package_brings_the_long_sequence_and_the_demo_stream() -> None:
-    assert sorted(SPECS) == sorted(LONG_SEQUENCE + DEMO + FREE_TEXT)
+    assert sorted(SPECS) == sorted(LONG_SEQUENCE + DEMO + FREE_TEXT + CHAT)
 
 
 @pytest.mark.parametrize("name", LONG_SEQUENCE)
@@ -83,7 +84,7 @@ def test_hub_revision_is_a_commit_or_the_hubs_own_parquet_copy(name: str) -> Non
 def test_every_task_describes_itself_and_renders_in_every_style(name: str) -> None:
     spec = SPECS[name]
     assert spec.description and spec.kind and spec.version >= 1
-    assert spec.free_text == (name in FREE_TEXT) and (spec.free_text or len(spec.label_texts) >= 2)
+    assert spec.free_text == (name in FREE_TEXT + CHAT) and (spec.free_text or len(spec.label_texts) >= 2)
     for style in ("question", "bare", "named") if spec.free_text else ("question", "options", "bare", "named"):
         assert template_for(spec, style).render_text("words").endswith("\nAnswer:")  # type: ignore[arg-type]
 
@@ -91,7 +92,7 @@ def test_every_task_describes_itself_and_renders_in_every_style(name: str) -> No
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_every_question_has_paraphrases_that_differ_from_it(name: str) -> None:
     prompt = SPECS[name].prompt
-    assert (prompt.question is None) == (name == "copa")
+    assert (prompt.question is None) == (name in ["copa", *CHAT])
     if prompt.question is not None:
         assert len(prompt.paraphrases) >= 2
         assert len({prompt.question, *prompt.paraphrases}) == len(prompt.paraphrases) + 1

@@ -1,0 +1,317 @@
+"""Conversations to token ids, by the tokenizer's own chat template.
+
+The template says what stands around a turn, where the assistant's answer begins (its generation prompt) and what ends it.
+Which tokens are the assistant's is found by comparing prefixes: the conversation up to an answer, rendered with the
+generation prompt, must be the beginning of the conversation with the answer. That needs no markers in the template, and a
+template that does not do so, or ends a turn by another token than the tokenizer's end of sequence, is refused with the
+reason (`ChatTemplate.fault`).
+
+Only the template's special tokens are special: those that stand in a turn's text are split into plain pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from amlora_dist.errors import UserError
+from amlora_dist.tasks.conversations import Turn, last_user
+from amlora_dist.tasks.prompt_format import TextPrompt
+from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.task import TaskSpec
+
+GUARD = "\ue000\ue002"
+"""Stands inside a special token that a turn's text holds, until the template has been rendered."""
+TODAY = "26 Jul 2024"
+"""What templates are told that write the date (Llama 3.1's own constant): ids must not change from day to day."""
+FIXED_DATE = f"{{% macro strftime_now(form) %}}{TODAY}{{% endmacro %}}"
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation in text and in token ids."""
+
+    text: str
+    """As the template wrote it, special tokens that stand in a turn's text guarded."""
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+    """The character of ``plain`` at which each token ends; empty without a fast tokenizer."""
+
+    @property
+    def plain(self) -> str:
+        """The text without guards."""
+        return self.text.replace(GUARD, "")
+
+    def tokens_of(self, words: str) -> tuple[int, int] | None:
+        """The tokens that hold the last place of ``words``; None where they do not stand there."""
+        place = self.plain.rfind(words) if words and self.ends else -1
+        return None if place < 0 else (self.first(place), self.first(place + len(words) - 1) + 1)
+
+    def first(self, place: int) -> int:
+        """The token that holds a character."""
+        return next(token for token, end in enumerate(self.ends) if end > place)
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: with a ``chat_template``.
+
+    Raises:
+        UserError: it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "prompt.format: found chat, but the model's tokenizer has no chat template; use an instruct model, add"
+                " chat_template.jinja to the model's folder, or set prompt.format: classic"
+            )
+        self._tokenizer = tokenizer
+        source = str(tokenizer.get_chat_template())
+        self._source = FIXED_DATE + source if "strftime_now" in source else source
+        self._end = tokenizer.eos_token_id
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(t, "special", False)}
+        self._special = sorted((one for one in special if one), key=len, reverse=True)
+        self._any_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._options: dict[str, Any] = {"enable_thinking": False}
+        if self.fault(all_turns=False):  # a template that has its thinking block some other way
+            self._options = {}
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a turn of the assistant."""
+        return int(self._end)
+
+    def fault(self, *, all_turns: bool) -> str | None:
+        """Why no masks can be made of this template; None where they can.
+
+        Args:
+            all_turns: whether every turn of the assistant is learned, not the last one alone.
+        """
+        talk = [Turn("user", "w1 w2"), Turn("assistant", "w3"), Turn("user", "w4"), Turn("assistant", "w5")]
+        try:
+            for count in (2, 4):
+                self.split(talk[:count], all_turns=all_turns)
+            found = self.render(talk[:3]).tokens_of("w4")
+        except UserError as error:
+            return str(error)
+        return None if found is not None else "it does not hold the user's words as they were said"
+
+    def render(self, turns: Sequence[Turn], *, open_ended: bool = True) -> Rendered:
+        """A conversation by the template.
+
+        Args:
+            turns: all of it.
+            open_ended: with the template's generation prompt, behind which the assistant answers.
+
+        Raises:
+            UserError: the template refuses the turns, with its reason.
+        """
+        words = [{"role": turn.role, "content": self._guarded(turn.text)} for turn in turns]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                words, chat_template=self._source, tokenize=False, add_generation_prompt=open_ended, date_string=TODAY,
+                **self._options,
+            )  # fmt: skip
+        except _FAILURES as error:
+            raise UserError(f"the chat template refuses the conversation: {_said(error)}") from None
+        return Rendered(text, *self._tokens(text))
+
+    def split(self, turns: Sequence[Turn], *, all_turns: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Prompt and answer of a conversation whose last turn is the assistant's.
+
+        Returns:
+            ids up to the answer; ids of the answer, the end of turn last; and, of ``all_turns``, 1 for each of the prompt's
+            last tokens that is learned too, from the first such on.
+
+        Raises:
+            UserError: the template changes what stands before an answer once the answer is there, or ends it by another
+                token than the tokenizer's end of sequence.
+        """
+        prompt, whole = self.render(turns[:-1]), self.render(turns, open_ended=False)
+        rest = self._behind(prompt, whole)
+        answer = whole.ids[len(prompt.ids) :]
+        if whole.ids[: len(prompt.ids)] != prompt.ids:  # tokens join over the seam, which they cannot when a model answers
+            answer = self._tokens(rest)[0]
+        earlier = self._earlier(turns, prompt) if all_turns else ()
+        return prompt.ids, answer[: self._end_of_turn(answer, 0)], earlier
+
+    def _earlier(self, turns: Sequence[Turn], prompt: Rendered) -> tuple[int, ...]:
+        """1 for the tokens of the assistant's turns before the last."""
+        if not prompt.ends:
+            raise UserError("prompt.train_on: found all, which needs a fast tokenizer (tokenizer.json); expected last")
+        mask = [0] * len(prompt.ids)
+        for place, turn in enumerate(turns[:-1]):
+            if turn.role == "assistant":
+                before = self.render(turns[:place])
+                self._behind(before, prompt)
+                start = prompt.first(len(before.plain))
+                stop = self._end_of_turn(prompt.ids, start)
+                mask[start:stop] = [1] * (stop - start)
+        return tuple(mask[mask.index(1) :]) if 1 in mask else ()
+
+    @staticmethod
+    def _behind(before: Rendered, whole: Rendered) -> str:
+        """What the template writes behind a prompt."""
+        if not whole.text.startswith(before.text):
+            raise UserError(
+                "the chat template writes what stands before an answer otherwise once the answer is there (thinking that it"
+                " takes out of earlier turns, for one), so that the answer's tokens cannot be told from the rest"
+            )
+        return whole.text[len(before.text) :]
+
+    def _end_of_turn(self, ids: tuple[int, ...], start: int) -> int:
+        """The place behind the end of the turn that begins at ``start``."""
+        if self._end in ids[start:]:
+            return ids.index(self._end, start) + 1
+        found = next((name for token in ids[start:] if (name := self._name(token)) in self._special), None)
+        raise UserError(
+            f"the chat template ends the assistant's turn by {found or 'no special token'}, and answers end by the"
+            f" tokenizer's eos_token, which is {self._tokenizer.eos_token}; "
+            + (f"set eos_token to {found} in the model's tokenizer_config.json" if found else "use another template")
+        )
+
+    def _name(self, token: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
+    def _guarded(self, text: str) -> str:
+        return self._any_special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], text)
+
+    def _tokens(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of what the template wrote, and where each ends."""
+        ids: list[int] = []
+        ends: list[int] = []
+        length = 0
+        for piece, plain in self._pieces(text) if GUARD in text else [(text, False)]:
+            more, places = self._encoded(piece, split=plain)
+            ids += more
+            ends += [length + place for place in places]
+            length += len(piece)
+        return tuple(ids), tuple(ends)
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """The template's special tokens by themselves, and the texts between them, in which nothing is special."""
+        out: list[tuple[str, bool]] = []
+        start = 0
+        for found in self._any_special.finditer(text):
+            out += [(text[start : found.start()].replace(GUARD, ""), True), (found[0], False)]
+            start = found.end()
+        out.append((text[start:].replace(GUARD, ""), True))
+        return [piece for piece in out if piece[0]]
+
+    def _encoded(self, text: str, *, split: bool) -> tuple[list[int], list[int]]:
+        """Ids, and the character at which each token ends (none without a fast tokenizer)."""
+        more: dict[str, Any] = {"split_special_tokens": True} if split else {}
+        if not getattr(self._tokenizer, "is_fast", False):
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False, **more)["input_ids"]), []
+        found = self._tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True, **more)
+        return list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+
+
+class ChatPrompts:
+    """Prompts of one task in the chat format: its template's words are the user's last turn.
+
+    Args:
+        template: the task's, or the bank's.
+        chat: of the tokenizer.
+        system: the system's turn of conversations that have none; None: none.
+        where: the task, for messages.
+    """
+
+    text_first = False
+
+    def __init__(self, template: PromptTemplate, chat: ChatTemplate, system: str | None, where: str) -> None:
+        self._template, self._chat, self._system, self._where = template, chat, system, where
+
+    def prompt(
+        self, turns: Sequence[Turn], max_length: int, *, fields: Mapping[str, str] | None = None
+    ) -> tuple[TextPrompt, list[Turn]]:
+        """A prompt of at most ``max_length`` tokens, and the turns that it holds.
+
+        Of a conversation that is too long the earliest turns go, but the system's; then the end of what the user said last.
+
+        Args:
+            turns: up to the answer; one of them is the user's.
+            max_length: tokens of the prompt.
+            fields: of the row, for templates that read them.
+
+        Raises:
+            UserError: no room for a word of the user's, or a template that refuses the turns.
+        """
+        kept = list(turns)
+        if self._system is not None and not any(turn.role == "system" for turn in kept):
+            kept.insert(0, Turn("system", self._system))
+        text = kept[last_user(kept)].text
+        said = text
+        while True:
+            asked = self._asked(kept, said, fields)
+            found = self._chat.render(asked)
+            if len(found.ids) <= max_length:
+                return TextPrompt(found.ids, found.tokens_of(said.strip())), asked
+            shorter = _without_earliest(kept)
+            if len(shorter) < len(kept):
+                kept = shorter
+            elif said:
+                said = said[: min(len(said) - 1, len(said) * max_length // len(found.ids))]
+            else:
+                raise UserError(
+                    f"task {self._where!r}: max_length {max_length} is too small: the prompt has {len(found.ids)} tokens"
+                    " without any text"
+                )
+
+    def _asked(self, turns: list[Turn], said: str, fields: Mapping[str, str] | None) -> list[Turn]:
+        place = last_user(turns)
+        words = self._template.render_text(said, fields=fields)
+        return [*turns[:place], Turn("user", words), *turns[place + 1 :]]
+
+
+def answer_ids(chat: ChatTemplate, text: str) -> tuple[int, ...]:
+    """Ids of an answer behind a generation prompt, without the end of turn."""
+    return chat.split([Turn("user", "w1"), Turn("assistant", text)], all_turns=False)[1][:-1]
+
+
+def settled(spec: TaskSpec, tokenizer: Any, *, encoder_decoder: bool) -> TaskSpec:
+    """The task with a format of its prompts that is decided: ``chat`` or ``classic``, for ``auto``.
+
+    Raises:
+        UserError: ``chat`` was asked for, and this tokenizer has no template from which masks can be made.
+    """
+    if not spec.open_format and not spec.chat:
+        return spec
+    reason = _refusal(spec, tokenizer, encoder_decoder=encoder_decoder)
+    if spec.chat and reason is not None:
+        raise UserError(f"{spec.origin or f'task {spec.name!r}'}: prompt.format: found chat, {reason}")
+    wanted = spec.chat or (spec.free_text and reason is None)
+    return replace(spec, prompt=replace(spec.prompt, format="chat" if wanted else "classic"))
+
+
+def _refusal(spec: TaskSpec, tokenizer: Any, *, encoder_decoder: bool) -> str | None:
+    """Why a task cannot have the chat format; None where it can."""
+    if encoder_decoder:
+        return "expected classic: an encoder-decoder has no chat template"
+    if not getattr(tokenizer, "chat_template", None):
+        return "but the model's tokenizer has no chat template; use an instruct model, or set prompt.format: classic"
+    fault = ChatTemplate(tokenizer).fault(all_turns=spec.prompt.train_on == "all")
+    return None if fault is None else f"but {fault}; or set prompt.format: classic" + (
+        " (or prompt.train_on: last)" if spec.prompt.train_on == "all" else ""
+    )
+
+
+def _without_earliest(turns: list[Turn]) -> list[Turn]:
+    """Without the first turns up to the user's next one; the same where only one of the user's is left."""
+    users = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if len(users) < 2:
+        return turns
+    return [turn for place, turn in enumerate(turns) if place >= users[1] or turn.role == "system"]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())[:300] or type(error).__name__

@@ -1,0 +1,170 @@
+"""A bank learned in the model's chat template: what is scored is what is said, in the library and over HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from amlora_dist.config.loading import load_config
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.requests import Request
+from amlora_dist.evaluation.scoring import read_predictions
+from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.serving.bank import ServedBank
+from amlora_dist.tasks.conversations import Turn
+from pipelines.cli.main import app
+from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
+from tests.serving.servers import Running, running
+from tests.tiny_chat import write_chat_config
+
+pytestmark = pytest.mark.integration
+SYSTEM = {"role": "system", "content": "Repeat it."}
+FIRST = {"role": "user", "content": "Which parcel is number 1?"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLORA_HOME", str(folder / "home"))
+        run_sequence(load_config(write_chat_config(folder), ["evaluate=all"]), run_id="chat", progress=Silent())
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> AMLoRAModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLORA_HOME", str(place / "home"))
+        return AMLoRAModel.from_bank("models:/chat@current", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(model: AMLoRAModel) -> Any:
+    with running(ServedBank(model, "chat")) as one:
+        yield one
+
+
+def test_a_bank_says_that_its_tasks_are_asked_in_turns(model: AMLoRAModel) -> None:
+    talk, colours = (model.prompter.entry(task) for task in ("talk", "colours"))
+    assert talk.chat and colours.chat and colours.system == "You see." and model.prompter.chat_bank
+    assert "chat" in model.bank.manifest.to_mapping()["adapters"][0]["task_spec"]
+
+
+def test_no_row_differs_between_the_matrix_and_what_is_said(place: Path, model: AMLoRAModel) -> None:
+    rows = [json.loads(line)["messages"] for line in (place / "talk" / "test.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (place / "colours" / "test.jsonl").read_text().splitlines()]
+    scores = [json.loads(file.read_text()) | {"file": file} for file in place.glob("home/storage/scores/*/summary.json")]
+    plain = [[{"role": "user", "content": text}] for text in texts]
+    for task, asked in (("talk", [turns[:-1] for turns in rows]), ("colours", plain)):
+        for one in (one for one in scores if (one["task"], one["mode"]) == (task, "router")):
+            found = sorted(read_predictions(one["file"].with_name("predictions.jsonl")), key=lambda row: row.row)
+            if len(found[0].gates or ()) == 2:
+                assert [model.chat(turns).text for turns in asked] == [row.served for row in found]
+                break
+        else:
+            raise AssertionError(f"no score of {task}")
+
+
+def test_the_prompt_is_the_template_and_the_router_reads_the_last_words(model: AMLoRAModel) -> None:
+    turns = (Turn("system", "Repeat it."), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "Which parcel?"))
+    (request,) = model.requests("Which parcel?", task="talk")
+    request.turns = turns
+    model.prompter.read([request])
+    model.prompter.ask(request, new_tokens=4)
+    assert model.tokenizer.decode(request.tokens) == (
+        "<|im_start|>system\nRepeat it.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nWhich parcel?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert model.tokenizer.decode(request.text_ids) == "Which parcel?"
+    plain = Request(0, "Which parcel?")
+    assert model.chat([SYSTEM, {"role": "user", "content": "Which parcel?"}]).route == model.route(plain.text)[0]
+
+
+def test_a_conversation_is_routed_anew_or_keeps_its_route(model: AMLoRAModel) -> None:
+    turns = [FIRST, {"role": "assistant", "content": "The parcel."}, {"role": "user", "content": "paint wall red the sky"}]
+    assert model.chat(turns).route == model.route(turns[2]["content"])[0]
+    assert model.chat(turns, route_by="conversation").route == model.route(turns[0]["content"])[0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([SYSTEM], "no words of role user"),
+        ([FIRST, {"role": "assistant", "content": "x"}], "a last turn of role assistant"),
+        ([{"role": "oracle", "content": "x"}], "an unknown role 'oracle'|unknown role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of type 'image_url'"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(model: AMLoRAModel, messages: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model.chat(messages)
+
+
+def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Running, model: AMLoRAModel) -> None:
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+    turns: list[Any] = [SYSTEM]
+    for said in ("Which parcel is number 1?", "paint wall red the sky", "Which camera is it?", "looks a wall blue", "a?"):
+        turns.append({"role": "user", "content": said})
+        wanted = model.chat(turns)
+        reply = client.chat.completions.create(model="chat", messages=turns, extra_body={"routing": True})
+        assert reply.choices[0].message.content == wanted.text
+        assert reply.choices[0].routing["task"] == wanted.route.task  # type: ignore[attr-defined]
+        pieces = client.chat.completions.create(model="chat", messages=turns, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted.text
+        kept = server.good("/v1/chat/completions", messages=turns, route_by="conversation", routing=True)
+        assert kept["choices"][0]["routing"]["task"] == model.route(FIRST["content"])[0].task
+        turns.append({"role": "assistant", "content": wanted.text or "-"})
+
+
+@pytest.fixture
+def amlora(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `amlora chat` with these lines as its input."""
+    monkeypatch.setenv("AMLORA_HOME", str(place / "home"))
+
+    def call(lines: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = int(app(["chat", "models:/chat@current", "--device", "cpu", *options], standalone_mode=False) or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_lines_are_turns_with_their_routes(amlora: Any, model: AMLoRAModel) -> None:
+    lines = f"{FIRST['content']}\n\nred wall\n/new\nred wall\n/quit\nnever\n"
+    code, out, _ = amlora(lines, "--json", "--system", "Repeat it.")
+    found = [json.loads(line) for line in out.splitlines()]
+    first = model.chat([SYSTEM, FIRST])
+    turns = [SYSTEM, FIRST, {"role": "assistant", "content": first.text}] if first.text else [SYSTEM]
+    second = model.chat([*turns, {"role": "user", "content": "red wall"}])
+    third = model.chat([SYSTEM, {"role": "user", "content": "red wall"}])
+    assert code == 0 and [line["answer"] for line in found] == [first.text, second.text, third.text]
+    assert [line["route"]["task"] for line in found] == [first.route.task, second.route.task, third.route.task]
+
+
+def test_in_a_pipe_answers_are_output_and_routes_are_not(amlora: Any, model: AMLoRAModel) -> None:
+    code, out, err = amlora("red wall\n", "--task", "colours")
+    assert code == 0 and out == model.chat([{"role": "user", "content": "red wall"}], task="colours").text + "\n"
+    assert "[colours 1.00]" in err
+    code, _, err = amlora("red wall\n", "--task", "nothing")
+    assert code == 2 and "the bank's tasks are talk, colours" in err
+
+
+def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Running, model: AMLoRAModel) -> None:
+    turns = [{"role": "user", "content": "paint wall red the sky"}]
+    said = server.good("/v1/chat/completions", model="chat:colours", messages=turns, logprobs=True, top_logprobs=2)
+    found = said["choices"][0]["logprobs"]["content"]
+    answer = said["choices"][0]["message"]["content"]
+    assert "".join(token["token"] for token in found) == answer == model.chat(turns, task="colours").text
+    (request,) = model.requests(turns[0]["content"], task="colours")
+    assert model.answering is not None
+    begun = model.answering.begin([request])
+    (weighed,) = model.answering.weigh(begun)
+    assert weighed is not None
+    assert sum(token["logprob"] for token in found) == pytest.approx(weighed.model[weighed.labels.index(answer)], abs=1e-4)
