@@ -1,5 +1,5 @@
-"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``promote``, ``verify``, ``prune``,
+``export``, ``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
 ``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
 
 from __future__ import annotations
@@ -152,6 +152,46 @@ def alias(
     from pipelines.cli.bank_output import point
 
     typer.echo(point(name, version, alias, tracking_uri, Trust.of(require_signature, expect_digest)))
+
+
+def promote(
+    name: Name,
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    sample: Annotated[
+        Path, typer.Option(help="Rows of text, task and right answer that both versions are scored on.", show_default=False)
+    ],
+    alias: Annotated[str, typer.Option(help="To move, if the version passes.")] = "champion",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 'accuracy[TASK] >= 0.6', or routing_accuracy; without [TASK] the mean. Again for more."),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="Share of a task's rows by which it may be worse than the version it replaces.")
+    ] = 0.02,
+    column: Column = "text",
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Point an alias at a version if it passes, as served, and is not worse than the one it replaces; exit code 5 if not."""
+    from pipelines.cli.promotion import Promotion
+    from pipelines.cli.promotion import promote as promote_version
+    from pipelines.cli.scoring import Rows
+
+    asked = Promotion(
+        name=name, number=version, alias=alias, require=require or [], sample=Rows(str(sample), column, label),
+        margin=margin, batch_size=batch_size,
+    )  # fmt: skip
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri,
+                               "require_signature": require_signature, "expect_digest": expect_digest}  # fmt: skip
+    promote_version(asked, options, as_json=as_json)
 
 
 def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
@@ -358,6 +398,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pull": pull,
     "diff": diff,
     "alias": alias,
+    "promote": promote,
     "verify": verify,
     "prune": prune,
     "export": export,
