@@ -225,26 +225,35 @@ def export(
     bank: Bank,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
     format: Annotated[  # noqa: A002 (the option's name)
-        Literal["peft", "merged", "top1", "vllm"], typer.Option(help="What to make of the bank.")
+        Literal["peft", "merged", "top1", "vllm", "gguf"], typer.Option(help="What to make of the bank.")
     ] = "peft",
     weights: Annotated[
         list[str] | None, typer.Option(help="merged: TASK=WEIGHT, once for each task.", show_default=False)
     ] = None,
     sample: Annotated[
-        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged, top1).")
+        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged and top1 need some).")
     ] = None,
     column: Column = "text",
+    served_base: Annotated[
+        str | None, typer.Option(help="vllm: folder or Hub id that vLLM serves as --model; default: the bank's.")
+    ] = None,
+    bucket: Annotated[
+        str | None, typer.Option(help="vllm: s3://... where DEST/adapters will lie, for Ray Serve LLM.")
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, a folder for vLLM."""
-    from pipelines.cli.exports import export_bank
+    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, for vLLM, llama.cpp (gguf)."""
+    from pipelines.cli.exports import Export, export_bank
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
-    for line in export_bank(bank, dest, format, weights or [], sample, column, options):
+    asked = Export(
+        form=format, weights=weights or [], sample=sample, column=column, served_base=served_base, bucket=bucket
+    )
+    for line in export_bank(bank, dest, asked, options):
         typer.echo(line)
 
 
