@@ -20,7 +20,9 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.errors import UserError
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
+from amlora_dist.registry.bank_files import README_FILE
 from amlora_dist.registry.bank_folder import Bank, adapter_entry
+from amlora_dist.registry.card import adapter_readme
 from amlora_dist.registry.manifest import slug
 from amlora_dist.registry.tensor_files import write_tensors, write_text
 
@@ -70,6 +72,7 @@ def write_row(folder: Path, bank: Bank, task: str, base: str | None = None) -> P
     named |= {f"base_model.model.{module}.lora_B.weight": tensor for module, tensor in adapter.b.items()}
     write_tensors(folder / MODEL_FILE, named)
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_text(folder / README_FILE, adapter_readme(bank.manifest, task, adapter.rank))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``promote``, ``verify``, ``prune``,
+"""Banks from the command line: ``versions``, ``pull``, ``push``, ``diff``, ``alias``, ``promote``, ``verify``, ``prune``,
 ``export``, ``import-peft``, ``ask``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
 ``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
 
@@ -22,7 +22,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", s
 Bank = Annotated[
     str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
 ]
-Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
+Uri = Annotated[
+    str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS, models:/NAME/VERSION or hf://OWNER/NAME[@REVISION].")
+]
 Source = Annotated[
     str,
     typer.Argument(
@@ -74,6 +76,24 @@ def pull(
 
     trust = Trust.of(require_signature, expect_digest)
     typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics, trust=trust))
+
+
+def push(
+    bank: Bank,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; default: private.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model for the card, where the bank's source is none.")
+    ] = None,
+    statistics: Annotated[bool, typer.Option(help="Send what only further training needs, too.")] = False,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Push a bank to the Hugging Face Hub, never its base model; `amlora pull hf://REPO` gets it back."""
+    from pipelines.cli.bank_output import push as push_bank
+
+    told = push_bank(bank, repository, tracking_uri, public=public, base_model=base_model, statistics=statistics)
+    typer.echo(told)
 
 
 def diff(
@@ -405,6 +425,7 @@ def rekey(
 COMMANDS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "pull": pull,
+    "push": push,
     "diff": diff,
     "alias": alias,
     "promote": promote,
