@@ -30,6 +30,12 @@ class TrainingError(AmloraError):
     exit_code = 4
 
 
+class NotPromotedError(AmloraError):
+    """A version did not pass what was required of it; the alias stays where it is."""
+
+    exit_code = 5
+
+
 class BankError(UserError):
     """A bank, checkpoint or manifest is damaged, hostile, or of a schema this code does not know."""
 

@@ -118,3 +118,13 @@ def write_working_bank(
         {} if literal else chosen.tensors(),
         {s.task: s.tensors() for s in statistics},
     )
+
+
+def write_keyed_bank(folder: Path, base_folder: Path, *, tasks: Sequence[str] = TASKS) -> Manifest:
+    """A working bank that is routed and answered by plain text, as runs make them since 0.2."""
+    from amlora_dist.inference.rekeying import TaskRows, rekey
+
+    write_working_bank(folder.with_name(f"{folder.name}-before"), base_folder, tasks=tasks)
+    texts = {task: texts_of(task, 40) for task in tasks}
+    rows = {task: TaskRows(own, [text.rpartition(" ")[2] for text in own]) for task, own in texts.items()}
+    return rekey(folder.with_name(f"{folder.name}-before"), folder, rows)

@@ -37,6 +37,7 @@ from amlora_dist.evaluation.requests import (
     Request,
     Route,
     RouteBy,
+    RoutedPrompt,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -255,6 +256,21 @@ class AMLoRAModel:
         if self.answering is not None:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
+
+    def prompts(self, texts: str | Sequence[str], *, batch_size: int = 16) -> list[RoutedPrompt]:
+        """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
+        have the bank's adapters but not its router.
+
+        A bank of before 0.2 puts its own prompt around all texts, as ``answer`` does.
+        """
+        found, requests = self.route(texts, batch_size=batch_size), self.requests(texts)
+        made = []
+        for request, route in zip(requests, found, strict=True):
+            request.task = route.task if self.answering is not None else None
+            limit = self.prompter.answer_limit(request.task)
+            self.prompter.fill([request], new_tokens=limit)
+            made.append(RoutedPrompt(request.tokens, route, limit))
+        return made
 
     def answer(
         self,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
 
 LOADER = "amlora_dist.registry.pyfunc"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 EXAMPLE_FILE = "input_example.json"
@@ -59,10 +66,16 @@ def input_example() -> str:
     return json.dumps({"columns": ["text"], "data": [["The invoice of May is wrong, please send it again."]]}) + "\n"
 
 
-def readme(manifest: Manifest) -> str:
-    """The model card, Markdown."""
+def readme(manifest: Manifest, base_model: str | None = None) -> str:
+    """The model card, Markdown with the Hub's front matter.
+
+    Args:
+        manifest: of the bank.
+        base_model: Hub id of the base model, where the bank's source is none.
+    """
     base = manifest.base
     lines = [
+        *_front_matter(manifest, base_model, model_index=True),
         f"# Bank of {len(manifest.adapters)} LoRA adapters for {base.source}",
         "",
         f"Method `{manifest.method}`, router `{manifest.router.kind}`, "
@@ -73,21 +86,20 @@ def readme(manifest: Manifest) -> str:
         "| k | task | rank | alpha | accuracy now | sha256 |",
         "|---|---|---|---|---|---|",
     ]
-    matrix = manifest.accuracy_matrix
-    last = dict(zip(matrix.tasks, matrix.accuracy[-1], strict=True)) if matrix.accuracy else {}
+    last = _last(manifest)
     for line in manifest.adapters:
         score = last.get(line.task)
         shown = "-" if score is None else f"{100 * score:.1f}"
         lines.append(f"| {line.index} | {line.task} | {line.rank} | {line.alpha:g} | {shown} | `{line.digest[:12]}` |")
     lines += [
         "",
-        "Accuracy is exact match of the greedy output in per cent, without being told the task.",
+        f"Accuracy is the share of test rows, in per cent, whose {_what(manifest)} is right, without being told the task.",
         "",
         "## Loading",
         "",
         "```python",
-        "from amlora_dist.inference.model import AMLoRAModel",
-        'model = AMLoRAModel.from_bank("this/folder")',
+        "from amlora_dist import AMLoRAModel",
+        'model = AMLoRAModel.from_bank("this/folder")   # from the Hub: amlora pull hf://OWNER/NAME this/folder',
         "```",
         "",
         *_KINDS[manifest.prompt_tokens > 0],
@@ -99,3 +111,91 @@ def readme(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def adapter_readme(manifest: Manifest, task: str, rank: int, base_model: str | None = None) -> str:
+    """The card of one task's row as an adapter of its own, Markdown with the Hub's front matter.
+
+    Args:
+        manifest: of the bank that it is from.
+        task: whose row it is.
+        rank: of the row.
+        base_model: Hub id of the base model, where the bank's source is none.
+    """
+    entry = next(line.task_spec for line in manifest.adapters if line.task == task)
+    lines = [
+        *_front_matter(manifest, base_model, model_index=False, only=task),
+        f"# LoRA of task {task}",
+        "",
+        f"The row of task `{task}` in the bank of run `{manifest.run_id}`, stage {manifest.stage}, as one LoRA of rank",
+        f"{rank}: what the task takes over from earlier adapters is in it. Without the bank's router somebody else has to",
+        "say which texts it is for.",
+        "",
+        f"Base model `{manifest.base.source}`, sha256 `{manifest.base.digest}`.",
+    ]
+    if entry is not None:
+        labels = "free text" if entry.labels is None else ", ".join(f"`{label}`" for label in entry.labels)
+        lines += ["", f"Answers: {labels}. The prompt that it was trained behind (Jinja):", "",
+                  "```jinja", entry.template, "```"]  # fmt: skip
+        lines += [] if entry.question is None else ["", f"Question: {entry.question}"]
+    lines += ["", "```python", "import peft", 'peft.PeftModel.from_pretrained(base_model, "this/folder")', "```", ""]
+    return "\n".join(lines)
+
+
+def _front_matter(manifest: Manifest, base_model: str | None, *, model_index: bool, only: str | None = None) -> list[str]:
+    """The Hub's metadata (https://huggingface.co/docs/hub/model-cards); what is not known is left out."""
+    named = base_model or (manifest.base.source if _HUB_ID.fullmatch(manifest.base.source) else None)
+    value: dict[str, Any] = {} if named is None else {"base_model": named, "base_model_relation": "adapter"}
+    value |= {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "continual-learning", "mixture-of-loras", "amlora", *(_tag(only) if only else [])],
+    }
+    tasks = [only] if only else manifest.tasks
+    if found := list(dict.fromkeys(name for task in tasks for name in _data_sets(manifest, task))):
+        value["datasets"] = found
+    if model_index and (results := _results(manifest)):
+        value["model-index"] = [{"name": manifest.run_id or "bank", "results": results}]
+    return ["---", yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip("\n"), "---", ""]
+
+
+def _results(manifest: Manifest) -> list[dict[str, Any]]:
+    """Scores of the bank's tasks after its last stage, in the form of the Hub's ``model-index``."""
+    last, results = _last(manifest), []
+    for line in manifest.adapters:
+        if (score := last.get(line.task)) is None:
+            continue
+        free = line.task_spec is not None and line.task_spec.labels is None
+        kind = "text-generation" if free else "text-classification"
+        metric = {"type": "score" if free else "accuracy", "value": round(score, 6), "name": f"{_what(manifest)}, test rows"}
+        data = next(iter(_data_sets(manifest, line.task)), line.task)
+        results.append({"task": {"type": kind}, "dataset": {"name": line.task, "type": data}, "metrics": [metric]})
+    return results
+
+
+def _last(manifest: Manifest) -> dict[str, float | None]:
+    matrix = manifest.accuracy_matrix
+    return dict(zip(matrix.tasks, matrix.accuracy[-1], strict=True)) if matrix.accuracy else {}
+
+
+def _what(manifest: Manifest) -> str:
+    """What was scored: banks of before 0.2 were scored by what they wrote."""
+    return "served answer" if manifest.training_configuration.get("prompt_format") == 2 else "greedy output"
+
+
+def _data_sets(manifest: Manifest, task: str) -> list[str]:
+    """Hub repository of a built-in task's rows; of other tasks nobody says where they come from."""
+    named = manifest.training_configuration.get("tasks")
+    found = _hub_sources().get(task) if isinstance(named, list) and task in named else None
+    return [] if found is None else [found]
+
+
+@functools.cache
+def _hub_sources() -> dict[str, str]:
+    """Hub repository of each built-in task that has one."""
+    found = {spec.name: spec.source.repository for spec in builtin_tasks()}
+    return {name: repository for name, repository in found.items() if repository}
+
+
+def _tag(task: str) -> list[str]:
+    return [re.sub(r"[^A-Za-z0-9_.-]+", "-", task)]

@@ -1,4 +1,4 @@
-"""A bank in the forms other tools take: plain PEFT adapters, one merged model, a folder for vLLM.
+"""A bank in the forms other tools take: plain PEFT adapters, one merged model. For servers: ``server_exports``.
 
 A task's whole row of the mixture, ``sum_i row_i scale_i B_i A_i``, is one LoRA: the A of the adapters it uses under
 each other, their B side by side with weight and scale multiplied in, at alpha / r = 1. It is exact, and its rank is
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.errors import UserError
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
+from amlora_dist.registry.bank_files import README_FILE
 from amlora_dist.registry.bank_folder import Bank, adapter_entry
+from amlora_dist.registry.card import adapter_readme
 from amlora_dist.registry.manifest import slug
 from amlora_dist.registry.tensor_files import write_tensors, write_text
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
 
 INDEX = "export.json"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for ``--max-lora-rank``."""
 
 
 def row_adapter(bank: Bank, task: str) -> Adapter:
@@ -58,15 +58,21 @@ def row_adapter(bank: Bank, task: str) -> Adapter:
     return Adapter(task, rank, float(rank), a, b)
 
 
-def write_row(folder: Path, bank: Bank, task: str) -> Path:
-    """Write a task's row as a PEFT adapter: ``peft.PeftModel.from_pretrained(base, folder)`` loads it."""
+def write_row(folder: Path, bank: Bank, task: str, base: str | None = None) -> Path:
+    """Write a task's row as a PEFT adapter: ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
+
+    ``base`` is what its configuration says of the base model; None: what the bank says.
+    """
     adapter = row_adapter(bank, task)
     line = adapter_entry(adapter, 1, training_fingerprint="0" * 64, parent=None)
     config = peft_config(bank.manifest, line)
+    if base is not None:
+        config |= {"base_model_name_or_path": base, "revision": None}
     named = {f"base_model.model.{module}.lora_A.weight": tensor for module, tensor in adapter.a.items()}
     named |= {f"base_model.model.{module}.lora_B.weight": tensor for module, tensor in adapter.b.items()}
     write_tensors(folder / MODEL_FILE, named)
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_text(folder / README_FILE, adapter_readme(bank.manifest, task, adapter.rank))
     return folder
 
 
@@ -122,42 +128,6 @@ def export_merged(
     return folder
 
 
-def export_vllm(folder: Path, bank: Bank, *, base: str, **more: Any) -> Path:
-    """Write what vLLM's multi-LoRA serving takes, a routing table, and a client that picks the adapter per request.
-
-    vLLM applies one adapter to a request and cannot mix (vllm#49705): the client takes the strongest task's row.
-
-    Args:
-        folder: must not exist, or be empty.
-        bank: to export.
-        base: folder or Hub id that vLLM shall serve.
-        more: further entries of ``export.json``.
-
-    Raises:
-        UserError: a row's rank is larger than vLLM takes.
-    """
-    ranks = {line.task: row_adapter(bank, line.task).rank for line in bank.manifest.adapters}
-    largest = max(ranks, key=ranks.__getitem__)
-    limit = next((rank for rank in VLLM_RANKS if rank >= ranks[largest]), None)
-    if limit is None:
-        raise UserError(
-            f"task {largest!r}: its row has rank {ranks[largest]}, vLLM takes at most {VLLM_RANKS[-1]}; "
-            "train with a lower adapters.rank or without recipes"
-        )
-    export_peft(folder, bank, kind="vllm", max_lora_rank=limit, **more)
-    modules = " \\\n    ".join(f"{slug(line.task)}=./{line.index}-{slug(line.task)}" for line in bank.manifest.adapters)
-    table = {line.task: slug(line.task) for line in bank.manifest.adapters}
-    write_text(folder / "routing.json", json.dumps({"base": base, "models": table}, indent=1) + "\n")
-    write_text(
-        folder / "serve.sh",
-        f"#!/bin/sh\n# Run in this folder.\nexec vllm serve {_quoted(base)} --enable-lora \\\n"
-        f"    --max-loras {min(len(table), 8)} --max-lora-rank {limit} --lora-modules \\\n    {modules}\n",
-    )
-    source = resources.files("amlora_dist.registry").joinpath("vllm_client.py.txt").read_text(encoding="utf-8")
-    write_text(folder / "client.py", source)
-    return folder
-
-
 def gap_between(mixture: Tensor, fixed: Tensor) -> dict[str, float]:
     """How far an export is from the bank, from the first-token logits (B, vocabulary) of both."""
     log_p, log_q = mixture.log_softmax(dim=-1), fixed.log_softmax(dim=-1)
@@ -198,5 +168,26 @@ def write_index(folder: Path, manifest: Manifest, kind: str, **more: Any) -> Non
     write_text(folder / INDEX, json.dumps(value, indent=1) + "\n")
 
 
-def _quoted(text: str) -> str:
+def amend_index(folder: Path, **more: Any) -> None:
+    """Add entries to ``export.json``."""
+    value = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    write_text(folder / INDEX, json.dumps(value | more, indent=1) + "\n")
+
+
+def served_names(tasks: Sequence[str]) -> dict[str, str]:
+    """What other servers call each task's adapter: its slug, with its number where two tasks have the same one."""
+    slugs = [slug(task) for task in tasks]
+    return {
+        task: one if slugs.count(one) == 1 else f"{one}-{number}"
+        for number, (task, one) in enumerate(zip(tasks, slugs, strict=True), start=1)
+    }
+
+
+def client_source(name: str) -> str:
+    """The client that goes into an export's folder, a program of its own."""
+    return resources.files("amlora_dist.registry").joinpath(name).read_text(encoding="utf-8")
+
+
+def quoted(text: str) -> str:
+    """A word of a shell's command."""
     return "'" + text.replace("'", "'\\''") + "'"

@@ -55,19 +55,57 @@ def aliases(store: Store, registered_model: str) -> dict[str, int]:
     return {alias: int(number) for alias, number in sorted(model.aliases.items())}
 
 
+def check_alias(alias: str) -> None:
+    """Refuse an alias that is not for people to move, or that MLflow does not take.
+
+    Raises:
+        UserError: says which.
+    """
+    if alias in (tags.CURRENT, tags.LATEST):
+        raise UserError(f"alias: {alias!r} follows the newest version by itself; take another name, such as champion")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", alias) or re.fullmatch(r"[vV][0-9]+", alias):
+        raise UserError(f"alias: found {alias!r}, expected letters, digits, _ and -, and not a version number (v3)")
+
+
 def point_alias(store: Store, registered_model: str, number: int, alias: str) -> Version:
     """Point an alias at a version that counts.
 
     Raises:
         UserError: no such version, or an alias that is not for people to move.
     """
-    if alias in (tags.CURRENT, tags.LATEST):
-        raise UserError(f"alias: {alias!r} follows the newest version by itself; take another name, such as champion")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", alias) or re.fullmatch(r"[vV][0-9]+", alias):
-        raise UserError(f"alias: found {alias!r}, expected letters, digits, _ and -, and not a version number (v3)")
+    check_alias(alias)
     version = store.resolve(f"models:/{registered_model}/{number}")
     store.set_alias(registered_model, alias, version)
     return version
+
+
+def crown_first(store: Store, version: Version, guard: Callable[[], None]) -> int:
+    """Give the alias ``champion`` to the version that a complete run ends with, where its registered model never had one.
+
+    A model is noted to have had one, so that an alias which a person has deleted is not set again.
+
+    Args:
+        store: which has the version.
+        version: the run's last.
+        guard: called right before each write.
+
+    Returns:
+        The number of the version that has the alias now; 0 where none has.
+    """
+    name, connection = version.registered_model, store.connection
+    model = connection.call("read a registered model", connection.client.get_registered_model, name)
+    there = model.aliases.get(tags.CHAMPION)
+    if there is None and tags.FIRST_CHAMPION in model.tags:
+        return 0
+    if there is None:
+        store.set_alias(name, tags.CHAMPION, version, guard)
+        there = str(version.number)
+    if tags.FIRST_CHAMPION not in model.tags:
+        guard()
+        connection.call(
+            "tag a registered model", connection.client.set_registered_model_tag, name, tags.FIRST_CHAMPION, there
+        )
+    return int(there)
 
 
 def candidates(store: Store, registered_model: str, numbers: Sequence[int] | None = None) -> list[Candidate]:

@@ -22,6 +22,11 @@ POINTED = "amlora.pointed"
 REUSED_FROM = "amlora.reused_from"
 """``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
 
+FIRST_CHAMPION = "amlora.first_champion"
+"""Of a registered model: the version that the first complete run gave the alias ``champion``; afterwards no run moves it."""
+PROMOTION = "amlora.promotion"
+"""Of a version: what its last promotion found, in words."""
+
 # searches
 SEARCH = "amlora.search"
 """Id of the search: on its run, its trials' runs and the version that won."""
@@ -49,4 +54,5 @@ CURRENT = "current"
 reserves the alias ``latest`` for the highest version number, stale or not, and lets nobody set it; ``Store.resolve`` reads
 ``latest`` as the newest, which is the run's last stage (``registry/newest.py``)."""
 CHAMPION = "champion"
+"""The version that is served: set by the first complete run where none exists, then by promotion or a person."""
 LATEST = "latest"

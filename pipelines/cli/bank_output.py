@@ -1,4 +1,4 @@
-"""What ``versions``, ``pull``, ``diff``, ``alias``, ``verify`` and ``prune`` do."""
+"""What ``versions``, ``pull``, ``push``, ``diff``, ``alias``, ``verify`` and ``prune`` do."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import check_list, check_publishable, read_bank
 from amlora_dist.registry.housekeeping import aliases, candidates, point_alias, remove
+from amlora_dist.registry.hub import SCHEME, check_repository, parse_hub_uri, pull_from_hub, push_bank
 from amlora_dist.registry.manifest import Manifest, read_manifest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
 from amlora_dist.registry.store import Store
@@ -108,9 +109,17 @@ def last_scores(manifest: Manifest) -> dict[str, float]:
 def pull_to(
     uri: str, dest: Path | None, tracking_uri: str | None, *, statistics: bool, trust: Trust | None = None
 ) -> str:
-    """Pull a version; says where it lies."""
+    """Pull a version, or a repository of the Hub; says where it lies."""
     if dest is not None:
         check_folder(dest, "DEST")
+    if uri.startswith(SCHEME):
+        repository, _ = parse_hub_uri(uri)
+        check = None if trust is None else trust.check
+        whole = statistics or (trust is not None and trust.key is not None)
+        with stdout_to_stderr(), _bar() as progress:
+            dest = dest or Path(repository.rpartition("/")[2])
+            folder = pull_from_hub(uri, dest, progress=progress, statistics=whole, check=check)
+        return f"{uri} is in {folder}"
     store = open_store(tracking_uri)
     with stdout_to_stderr(), _bar() as progress:
         version = store.resolve(uri)
@@ -119,6 +128,26 @@ def pull_to(
             store, version, dest, nearby=[home() / "banks"], progress=progress, statistics=statistics, trust=trust
         )
     return f"{version.uri} is in {folder}"
+
+
+def push(
+    bank: str, repository: str, tracking_uri: str | None, *, public: bool, base_model: str | None, statistics: bool
+) -> str:
+    """Push a bank to a repository of the Hub; says where it is.
+
+    Raises:
+        UserError: see ``push_bank``.
+    """
+    options: dict[str, Any] = {"public": public, "base_model": base_model, "statistics": statistics}
+    check_repository(repository)
+    if not bank.startswith("models:"):
+        with stdout_to_stderr():
+            return f"{bank} is at {push_bank(Path(bank).expanduser(), repository, **options)}"
+    store = open_store(tracking_uri)
+    with stdout_to_stderr():
+        version = store.resolve(bank)
+        with _fetched(store, version) as folder:
+            return f"{version.uri} is at {push_bank(folder, repository, **options)}"
 
 
 def point(name: str, number: int, alias: str, tracking_uri: str | None, trust: Trust | None = None) -> str:

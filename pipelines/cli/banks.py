@@ -1,5 +1,5 @@
-"""Banks from the command line: ``versions``, ``pull``, ``diff``, ``alias``, ``verify``, ``prune``, ``export``,
-``import-peft``, ``ask``, ``chat``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+"""Banks from the command line: ``versions``, ``pull``, ``push``, ``diff``, ``alias``, ``promote``, ``verify``, ``prune``,
+``export``, ``import-peft``, ``ask``, ``chat``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
 ``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", s
 Bank = Annotated[
     str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
 ]
-Uri = Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
+Uri = Annotated[
+    str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS, models:/NAME/VERSION or hf://OWNER/NAME[@REVISION].")
+]
 Source = Annotated[
     str,
     typer.Argument(
@@ -81,6 +83,24 @@ def pull(
 
     trust = Trust.of(require_signature, expect_digest)
     typer.echo(pull_to(uri, dest, tracking_uri, statistics=statistics, trust=trust))
+
+
+def push(
+    bank: Bank,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; default: private.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model for the card, where the bank's source is none.")
+    ] = None,
+    statistics: Annotated[bool, typer.Option(help="Send what only further training needs, too.")] = False,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Push a bank to the Hugging Face Hub, never its base model; `amlora pull hf://REPO` gets it back."""
+    from pipelines.cli.bank_output import push as push_bank
+
+    told = push_bank(bank, repository, tracking_uri, public=public, base_model=base_model, statistics=statistics)
+    typer.echo(told)
 
 
 def diff(
@@ -188,6 +208,46 @@ def alias(
     typer.echo(point(name, version, alias, tracking_uri, Trust.of(require_signature, expect_digest)))
 
 
+def promote(
+    name: Name,
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    sample: Annotated[
+        Path, typer.Option(help="Rows of text, task and right answer that both versions are scored on.", show_default=False)
+    ],
+    alias: Annotated[str, typer.Option(help="To move, if the version passes.")] = "champion",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as 'accuracy[TASK] >= 0.6', or routing_accuracy; without [TASK] the mean. Again for more."),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="Share of a task's rows by which it may be worse than the version it replaces.")
+    ] = 0.02,
+    column: Column = "text",
+    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    batch_size: BatchSize = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    require_signature: Signature = None,
+    expect_digest: Expected = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Point an alias at a version if it passes, as served, and is not worse than the one it replaces; exit code 5 if not."""
+    from pipelines.cli.promotion import Promotion
+    from pipelines.cli.promotion import promote as promote_version
+    from pipelines.cli.scoring import Rows
+
+    asked = Promotion(
+        name=name, number=version, alias=alias, require=require or [], sample=Rows(str(sample), column, label),
+        margin=margin, batch_size=batch_size,
+    )  # fmt: skip
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri,
+                               "require_signature": require_signature, "expect_digest": expect_digest}  # fmt: skip
+    promote_version(asked, options, as_json=as_json)
+
+
 def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
     """Read every part of a bank and compare it with its digest; a version is fetched as a whole for that."""
     from pipelines.cli.bank_output import verify_bank
@@ -219,26 +279,35 @@ def export(
     bank: Bank,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
     format: Annotated[  # noqa: A002 (the option's name)
-        Literal["peft", "merged", "top1", "vllm"], typer.Option(help="What to make of the bank.")
+        Literal["peft", "merged", "top1", "vllm", "gguf"], typer.Option(help="What to make of the bank.")
     ] = "peft",
     weights: Annotated[
         list[str] | None, typer.Option(help="merged: TASK=WEIGHT, once for each task.", show_default=False)
     ] = None,
     sample: Annotated[
-        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged, top1).")
+        Path | None, typer.Option(help="Texts to measure the gap to the mixture on (merged and top1 need some).")
     ] = None,
     column: Column = "text",
+    served_base: Annotated[
+        str | None, typer.Option(help="vllm: folder or Hub id that vLLM serves as --model; default: the bank's.")
+    ] = None,
+    bucket: Annotated[
+        str | None, typer.Option(help="vllm: s3://... where DEST/adapters will lie, for Ray Serve LLM.")
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, a folder for vLLM."""
-    from pipelines.cli.exports import export_bank
+    """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, for vLLM, llama.cpp (gguf)."""
+    from pipelines.cli.exports import Export, export_bank
 
     options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
-    for line in export_bank(bank, dest, format, weights or [], sample, column, options):
+    asked = Export(
+        form=format, weights=weights or [], sample=sample, column=column, served_base=served_base, bucket=bucket
+    )
+    for line in export_bank(bank, dest, asked, options):
         typer.echo(line)
 
 
@@ -393,8 +462,10 @@ def rekey(
 COMMANDS: dict[str, Callable[..., None]] = {
     "versions": versions,
     "pull": pull,
+    "push": push,
     "diff": diff,
     "alias": alias,
+    "promote": promote,
     "verify": verify,
     "prune": prune,
     "export": export,

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 512
 
 
-def export_bank(
-    bank: str,
-    dest: Path,
-    form: str,
-    weights: Sequence[str],
-    sample: Path | None,
-    column: str,
-    options: dict[str, Any],
-) -> Iterator[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What ``export`` is asked for: the options of the same names."""
+
+    form: str
+    weights: Sequence[str] = ()
+    sample: Path | None = None
+    column: str = "text"
+    served_base: str | None = None
+    bucket: str | None = None
+
+
+def export_bank(bank: str, dest: Path, asked: Export, options: dict[str, Any]) -> Iterator[str]:
     """Export a bank and say what was written.
 
     Raises:
@@ -39,53 +44,89 @@ def export_bank(
     """
     from amlora_dist.registry.exports import discard, export_peft, new_folder
 
-    shares = _shares(weights)
+    shares, form = _shares(asked.weights), asked.form
     if (form == "merged") != bool(shares):
         raise UserError("--weights TASK=WEIGHT belongs to --format merged, which needs at least one")
-    if form in ("merged", "top1") and sample is None:
+    if form in ("merged", "top1") and asked.sample is None:
         raise UserError(f"--format {form} needs --sample FILE: texts to measure its gap to the mixture on")
+    for name, value in (("--served-base", asked.served_base), ("--bucket", asked.bucket)):
+        if value is not None and form != "vllm":
+            raise UserError(f"{name} belongs to --format vllm")
     check_folder(dest, "DEST")
     tasks = bank_and_tasks(bank, options)[1] if shares else []
     if unknown := sorted(shares.keys() - set(tasks)):
         raise UserError(f"--weights: found task {unknown[0]!r}, the bank's tasks are {', '.join(tasks)}")
-    texts = _texts(sample, column) if sample else None
+    texts = _texts(asked.sample, asked.column) if asked.sample else None
     new_folder(dest)
     try:
         if form == "peft":
             exported = _bank_alone(bank, options)
             export_peft(dest, exported)
             yield f"{len(exported.adapters)} PEFT adapters, one for each task's row, are in {dest}"
-            return
-        yield from _measured(bank, dest, form, shares, texts, options)
+        elif form in ("vllm", "gguf"):
+            yield from _for_server(bank, dest, asked, texts, options)
+        else:
+            yield from _measured(bank, dest, form, shares, texts or [], options)
     except BaseException:
         discard(dest)
         raise
 
 
 def _measured(
-    bank: str, dest: Path, form: str, shares: dict[str, float], texts: list[str] | None, options: dict[str, Any]
+    bank: str, dest: Path, form: str, shares: dict[str, float], texts: list[str], options: dict[str, Any]
 ) -> Iterator[str]:
     from amlora_dist.base_model import load_model
     from amlora_dist.inference.model import AMLoRAModel
-    from amlora_dist.registry.exports import export_merged, export_peft, export_vllm
+    from amlora_dist.registry.exports import export_merged, export_peft
 
     with stdout_to_stderr():
         model = AMLoRAModel.from_bank(bank, **options)
-        gap = None if texts is None else measure_gap(model, texts, shares or None)
+        gap = measure_gap(model, texts, shares or None)
         if form == "merged":
             dtype = next(model.transformer.parameters()).dtype
             plain = load_model(model.base, dtype=dtype)
             export_merged(dest, model.bank, plain, model.tokenizer, shares, gap_to_mixture=gap)
-        elif form == "top1":
-            export_peft(dest, model.bank, kind="top1", gap_to_mixture=gap)
         else:
-            export_vllm(dest, model.bank, base=str(model.base.source), gap_to_mixture=gap)
+            export_peft(dest, model.bank, kind="top1", gap_to_mixture=gap)
     yield f"{form} of {len(model.tasks)} tasks is in {dest}"
+    yield _gap_words(gap)
+
+
+def _for_server(
+    bank: str, dest: Path, asked: Export, texts: list[str] | None, options: dict[str, Any]
+) -> Iterator[str]:
+    """Folders for vLLM and llama.cpp; the base model's weights are loaded only to measure a gap."""
+    from amlora_dist.inference.gguf_gap import gguf_gap
+    from amlora_dist.inference.loading import resolve_bank_base
+    from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.registry.exports import amend_index
+    from amlora_dist.registry.server_exports import export_gguf, export_vllm, served_base
+
+    with stdout_to_stderr():
+        alone = _bank_alone(bank, options)
+        base = resolve_bank_base(alone.manifest.base, options.get("base"))
+        if asked.form == "gguf":
+            export_gguf(dest, alone, base)
+        else:
+            told = asked.served_base
+            if told is not None and Path(told).expanduser().is_dir():
+                resolve_bank_base(alone.manifest.base, Path(told).expanduser())  # the very model, by digest
+            export_vllm(dest, alone, base=served_base(base, told), bucket=asked.bucket)
+        gap = None
+        if texts is not None:
+            model = AMLoRAModel.from_bank(bank, **options)
+            gap = measure_gap(model, texts, None) if asked.form == "vllm" else gguf_gap(model, dest, texts)
+            amend_index(dest, gap_to_mixture=gap)
+    yield f"{asked.form} of {len(alone.adapters)} tasks is in {dest}"
     if gap is not None:
-        yield (
-            f"gap to the mixture over {gap['texts']} texts: another first token for {100 * gap['other_first_token']:.1f}%, "
-            f"mean KL {gap['mean_kl_nats']:.4f} nats, largest difference of a logit {gap['largest_logit_difference']:.4f}"
-        )
+        yield _gap_words(gap)
+
+
+def _gap_words(gap: dict[str, float]) -> str:
+    return (
+        f"gap to the mixture over {gap['texts']} texts: another first token for {100 * gap['other_first_token']:.1f}%, "
+        f"mean KL {gap['mean_kl_nats']:.4f} nats, largest difference of a logit {gap['largest_logit_difference']:.4f}"
+    )
 
 
 def measure_gap(model: AMLoRAModel, texts: Sequence[str], shares: dict[str, float] | None) -> dict[str, float]:

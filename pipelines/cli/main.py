@@ -1,8 +1,8 @@
 """``amlora``: run, validate and show sequences of tasks.
 
 Exit codes: 0 done, 2 something the caller can fix, 3 the run id is held by another driver, 4 training failed after
-its retries, 130 interrupted, 143 terminated; 1 is a fault of this program. Commands import what they need when they
-run, so that help and validation are quick.
+its retries, 5 a version did not pass (``promote``), 130 interrupted, 143 terminated; 1 is a fault of this program.
+Commands import what they need when they run, so that help and validation are quick.
 """
 
 from __future__ import annotations

