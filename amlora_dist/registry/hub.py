@@ -175,7 +175,7 @@ def hub_errors(repository: str, doing: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # of the HTTP library that this version of the client has
+        HTTPError,  # type: ignore[attr-defined]  # of the client's own HTTP library
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,

@@ -1,5 +1,5 @@
 """Banks from the command line: ``versions``, ``pull``, ``push``, ``diff``, ``alias``, ``promote``, ``verify``, ``prune``,
-``export``, ``import-peft``, ``ask``, ``chat``, ``score``, ``rekey``, ``generate``, ``classify`` and ``serve``. What they do is in
+``export``, ``import-peft``, ``ask``, ``chat``, ``score``, ``rekey``, ``generate``, ``classify``, ``serve``. The work is in
 ``amlora_dist``, ``pipelines.cli.bank_output`` and ``pipelines.cli.scoring``."""
 
 from __future__ import annotations
