@@ -17,6 +17,8 @@ from pipelines.cluster import resources
 if TYPE_CHECKING:
     from pipelines.cluster.resources import Demand
 
+log = logging.getLogger(__name__)
+
 NODES_DEADLINE_S = 10.0
 """How long a run waits at its start for nodes that are on their way, before it says what is missing."""
 RECOVERY_DEADLINE_S = 120.0
@@ -71,9 +73,7 @@ class RayCluster:
         if self._starting is not None:
             self._starting.join()
         if self.joined:
-            import ray
-
-            ray.shutdown()
+            _shut_down()
 
     def begin(self) -> None:
         """Start or join it in a thread, while this one does other things; ``ready`` tells what came of it."""
@@ -100,8 +100,12 @@ class RayCluster:
         if self._starting is not None:
             self._starting.join()
             self._starting = None
-        if self._failed is not None:
-            raise self._failed
+        if isinstance(failed := self._failed, UserError):
+            raise failed
+        if failed is not None:  # such as Ray's own deadline of 30 s, on a machine that is busy
+            log.warning("Ray did not start (%s), trying once more", failed)
+            self._failed = None
+            _shut_down()
         self._start()
         deadline = time.monotonic() + resources.deadline_s(RECOVERY_DEADLINE_S if again else NODES_DEADLINE_S)
         asked: list[dict[str, float]] = []
@@ -173,6 +177,12 @@ class RayCluster:
         import ray
 
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def _shut_down() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _bundles(demand: Demand, supply: resources.Supply) -> list[dict[str, float]]:

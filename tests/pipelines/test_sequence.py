@@ -169,6 +169,7 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     undeclared = [
         "router.gate.threshold=0.5", "router.gate.form=absolute", "router.gate.temperature=2.0", "evaluation.batch_size=3",
         "evaluation.oracle=false", "evaluate.cells=last", "training.checkpoint_every=3", "name=other",
+        "worker_lifetime=stage",
     ]  # fmt: skip
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("AMLORA_HOME", str(elsewhere))
