@@ -63,29 +63,36 @@ class RayCluster:
         """Whether this object called ``ray.init``; what somebody else did is theirs to end."""
         self.own = False
         """Whether the cluster is this run's own, on this machine: no node will ever join it."""
-        self._starting: threading.Thread | None = None
+        self._beginning: threading.Thread | None = None
+        self._begun, self._over = threading.Event(), threading.Event()
         self._failed: BaseException | None = None
 
     def __enter__(self) -> RayCluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._starting is not None:
-            self._starting.join()
+        self._wait_for_begin()
         if self.joined:
             _shut_down()
+        self._over.set()
 
     def begin(self) -> None:
         """Start or join it in a thread, while this one does other things; ``ready`` tells what came of it."""
-        if self._starting is None and not self._started:
-            self._starting = threading.Thread(target=self._begin, name="ray start", daemon=True)
-            self._starting.start()
+        if self._beginning is None and not self._started:
+            self._beginning = threading.Thread(target=self._begin, name="ray start", daemon=True)
+            self._beginning.start()
 
     def _begin(self) -> None:
         try:
             self._start()
         except BaseException as error:  # noqa: BLE001 (told by the thread that waits)
             self._failed = error
+        self._begun.set()
+        self._over.wait()  # Ray's processes end with the thread that has started them
+
+    def _wait_for_begin(self) -> None:
+        if self._beginning is not None:
+            self._begun.wait()
 
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Join the cluster, and see that the workers fit in it; called in the main thread, before each attempt.
@@ -97,9 +104,7 @@ class RayCluster:
         Raises:
             UserError: what is missing, all of it.
         """
-        if self._starting is not None:
-            self._starting.join()
-            self._starting = None
+        self._wait_for_begin()
         if isinstance(failed := self._failed, UserError):
             raise failed
         if failed is not None:  # such as Ray's own deadline of 30 s, on a machine that is busy

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.config.loading import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
-from amlora_dist.inference.loading import remember_base
 from amlora_dist.methods import method_for
 from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
@@ -35,7 +34,6 @@ from pipelines.runs.executor import Event, Executor, executor_of
 from pipelines.runs.inputs import Materials, gather_materials
 from pipelines.runs.interrupts import stops_handled
 from pipelines.runs.journal import GrowingBank, Publication, StageRecord, library_versions, statistics_digest
-from pipelines.runs.results import load_result as load_result  # as it is known here
 from pipelines.runs.resume_check import check_rule_of_bank, refuse_other_configuration, refuse_other_data
 from pipelines.runs.retries import Failure, decide
 from pipelines.runs.takeover import first_there
@@ -115,6 +113,8 @@ def _run_sequence(
     began = time.monotonic()
     with executor_of(config, within.cache if within else None, verbose=verbose) as executor:
         executor.prepare()
+        from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
+
         materials = gather_materials(config, place)
         config = materials.config
         model = config.registered_model = config.registered_model or run_id

@@ -17,7 +17,8 @@ from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.store import Store
 from amlora_dist.training.result import read_result
 from pipelines.runs.progress import Silent
-from pipelines.runs.sequence import load_result, run_sequence
+from pipelines.runs.results import load_result
+from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config, write_task
 
 pytestmark = pytest.mark.integration
