@@ -51,10 +51,11 @@ class ClusterExecutor:
 
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Join the cluster, see that the workers fit in it, and have them started."""
-        self._cluster.ready(placement, again=again)
-        workers, gpus = self._cluster.workers(placement), self._cluster.use_gpus()
         group = self._group
-        if group is not None and not (group.lives and group.workers == workers):
+        lost = group is not None and not group.lives  # while it had nothing to do: nodes may be on their way back
+        self._cluster.ready(placement, again=again or lost)
+        workers, gpus = self._cluster.workers(placement), self._cluster.use_gpus()
+        if group is not None and (lost or group.workers != workers):
             self.release()
         if self._group is None:
             self._group = WorkerGroup(placement, workers, gpus=gpus)

@@ -29,13 +29,14 @@ def run_stages(config: dict[str, Any]) -> None:
     from ray.train import get_context
 
     from amlora_dist.training.engine import join_process_group
+    from amlora_dist.training.stage import run_stage  # noqa: F401  (imported while the driver is at its rows)
     from amlora_dist.training.worker_cache import WorkerCache
 
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     if os.environ.get("AMLORA_VERBOSE") != "1":
         quiet_libraries()
-    join_process_group()  # imports DeepSpeed while the driver is still at its rows
+    join_process_group()  # imports DeepSpeed
     channel, cache = WorkerEnd(config["channel"]), WorkerCache()
     rank, process = get_context().get_world_rank(), psutil.Process()
     about = {"kind": "worker", "process": process.create_time(), "entered": entered, "ready": time.time()}
