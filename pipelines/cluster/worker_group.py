@@ -77,6 +77,8 @@ class WorkerGroup:
                 if not self.lives:
                     self._channel.close()
                     raise self._error(stage)
+                if stage.broken is not None:
+                    raise stage.broken
                 if not stopping and stop.exists():
                     self._channel.stop(self.stages)
                     stopping = True
@@ -128,12 +130,21 @@ class _Stage:
         self.number, self._workers, self._on_event = number, workers, on_event
         self.done = threading.Event()
         self.said: Event | None = None
+        self.broken: Exception | None = None
+        """What ``on_event`` raised, in the thread that hears; the one that waits raises it again."""
         self.last: Event = {}
         self.residents: dict[int, int] = {}
         """Bytes of memory of each rank at the stage's end."""
         self._file = (work.path / EVENTS).open("a", encoding="utf-8")
 
     def hear(self, event: Event) -> None:
+        """Take note of an event; called in the channel's thread, which must not end by it."""
+        try:
+            self._hear(event)
+        except Exception as error:  # noqa: BLE001 (told by the thread that waits)
+            self.broken = error
+
+    def _hear(self, event: Event) -> None:
         kind = event["kind"]
         if kind == DONE_EVENT:
             self.residents[event["rank"]] = event["resident"]
