@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from amlora_dist.config.loading import load_config
-from amlora_dist.errors import LeaseLostError
+from amlora_dist.errors import LeaseLostError, TrainingError
 from amlora_dist.training.worker_cache import WorkerCache
 from pipelines.cluster import event_channel
 from pipelines.cluster.event_channel import EventChannel
 from pipelines.cluster.executor import ClusterExecutor, has_outgrown
+from pipelines.cluster.session import RayCluster
 from pipelines.runs.executor import InProcess, executor_of
 from tests.tiny_config import write_config
 
@@ -60,6 +61,61 @@ def test_workers_are_replaced_when_one_has_grown_by_a_tenth_of_the_largest_node(
     node = 64 << 30
     assert [has_outgrown(grown, node) for grown in (-1, 0, 6 << 30, 7 << 30)] == [False, False, False, True]
     assert not has_outgrown(7 << 30, None)
+
+
+class Group:
+    """Stands in for workers: what matters here is when they are made and when they end."""
+
+    made: ClassVar[list[Group]] = []
+
+    def __init__(self, placement: Any, workers: int, *, gpus: bool) -> None:
+        self.workers, self.lives, self.ended, self.grown = workers, True, "", 0
+        self.made.append(self)
+
+    def run(self, work: Any, on_event: Any, watch: Any) -> None:
+        if work is not None:
+            raise work
+
+    def end(self) -> None:
+        self.ended = "idle"
+
+    def abandon(self) -> None:
+        self.ended = "at work"
+
+
+@pytest.mark.parametrize("lifetime", ["run", "stage"])
+def test_workers_are_made_again_when_they_have_to_be(lifetime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, waits = {"workers": 2}, []
+    monkeypatch.setattr(Group, "made", [])
+    monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", Group)
+    monkeypatch.setattr("pipelines.cluster.executor.resources.in_cluster", lambda: SimpleNamespace(largest_node=100))
+    monkeypatch.setattr(RayCluster, "ready", lambda self, placement, *, again: waits.append(again))
+    monkeypatch.setattr(RayCluster, "workers", lambda self, placement: there["workers"])
+    monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
+    executor = ClusterExecutor(2, lifetime=lifetime)
+
+    def stage(error: Exception | None = None) -> Group:
+        executor.ready(None, again=False)  # type: ignore[arg-type]
+        executor.run(error, lambda event: None, lambda: None)  # type: ignore[arg-type]
+        return Group.made[-1]
+
+    first = stage()
+    assert (stage() is first) == (lifetime == "run")
+    there["workers"] = 1  # a node has left
+    smaller = stage()
+    assert smaller is not first and first.ended == "idle"
+    smaller.grown = 11
+    stage()
+    after_growth = stage()
+    assert after_growth is not smaller and smaller.ended == "idle"
+    after_growth.lives = False  # lost while it had nothing to do
+    assert stage() is not after_growth and waits[-1] == (lifetime == "run"), "what was lost may come back"
+    with pytest.raises(TrainingError):
+        stage(TrainingError("diverged"))
+    assert Group.made[-1].ended == "at work"
+    last = stage()
+    executor.release()
+    assert last.ended == "idle"
 
 
 def test_every_worker_gets_each_plan_once_and_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
