@@ -436,8 +436,10 @@ def _destroy(engine: Any) -> None:
     engine.destroy()
     parameter_offload.FWD_MODULE_STACK.clear()  # each engine adds its model, and takes nothing away
     for member in vars(PartitionedParameterCoordinator).values():
-        if hasattr(member, "cache_clear"):  # remembers every coordinator that asked, and so its model
-            member.cache_clear()
+        within = [cell.cell_contents for cell in getattr(member, "__closure__", None) or ()]  # of a decorated one
+        for function in (member, *within):
+            if hasattr(function, "cache_clear"):  # remembers every coordinator that asked, and so its model
+                function.cache_clear()
 
 
 def join_process_group() -> None:
