@@ -6,6 +6,7 @@ process without either.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -85,9 +86,8 @@ def run_stage(
     """
     if distributed:
         join_process_group()
-    cache = cache or WorkerCache()
-    with disk_watched(), cache.stage():
-        _Stage(work, distributed, report, device, cache).run()
+    with disk_watched(), contextlib.nullcontext() if cache is None else cache.stage():
+        _Stage(work, distributed, report, device, cache or WorkerCache()).run()
 
 
 class _Stage:

@@ -98,7 +98,7 @@ class InProcess:
         from amlora_dist.training.stage import run_stage
         from amlora_dist.training.worker_cache import WorkerCache
 
-        if self._cache is None or not self._hold:
+        if self._cache is None and self._hold:
             self._cache = WorkerCache()
 
         def report(event: Event) -> None:
@@ -107,7 +107,7 @@ class InProcess:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reach("workers_started")
-        run_stage(work, distributed=False, report=report, device=device, cache=self._cache)
+        run_stage(work, distributed=False, report=report, device=device, cache=self._cache if self._hold else None)
 
     def release(self) -> None:
         """What is held is this process's own."""
