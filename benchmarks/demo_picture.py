@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines.cli.tables import show_result
-from pipelines.runs.sequence import load_result
+from pipelines.runs.results import load_result
 
 
 def main() -> None:

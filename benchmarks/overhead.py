@@ -4,6 +4,9 @@ A sequence of two tasks is run by ``amlora run`` on two workers; the same model,
 trained by a loop in plain PyTorch + DeepSpeed, two processes with gloo, without Ray, MLflow, checkpoints and progress.
 Compared is the first stage, from its second step on, without the trunk's cache, which the loop does not have.
 
+The sequence is run twice, with workers that stay (``worker_lifetime: run``) and with workers of one stage, in homes of
+their own; what both have learned must be equal.
+
     python benchmarks/overhead.py --json overhead.json     # the demo's model and rows
     python benchmarks/overhead.py --quick                  # a tiny random model
 """
@@ -11,8 +14,10 @@ Compared is the first stage, from its second step on, without the trunk's cache,
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,17 +48,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config, overrides = quick_run(folder) if arguments.quick else (REPOSITORY / "configs" / "demo.yaml", TWO_TASKS)
-        told = measure_run(folder, config, [*overrides, "training.cache_trunk=false"])
+        overrides = [*overrides, "training.cache_trunk=false"]
+        model = prepared_home(folder, config, overrides)
+        lifetimes = {name: measure_run(folder, config, overrides, model, name) for name in ("run", "stage")}
+        told = lifetimes["run"]
         plain = [measure_loop(folder, told["work"])["rate"] for _ in range(rounds)]
+    if told["learned"] != lifetimes["stage"]["learned"]:
+        sys.exit("workers that stay have learned something else than workers of one stage")
     out = {
         "tokens_per_second": {
             "amlora": told["rate"], "plain_fastest": max(plain), "plain_median": statistics.median(plain),
             "ratio_to_fastest": told["rate"] / max(plain), "ratio_to_median": told["rate"] / statistics.median(plain),
         },
-        "first_step_after_seconds": told["first_step"],
+        "whole_run_seconds": {name: found["whole"] for name, found in lifetimes.items()},
+        "first_step_after_seconds": {name: found["first_step"] for name, found in lifetimes.items()},
         "first_step_split": told["start"],
-        "between_stages_seconds": told["between"],
+        "between_stages_seconds": {name: found["between"] for name, found in lifetimes.items()},
         "between_stages_split": told["between_split"],
+        "between_stages_split_of_fresh_workers": lifetimes["stage"]["between_split"],
+        "equal": True,
     }  # fmt: skip
     print(shown(out))
     if arguments.json:
@@ -75,7 +88,7 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
     """``amlora`` itself, with the times of what its driver does written to ``spans``, a line each."""
     import functools
 
-    from pipelines import cli
+    from pipelines.cli.main import main as cli
     from pipelines.cluster import executor
     from pipelines.runs import journal
 
@@ -93,12 +106,12 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
 
         setattr(owner, name, outer)
 
-    timed(executor.RayCluster, "ready")
-    timed(executor.RayCluster, "run")
+    timed(executor.ClusterExecutor, "ready")
+    timed(executor.ClusterExecutor, "run")
     timed(journal.Publication, "upload_scores")
     timed(journal.Publication, "publish")
     sys.argv = ["amlora", *arguments]
-    cli.main()
+    cli()
 
 
 def shown(out: dict[str, Any]) -> str:
@@ -106,63 +119,82 @@ def shown(out: dict[str, Any]) -> str:
     for key, value in out.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {number:,.2f}" for name, number in value.items())
-        else:
-            value = f"{value:,.1f}"
         lines.append(f"{key.replace('_', ' ')}: {value}")
     return "\n".join(lines)
 
 
-def measure_run(folder: Path, config: Path, overrides: list[str]) -> dict[str, Any]:
+def prepared_home(folder: Path, config: Path, overrides: list[str]) -> Path:
+    """A home with the base model in it: converting a packaged one is no part of what is measured."""
+    home = folder / "prepared"
+    home.mkdir()
+    code = (
+        "import json, sys; from pathlib import Path; from amlora_dist.base_model import resolve_base\n"
+        "from amlora_dist.config.loading import load_config\n"
+        "resolve_base(load_config(sys.argv[1], json.loads(sys.argv[2])).model, Path(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, str(config), json.dumps(overrides), str(home)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
+    return home
+
+
+def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path, lifetime: str) -> dict[str, Any]:
     """Run it, and read the times from the driver's spans and the workers' own progress files."""
-    home, spans = folder / "home", folder / "spans.jsonl"
+    home, spans = folder / lifetime, folder / f"{lifetime}.jsonl"
+    shutil.copytree(prepared, home)
     command = [
-        sys.executable, __file__, "--timed", str(spans), "run", str(config), *overrides, "--run-id", "overhead", "--json",
+        sys.executable, __file__, "--timed", str(spans), "run", str(config), *overrides, f"worker_lifetime={lifetime}",
+        "--run-id", "overhead", "--json",
     ]  # fmt: skip
     environment = os.environ | {"AMLORA_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
     began = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ended = time.time()
     if done.returncode:
         sys.exit(done.stderr)
     driver = [json.loads(line) for line in spans.read_text().splitlines()]
     ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
-    events = []
-    for stage in json.loads(done.stdout)["stages"]:
-        file = home / "storage" / "stages" / stage["fingerprint"] / "progress.jsonl"
-        events.append([json.loads(line) for line in file.read_text().splitlines()])
+    events, result = [], json.loads(done.stdout)
+    learned: list[Any] = [result["accuracy_matrix"]]
+    for stage in result["stages"]:
+        place = home / "storage" / "stages" / stage["fingerprint"]
+        events.append([json.loads(line) for line in (place / "progress.jsonl").read_text().splitlines()])
+        learned.append(hashlib.sha256((place / "trained" / "adapter.safetensors").read_bytes()).hexdigest())
 
     def at(stage: int, kind: str) -> float:
         return float(next(event["time"] for event in events[stage] if event["kind"] == kind))
 
     def worker(stage: int) -> dict[str, float]:
-        """From the moment that the driver hands the stage to Ray Train."""
+        """From the moment that the driver asks for workers."""
         first = next(event for event in events[stage] if event["kind"] == "worker")
-        return {
-            "Ray: controller and workers": first["entered"] - runs[stage]["began"],
-            "imports in the worker": first["time"] - first["entered"],
-            "loading the model, engine": at(stage, "trainable") - first["time"],
+        asked = ready[stage]["began"]
+        fresh = first["ready"] > asked
+        start = {
+            "Ray: controller and workers": first["entered"] - asked,
+            "imports in the worker": first["ready"] - first["entered"],
+            "plan": first["time"] - first["ready"],
+        }
+        return (start if fresh else {"plan": first["time"] - asked}) | {
+            "model and engine": at(stage, "trainable") - first["time"],
             "features of the rows": at(stage, "statistics") - at(stage, "trainable"),
             "first step": at(stage, "step") - at(stage, "statistics"),
         }
 
     steps = [event for event in events[0] if event["kind"] == "step"]
     left = max(event["time"] for event in events[0])
-    gap = [span for span in driver if runs[0]["ended"] <= span["began"] < runs[1]["began"]]
+    gap = [span for span in driver if runs[0]["ended"] <= span["began"] < ready[1]["began"]]
     publishing = sum(span["ended"] - span["began"] for span in gap if span["what"] in ("upload_scores", "publish"))
     return {
         "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
         "work": {"config": str(config), "overrides": overrides, "home": str(home)},
+        "learned": learned,
+        "whole": ended - began,
         "first_step": at(0, "step") - began,
-        "start": {
-            "imports and checks in the driver": ready[0]["began"] - began,
-            "Ray: starting the cluster": ready[0]["ended"] - ready[0]["began"],
-            "driver": runs[0]["began"] - ready[0]["ended"],
-            **worker(0),
-        },
+        "start": {"driver, while Ray starts": ready[0]["began"] - began, **worker(0)},
         "between": at(1, "step") - left,
         "between_split": {
-            "Ray: ending the workers": runs[0]["ended"] - left,
+            "end of the stage": runs[0]["ended"] - left,
             "publishing": publishing,
-            "driver": runs[1]["began"] - runs[0]["ended"] - publishing,
+            "driver": ready[1]["began"] - runs[0]["ended"] - publishing,
             **worker(1),
         },
     }

@@ -49,9 +49,13 @@ LIGHT = [
     "amlora_dist.methods",
     "amlora_dist.base_model",
     "amlora_dist.config.search_space",
+    "amlora_dist.registry.store",
     "pipelines.cli.main",
     "pipelines.cli.tables",
     "pipelines.runs.progress",
+    "pipelines.runs.results",
+    "pipelines.cli.bank_output",
+    "pipelines.cluster.executor",
     "pipelines.cli.output",
 ]
 

@@ -20,7 +20,8 @@ from amlora_dist.registry.store import Store
 from pipelines.cluster.jobs import Job
 from pipelines.cluster.submit import PRIVATE, submit_run
 from pipelines.runs.progress import Silent
-from pipelines.runs.sequence import load_result, run_sequence
+from pipelines.runs.results import load_result
+from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config
 
 SECRET = "hunter2secret"

@@ -120,7 +120,8 @@ def _url_fault(url: str, workers: int) -> Fault | None:
 
 
 UNSEARCHABLE = (
-    "name", "workers", "data_dir", "registered_model", "storage", "mlflow", "deepspeed", "search", "evaluation",
+    "name", "workers", "worker_lifetime", "data_dir", "registered_model", "storage", "mlflow", "deepspeed", "search",
+    "evaluation",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.cache_trunk", "training.cache_trunk_gb",
 )  # fmt: skip

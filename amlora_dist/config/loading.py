@@ -61,6 +61,8 @@ class RunConfig:
     min_workers: int | None = Field(default=None, ge=1, le=4096)
     """Elastic between stages: each takes as many workers as the cluster has, from this many up to ``workers``. Default:
     ``workers``, no fewer."""
+    worker_lifetime: Literal["run", "stage"] = "run"
+    """How long workers live: for all stages, with the base model and the rows loaded, or for one. Changes no result."""
     placement: Literal["PACK", "SPREAD"] = "PACK"
     """Where Ray puts a stage's workers: on few nodes, or on many."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.errors import BankError
 from amlora_dist.registry.bank_files import ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_RECIPE
 from amlora_dist.registry.manifest import AdapterEntry, Manifest
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from amlora_dist.adapters.adapter import Adapter
 
 MODEL_FILE, CONFIG_FILE, RECIPE_FILE = ADAPTER_MODEL, ADAPTER_CONFIG, ADAPTER_RECIPE
 ADAPTER_FILES = (MODEL_FILE, RECIPE_FILE)
@@ -36,6 +38,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapter:
     """Read one adapter and compare names, shapes, dtypes, values and digest with the manifest."""
+    from amlora_dist.adapters.adapter import Adapter
+
     home = folder / line.folder
     if not (home / MODEL_FILE).exists() and line.stored is not None:
         where = f"run {line.stored.run}, {line.stored.artifact_path}"

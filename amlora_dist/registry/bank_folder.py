@@ -24,11 +24,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
 from amlora_dist.files import rename_synced
@@ -61,6 +58,11 @@ from amlora_dist.registry.manifest import (
 )
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors, write_text
 from amlora_dist.tasks.task_entry import TaskEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from amlora_dist.adapters.adapter import Adapter
 
 log = logging.getLogger(__name__)
 

@@ -172,10 +172,9 @@ def hub_errors(repository: str, doing: str) -> Iterator[None]:
     Raises:
         HubError: says who has to do what.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
     from huggingface_hub.errors import (
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # of the client's own HTTP library
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -201,7 +200,7 @@ def hub_errors(repository: str, doing: str) -> Iterator[None]:
         if status == 412:
             raise HubError(f"{repository} was changed by somebody meanwhile; run the command again") from None
         raise HubError(f"the Hub answered {status} for {repository}: {_first_line(error)}") from None
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the client's HTTP library
         if isinstance(error, OSError) and error.filename is not None:  # a file of ours, not the network
             raise
         reason = plain_reason(error).partition("\n")[0]

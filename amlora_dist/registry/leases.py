@@ -255,7 +255,13 @@ def acquire(
 
 
 def claim_or_wait(
-    entries: Entries, fingerprint: str, *, label: str = "", deadline_s: float, timing: Timing | None = None
+    entries: Entries,
+    fingerprint: str,
+    *,
+    label: str = "",
+    deadline_s: float,
+    timing: Timing | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> Lease | None:
     """Claim a training fingerprint, or wait for who has claimed it.
 
@@ -265,6 +271,7 @@ def claim_or_wait(
         label: what a person should read in messages ("stage agnews of run orders").
         deadline_s: how long to wait for the other holder.
         timing: seconds.
+        on_wait: called before it waits: the other holder may need what the caller has.
 
     Returns:
         The claim (nobody had it, or the holder died), or None when another holder ended. Either way look for a
@@ -279,6 +286,8 @@ def claim_or_wait(
     while True:
         state = read_state(entries, stage_key(fingerprint))
         if state is not None and not state.released:
+            if on_wait is not None:
+                on_wait()
             seen = _watch(entries, state, timing)
             if seen == "changed":
                 return None

@@ -260,11 +260,17 @@ class Store(Runs):
         )
 
     def claim_stage(
-        self, training_fingerprint: str, *, label: str = "", deadline_s: float, timing: Timing | None = None
+        self,
+        training_fingerprint: str,
+        *,
+        label: str = "",
+        deadline_s: float,
+        timing: Timing | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> Lease | None:
         """Claim a training fingerprint, or wait for who has it; see ``leases.claim_or_wait``."""
         return leases.claim_or_wait(
-            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing
+            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing, on_wait=on_wait
         )
 
     def drop_claim(self, training_fingerprint: str, *, label: str) -> None:

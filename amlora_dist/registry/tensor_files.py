@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from amlora_dist.errors import BankError
 from amlora_dist.files import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = {"F64", "F32", "F16", "BF16", "I64"}
 """What a bank may hold; anything else is damage or not ours."""
@@ -24,6 +25,8 @@ def write_text(file: Path, text: str) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name; views are copied, so that no two names share storage."""
+    from safetensors.torch import save
+
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes(file, save(copies, metadata={"format": "pt"}))
 
@@ -58,6 +61,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def check_finite(file: Path | str, name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinity."""
+    import torch
+
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise BankError(

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor
 
 from amlora_dist.training.engine import local_part
 
 
-def weights_checksum(model: nn.Module, leave_out: set[int]) -> tuple[int, int]:
-    """Checksum of the bits of all parameters but some, as this rank holds them: two sums modulo 2^64.
+def weights_checksum(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    """Checksum of the bits of parameters, as this rank holds them: two sums modulo 2^64.
 
     They are sums of eight-byte words. The second weighs every word by its place, so that exchanged values show too. A
     changed bit changes the first sum; it is no defence against an adversary.
     """
     plain = weighted = 0
     with torch.no_grad():
-        for number, parameter in enumerate(model.parameters(), start=1):
-            if id(parameter) in leave_out:
-                continue
+        for number, parameter in enumerate(parameters, start=1):
             part = local_part(parameter).detach().contiguous().view(-1).view(torch.uint8)
             if part.data_ptr() % 8:
                 part = part.clone()

@@ -11,9 +11,10 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -96,6 +97,9 @@ class Engine(Protocol):
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all that ``export_state`` gives."""
 
+    def destroy(self) -> None:
+        """Let go of the model, on every rank, after its last pass; ZeRO-3 leaves no parameter whole."""
+
 
 def _state_shapes(trainable: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trainable.items()}
@@ -176,6 +180,9 @@ class PlainEngine:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return _state_shapes(self._parameters)
+
+    def destroy(self) -> None:
+        """Nothing but this object holds what it has made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +284,9 @@ class DeepSpeedEngine:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return _state_shapes(self._trainable)
+
+    def destroy(self) -> None:
+        _destroy(self._engine)
 
     @property
     def _partitioned(self) -> bool:
@@ -402,13 +412,34 @@ def local_part(parameter: Tensor) -> Tensor:
     return part
 
 
-def inference_model(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A model without anything to train, made ready to run: ZeRO-3 gathers its layers as they are needed."""
+def inference_model(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, Callable[[], None]]:
+    """A model without anything to train, made ready to run, and what lets go of it after its last pass.
+
+    ZeRO-3 gathers its layers as they are needed.
+    """
     if int(config["zero_optimization"]["stage"]) != 3:
-        return model
+        return model, lambda: None
     engine, _, _, _ = _deepspeed().initialize(model=model, config=dict(config), dist_init_required=False)
-    module: nn.Module = engine.module
-    return module
+    return engine.module, partial(_destroy, engine)
+
+
+def _destroy(engine: Any) -> None:
+    """Take a DeepSpeed engine apart; its hooks on modules go with ``module_state``.
+
+    Raises:
+        RuntimeError: a parameter that ZeRO-3 shares out cannot be let go of.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.empty_partition_cache()  # small parameters stay whole between passes
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()  # each engine adds its model, and takes nothing away
+    for member in vars(PartitionedParameterCoordinator).values():
+        within = [cell.cell_contents for cell in getattr(member, "__closure__", None) or ()]  # of a decorated one
+        for function in (member, *within):
+            if hasattr(function, "cache_clear"):  # remembers every coordinator that asked, and so its model
+                function.cache_clear()
 
 
 def join_process_group() -> None:

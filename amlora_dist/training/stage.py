@@ -6,8 +6,9 @@ process without either.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
 from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.adapters.targets import default_depths, default_router_layer
-from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
+from amlora_dist.base_model import BaseModel
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
@@ -30,8 +31,7 @@ from amlora_dist.evaluation.decoding import check_room
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.methods import method_for
 from amlora_dist.methods.base import Trained
-from amlora_dist.tasks.batches import Example, encode, label_tokens
-from amlora_dist.tasks.prompts import template_for
+from amlora_dist.tasks.batches import Example, label_tokens
 from amlora_dist.training.batching import Layout, LossComputer
 from amlora_dist.training.best_checkpoint import BestKeeper
 from amlora_dist.training.checkpoint import Progress
@@ -55,10 +55,11 @@ from amlora_dist.training.rate_race import run_rate_race
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
+from amlora_dist.training.stage_rows import StageRows
 from amlora_dist.training.stage_spec import StageWork
 from amlora_dist.training.stage_statistics import StageStatistics
 from amlora_dist.training.trunk_cache import TrunkCache
-from amlora_dist.training.zero3_loading import load_partitioned
+from amlora_dist.training.worker_cache import WorkerCache
 
 __all__ = ["StoppedError", "run_stage"]
 
@@ -67,8 +68,17 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def run_stage(work: StageWork, *, distributed: bool, report: Report, device: torch.device) -> None:
+def run_stage(
+    work: StageWork, *, distributed: bool, report: Report, device: torch.device, cache: WorkerCache | None = None
+) -> None:
     """Do what ``work`` says and is not done yet; safe to call again after any interruption.
+
+    Args:
+        work: the stage.
+        distributed: on every rank of a process group, under DeepSpeed.
+        report: takes events, on rank 0.
+        device: of this rank.
+        cache: what this process keeps from stage to stage; default: nothing.
 
     Raises:
         StoppedError: asked to stop; a checkpoint has been written.
@@ -77,33 +87,46 @@ def run_stage(work: StageWork, *, distributed: bool, report: Report, device: tor
     """
     if distributed:
         join_process_group()
+    kept = cache or WorkerCache()
+
+    def begun(one: StageWork, steps: int) -> float:
+        with kept.stage():
+            return _Stage(one, distributed, report, device, kept).begin(steps)
+
     with disk_watched():
-        if work.race is None:
-            _Stage(work, distributed, report, device).run()
+        if work.race is not None:
+            ranks: Ranks = Group() if distributed else Alone()
+            run_rate_race(work, work.race, begun, writes=ranks.rank == 0)
             return
-        ranks: Ranks = Group() if distributed else Alone()
-        run_rate_race(
-            work, work.race, lambda one, steps: _Stage(one, distributed, report, device).begin(steps),
-            writes=ranks.rank == 0,
-        )  # fmt: skip
+        with contextlib.nullcontext() if cache is None else cache.stage():
+            _Stage(work, distributed, report, device, kept).run()
 
 
 class _Stage:
-    def __init__(self, work: StageWork, distributed: bool, report: Report, device: torch.device) -> None:
-        self.work, self.distributed, self.device = work, distributed, device
+    def __init__(
+        self, work: StageWork, distributed: bool, report: Report, device: torch.device, cache: WorkerCache
+    ) -> None:
+        self.work, self.distributed, self.device, self.cache = work, distributed, device, cache
         self.settings = work.settings
         self.ranks: Ranks = Group() if distributed else Alone()
         self._report = report
         self.base: BaseModel = work.base_model()
-        self.tokenizer: Any = load_tokenizer(self.base.path)
+        self.tokenizer: Any = cache.tokenizer(self.base)
         self.method = method_for(self.settings)
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
         self.lead = PromptSlots(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
+        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.lead)
         self.config = self._deepspeed_config() if distributed else None
+        self._release: Callable[[], None] | None = None
+        """Lets go of the model that the stage has used, after its last pass."""
 
     def run(self) -> None:
+        self._run()
+        self._end()
+
+    def _run(self) -> None:
         trained = self._agree()
         if not self.method.trains:
             self._scoring(self._ready(self._load_base()), None, [], None).run()
@@ -152,8 +175,8 @@ class _Stage:
             mixture,
             adapters,
             trunk,
-            examples=self._examples,
-            plain_rows=lambda task, split: self.work.data(task, (split,)).rows[split],
+            examples=self.rows.examples,
+            plain_rows=self.rows.plain,
             tokenizer=self.tokenizer,
             encoder_decoder=self.base.encoder_decoder,
             ranks=self.ranks,
@@ -164,7 +187,9 @@ class _Stage:
 
     def _ready(self, model: Any) -> Any:
         """A model that nothing will train, where it runs."""
-        return (inference_model(model, self.config) if self.config else model).to(self.device)
+        if self.config is not None:
+            model, self._release = inference_model(model, self.config)
+        return model.to(self.device)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -174,11 +199,11 @@ class _Stage:
         adapters = [parent.adapter for parent in parents]
         mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
         engine = self._engine(mixture)
-        trainable = {id(p) for p in mixture.trainable().values()}
+        self._release = engine.destroy
         self._announce(mixture)
-        before = weights_checksum(engine.model, trainable)
+        before = self._checksums(mixture)
 
-        every, replayed = self._training_rows()
+        every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         trunk, makes = self._trunk(mixture), self._statistics(engine)
         earlier = [parent.statistics for parent in parents]
@@ -204,7 +229,7 @@ class _Stage:
         if self.method.learns:
             progress = learner.run(progress)
         reach("training_ended")
-        if weights_checksum(engine.model, trainable) != before:
+        if self._checksums(mixture) != before:
             raise TrainingError("the base model or an old adapter changed while training")
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
@@ -233,8 +258,9 @@ class _Stage:
         model = self._load_base()
         mixture = self._inject(model, [], new=self._new_adapter([]))
         engine = self._engine(mixture)
+        self._release = engine.destroy
         self._announce(mixture)
-        every, replayed = self._training_rows()
+        every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         own, unseen = self._divided(self._statistics(engine), every)
         loss = self._loss(model, self._trunk(mixture))
@@ -243,7 +269,14 @@ class _Stage:
         if held_loss is None:
             raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
         learner.run(learner.resume() or Progress(fingerprint=self.work.fingerprint, step=0), until=steps)
-        return held_loss()
+        lost = held_loss()
+        self._end()
+        return lost
+
+    def _end(self) -> None:
+        if self._release is not None:
+            self._release()
+        self.ranks.gather(None)  # a stage has ended when it has on every rank
 
     def _divided(self, makes: StageStatistics, every: list[Example]) -> tuple[list[Example], list[Example]]:
         """The stage's own rows: those that it trains on, and those that nobody sees."""
@@ -296,26 +329,12 @@ class _Stage:
         )
         return learner, held_loss
 
-    def _training_rows(self) -> tuple[list[Example], list[Example]]:
-        """The rows that the stage is about, and those of earlier tasks that the method lets it see again.
 
-        Tasks come by name: the fingerprint says whose rows they are, not in which order a sequence has them.
-        """
-        own: list[Example] = []
-        replayed: list[Example] = []
-        for task, limit in sorted((self.work.rows or {self.work.task: None}).items()):
-            examples = self._examples(task, "train")
-            if limit is None:
-                own += examples
-            else:
-                replayed += self._sample(examples, limit, "replay", task)
-        for task, count in self.work.mixed.items():
-            own += self._sample(self._examples(task, "train"), count, "mixed", f"{self.work.task}/{task}")
-        return own, replayed
-
-    def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
-        generator = torch.Generator().manual_seed(named_seed(self.settings.seed, purpose, name))
-        return [examples[i] for i in sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())]
+    def _checksums(self, mixture: Mixture) -> list[tuple[int, int]]:
+        """Of the base model, which is what it was when it was loaded, and of all else that must not train."""
+        leave_out = self.cache.base_parameters() | {id(p) for p in mixture.trainable().values()}
+        others = weights_checksum(p for p in mixture.model.parameters() if id(p) not in leave_out)
+        return [self.cache.base_checksum(), others]
 
     def _row_losses(
         self, engine: Engine, loss: LossComputer, examples: Sequence[Example], gate: Tensor | None, count: int
@@ -392,33 +411,15 @@ class _Stage:
         if self.ranks.rank == 0:
             self._report(event)
 
-    def _examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
-        """Rows as the model reads them; ``plain``: without the places of learned prompts."""
-        spec = self.work.spec(task)
-        data = self.work.data(task, (split,))
-        template = template_for(spec, spec.prompt_style)
-        examples = encode(
-            data.rows[split],
-            spec,
-            template,
-            self.tokenizer,
-            max_length=int(spec.max_length or 512),
-            encoder_decoder=self.base.encoder_decoder,
-            prompt_format=self.settings.prompt_format,
-        )
-        if self.lead is None or plain:
-            return examples
-        return [replace(example, prompt=self.lead.before(example.prompt), span=None) for example in examples]
-
     def _load_base(self) -> Any:
-        dtype, attention = DTYPES[self.settings.dtype], self.settings.attention
-        if self.config is not None and self.config["zero_optimization"]["stage"] == 3:
-            model = load_partitioned(self.base, self.config, dtype=dtype, attention=attention)
-        else:
-            model = load_model(self.base, dtype=dtype, attention=attention)
-        if self.settings.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+        return self.cache.base_model(
+            self.base,
+            config=self.config,
+            dtype=DTYPES[self.settings.dtype],
+            attention=self.settings.attention,
+            device=self.device,
+            gradient_checkpointing=self.settings.training.gradient_checkpointing,
+        )
 
     def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
         layer = self.settings.router.layer

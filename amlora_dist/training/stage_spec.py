@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ Mode = str
 """``untrained``, ``router``, ``oracle`` (told the task), ``own`` (as ``router``, but each row behind its own task's prompt,
 which tells the task), or ``without.N``: as ``router``, the Nth adapter silent."""
 WITHOUT = "without."
+
+
+@lru_cache(maxsize=256)
+def _parsed(task: str, mapping: str) -> TaskSpec:
+    return read_mapping(json.loads(mapping), origin=Path(f"task {task}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +230,8 @@ class StageWork:
         return TypeAdapter(TaskEntry).validate_python(self.entries[task]) if task in self.entries else None
 
     def spec(self, task: str) -> TaskSpec:
-        return read_mapping(self.tasks[task], origin=Path(f"task {task}"))
+        """Specification of a task; parsed once in a process, and nobody's to change."""
+        return _parsed(task, json.dumps(self.tasks[task]))
 
     def data(self, task: str, splits: tuple[str, ...]) -> TaskData:
         """The rows of a task, which must be those the driver saw.

@@ -118,7 +118,7 @@ def show(
         from pipelines.cli.output import stdout_to_stderr
 
         with stdout_to_stderr():
-            from pipelines.runs.sequence import load_result
+            from pipelines.runs.results import load_result
 
             result = load_result(checked_run_id(run_id), tracking_uri)
         _print_result(result, as_json=as_json)

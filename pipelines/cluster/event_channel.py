@@ -1,17 +1,17 @@
-"""A line between a stage's workers and its driver where they share no folder: events one way, the wish to stop the other.
+"""The channel between a run's driver and its workers: plans and the wish to stop go down, events come up.
 
-What the line carries lies in files of the stage's folder at both ends, so that following a stage, stopping it and telling
-why it ended is one thing, with a shared folder and without.
+It is the one way in every placement, whether driver and workers share folders or not. Questions wait in the actor until
+there is an answer, so that nobody polls.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,110 +19,192 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
-ERROR_EVENT = "error"
-POLL_S = 0.5
+WAIT_S = 20.0
+"""For which a question waits in the channel for its answer, before it is asked again."""
 DEADLINE_S = 30.0
-"""Of one question over the line."""
+"""Of one question, on top."""
+CLOSING = "closing"
 
 
-class Line:
+class EventChannel:
     """The actor in the middle; it lives on the driver's node, and dies with the driver."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._stop = False
+        self._number, self._plan = 0, ""
+        self._stop = 0
+        self._changed = asyncio.Condition()
 
-    def tell(self, event: Event) -> None:
+    async def tell(self, event: Event) -> None:
         """A worker's word."""
         self._events.append(event)
+        await self._notify()
 
-    def take(self, stop: bool) -> list[Event]:
-        """The driver's question: what was said since the last one; ``stop`` goes the other way."""
-        self._stop = self._stop or stop
+    async def take(self) -> list[Event]:
+        """The driver's question: what was said since the last one."""
+        await self._until(lambda: bool(self._events))
         events, self._events = self._events, []
         return events
 
-    def stopped(self) -> bool:
+    async def hand_out(self, number: int, plan: str) -> None:
+        """The driver's word: the plan of stage ``number``, from 1; an empty one is the end."""
+        self._number, self._plan = number, plan
+        await self._notify()
+
+    async def plan(self, after: int) -> tuple[int, str] | None:
+        """A worker's question: the plan behind number ``after``; None if there is none yet."""
+        await self._until(lambda: self._number > after)
+        return (self._number, self._plan) if self._number > after else None
+
+    async def stop(self, number: int) -> None:
+        """The driver's word: stage ``number`` should stop at its next step."""
+        self._stop = number
+        await self._notify()
+
+    async def stopped(self, number: int) -> bool:
         """A worker's question."""
-        return self._stop
+        await self._until(lambda: self._stop >= number)
+        return self._stop >= number
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            async with self._changed:
+                await self._changed.wait_for(true)
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(wait(), WAIT_S)
 
 
-@contextlib.contextmanager
-def line_to(folder: Path, events: Path, error: Path) -> Iterator[Any]:
-    """The driver's end: appends what comes to ``events``, an error becomes the file ``error``; the handle for workers."""
-    import ray
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class DriverEnd:
+    """The driver's end: makes the channel and hands on what comes, in a thread.
 
-    from amlora_dist.training.checkpoint import write_text
-    from amlora_dist.training.loop import STOP_FILE
+    Args:
+        workers: how many there are.
+        on_event: takes events, one after another.
+    """
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    line = ray.remote(num_cpus=0)(Line).options(scheduling_strategy=here).remote()
-    ended = threading.Event()
+    def __init__(self, workers: int, on_event: Callable[[Event], None]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def take() -> None:
-        found = ray.get(line.take.remote((folder / STOP_FILE).exists()), timeout=DEADLINE_S)
-        with events.open("a", encoding="utf-8") as file:
-            for event in found:
-                if event.get("kind") == ERROR_EVENT:
-                    write_text(error, json.dumps(event))
-                else:
-                    file.write(json.dumps(event) + "\n")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(num_cpus=0, max_concurrency=1000 + 4 * workers)(EventChannel)
+        self.handle: Any = actor.options(scheduling_strategy=here).remote()
+        self._on_event = on_event
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="events", daemon=True)
+        self._thread.start()
 
-    def follow() -> None:
+    def hand_out(self, number: int, plan: str) -> None:
+        """Give all workers the plan of a stage; an empty one ends them."""
+        self._ask(self.handle.hand_out.remote(number, plan))
+
+    def stop(self, number: int) -> None:
+        """Tell rank 0 that a stage should stop."""
+        self._ask(self.handle.stop.remote(number))
+
+    def close(self) -> None:
+        """Hand on what has come until now, and end the channel."""
+        import ray
+        from ray.exceptions import RayError
+
+        self._ended.set()
+        with contextlib.suppress(RayError):
+            self._ask(self.handle.tell.remote({"kind": CLOSING}))  # behind all that was said
+            self._thread.join(timeout=DEADLINE_S)
+        ray.kill(self.handle)
+
+    def abandon(self) -> None:
+        """End the channel at once. Workers that are still at a stage end when they ask for the next one."""
+        import ray
+
+        self._ended.set()
+        ray.kill(self.handle)
+
+    @staticmethod
+    def _ask(reference: Any) -> Any:
+        import ray
+
+        return ray.get(reference, timeout=WAIT_S + DEADLINE_S)
+
+    def _follow(self) -> None:
+        from ray.exceptions import RayError
+
         while True:
-            last = ended.wait(POLL_S)
             try:
-                take()
-            except (RayError, OSError) as fault:
+                events = self._ask(self.handle.take.remote())
+            except RayError as fault:
+                if self._ended.is_set():
+                    return
                 log.warning("no word from the workers (%s)", fault)
-            if last:
-                return
-
-    thread = threading.Thread(target=follow, name="line", daemon=True)
-    thread.start()
-    try:
-        yield line
-    finally:
-        ended.set()
-        thread.join(timeout=2 * DEADLINE_S)
-        ray.kill(line)
+                self._ended.wait(1.0)
+                continue
+            for event in events:
+                if event["kind"] == CLOSING:
+                    return
+                self._on_event(event)
 
 
-class WorkersEnd:
-    """A worker's end of the line, or of none."""
+class WorkerEnd:
+    """A worker's end of the channel ``handle``."""
 
-    def __init__(self, line: Any, folder: Path) -> None:
-        from amlora_dist.training.loop import STOP_FILE
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._number = 0
 
-        self._line, self._stop = line, folder / STOP_FILE
+    def next_plan(self) -> str | None:
+        """Wait for the next stage's plan; None: there will be none, or the driver is gone."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        while True:
+            try:
+                found = ray.get(self._handle.plan.remote(self._number), timeout=WAIT_S + DEADLINE_S)
+            except GetTimeoutError:
+                continue
+            except RayActorError:
+                return None
+            if found is not None:
+                self._number, plan = found
+                return plan or None
 
     def tell(self, event: Event, *, wait: bool = False) -> None:
         """Say it to the driver; ``wait`` until it has come, because this process is about to end."""
-        if self._line is None:
-            return
         import ray
         from ray.exceptions import RayError
 
         with contextlib.suppress(RayError):  # the driver is gone: nobody listens
-            said = self._line.tell.remote(event | {"time": time.time()})
+            said = self._handle.tell.remote(event | {"time": time.time(), "number": self._number})
             if wait:
                 ray.get(said, timeout=DEADLINE_S)
 
-    def listen(self) -> None:
-        """From now on, in a thread: when the driver wants the stage to stop, put the stop file there."""
-        if self._line is not None:
-            self._stop.unlink(missing_ok=True)  # of an earlier attempt on this node
-            threading.Thread(target=self._listen, name="line", daemon=True).start()
+    @contextlib.contextmanager
+    def stops_in(self, file: Path) -> Iterator[None]:
+        """Inside, ``file`` appears when the driver wants the present stage to stop."""
+        file.unlink(missing_ok=True)  # of an earlier attempt on this node
+        ended = threading.Event()
+        threading.Thread(target=self._listen, args=(file, self._number, ended), name="stop", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            file.unlink(missing_ok=True)
 
-    def _listen(self) -> None:
+    def _listen(self, file: Path, number: int, ended: threading.Event) -> None:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import GetTimeoutError, RayActorError
 
-        pause = threading.Event()
-        while not pause.wait(POLL_S):
-            with contextlib.suppress(RayError, OSError):  # an answer that is late is asked for again
-                if ray.get(self._line.stopped.remote(), timeout=DEADLINE_S):
-                    self._stop.touch()
-                    return
+        while not ended.is_set():
+            try:
+                stop = ray.get(self._handle.stopped.remote(number), timeout=WAIT_S + DEADLINE_S)
+            except GetTimeoutError:
+                continue  # asked again
+            except RayActorError:
+                return
+            if stop and not ended.is_set():
+                file.touch()
+                return

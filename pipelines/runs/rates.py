@@ -29,7 +29,6 @@ from pipelines.runs import results
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
-    from pipelines.cluster.executor import RayCluster
     from pipelines.runs.inputs import Materials
     from pipelines.runs.journal import GrowingBank
     from pipelines.runs.progress import Progress
@@ -45,7 +44,7 @@ DEADLINE_S = 24 * 3600.0
 """How long a run waits for another one that races the same."""
 
 
-def settle_rate(driver: _Driver, bank: GrowingBank, cluster: RayCluster) -> dict[str, Any] | None:
+def settle_rate(driver: _Driver, bank: GrowingBank) -> dict[str, Any] | None:
     """Put a number in the place of ``training.learning_rate: auto`` in all that a run reads and stores.
 
     Returns:
@@ -71,7 +70,7 @@ def settle_rate(driver: _Driver, bank: GrowingBank, cluster: RayCluster) -> dict
         def work(fingerprint: str, folder: Path) -> StageWork:
             return driver._work(index=1, task=task, fingerprint=fingerprint, folder=folder, bank=bank, rows=rows)
 
-        chosen = search.raced(task, rows, mixed, work=work, execute=lambda one: driver._execute(one, [], cluster))
+        chosen = search.raced(task, rows, mixed, work=work, execute=lambda one: driver._execute(one, []))
     config = materials.config
     driver.config = materials.config = replace(config, training=replace(config.training, learning_rate=chosen.rate))
     driver.settings = materials.stage_settings()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.config.loading import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
-from amlora_dist.inference.loading import remember_base
 from amlora_dist.methods import method_for
 from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
@@ -29,13 +28,13 @@ from amlora_dist.training.remote_storage import Copies
 from amlora_dist.training.result import read_result, write_result
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode, Parent, StageWork
 from pipelines.cluster import resources
-from pipelines.cluster.executor import Event, Placement, RayCluster, run_in_process
+from pipelines.cluster.session import Placement
 from pipelines.runs import results
+from pipelines.runs.executor import Event, Executor, executor_of
 from pipelines.runs.inputs import Materials, gather_materials
 from pipelines.runs.interrupts import stops_handled
 from pipelines.runs.journal import GrowingBank, Publication, StageRecord, library_versions, statistics_digest
 from pipelines.runs.rates import settle_rate
-from pipelines.runs.results import load_result as load_result  # as it is known here
 from pipelines.runs.resume_check import check_rule_of_bank, refuse_other_configuration, refuse_other_data
 from pipelines.runs.retries import Failure, decide
 from pipelines.runs.takeover import first_there
@@ -43,6 +42,7 @@ from pipelines.runs.takeover import first_there
 if TYPE_CHECKING:
     from amlora_dist.registry.leases import Lease
     from amlora_dist.registry.versions import Version
+    from amlora_dist.training.worker_cache import WorkerCache
     from pipelines.runs.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class SearchContext:
     """Share of a GPU for each worker."""
     threads: int | None = None
     """Of each worker; other trials use the other CPUs of its node."""
+    cache: WorkerCache | None = None
+    """What this process keeps from run to run, for stages that it runs itself."""
 
 
 def run_sequence(
@@ -106,51 +108,56 @@ def _run_sequence(
 ) -> dict[str, Any]:
     place = home()
     resources.check_folder(place)
-    model = config.registered_model = config.registered_model or run_id
-    began = time.monotonic()
-    materials = gather_materials(config, place)
-    config = materials.config
-    storage, copies = storage_of(config)
-    resources.check_folder(storage, "storage")
-    demand = materials.demand(within.gpus if within else 1.0)
     elsewhere = bool(config.workers and os.environ.get("RAY_ADDRESS"))
-    resources.refuse(resources.missing(demand, resources.here(storage, alone=not elsewhere)))
     if elsewhere:
         resources.knock()
-    if copies:
-        Copies(copies, storage).check()
-    store = Store.open(place, config.mlflow.tracking_uri)
-    mapping = public_configuration(to_mapping(config))
-    own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
-    refuse_other_configuration(store, own, mapping, name)
-    if refuse_other_data(store, [own], materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
-        progress.note("the data has changed since this run began: stages that read it are trained again")
-    remember_base(materials.base)
-    with store.hold_run(run_id, model) as lease:
-        if alone:
-            progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
-        store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
-        parent_run = store.parent_run(model, run_id, mapping, below=within.run if within else None)
-        driver = _Driver(config, mapping, run_id, materials, store, lease, parent_run, progress, storage, within)
-        status = "FAILED"
+    began = time.monotonic()
+    with executor_of(config, within.cache if within else None, verbose=verbose) as executor:
+        executor.prepare()
+        from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
+
+        materials = gather_materials(config, place)
+        config = materials.config
+        model = config.registered_model = config.registered_model or run_id
+        storage, copies = storage_of(config)
+        resources.check_folder(storage, "storage")
+        demand = materials.demand(within.gpus if within else 1.0)
+        resources.refuse(resources.missing(demand, resources.here(storage, alone=not elsewhere)))
+        if copies:
+            Copies(copies, storage).check()
+        store = Store.open(place, config.mlflow.tracking_uri)
+        mapping = public_configuration(to_mapping(config))
+        own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
+        refuse_other_configuration(store, own, mapping, name)
+        if refuse_other_data(store, [own], materials.facts(), results.MATERIALS, name, allow=allow_changed_data):
+            progress.note("the data has changed since this run began: stages that read it are trained again")
+        remember_base(materials.base)
         placement = Placement(
             config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
             config.placement, None if copies is None else f"{copies}/ray",
         )  # fmt: skip
-        try:
-            with RayCluster(placement, verbose=verbose) as cluster:
-                result = driver.run(cluster, began)
-            status = "FINISHED"
-        except AmloraError as error:
-            status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
-            raise
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            with contextlib.suppress(AmloraError):
-                lease.check()
-                store.end_run(parent_run, status)
+        with store.hold_run(run_id, model) as lease:
+            if alone:
+                progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
+            store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
+            parent_run = store.parent_run(model, run_id, mapping, below=within.run if within else None)
+            driver = _Driver(
+                config, mapping, run_id, materials, store, lease, parent_run, progress, storage, executor, placement, within
+            )
+            status = "FAILED"
+            try:
+                result = driver.run(began)
+                status = "FINISHED"
+            except AmloraError as error:
+                status = "KILLED" if error.exit_code in (130, 143) else "FAILED"
+                raise
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                with contextlib.suppress(AmloraError):
+                    lease.check()
+                    store.end_run(parent_run, status)
         reach("run_closed")
     return result
 
@@ -169,11 +176,13 @@ class _Driver:
         parent_run: str,
         progress: Progress,
         storage: Path,
+        executor: Executor,
+        placement: Placement,
         within: SearchContext | None = None,
     ) -> None:
         self.config, self.run_id, self.materials = config, run_id, materials
         self.store, self.lease, self.parent_run, self.progress = store, lease, parent_run, progress
-        self.storage, self.within = storage, within
+        self.storage, self.executor, self.placement, self.within = storage, executor, placement, within
         self.settings = materials.stage_settings()
         self.method = method_for(self.settings)
         self.tasks = materials.tasks
@@ -183,16 +192,16 @@ class _Driver:
         self.publication = Publication(store, lease, self.model_name, run_id, parent_run, mapping, materials)
         self.stages: list[StageRecord] = []
 
-    def run(self, cluster: RayCluster, began: float) -> dict[str, Any]:
+    def run(self, began: float) -> dict[str, Any]:
         """All stages; the result."""
         bank = self._starting_bank()
-        chosen = settle_rate(self, bank, cluster)
+        chosen = settle_rate(self, bank)
         facts = self.materials.facts() | {"parent_tasks": [parent.task for parent in bank.parents], "rate": chosen}
         self.store.log_json(self.parent_run, results.MATERIALS, facts | {"versions": library_versions()})
         for index, task in enumerate(self.names, start=1):
             self.progress.stage(task, index, len(self.names))
             started = time.monotonic()
-            record = self._stage(index, task, bank, cluster) if self.method.trains else self._untrained(task, cluster)
+            record = self._stage(index, task, bank) if self.method.trains else self._untrained(task)
             record.other_seconds = max(
                 0.0, time.monotonic() - started - (0.0 if record.reused else record.train_seconds) - record.score_seconds
             )
@@ -214,7 +223,7 @@ class _Driver:
 
     # -- one stage ----------------------------------------------------------------------------------------------
 
-    def _stage(self, index: int, task: str, bank: GrowingBank, cluster: RayCluster) -> StageRecord:
+    def _stage(self, index: int, task: str, bank: GrowingBank) -> StageRecord:
         if not self.method.inherits:
             bank.parents, bank.fingerprints, bank.statistics, bank.version = [], [], [], None
         position = len(bank.parents) + 1
@@ -248,7 +257,7 @@ class _Driver:
                 write_result(work.trained, read_result(Path(parents[-1].folder)))
             open_cells = [cell for cell in cells if cell.fingerprint not in known and not cell.done]
             if open_cells or not work.is_trained:
-                self._execute(work, open_cells, cluster)
+                self._execute(work, open_cells)
             result = read_result(work.trained)
             record.take(result, cells, known)
             bank.parents = [*bank.parents, Parent(task, result.adapter.digest(), str(work.trained))]
@@ -269,7 +278,7 @@ class _Driver:
         self.progress.note(f"stage {index} {task}: {told}, version {record.version} of {self.model_name}")
         return record
 
-    def _untrained(self, name: str, cluster: RayCluster) -> StageRecord:
+    def _untrained(self, name: str) -> StageRecord:
         """The one stage of a method that trains nothing: scores of the base model, and no version."""
         fingerprint = self.materials.training_fingerprint(self.method, 1, name, [], [], {})
         record = StageRecord(index=1, task=name, fingerprint=fingerprint)
@@ -281,7 +290,7 @@ class _Driver:
         if open_cells:
             work = self._work(index=1, task=name, fingerprint=fingerprint, folder=folder, bank=GrowingBank(), rows={})
             replace(work, cells=cells).bring()
-            self._execute(work, open_cells, cluster)
+            self._execute(work, open_cells)
         record.reused = not open_cells
         record.score(cells, known)
         record.scores += [score | {"mode": "router"} for score in record.scores]
@@ -307,7 +316,9 @@ class _Driver:
             if found is not None:
                 self.store.drop_claim(fingerprint, label=self._label(task))
                 return found
-            claim = self.store.claim_stage(fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S)
+            claim = self.store.claim_stage(
+                fingerprint, label=self._label(task), deadline_s=CLAIM_DEADLINE_S, on_wait=self.executor.release
+            )
             if claim is None:
                 continue
             stack.callback(claim.release, forget=True)
@@ -319,22 +330,18 @@ class _Driver:
         """What others read of a claim of this run."""
         return f"stage {task!r} of run {self.run_id!r}"
 
-    def _execute(self, work: StageWork, cells: list[Cell], cluster: RayCluster) -> None:
+    def _execute(self, work: StageWork, cells: list[Cell]) -> None:
         """Train (if need be) and score, with as many attempts as the failure policy allows."""
         work = replace(work, cells=cells)
         failures: list[Failure] = []
         while True:
             self.lease.check()
             work.path.mkdir(parents=True, exist_ok=True)
-            if self.config.workers:
-                cluster.ready(again=bool(failures))
+            self.executor.ready(self.placement, again=bool(failures))
             work.send()
             try:
                 with stops_handled(work.path):
-                    if self.config.workers == 0:
-                        run_in_process(work, self._on_event)
-                    else:
-                        cluster.run(work, self._on_event, len(failures) + 1, self._still_ours)
+                    self.executor.run(work, self._on_event, self._still_ours)
                 work.bring()
                 return
             except AmloraError as error:
@@ -354,8 +361,6 @@ class _Driver:
             self.lease.check()
 
     def _on_event(self, event: Event) -> None:
-        if self.config.workers == 0:
-            self._still_ours()
         kind = event.get("kind")
         if kind == "step":
             rate = event["tokens"] / event["seconds"] if event["seconds"] else None

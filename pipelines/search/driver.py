@@ -24,7 +24,7 @@ from amlora_dist.registry import leases, tags
 from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
 from pipelines.cluster import resources
-from pipelines.cluster.executor import Placement, RayCluster
+from pipelines.cluster.session import Placement, RayCluster
 from pipelines.runs import results
 from pipelines.runs.inputs import gather_materials
 from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration, refuse_other_data
@@ -225,8 +225,8 @@ class _Search:
             self.progress.note(f"{len(done)} of {self.plan.trials} trials have ended in an earlier start")
         if len(done) < self.plan.trials:
             placement = Placement(self.plan.base.workers, self.storage / "ray", self.demand)
-            with RayCluster(placement, verbose=self.verbose) as cluster:
-                cluster.ready(again=False)
+            with RayCluster(placement.workers, verbose=self.verbose) as cluster:
+                cluster.ready(placement, again=False)
                 concurrent = self.room(cluster.use_gpus())
                 self.progress.note(
                     f"search id {self.search_id}: {self.plan.trials} trials of {self.plan.stages} stages,"

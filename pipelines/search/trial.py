@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import from_mapping
 from amlora_dist.config.search_space import DIRECTIONS
 from amlora_dist.errors import AmloraError, HeldError, is_full
 from pipelines.runs.progress import Silent
+
+if TYPE_CHECKING:
+    from amlora_dist.training.worker_cache import WorkerCache
 
 LEAVING_S = "300"
 """Seconds for which a stopped trial may close what it has open."""
@@ -101,8 +105,9 @@ def run_trial(config: Mapping[str, Any], places: Places) -> None:
             raise StoppedError(f"trial {order.number} was stopped by its search") from None
 
     within = SearchContext(
-        run=order.mlflow_run, on_stage=on_stage, share=order.share, gpus=order.gpus, threads=order.threads
-    )
+        run=order.mlflow_run, on_stage=on_stage, share=order.share, gpus=order.gpus, threads=order.threads,
+        cache=None if run_config.workers else _cache_of_this_process(),
+    )  # fmt: skip
     deadline = time.monotonic() + HELD_DEADLINE_S
     try:
         while True:
@@ -121,6 +126,14 @@ def run_trial(config: Mapping[str, Any], places: Places) -> None:
     except AmloraError as error:
         with contextlib.suppress(SystemExit):
             tune.report({"report": json.dumps(last | {"error": str(error), "outage": is_outage(error)})})
+
+
+@functools.cache
+def _cache_of_this_process() -> WorkerCache:
+    """The base model and rows, for all trials that this process runs, one after another."""
+    from amlora_dist.training.worker_cache import WorkerCache
+
+    return WorkerCache()
 
 
 def is_outage(error: AmloraError) -> bool:

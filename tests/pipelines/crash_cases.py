@@ -36,7 +36,7 @@ DIES_AT_IN_WORKER = {
     "workers_started": 1, "step_done": 3, "checkpoint_written": 2, "checkpoint_committed": 2, "training_ended": 1,
     "adapter_gathered": 1, "scores_written": 2,
 }  # fmt: skip
-"""Under Ray these are reached by workers, which are fresh in every stage and count from 1; the others by the driver."""
+"""Under Ray these are reached by workers, which count from 1 in the first stage; the others by the driver."""
 
 
 class Command(Protocol):

@@ -47,9 +47,10 @@ def run_sequence(config, *, run_id, progress, verbose, **more):
     {body}
     return {result!r}
 fake.run_sequence = run_sequence
-fake.load_result = lambda run_id, tracking_uri: run_sequence(None, run_id=run_id, progress=types.SimpleNamespace(
+stored = types.ModuleType("pipelines.runs.results")
+stored.load_result = lambda run_id, tracking_uri: run_sequence(None, run_id=run_id, progress=types.SimpleNamespace(
     stage=lambda *a: None, step=lambda *a: None), verbose=False)
-sys.modules["pipelines.runs.sequence"] = fake
+sys.modules["pipelines.runs.sequence"], sys.modules["pipelines.runs.results"] = fake, stored
 from pipelines.cli.main import main
 main()
 """

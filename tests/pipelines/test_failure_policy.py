@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from amlora_dist.training.failures import (
     StoppedError,
     memory_watched,
 )
-from pipelines.cluster.executor import WorkersLostError, _fit, _FitError, told_by
+from pipelines.cluster.worker_errors import WorkersLostError, error_of, said_by
 from pipelines.runs.retries import RETRIES, Failure, decide
 
 LOST = WorkersLostError("rank 1 died")
@@ -111,16 +110,16 @@ class Group(Exception):  # noqa: N818 (as Ray's WorkerGroupError)
 LAST = {"kind": "step", "step": 7, "next_rows": [3, 17]}
 
 
-def test_a_worker_killed_by_the_memory_monitor_is_no_lost_worker(tmp_path: Path) -> None:
+def test_a_worker_killed_by_the_memory_monitor_is_no_lost_worker() -> None:
     cause = RuntimeError("A health check failed.\n1 worker(s) were killed due to the node running low on memory. Node 1")
-    error = told_by(tmp_path / "none", Group({1: cause}), LAST)
+    error = error_of(None, Group({1: cause}), LAST)
     assert isinstance(error, HostMemoryError)
     for part in ("rank 1", "after step 7", "step 8 (rows 3, 17 of the training split)", "larger nodes", "micro_batch_size"):
         assert part in str(error)
 
 
-def test_a_killed_worker_is_lost(tmp_path: Path) -> None:
-    error = told_by(tmp_path / "none", Group({0: RuntimeError("head\nThe worker died: SIGKILL")}), {})
+def test_a_killed_worker_is_lost() -> None:
+    error = error_of(None, Group({0: RuntimeError("head\nThe worker died: SIGKILL")}), {})
     assert isinstance(error, WorkersLostError)
     assert str(error) == "rank 0: The worker died: SIGKILL"
 
@@ -137,12 +136,12 @@ def test_a_killed_worker_is_lost(tmp_path: Path) -> None:
         ("", "no reason is known"),
     ],
 )  # fmt: skip
-def test_why_a_worker_was_lost_is_told_in_plain_words(said: str, told: str, tmp_path: Path) -> None:
-    error = told_by(tmp_path / "none", Group({1: RuntimeError(said)}), {"step": 7})
+def test_why_a_worker_was_lost_is_told_in_plain_words(said: str, told: str) -> None:
+    error = error_of(None, Group({1: RuntimeError(said)}), {"step": 7})
     assert str(error) == f"rank 1: {told}, after step 7"
 
 
-def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers(tmp_path: Path) -> None:
+def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers() -> None:
     from ray.exceptions import NodeDiedError, ObjectLostError, OwnerDiedError
     from ray.train import ControllerError, WorkerGroupError
 
@@ -153,14 +152,7 @@ def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers(t
         ControllerError(NodeDiedError("the node died")),
         WorkerGroupError("could not start", {}),
     ):
-
-        class Trainer:
-            def fit(self, error: Exception = error) -> None:
-                raise error
-
-        with pytest.raises(_FitError) as caught:
-            _fit(Trainer(), lambda: None)
-        lost = told_by(tmp_path / "none", caught.value.cause, LAST)
+        lost = error_of(None, error, LAST)
         assert isinstance(lost, WorkersLostError)
         assert not isinstance(error, ControllerError) or str(lost).startswith("the node died, after step 7")
 
@@ -171,11 +163,9 @@ def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers(t
      BankError("digest"), TrainingError("changed"), StoppedError("stopped")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_what_a_worker_said_comes_back_as_what_it_was(said: AmloraError, tmp_path: Path) -> None:
-    step = getattr(said, "step", None)
-    told = {"class": type(said).__name__, "message": str(said), "exit_code": said.exit_code, "rank": 0, "step": step}
-    (tmp_path / "error.json").write_text(json.dumps(told))
-    error = told_by(tmp_path / "error.json", Group({}), LAST)
+def test_what_a_worker_said_comes_back_as_what_it_was(said: AmloraError) -> None:
+    told = json.loads(json.dumps(said_by(said, rank=0)))
+    error = error_of(told, Group({}), LAST)
     assert (str(error), error.exit_code) == (str(said), said.exit_code)
     assert isinstance(error, UserError if isinstance(said, BankError) else type(said))
     if isinstance(said, StepError):

@@ -13,8 +13,8 @@ from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.stage_spec import StageWork
 from pipelines.cluster import resources
-from pipelines.cluster.executor import Placement, RayCluster, _passed_on
 from pipelines.cluster.resources import Demand
+from pipelines.cluster.session import Placement, RayCluster, _passed_on
 from tests.tiny_config import write_config
 
 
@@ -58,15 +58,15 @@ def test_a_cluster_that_grows_is_asked_for_what_is_waited_for_and_then_let_go(
     asked: list[Any] = []
     monkeypatch.setattr(resources, "in_cluster", lambda: next(grows))
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
-    cluster = RayCluster(placement, verbose=False)
+    cluster = RayCluster(placement.workers, verbose=False)
     monkeypatch.setattr(cluster, "_start", lambda: None)
-    cluster.ready(again=True)
+    cluster.ready(placement, again=True)
     assert asked == [[{"CPU": 1.0}] * 2, [{"GPU": 1.0}] * 2, []]
 
     monkeypatch.setattr(resources, "in_cluster", lambda: none)
     monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", "0.1")
     with pytest.raises(UserError, match="can never fit"):
-        cluster.ready(again=False)
+        cluster.ready(placement, again=False)
     assert asked[3:] == [[{"CPU": 1.0}] * 2, []], "what was asked for is taken back"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,3 +44,19 @@ def test_tasks_under_zero_3_with_two_ranks_equal_one_process(
     one = run(config, "one")
     assert one["stages"][0]["fingerprint"] == two["stages"][0]["fingerprint"]
     assert within_one_row(one["accuracy_matrix"], two["accuracy_matrix"])
+
+
+def test_workers_that_stay_equal_workers_of_one_stage(tmp_path: Path, amlora_home: Path) -> None:
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    found = {}
+    for lifetime in ("run", "stage"):
+        home = amlora_home.parent / lifetime
+        os.environ["AMLORA_HOME"] = str(home)
+        result = run(config, "same", "workers=2", "deepspeed.zero_stage=2", f"worker_lifetime={lifetime}")
+        stages = [home / "storage" / "stages" / stage["fingerprint"] for stage in result["stages"]]
+        adapters = [(stage / "trained" / "adapter.safetensors").read_bytes() for stage in stages]
+        events = [json.loads(line) for stage in stages for line in (stage / "progress.jsonl").read_text().splitlines()]
+        processes = [event["process"] for event in events if event["kind"] == "worker"]
+        found[lifetime] = result["accuracy_matrix"], result["metrics"], result["untrained"], result["oracle"], adapters
+        assert len(processes) == 2 and (len(set(processes)) == 1) == (lifetime == "run")
+    assert found["run"] == found["stage"]

@@ -19,7 +19,8 @@ from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, 
 from tests.tiny_config import write_config
 
 FREE = {
-    "workers": "workers=3", "min_workers": "min_workers=1", "placement": "placement=SPREAD", "storage": "storage=/shared",
+    "workers": "workers=3", "min_workers": "min_workers=1", "worker_lifetime": "worker_lifetime=stage",
+    "placement": "placement=SPREAD", "storage": "storage=/shared",
     "data_dir": "data_dir=/data", "mlflow": "mlflow.tracking_uri=http://mlflow:5000", "name": "name=other",
     "deepspeed": "deepspeed.zero_stage=3", "evaluation.batch_size": "evaluation.batch_size=2",
     "training.micro_batch_size": "training.micro_batch_size=1", "training.checkpoint_every": "training.checkpoint_every=9",

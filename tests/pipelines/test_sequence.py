@@ -17,7 +17,8 @@ from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.store import Store
 from amlora_dist.training.result import read_result
 from pipelines.runs.progress import Silent
-from pipelines.runs.sequence import load_result, run_sequence
+from pipelines.runs.results import load_result
+from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config, write_task
 
 pytestmark = pytest.mark.integration
@@ -170,6 +171,7 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     undeclared = [
         "router.gate.threshold=0.5", "router.gate.form=absolute", "router.gate.temperature=2.0", "evaluation.batch_size=3",
         "evaluation.oracle=false", "evaluate.cells=last", "training.checkpoint_every=3", "name=other",
+        "worker_lifetime=stage",
     ]  # fmt: skip
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("AMLORA_HOME", str(elsewhere))

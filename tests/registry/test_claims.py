@@ -292,7 +292,9 @@ def test_a_waiting_run_is_told_when_the_other_one_ends(memory: Memory, forget: b
     assert claim is not None
     timer = threading.Timer(0.1, claim.release, kwargs={"forget": forget})
     timer.start()
-    assert claim_or_wait(memory, "f" * 64, deadline_s=30, timing=STEADY) is None
+    let_go: list[str] = []
+    waited = claim_or_wait(memory, "f" * 64, deadline_s=30, timing=STEADY, on_wait=lambda: let_go.append("workers"))
+    assert waited is None and let_go, "what the other run may need is let go of before waiting"
     timer.join()
     again = claim_or_wait(memory, "f" * 64, deadline_s=1, timing=QUICK)
     assert again is not None

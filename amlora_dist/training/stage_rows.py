@@ -1,0 +1,103 @@
+"""The rows of a stage on one rank: read and tokenised once in a process, however many stages and scores use them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from amlora_dist.digests import named_seed, value_digest
+from amlora_dist.tasks.batches import Example, encode
+from amlora_dist.tasks.prompts import template_for
+from amlora_dist.training.batching import all_tokens
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.prompt_pool import PromptSlots
+    from amlora_dist.base_model import BaseModel
+    from amlora_dist.tasks.sources import Row
+    from amlora_dist.training.stage_spec import StageWork
+    from amlora_dist.training.worker_cache import WorkerCache
+
+CHARACTERS_OF_A_TOKEN = 4
+"""About; for how much room rows take."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRows:
+    """Reads what a stage learns from and is scored on.
+
+    Args:
+        work: the stage.
+        cache: what this process keeps.
+        base: whose tokens they become.
+        tokenizer: of the base model.
+        lead: where learned prompts stand, if the adapters are pools of them.
+    """
+
+    work: StageWork
+    cache: WorkerCache
+    base: BaseModel
+    tokenizer: Any
+    lead: PromptSlots | None
+
+    def plain(self, task: str, split: str) -> list[Row]:
+        """Rows of a task's split, as they are in the data."""
+        return self.cache.rows(
+            self._key("plain", task, split),
+            lambda: self.work.data(task, (split,)).rows[split],
+            lambda rows: sum(len(row.text) + len(row.target) for row in rows) // CHARACTERS_OF_A_TOKEN,
+        )
+
+    def examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
+        """The same as the model reads them; ``plain``: without the places of learned prompts."""
+        lead = None if plain else self.lead
+        form = repr(self.work.settings.prompt_format)
+        key = self._key("examples", task, split, self.base.digest, str(self.base.path), form, lead)
+        return self.cache.rows(key, partial(self._encoded, task, split, lead), all_tokens)
+
+    def training(self) -> tuple[list[Example], list[Example]]:
+        """The rows that the stage is about, and those of earlier tasks that the method lets it see again.
+
+        Tasks come by name: the fingerprint says whose rows they are, not in which order a sequence has them.
+        """
+        own: list[Example] = []
+        replayed: list[Example] = []
+        for task, limit in sorted((self.work.rows or {self.work.task: None}).items()):
+            examples = self.examples(task, "train")
+            if limit is None:
+                own += examples
+            else:
+                replayed += self._sample(examples, limit, "replay", task)
+        for task, count in self.work.mixed.items():
+            own += self._sample(self.examples(task, "train"), count, "mixed", f"{self.work.task}/{task}")
+        return own, replayed
+
+    def _encoded(self, task: str, split: str, lead: PromptSlots | None) -> list[Example]:
+        spec = self.work.spec(task)
+        examples = encode(
+            self.plain(task, split),
+            spec,
+            template_for(spec, spec.prompt_style),
+            self.tokenizer,
+            max_length=int(spec.max_length or 512),
+            encoder_decoder=self.base.encoder_decoder,
+            prompt_format=self.work.settings.prompt_format,
+        )
+        if lead is None:
+            return examples
+        return [replace(example, prompt=lead.before(example.prompt), span=None) for example in examples]
+
+    def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
+        generator = torch.Generator().manual_seed(named_seed(self.work.settings.seed, purpose, name))
+        return [examples[i] for i in sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())]
+
+    def _key(self, kind: str, task: str, split: str, *more: Hashable) -> Hashable | None:
+        """All that decides the rows of a split; None where nobody has said what their digest must be."""
+        work = self.work
+        expected = work.data_digests.get(f"{task}/{split}")
+        if expected is None:
+            return None
+        return (kind, expected, split, value_digest(work.tasks[task]), work.data_seed, work.data_dir, *more)

@@ -1,0 +1,84 @@
+"""Why a stage on workers ended without a result: what a worker said, as the class it was, or why its process was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from amlora_dist.errors import AmloraError, TrainingError, UserError
+
+Event = dict[str, Any]
+
+
+class WorkersLostError(AmloraError):
+    """Worker processes or their node died; what they were doing is safe to repeat."""
+
+    exit_code = 4
+
+
+def said_by(error: AmloraError, rank: int) -> Event:
+    """What a worker says of an error, so that ``error_of`` makes it again elsewhere."""
+    return {
+        "class": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "rank": rank,
+        "step": getattr(error, "step", None),
+    }  # fmt: skip
+
+
+def error_of(said: Event | None, error: Exception, last: Mapping[str, Any]) -> AmloraError:
+    """What a worker said before it failed, as the class it was; else why its processes were lost.
+
+    Args:
+        said: of ``said_by``; None if no worker said anything.
+        error: Ray's.
+        last: the last event about a step; empty if there was none.
+    """
+    from amlora_dist.training import failures
+
+    if said is None:
+        return _lost(error, last)
+    known: dict[str, Callable[..., AmloraError]] = {
+        kind.__name__: kind for kind in (UserError, TrainingError, failures.StoppedError)
+    }
+    known |= {kind.__name__: kind for kind in (failures.NonFiniteLossError, failures.DeviceMemoryError)}
+    kind = known.get(said["class"], UserError if said["exit_code"] == UserError.exit_code else TrainingError)
+    return kind(said["message"], said["step"]) if said.get("step") is not None else kind(said["message"])
+
+
+LOW_MEMORY = ("low on memory", "OutOfMemoryError", "out of memory")
+"""What Ray's memory monitor says of a worker that it killed."""
+
+
+def _lost(error: Exception, last: Mapping[str, Any]) -> AmloraError:
+    from amlora_dist.training.failures import LESS_MEMORY, HostMemoryError, batch_text
+
+    causes = getattr(error, "worker_failures", None) or {}
+    where = ""
+    if last:
+        rows = last.get("next_rows")
+        done = int(last["step"])
+        where = f", after step {done}" + (f", in {batch_text(done + 1, rows)}" if rows else "")
+    killed = [f"rank {rank}" for rank, cause in causes.items() if any(words in str(cause) for words in LOW_MEMORY)]
+    if killed or any(words in str(error) for words in LOW_MEMORY):
+        who = ", ".join(killed) or "at its start"
+        return HostMemoryError(
+            f"a worker ({who}) was killed because its node ran out of memory{where}; use fewer workers on a node or larger"
+            f" nodes, {LESS_MEMORY}"
+        )
+    told = "; ".join(f"rank {rank}: {_plain(str(cause))}" for rank, cause in causes.items())
+    cause = getattr(error, "controller_failure", error)
+    return WorkersLostError(f"{told or str(cause).strip().splitlines()[0]}{where}")
+
+
+_CAUSES = {
+    "its process died": ("worker process has died", "actor died", "actor is dead", "killed by SIG"),
+    "lost its connection to another worker": (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "/gloo/", "GLHF",
+    ),
+}  # fmt: skip
+"""In plain words, what Ray and the network libraries (gloo, NCCL) say at length of a worker; ``-v`` shows it all."""
+
+
+def _plain(said: str) -> str:
+    """Why a worker was lost, on one line."""
+    known = (plain for plain, words in _CAUSES.items() if any(word in said for word in words))
+    return next(known, (said.strip().splitlines() or ["no reason is known"])[-1][:300])

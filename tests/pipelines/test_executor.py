@@ -1,0 +1,147 @@
+"""What keeps workers between stages, and what passes between them and the driver; Ray itself is in test_ray_stages."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from amlora_dist.config.loading import load_config
+from amlora_dist.errors import LeaseLostError, TrainingError
+from amlora_dist.training.worker_cache import WorkerCache
+from pipelines.cluster import event_channel
+from pipelines.cluster.event_channel import EventChannel
+from pipelines.cluster.executor import ClusterExecutor, has_outgrown
+from pipelines.cluster.session import RayCluster
+from pipelines.runs.executor import InProcess, executor_of
+from tests.tiny_config import write_config
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[WorkerCache | None]:
+    """What stages of this process were given."""
+    seen: list[WorkerCache | None] = []
+
+    def run_stage(work: Any, *, report: Any, cache: WorkerCache | None, **rest: Any) -> None:
+        seen.append(cache)
+        report({"kind": "step"})
+
+    monkeypatch.setattr("amlora_dist.training.stage.run_stage", run_stage)
+    return seen
+
+
+def two_stages(executor: Any) -> None:
+    with executor as entered:
+        for _ in range(2):
+            entered.run(SimpleNamespace(), lambda event: None, lambda: None)
+
+
+def test_this_process_keeps_what_it_has_for_a_run_or_for_a_stage(caches: list[WorkerCache | None], tmp_path: Path) -> None:
+    config, mine = write_config(tmp_path, tasks=("colours",)), WorkerCache()
+    two_stages(executor_of(load_config(config)))
+    two_stages(executor_of(load_config(config, ["worker_lifetime=stage"])))
+    two_stages(executor_of(load_config(config), mine))
+    assert caches[0] is caches[1] is not None
+    assert caches[2:] == [None, None, mine, mine]
+    assert isinstance(executor_of(load_config(config, ["workers=2"])), ClusterExecutor)
+
+
+def test_a_run_that_was_lost_to_another_driver_ends_at_the_next_event(caches: list[WorkerCache | None]) -> None:
+    def lost() -> None:
+        raise LeaseLostError("lost")
+
+    with pytest.raises(LeaseLostError):
+        InProcess().run(SimpleNamespace(), lambda event: None, lost)  # type: ignore[arg-type]
+
+
+def test_workers_are_replaced_when_one_has_grown_by_a_tenth_of_the_largest_node() -> None:
+    node = 64 << 30
+    assert [has_outgrown(grown, node) for grown in (-1, 0, 6 << 30, 7 << 30)] == [False, False, False, True]
+    assert not has_outgrown(7 << 30, None)
+
+
+class Group:
+    """Stands in for workers: what matters here is when they are made and when they end."""
+
+    made: ClassVar[list[Group]] = []
+
+    def __init__(self, placement: Any, workers: int, *, gpus: bool) -> None:
+        self.workers, self.lives, self.ended, self.grown = workers, True, "", 0
+        self.made.append(self)
+
+    def run(self, work: Any, on_event: Any, watch: Any) -> None:
+        if work is not None:
+            raise work
+
+    def end(self) -> None:
+        self.ended = "idle"
+
+    def abandon(self) -> None:
+        self.ended = "at work"
+
+
+@pytest.mark.parametrize("lifetime", ["run", "stage"])
+def test_workers_are_made_again_when_they_have_to_be(lifetime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, waits = {"workers": 2}, []
+    monkeypatch.setattr(Group, "made", [])
+    monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", Group)
+    monkeypatch.setattr("pipelines.cluster.executor.resources.in_cluster", lambda: SimpleNamespace(largest_node=100))
+    monkeypatch.setattr(RayCluster, "ready", lambda self, placement, *, again: waits.append(again))
+    monkeypatch.setattr(RayCluster, "workers", lambda self, placement: there["workers"])
+    monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
+    executor = ClusterExecutor(2, lifetime=lifetime)
+
+    def stage(error: Exception | None = None) -> Group:
+        executor.ready(None, again=False)  # type: ignore[arg-type]
+        executor.run(error, lambda event: None, lambda: None)  # type: ignore[arg-type]
+        return Group.made[-1]
+
+    first = stage()
+    assert (stage() is first) == (lifetime == "run")
+    there["workers"] = 1  # a node has left
+    smaller = stage()
+    assert smaller is not first and first.ended == "idle"
+    smaller.grown = 11
+    stage()
+    after_growth = stage()
+    assert after_growth is not smaller and smaller.ended == "idle"
+    after_growth.lives = False  # lost while it had nothing to do
+    assert stage() is not after_growth and waits[-1] == (lifetime == "run"), "what was lost may come back"
+    with pytest.raises(TrainingError):
+        stage(TrainingError("diverged"))
+    assert Group.made[-1].ended == "at work"
+    last = stage()
+    executor.release()
+    assert last.ended == "idle"
+
+
+def test_every_worker_gets_each_plan_once_and_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_channel, "WAIT_S", 0.05)
+
+    async def talk() -> list[Any]:
+        channel = EventChannel()
+        waiting = [asyncio.ensure_future(channel.plan(0)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await channel.hand_out(1, "first")
+        got = [await one for one in waiting]
+        return [got, await channel.plan(1), await channel.plan(0)]
+
+    assert asyncio.run(talk()) == [[(1, "first")] * 3, None, (1, "first")]
+
+
+def test_events_come_in_order_and_a_stage_is_stopped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_channel, "WAIT_S", 0.05)
+
+    async def talk() -> list[Any]:
+        channel = EventChannel()
+        assert await channel.take() == []
+        for step in range(3):
+            await channel.tell({"step": step})
+        stopped = asyncio.ensure_future(channel.stopped(2))
+        await channel.stop(2)
+        return [await channel.take(), await channel.take(), await stopped, await channel.stopped(3)]
+
+    assert asyncio.run(talk()) == [[{"step": 0}, {"step": 1}, {"step": 2}], [], True, False]

@@ -1,0 +1,183 @@
+"""Stages in a process that stays: equal to stages in fresh ones, the base is read once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from amlora_dist.config.loading import RunConfig, load_config
+from amlora_dist.digests import tensors_digest
+from amlora_dist.errors import TrainingError
+from amlora_dist.training.module_state import ModuleState
+from amlora_dist.training.stage import run_stage
+from amlora_dist.training.stage_spec import StageWork
+from amlora_dist.training.worker_cache import WorkerCache
+from tests.methods.stages import Stage, stages
+from tests.tiny_config import write_config
+from tests.training.ranks import on_ranks
+
+TASKS = ("colours", "shapes", "sizes")
+QUICK = ["training.epochs=1", "training.batch_size=12"]
+
+
+def runner(cache: WorkerCache | None, *, distributed: bool, then: Callable[[], None]) -> Callable[[StageWork], None]:
+    def run(work: StageWork) -> None:
+        device = torch.device("cpu")
+        run_stage(work, distributed=distributed, report=lambda event: None, device=device, cache=cache)
+        then()
+
+    return run
+
+
+def learned(done: list[Stage]) -> list[Any]:
+    """All that must be equal: adapters, what continuation needs, losses, and every row's answer."""
+    return [
+        (
+            stage.result.adapter.digest(),
+            tensors_digest(stage.result.continuation()),
+            stage.result.training["losses"],
+            {task: [(p.answer, p.loglikelihoods) for p in found] for task, found in stage.predictions.items()},
+        )
+        for stage in done
+    ]
+
+
+def census() -> dict[str, int]:
+    """What is alive in this process."""
+    gc.collect()
+    alive = gc.get_objects()
+    kinds = Counter(map(type, alive))  # asking each object takes a second
+    modules = {kind for kind in kinds if issubclass(kind, nn.Module)}
+    found = [one for one in alive if type(one) in modules]
+    return {
+        "engines": sum(count for kind, count in kinds.items() if kind.__name__ in ("DeepSpeedEngine", "PlainEngine")),
+        "optimizers": sum(count for kind, count in kinds.items() if issubclass(kind, torch.optim.Optimizer)),
+        "parameters": kinds[nn.Parameter],
+        "modules": len(found),
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in found),
+    }
+
+
+def both_ways(file: str, folder: str, overrides: list[str], distributed: bool) -> dict[str, Any]:
+    """The stages of a sequence in a process that forgets, and in one that keeps."""
+    config, cache = load_config(file, overrides), WorkerCache()
+    counts: list[dict[str, int]] = []
+    fresh = stages(config, Path(folder) / "fresh", runner(None, distributed=distributed, then=lambda: None))
+    stay = runner(cache, distributed=distributed, then=lambda: counts.append(census()))
+    stayed = stages(config, Path(folder) / "stayed", stay)
+    again = WorkerCache()
+    scored = [_scored_again(stayed, config, folder, distributed, keep) for keep in (None, again)]
+    return {
+        "fresh": learned(fresh), "stayed": learned(stayed), "scored": scored, "counts": counts,
+        "loads": [cache.loads, again.loads],
+    }  # fmt: skip
+
+
+def _scored_again(
+    done: list[Stage], config: RunConfig, folder: str, distributed: bool, cache: WorkerCache | None
+) -> list[Any]:
+    """Of stages that are trained already: then the model is only scored."""
+    for cell in (cell for stage in done for cell in stage.work.cells):
+        (Path(cell.folder) / "summary.json").unlink(missing_ok=True)
+    if distributed:
+        torch.distributed.barrier()
+    return learned(stages(config, Path(folder) / "stayed", runner(cache, distributed=distributed, then=lambda: None)))
+
+
+def check(found: dict[str, Any]) -> None:
+    assert found["stayed"] == found["fresh"], "bit for bit"
+    assert found["scored"][0] == found["scored"][1]
+    assert found["loads"] == [1, 1]
+    assert found["counts"][0]["engines"] == 0
+    assert found["counts"][1:] == found["counts"][:-1], "no engine, parameter or hook stays"
+
+
+@pytest.mark.parametrize("method", ["am_lora", "seq_lora", "per_task", "l2p"])
+def test_stages_in_one_process_equal_stages_that_load_the_base_each_time(method: str, tmp_path: Path) -> None:
+    file = write_config(tmp_path, tasks=TASKS)
+    knobs = {"l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]}.get(method, [])
+    check(both_ways(str(file), str(tmp_path), [*QUICK, f"method={method}", *knobs], distributed=False))
+
+
+def on_two_ranks(file: str, folder: str, settings: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    return [
+        both_ways(file, f"{folder}/{zero}-{dtype}", [*QUICK, f"deepspeed.zero_stage={zero}", f"dtype={dtype}"], True)
+        for zero, dtype in settings
+    ]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([(2, "fp32")], id="zero2"),
+        pytest.param(
+            [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")], marks=pytest.mark.crash, id="others"
+        ),
+    ],
+)
+def test_stages_on_ranks_that_stay_equal_stages_that_load_the_base_each_time(
+    settings: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    file = write_config(tmp_path, tasks=TASKS)
+    for rank in on_ranks(2, on_two_ranks, str(file), str(tmp_path), settings):
+        for found in rank:
+            check(found)
+
+
+def test_a_stage_that_fails_leaves_no_model_and_the_next_one_loads_it(tmp_path: Path) -> None:
+    file, cache = write_config(tmp_path, tasks=("colours",)), WorkerCache()
+
+    def fail(event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            raise KeyboardInterrupt
+
+    def run(work: StageWork) -> None:
+        device = torch.device("cpu")
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(work, distributed=False, report=fail, device=device, cache=cache)
+        run_stage(work, distributed=False, report=lambda event: None, device=device, cache=cache)
+
+    done = stages(load_config(file, QUICK), tmp_path / "failed", run)
+    plain = stages(load_config(file, QUICK), tmp_path / "plain")
+    assert learned(done) == learned(plain)
+    assert cache.loads == 2
+
+
+def test_a_model_is_put_back_as_it_was_and_a_changed_base_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False).eval()
+    state = ModuleState(model)
+    model.train()
+    model[0].register_forward_hook(lambda *args: None)
+    model[1].running_mean.fill_(7)
+    model[0].left_behind = object()
+    inner, model[0] = model[0], nn.Identity()
+    state.restore()
+    assert model[0] is inner and not model.training and not inner._forward_hooks
+    assert float(model[1].running_mean.sum()) == 0 and not hasattr(inner, "left_behind")
+    inner.weight.requires_grad_(True)
+    with pytest.raises(TrainingError, match="would train"):
+        state.restore()
+
+
+def test_rows_are_made_once_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amlora_dist.training.worker_cache.MOST_TOKENS", 5)
+    cache, made = WorkerCache(), []
+
+    def rows(key: str | None) -> list[str]:
+        def make() -> list[str]:
+            made.append(key)
+            return [str(key)] * 2
+
+        return cache.rows(key, make, len)
+
+    for key in ("a", "b", "a", "c", "a", "b", None, None):
+        rows(key)
+    assert made == ["a", "b", "c", "b", None, None], "b had to go for c, a was used since"
