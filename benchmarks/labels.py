@@ -191,7 +191,7 @@ def measured(
             "all": lambda state: label_scores(decoder, state, plan, room),
         }
         if continued:
-            kinds["continued"] = lambda state: finished(ranking._continued(decoder, state, plan, room))
+            kinds["continued"] = lambda state: finished(ranking.continued(decoder, state, plan, room))
         answers = {}
         for kind, work in kinds.items():
             seconds, answers[kind] = timed(work)

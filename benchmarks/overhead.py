@@ -251,7 +251,7 @@ def plain_loop(work: dict[str, Any]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     size = config.training.batch_size // RANKS
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(trainable, lr=config.training.learning_rate), dist_init_required=False,
+        model=model, optimizer=torch.optim.AdamW(trainable, lr=config.training.rate), dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": size, "gradient_clipping": config.training.clip,
             "zero_optimization": {"stage": config.zero_stage}, "bf16": {"enabled": dtype == torch.bfloat16},

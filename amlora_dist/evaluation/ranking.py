@@ -68,7 +68,7 @@ def label_scores(decoder: Decoder, state: Prefilled, plan: LabelPlan, room: Room
 def scoring(decoder: Decoder, state: Prefilled, plan: LabelPlan, room: Room) -> Generator[int, None, Tensor]:
     """``label_scores`` with a stop after each pass, which yields the tokens that went through: others may run there."""
     if not takes_tries(decoder, state):
-        return (yield from _continued(decoder, state, plan, room))
+        return (yield from continued(decoder, state, plan, room))
     search = _TrieSearch(decoder, state, plan)
     limit, size = room.nodes(state.logits.shape[-1]), plan.trie.size
     try:
@@ -98,7 +98,7 @@ def choosing(
     """
     more = 0.0 if more_BL is None else more_BL.to(state.logits.device, torch.float32)
     if not takes_tries(decoder, state):
-        scores_BL = yield from _continued(decoder, state, plan, room)
+        scores_BL = yield from continued(decoder, state, plan, room)
         chosen: list[int] = (scores_BL + more).argmax(dim=-1).tolist()
         return chosen
     search = _TrieSearch(decoder, state, plan)
@@ -240,7 +240,7 @@ class _TrieSearch:
         self._known_BE[row_M, edge_M] = True
 
 
-def _continued(decoder: Decoder, state: Prefilled, plan: LabelPlan, room: Room) -> Generator[int, None, Tensor]:
+def continued(decoder: Decoder, state: Prefilled, plan: LabelPlan, room: Room) -> Generator[int, None, Tensor]:
     """``scoring`` by continuing copies of the prompts' cache."""
     trie, device, batch = plan.trie, state.logits.device, state.logits.shape[0]
     values_BE = torch.zeros(batch, len(trie.edges) + 1, device=device)

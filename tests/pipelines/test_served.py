@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.answering import EvidenceKind
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.pyfunc import BankModel
@@ -95,6 +96,16 @@ def test_each_kind_of_evidence_is_scored_beside_the_served_answer(run: Any) -> N
             assert row.keys_correct == float(row.labels[place] == row.answer)
             both = [a + model.answering.beta * b for a, b in zip(row.loglikelihoods, row.keys, strict=True)]
             assert row.served == row.labels[max(range(len(both)), key=both.__getitem__)]
+
+
+@pytest.mark.parametrize("kind", ["both", "model", "keys"])
+def test_the_label_that_is_looked_for_alone_is_the_best_of_all(
+    run: Any, kind: EvidenceKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, model = run
+    texts = [text for task in TASKS for text in texts_of(folder, task)]
+    monkeypatch.setattr(model.answering, "kind", kind)
+    assert model.predict(texts) == [found.label for found in model.classify(texts)]
 
 
 def test_a_text_read_before_its_question_is_answered_as_its_whole_prompt(run: Any) -> None:
