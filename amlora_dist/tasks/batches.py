@@ -142,18 +142,21 @@ def _chat_examples(
 
 def label_tokens(spec: TaskSpec, tokenizer: Any, encoder_decoder: bool) -> list[tuple[int, ...]]:
     """Tokens of each label text, without end-of-sequence, in the order of ``spec.label_texts``."""
-    return [answer_tokens(text, tokenizer, encoder_decoder, chat=spec.chat) for text in spec.label_texts]
+    chat = ChatTemplate(tokenizer) if spec.chat else None
+    return [answer_tokens(text, tokenizer, encoder_decoder, chat=chat) for text in spec.label_texts]
 
 
-def answer_tokens(text: str, tokenizer: Any, encoder_decoder: bool, *, chat: bool = False) -> tuple[int, ...]:
-    """Tokens of an answer as they follow a prompt (causal) or begin a decoder's output; ``chat``: as the assistant's turn.
+def answer_tokens(
+    text: str, tokenizer: Any, encoder_decoder: bool, *, chat: ChatTemplate | None = None
+) -> tuple[int, ...]:
+    """Tokens of an answer as they follow a prompt (causal) or begin a decoder's output; ``chat``: as a turn.
 
     A causal answer is tokenised behind ``Answer:`` and the prompt's tokens are taken off, because tokenisers differ in
     where the space goes: byte-level BPE has it in the answer's first token, sentencepiece would add one of its own in
     front of a text that stands alone.
     """
-    if chat:
-        return answer_ids(ChatTemplate(tokenizer), text)
+    if chat is not None:
+        return answer_ids(chat, text)
     if encoder_decoder:
         return _ids(tokenizer, text, special=False)
     before = _ids(tokenizer, PROMPT_END, special=False)

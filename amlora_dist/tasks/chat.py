@@ -100,10 +100,10 @@ class ChatTemplate:
         try:
             for count in (2, 4):
                 self.split(talk[:count], all_turns=all_turns)
-            found = self.render(talk[:3]).tokens_of("w4")
+            said = self.render(talk[:3]).plain
         except UserError as error:
             return str(error)
-        return None if found is not None else "it does not hold the user's words as they were said"
+        return None if "w4" in said else "the chat template does not hold the user's words as they were said"
 
     def render(self, turns: Sequence[Turn], *, open_ended: bool = True) -> Rendered:
         """A conversation by the template.
@@ -225,8 +225,6 @@ class ChatPrompts:
         system: the system's turn of conversations that have none; None: none.
         where: the task, for messages.
     """
-
-    text_first = False
 
     def __init__(self, template: PromptTemplate, chat: ChatTemplate, system: str | None, where: str) -> None:
         self._template, self._chat, self._system, self._where = template, chat, system, where

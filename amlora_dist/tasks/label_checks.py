@@ -7,6 +7,7 @@ from typing import Any
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.batches import answer_tokens
+from amlora_dist.tasks.chat import ChatTemplate
 
 
 def check_labels(
@@ -25,9 +26,10 @@ def check_labels(
     Raises:
         UserError: names the task and the labels.
     """
+    template = ChatTemplate(tokenizer) if chat else None
     known: dict[tuple[int, ...], str] = {}
     for text in labels:
-        tokens = answer_tokens(text, tokenizer, encoder_decoder, chat=chat)
+        tokens = answer_tokens(text, tokenizer, encoder_decoder, chat=template)
         found = f"{where}: found {text!r} of task {task!r}"
         if not tokens:
             raise UserError(f"{found}, which has no tokens, expected a text that the model's tokenizer can write")

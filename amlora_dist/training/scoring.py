@@ -368,7 +368,7 @@ class Scoring:
             return None
         if labels is None:
             return label_tokens(spec, self.tokenizer, self.encoder_decoder)
-        chat = self._bank_chat() is not None
+        chat = None if self._bank_chat() is None else ChatTemplate(self.tokenizer)
         return [answer_tokens(text, self.tokenizer, self.encoder_decoder, chat=chat) for text in labels]
 
     def _all_done(self, done: bool) -> bool:

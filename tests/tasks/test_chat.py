@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.batches import IGNORED, Example, collate, encode, label_tokens
@@ -17,6 +18,7 @@ from amlora_dist.tasks.prompt_format import PromptFormat, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate, template_for
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task import TaskSpec, read_mapping
+from amlora_dist.training.batching import LossComputer, target_tokens
 from tests.tasks.chat_tokenizers import FAMILIES, TEMPLATES, chat_tokenizer
 
 ROWS = 50
@@ -285,3 +287,22 @@ def test_classic_tasks_are_left_alone_and_auto_asks_the_tokenizer() -> None:
     auto = read_mapping(mapping | {"prompt": {"format": "auto"}}, origin=Path("facts.yaml"))
     assert settled(auto, chat_tokenizer("llama3"), encoder_decoder=False).chat
     assert settled(auto, None, encoder_decoder=True).prompt.format == "classic"
+
+
+def test_the_loss_over_all_turns_is_the_cross_entropy_of_their_tokens() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(chat_tokenizer("llama3")), **small))
+    rows = encoded(conversations(3)[:5], "llama3", train_on="all")
+    made = LossComputer(model, pad_id=0, encoder_decoder=False, device=torch.device("cpu"))(model, rows, None)
+    expected = torch.zeros(())
+    for row in rows:
+        ids, labels = torch.tensor([row.prompt + row.target]), torch.tensor([row.labels])
+        logits = model(input_ids=ids).logits[0, :-1]
+        expected = expected + torch.nn.functional.cross_entropy(
+            logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum"
+        )
+    assert made.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert target_tokens(rows) == sum(sum(label != IGNORED for label in row.labels) for row in rows)
