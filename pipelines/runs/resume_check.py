@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
 
 IRRELEVANT = (
-    "workers", "min_workers", "placement", "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "workers", "min_workers", "placement", "storage", "data_dir", "mlflow", "tracking", "deepspeed", "evaluation.batch_size",
+    "name",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.cache_trunk", "training.cache_trunk_gb",
 )  # fmt: skip
