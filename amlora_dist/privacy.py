@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-DROPPED = ("mlflow", "storage", "data_dir")
+DROPPED = ("mlflow", "storage", "data_dir", "tracking")
 """Sections and keys of a configuration that say where things lie; they change no result."""
 _TEXTS = {"prompt", "labels", "question", "template", "description", "text"}
 """Keys whose values are texts, whatever they begin with."""

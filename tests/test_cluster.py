@@ -17,6 +17,7 @@ import typer
 import yaml
 
 from pipelines.cli.main import app
+from pipelines.cluster.serve import STOP_GRACE_S
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -115,7 +116,7 @@ def closed(schema: Any) -> Any:
 def test_every_document_is_one_and_its_references_lead_somewhere() -> None:
     names = {(document["kind"], document["metadata"]["name"]) for _, document in ALL if document["kind"] != "Kustomization"}
     listed = documents(KUBERAY / "kustomization.yaml")[0]["resources"]
-    assert set(listed) == {file.name for file in MANIFESTS} - {"kustomization.yaml", "rayjob.yaml"}
+    assert set(listed) == {file.name for file in MANIFESTS} - {"kustomization.yaml", "rayjob.yaml", "serving.yaml"}
     for _, document in ALL:
         for path, value in values(document):
             if path[-1] == "claimName":
@@ -305,6 +306,33 @@ def test_what_the_driver_fetches_from_the_hub_lies_where_all_nodes_read_it() -> 
             assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"] is True
     launcher = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))["docker"]["run_options"]
     assert "--volume=/mnt/shared:/mnt/shared" in launcher and "--env=HF_HOME=/mnt/shared/huggingface" in launcher
+
+
+def test_the_server_s_pods_are_probed_where_it_answers_and_have_the_time_to_finish() -> None:
+    found = {document["kind"]: document for document in documents(KUBERAY / "serving.yaml")}
+    pod = found["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command = typer.main.get_command(app).commands[container["args"][0]]
+    options = {name: parameter for parameter in command.params for name in parameter.opts}
+    given = dict(argument.split("=") for argument in container["args"][2:])
+    assert container["command"] == ["amlora"] and set(given) <= set(options)
+    assert container["args"][1].endswith("@champion"), "never whatever is newest"
+    assert container["ports"] == [{"name": "http", "containerPort": int(given["--port"])}]
+    app_source = (REPOSITORY / "amlora_dist" / "serving" / "app.py").read_text(encoding="utf-8")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] == "http" and container[probe]["httpGet"]["path"] in app_source
+    assert pod["terminationGracePeriodSeconds"] >= float(given["--request-timeout"]) + STOP_GRACE_S
+    assert pod["securityContext"]["runAsNonRoot"] and f"--uid {pod['securityContext']['runAsUser']}" in DOCKERFILE
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    for place in (found["Deployment"]["spec"]["selector"]["matchLabels"], found["Service"]["spec"]["selector"]):
+        assert place == labels
+    scaled = found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (scaled["kind"], scaled["name"]) == ("Deployment", found["Deployment"]["metadata"]["name"])
+    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
+    assert {"podSelector": {"matchLabels": labels}} in policies["amlora-mlflow"]["ingress"][0]["from"]
 
 
 def test_everything_that_an_image_installs_has_one_version() -> None:

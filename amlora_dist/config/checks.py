@@ -43,6 +43,10 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults |= _same_names(config)
     if config.method == "keys" and not any(faulty(path) for path in (("router",), ("prompt_format",))):
         faults |= _keys_faults(config)
+    for place, name in enumerate(config.tracking):
+        if not faulty(("tracking",)) and importlib.util.find_spec(TRACKER_MODULES[name]) is None:
+            where = f"tracking[{place}]"
+            faults[("tracking", place)] = Fault(where, name, "a library that is installed", f"pip install {name}")
     if config.min_workers is not None and config.min_workers > max(1, config.workers):
         found, expected = str(config.min_workers), f"at most workers, which is {config.workers}"
         faults[("min_workers",)] = Fault("min_workers", found, expected)
@@ -119,8 +123,10 @@ def _url_fault(url: str, workers: int) -> Fault | None:
     return None
 
 
+TRACKER_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""What ``tracking`` names, and the library that writes it."""
 UNSEARCHABLE = (
-    "name", "workers", "worker_lifetime", "data_dir", "registered_model", "storage", "mlflow", "deepspeed", "search",
+    "name", "workers", "worker_lifetime", "data_dir", "registered_model", "storage", "mlflow", "tracking", "deepspeed", "search",
     "evaluation",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.cache_trunk", "training.cache_trunk_gb",

@@ -96,6 +96,8 @@ class RunConfig:
     deepspeed: DeepSpeedSection = Field(default_factory=dict)
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
     mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
+    tracking: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Beside MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
     search: SearchSettings | None = None
     """What ``amlora tune`` varies; ``amlora run`` leaves it aside."""
 

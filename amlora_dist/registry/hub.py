@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import AmloraError, BankError, UserError, plain_reason
@@ -172,13 +172,11 @@ def hub_errors(repository: str, doing: str) -> Iterator[None]:
     Raises:
         HubError: says who has to do what.
     """
-    from huggingface_hub import constants, errors
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    # Of the HTTP library that this version of the client has: httpx, or httpx2.
+    transport = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
     try:
         yield
@@ -200,7 +198,7 @@ def hub_errors(repository: str, doing: str) -> Iterator[None]:
         if status == 412:
             raise HubError(f"{repository} was changed by somebody meanwhile; run the command again") from None
         raise HubError(f"the Hub answered {status} for {repository}: {_first_line(error)}") from None
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the client's HTTP library
+    except (transport, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:  # a file of ours, not the network
             raise
         reason = plain_reason(error).partition("\n")[0]

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 
 from amlora_dist.registry.connection import Connection, is_code
 
+_DESCRIPTION = (
+    "Not a model: it says who may write for a run or a stage (docs/operations.md). Leave it alone: `amlora` looks after it,"
+    " and no command lists it."
+)
+
 
 class LeaseEntries:
     """``claims.Entries`` on MLflow's registry."""
@@ -19,7 +24,7 @@ class LeaseEntries:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._call("claim", self._client.create_registered_model, name, tags=dict(values))
+            self._call("claim", self._client.create_registered_model, name, tags=dict(values), description=_DESCRIPTION)
         except MlflowException as error:
             if is_code(error, "RESOURCE_ALREADY_EXISTS"):
                 return False

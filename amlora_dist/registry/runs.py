@@ -18,6 +18,8 @@ from amlora_dist.registry.connection import Connection, StoreError, is_code
 _METRICS_PER_CALL = 500
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
+UI = "http://127.0.0.1:5000"
+"""Where ``mlflow ui`` serves, unless it is told otherwise."""
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 """Tag of an experiment by which MLflow's page opens with its training runs, and not with traces of a chat program."""
 
@@ -154,6 +156,28 @@ class Runs:
         for start in range(0, len(rows), _METRICS_PER_CALL):
             part = rows[start : start + _METRICS_PER_CALL]
             self._call("write metrics", self._client.log_batch, run, metrics=part)
+
+    def run_tags(self, run: str) -> dict[str, str]:
+        """Tags of a run."""
+        return dict(self._call("read a run", self._client.get_run, run).data.tags)
+
+    def add_metrics(self, run: str, metrics: Iterable[tuple[str, float, int, int]]) -> None:
+        """``log_metrics_batch`` of what the run does not have: a key, step and value stand there once."""
+        wanted = list(metrics)
+        there = self._call("read a run", self._client.get_run, run).data.metrics
+        known = {
+            (key, step, value)
+            for key in {key for key, *_ in wanted} & there.keys()
+            for step, value, _ in self.metric_history(run, key)
+        }
+        self.log_metrics_batch(run, [one for one in wanted if (one[0], one[2], one[1]) not in known])
+
+    def page_of(self, run: str) -> str:
+        """Address of a run's page in MLflow: of the tracking server, or as ``mlflow ui`` serves it."""
+        experiment = self._call("read a run", self._client.get_run, run).info.experiment_id
+        shown = self.connection.shown.rstrip("/")
+        server = shown if shown.startswith(("http://", "https://")) else UI
+        return f"{server}/#/experiments/{experiment}/runs/{run}"
 
     def metric_history(self, run: str, key: str) -> list[tuple[int, float, int]]:
         """(step, value, milliseconds) of a metric, by step."""

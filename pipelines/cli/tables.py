@@ -70,6 +70,8 @@ def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iter
         yield Text(f"{'' if versions else chr(10)}MLflow   {tracking_uri}")
         if not tracking_uri.startswith(("http://", "https://")):
             yield Text(f"open it  mlflow ui --backend-store-uri {tracking_uri}", no_wrap=True)
+        if result.get("mlflow_page"):
+            yield Text(f"at       {result['mlflow_page']}", no_wrap=True)
 
 
 def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import amlora_dist
 from amlora_dist.adapters.router import PRIOR_KEY
+from amlora_dist.config.loading import home
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
 from amlora_dist.methods import method_for
@@ -30,11 +31,14 @@ from amlora_dist.registry.manifest import (
     read_manifest,
     statistics_file,
 )
+from amlora_dist.registry.pulling import manifest_of
+from amlora_dist.registry.records import DataInput, TaskScore, describe, described, log_data, log_model
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.task_entry import TaskEntry, task_entry
 from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
 from amlora_dist.training.stage_spec import Cell, Parent
 from pipelines.runs.results import STAGE_FILE, Matrices
+from pipelines.runs.trackers import StageFigures, write_stage
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.statistics import TaskStatistics
@@ -63,6 +67,10 @@ class StageRecord:
     run: str = ""
     """MLflow's id of the stage's run."""
     train_seconds: float = 0.0
+    published: Version | None = None
+    """The version; None of a method that publishes none."""
+    resumed: bool = False
+    """It was published by an earlier start of this run, which has noted its seconds."""
     score_seconds: float = 0.0
     other_seconds: float = 0.0
     tokens: int = 0
@@ -230,6 +238,29 @@ class Publication:
         shutil.rmtree(folder, ignore_errors=True)
         return version
 
+    def _record(self, record: StageRecord, version: Version) -> None:
+        """What MLflow's pages say of a version; that of an earlier start, or of older code, is made up for."""
+        if described(self.store, version):
+            return
+        manifest = self._manifests.get(version.uri) or manifest_of(self.store, version)
+        scores = [
+            TaskScore(self._input(score["task"], "evaluation"), float(score["accuracy"]))
+            for score in record.scores
+            if score["mode"] == "router" and score.get("accuracy") is not None
+        ]
+        log_model(self.store, version, manifest, scores, step=record.index, timestamp=int(time.time() * 1000))
+        describe(self.store, version, manifest)
+
+    def _input(self, task: str, context: str) -> DataInput:
+        """The rows of a task that are trained on, or scored."""
+        spec, data = self.materials.specs[task], self.materials.data[task]
+        split = "train" if context == "training" else self.materials.config.evaluation.split
+        hub = spec.source.kind == "hub"
+        source = {"path": spec.source.repository, "revision": spec.source.revision} if hub else {"uri": public_name(task)}
+        return DataInput(
+            task, data.digest(split), len(data.rows[split]), context, source, "hugging_face" if hub else "local"
+        )
+
     def _statistics_of(self, parent: Parent) -> TaskStatistics:
         """Statistics of an earlier stage, read once: a publication costs the same at every stage."""
         if parent.folder not in self._statistics:
@@ -313,20 +344,36 @@ class Publication:
         return f"models:/{name}@{tags.CHAMPION} {stays}; to move it: amlora promote {name} {own} --sample ROWS"
 
     def log_stage(self, record: StageRecord) -> None:
-        """Loss curve, speed and scores as metrics of the stage's run, which is closed."""
+        """Loss curve, speed, scores and data of the stage's run, which is closed; its scores on the run above too, where
+        MLflow draws them as curves over the stages. What is there already is not written again."""
         now = int(time.time() * 1000)
         rows = [("loss", loss, step, now) for step, loss in enumerate(record.training.get("losses", []), start=1)]
         figures = record.public()
         for key in ("train_seconds", "score_seconds", "other_seconds", "tokens_per_second"):
-            if figures[key] is not None:
+            if figures[key] is not None and not record.resumed:
                 rows.append((key, float(figures[key]), record.index, now))
+        above = []
         for score in record.scores:
             for key in ("accuracy", "ranked_accuracy"):
                 if score.get(key) is not None:
                     name = f"{key}/{score['mode']}/{score['task']}"
                     rows.append((name, float(score[key]), record.index, now))
+            if score["mode"] == "router" and score.get("accuracy") is not None:
+                above.append((f"accuracy/{score['task']}", float(score["accuracy"]), record.index, now))
         self.lease.check()
-        self.store.log_metrics_batch(record.run, rows)
+        self.store.add_metrics(record.run, rows)
+        self.store.add_metrics(self.parent_run, above)
+        trained = [record.task] if record.task in self.materials.data else self.materials.tasks
+        if record.published is not None:
+            self._record(record, record.published)
+        inputs = [self._input(task, "training") for task in trained]
+        scored = dict.fromkeys(score["task"] for score in record.scores if score["task"] in self.materials.data)
+        log_data(self.store, record.run, [*inputs, *(self._input(task, "evaluation") for task in scored)])
+        log_data(self.store, self.parent_run, inputs)
+        config = self.materials.config
+        scores = {key: value for key, value, *_ in above}
+        shown = StageFigures(record.index, record.task, record.training.get("losses", []), scores)
+        write_stage(config.tracking, self.store, record.run, self.run_id, home(), self.mapping, shown)
         self.store.end_run(record.run, "FINISHED")
 
 

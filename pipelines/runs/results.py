@@ -136,4 +136,9 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
     if result is None:
         raise UserError(f"run {run_id!r} has not finished a stage yet")
-    return result | {"tracking_uri": store.connection.shown}
+    return result | kept_at(store, found[-1].run)
+
+
+def kept_at(store: Store, run: str) -> dict[str, Any]:
+    """Where a result is kept: the store, and the page of its run in MLflow."""
+    return {"tracking_uri": store.connection.shown, "mlflow_page": store.page_of(run)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 IRRELEVANT = (
     "workers", "min_workers", "worker_lifetime", "placement",
-    "storage", "data_dir", "mlflow", "deepspeed", "evaluation.batch_size", "name",
+    "storage", "data_dir", "mlflow", "tracking", "deepspeed", "evaluation.batch_size", "name",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.cache_trunk", "training.cache_trunk_gb",
 )  # fmt: skip

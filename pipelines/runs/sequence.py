@@ -270,7 +270,7 @@ class _Driver:
                 version = self.publication.publish(record, bank.parents, matrix, original, bank.version, self.storage)
             else:
                 version = mine
-            record.version = version.number
+            record.published, record.version, record.resumed = version, version.number, mine is not None
             bank.version = version
             if work.mirror is not None:
                 work.mirror.forget()
@@ -496,4 +496,4 @@ class _Driver:
         )
         self.lease.check()
         self.store.log_json(self.parent_run, results.FILE, result)
-        return result | {"tracking_uri": self.store.connection.shown}
+        return result | results.kept_at(self.store, self.parent_run)
