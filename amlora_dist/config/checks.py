@@ -126,7 +126,8 @@ def _url_fault(url: str, workers: int) -> Fault | None:
 TRACKER_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """What ``tracking`` names, and the library that writes it."""
 UNSEARCHABLE = (
-    "name", "workers", "worker_lifetime", "data_dir", "registered_model", "storage", "mlflow", "tracking", "deepspeed", "search",
+    "name", "workers", "worker_lifetime", "data_dir", "registered_model", "storage", "mlflow", "tracking", "deepspeed",
+    "search",
     "evaluation",
     "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
     "training.cache_trunk", "training.cache_trunk_gb",
