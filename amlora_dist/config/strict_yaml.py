@@ -33,6 +33,17 @@ class _Loader(yaml.SafeLoader):
 
     _depth = 0
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._brackets = re.search(rf"(?:[\[{{]\s*){{{MOST_DEPTH + 1}}}", text) is not None
+
+    def get_single_node(self) -> yaml.Node | None:
+        """See PyYAML, which looks ahead through brackets in a time that grows with the square of their number."""
+        if self._brackets:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_DEPTH} values in each other", None)
+        node: yaml.Node | None = super().get_single_node()
+        return node
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """See PyYAML."""
         if self._depth == MOST_DEPTH:
