@@ -249,6 +249,23 @@ def test_circular_alias_is_a_fault(write):
     assert fault.found == "an alias of what it stands in"
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 20)), "100000 values"),
+        ("a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 20)), "100000"),
+        ("x: " + "[" * 5000 + "]" * 5000, "64 values in each other"),
+        ("x: " + "9" * 5000, "thousands of digits"),
+    ],
+    ids=["nested aliases", "nested merges", "deep", "a long number"],
+)
+def test_a_small_file_that_means_billions_of_values_is_a_fault(write, text, found):
+    (fault,) = faults_of(write(text)).values()
+    assert found in f"{fault.found} {fault.hint}"
+    with pytest.raises(ValueError, match=found):
+        parse_value(text.removeprefix("x: "))
+
+
 def test_section_left_empty_has_its_defaults(write):
     assert load_config(write(GOOD + "training:\n  # epochs: 3\n")).training == TrainingSettings()
 

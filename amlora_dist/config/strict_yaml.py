@@ -18,12 +18,43 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+MOST_VALUES = 100_000
+"""Of a document, each alias counted as all that it stands for: ten lines of aliases of aliases can mean billions."""
+
+MOST_DEPTH = 64
+"""Of values in each other."""
+
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a document: keys of mappings and, from 0, places in lists."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema."""
+    """SafeLoader with the scalars of YAML 1.2's core schema and a bound on how deep values stand in each other."""
+
+    _depth = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._brackets = re.search(rf"(?:[\[{{]\s*){{{MOST_DEPTH + 1}}}", text) is not None
+
+    def get_single_node(self) -> yaml.Node | None:
+        """See PyYAML, which looks ahead through brackets in a time that grows with the square of their number."""
+        if self._brackets:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_DEPTH} values in each other", None)
+        node: yaml.Node | None = super().get_single_node()
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """See PyYAML."""
+        if self._depth == MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_DEPTH} values in each other", mark)
+        self._depth += 1
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+            return node
+        finally:
+            self._depth -= 1
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -43,7 +74,10 @@ for _tag, _pattern, _first in (
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
     text = str(node.value)
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+    try:
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+    except ValueError:  # Python reads no number of more than some thousand digits
+        raise yaml.constructor.ConstructorError(None, None, "a number of thousands of digits", node.start_mark) from None
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -79,6 +113,7 @@ def read_document(path: Path) -> Document:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        _check_size(node)
         lines: dict[KeyPath, int] = {}
         faults = list(_walk(node, (), lines, ())) if node is not None else []
         data = loader.construct_document(node) if node is not None and not _cyclic(faults) else None
@@ -105,6 +140,7 @@ def parse_value(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
+        _check_size(node)
         faults = list(_walk(node, (), {}, ()))
         if faults:
             raise ValueError(f"{faults[0].where}: {faults[0].found}")
@@ -121,6 +157,22 @@ def dotted(path: KeyPath) -> str:
     for part in path:
         out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
     return out
+
+
+def _check_size(node: yaml.Node | None) -> None:
+    """Raises YAMLError where aliases make more than ``MOST_VALUES`` values of a document."""
+    sizes: dict[int, int] = {}
+
+    def size(one: yaml.Node) -> int:
+        if id(one) not in sizes:
+            sizes[id(one)] = 1  # of a circle, which `_walk` tells of
+            inside = [part for pair in one.value for part in pair] if isinstance(one, yaml.MappingNode) else one.value
+            sizes[id(one)] += sum(map(size, inside)) if isinstance(one, yaml.CollectionNode) else 0
+        return sizes[id(one)]
+
+    if node is not None and size(node) > MOST_VALUES:
+        most = f"more than {MOST_VALUES} values, each alias counted as all that it stands for"
+        raise yaml.composer.ComposerError(None, None, most, node.start_mark)
 
 
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: tuple[int, ...]) -> Iterator[Fault]:
