@@ -91,7 +91,7 @@ class _TensorBoard:
 
     def loss(self, figures: StageFigures) -> None:
         for step, loss in enumerate(figures.losses, start=1):
-            self._writer.add_scalar(f"loss/{figures.index} {figures.task}", loss, step, self._now)
+            self._writer.add_scalar(f"loss/{figures.index}-{figures.task}", loss, step, self._now)
 
     def score(self, name: str, value: float, stage: int) -> None:
         self._writer.add_scalar(name, value, stage, self._now)
@@ -113,7 +113,7 @@ class _WandB:
         run.define_metric("accuracy/*", step_metric="stage")
 
     def loss(self, figures: StageFigures) -> None:
-        key, axis = f"loss/{figures.index} {figures.task}", f"step of stage {figures.index}"
+        key, axis = f"loss/{figures.index}-{figures.task}", f"step of stage {figures.index}"
         self._run.define_metric(key, step_metric=axis)
         for step, loss in enumerate(figures.losses, start=1):
             self._run.log({key: loss, axis: step})

@@ -19,6 +19,7 @@ from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, 
 from tests.tiny_config import write_config
 
 FREE = {
+    "tracking": "tracking=[tensorboard]",
     "workers": "workers=3", "min_workers": "min_workers=1", "worker_lifetime": "worker_lifetime=stage",
     "placement": "placement=SPREAD", "storage": "storage=/shared",
     "data_dir": "data_dir=/data", "mlflow": "mlflow.tracking_uri=http://mlflow:5000", "name": "name=other",
