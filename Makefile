@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/amlora run configs/demo.yaml --run-id demo
-	$(BIN)/amlora ask models:/demo@current $(TICKETS)
+	$(BIN)/amlora ask models:/demo@champion $(TICKETS)
 
 lint: setup
 	$(BIN)/ruff check .
