@@ -100,12 +100,12 @@ class DriverEnd:
         self._thread.start()
 
     def hand_out(self, number: int, plan: str) -> None:
-        """Give all workers the plan of a stage; an empty one ends them."""
-        self._ask(self.handle.hand_out.remote(number, plan))
+        """Give all workers the plan of a stage; an empty one ends them. Does not wait: the channel may still be starting."""
+        self.handle.hand_out.remote(number, plan)
 
     def stop(self, number: int) -> None:
         """Tell rank 0 that a stage should stop."""
-        self._ask(self.handle.stop.remote(number))
+        self.handle.stop.remote(number)
 
     def close(self) -> None:
         """Hand on what has come until now, and end the channel."""
