@@ -28,6 +28,7 @@ LONGEST = (
     "tests/pipelines/test_ray_crash_points.py", "a process that forks commands", "tests/pipelines/test_ray_stages.py",
     "a tracking server", "tests/pipelines/test_submit.py", "tests/pipelines/test_tune.py",
     "tests/pipelines/test_serving.py", "tests/pipelines/test_apart.py", "tests/pipelines/test_comparison.py",
+    "tests/pipelines/test_chat_run.py", "tests/pipelines/test_served.py",
 )  # fmt: skip
 """What takes longer than a minute, the longest first, but not all of Ray at once."""
 _GROUP = {file: group for group, files in TOGETHER.items() for file in files}
