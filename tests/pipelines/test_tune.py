@@ -147,7 +147,7 @@ def test_mlflow_has_trials_below_the_search_and_sequences_below_trials(world: di
 
 def test_no_file_of_ray_tune_holds_the_stores_address(world: dict[str, Any], home: Path) -> None:
     address = Store.open(home).connection.uri.encode()
-    files = [file for file in (home / "ray").rglob("*") if file.is_file()]
+    files = [file for file in (home / "storage" / "ray").rglob("*") if file.is_file()]
     assert files, "Tune wrote its state"
     assert [file for file in files if address in file.read_bytes()] == []
 
