@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amlora_dist.base_model import ModelSettings, resolve_base
+from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
 from amlora_dist.config.loading import home
 from amlora_dist.evaluation import ranking
 from amlora_dist.evaluation.decoding import Decoder
@@ -100,8 +99,8 @@ def main() -> None:
     count = min(arguments.prompts or (4 if arguments.quick else len(TEXTS)), len(TEXTS) - 1)
     steps = arguments.steps or (12 if arguments.quick else 60)
     base = resolve_base(ModelSettings(source=arguments.model), home())
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = load_tokenizer(base.path)
+    model: Any = load_model(base, dtype=torch.float32, attention="eager").eval()
     sets = {4: TOPICS, 15: INTENTS[::10], 77: INTENTS[::2] + INTENTS[1:4:2], 150: INTENTS}
     rows = []
     for kind in ("as it comes", "taught"):
