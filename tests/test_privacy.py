@@ -138,7 +138,7 @@ class Cluster:
     def submit(self, job_id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> bool:
         self.entrypoint, self.metadata = entrypoint, json.dumps(metadata)
         with zipfile.ZipFile(runtime_env["working_dir"]) as archive:
-            self.overrides = archive.read(PRIVATE).decode()
+            self.overrides = archive.read(PRIVATE).decode() if PRIVATE in archive.namelist() else ""
         return True
 
 

@@ -157,10 +157,10 @@ def test_classify_hog_has_its_labels_planned_once(model: AMLoRAModel, monkeypatc
     labels, tokenised = WORDS[:290], 0
     answer_tokens = model.prompter.labels
 
-    def counting(texts: Any) -> Any:
+    def counting(texts: Any, **more: Any) -> Any:
         nonlocal tokenised
         tokenised += len(texts) if set(labels) <= set(texts) else 0
-        return answer_tokens(texts)
+        return answer_tokens(texts, **more)
 
     monkeypatch.setattr(model.prompter, "labels", counting)
     requests = [bank.to_classify(text, labels=labels) for text in TEXTS]

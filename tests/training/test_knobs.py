@@ -17,6 +17,7 @@ from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.config.former_values import FORMER
 from amlora_dist.config.loading import load_config
 from amlora_dist.methods import METHODS, method_for
+from amlora_dist.methods.base import Method
 from amlora_dist.registry.adapter_folder import peft_config
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import LossComputer
@@ -50,22 +51,25 @@ def only_stage(config: Path, folder: Path, *overrides: str) -> tuple[str, Adapte
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_knob_is_in_the_fingerprint_only_where_it_is_not_at_its_former_value(name: str, config: Path) -> None:
-    def reads(*overrides: str) -> dict[str, Any]:
+    def made(*overrides: str) -> Method:
         c = load_config(config, [f"method={name}", *overrides])
         return method_for(
             StageSettings(
                 method=name, seed=0, dtype="fp32", attention="eager", adapters=c.adapters, router=c.router,
                 training=c.training, method_settings=c.method_settings,
             )
-        ).reads(2)  # fmt: skip
+        )  # fmt: skip
 
-    plain = reads()
+    def reads(*overrides: str) -> dict[str, Any]:
+        return made(*overrides).reads(2)
+
+    plain, learns = reads(), made().trains and made().learns
     assert not {"use_rslora", "dropout", "lora_plus", "label_smoothing"} & (
         plain.get("adapters", {}).keys() | plain.get("training", {}).keys()
     )
     for key, value in KNOBS.items():
         adapts = not (name == "l2p" and key.startswith("adapters."))
-        assert (reads(f"{key}={value}") != plain) == (name != "base" and adapts), key
+        assert (reads(f"{key}={value}") != plain) == (learns and adapts), key
     assert KNOBS.keys() - FORMER.keys() == {"training.weight_decay"}, "which 0.1 had"
 
 
