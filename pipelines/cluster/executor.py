@@ -39,8 +39,12 @@ class ClusterExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A cluster of our own ends all at once, and so does one that a failed driver leaves: its processes go with it.
-        if not (self._cluster.joined and (self._cluster.own or error[0] is not None)):
+        # Threads that still ask Ray something when it is shut down end this process: they end before. Workers that a
+        # failed driver leaves go with their cluster.
+        if self._cluster.joined and error[0] is not None:
+            if self._group is not None:
+                self._group.abandon()
+        else:
             self.release()
         self._group = None
         self._cluster.__exit__(*error)
