@@ -124,6 +124,7 @@ class DriverEnd:
 
         self._ended.set()
         ray.kill(self.handle)
+        self._thread.join(timeout=DEADLINE_S)
 
     @staticmethod
     def _ask(reference: Any) -> Any:

@@ -34,20 +34,20 @@ class ClusterExecutor:
         self._cluster = RayCluster(workers, verbose=verbose)
         self._lifetime = lifetime
         self._group: WorkerGroup | None = None
+        self._left: list[WorkerGroup] = []
+        """Groups that had not ended when they were let go."""
 
     def __enter__(self) -> ClusterExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Threads that still ask Ray something when it is shut down end this process: they end before. Workers that a
-        # failed driver leaves go with their cluster.
-        if self._cluster.joined and error[0] is not None:
-            if self._group is not None:
-                self._group.abandon()
-        else:
-            self.release()
-        self._group = None
-        self._cluster.__exit__(*error)
+        group, self._group = self._group, None
+        if group is not None and error[0] is None:
+            group.end()
+        elif group is not None:
+            self._abandon(group)
+        # Ray ends a process of which a thread still asks it something after it was shut down.
+        self._cluster.leave(shut_down=not any(one.lives for one in self._left))
 
     def prepare(self) -> None:
         """Start or join the cluster in the background."""
@@ -72,11 +72,16 @@ class ClusterExecutor:
             group.run(work, on_event, watch)
         except BaseException:
             self._group = None
-            group.abandon()
+            self._abandon(group)
             raise
         memory = resources.in_cluster().largest_node
         if self._lifetime == "stage" or has_outgrown(group.grown, memory):
             self.release()
+
+    def _abandon(self, group: WorkerGroup) -> None:
+        group.abandon()
+        if group.lives:
+            self._left.append(group)
 
     def release(self) -> None:
         """Let the workers end: others may need what they hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -71,7 +72,19 @@ class RayCluster:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.leave()
+
+    def leave(self, *, shut_down: bool = True) -> None:
+        """Let the cluster go.
+
+        Args:
+            shut_down: whether Ray is; else it ends with this process, for threads are left that wait for its answers, and
+                Ray ends a process that asks it anything afterwards, with an exit code of its own.
+        """
         self._wait_for_begin()
+        if not shut_down:
+            _leave_to_the_end()
+            return
         if self.joined:
             _shut_down()
         self._over.set()
@@ -188,6 +201,13 @@ def _shut_down() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _leave_to_the_end() -> None:
+    """Take back what Ray does when Python ends: its processes notice that their driver is gone."""
+    import ray
+
+    atexit.unregister(ray.shutdown)
 
 
 def _bundles(demand: Demand, supply: resources.Supply) -> list[dict[str, float]]:

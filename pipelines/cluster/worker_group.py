@@ -27,6 +27,8 @@ EVENTS = "progress.jsonl"
 POLL_S = 0.1
 END_S = 30.0
 """For which idle workers may take to end."""
+GONE_S = 2.0
+"""For which those may that a failure has ended already."""
 
 
 class WorkerGroup:
@@ -100,8 +102,9 @@ class WorkerGroup:
         self._channel.close()
 
     def abandon(self) -> None:
-        """Let go of workers that may be in the middle of a stage."""
+        """Let go of workers that may be in the middle of a stage: they end when they ask for the next one."""
         self._channel.abandon()
+        self._thread.join(GONE_S)
 
     def _heard(self, event: Event) -> None:
         stage = self._stage
