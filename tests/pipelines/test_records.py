@@ -15,7 +15,8 @@ from amlora_dist.registry.connection import StoreError
 from amlora_dist.registry.records import DataInput, log_data
 from amlora_dist.registry.store import Store
 from pipelines.runs.progress import Silent
-from pipelines.runs.sequence import load_result, run_sequence
+from pipelines.runs.results import load_result
+from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
