@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from amlora_dist.adapters.targets import default_router_layer, routing_stack
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
 from amlora_dist.config.loading import home
 from amlora_dist.tasks.batches import Example, collate_prompts, encode
+from amlora_dist.tasks.prompt_format import special_ends, text_ids
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
@@ -43,6 +45,24 @@ class FrozenModel:
         used = load_task(spec, data_dir=data_dir, splits=(split,), seed=seed).rows[split]
         template = template_for(spec, spec.prompt_style)
         return encode(used, spec, template, self.tokenizer, max_length=tokens, encoder_decoder=False)
+
+    def text_examples(
+        self, task: str, split: str, rows: int, *, data_dir: Path | None, tokens: int, seed: int
+    ) -> tuple[list[Example], tuple[str, ...]]:
+        """At most ``rows`` rows of a task as the router reads them: their texts alone; and the task's label texts."""
+        limit = {f"max_{split}": rows}
+        spec = resolve_task(task, data_dir=data_dir, base_dir=Path(), defaults=TaskDefaults(**limit))  # type: ignore[arg-type]
+        used = load_task(spec, data_dir=data_dir, splits=(split,), seed=seed).rows[split]
+        place = {text: number for number, text in enumerate(spec.label_texts)}
+        found = zip(used, self.texts([row.text for row in used], tokens), strict=True)
+        return [replace(one, label=place.get(row.target)) for row, one in found], spec.label_texts
+
+    def texts(self, texts: Sequence[str], tokens: int) -> list[Example]:
+        """Texts alone, at most ``tokens`` tokens of each, behind the tokenizer's own special tokens."""
+        before = special_ends(self.tokenizer, encoder_decoder=False).before
+        rows = enumerate(text_ids(texts, self.tokenizer, tokens))
+        spans = [(number, (*before, *ids), (len(before), len(before) + len(ids))) for number, ids in rows]
+        return [Example(number, ids, (), None, "", span=span) for number, ids, span in spans]
 
     @torch.no_grad()
     def features(self, examples: Sequence[Example], layers: Sequence[int]) -> dict[int, Tensor]:

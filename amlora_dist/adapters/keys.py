@@ -110,7 +110,11 @@ def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: fl
     Raises:
         UserError: as ``Covariance``.
     """
-    covariance = covariance_of(statistics, rule, shrinkage)
+    return keys_under(covariance_of(statistics, rule, shrinkage), statistics, rule)
+
+
+def keys_under(covariance: Covariance, statistics: Sequence[TaskStatistics], rule: KeyRule) -> Keys:
+    """The same under a covariance that is given."""
     means: list[Tensor] = []
     task: list[int] = []
     label: list[int] = []
@@ -164,15 +168,15 @@ def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequenc
     found = []
     for shrinkage in shrinkages:
         keys = make_keys(statistics, rule, shrinkage)
-        found.append((*_temperature(statistics, keys), shrinkage, keys))
+        found.append((*fit_temperature(statistics, keys), shrinkage, keys))
     _, temperature, shrinkage, keys = min(found, key=lambda one: one[0])
     beta = fit_beta(statistics, keys, temperature)
     return Fitted(make_keys([one.with_held() for one in statistics], rule, shrinkage), keys, shrinkage, temperature, beta)
 
 
-def _temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:
-    """The temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
-    task where labels have no keys), with its loss, nats; 1 where no row was held out."""
+def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:
+    """(loss, temperature): the temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
+    task where labels have no keys), and the sum of its loss, nats; 0 and 1 where no row was held out."""
     held = [(place, one.held) for place, one in enumerate(statistics) if one.held is not None and len(one.held.labels)]
     best = (0.0, 1.0)
     for temperature in TEMPERATURES if held and len(keys.task) > 1 else ():
