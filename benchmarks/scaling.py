@@ -124,7 +124,7 @@ def run(folder: Path, count: int, *, reuse: bool) -> list[dict[str, Any]]:
     os.environ["AMLORA_HOME"] = str(home)
     sys.path.insert(0, str(REPOSITORY))
     from amlora_dist.config.loading import load_config
-    from pipelines.runs.journal import Publication
+    from pipelines.runs.journal import RunJournal
     from pipelines.runs.sequence import run_sequence
     from tests import tiny_config
 
@@ -141,16 +141,16 @@ def run(folder: Path, count: int, *, reuse: bool) -> list[dict[str, Any]]:
     settings = load_config(config, ["evaluation.untrained=false", "evaluation.oracle=false", f"evaluation.reuse={reuse}"])
     publishing: list[float] = []
     scored_rows: list[int] = []
-    publish = Publication.publish
+    publish = RunJournal._publish
 
-    def timed(self: Publication, record: Any, *given: Any) -> Any:
+    def timed(self: RunJournal, bank: Any, record: Any, *given: Any) -> Any:
         began = time.perf_counter()
-        version = publish(self, record, *given)
+        version = publish(self, bank, record, *given)
         publishing.append(time.perf_counter() - began)
         scored_rows.append(sum(score["rows"] - score["kept"] for score in record.scores))
         return version
 
-    Publication.publish = timed  # type: ignore[method-assign]
+    RunJournal._publish = timed  # type: ignore[method-assign]
     watch = Watch(home / "artifacts")
     result = run_sequence(settings, run_id="scaling", progress=watch)
     lines: list[dict[str, Any]] = []

@@ -175,8 +175,12 @@ def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequenc
 
 
 def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:
-    """(loss, temperature): the temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
-    task where labels have no keys), and the sum of its loss, nats; 0 and 1 where no row was held out."""
+    """The temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
+    task where labels have no keys).
+
+    Returns:
+        The sum of its loss, nats, and the temperature; 0 and 1 where no row was held out.
+    """
     held = [(place, one.held) for place, one in enumerate(statistics) if one.held is not None and len(one.held.labels)]
     best = (0.0, 1.0)
     for temperature in TEMPERATURES if held and len(keys.task) > 1 else ():

@@ -38,27 +38,18 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.task_entry import TaskEntry
 
 METHOD = "imported"
-CONV1D = ("gpt2", "openai-gpt", "imagegpt")
-"""Architectures whose linear layers keep their weight as (d_in, d_out)."""
 BATCH = 16
 
 
 def empty_manifest(base: BaseModel) -> Manifest:
     """The manifest of a bank that has no adapter yet."""
-    entry = BaseEntry(
-        source=public_name(base.source),
-        revision=base.revision,
-        digest=base.digest,
-        architecture=base.model_type,
-        encoder_decoder=base.encoder_decoder,
-    )
     return Manifest(
-        base=entry,
+        base=BaseEntry.of(base),
         bank_template=BANK_TEMPLATE,
         method=METHOD,
         adapters=[],
         router=RouterEntry(kind="posterior", settings={}, digest="0" * 64),
-        fan_in_fan_out=base.model_type in CONV1D,
+        fan_in_fan_out=base.fan_in_fan_out,
     )
 
 

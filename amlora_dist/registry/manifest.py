@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -21,7 +21,11 @@ from pydantic.dataclasses import dataclass
 from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
+from amlora_dist.privacy import public_name
 from amlora_dist.tasks.task_entry import TaskEntry
+
+if TYPE_CHECKING:
+    from amlora_dist.base_model import BaseModel
 
 SCHEMA_VERSION = 2
 READ = (1, 2)
@@ -91,6 +95,17 @@ class BaseEntry:
     architecture: Annotated[str, Field(min_length=1, max_length=100)]
     """transformers' ``model_type`` (``llama``, ``t5``)."""
     encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, base: BaseModel) -> BaseEntry:
+        """The entry of a model that lies in a folder, which is not in it."""
+        return cls(
+            source=public_name(base.source),
+            revision=base.revision,
+            digest=base.digest,
+            architecture=base.model_type,
+            encoder_decoder=base.encoder_decoder,
+        )
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
 from amlora_dist.training.rate_race import RATES
 from pipelines.runs import results
-from pipelines.runs.inputs import gather_materials
+from pipelines.runs.inputs import gather_inputs
 from pipelines.runs.resume_check import differences, refuse_other_configuration, refuse_other_data, taken_up
 from pipelines.runs.sequence import run_sequence
 
@@ -218,7 +218,7 @@ class _Driver:
         plan, seed = self.plan, self.plan.seeds[0]
         facts: dict[str, Any] = {"tasks": {}}
         for order in plan.orders:
-            found = gather_materials(plan.config(plan.contenders[0], order, seed, None), home()).facts()
+            found = gather_inputs(plan.config(plan.contenders[0], order, seed, None), home()).facts()
             facts = {**found, "tasks": facts["tasks"] | found["tasks"]}
         first = plan.run_id(plan.contenders[0], next(iter(plan.orders)), seed)
         places = [
@@ -226,14 +226,14 @@ class _Driver:
             {tags.KIND: "sequence", tags.RUN_ID: first},  # comparisons of before 0.2 kept no facts
         ]
         name = f"--run-id: comparison {plan.comparison_id!r}"
-        if refuse_other_data(self.store, places, facts, results.MATERIALS, name, allow=allow, again="run all of it again"):
+        if refuse_other_data(self.store, places, facts, results.INPUTS, name, allow=allow, again="run all of it again"):
             self.progress.note("the data has changed since this comparison began: all of it runs again")
             ids = [plan.run_id(*one) for one in plan.grid]
             ids += [plan.candidate_id(contender, rate) for contender in plan.contenders for rate in plan.learning_rates]
             begun = {run.tags[tags.RUN_ID] for run in self.store.find_runs({tags.KIND: "sequence"})}
             self.comparison |= {"tuning": {}, "again": [one for one in ids if one in begun]}
             self._save()
-        self.store.log_json(self.journal, results.MATERIALS, facts)
+        self.store.log_json(self.journal, results.INPUTS, facts)
 
     def tune(self) -> None:
         """The learning rate of each method: one run on the dev split for each candidate, the same for all."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.base_model import BaseModel, load_tokenizer, resolve_base, settled_attention
 from amlora_dist.config.former_values import unlike_former
-from amlora_dist.config.loading import RunConfig
+from amlora_dist.config.loading import RunConfig, home, storage_of
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.settings import AnswerSettings
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Materials:
+class RunInputs:
     """Tasks with their rows, and the base model, all checked."""
 
     config: RunConfig
@@ -56,6 +56,31 @@ class Materials:
     def also(self) -> list[str]:
         """Names of the test sets that no stage learns."""
         return list(self.specs)[len(self.config.tasks) :]
+
+    @property
+    def method(self) -> Method:
+        """The method with the run's settings."""
+        return method_for(self.stage_settings())
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the stages: the tasks, for most methods."""
+        return self.method.stages(self.tasks)
+
+    @property
+    def storage(self) -> Path:
+        """Folder of stages, scores and what is cached of them."""
+        return storage_of(self.config)[0]
+
+    @property
+    def url(self) -> str | None:
+        """Where what is finished is copied to, if nodes share no folder."""
+        return storage_of(self.config)[1]
+
+    @property
+    def cache(self) -> Path:
+        """Folder of files that may be deleted at any time."""
+        return (self.storage if self.config.storage is not None and self.url is None else home()) / "cache"
 
     def stage_settings(self) -> StageSettings:
         """The part of the configuration that stages read."""
@@ -244,7 +269,7 @@ class Materials:
         }
 
 
-def gather_materials(config: RunConfig, home: Path) -> Materials:
+def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
     """Read and check everything that can be checked before a process is started.
 
     The configuration of what it returns has ``model.attention: auto`` replaced by what it means here, and the evidence that
@@ -259,7 +284,7 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
     base: BaseModel | None = None
-    for place, ref in enumerate([*config.tasks, *config.evaluation.also]):
+    for number, ref in enumerate([*config.tasks, *config.evaluation.also]):
         spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
         if spec.name in specs:
             raise UserError(f"tasks: two tasks are named {spec.name!r}; give one another `name`")
@@ -269,22 +294,22 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
         except UserError as error:
             raise UserError(f"{spec.origin}: {error}") from error
         if spec.open_format or spec.chat:
-            base = resolve_base(config.model, home) if base is None else base
+            base = resolve_base(config.model, place) if base is None else base
             spec = specs[spec.name] = _settled(spec, base, config.prompt_format)
-        splits = ("train", config.evaluation.split) if place < len(config.tasks) else (config.evaluation.split,)
+        splits = ("train", config.evaluation.split) if number < len(config.tasks) else (config.evaluation.split,)
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
         )
     for spec in list(specs.values())[: len(config.tasks)]:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]
-    base = resolve_base(config.model, home) if base is None else base
+    base = resolve_base(config.model, place) if base is None else base
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
-    materials = Materials(config, base, specs, data, _dtype(config.dtype))
-    method = method_for(materials.stage_settings())
+    inputs = RunInputs(config, base, specs, data, _dtype(config.dtype))
+    method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
-    materials.parameters, materials.trainable, depths = check_model(method, base, tasks)
+    inputs.parameters, inputs.trainable, depths = check_model(method, base, tasks)
     if config.prompt_format == 2:
         longest = max(int(spec.max_length or DEFAULT_TEXT_TOKENS) for spec in specs.values())
         router = replace(
@@ -292,8 +317,8 @@ def gather_materials(config: RunConfig, home: Path) -> Materials:
             depths=depths if config.router.depths is None else config.router.depths,
             max_text_tokens=config.router.max_text_tokens or longest,
         )
-        materials.config = replace(materials.config, router=router)
-    return materials
+        inputs.config = replace(inputs.config, router=router)
+    return inputs
 
 
 def _settled(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskSpec:

@@ -14,12 +14,12 @@ from amlora_dist.registry.store import Store
 from amlora_dist.training.stage_spec import WITHOUT
 
 if TYPE_CHECKING:
-    from pipelines.runs.journal import StageRecord
+    from pipelines.runs.stage_record import StageRecord
 
 FILE = "result.json"
 """Artifact of the sequence's MLflow run: the result so far."""
-MATERIALS = "materials.json"
-"""Artifact of the sequence's MLflow run: what it is made of (``Materials.facts``)."""
+INPUTS = "materials.json"
+"""Artifact of the sequence's MLflow run: what it is made of (``RunInputs.facts``)."""
 STAGE_FILE = "stage.json"
 """Artifact of a stage's MLflow run: its scores and how it was trained."""
 

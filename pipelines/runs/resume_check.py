@@ -176,7 +176,7 @@ def refuse_other_data(
     Args:
         store: which has the facts of the start before.
         places: tags of the run that has them, or else of another one.
-        facts: ``Materials.facts`` now.
+        facts: ``RunInputs.facts`` now.
         file: the artifact that holds those of then.
         name: what a message calls the id.
         allow: go on all the same.

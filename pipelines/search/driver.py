@@ -26,7 +26,7 @@ from amlora_dist.registry.store import Store
 from pipelines.cluster import resources
 from pipelines.cluster.session import Placement, RayCluster
 from pipelines.runs import results
-from pipelines.runs.inputs import gather_materials
+from pipelines.runs.inputs import gather_inputs
 from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration, refuse_other_data
 from pipelines.runs.sequence import SearchContext, run_sequence
 from pipelines.search.intervals import add_intervals
@@ -70,8 +70,8 @@ def run_search(
     plan = plan_search(config, file)
     place = home()
     resources.check_folder(place)
-    materials = gather_materials(plan.config({}), place)
-    demand = materials.demand(plan.settings.gpus or 1.0)
+    inputs = gather_inputs(plan.config({}), place)
+    demand = inputs.demand(plan.settings.gpus or 1.0)
     storage, _ = storage_of(config)
     resources.check_folder(storage, "storage")
     resources.refuse(resources.missing(demand, resources.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
@@ -80,11 +80,11 @@ def run_search(
     model = config.registered_model or search_id
     mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
-    name, facts = f"--search-id {search_id!r}", materials.facts()
+    name, facts = f"--search-id {search_id!r}", inputs.facts()
     refuse_other_configuration(store, wanted, mapping, name, free=FREE_IN_SEARCH, grows=False)
     of_a_trial = {tags.KIND: "sequence", tags.RUN_ID: trial_run_id(search_id, 1)}  # searches of before 0.2 kept no facts
     changed = refuse_other_data(
-        store, [wanted, of_a_trial], facts, results.MATERIALS, name, allow=allow_changed_data, again="run all trials again"
+        store, [wanted, of_a_trial], facts, results.INPUTS, name, allow=allow_changed_data, again="run all trials again"
     )
     key = leases.run_key(f"search.{search_id}")
     with leases.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
@@ -99,7 +99,7 @@ def run_search(
             if changed:
                 progress.note("the data has changed since this search began: its trials run again")
                 journal.reopen()
-            store.log_json(search_run, results.MATERIALS, facts)
+            store.log_json(search_run, results.INPUTS, facts)
             search = _Search(plan, search_id, journal, progress, place, storage, demand, verbose)
             timing = search.run(began)
             store.close_open_runs(search_run)

@@ -15,7 +15,7 @@ from amlora_dist.methods import method_for
 from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import Cell, Parent, StageWork
-from pipelines.runs.inputs import gather_materials
+from pipelines.runs.inputs import gather_inputs
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def stages(
 
 
 def _stages(config: RunConfig, folder: Path, run: Callable[[StageWork], None], score: bool) -> Iterator[Stage]:
-    materials = gather_materials(config, folder)
-    settings = materials.stage_settings()
-    tasks = list(materials.specs)
+    inputs = gather_inputs(config, folder)
+    settings = inputs.stage_settings()
+    tasks = list(inputs.specs)
     parents: list[Parent] = []
     statistics: list[str] = []
     for name in method_for(settings).stages(tasks):
@@ -58,7 +58,7 @@ def _stages(config: RunConfig, folder: Path, run: Callable[[StageWork], None], s
             parents, statistics = [], []
         rows = method.rows(name, [parent.task for parent in parents], tasks)
         index = len(parents) + 1
-        fingerprint = materials.training_fingerprint(
+        fingerprint = inputs.training_fingerprint(
             method, index, name, [parent.digest for parent in parents], statistics, rows
         )
         cells = [Cell(task, "test", "router", task, str(folder / "scores" / name / task)) for task in tasks]
@@ -68,8 +68,8 @@ def _stages(config: RunConfig, folder: Path, run: Callable[[StageWork], None], s
             task=name,
             folder=str(folder / "stages" / name),
             settings=settings,
-            base=asdict(materials.base) | {"path": str(materials.base.path)},
-            tasks={task: spec.to_mapping() for task, spec in materials.specs.items()},
+            base=asdict(inputs.base) | {"path": str(inputs.base.path)},
+            tasks={task: spec.to_mapping() for task, spec in inputs.specs.items()},
             data_seed=config.seed,
             data_dir=None,
             parents=list(parents),

@@ -43,9 +43,9 @@ def test_slao_starts_at_an_orthonormal_basis_of_the_last_and_serves_the_merge(tm
 
 
 def load_and_settle(file: Path) -> StageSettings:
-    from pipelines.runs.inputs import gather_materials
+    from pipelines.runs.inputs import gather_inputs
 
-    return gather_materials(load_config(file, ["method=slao"]), file.parent / "home").stage_settings()
+    return gather_inputs(load_config(file, ["method=slao"]), file.parent / "home").stage_settings()
 
 
 def test_an_orthonormal_basis_depends_on_the_rows_alone() -> None:

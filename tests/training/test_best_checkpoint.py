@@ -21,7 +21,7 @@ from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import StageWork
-from pipelines.runs.inputs import gather_materials
+from pipelines.runs.inputs import gather_inputs
 from tests.methods.stages import stages
 from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
@@ -111,7 +111,7 @@ def test_the_step_that_is_best_on_held_out_rows_is_the_result(tmp_path: Path) ->
 def test_what_is_kept_and_how_recipes_start_is_in_the_fingerprint_where_it_is_not_as_it_was(tmp_path: Path) -> None:
     def reads(stage: int, *overrides: str) -> dict[str, Any]:
         config = load_config(file, list(overrides))
-        return method_for(gather_materials(config, tmp_path).stage_settings()).reads(stage)
+        return method_for(gather_inputs(config, tmp_path).stage_settings()).reads(stage)
 
     file = write_config(tmp_path, rows=24, tasks=("colours", "shapes"))
     plain = ["training.keep=last", "recipe.start=probe"]

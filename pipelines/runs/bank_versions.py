@@ -1,0 +1,203 @@
+"""A run's bank as versions of a registered model: what a new version's folder holds, and the adapters of published ones as
+folders that workers can read."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import amlora_dist
+from amlora_dist.adapters.router import PRIOR_KEY
+from amlora_dist.adapters.statistics import TaskStatistics
+from amlora_dist.errors import BankError
+from amlora_dist.registry import tags
+from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
+from amlora_dist.registry.manifest import (
+    AccuracyMatrix,
+    BaseEntry,
+    Lineage,
+    Manifest,
+    RouterEntry,
+    Stored,
+    adapter_folder,
+    read_manifest,
+    statistics_file,
+)
+from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.task_entry import task_entry
+from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
+from amlora_dist.training.stage_spec import Parent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from amlora_dist.registry.store import Store
+    from amlora_dist.registry.versions import Placement, Version
+    from pipelines.runs.inputs import RunInputs
+    from pipelines.runs.results import Matrices
+    from pipelines.runs.stage_record import StageRecord
+
+log = logging.getLogger(__name__)
+
+
+class BankVersions:
+    """Reads and writes them for one run; what was read once is kept.
+
+    Args:
+        store: which has them.
+        storage: folder in which they lie.
+    """
+
+    def __init__(self, store: Store, storage: Path) -> None:
+        self._store, self._storage = store, storage
+        self._manifests: dict[str, Manifest] = {}
+        self._statistics: dict[str, TaskStatistics] = {}
+
+    def manifest_of(self, version: Version) -> Manifest:
+        """The manifest of a published version."""
+        if version.uri not in self._manifests:
+            self._manifests[version.uri] = read_manifest(self._pulled(version))
+        return self._manifests[version.uri]
+
+    def keep(self, version: Version, manifest: Manifest) -> None:
+        """Keep the manifest of a version that was just published."""
+        self._manifests[version.uri] = manifest
+
+    def at_hand(self, version: Version | None) -> Manifest | None:
+        """The manifest of a version, if nothing need be read for it."""
+        return None if version is None else self._manifests.get(version.uri)
+
+    def materialise(self, version: Version) -> list[Parent]:
+        """The adapters of a published version as folders that workers can read; fetched once."""
+        bank = read_bank(self._pulled(version))
+        out = []
+        for entry, adapter in zip(bank.manifest.adapters, bank.adapters, strict=True):
+            folder = self._storage / "adapters" / entry.digest
+            if not is_whole(folder):
+                own, memory = split_continuation(bank.statistics[entry.task])
+                statistics = TaskStatistics.from_tensors(entry.task, own)
+                training = {"fingerprint": entry.training_fingerprint, "seconds": 0.0, "tokens": 0, "losses": []}
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                write_result(folder, Result(adapter, statistics, training, memory))
+            out.append(Parent(entry.task, entry.digest, str(folder)))
+        return out
+
+    def write(
+        self,
+        folder: Path,
+        inputs: RunInputs,
+        parents: Sequence[Parent],
+        record: StageRecord,
+        *,
+        original: Version | None,
+        below: Version | None,
+        placement: Placement,
+        matrices: Matrices,
+        about: Mapping[str, Any],
+    ) -> Manifest:
+        """Write the folder of a new version.
+
+        Args:
+            folder: to be made.
+            inputs: of the run.
+            parents: the bank's adapters, the new one last.
+            record: of the stage.
+            original: the version of another run that the stage is taken over from: its files are referred to, not copied.
+            below: this run's version before.
+            placement: where the new version's files will be kept.
+            matrices: of the run so far.
+            about: ``run_id``, ``epoch`` and ``training_configuration`` of the manifest.
+        """
+        newest = read_result(Path(parents[-1].folder))
+        before = None if below is None else self.manifest_of(below)
+        index, spec = len(parents), inputs.specs.get(record.task)
+        stored, stored_statistics = self._stored(placement, original, index, record.task)
+        entry = adapter_entry(
+            newest.adapter,
+            index,
+            training_fingerprint=record.fingerprint,
+            parent=before.parent_digest() if before else None,
+            stored=stored,
+            task_spec=None if spec is None else task_entry(spec),
+        )
+        statistics = statistics_entry(index, record.task, newest.continuation(), stored_statistics)
+        tensors, router = self._router(inputs, parents, newest)
+        manifest = Manifest(
+            base=BaseEntry.of(inputs.base),
+            bank_template=BANK_TEMPLATE,
+            method=inputs.config.method,
+            adapters=[*(before.adapters if before else ()), entry],
+            router=router,
+            fan_in_fan_out=inputs.base.fan_in_fan_out,
+            statistics=[*(before.statistics if before else ()), statistics],
+            accuracy_matrix=AccuracyMatrix(
+                tasks=inputs.tasks, accuracy=matrices.accuracy, ranked_accuracy=matrices.ranked_accuracy
+            ),
+            lineage=Lineage(
+                parent=None if below is None else below.uri, reused_from=None if original is None else original.uri
+            ),
+            library_versions=library_versions(),
+            stage=record.index,
+            **about,
+        )
+        adapters = [newest.adapter] if original is None else []
+        own = {record.task: newest.continuation()} if original is None else {}
+        manifest = write_version(folder, manifest, record.run, adapters, tensors, own)
+        self._statistics[parents[-1].folder] = newest.statistics
+        return manifest
+
+    def _router(
+        self, inputs: RunInputs, parents: Sequence[Parent], newest: Result
+    ) -> tuple[dict[str, Tensor], RouterEntry]:
+        """Tensors and entry of the router of the whole bank."""
+        method = inputs.method
+        router = method.router([*(self._statistics_of(parent) for parent in parents[:-1]), newest.statistics])
+        tensors = {} if router is None else router.tensors()
+        settings = {} if router is None else router.settings()
+        if method.uses_selectors:
+            kind: str = inputs.config.router.kind
+            settings = asdict(inputs.config.router.literal) | ({} if router is None else {PRIOR_KEY: settings})
+        else:
+            assert router is not None, "without selectors something else weighs the adapters"
+            kind = router.kind
+        return tensors, RouterEntry(kind=kind, settings=settings, digest="0" * 64)
+
+    def _statistics_of(self, parent: Parent) -> TaskStatistics:
+        """Statistics of an earlier stage, read once: a publication costs the same at every stage."""
+        if parent.folder not in self._statistics:
+            self._statistics[parent.folder] = read_result(Path(parent.folder)).statistics
+        return self._statistics[parent.folder]
+
+    def _stored(
+        self, placement: Placement, original: Version | None, index: int, task: str
+    ) -> tuple[Stored | None, Stored | None]:
+        """Where the new adapter and its statistics are kept: with this version, or where another run has them."""
+        if original is None:
+            return placement.of(adapter_folder(index, task)), placement.of(statistics_file(index, task))
+        theirs = self.manifest_of(original)
+        return theirs.adapters[-1].stored, theirs.statistics[-1].stored
+
+    def _pulled(self, version: Version) -> Path:
+        digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]
+        dest = self._storage / "banks" / f"{version.registered_model}-{version.number}-{digest}"
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._store.pull_version(version, dest)
+        except BankError:
+            if not dest.exists():
+                raise
+        log.warning("%s: the copy of %s is damaged: fetching it again", dest, version.uri)
+        shutil.rmtree(dest, ignore_errors=True)
+        return self._store.pull_version(version, dest)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this project and of the libraries that decide a result, by name."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "deepspeed", "ray", "mlflow", "safetensors")
+    return {"amlora-dist": amlora_dist.__version__} | {name: version(name) for name in names}

@@ -1,0 +1,100 @@
+"""What a run says of one of its stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amlora_dist.registry.versions import Version
+    from amlora_dist.training.result import Result
+    from amlora_dist.training.stage_spec import Cell
+
+
+@dataclass(slots=True)
+class StageRecord:
+    """Filled in as a stage goes on."""
+
+    index: int
+    task: str
+    fingerprint: str
+    began: float = field(default_factory=time.monotonic)
+    run: str = ""
+    """MLflow's id of the stage's run."""
+    original: Version | None = None
+    """The version that the stage is taken over from: of another run, or of an earlier start of this one."""
+    resumed: bool = False
+    """``original`` is this run's own: an earlier start has published it and noted its seconds."""
+    reused: bool = False
+    """Nothing was trained."""
+    published: Version | None = None
+    """The version; None before it is published, and of a method that publishes none."""
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Scores that were there, by scoring fingerprint."""
+    scored_now: bool = False
+    """Some of its scores were not."""
+    train_seconds: float = 0.0
+    score_seconds: float = 0.0
+    other_seconds: float = 0.0
+    tokens: int = 0
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int | None:
+        """Number of the version."""
+        return None if self.published is None else self.published.number
+
+    @property
+    def reused_from(self) -> str | None:
+        """The version of another run that it was taken over from."""
+        from amlora_dist.registry import tags
+
+        if self.original is None:
+            return None
+        return self.original.tags.get(tags.REUSED_FROM) if self.resumed else self.original.uri
+
+    def open_cells(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those that nobody has scored."""
+        return [cell for cell in cells if cell.fingerprint not in self.known and not cell.done]
+
+    def take(self, result: Result) -> None:
+        """Fill in what training gave."""
+        self.training = result.training
+        self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
+
+    def score(self, cells: Sequence[Cell]) -> None:
+        """Fill in what scoring gave."""
+        for cell in cells:
+            score = self.known.get(cell.fingerprint)
+            if score is None:
+                score = cell.summary() or {}
+                score.pop("folder", None)
+            self.scores.append(score | {"mode": cell.mode, "task": cell.task})
+            self.score_seconds += score["seconds"]
+
+    def end(self) -> None:
+        """Note the seconds that are neither training nor scoring."""
+        spent = time.monotonic() - self.began
+        self.other_seconds = max(0.0, spent - (0.0 if self.reused else self.train_seconds) - self.score_seconds)
+
+    def public(self) -> dict[str, Any]:
+        """The stage's entry in the result."""
+        rate = self.tokens / self.train_seconds if self.train_seconds else None
+        return {
+            "task": self.task,
+            "fingerprint": self.fingerprint,
+            "reused": self.reused,
+            "reused_from": self.reused_from,
+            "version": self.version,
+            "train_seconds": self.train_seconds,
+            "score_seconds": self.score_seconds,
+            "other_seconds": self.other_seconds,
+            "tokens": self.tokens,
+            "tokens_per_second": rate,
+            "recipe_from": self.training.get("recipe_from"),
+            "race": self.training.get("race"),
+            "kept_step": self.training.get("kept_step"),
+        }
