@@ -23,15 +23,15 @@ from transformers.utils import ModelOutput
 
 from amlora_dist.adapters.gate_context import (
     CachedGate,
+    CacheState,
     FeaturesReady,
     ForwardContext,
     GateCheckpoint,
-    Luggage,
     OnRoute,
     OnSelect,
     active_call,
     attach,
-    carried,
+    cache_state_of,
     entered,
 )
 from amlora_dist.errors import UserError
@@ -114,14 +114,14 @@ class RoutedForward:
         kwargs.update(zip(self._names, args, strict=False))
         call = active_call()
         if self.encoder and call is not None and call.owner is self.routing:
-            return self._carrying(self.inner(**kwargs), call)
+            return self._with_cache_state(self.inner(**kwargs), call)
         call = self._open(kwargs, prompt_mask, task_gate, on_route)
         call.on_select, call.trunk, call.dropout = on_select, trunk_states, dropout_keys
         for module in self.routing.checkpointed:
-            _let_gate_travel(module)
+            _let_cache_state_travel(module)
         with entered(call):
             output = self.inner(**kwargs)
-        return self._carrying(output, call, kwargs.get("past_key_values"))
+        return self._with_cache_state(output, call, kwargs.get("past_key_values"))
 
     def _open(
         self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None
@@ -132,12 +132,12 @@ class RoutedForward:
         mask = self.prompt_mask(kwargs, prompt_mask)
         call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select)
         call.skip_tokens = routing.skip_tokens
-        luggage = None if self.encoder else self._carried(kwargs, required=task_gate is None)
-        if luggage is not None:
-            call.carried_pooled = luggage.pooled
-            call.task_gate = luggage.task_gate if task_gate is None else task_gate
-            if task_gate is None and luggage.task_gate is not None:
-                call.kept = luggage.kept or CachedGate(luggage.task_gate)
+        cache_state = None if self.encoder else self._cache_state_of(kwargs, required=task_gate is None)
+        if cache_state is not None:
+            call.carried_pooled = cache_state.pooled
+            call.task_gate = cache_state.task_gate if task_gate is None else task_gate
+            if task_gate is None and cache_state.task_gate is not None:
+                call.kept = cache_state.kept or CachedGate(cache_state.task_gate)
             return call
         call.on_route = on_route
         if task_gate is None and router is not None:
@@ -187,35 +187,35 @@ class RoutedForward:
             return attention
         return prompt_mask.bool() & attention[:, : prompt_mask.shape[1]].bool()
 
-    def _carried(self, kwargs: dict[str, Any], *, required: bool) -> Luggage | None:
+    def _cache_state_of(self, kwargs: dict[str, Any], *, required: bool) -> CacheState | None:
         """What this call's KV cache or encoder outputs bring along; None if the gate has to be found."""
         encoded = kwargs.get("encoder_outputs")
         gate = encoded.get(GATE_KEY) if isinstance(encoded, ModelOutput) else None
-        luggage = carried(kwargs.get("past_key_values"), required=required and gate is None)
-        if luggage is None and gate is not None:
-            return Luggage(gate, {})
-        if luggage is None and encoded is not None and required and self.routing.needs_features:
+        cache_state = cache_state_of(kwargs.get("past_key_values"), required=required and gate is None)
+        if cache_state is None and gate is not None:
+            return CacheState(gate, {})
+        if cache_state is None and encoded is not None and required and self.routing.needs_features:
             raise UserError(
                 "encoder_outputs carry no gate: they do not come from this model's encoder "
                 "(or were rebuilt from its tensors); encode with this model, or pass task_gate"
             )
-        return luggage
+        return cache_state
 
-    def _carrying(self, output: Any, call: ForwardContext, cache: object = None) -> Any:
+    def _with_cache_state(self, output: Any, call: ForwardContext, cache: object = None) -> Any:
         """``output``, with the gate in what its caller keeps."""
         if self.encoder:
             if call.task_gate is not None and isinstance(output, ModelOutput):
                 output[GATE_KEY] = call.task_gate
             return output
-        luggage = Luggage(call.task_gate, call.carried_pooled | call.pooled, call.kept)
+        cache_state = CacheState(call.task_gate, call.carried_pooled | call.pooled, call.kept)
         entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for item in (cache, *entries):
             if isinstance(item, Cache):
-                attach(item, luggage)
+                attach(item, cache_state)
         return output
 
 
-def _let_gate_travel(module: Any) -> None:
+def _let_cache_state_travel(module: Any) -> None:
     """Where the model turned on gradient checkpointing since the last call, let recomputation see its call."""
     if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, GateCheckpoint):
         module._gradient_checkpointing_func = GateCheckpoint(module._gradient_checkpointing_func)

@@ -40,7 +40,7 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 @dataclass(slots=True, eq=False)
 class CachedGate:
     """A gate (B, T) that stays from call to call, and what each mixture layer has made of it: which part of the bank it
-    reaches and with which weights need not be found out again for every token. Copies begin anew."""
+    reaches and with which weights need not be found out again for every token. RemoteStorage begin anew."""
 
     task_gate: Tensor
     layers: dict[object, Any] = field(default_factory=dict)
@@ -234,7 +234,7 @@ def _fit_mask(mask_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class Luggage:
+class CacheState:
     """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N); ``kept``
     once the gate was used for more than its prompt."""
 
@@ -242,16 +242,16 @@ class Luggage:
     pooled: dict[str, Tensor]
     kept: CachedGate | None = None
 
-    def rows(self, pick: Callable[[Tensor], Tensor]) -> Luggage:
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
         """The same for other rows."""
         gate = None if self.task_gate is None else pick(self.task_gate)
-        return Luggage(gate, {path: pick(tensor) for path, tensor in self.pooled.items()})
+        return CacheState(gate, {path: pick(tensor) for path, tensor in self.pooled.items()})
 
 
 class GateCarrier:
     """Mixed into the class of a KV cache: the gate follows every operation on the cache's rows."""
 
-    luggage: Luggage | None
+    cache_state: CacheState | None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search picks rows."""
@@ -271,35 +271,35 @@ class GateCarrier:
     def reset(self) -> None:
         """An emptied cache serves another prompt, with another gate."""
         super().reset()  # type: ignore[misc]
-        self.luggage = None
+        self.cache_state = None
 
     def _change(self, pick: Callable[[Tensor], Tensor]) -> None:
-        if self.luggage is not None:
-            self.luggage = self.luggage.rows(pick)
+        if self.cache_state is not None:
+            self.cache_state = self.cache_state.rows(pick)
 
 
 _CARRIERS: dict[type, type] = {}
 
 
-def _carrier_class(kind: type) -> type:
+def _cache_class(kind: type) -> type:
     return _CARRIERS.setdefault(kind, type(f"Gated{kind.__name__}", (GateCarrier, kind), {}))
 
 
-def attach(cache: Cache, luggage: Luggage) -> None:
-    """Let ``cache`` carry ``luggage``. Changes the object's class, so that its copies carry it too."""
+def attach(cache: Cache, cache_state: CacheState) -> None:
+    """Let ``cache`` carry ``cache_state``. Changes the object's class, so that its copies carry it too."""
     if not isinstance(cache, GateCarrier):
-        cache.__class__ = _carrier_class(type(cache))
-    cache.luggage = luggage
+        cache.__class__ = _cache_class(type(cache))
+    cache.cache_state = cache_state
 
 
-def carried(cache: object, *, required: bool = True) -> Luggage | None:
+def cache_state_of(cache: object, *, required: bool = True) -> CacheState | None:
     """What a KV cache carries; None for an empty cache.
 
     Raises:
         UserError: if it is ``required`` and the cache holds tokens but no gate, which no call of this model leaves.
     """
-    if isinstance(cache, GateCarrier) and cache.luggage is not None:
-        return cache.luggage
+    if isinstance(cache, GateCarrier) and cache.cache_state is not None:
+        return cache.cache_state
     if cache is None or not required or (isinstance(cache, Cache) and int(cache.get_seq_length()) == 0):
         return None
     raise UserError(

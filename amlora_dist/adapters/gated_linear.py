@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def beside(old: Tensor | None, new: Tensor | None, dim: int) -> Tensor:
+def concat(old: Tensor | None, new: Tensor | None, dim: int) -> Tensor:
     """Old and new weights side by side; at least one is given."""
     if old is None or new is None:
         only = new if old is None else old
@@ -69,7 +69,7 @@ class GatedLinear(torch.autograd.Function):
         new_b: Tensor | None,
     ) -> Tensor:
         """(X, O)."""
-        a_RI, b_OR = beside(old_a, new_a, 0), beside(old_b, new_b, 1)
+        a_RI, b_OR = concat(old_a, new_a, 0), concat(old_b, new_b, 1)
         z_XR = x_XI @ a_RI.t()
         y_XO = F.linear(x_XI, weight, bias).addmm_(_times(z_XR, gate_BR), b_OR.t())
         ctx.save_for_backward(x_XI, z_XR, gate_BR, weight, old_a, old_b, new_a, new_b)
@@ -82,14 +82,14 @@ class GatedLinear(torch.autograd.Function):
         x_XI, z_XR, gate_BR, weight, old_a, old_b, new_a, new_b = ctx.saved_tensors
         needs_x, needs_gate, *_, needs_new, _ = ctx.needs_input_grad
         dx = dgate = da = db = None
-        dzg_XR = dy_XO @ beside(old_b, new_b, 1)
+        dzg_XR = dy_XO @ concat(old_b, new_b, 1)
         if needs_gate:
             batch, ranks = gate_BR.shape
             dgate = (dzg_XR.float() * z_XR).view(batch, -1, ranks).sum(dim=1)
         if needs_x or needs_new:
             dz_XR = _times(dzg_XR, gate_BR)
         if needs_x:
-            dx = (dy_XO @ weight).addmm_(dz_XR, beside(old_a, new_a, 0))
+            dx = (dy_XO @ weight).addmm_(dz_XR, concat(old_a, new_a, 0))
         if needs_new:
             rank = new_a.shape[0]
             da = dz_XR[:, -rank:].t() @ x_XI

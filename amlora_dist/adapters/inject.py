@@ -80,7 +80,7 @@ class Mixture:
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
         self.device: torch.device = next(iter(modules.values())).mix_bits.device
         self.silent: int | None = None
-        """The adapter that ``silence`` named."""
+        """The adapter that ``disable_adapter`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
         self._wrap()
@@ -109,7 +109,7 @@ class Mixture:
             raise UserError("this mixture was injected without selectors")
         self.routing.select = use
 
-    def silence(self, adapter: int | None) -> None:
+    def disable_adapter(self, adapter: int | None) -> None:
         """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: all are heard. Between calls."""
         self.silent = adapter
         for module in self.modules.values():
@@ -276,7 +276,7 @@ def inject(
     router_layer: int | None = None,
     depths: Sequence[int] = (),
     skip_tokens: int = 2,
-    lead: PromptSlots | None = None,
+    prompt_slots: PromptSlots | None = None,
 ) -> Mixture:
     """Replace the ``targets`` of ``model`` by mixture layers and let the model's calls carry gates.
 
@@ -291,7 +291,7 @@ def inject(
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
         depths: of earlier layers that features take in too, each below k.
         skip_tokens: first prompt tokens that features leave out.
-        lead: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
+        prompt_slots: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
 
     Raises:
         UserError: if an adapter does not fit the targets, or the model has a mixture already.
@@ -311,8 +311,8 @@ def inject(
     for target in targets:
         base = model.get_submodule(target.path)
         learned = _new_weights(new, target, len(adapters)) if new is not None else None
-        if lead is not None:
-            modules[target.path] = PromptEmbedding(base, target.path, adapters, learned, lead=lead)
+        if prompt_slots is not None:
+            modules[target.path] = PromptEmbedding(base, target.path, adapters, learned, prompt_slots=prompt_slots)
             continue
         modules[target.path] = MixtureLinear(
             base,
@@ -327,9 +327,10 @@ def inject(
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)
-    skip = skip_tokens + (0 if lead is None else lead.tokens)
+    skip = skip_tokens + (0 if prompt_slots is None else prompt_slots.tokens)
     routing = Routing(
-        None, tasks, skip, below, select=literal is not None, depths=(*sorted(set(depths)), k), prompted=lead is not None
+        None, tasks, skip, below, select=literal is not None, depths=(*sorted(set(depths)), k),
+        prompted=prompt_slots is not None,
     )
     mixture = Mixture(model, targets, adapters, new, modules, routing, k)
     mixture.set_router(router)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.adapters.dropout import DropoutKeys, dropped, layer_key
 from amlora_dist.adapters.gate_context import CachedGate, ForwardContext, current_call
-from amlora_dist.adapters.gated_linear import GatedLinear, beside, gated_linear
+from amlora_dist.adapters.gated_linear import GatedLinear, concat, gated_linear
 from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.errors import UserError
@@ -92,7 +92,7 @@ class MixtureLinear(nn.Module):
         self.flat_input = False
         """Whether the model hands this layer the tokens of all sequences in one row, sequence after sequence."""
         self.silent: int | None = None
-        """Adapter that adds nothing, whatever weighs it (``Mixture.silence``)."""
+        """Adapter that adds nothing, whatever weighs it (``Mixture.disable_adapter``)."""
         weight = next(base.parameters())
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
 
@@ -159,9 +159,9 @@ class MixtureLinear(nn.Module):
         if self.recipe is not None:
             own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)
             mix_TR = torch.cat([mix_TR, (own_N @ self.spread)[None]])
-        return self._heard(task_gate_BT.to(mix_TR.device) @ mix_TR)
+        return self._masked(task_gate_BT.to(mix_TR.device) @ mix_TR)
 
-    def _heard(self, gate_R: Tensor) -> Tensor:
+    def _masked(self, gate_R: Tensor) -> Tensor:
         """Gates of rank columns (..., R), 0 in those of a silent adapter."""
         return gate_R if self.silent is None else gate_R * (self.spread[self.silent] == 0)
 
@@ -289,11 +289,11 @@ class MixtureLinear(nn.Module):
         x_BSI = x.reshape(x.shape[0], -1, self.in_features)
         keys = call.dropout if call is not None and self.dropout else None
         if keys is None:
-            z_BSR = F.linear(x_BSI, beside(self.old_a, self.new_a, 0).to(x.dtype))
+            z_BSR = F.linear(x_BSI, concat(self.old_a, self.new_a, 0).to(x.dtype))
         else:
             parts = [a for a in (self.old_a, self.new_a) if a is not None]
             z_BSR = torch.cat([F.linear(self._read_by(a, x_BSI, keys), a.to(x.dtype)) for a in parts], dim=-1)
-        b_OR = beside(self.old_b, self.new_b, 1).to(x.dtype)
+        b_OR = concat(self.old_b, self.new_b, 1).to(x.dtype)
         mask_BS = pooled_BN = None
         if call is not None:
             prior_BN = call.task_gate
@@ -303,6 +303,6 @@ class MixtureLinear(nn.Module):
         selection = selector(z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN)
         if call is not None:
             call.selected(self.path, selection)
-        gate_BSR = self._heard(selection.weights @ self.spread)
+        gate_BSR = self._masked(selection.weights @ self.spread)
         y = self._base(x)
         return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amlora_dist.adapters.gate_context import active_call
-from amlora_dist.adapters.gated_linear import beside
+from amlora_dist.adapters.gated_linear import concat
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
 from amlora_dist.adapters.selector_layer import Selection
 from amlora_dist.adapters.targets import Target, routing_stack
@@ -54,10 +54,16 @@ class PromptEmbedding(MixtureLinear):
     """
 
     def __init__(
-        self, base: nn.Module, path: str, adapters: list[Adapter], new: NewWeights | None = None, *, lead: PromptSlots
+        self,
+        base: nn.Module,
+        path: str,
+        adapters: list[Adapter],
+        new: NewWeights | None = None,
+        *,
+        prompt_slots: PromptSlots,
     ) -> None:
         super().__init__(base, path, adapters, new)
-        self.lead = lead
+        self.prompt_slots = prompt_slots
 
     @staticmethod
     def sizes(base: nn.Module) -> tuple[int, int] | None:
@@ -75,25 +81,25 @@ class PromptEmbedding(MixtureLinear):
         if call is None or call.bypass or call.features is None:
             return y_BLD
         gate_BR = self.rank_gates(call.gate() if task_gate is None else task_gate)
-        keys_RD = beside(self.old_a, self.new_a, 0).float()
+        keys_RD = concat(self.old_a, self.new_a, 0).float()
         match_BR = F.normalize(call.features, dim=1) @ F.normalize(keys_RD, dim=1).T
         chosen_BN = self._chosen(match_BR.detach(), gate_BR)
         if call.on_select is not None:
             match_B1N = match_BR.gather(1, chosen_BN)[:, None]
             pooled = match_B1N[:, 0].detach()  # one choice for the whole row: there are no positions to weigh
             call.on_select(self.path, Selection(match_B1N, torch.ones_like(match_B1N), match_B1N, pooled))
-        prompts_RD = beside(self.old_b, self.new_b, 1).float().T
+        prompts_RD = concat(self.old_b, self.new_b, 1).float().T
         added_BND = prompts_RD[chosen_BN] * gate_BR.gather(1, chosen_BN)[..., None]
         mask_BL = call.pooling_mask(x, start=False)
         place_BL = mask_BL.cumsum(dim=1) - 1
-        leads_BL = mask_BL & (place_BL < self.lead.tokens) & (x == self.lead.marker)
-        place_BL = place_BL.clamp(0, self.lead.tokens - 1)
+        slots_BL = mask_BL & (place_BL < self.prompt_slots.tokens) & (x == self.prompt_slots.marker)
+        place_BL = place_BL.clamp(0, self.prompt_slots.tokens - 1)
         added_BLD = added_BND.gather(1, place_BL[..., None].expand(-1, -1, y_BLD.shape[-1]))
-        return y_BLD + (added_BLD * leads_BL[..., None]).to(y_BLD.dtype)
+        return y_BLD + (added_BLD * slots_BL[..., None]).to(y_BLD.dtype)
 
     def _chosen(self, match_BR: Tensor, gate_BR: Tensor) -> Tensor:
         """Which prompts each input has, (B, N), in the order of the pool."""
-        count = self.lead.tokens
+        count = self.prompt_slots.tokens
         open_BR = gate_BR != 0
         if self.new_a is not None and torch.is_grad_enabled():
             earlier, size = self.spread_bits.shape[0] - 1, self.new_a.shape[0]

@@ -58,8 +58,8 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int, abstai
         raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
     described = own if literal is None else prior
     router = None if described is None else router_from(bank.router, described)
-    lead = PromptSlots(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
-    targets = [embedding_target(transformer)] if lead else bank_targets(transformer, manifest.targets)
+    prompt_slots = PromptSlots(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
+    targets = [embedding_target(transformer)] if prompt_slots else bank_targets(transformer, manifest.targets)
     return inject(
         transformer,
         targets,
@@ -67,9 +67,9 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int, abstai
         router=None if router is None else OverridableRouter(router),
         literal=literal,
         router_layer=router_settings.layer,
-        depths=(router_settings.depths or ()) if lead is None and literal is None else (),
+        depths=(router_settings.depths or ()) if prompt_slots is None and literal is None else (),
         skip_tokens=router_settings.skip_tokens,
-        lead=lead,
+        prompt_slots=prompt_slots,
     )
 
 

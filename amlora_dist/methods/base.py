@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A stage whose training has ended, as ``Method.remember`` sees it; the same calls must be made on every rank."""
+    """A stage whose training has ended, as ``Method.method_state`` sees it; the same calls must be made on every rank."""
 
     mixture: Mixture
     rows: int
@@ -154,7 +154,7 @@ class Method:
         return rank, alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha
 
     @property
-    def lead(self) -> int:
+    def prompt_slots(self) -> int:
         """Tokens in front of every input where learned prompts stand (``adapters.prompts``)."""
         return 0
 
@@ -222,7 +222,7 @@ class Method:
         """The adapter that the bank gets, from the one that was trained on top of ``earlier``; it serves from then on."""
         return adapter
 
-    def remember(self, trained: Trained) -> dict[str, Tensor]:
+    def method_state(self, trained: Trained) -> dict[str, Tensor]:
         """Tensors that later stages need beside the adapter; they are published with the stage's statistics."""
         return {}
 

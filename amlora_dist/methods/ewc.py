@@ -49,12 +49,12 @@ class EWC(SeqLoRA):
             return
         last = parents[-1]
         for name in mixture.trainable():
-            if f"fisher.{name}" not in last.memory:
+            if f"fisher.{name}" not in last.method_state:
                 raise UserError(
                     f"parent: the adapter of {last.adapter.task!r} was published without Fisher information, which"
                     " method 'ewc' goes on from; take a parent bank that 'ewc' has trained"
                 )
-            self._fisher[name] = last.memory[f"fisher.{name}"].to(mixture.device)
+            self._fisher[name] = last.method_state[f"fisher.{name}"].to(mixture.device)
             self._anchor[name] = last.adapter.tensors()[name].float().to(mixture.device)
 
     def extra_loss(self, mixture: Mixture) -> Tensor | None:
@@ -66,7 +66,7 @@ class EWC(SeqLoRA):
         ]
         return 0.5 * self.settings.method_settings.ewc_weight * torch.stack(terms).sum()
 
-    def remember(self, trained: Trained) -> dict[str, Tensor]:
+    def method_state(self, trained: Trained) -> dict[str, Tensor]:
         named = trained.mixture.trainable()
         squares = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in named.values()]
         for loss in trained.row_losses(self.settings.method_settings.ewc_rows):

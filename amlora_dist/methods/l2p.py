@@ -48,7 +48,7 @@ class L2P(Baseline):
         return values
 
     @property
-    def lead(self) -> int:
+    def prompt_slots(self) -> int:
         return self.settings.method_settings.prompt_tokens
 
     @property

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from amlora_dist.adapters.gate_context import GateCarrier, Luggage
+from amlora_dist.adapters.gate_context import CacheState, GateCarrier
 from amlora_dist.evaluation.decoding import Prefilled
 
 
@@ -39,7 +39,7 @@ def joined(first: Prefilled, second: Prefilled) -> Prefilled:
         mine.keys = torch.cat([_padded(layer.keys, n) for layer, n in zip((mine, other), missing, strict=True)])
         mine.values = torch.cat([_padded(layer.values, n) for layer, n in zip((mine, other), missing, strict=True)])
     if isinstance(first.cache, GateCarrier):
-        first.cache.luggage = _together(first.cache.luggage, second.cache.luggage)
+        first.cache.cache_state = _together(first.cache.cache_state, second.cache.cache_state)
     masks = [F.pad(state.mask, (n, 0)) for state, n in zip((first, second), missing, strict=True)]
     return Prefilled(
         first.cache,
@@ -70,9 +70,9 @@ def _padded(states: torch.Tensor, missing: int) -> torch.Tensor:
     return F.pad(states, (0, 0, missing, 0)) if missing else states
 
 
-def _together(first: Luggage | None, second: Any) -> Luggage:
-    assert first is not None and isinstance(second, Luggage)  # the same model filled both
+def _together(first: CacheState | None, second: Any) -> CacheState:
+    assert first is not None and isinstance(second, CacheState)  # the same model filled both
     if (first.task_gate is None) != (second.task_gate is None):
         raise ValueError("rows that bring their gate and rows gated by the layers' selectors cannot be joined")
     gate = None if first.task_gate is None or second.task_gate is None else torch.cat([first.task_gate, second.task_gate])
-    return Luggage(gate, {path: torch.cat([pool, second.pooled[path]]) for path, pool in first.pooled.items()})
+    return CacheState(gate, {path: torch.cat([pool, second.pooled[path]]) for path, pool in first.pooled.items()})

@@ -25,7 +25,7 @@ from amlora_dist.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from amlora_dist.training.batching import Chosen
-    from amlora_dist.training.remote_storage import Mirror
+    from amlora_dist.training.remote_storage import RemoteCheckpoints
 
 STOP_FILE = "STOP"
 """When this file appears in the stage's folder, training checkpoints at the end of the step and stops."""
@@ -54,7 +54,7 @@ class Learner:
         teacher_gate: Tensor | None = None,
         distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
         report: Callable[[dict[str, Any]], None],
-        mirror: Mirror | None = None,
+        mirror: RemoteCheckpoints | None = None,
         keeper: Callable[[int], BestKeeper] | None = None,
         stop_in: Path | None = None,
         refit: float = 0.0,
@@ -83,16 +83,16 @@ class Learner:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
         folder, ranks, shapes = self.folder / "checkpoints", self.engine.ranks, self.engine.state_shapes()
         if self.mirror is not None:
-            self.mirror.fetch(folder)
+            self.mirror.fetch_newest(folder)
         found = newest_checkpoint(folder, self.fingerprint, shapes)
         steps = ranks.gather(-1 if found is None else found[1].step)
         if self.mirror is not None and len(set(steps)) != 1:  # a node has one that was not copied any more
             name = checkpoint_name(steps[0])
             if ranks.rank == 0 and found is not None:
-                self.mirror.keep(folder / name)
+                self.mirror.upload(folder / name)
             ranks.gather(None)  # nobody looks for it before it is there
             if ranks.rank != 0:
-                self.mirror.bring(name, folder)
+                self.mirror.fetch(name, folder)
             found = newest_checkpoint(folder, self.fingerprint, shapes, at=steps[0])
             steps = ranks.gather(-1 if found is None else found[1].step)
         if len(set(steps)) != 1:
@@ -266,4 +266,4 @@ class Learner:
         if self.engine.ranks.rank == 0:
             saved = save_checkpoint(self.folder / "checkpoints", state, progress)
             if self.mirror is not None:
-                self.mirror.keep(saved)
+                self.mirror.upload(saved)

@@ -96,4 +96,4 @@ def run_rate_race(work: StageWork, race: RateRace, begin: Callable[[StageWork, i
     if writes:
         write_text(work.race_file, json.dumps({"steps": race.steps, "losses": losses}))
         if work.copies is not None:
-            work.copies.send(work.race_file)
+            work.copies.upload(work.race_file)

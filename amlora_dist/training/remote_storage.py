@@ -1,8 +1,8 @@
 """Files on whatever fsspec reaches, for nodes that share no folder: each works in its own and copies what others need.
 
-``Mirror`` holds the checkpoints of one stage, ``Copies`` what is finished: adapters and scores. A copy counts when its
-mark is there (``COMMIT``, of a score ``summary.json``), which is copied last, since object storage renames nothing. What
-is fetched is checked like what lay on the disk all the time, so a torn or foreign copy is passed over.
+``RemoteCheckpoints`` holds the checkpoints of one stage, ``RemoteStorage`` what is finished: adapters and scores. A copy
+counts when its mark is there (``COMMIT``, of a score ``summary.json``), which is copied last, since object storage renames
+nothing. What is fetched is checked like what lay on the disk all the time, so a torn or foreign copy is passed over.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-class Mirror:
+class RemoteCheckpoints:
     """The copies of one stage's checkpoints, below ``url``. A store that is away costs no training: the stage goes on with
     the checkpoints it has."""
 
@@ -46,7 +46,7 @@ class Mirror:
         self.url = url
         self._fs, self._root = file_system(url)
 
-    def keep(self, checkpoint: Path) -> None:
+    def upload(self, checkpoint: Path) -> None:
         """Copy a committed checkpoint, and drop all but the newest ``checkpoint.KEEP`` copies."""
         from amlora_dist.training.checkpoint import KEEP
 
@@ -57,16 +57,16 @@ class Mirror:
         except Exception as error:  # noqa: BLE001
             log.warning("no copy of %s at %s: %s; going on without", checkpoint.name, self.url, plain_reason(error))
 
-    def fetch(self, folder: Path) -> None:
+    def fetch_newest(self, folder: Path) -> None:
         """Bring the newest copy into ``folder``, unless something as new is there."""
         newest_here = max((mark.parent.name for mark in folder.glob(f"step-*/{MARK}")), default="")
         for name in reversed(self.committed()):
             if name <= newest_here:
                 return
-            self.bring(name, folder)
+            self.fetch(name, folder)
             return
 
-    def bring(self, name: str, folder: Path) -> None:
+    def fetch(self, name: str, folder: Path) -> None:
         """Bring the copy ``name`` into ``folder``, if there is one."""
         try:
             _get(self._fs, f"{self._root}/{name}", folder / name, lambda: (folder / name / MARK).is_file())
@@ -95,7 +95,7 @@ class Mirror:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
+class RemoteStorage:
     """What is finished below a node's own folder ``root``, at the same place below ``url``."""
 
     url: str
@@ -122,11 +122,11 @@ class Copies:
         except Exception as error:
             raise self._away("cannot write to", error) from error
 
-    def mirror(self, stage: Path) -> Mirror:
+    def mirror(self, stage: Path) -> RemoteCheckpoints:
         """The copies of a stage's checkpoints."""
-        return Mirror(f"{self.url}/{self._relative(stage)}/checkpoints")
+        return RemoteCheckpoints(f"{self.url}/{self._relative(stage)}/checkpoints")
 
-    def send(self, path: Path) -> None:
+    def upload(self, path: Path) -> None:
         """Copy a whole folder, or a file, unless its copy is there.
 
         Raises:
@@ -147,7 +147,7 @@ class Copies:
                 log.warning("%s: %s; trying again", self.url, plain_reason(error))
                 time.sleep(pause)
 
-    def bring(self, path: Path, whole: Callable[[], bool]) -> None:
+    def fetch(self, path: Path, whole: Callable[[], bool]) -> None:
         """Fetch the copy of a folder or file, if there is one, unless it is here and ``whole``.
 
         Raises:

@@ -37,12 +37,12 @@ class Result:
     statistics: TaskStatistics
     training: dict[str, Any]
     """Losses, tokens, seconds, and what the stage was trained with (world size, ZeRO stage, versions)."""
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    """What the method keeps for later stages (``Method.remember``)."""
+    method_state: dict[str, Tensor] = field(default_factory=dict)
+    """What the method keeps for later stages (``Method.method_state``)."""
 
     def continuation(self) -> dict[str, Tensor]:
         """What only continuation needs, by name: the statistics and the method's memory."""
-        memory = {f"{MEMORY}{name}": tensor.contiguous() for name, tensor in self.memory.items()}
+        memory = {f"{MEMORY}{name}": tensor.contiguous() for name, tensor in self.method_state.items()}
         return self.statistics.tensors() | memory
 
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.task import TaskSpec
     from amlora_dist.tasks.task_entry import TaskEntry
     from amlora_dist.training.engine import Ranks
-    from amlora_dist.training.remote_storage import Copies
+    from amlora_dist.training.remote_storage import RemoteStorage
     from amlora_dist.training.trunk_cache import TrunkCache
 
 LESS_TEXT = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
@@ -85,7 +85,7 @@ class Scoring:
     ranks: Ranks
     device: torch.device
     report: Report
-    lead: PromptSlots | None = None
+    prompt_slots: PromptSlots | None = None
     """Where learned prompts stand, if the adapters are pools of them."""
 
     def run(self) -> None:
@@ -99,17 +99,17 @@ class Scoring:
             if copies is not None and self.ranks.rank == 0:
                 for path in (cell.folder, cell.features):
                     if path is not None and Path(path).exists():
-                        copies.send(Path(path))
+                        copies.upload(Path(path))
             reach("scores_written")
 
-    def _bring(self, copies: Copies) -> None:
+    def _bring(self, copies: RemoteStorage) -> None:
         """What other nodes have scored of this stage, and the scores before it that may still hold."""
         for cell in self.work.cells:
-            copies.bring(Path(cell.folder), (Path(cell.folder) / "summary.json").is_file)
+            copies.fetch(Path(cell.folder), (Path(cell.folder) / "summary.json").is_file)
             for folder in cell.before:
-                copies.bring(Path(folder), (Path(folder) / "summary.json").is_file)
+                copies.fetch(Path(folder), (Path(folder) / "summary.json").is_file)
             if cell.features is not None:
-                copies.bring(Path(cell.features), Path(cell.features).is_file)
+                copies.fetch(Path(cell.features), Path(cell.features).is_file)
 
     def _score(self, cell: Cell) -> None:
         if self._served(cell):
@@ -192,8 +192,8 @@ class Scoring:
             prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
             label = labels.index(row.target) if row.target in labels else None
             examples.append(Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span))
-        if self.lead is not None:
-            examples = [replace(one, prompt=self.lead.before(one.prompt), span=None) for one in examples]
+        if self.prompt_slots is not None:
+            examples = [replace(one, prompt=self.prompt_slots.before(one.prompt), span=None) for one in examples]
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rows)})
         share = self._answers(cell, examples, None, None, labels)
         found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
@@ -311,7 +311,7 @@ class Scoring:
         if self.mixture is None:
             return
         out = cell.mode.removeprefix(WITHOUT)
-        self.mixture.silence(None if out == cell.mode else int(out) - 1)
+        self.mixture.disable_adapter(None if out == cell.mode else int(out) - 1)
         if self.method.uses_selectors:
             self.mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
 

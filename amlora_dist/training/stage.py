@@ -116,8 +116,9 @@ class _Stage:
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
-        self.lead = PromptSlots(self.method.lead, int(self.tokenizer.eos_token_id)) if self.method.lead else None
-        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.lead)
+        slots, eos_id = self.method.prompt_slots, int(self.tokenizer.eos_token_id)
+        self.prompt_slots = PromptSlots(slots, eos_id) if slots else None
+        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.prompt_slots)
         self.config = self._deepspeed_config() if distributed else None
         self._release: Callable[[], None] | None = None
         """Lets go of the model that the stage has used, after its last pass."""
@@ -157,14 +158,14 @@ class _Stage:
             return bool(self.ranks.gather(work.is_trained)[0])
         for parent in work.parents:
             folder = Path(parent.folder)
-            copies.bring(folder, partial(is_whole, folder))
+            copies.fetch(folder, partial(is_whole, folder))
         if self.ranks.rank == 0:
-            copies.bring(work.trained, partial(is_whole, work.trained))
+            copies.fetch(work.trained, partial(is_whole, work.trained))
             if work.is_trained:
-                copies.send(work.trained)
+                copies.upload(work.trained)
         trained = bool(self.ranks.gather(work.is_trained)[0])
         if trained:
-            copies.bring(work.trained, partial(is_whole, work.trained))
+            copies.fetch(work.trained, partial(is_whole, work.trained))
         return trained
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
@@ -182,7 +183,7 @@ class _Stage:
             ranks=self.ranks,
             device=self.device,
             report=self.report,
-            lead=self.lead,
+            prompt_slots=self.prompt_slots,
         )
 
     def _ready(self, model: Any) -> Any:
@@ -232,7 +233,7 @@ class _Stage:
         if self._checksums(mixture) != before:
             raise TrainingError("the base model or an old adapter changed while training")
         row_losses = partial(self._row_losses, engine, loss, own, gate)
-        memory = self.method.remember(Trained(mixture, len(own), row_losses, self.ranks.sum))
+        memory = self.method.method_state(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
         if (final := self.method.finished(adapter, adapters)) is not adapter:
             mixture.set_new(adapter := final)
@@ -248,7 +249,7 @@ class _Stage:
             }
             write_result(work.trained, Result(adapter, statistics[-1], training, memory))
             if work.copies is not None:
-                work.copies.send(work.trained)
+                work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
         return mixture, [*adapters, adapter], statistics
 
@@ -436,7 +437,7 @@ class _Stage:
             depths=self._depths(layer),
             skip_tokens=self.settings.router.skip_tokens,
             literal=literal,
-            lead=self.lead,
+            prompt_slots=self.prompt_slots,
         )
         mixture.run_whole_passes(self._partitioned)  # a pass that ends early leaves parameters gathered
         return mixture
@@ -448,7 +449,7 @@ class _Stage:
 
     def _depths(self, layer: int) -> list[int]:
         """Layers below the routing layer that features take in too: of texts that are read alone."""
-        if not self.settings.prompt_format.text_alone or self.lead is not None or self.method.uses_selectors:
+        if not self.settings.prompt_format.text_alone or self.prompt_slots is not None or self.method.uses_selectors:
             return []
         chosen = self.settings.router.depths
         return default_depths(layer) if chosen is None else chosen

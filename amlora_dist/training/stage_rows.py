@@ -34,14 +34,14 @@ class StageRows:
         cache: what this process keeps.
         base: whose tokens they become.
         tokenizer: of the base model.
-        lead: where learned prompts stand, if the adapters are pools of them.
+        prompt_slots: where learned prompts stand, if the adapters are pools of them.
     """
 
     work: StageWork
     cache: WorkerCache
     base: BaseModel
     tokenizer: Any
-    lead: PromptSlots | None
+    prompt_slots: PromptSlots | None
 
     def plain(self, task: str, split: str) -> list[Row]:
         """Rows of a task's split, as they are in the data."""
@@ -53,10 +53,10 @@ class StageRows:
 
     def examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
         """The same as the model reads them; ``plain``: without the places of learned prompts."""
-        lead = None if plain else self.lead
+        prompt_slots = None if plain else self.prompt_slots
         form = repr(self.work.settings.prompt_format)
-        key = self._key("examples", task, split, self.base.digest, str(self.base.path), form, lead)
-        return self.cache.rows(key, partial(self._encoded, task, split, lead), all_tokens)
+        key = self._key("examples", task, split, self.base.digest, str(self.base.path), form, prompt_slots)
+        return self.cache.rows(key, partial(self._encoded, task, split, prompt_slots), all_tokens)
 
     def training(self) -> tuple[list[Example], list[Example]]:
         """The rows that the stage is about, and those of earlier tasks that the method lets it see again.
@@ -75,7 +75,7 @@ class StageRows:
             own += self._sample(self.examples(task, "train"), count, "mixed", f"{self.work.task}/{task}")
         return own, replayed
 
-    def _encoded(self, task: str, split: str, lead: PromptSlots | None) -> list[Example]:
+    def _encoded(self, task: str, split: str, prompt_slots: PromptSlots | None) -> list[Example]:
         spec = self.work.spec(task)
         examples = encode(
             self.plain(task, split),
@@ -86,9 +86,9 @@ class StageRows:
             encoder_decoder=self.base.encoder_decoder,
             prompt_format=self.work.settings.prompt_format,
         )
-        if lead is None:
+        if prompt_slots is None:
             return examples
-        return [replace(example, prompt=lead.before(example.prompt), span=None) for example in examples]
+        return [replace(example, prompt=prompt_slots.before(example.prompt), span=None) for example in examples]
 
     def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
         generator = torch.Generator().manual_seed(named_seed(self.work.settings.seed, purpose, name))

@@ -16,7 +16,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.task import TaskSpec, read_mapping
 from amlora_dist.tasks.task_entry import TaskEntry, task_entry
-from amlora_dist.training.remote_storage import Copies, Mirror
+from amlora_dist.training.remote_storage import RemoteCheckpoints, RemoteStorage
 from amlora_dist.training.result import is_whole
 from amlora_dist.training.settings import StageSettings
 
@@ -144,14 +144,14 @@ class StageWork:
         return self.path / "race.json"
 
     @property
-    def copies(self) -> Copies | None:
-        """Copies of what is finished; None where driver and workers read the same folders."""
-        return Copies(self.url, Path(self.root)) if self.url is not None and self.apart else None
+    def copies(self) -> RemoteStorage | None:
+        """RemoteStorage of what is finished; None where driver and workers read the same folders."""
+        return RemoteStorage(self.url, Path(self.root)) if self.url is not None and self.apart else None
 
     @property
-    def mirror(self) -> Mirror | None:
-        """Copies of this stage's checkpoints."""
-        return None if self.url is None else Copies(self.url, Path(self.root)).mirror(self.path)
+    def mirror(self) -> RemoteCheckpoints | None:
+        """RemoteStorage of this stage's checkpoints."""
+        return None if self.url is None else RemoteStorage(self.url, Path(self.root)).mirror(self.path)
 
     def progress(self) -> tuple[int, int]:
         """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
@@ -161,21 +161,21 @@ class StageWork:
         steps = [int(name.removeprefix("step-")) for name in names]
         return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 
-    def send(self) -> None:
+    def upload(self) -> None:
         """From the driver: copy what workers need who have folders of their own."""
         if (copies := self.copies) is not None:
             for folder in [Path(parent.folder) for parent in self.parents] + [self.trained] * self.is_trained:
-                copies.send(folder)
+                copies.upload(folder)
 
-    def bring(self) -> None:
+    def fetch(self) -> None:
         """To the driver: fetch what such workers have made."""
         if (copies := self.copies) is not None:
             if self.race is not None:
-                copies.bring(self.race_file, self.race_file.is_file)
+                copies.fetch(self.race_file, self.race_file.is_file)
                 return
-            copies.bring(self.trained, partial(is_whole, self.trained))
+            copies.fetch(self.trained, partial(is_whole, self.trained))
             for cell in self.cells:
-                copies.bring(Path(cell.folder), partial(getattr, cell, "done"))
+                copies.fetch(Path(cell.folder), partial(getattr, cell, "done"))
 
     def moved(self, root: Path, cache: Path) -> StageWork:
         """The same work on a node whose own folder is ``root``."""

@@ -66,7 +66,7 @@ def plan_of(
     method = method_for(settings)
     if not method.trains:
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
-    if method.lead:
+    if method.prompt_slots:
         raise UserError(f"method: {config.method!r} trains prompts; only methods that train LoRA can be planned")
     share = BatchLayout.of(config.training.batch_size, cluster.gpus, config.training.micro_batch_size)
     layout = Layout.of(

@@ -71,7 +71,7 @@ class Supply:
     """Whose disk it is."""
 
 
-def missing(demand: Demand, supply: Supply) -> list[str]:
+def shortfalls(demand: Demand, supply: Supply) -> list[str]:
     """What the run lacks, each with the fix; empty when it can fit."""
     found = []
     count = demand.workers
@@ -100,7 +100,7 @@ def missing(demand: Demand, supply: Supply) -> list[str]:
     return found
 
 
-def refuse(lacking: Sequence[str]) -> None:
+def require(lacking: Sequence[str]) -> None:
     """End here if something is lacking.
 
     Raises:
@@ -142,7 +142,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def here(storage: Path, *, alone: bool) -> Supply:
+def local_supply(storage: Path, *, alone: bool) -> Supply:
     """This machine: the disk of the storage and, when nothing runs elsewhere, GPUs and memory."""
     import psutil
 
@@ -169,7 +169,7 @@ def in_cluster() -> Supply:
     )
 
 
-def knock() -> None:
+def check_ray_address() -> None:
     """See that somebody listens where ``RAY_ADDRESS`` points, before anything is written or waited for.
 
     Raises:

@@ -128,9 +128,9 @@ class RayCluster:
         deadline = time.monotonic() + resources.deadline_s(RECOVERY_DEADLINE_S if again else NODES_DEADLINE_S)
         asked: list[dict[str, float]] = []
         try:
-            while lacking := resources.missing(placement.demand, supply := resources.in_cluster()):
+            while lacking := resources.shortfalls(placement.demand, supply := resources.in_cluster()):
                 if self.own or time.monotonic() > deadline:
-                    resources.refuse(lacking)
+                    resources.require(lacking)
                 if (bundles := _bundles(placement.demand, supply)) != asked:
                     _ask_for(bundles)
                     asked = bundles

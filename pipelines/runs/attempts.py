@@ -45,15 +45,15 @@ class Attempts:
             self._lease.check()
             work.path.mkdir(parents=True, exist_ok=True)
             self._executor.ready(self._placement, again=bool(failures))
-            work.send()
+            work.upload()
             try:
                 with stops_handled(work.path):
                     self._executor.run(work, self._on_event, self._still_ours)
-                work.bring()
+                work.fetch()
                 return
             except AmloraError as error:
                 with contextlib.suppress(UserError):  # what the attempt ended with is what to say
-                    work.bring()
+                    work.fetch()
                 failures.append(Failure.of(error, work.progress()))
                 verdict = decide(failures)
                 if not verdict.retry:

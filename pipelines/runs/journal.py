@@ -140,7 +140,7 @@ class RunJournal:
             record.known = {one["fingerprint"]: one | {"seconds": 0.0} for stage in self.stages for one in stage.scores}
         if own is not None or not plan.trains:
             record.known |= self._known_scores(record.run)
-        plan.work(self.inputs).bring()
+        plan.work(self.inputs).fetch()
         with contextlib.ExitStack() as stack:
             if own is not None:
                 self.store.drop_claim(plan.fingerprint, label=self._label(plan))

@@ -157,7 +157,7 @@ class RateSearch:
     def _race(self, fingerprint: str, racing: StageWork, race: RateRace) -> dict[str, Any]:
         store, storage = self.journal.store, self.journal.inputs.storage
         self.progress.note(f"learning rate auto: {', '.join(race.fingerprints)} race over {race.steps} steps each")
-        racing.bring()
+        racing.fetch()
         if not racing.race_file.is_file():
             self.attempts.run(racing)
         found: dict[str, Any] = json.loads(racing.race_file.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
-from amlora_dist.training.remote_storage import Copies
+from amlora_dist.training.remote_storage import RemoteStorage
 from pipelines.cluster import resources
 from pipelines.cluster.session import Placement
 from pipelines.runs import results
@@ -83,7 +83,7 @@ def run_sequence(
     began = time.monotonic()
     resources.check_folder(home())
     if config.workers and os.environ.get("RAY_ADDRESS"):
-        resources.knock()
+        resources.check_ray_address()
     with disk_watched(), executor_of(config, within.cache if within else None, verbose=verbose) as executor:
         executor.prepare()
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
@@ -151,9 +151,9 @@ def _checked_inputs(config: RunConfig, run_id: str, within: SearchContext | None
     resources.check_folder(inputs.storage, "storage")
     alone = not (config.workers and os.environ.get("RAY_ADDRESS"))
     demand = inputs.demand(within.gpus if within else 1.0)
-    resources.refuse(resources.missing(demand, resources.here(inputs.storage, alone=alone)))
+    resources.require(resources.shortfalls(demand, resources.local_supply(inputs.storage, alone=alone)))
     if inputs.url:
-        Copies(inputs.url, inputs.storage).check()
+        RemoteStorage(inputs.url, inputs.storage).check()
     return inputs
 
 

@@ -74,8 +74,8 @@ def run_search(
     demand = inputs.demand(plan.settings.gpus or 1.0)
     storage, _ = storage_of(config)
     resources.check_folder(storage, "storage")
-    resources.refuse(resources.missing(demand, resources.here(storage, alone=not os.environ.get("RAY_ADDRESS"))))
-    resources.knock()
+    resources.require(resources.shortfalls(demand, resources.local_supply(storage, alone=not os.environ.get("RAY_ADDRESS"))))
+    resources.check_ray_address()
     store = Store.open(place, config.mlflow.tracking_uri)
     model = config.registered_model or search_id
     mapping = public_configuration(to_mapping(config))

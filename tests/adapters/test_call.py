@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from amlora_dist.adapters.gate_context import active_call, carried, pool_features
+from amlora_dist.adapters.gate_context import active_call, cache_state_of, pool_features
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
@@ -225,11 +225,11 @@ def test_a_new_router_serves_the_next_call_and_caches_keep_their_gate() -> None:
     ids = prompts(1, 6)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-        before = carried(cache)
+        before = cache_state_of(cache)
         mixture.set_router(LinearRouter.random(TASKS, 32, seed=9))
         model(input_ids=ids[:, :1], past_key_values=cache)
     assert before is not None
-    assert carried(cache).task_gate is before.task_gate  # type: ignore[union-attr]
+    assert cache_state_of(cache).task_gate is before.task_gate  # type: ignore[union-attr]
     assert not torch.allclose(before.task_gate, gate_of(mixture, input_ids=ids))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from amlora_dist.adapters.gate_context import Luggage, attach, carried
+from amlora_dist.adapters.gate_context import CacheState, attach, cache_state_of
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
@@ -127,10 +127,10 @@ def filled(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
 
 
 def gate_in(cache: object) -> Tensor:
-    luggage = carried(cache)
-    assert luggage is not None
-    assert luggage.task_gate is not None
-    return luggage.task_gate
+    cache_state = cache_state_of(cache)
+    assert cache_state is not None
+    assert cache_state.task_gate is not None
+    return cache_state.task_gate
 
 
 def test_decoding_reads_the_adapters_that_the_gate_reaches_and_no_others() -> None:
@@ -141,20 +141,20 @@ def test_decoding_reads_the_adapters_that_the_gate_reaches_and_no_others() -> No
     for gate in (one_hot[[1, 1, 2]], one_hot[[0, 2, 0]], 0 * one_hot[[0, 0, 0]], torch.rand(3, len(RANKS))):
         with torch.no_grad():
             cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
-            assert carried(cache).kept is None, "nothing was decoded yet"  # type: ignore[union-attr]
+            assert cache_state_of(cache).kept is None, "nothing was decoded yet"  # type: ignore[union-attr]
             step = model(input_ids=prompts(3, 2), past_key_values=copy.deepcopy(cache)).logits
             whole = model(input_ids=torch.cat([prompts(3, 5), prompts(3, 2)], dim=1), task_gate=gate).logits[:, 5:]
             torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
             model(input_ids=prompts(3, 1), past_key_values=cache)
-        kept = carried(cache).kept  # type: ignore[union-attr]
+        kept = cache_state_of(cache).kept  # type: ignore[union-attr]
         assert kept is not None and len(kept.layers) == len(mixture.modules)
         used = [task for task in range(len(RANKS)) if gate[:, task].any()]
         ranks = sum(RANKS[used[0] : used[-1] + 1]) if used else 0
         for _, gates, parts in kept.layers.values():
             assert gates.shape == (3, ranks) and sum(a.shape[0] for a, _ in parts) == ranks
-        assert copy.deepcopy(cache).luggage.kept.layers == {}, "weights are not copied with a cache"
+        assert copy.deepcopy(cache).cache_state.kept.layers == {}, "weights are not copied with a cache"
         cache.batch_select_indices(torch.tensor([2, 0]))
-        assert carried(cache).kept is None, "other rows, another gate"  # type: ignore[union-attr]
+        assert cache_state_of(cache).kept is None, "other rows, another gate"  # type: ignore[union-attr]
 
 
 def test_a_silent_adapter_is_silent_in_the_middle_of_decoding() -> None:
@@ -165,13 +165,13 @@ def test_a_silent_adapter_is_silent_in_the_middle_of_decoding() -> None:
         gate = torch.eye(len(RANKS))[[1, 1, 1]]
         cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert all(parts for _, _, parts in carried(cache).kept.layers.values())  # type: ignore[union-attr]
-        mixture.silence(1)
+        assert all(parts for _, _, parts in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
+        mixture.disable_adapter(1)
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert not any(gates.any() for _, gates, _ in carried(cache).kept.layers.values())  # type: ignore[union-attr]
-        mixture.silence(None)
+        assert not any(gates.any() for _, gates, _ in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
+        mixture.disable_adapter(None)
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert all(gates.any() for _, gates, _ in carried(cache).kept.layers.values())  # type: ignore[union-attr]
+        assert all(gates.any() for _, gates, _ in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
 
 
 def test_the_gate_follows_every_operation_on_the_caches_rows() -> None:
@@ -229,7 +229,7 @@ def test_an_emptied_cache_routes_anew() -> None:
         with torch.no_grad():
             model(input_ids=prompts(1, 5, seed=1), past_key_values=cache)
             cache.reset()
-            assert carried(cache) is None
+            assert cache_state_of(cache) is None
             model(input_ids=prompts(1, 5, seed=2), past_key_values=cache)
         torch.testing.assert_close(gate_in(cache), gate_of(mixture, input_ids=prompts(1, 5, seed=2)))
 
@@ -243,8 +243,8 @@ def test_an_unknown_kind_of_cache_is_an_error() -> None:
 
 def test_attaching_twice_replaces_what_is_carried() -> None:
     cache = DynamicCache()
-    attach(cache, Luggage(torch.zeros(1, 2), {}))
-    attach(cache, Luggage(torch.ones(1, 2), {}))
+    attach(cache, CacheState(torch.zeros(1, 2), {}))
+    attach(cache, CacheState(torch.ones(1, 2), {}))
     assert torch.equal(gate_in(cache), torch.ones(1, 2))
     assert type(cache).__mro__.count(DynamicCache) == 1
 

@@ -34,7 +34,7 @@ def pools(model: PreTrainedModel, count: int = 2) -> list[Adapter]:
 def prompted(model: PreTrainedModel, adapters: list[Adapter], **more: Any) -> Mixture:
     names = [adapter.task for adapter in adapters]
     router = FixedRouter.newest(names) if "new" not in more else None
-    return inject(model, [embedding_target(model)], adapters, router=router, lead=LEAD, **more)
+    return inject(model, [embedding_target(model)], adapters, router=router, prompt_slots=LEAD, **more)
 
 
 def led(ids: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_silent_adapter_changes_the_rows_that_use_it(silent: int, tmp_path: Pa
     mixture = with_bank(3, "llama")
     before = score(mixture, "llama")
     keep(tmp_path, before)
-    mixture.silence(silent)
+    mixture.disable_adapter(silent)
     changed = tasks_using(bank(tiny("llama"))[:3], silent)
     assert changed == {0: [0, 2], 1: [1], 2: [2]}[silent], "the third task's recipe uses the first adapter"
     gates = torch.tensor([p.gates for p in before])

@@ -93,8 +93,9 @@ def test_what_a_method_does_not_declare_changes_neither_fingerprint_nor_adapter(
     assert [s.work.fingerprint for s in other] == [s.work.fingerprint for s in plain]
     assert [s.result.adapter.digest() for s in other] == [s.result.adapter.digest() for s in plain]
     for one, again in zip(plain, other, strict=True):
-        assert one.result.memory.keys() == again.result.memory.keys()
-        assert all(torch.equal(one.result.memory[key], again.result.memory[key]) for key in one.result.memory)
+        assert one.result.method_state.keys() == again.result.method_state.keys()
+        first, second = one.result.method_state, again.result.method_state
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +170,11 @@ def test_sequential_methods_train_one_adapter_on_and_incremental_ones_add_a_fres
 def test_the_fisher_information_grows_by_each_task_and_is_no_part_of_the_adapter(tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours", "shapes"))
     first, second = stages(load_config(file, ["method=ewc", "training.epochs=1"]), tmp_path / "ewc", score=False)
-    assert {name.removeprefix("fisher.") for name in first.result.memory} == set(first.result.adapter.tensors())
-    for name, fisher in first.result.memory.items():
+    assert {name.removeprefix("fisher.") for name in first.result.method_state} == set(first.result.adapter.tensors())
+    for name, fisher in first.result.method_state.items():
         assert fisher.shape == first.result.adapter.tensors()[name.removeprefix("fisher.")].shape
-        assert bool((fisher >= 0).all()) and bool((second.result.memory[name] >= fisher).all())
-    assert sum(float(f.sum()) for f in first.result.memory.values()) > 0
+        assert bool((fisher >= 0).all()) and bool((second.result.method_state[name] >= fisher).all())
+    assert sum(float(f.sum()) for f in first.result.method_state.values()) > 0
 
 
 def test_ewc_refuses_a_bank_without_fisher_information(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def learned(file: str, folder: str, zero_stage: int | None) -> dict[str, Any]:
             continue
         config = load_config(file, [f"method={name}", "training.epochs=1", "training.batch_size=12", *more, *where])
         both = stages(config, Path(folder) / name, run, score=False)
-        memory = {key: float(tensor.sum()) for key, tensor in both[1].result.memory.items()}
+        memory = {key: float(tensor.sum()) for key, tensor in both[1].result.method_state.items()}
         found[name] = {"losses": [loss for stage in both for loss in stage.result.training["losses"]], "memory": memory}
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.errors import UserError
-from pipelines.cluster.resources import GIB, Demand, Supply, deadline_s, here, missing, refuse
+from pipelines.cluster.resources import GIB, Demand, Supply, deadline_s, local_supply, require, shortfalls
 
 SMALL = Demand(workers=2, parameters=135_000_000, trainable=1_000_000, stages=4, dtype="fp32", zero_stage=2)
 LARGE = Demand(workers=16, parameters=70_000_000_000, trainable=100_000_000, stages=15, dtype="bf16", zero_stage=3)
@@ -15,8 +15,8 @@ ROOMY = Supply(cpus=64, gpus=0, memory=2000 * GIB, largest_node=200 * GIB, disk=
 
 
 def test_what_fits_lacks_nothing() -> None:
-    assert missing(SMALL, ROOMY) == missing(LARGE, ROOMY) == []
-    assert missing(SMALL, Supply()) == [], "what nobody knows is not held against a run"
+    assert shortfalls(SMALL, ROOMY) == shortfalls(LARGE, ROOMY) == []
+    assert shortfalls(SMALL, Supply()) == [], "what nobody knows is not held against a run"
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,20 @@ def test_what_fits_lacks_nothing() -> None:
     ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
 )
 def test_what_is_missing_is_named_with_the_mend(demand: Demand, supply: Supply, expected: list[str]) -> None:
-    (told,) = missing(demand, supply)
+    (told,) = shortfalls(demand, supply)
     assert all(part in told for part in expected), told
 
 
 def test_everything_is_told_at_once() -> None:
-    told = missing(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
+    told = shortfalls(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
     assert [line.partition(":")[0] for line in told] == ["workers", "workers", "storage"]
     with pytest.raises(UserError, match=r"never fit here:\n  - workers: .*CPUs.*\n  - workers: .*memory.*\n  - storage: "):
-        refuse(told)
-    refuse([])
+        require(told)
+    require([])
 
 
 def test_with_gpus_the_weights_are_not_held_against_the_nodes_memory() -> None:
-    assert missing(LARGE, Supply(cpus=1, gpus=16, memory=GIB, largest_node=GIB)) == []
+    assert shortfalls(LARGE, Supply(cpus=1, gpus=16, memory=GIB, largest_node=GIB)) == []
 
 
 def test_zero_3_holds_the_weights_once(tmp_path: Path) -> None:
@@ -54,9 +54,9 @@ def test_zero_3_holds_the_weights_once(tmp_path: Path) -> None:
 
 
 def test_this_machine_is_looked_at_where_its_storage_will_be(tmp_path: Path) -> None:
-    supply = here(tmp_path / "not" / "yet" / "there", alone=True)
+    supply = local_supply(tmp_path / "not" / "yet" / "there", alone=True)
     assert supply.disk and supply.memory and supply.cpus is None
-    assert here(tmp_path, alone=False).memory is None
+    assert local_supply(tmp_path, alone=False).memory is None
 
 
 def test_the_deadline_for_nodes_on_their_way_is_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""Copies of checkpoints: another machine goes on from them, torn ones count for nothing, and a store that is away costs
-no training."""
+"""Copies of checkpoints: another machine goes on from them, torn ones count for nothing, and a store that is away costs no
+training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
-from amlora_dist.training.remote_storage import Copies, Mirror
+from amlora_dist.training.remote_storage import RemoteCheckpoints, RemoteStorage
 from pipelines.runs.sequence import run_sequence
 from tests.recording_progress import Watching
 from tests.tiny_config import write_config
@@ -32,44 +32,44 @@ def found(folder: Path) -> int | None:
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_another_machine_goes_on_from_the_newest_copy(scheme: str, tmp_path: Path) -> None:
-    mirror = Mirror(f"{scheme}://{tmp_path}/copies")
-    Copies(f"{scheme}://{tmp_path}/copies", tmp_path).check()
+    mirror = RemoteCheckpoints(f"{scheme}://{tmp_path}/copies")
+    RemoteStorage(f"{scheme}://{tmp_path}/copies", tmp_path).check()
     for step in (1, 2, 3):
-        mirror.keep(save(tmp_path / "here", step))
+        mirror.upload(save(tmp_path / "here", step))
     assert mirror._names() == ["step-00000002", "step-00000003"], "as many as are kept here"
     there = tmp_path / "there"
-    mirror.fetch(there)
+    mirror.fetch_newest(there)
     assert found(there) == 3 and [one.name for one in there.glob("step-*")] == ["step-00000003"]
     save(there, 4)
-    mirror.fetch(there)
+    mirror.fetch_newest(there)
     assert found(there) == 4, "what is newer stays"
     mirror.forget()
     mirror.forget()
-    mirror.fetch(tmp_path / "third")
+    mirror.fetch_newest(tmp_path / "third")
     assert found(tmp_path / "third") is None
 
 
 def test_a_torn_copy_is_passed_over_and_a_damaged_one_counts_for_nothing(tmp_path: Path) -> None:
-    mirror = Mirror(f"file://{tmp_path}/copies")
+    mirror = RemoteCheckpoints(f"file://{tmp_path}/copies")
     for step in (1, 2):
-        mirror.keep(save(tmp_path / "here", step))
+        mirror.upload(save(tmp_path / "here", step))
     (tmp_path / "copies" / "step-00000002" / "COMMIT").unlink()
-    mirror.fetch(tmp_path / "there")
+    mirror.fetch_newest(tmp_path / "there")
     assert found(tmp_path / "there") == 1
     (tmp_path / "copies" / "step-00000001" / "state.safetensors").write_bytes(b"not a tensor")
-    mirror.fetch(tmp_path / "third")
+    mirror.fetch_newest(tmp_path / "third")
     assert found(tmp_path / "third") is None
 
 
 def test_a_store_that_is_away_costs_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    mirror = Mirror(f"file://{tmp_path}/file/copies")
-    mirror.keep(save(tmp_path / "here", 1))
-    mirror.fetch(tmp_path / "here")
+    mirror = RemoteCheckpoints(f"file://{tmp_path}/file/copies")
+    mirror.upload(save(tmp_path / "here", 1))
+    mirror.fetch_newest(tmp_path / "here")
     mirror.forget()
     assert found(tmp_path / "here") == 1 and "going on without" in caplog.text
     with pytest.raises(UserError, match="storage: cannot write to file://"):
-        Copies(mirror.url, tmp_path).check()
+        RemoteStorage(mirror.url, tmp_path).check()
 
 
 @pytest.mark.parametrize(
@@ -99,32 +99,32 @@ def test_a_search_that_shares_nothing_needs_a_folder_for_each_trial(tmp_path: Pa
 
 
 def test_what_is_finished_is_sent_once_and_brought_whole(tmp_path: Path) -> None:
-    here, there = (Copies(f"file://{tmp_path}/copies", tmp_path / home) for home in ("here", "there"))
+    here, there = (RemoteStorage(f"file://{tmp_path}/copies", tmp_path / home) for home in ("here", "there"))
     trained = tmp_path / "here" / "stages" / "f" / "trained"
     trained.mkdir(parents=True)
     (trained / "COMMIT").write_text("1")
     (trained / "adapter").write_text("a")
     (tmp_path / "here" / "features").write_text("one file")
-    here.send(trained)
+    here.upload(trained)
     (trained / "adapter").write_text("b")
-    here.send(trained)  # the same mark: the same content
-    here.send(tmp_path / "here" / "features")
+    here.upload(trained)  # the same mark: the same content
+    here.upload(tmp_path / "here" / "features")
     mine = tmp_path / "there" / "stages" / "f" / "trained"
-    there.bring(mine, (mine / "COMMIT").is_file)
+    there.fetch(mine, (mine / "COMMIT").is_file)
     assert (mine / "adapter").read_text() == "a"
-    there.bring(tmp_path / "there" / "features", lambda: False)
+    there.fetch(tmp_path / "there" / "features", lambda: False)
     assert (tmp_path / "there" / "features").read_text() == "one file"
     (mine / "adapter").write_text("damaged")
-    there.bring(mine, (mine / "COMMIT").is_file)
+    there.fetch(mine, (mine / "COMMIT").is_file)
     assert (mine / "adapter").read_text() == "damaged", "whoever asks says what is whole"
-    there.bring(mine, lambda: False)
+    there.fetch(mine, lambda: False)
     assert (mine / "adapter").read_text() == "a"
 
     (tmp_path / "copies" / "stages" / "f" / "trained" / "COMMIT").unlink()
     other = tmp_path / "there" / "stages" / "f" / "other"
-    third = Copies(f"file://{tmp_path}/copies", tmp_path / "third")
-    third.bring(tmp_path / "third" / "stages" / "f" / "trained", lambda: False)
-    there.bring(other, lambda: False)
+    third = RemoteStorage(f"file://{tmp_path}/copies", tmp_path / "third")
+    third.fetch(tmp_path / "third" / "stages" / "f" / "trained", lambda: False)
+    there.fetch(other, lambda: False)
     assert not other.exists() and not (tmp_path / "third" / "stages" / "f" / "trained").exists(), "torn, or never there"
 
 
