@@ -25,7 +25,7 @@ os.environ.pop("AMLORA_CRASH", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amlora_dist.crash_points import POINTS
-from pipelines.cli.output import set_up
+from pipelines.cluster.library_output import set_up
 from tests.fork_server import Server
 from tests.pipelines.crash_cases import (
     DIES_AT_IN_WORKER,

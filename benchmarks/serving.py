@@ -38,7 +38,7 @@ import serving_contenders
 from ray import cloudpickle
 
 from amlora_dist.serving.settings import ServeSettings
-from pipelines.cli.output import set_up
+from pipelines.cluster.library_output import set_up
 from pipelines.cluster.serve import Place, connected, deployment, start, stop
 
 CONTENDERS = ("amlora", "one_lora", "switched")

@@ -22,7 +22,8 @@ from amlora_dist.config.loading import home, load_config
 from amlora_dist.evaluation.intervals import Interval, percentiles, resampled
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.facts import RunFacts, read_run
-from pipelines.cli.output import set_up, stdout_to_stderr
+from pipelines.cli.output import stdout_to_stderr
+from pipelines.cluster.library_output import set_up
 from pipelines.runs.comparison import plan_comparison, run_comparison
 from pipelines.runs.progress import progress_for
 

@@ -28,7 +28,7 @@ import torch
 from amlora_dist.config.loading import load_config
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import StageWork
-from pipelines.cli.output import set_up
+from pipelines.cluster.library_output import set_up
 from tests.methods.stages import stages
 from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks

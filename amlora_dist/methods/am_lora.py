@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from amlora_dist.methods.base import Method
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.training.micro_batch import MicroBatch
 
 
 class AMLoRA(Method):
@@ -44,17 +44,18 @@ class AMLoRA(Method):
     def selectors_alone(self) -> bool:
         return self._literal and self.settings.router.literal.training == "two_stage"
 
-    @property
-    def sees_selections(self) -> bool:
-        return self._literal and self.settings.training.l1 > 0 and self.settings.router.literal.penalty != "none"
-
-    def selection_loss(self, chosen: Sequence[tuple[Selection, Tensor | None]]) -> Tensor:
-        """lambda x sum over layers of the reading of the L1 term that ``router.literal.penalty`` names."""
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """With the literal selectors: plus lambda x sum over layers of the reading of the L1 term that
+        ``router.literal.penalty`` names."""
+        name, l1 = self.settings.router.literal.penalty, self.settings.training.l1
+        if not self._literal or l1 == 0 or name == "none":
+            return super().loss(batch)
         from amlora_dist.adapters.sparsity import penalty
 
-        name = self.settings.router.literal.penalty
+        chosen: list[tuple[Selection, Tensor | None]] = []
+        loss = batch.cross_entropy(batch.answers(self._gate(batch), chosen))
         terms = [penalty(name, one.gates, one.scores, mask) for one, mask in chosen]
-        return self.settings.training.l1 * torch.stack(terms).sum()
+        return loss + batch.mean_over_rows(l1 * torch.stack(terms).sum()) if terms else loss
 
     @property
     def _literal(self) -> bool:

@@ -1,7 +1,7 @@
 """What a continual-learning method decides, as a few hooks around the one durable stage.
 
 A method never trains by itself. The stage asks it, in this order: which rows it learns from, what a new adapter starts
-from, how the adapters are weighed while it learns, what is added to the loss, what is kept for later stages, and who
+from, how the adapters are weighed while it learns, what the loss is, what is kept for later stages, and who
 weighs the adapters afterwards. The defaults are those of AM-LoRA with the posterior router; a method overrides what it
 does differently. ``docs/methods.md`` shows how to add one.
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.router import Router
-    from amlora_dist.adapters.selector_layer import Selection
     from amlora_dist.adapters.statistics import TaskStatistics
     from amlora_dist.adapters.targets import Target
+    from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
@@ -186,37 +186,19 @@ class Method:
         gate[-1] = 1.0
         return gate
 
-    def extra_loss(self, mixture: Mixture) -> Tensor | None:
-        """A term of the parameters, added to every step's loss, equal on all ranks; None for none."""
-        return None
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """The loss of some rows, on the scale of the step's, a scalar with gradient: the answers' cross-entropy under
+        ``training_gate``. A method adds terms to it, each through ``batch``, which knows how it is to be scaled."""
+        return batch.cross_entropy(batch.answers(self._gate(batch)))
+
+    def _gate(self, batch: MicroBatch) -> Tensor | None:
+        return self.training_gate(batch.tasks) if batch.phase == 1 else None
 
     @property
     def selectors_alone(self) -> bool:
         """Whether the layers' selectors learn after the adapter, each for half of the steps: the adapter under
         ``Method.training_gate``, then the selectors, which weigh it as it is."""
         return False
-
-    @property
-    def sees_selections(self) -> bool:
-        """Whether ``selection_loss`` is part of the loss."""
-        return False
-
-    def selection_loss(self, chosen: Sequence[tuple[Selection, Tensor | None]]) -> Tensor:
-        """A term of what the layers' selectors chose in one pass, a mean over its rows.
-
-        Args:
-            chosen: of each layer its selection and a mask (B, S) that weighs the positions that count, sum 1 in every
-                row; None where the gate is one for the whole row.
-        """
-        raise NotImplementedError(f"{type(self).__name__} sees selections but makes no loss of them")
-
-    def teacher_gate(self, tasks: int) -> Tensor | None:
-        """Task gate (tasks,) under which every batch is answered once more, without gradient, for ``distillation``."""
-        return None
-
-    def distillation(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        """A term of the answers, summed over the N target tokens of a batch (V logits each, fp32)."""
-        raise NotImplementedError(f"{type(self).__name__} has a teacher_gate but no distillation")
 
     def finished(self, adapter: Adapter, earlier: Sequence[Adapter]) -> Adapter:
         """The adapter that the bank gets, from the one that was trained on top of ``earlier``; it serves from then on."""

@@ -12,6 +12,7 @@ from amlora_dist.methods.inc_lora import IncLoRA
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
@@ -46,12 +47,14 @@ class ELLA(IncLoRA):
             energy_OI = torch.stack(updates).sum(dim=0).square()
             self._energy[path] = (energy_OI / energy_OI.mean().clamp(min=1e-30)).to(mixture.device)
 
-    def extra_loss(self, mixture: Mixture) -> Tensor | None:
+    def loss(self, batch: MicroBatch) -> Tensor:
+        loss = super().loss(batch)
         if not self._energy:
-            return None
-        trainable, (rank, alpha) = mixture.trainable(), self.rank_and_alpha
+            return loss
+        trainable, (rank, alpha) = batch.mixture.trainable(), self.rank_and_alpha
         terms = [
             (energy_OI * (trainable[f"b.{path}"].float() @ trainable[f"a.{path}"].float()).square()).sum()
             for path, energy_OI in self._energy.items()
         ]
-        return self.settings.method_settings.ella_weight * (alpha / rank) ** 2 * torch.stack(terms).mean()
+        penalty = self.settings.method_settings.ella_weight * (alpha / rank) ** 2 * torch.stack(terms).mean()
+        return loss + batch.once(penalty)

@@ -14,6 +14,7 @@ from amlora_dist.methods.seq_lora import SeqLoRA
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
@@ -57,14 +58,15 @@ class EWC(SeqLoRA):
             self._fisher[name] = last.method_state[f"fisher.{name}"].to(mixture.device)
             self._anchor[name] = last.adapter.tensors()[name].float().to(mixture.device)
 
-    def extra_loss(self, mixture: Mixture) -> Tensor | None:
+    def loss(self, batch: MicroBatch) -> Tensor:
+        loss = super().loss(batch)
         if not self._fisher:
-            return None
+            return loss
         terms = [
             (self._fisher[name] * (parameter.float() - self._anchor[name]).square()).sum()
-            for name, parameter in mixture.trainable().items()
+            for name, parameter in batch.mixture.trainable().items()
         ]
-        return 0.5 * self.settings.method_settings.ewc_weight * torch.stack(terms).sum()
+        return loss + batch.once(0.5 * self.settings.method_settings.ewc_weight * torch.stack(terms).sum())
 
     def method_state(self, trained: Trained) -> dict[str, Tensor]:
         named = trained.mixture.trainable()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.selector_layer import Selection
     from amlora_dist.adapters.targets import Target
+    from amlora_dist.training.micro_batch import MicroBatch
 
 
 class L2P(Baseline):
@@ -70,9 +71,8 @@ class L2P(Baseline):
             )
         return parents[-1] if parents else None
 
-    @property
-    def sees_selections(self) -> bool:
-        return True
-
-    def selection_loss(self, chosen: Sequence[tuple[Selection, Tensor | None]]) -> Tensor:
-        return torch.stack([(1 - one.scores).mean() for one, _ in chosen]).mean()
+    def loss(self, batch: MicroBatch) -> Tensor:
+        chosen: list[tuple[Selection, Tensor | None]] = []
+        loss = batch.cross_entropy(batch.answers(self._gate(batch), chosen))
+        pulls = [(1 - one.scores).mean() for one, _ in chosen]
+        return loss + batch.mean_over_rows(torch.stack(pulls).mean()) if pulls else loss

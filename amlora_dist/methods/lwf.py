@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amlora_dist.methods.seq_lora import SeqLoRA
+
+if TYPE_CHECKING:
+    from amlora_dist.training.micro_batch import MicroBatch
 
 
 class LwF(SeqLoRA):
@@ -24,14 +29,17 @@ class LwF(SeqLoRA):
     name = "lwf"
     uses = ("lwf_weight", "lwf_temperature")
 
-    def teacher_gate(self, tasks: int) -> Tensor | None:
-        if tasks < 2:
-            return None
-        gate = torch.zeros(tasks)
-        gate[-2] = 1.0
-        return gate
+    def loss(self, batch: MicroBatch) -> Tensor:
+        if batch.tasks < 2:
+            return super().loss(batch)
+        before = torch.zeros(batch.tasks)
+        before[-2] = 1.0
+        old = batch.answers(before, gradient=False)
+        new = batch.answers(self.training_gate(batch.tasks))
+        return batch.cross_entropy(new) + batch.sum_over_tokens(self.distillation(new.at_targets, old.at_targets))
 
     def distillation(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        """The divergence, summed over target tokens."""
         s = self.settings.method_settings
         old, new = ((logits / s.lwf_temperature).log_softmax(dim=-1) for logits in (teacher_NV, student_NV))
         kl = F.kl_div(new, old, log_target=True, reduction="sum")

@@ -14,6 +14,7 @@ from amlora_dist.methods.inc_lora import IncLoRA
 if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
@@ -42,18 +43,20 @@ class OLoRA(IncLoRA):
     def prepare(self, mixture: Mixture, parents: Sequence[Result]) -> None:
         self._old = [(paths, rows.to(mixture.device)) for paths, rows in directions([p.adapter for p in parents])]
 
-    def extra_loss(self, mixture: Mixture) -> Tensor | None:
+    def loss(self, batch: MicroBatch) -> Tensor:
+        loss = super().loss(batch)
         if not self._old:
-            return None
-        trainable = mixture.trainable()
+            return loss
+        trainable = batch.mixture.trainable()
         total = sum(
             (
                 overlap(torch.stack([trainable[f"a.{path}"].float() for path in paths]), old_MRI)
                 for paths, old_MRI in self._old
             ),
-            torch.zeros((), device=mixture.device),
+            torch.zeros((), device=batch.mixture.device),
         )
-        return self.settings.method_settings.ortho_weight * total / sum(len(paths) for paths, _ in self._old)
+        penalty = self.settings.method_settings.ortho_weight * total / sum(len(paths) for paths, _ in self._old)
+        return loss + batch.once(penalty)
 
 
 def directions(adapters: Sequence[Adapter]) -> list[tuple[list[str], Tensor]]:

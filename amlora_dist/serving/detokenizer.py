@@ -8,7 +8,7 @@ UNFINISHED = "\ufffd"
 """A character whose bytes are not all there yet decodes to this."""
 
 
-class Wording:
+class Detokenizer:
     """The text of one answer as it grows. What ``grow`` and ``finish`` return adds up to ``text``.
 
     Args:

@@ -23,7 +23,7 @@ from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.decode_batch import can_join, joined, keep
-from amlora_dist.serving.detokenizer import Wording
+from amlora_dist.serving.detokenizer import Detokenizer
 from amlora_dist.serving.jobs import Began, BusyError, Ended, Event, Failed, Job, Piece, StoppingError
 from amlora_dist.serving.queueing import FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
@@ -51,7 +51,7 @@ class Row:
     """A job whose answer is being written."""
 
     job: Job
-    wording: Wording
+    detokenizer: Detokenizer
     generator: torch.Generator | None = None
     scores: list[TokenScore] = field(default_factory=list)
     """Of what was written, where the request asks for them."""
@@ -287,7 +287,7 @@ class Engine:
                     generator.seed()
                 else:
                     generator.manual_seed(job.sampling.seed)
-            rows.append(Row(job, Wording(bank.decode, job.sampling.stops, live=job.stream), generator))
+            rows.append(Row(job, Detokenizer(bank.decode, job.sampling.stops, live=job.stream), generator))
         if not going:
             return
         if len(going) < len(jobs):
@@ -347,7 +347,7 @@ class Engine:
         for row in rows:
             try:
                 state = group.bank.begin([row.job.request]).state
-                group.bank.advance(state, torch.tensor([row.wording.tokens], device=state.logits.device))
+                group.bank.advance(state, torch.tensor([row.detokenizer.tokens], device=state.logits.device))
             except (AmloraError, *PASS_FAULTS) as own:
                 log.exception("a text that was written on by itself failed")
                 self._fail([row.job], own, None)
@@ -356,21 +356,21 @@ class Engine:
 
     def _written(self, bank: ServedBank, row: Row, token: int) -> Event | None:
         """What a row's next token means: the job's last event, or None where it goes on."""
-        job, wording = row.job, row.wording
+        job, detokenizer = row.job, row.detokenizer
         if (error := job.over()) is not None:
             return Failed(error)
         assert job.sampling is not None
-        count = len(wording.tokens) + (token != bank.eos_id)
+        count = len(detokenizer.tokens) + (token != bank.eos_id)
         ended = token == bank.eos_id
-        piece = "" if ended else wording.grow(token)
-        ended = ended or wording.stopped
+        piece = "" if ended else detokenizer.grow(token)
+        ended = ended or detokenizer.stopped
         full = count == job.sampling.new_tokens
         if ended or full:
-            piece += wording.finish()
+            piece += detokenizer.finish()
         fresh = tuple(row.scores[row.told :])
         if job.stream and (piece or (fresh and (ended or full))):
             job.tell(Piece(piece, fresh))
             row.told = len(row.scores)
         if ended or full:
-            return Ended(wording.text, "stop" if ended else "length", count, tuple(row.scores))
+            return Ended(detokenizer.text, "stop" if ended else "length", count, tuple(row.scores))
         return None

@@ -128,7 +128,7 @@ class LossComputer:
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target.
 
-        ``chosen`` is filled with what the layers' selectors chose, for ``Method.selection_loss``; with ``dropout_keys`` the
+        ``chosen`` is filled with what the layers' selectors chose (``MicroBatch.answers``); with ``dropout_keys`` the
         new adapter drops parts of what it reads.
         """
         make = collate_seq2seq if self.encoder_decoder else collate

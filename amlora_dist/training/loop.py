@@ -14,17 +14,18 @@ from torch import Tensor
 from amlora_dist.adapters.dropout import DropoutKeys, row_keys
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import TrainingError
-from amlora_dist.tasks.batches import IGNORED, Example
+from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
 from amlora_dist.training.best_checkpoint import BestKeeper, best_of, exhausted
 from amlora_dist.training.checkpoint import Progress, checkpoint_name, newest_checkpoint, save_checkpoint
 from amlora_dist.training.engine import Engine
 from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
+from amlora_dist.training.micro_batch import MicroBatch
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from amlora_dist.training.batching import Chosen
+    from amlora_dist.adapters.inject import Mixture
     from amlora_dist.training.remote_storage import RemoteCheckpoints
 
 STOP_FILE = "STOP"
@@ -46,31 +47,25 @@ class Learner:
         stage: str,
         folder: Path,
         fingerprint: str,
-        gate: Tensor | None,
+        mixture: Mixture,
+        objective: Callable[[MicroBatch], Tensor],
         dropout: bool = False,
-        extra_loss: Callable[[], Tensor | None],
-        selection_loss: Callable[[Chosen], Tensor] | None = None,
-        use_selectors: Callable[[bool], None] | None = None,
-        teacher_gate: Tensor | None = None,
-        distillation: Callable[[Tensor, Tensor], Tensor] | None = None,
+        two_phases: bool = False,
         report: Callable[[dict[str, Any]], None],
         mirror: RemoteCheckpoints | None = None,
         keeper: Callable[[int], BestKeeper] | None = None,
         stop_in: Path | None = None,
         refit: float = 0.0,
     ) -> None:
-        """``use_selectors`` turns the layers' selectors on and off: given, they learn alone, in the second half of the
-        steps (phase 2), after the adapter has learned under ``gate``. ``selection_loss``: see ``Method``. ``mirror``: the
-        that checkpoints are copied to, and fetched from where the folder has none as new. ``keeper``, made for so many
-        steps, holds the adapter that is best on held-out rows: that one is the result, in place of the last. ``stop_in``:
-        folder of the stop file; default: ``folder``. ``refit``: share of the steps, the last ones, in which a recipe
-        learns on its support."""
+        """``objective``: ``Method.loss``. ``two_phases``: the layers' selectors learn alone, in the second half of the
+        steps, after the adapter. ``mirror``: where checkpoints are copied to, and fetched from where the folder has none as
+        new. ``keeper``, made for so many steps, holds the adapter that is best on held-out rows: that one is the result, in
+        place of the last. ``stop_in``: folder of the stop file; default: ``folder``. ``refit``: share of the steps, the
+        last ones, in which a recipe learns on its support."""
         self.engine, self.loss, self.examples, self.settings = engine, loss, examples, settings
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
-        self.gate, self.extra_loss, self.report = gate, extra_loss, report
-        self.seed, self.dropout = seed, dropout
-        self.teacher_gate, self.distillation = teacher_gate, distillation
-        self.selection_loss, self.use_selectors = selection_loss, use_selectors
+        self.mixture, self.objective, self.report = mixture, objective, report
+        self.seed, self.dropout, self.two_phases = seed, dropout, two_phases
         self.mirror = mirror
         self.stop_file = (folder if stop_in is None else stop_in) / STOP_FILE
         self.schedule = Schedule(
@@ -192,7 +187,7 @@ class Learner:
     def _step(self, step: int) -> tuple[float, bool]:
         """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.
 
-        The loss is the rows' cross-entropy (smoothed, if so configured), without what the method adds; it is NaN if that
+        The loss is the rows' cross-entropy (smoothed, if so configured), without what the method adds; it is NaN where that
         is not finite.
         """
         ranks = self.engine.ranks
@@ -204,24 +199,19 @@ class Learner:
         total = torch.zeros(3, device=self.engine.device)
         for part, counts in micro_batches(batch, ranks.rank, self.layout):
             keys = self._dropout_keys(begun, [places[id(row)] for row in part]) if self.dropout else None
-            loss, distilled, selection = self._losses(part, phase, keys)
-            loss = loss / tokens if counts else loss * 0.0
-            total[0] += loss.detach()
-            added = torch.zeros((), device=self.engine.device)
-            if distilled is not None and counts:
-                added = added + distilled / tokens
-            if selection is not None:  # at weight 0 too: a gradient on some ranks only would hang a collective
-                added = added + selection * (counts * len(part) / len(batch))
-            extra = self.extra_loss()
-            if extra is not None:
-                added = added + extra / (ranks.world * self.layout.accumulation)
-            total[2] += added.detach()
-            loss = loss + added
+            rows = MicroBatch(
+                self.loss, self.engine, self.mixture, part, counts=counts, tokens=tokens, share=len(part) / len(batch),
+                parts=ranks.world * self.layout.accumulation, smoothing=self.settings.label_smoothing, phase=phase,
+                dropout_keys=keys,
+            )  # fmt: skip
+            loss = self.objective(rows)
+            total[0] += rows.reported
+            total[2] += loss.detach()
             self.engine.backward(loss)
         if ranks.rank == 0 and self.stop_file.exists():
             total[1] = 1.0
-        loss_sum, stop, added_sum = ranks.sum(total).tolist()
-        if not math.isfinite(added_sum):
+        loss_sum, stop, whole_sum = ranks.sum(total).tolist()
+        if math.isfinite(loss_sum) and not math.isfinite(whole_sum):
             return math.nan, stop > 0
         if math.isfinite(loss_sum):
             self.engine.step(rate_factor(step, steps, self.settings), phase, refit=begun >= self._refit_from)
@@ -229,10 +219,10 @@ class Learner:
 
     def _phase(self, step: int) -> tuple[int, int, int]:
         """Phase of a step, which of the phase's steps it is, and how many these are."""
-        if self.use_selectors is None:
+        if not self.two_phases:
             return 1, step, self.schedule.steps
         half = self.schedule.steps // 2
-        self.use_selectors(step >= half)
+        self.mixture.use_selectors(step >= half)
         return (1, step, half) if step < half else (2, step - half, self.schedule.steps - half)
 
     def _dropout_keys(self, step: int, places: list[int]) -> DropoutKeys:
@@ -240,24 +230,6 @@ class Learner:
         return row_keys(
             self.seed, self.stage, step, places, from_right=not self.loss.encoder_decoder, device=self.engine.device
         )
-
-    def _losses(
-        self, part: Sequence[Example], phase: int, keys: DropoutKeys | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of a micro-batch: cross-entropy and, if the method has a teacher, distillation, sums over the target tokens;
-        and the term of what the selectors chose, a mean over rows."""
-        gate, smoothing = self.gate if phase == 1 else None, self.settings.label_smoothing
-        if self.teacher_gate is None or self.distillation is None:
-            chosen: Chosen | None = [] if self.selection_loss is not None else None
-            logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, gate, chosen, keys)
-            loss = self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing)
-            return loss, None, self.selection_loss(chosen) if self.selection_loss is not None and chosen else None
-        with torch.no_grad():
-            teacher_BLV, _ = self.loss.logits(self.engine.model, part, self.teacher_gate)
-        logits_BLV, labels_BL = self.loss.logits(self.engine.forward, part, self.gate, dropout_keys=keys)
-        targets = labels_BL != IGNORED
-        distilled = self.distillation(logits_BLV[targets].float(), teacher_BLV[targets].float())
-        return self.loss.cross_entropy(logits_BLV, labels_BL, part, smoothing), distilled, None
 
     def _checkpoint(self, progress: Progress) -> None:
         state = self.engine.export_state()

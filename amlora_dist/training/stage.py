@@ -219,7 +219,6 @@ class _Stage:
             mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
         self.method.prepare(mixture, parents)
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
-        gate = learner.gate
         progress = learner.resume()
         if progress is None:
             progress = Progress(fingerprint=work.fingerprint, step=0)
@@ -232,8 +231,9 @@ class _Stage:
         reach("training_ended")
         if self._checksums(mixture) != before:
             raise TrainingError("the base model or an old adapter changed while training")
+        gate = self.method.training_gate(len(mixture.task_names))
         row_losses = partial(self._row_losses, engine, loss, own, gate)
-        memory = self.method.method_state(Trained(mixture, len(own), row_losses, self.ranks.sum))
+        state = self.method.method_state(Trained(mixture, len(own), row_losses, self.ranks.sum))
         adapter = mixture.extract_new(gather=engine.whole)
         if (final := self.method.finished(adapter, adapters)) is not adapter:
             mixture.set_new(adapter := final)
@@ -247,7 +247,7 @@ class _Stage:
                 "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
                 "mixed": mixed_shares(statistics),
             }
-            write_result(work.trained, Result(adapter, statistics[-1], training, memory))
+            write_result(work.trained, Result(adapter, statistics[-1], training, state))
             if work.copies is not None:
                 work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
@@ -315,13 +315,10 @@ class _Stage:
             stage=work.task,
             folder=work.path,
             fingerprint=work.fingerprint,
-            gate=gate,
+            mixture=mixture,
+            objective=self.method.loss,
             dropout=settings.adapters.dropout > 0,
-            extra_loss=lambda: self.method.extra_loss(mixture),
-            selection_loss=self.method.selection_loss if self.method.sees_selections else None,
-            use_selectors=mixture.use_selectors if self.method.selectors_alone else None,
-            teacher_gate=self.method.teacher_gate(len(mixture.task_names)),
-            distillation=self.method.distillation,
+            two_phases=self.method.selectors_alone,
             report=self.report,
             mirror=work.mirror,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
@@ -329,7 +326,6 @@ class _Stage:
             stop_in=None if work.stop_in is None else Path(work.stop_in),
         )
         return learner, held_loss
-
 
     def _checksums(self, mixture: Mixture) -> list[tuple[int, int]]:
         """Of the base model, which is what it was when it was loaded, and of all else that must not train."""

@@ -155,8 +155,8 @@ def doctor(
 ) -> None:
     """Look at versions, memory, disk and stores, and say what to fix; exit code 2 where something is bad."""
     with _answered(verbose=verbose):
-        from pipelines.cli.doctor import examine
         from pipelines.cli.output import stdout_to_stderr
+        from pipelines.cluster.local_checks import examine
 
         if address is None:
             checks = examine(tracking_uri)
@@ -196,7 +196,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def _answered(*, verbose: bool) -> Iterator[None]:
     """One clear message on standard error for what can go wrong, and its exit code."""
-    from pipelines.cli.output import set_up
+    from pipelines.cluster.library_output import set_up
 
     set_up(verbose=verbose)
     if verbose:

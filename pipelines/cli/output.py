@@ -1,63 +1,14 @@
-"""What the user sees: results on standard output, everything else on standard error, library noise only on request."""
+"""Results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-import warnings
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    StreamHandler = logging.StreamHandler[TextIO]
-else:
-    StreamHandler = logging.StreamHandler  # takes no type at run time before Python 3.11
-
-_SILENCE = {
-    "DEEPSPEED_LOG_LEVEL": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "PYTHONWARNINGS": "ignore",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_PROMPT_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-"""Settings of the libraries below us, for this process and its workers; what the user has set stays."""
-
-_CHATTY = ("alembic", "datasets", "deepspeed", "DeepSpeed", "filelock", "huggingface_hub", "mlflow", "ray", "torch")
-
-
-class _ToStandardError(StreamHandler):
-    """Writes to whatever ``sys.stderr`` is at the moment: a progress bar replaces it to print above itself."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-def set_up(*, verbose: bool) -> None:
-    """Logging of this process: warnings of the project, and with ``verbose`` everything the libraries say."""
-    handler = _ToStandardError()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING, force=True)
-    if verbose:
-        return
-    for key, value in _SILENCE.items():
-        os.environ.setdefault(key, value)
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 @contextlib.contextmanager

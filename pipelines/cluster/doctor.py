@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amlora_dist.errors import UserError
-from pipelines.cli.doctor import Check
+from pipelines.cluster.local_checks import Check
 from pipelines.cluster.node_checks import MARK
 from pipelines.cluster.working_dir import collect, pack
 

@@ -27,7 +27,7 @@ import psutil
 
 from amlora_dist.config.loading import home
 from amlora_dist.errors import plain_reason
-from pipelines.cli.doctor import ENOUGH_DISK, ENOUGH_FILES, ENOUGH_MEMORY, ENOUGH_SHARED_MEMORY, GIB, Check
+from pipelines.cluster.local_checks import ENOUGH_DISK, ENOUGH_FILES, ENOUGH_MEMORY, ENOUGH_SHARED_MEMORY, GIB, Check
 
 MARK = "amlora-check: "
 PACKAGES = ("amlora-dist", "ray", "torch", "transformers", "deepspeed", "mlflow", "safetensors")

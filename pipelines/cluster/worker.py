@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from amlora_dist.config.loading import home
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError
 from pipelines.cluster.event_channel import WorkerEnd
+from pipelines.cluster.library_output import quiet_libraries
 from pipelines.cluster.worker_errors import said_by
 
 if TYPE_CHECKING:
@@ -67,16 +67,6 @@ def _run_one(plan: str, channel: WorkerEnd, cache: WorkerCache, rank: int, about
     except AmloraError as error:
         channel.tell(said_by(error, rank) | {"kind": ERROR_EVENT}, wait=True)
         raise
-
-
-def quiet_libraries() -> None:
-    """Leave warnings and errors of the libraries; their chatter hides them."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("DeepSpeed", "deepspeed", "ray", "urllib3", "filelock"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _ignore(event: dict[str, Any]) -> None:

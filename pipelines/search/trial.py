@@ -77,7 +77,7 @@ def run_trial(config: Mapping[str, Any], places: Places) -> None:
     from ray import tune
 
     from amlora_dist.training.failures import StoppedError
-    from pipelines.cli.output import set_up
+    from pipelines.cluster.library_output import set_up
     from pipelines.runs.sequence import SearchContext, run_sequence
 
     order = Order(**json.loads(config["order"]))

@@ -232,9 +232,6 @@ def test_joint_training_is_the_same_in_every_order_of_the_tasks(tmp_path: Path) 
 
 def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_elsewhere() -> None:
     method = method_for(settings_for("lwf", lwf_weight=0.5, lwf_temperature=2.0))
-    assert method.teacher_gate(1) is None
-    gate = method.teacher_gate(3)
-    assert gate is not None and gate.tolist() == [0.0, 1.0, 0.0]
     generator = torch.Generator().manual_seed(0)
     old, new = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
     assert float(method.distillation(old, old)) == pytest.approx(0.0, abs=1e-6)
