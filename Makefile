@@ -1,5 +1,5 @@
 # make demo    a fresh machine to a finished sequence of four tasks, whose bank then answers five plain tickets
-# make test    linters, types and all tests but the crash tests
+# make test    linters, types and all tests but the slow and the crash tests (make test-slow, make test-crash)
 #
 # VENV=DIR             where the virtual environment goes (default .venv)
 # PYTHON=PROGRAM       which Python makes it (3.10 or newer; constraints.txt was tested with 3.11)
@@ -28,7 +28,7 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-unit test-lowest test-crash crash-matrix lint format clean
+.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +59,9 @@ format: setup
 
 test: lint
 	$(BIN)/pytest -q
+
+test-slow: setup
+	$(BIN)/pytest -q -m 'slow and not crash'
 
 test-unit: setup
 	$(BIN)/pytest -q -m 'not integration'

@@ -20,7 +20,7 @@ from tests.pipelines.crash_cases import within_one_row
 from tests.recording_progress import Watching
 from tests.tiny_config import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SAME = ("accuracy_matrix", "ranked_accuracy_matrix", "untrained", "oracle")
 

@@ -23,7 +23,7 @@ from pipelines.runs.sequence import run_sequence
 from tests.serving.servers import Running, running
 from tests.tiny_chat import write_chat_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 SYSTEM = {"role": "system", "content": "Repeat it."}
 FIRST = {"role": "user", "content": "Which parcel is number 1?"}
 

@@ -115,6 +115,7 @@ def again(folder: Path, compared: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_every_method_has_its_row_over_both_seeds(compared: dict[str, Any]) -> None:
     assert list(compared["methods"]) == METHODS
     for line in compared["methods"].values():
@@ -128,6 +129,7 @@ def test_every_method_has_its_row_over_both_seeds(compared: dict[str, Any]) -> N
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_the_mean_of_a_method_is_that_of_its_runs(compared: dict[str, Any]) -> None:
     for method, line in compared["methods"].items():
         values = [run["metrics"]["average_performance"] for run in compared["runs"] if run["method"] == method]
@@ -138,6 +140,7 @@ def test_the_mean_of_a_method_is_that_of_its_runs(compared: dict[str, Any]) -> N
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_learning_rates_are_tuned_on_dev_with_one_budget_and_controls_take_their_methods(
     folder: Path, compared: dict[str, Any]
 ) -> None:
@@ -153,6 +156,7 @@ def test_learning_rates_are_tuned_on_dev_with_one_budget_and_controls_take_their
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_what_training_shares_is_trained_once(compared: dict[str, Any]) -> None:
     reused = {(run["method"], run["seed"]): run["reused_stages"] for run in compared["runs"]}
     assert reused["am_lora", 0] == 2, "the winning candidate of the tuning trained both stages"
@@ -160,6 +164,7 @@ def test_what_training_shares_is_trained_once(compared: dict[str, Any]) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_says_the_same(
     again: Path, compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +176,7 @@ def test_the_same_command_again_runs_nothing_and_says_the_same(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_methods_may_be_added_and_other_changes_are_refused(again: Path, compared: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="was started otherwise"):
         run_comparison(plan(again, learning_rates=[0.5]), command="", progress=Silent())
@@ -180,6 +186,7 @@ def test_methods_may_be_added_and_other_changes_are_refused(again: Path, compare
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_comparison_has_a_report(again: Path, folder: Path) -> None:
     page = report(Store.open(folder / "home"), "c", folder / "comparison.html")
     names = [chart.name for chart in page.charts]
@@ -189,6 +196,7 @@ def test_a_comparison_has_a_report(again: Path, folder: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_that_fails_for_good_leaves_the_others_going(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +220,7 @@ def test_a_run_that_fails_for_good_leaves_the_others_going(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_without_its_outputs_the_same_comparison_gives_exactly_the_same_numbers(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +236,7 @@ def test_without_its_outputs_the_same_comparison_gives_exactly_the_same_numbers(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_data_changed_under_a_comparison_is_refused_or_all_of_it_runs_again(tmp_path: Path, amlora_home: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",), **SMALL)
 

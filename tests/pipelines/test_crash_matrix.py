@@ -47,6 +47,7 @@ def matrix(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "kind"), CASES, ids=[f"{point}-{KINDS[kind]}" for point, kind in CASES])
 def test_a_run_that_died_there_ends_with_the_undisturbed_result(
     point: str, kind: str, matrix: tuple[Future[Outcome], dict[tuple[str, str], Future[Crashed]]]

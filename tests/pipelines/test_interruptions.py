@@ -76,6 +76,7 @@ def wait_until_training(runs: Runs, child: Child, timeout: float = 60.0) -> None
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_lets_the_step_end_writes_a_checkpoint_and_the_run_goes_on_from_there(
     number: int, code: int, runs: Runs, undisturbed: Outcome
@@ -111,6 +112,7 @@ def test_the_first_signal_asks_and_a_second_sigint_ends_at_once(tmp_path: Path) 
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_of_two_drivers_one_works_and_the_other_says_who(runs: Runs) -> None:
     first = runs.start(LONG)
     wait_until_training(runs, first)
@@ -133,6 +135,7 @@ MORE = pytest.mark.crash
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
     [
@@ -159,6 +162,7 @@ def test_a_driver_that_was_paused_and_wakes_up_late_changes_nothing(point: str, 
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_loss_that_is_twice_not_finite_at_one_step_is_named_and_not_tried_again(runs: Runs) -> None:
     child = runs.start("training.learning_rate=1e30", "training.clip=0")
     assert child.wait() == 4, child.stderr
@@ -171,6 +175,7 @@ def test_a_loss_that_is_twice_not_finite_at_one_step_is_named_and_not_tried_agai
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_store_that_cannot_grow_is_told_and_the_run_goes_on_when_it_can(runs: Runs, undisturbed: Outcome) -> None:
     child = runs.start(max_file=150_000)  # SQLite's log grows past it in the middle of the run
     assert child.wait() == 2, child.stderr
@@ -198,6 +203,7 @@ def resize(disk: Path, size: int) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [pytest.param(60_000, marks=MORE), 100_000, pytest.param(140_000, marks=MORE)])
 def test_a_disk_that_fills_up_anywhere_is_told_and_the_run_goes_on_when_there_is_room(
     room: int, small_disk: Path, runs: Runs, empty_home: Path, undisturbed: Outcome

@@ -15,6 +15,7 @@ driver when it has registered the version."""
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result(empty_home: Path, tmp_path: Path) -> None:
     config = matrix_config(tmp_path / "config", workers=2, deepspeed={"zero_stage": 2})

@@ -17,7 +17,7 @@ from pipelines.runs.sequence import run_sequence
 from tests.pipelines.crash_cases import within_one_row
 from tests.tiny_config import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,7 @@ from pipelines.runs.sequence import run_sequence
 from tests.serving.servers import running
 from tests.tiny_config import write_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 TASKS = ("colours", "shapes", "sizes")
 
 

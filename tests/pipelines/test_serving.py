@@ -71,6 +71,7 @@ def started() -> Iterator[list[Server]]:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("requests", [160, pytest.param(2000, marks=pytest.mark.crash)])
 def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(

@@ -19,7 +19,7 @@ from pipelines.cluster.jobs import Jobs
 from tests.ray_nodes import Nodes
 from tests.tiny_config import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pipelines.runs.progress import Silent
 from pipelines.search.driver import run_search
 from tests.tiny_config import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SPACE = {"training.learning_rate": {"grid": [0.03, 1e30]}, "training.l1": {"grid": [0.0, 0.5]}}
 """Two rates, of which the second ends every trial with a loss that is not finite."""
