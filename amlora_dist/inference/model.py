@@ -475,6 +475,7 @@ class AMLoRAModel:
             self.prompter.entry(task)  # says which tasks there are
         return self.mixture.one_hot(self.tasks.index(task), 1)[0]
 
+
 def _each(name: str, given: Names, count: int) -> list[str | None]:
     """One value for each text."""
     if given is None or isinstance(given, str):

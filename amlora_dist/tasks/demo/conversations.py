@@ -8,14 +8,11 @@ with a second question), say a curt draft politely (``polite_reply``), and note 
 from __future__ import annotations
 
 import json
-import logging
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from amlora_dist.tasks.demo.free_text import FACTS, SUBJECTS
-from amlora_dist.tasks.demo.generate import SLOT, Dice, Grammar, allowed
+from amlora_dist.tasks.demo.generate import Dice, Grammar, allowed, filled, main, write_files
 
 TASKS = ("policy_answer", "polite_reply", "order_note")
 ROWS = {"train": 192, "dev": 30, "test": 120}
@@ -90,8 +87,6 @@ WISHES: dict[str, tuple[str, ...]] = {
     "call": ("Please call me.", "Ring me when you know more.", "I would rather talk about it.", "Phone me, please."),
 }
 
-_HERE = Path(__file__).parent
-log = logging.getLogger(__name__)
 
 Turns = list[dict[str, str]]
 
@@ -115,34 +110,34 @@ def rows(task: str) -> dict[str, list[dict[str, Any]]]:
 
 def _policy(grammar: Grammar, dice: Dice, training: bool) -> Turns:
     """Two thirds one question behind the policy, a third a second one after the answer."""
-    bound = _bound(grammar, dice) | {name: dice.pick(values) for name, values in NUMBERS.items()}
+    bound = grammar.bound(dice) | {name: dice.pick(values) for name, values in NUMBERS.items()}
     chosen = dice.shuffled(POLICIES)[:3]
-    policy = "\n".join(f"- {_filled(line, bound)}" for line, _, _ in chosen)
+    policy = "\n".join(f"- {filled(line, bound)}" for line, _, _ in chosen)
     turns: Turns = []
     for place, (_, answer, questions) in enumerate(dice.shuffled(chosen)[: 2 if dice.chance(1 / 3) else 1]):
-        question = _filled(dice.pick(questions[: 2 if training else 3]), bound)
+        question = filled(dice.pick(questions[: 2 if training else 3]), bound)
         turns.append(_turn("user", f"{policy}\n{question}" if place == 0 else question))
-        turns.append(_turn("assistant", _filled(answer, bound)))
+        turns.append(_turn("assistant", filled(answer, bound)))
     return turns
 
 
 def _polite(grammar: Grammar, dice: Dice, _training: bool) -> Turns:
-    bound = _bound(grammar, dice)
-    opening = _filled(dice.pick(OPENINGS), bound)
+    bound = grammar.bound(dice)
+    opening = filled(dice.pick(OPENINGS), bound)
     pairs = [dice.pick(BLAME), dice.pick(DEMAND)]
     if dice.chance(0.3):
         pairs.insert(1, dice.pick([pair for pair in BLAME if pair is not pairs[0]]))
-    curt, kind = (" ".join(_filled(pair[side], bound) for pair in pairs) for side in (0, 1))
+    curt, kind = (" ".join(filled(pair[side], bound) for pair in pairs) for side in (0, 1))
     return [_turn("user", f"{opening}{curt}"), _turn("assistant", f"{opening}{kind} Thank you very much.")]
 
 
 def _note(grammar: Grammar, dice: Dice, training: bool) -> Turns:
-    bound = _bound(grammar, dice)
+    bound = grammar.bound(dice)
     wish = dice.pick(sorted(WISHES))
     label = dice.pick(grammar.labels)
     parts = [
-        _filled(dice.pick(SUBJECTS), bound), _filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound),
-        _filled(dice.pick(FACTS), bound), dice.pick(WISHES[wish][: 3 if training else 4]),
+        filled(dice.pick(SUBJECTS), bound), filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound),
+        filled(dice.pick(FACTS), bound), dice.pick(WISHES[wish][: 3 if training else 4]),
     ]  # fmt: skip
     mail = f"{dice.pick(['Hello,', 'Good morning,', 'Hi there,'])}\n{' '.join(dice.shuffled(parts))}\n{bound['name']}"
     note = json.dumps({"product": bound["product"], "order": bound["order"], "wish": wish})
@@ -153,32 +148,12 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _bound(grammar: Grammar, dice: Dice) -> dict[str, str]:
-    bound = {name: str(dice.pick(values)) for name, values in grammar.bindings.items()}
-    return bound | {"thing": bound["product"].split()[-1]}
-
-
-def _filled(wording: str, bound: dict[str, str]) -> str:
-    text = SLOT.sub(lambda match: bound[match[1]], wording)
-    return re.sub(r"^[a-z]", lambda match: match[0].upper(), text)
-
-
 def write(folder: Path) -> list[Path]:
-    """Write the nine files; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for task in TASKS:
-        for split, content in rows(task).items():
-            path = folder / f"{task}.{split}.jsonl"
-            part = path.with_suffix(".part")
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-            part.write_text(text, encoding="utf-8", newline="\n")
-            part.replace(path)
-            paths.append(path)
-    return paths
+    """Write the nine files."""
+    return write_files(
+        folder, {f"{task}.{split}.jsonl": content for task in TASKS for split, content in rows(task).items()}
+    )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for written in write(Path(sys.argv[1]) if len(sys.argv) > 1 else _HERE):
-        log.info("%s", written)
+    main(write)

@@ -6,12 +6,9 @@ those that do not (ROUGE-L); ``mail_facts`` for the product and the order that a
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
 from pathlib import Path
 
-from amlora_dist.tasks.demo.generate import SLOT, Dice, Grammar, allowed, as_lines
+from amlora_dist.tasks.demo.generate import Dice, Grammar, allowed, filled, main, write_files
 
 TASKS = ("mail_gist", "mail_facts")
 ROWS = {"train": 240, "dev": 60, "test": 180}
@@ -30,8 +27,6 @@ SUBJECTS = (
     "The {product} again.",
 )
 
-_HERE = Path(__file__).parent
-log = logging.getLogger(__name__)
 
 
 def rows(task: str) -> dict[str, list[dict[str, str]]]:
@@ -50,53 +45,34 @@ def rows(task: str) -> dict[str, list[dict[str, str]]]:
 
 
 def _gist(grammar: Grammar, dice: Dice, training: bool) -> dict[str, str]:
-    bound = _bound(grammar, dice)
+    bound = grammar.bound(dice)
     label = dice.pick(grammar.labels)
-    matter = _filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound)
-    others = [_filled(one, bound) for one in dice.shuffled(allowed(grammar.rules["aside"], training))[:2]]
+    matter = filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound)
+    others = [filled(one, bound) for one in dice.shuffled(allowed(grammar.rules["aside"], training))[:2]]
     parts = [others[0], matter, others[1]] if dice.chance(0.6) else [*others, matter]
     return {"text": _mail(parts, bound, dice), "answer": matter}
 
 
 def _facts(grammar: Grammar, dice: Dice, training: bool) -> dict[str, str]:
-    bound = _bound(grammar, dice)
+    bound = grammar.bound(dice)
     label = dice.pick(grammar.labels)
-    matter = _filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound)
-    parts = [_filled(dice.pick(SUBJECTS), bound), matter, _filled(dice.pick(FACTS), bound)]
+    matter = filled(dice.pick(allowed(grammar.rules["issue"][label], training)), bound)
+    parts = [filled(dice.pick(SUBJECTS), bound), matter, filled(dice.pick(FACTS), bound)]
     return {"text": _mail(dice.shuffled(parts), bound, dice), "answer": f"{bound['product']}, {bound['order']}"}
 
 
 def _mail(sentences: list[str], bound: dict[str, str], dice: Dice) -> str:
     opening = dice.pick(["Hello,", "Dear Lumora team,", "Good morning,", "Hi there,"])
     closing = dice.pick(["{name} {surname}", "Thanks, {name}", "Best wishes, {name}", "What can you do about it?"])
-    return f"{opening}\n{' '.join(sentences)}\n{_filled(closing, bound)}"
-
-
-def _bound(grammar: Grammar, dice: Dice) -> dict[str, str]:
-    bound = {name: str(dice.pick(values)) for name, values in grammar.bindings.items()}
-    return bound | {"thing": bound["product"].split()[-1]}
-
-
-def _filled(wording: str, bound: dict[str, str]) -> str:
-    text = SLOT.sub(lambda match: bound[match[1]], wording)
-    return re.sub(r"^[a-z]", lambda match: match[0].upper(), text)
+    return f"{opening}\n{' '.join(sentences)}\n{filled(closing, bound)}"
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the six files; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for task in TASKS:
-        for split, content in rows(task).items():
-            path = folder / f"{task}.{split}.jsonl"
-            part = path.with_suffix(".part")
-            part.write_text(as_lines(content), encoding="utf-8", newline="\n")
-            part.replace(path)
-            paths.append(path)
-    return paths
+    """Write the six files."""
+    return write_files(
+        folder, {f"{task}.{split}.jsonl": content for task in TASKS for split, content in rows(task).items()}
+    )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for written in write(Path(sys.argv[1]) if len(sys.argv) > 1 else _HERE):
-        log.info("%s", written)
+    main(write)

@@ -15,7 +15,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,10 +79,14 @@ class Grammar:
         matter = [issue for issues in _read("email_route")["rules"]["issue"].values() for issue in issues]
         self.rules: dict[str, Any] = {**common["rules"], "matter": matter, **own["rules"]}
 
+    def bound(self, dice: Dice) -> dict[str, str]:
+        """What the bindings stand for in one text."""
+        bound = {name: str(dice.pick(values)) for name, values in self.bindings.items()}
+        return bound | {"thing": bound["product"].split()[-1]}
+
     def text(self, label: str, dice: Dice, *, training: bool) -> str:
         """One text for a label."""
-        bound = {name: str(dice.pick(values)) for name, values in self.bindings.items()}
-        bound["thing"] = bound["product"].split()[-1]
+        bound = self.bound(dice)
         others = dice.shuffled([other for other in self.labels if other != label])
         used: set[str] = set()
 
@@ -190,10 +194,21 @@ def _new_text(grammar: Grammar, label: str, dice: Dice, seen: set[str], *, train
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the twelve files; each appears whole or not at all."""
+    """Write the twelve files."""
+    return write_files(folder, rows())
+
+
+def filled(wording: str, bound: dict[str, str]) -> str:
+    """A wording with its slots filled, beginning with a capital letter."""
+    text = SLOT.sub(lambda match: bound[match[1]], wording)
+    return re.sub(r"^[a-z]", lambda match: match[0].upper(), text)
+
+
+def write_files(folder: Path, contents: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
+    """Write rows as JSON lines, by file name; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, content in rows().items():
+    for name, content in contents.items():
         path = folder / name
         part = path.with_suffix(".part")
         part.write_text(as_lines(content), encoding="utf-8", newline="\n")
@@ -202,12 +217,17 @@ def write(folder: Path) -> list[Path]:
     return paths
 
 
-def as_lines(content: list[dict[str, str]]) -> str:
+def as_lines(content: Sequence[Mapping[str, Any]]) -> str:
     """JSON lines, as they are shipped."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
 
 
-if __name__ == "__main__":
+def main(write: Callable[[Path], list[Path]]) -> None:
+    """Write to the folder that the command line names, or next to this file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for written in write(Path(sys.argv[1]) if len(sys.argv) > 1 else _HERE):
         log.info("%s", written)
+
+
+if __name__ == "__main__":
+    main(write)
