@@ -115,7 +115,7 @@ ONE_FAULT = {
 
 
 @pytest.mark.parametrize(("text", "where", "found", "expected", "hint"), ONE_FAULT.values(), ids=ONE_FAULT)
-def test_fault_names_path_found_expected_and_mend(write, text, where, found, expected, hint):
+def test_fault_names_path_found_expected_and_fix(write, text, where, found, expected, hint):
     faults = faults_of(write(GOOD + text + "\n"))
     assert list(faults) == [where]
     fault = faults[where]

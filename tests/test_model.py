@@ -240,7 +240,7 @@ def test_a_bank_that_does_not_describe_its_tasks_asks_for_labels(place: Path, tm
         (lambda m: m.to_peft("fruit"), "task: found 'fruit'"),
     ],
 )
-def test_wrong_calls_say_what_to_mend(model: AMLoRAModel, call, message: str) -> None:
+def test_wrong_calls_say_what_to_fix(model: AMLoRAModel, call, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call(model)
 

@@ -221,6 +221,6 @@ def test_a_damaged_file_names_its_line(tmp_path: Path) -> None:
         ({"metric": "rouge_l", "max_new_tokens": 64}, "exceed the model's 64 positions"),
     ],
 )
-def test_unusable_settings_say_what_to_mend(settings: dict[str, Any], message: str) -> None:
+def test_unusable_settings_say_what_to_fix(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         score(tiny("llama"), examples(2, labels=[(3,)]), **settings)

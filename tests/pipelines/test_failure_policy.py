@@ -83,7 +83,7 @@ def test_the_verdict_says_what_happened_and_what_comes() -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_cuda_out_of_memory_is_named_with_its_place_and_mend() -> None:
+def test_cuda_out_of_memory_is_named_with_its_place_and_fix() -> None:
     said = r"^here: out of GPU memory \(Tried to allocate 20 GiB\); less$"
     with pytest.raises(DeviceMemoryError, match=said) as caught, memory_watched("here", "less", 7):
         raise torch.cuda.OutOfMemoryError("Tried to allocate 20 GiB\nmore lines")

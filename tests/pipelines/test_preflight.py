@@ -30,7 +30,7 @@ def test_what_fits_lacks_nothing() -> None:
     ],
     ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
 )
-def test_what_is_missing_is_named_with_the_mend(demand: Demand, supply: Supply, expected: list[str]) -> None:
+def test_what_is_missing_is_named_with_the_fix(demand: Demand, supply: Supply, expected: list[str]) -> None:
     (told,) = shortfalls(demand, supply)
     assert all(part in told for part in expected), told
 

@@ -15,7 +15,7 @@ from amlora_dist.config.loading import flat, from_mapping, load_config, named_ke
 from amlora_dist.errors import UserError
 from pipelines.cluster.jobs import Job
 from pipelines.cluster.submit import _attached
-from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, taken_up
+from pipelines.runs.resume_check import IRRELEVANT, differences, refuse_other_configuration, taken_up
 from tests.tiny_config import write_config
 
 FREE = {
@@ -58,6 +58,8 @@ def start_again(config: Path, *overrides: str) -> None:
 def test_what_changes_no_result_may_differ(key: str, config: Path) -> None:
     start_again(config)
     start_again(config, FREE[key])
+    then, now = (to_mapping(load_config(config, overrides)) for overrides in ([], [FREE[key]]))
+    assert then != now and differences(then, now) == ""
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_what_changes_no_result_may_differ(key: str, config: Path) -> None:
         ("method=replay", "method: 'am_lora' then, 'replay' now"),
     ],
 )
-def test_what_changes_results_is_refused_with_both_values_and_the_mend(override: str, told: str, config: Path) -> None:
+def test_what_changes_results_is_refused_with_both_values_and_the_fix(override: str, told: str, config: Path) -> None:
     with pytest.raises(UserError) as error:
         start_again(config, override)
     assert str(error.value) == f"run id 'r' exists with another configuration: {told}. Use another id, or undo that"

@@ -232,11 +232,12 @@ def test_damage_is_refused_and_named(bank: Path, damage: str) -> None:
 
 
 def test_what_mlflow_the_hub_and_people_add_and_no_loader_reads_is_no_harm(bank: Path) -> None:
+    before = read_bank(bank).manifest
     for name in ("registered_model_meta", ".gitattributes", ".cache/huggingface/download/x.metadata", "model.sig"):
         (bank / name).parent.mkdir(parents=True, exist_ok=True)
         (bank / name).write_text("model_name: x")
     (bank / "README.md").write_text("# The bank of our help desk")
-    read_bank(bank)
+    assert read_bank(bank).manifest == before
 
 
 @pytest.mark.parametrize(

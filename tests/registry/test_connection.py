@@ -165,7 +165,7 @@ class TestRepeating:
             remote.call("upload", refused)
         assert not isinstance(caught.value, StoreAwayError)
 
-    def test_a_full_disk_is_the_users_to_mend_whoever_says_it(self) -> None:
+    def test_a_full_disk_is_the_users_to_fix_whoever_says_it(self) -> None:
         import shutil as files
 
         def copied() -> None:
