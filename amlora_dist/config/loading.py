@@ -23,7 +23,7 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.config import checks
 from amlora_dist.config.former_values import completed
-from amlora_dist.config.schema import check, fields_at, shown, without
+from amlora_dist.config.schema import CHANGES_NO_RESULT, check, fields_at, shown, without
 from amlora_dist.config.search_space import SearchSettings, nested
 from amlora_dist.config.strict_yaml import KeyPath, dotted, parse_value, read_document
 from amlora_dist.errors import Fault, FaultsError, UserError
@@ -51,29 +51,29 @@ class MlflowSettings:
 class RunConfig:
     """One run: a sequence of tasks learned by one model."""
 
-    name: Name
+    name: Annotated[Name, CHANGES_NO_RESULT]
     """What the run is called where it is listed."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     method: str = "am_lora"
     """The continual-learning algorithm, by its name in ``amlora_dist.methods``."""
-    workers: int = Field(default=2, ge=0, le=4096)
+    workers: Annotated[int, CHANGES_NO_RESULT] = Field(default=2, ge=0, le=4096)
     """Ranks of a stage; 0 runs the stages in the driver's process, without Ray and DeepSpeed."""
-    min_workers: int | None = Field(default=None, ge=1, le=4096)
+    min_workers: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1, le=4096)
     """Elastic between stages: each takes as many workers as the cluster has, from this many up to ``workers``. Default:
     ``workers``, no fewer."""
-    worker_lifetime: Literal["run", "stage"] = "run"
-    """How long workers live: for all stages, with the base model and the rows loaded, or for one. Changes no result."""
-    placement: Literal["PACK", "SPREAD"] = "PACK"
+    worker_lifetime: Annotated[Literal["run", "stage"], CHANGES_NO_RESULT] = "run"
+    """How long workers live: for all stages, with the base model and the rows loaded, or for one."""
+    placement: Annotated[Literal["PACK", "SPREAD"], CHANGES_NO_RESULT] = "PACK"
     """Where Ray puts a stage's workers: on few nodes, or on many."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, CHANGES_NO_RESULT] = None
     """Folder of local data, ``<task>/<split>.jsonl``, that stands in for the Hub."""
     parent: Annotated[str, Field(pattern=r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$")] | None = None
     """A published bank to go on from, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``."""
     registered_model: Name | None = None
     """Name of this run's model in the MLflow registry; default: the run id. Runs never share one."""
-    storage: str | None = None
+    storage: Annotated[str | None, CHANGES_NO_RESULT] = None
     """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``. With ``workers: 0``
     also a URL that fsspec knows: the folder stays in ``AMLORA_HOME``, of any node its own, and checkpoints are copied."""
     model: ModelSettings
@@ -93,10 +93,10 @@ class RunConfig:
     """Short form: ``evaluate: seen+next``, ``all`` or ``last``."""
     method_settings: MethodSettings = Field(default_factory=MethodSettings)
     """What methods other than ``am_lora`` read."""
-    deepspeed: DeepSpeedSection = Field(default_factory=dict)
+    deepspeed: Annotated[DeepSpeedSection, CHANGES_NO_RESULT] = Field(default_factory=dict)
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
-    mlflow: MlflowSettings = Field(default_factory=MlflowSettings)
-    tracking: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    mlflow: Annotated[MlflowSettings, CHANGES_NO_RESULT] = Field(default_factory=MlflowSettings)
+    tracking: Annotated[list[Literal["tensorboard", "wandb"]], CHANGES_NO_RESULT] = Field(default_factory=list)
     """Beside MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
     search: SearchSettings | None = None
     """What ``amlora tune`` varies; ``amlora run`` leaves it aside."""

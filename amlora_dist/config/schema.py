@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CHANGES_NO_RESULT = "changes no result"
+"""Stands beside a field, in ``Annotated``, whose value may differ between two starts of one run: workers, places, paces."""
+
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -47,6 +50,18 @@ _BOUNDS = {
     "too_short": ("min_length", "a list of at least {}"),
     "too_long": ("max_length", "a list of at most {}"),
 }
+
+
+def keys_marked(cls: type, mark: str) -> tuple[str, ...]:
+    """Dotted keys of the fields of a tree of dataclasses that carry a mark; of a marked section the section alone."""
+    found: list[str] = []
+    for name, field in getattr(cls, "__pydantic_fields__", {}).items():
+        if mark in field.metadata:
+            found.append(name)
+            continue
+        inner = [one for one in (field.annotation, *get_args(field.annotation)) if hasattr(one, "__pydantic_fields__")]
+        found += [f"{name}.{key}" for one in inner for key in keys_marked(one, mark)]
+    return tuple(found)
 
 
 def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T | None, dict[KeyPath, Fault]]:

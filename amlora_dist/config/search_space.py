@@ -19,12 +19,12 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from amlora_dist.config.schema import did_you_mean, shown
+from amlora_dist.config.schema import CHANGES_NO_RESULT, did_you_mean, shown
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import Fault
 
@@ -55,11 +55,11 @@ class SearchSettings:
     stages."""
     reduction: float = Field(default=2.0, gt=1)
     """One of so many trials goes on at each decision."""
-    max_concurrent: int | None = Field(default=None, ge=1)
+    max_concurrent: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1)
     """Trials at once, at most; default: as many as the cluster has room for."""
-    gpus: float | None = Field(default=None, gt=0)
+    gpus: Annotated[float | None, CHANGES_NO_RESULT] = Field(default=None, gt=0)
     """Share of a GPU for each worker, where the cluster has GPUs; default: 1. Below 1 trials share a GPU."""
-    retries: int = Field(default=3, ge=0)
+    retries: Annotated[int, CHANGES_NO_RESULT] = Field(default=3, ge=0)
     """How often a trial whose process died is started again; it goes on inside its sequence."""
     share_stages: bool = True
     """Trials that agree on everything that matters for a stage train it once."""

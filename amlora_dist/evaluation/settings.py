@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from amlora_dist.config.schema import CHANGES_NO_RESULT
+
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
 class AnswerSettings:
@@ -27,7 +29,7 @@ class EvaluationSettings:
     prompts: Literal["served", "own"] = "served"
     """``served``: a row's text and nothing else, as a user sends it. ``own``: each row behind its own task's prompt, which
     names the task to whoever can read; reports flag it."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: Annotated[int, CHANGES_NO_RESULT] = Field(default=16, ge=1)
     """Prompts per forward pass of one worker."""
     untrained: bool = True
     """Score the base model before stage 1 (row R[0,i]; forward transfer needs it)."""

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
+from amlora_dist.config.schema import CHANGES_NO_RESULT
 from amlora_dist.errors import TrainingError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.methods.settings import MethodSettings
@@ -25,7 +26,7 @@ class TrainingSettings:
     epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Examples per optimizer step over all workers."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
+    micro_batch_size: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1)
     """Examples per forward pass of one worker; default: the whole share of the worker."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """``auto``: a race on the first stage's held-out rows (``training.rate_race``) finds it, once for all runs that begin
@@ -54,13 +55,13 @@ class TrainingSettings:
     """Looks in a row without anything better after which the stage ends; 0: it goes on to its end."""
     near_tie: float = Field(default=0.01, ge=0, lt=1)
     """Share of a held-out loss below which two of them count as equal: then the earlier step, or the plainer start, wins."""
-    checkpoint_every: int = Field(default=50, ge=1)
+    checkpoint_every: Annotated[int, CHANGES_NO_RESULT] = Field(default=50, ge=1)
     """Optimizer steps between checkpoints."""
-    gradient_checkpointing: bool = False
-    cache_trunk: bool = False
+    gradient_checkpointing: Annotated[bool, CHANGES_NO_RESULT] = False
+    cache_trunk: Annotated[bool, CHANGES_NO_RESULT] = False
     """Keep what the layers below the first adapted one make of each row in files, and compute it once. Changes losses
     by rounding alone (rows are computed unpadded), so it is in no fingerprint. Without effect under ZeRO-3."""
-    cache_trunk_gb: float = Field(default=8.0, gt=0)
+    cache_trunk_gb: Annotated[float, CHANGES_NO_RESULT] = Field(default=8.0, gt=0)
     """Limit of those files, 1e9 bytes; those used longest ago go first."""
     probe_rows: int = Field(default=32, ge=1)
     """Training rows on which a stage probes the earlier tasks' rows for the start of its recipe."""

@@ -16,7 +16,7 @@ from amlora_dist.errors import TrainingError, UserError
 from amlora_dist.privacy import DROPPED, public_configuration, public_name
 from pipelines.cluster.jobs import STOP_WAIT_S, Job, Jobs
 from pipelines.cluster.working_dir import collect, pack
-from pipelines.runs.resume_check import FREE_IN_RUN, FREE_IN_SEARCH, IRRELEVANT, differences
+from pipelines.runs.resume_check import FREE_IN_RUN, IRRELEVANT, differences
 
 if TYPE_CHECKING:
     from amlora_dist.config.loading import RunConfig
@@ -97,7 +97,7 @@ def submit_run(
 
 def _attached(job: Job, config: RunConfig, search: bool) -> Submission:
     """The job that runs, if it runs what is asked for."""
-    free = FREE_IN_SEARCH if search else FREE_IN_RUN
+    free = IRRELEVANT if search else FREE_IN_RUN
     if job.configuration is not None and (told := differences(job.configuration, to_mapping(config), free=free)):
         raise UserError(
             f"job {job.id} runs with another configuration: {told}. Use another id, undo that, or end it first with:"

@@ -10,23 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.former_values import completed
 from amlora_dist.config.loading import RunConfig, flat, from_mapping, home, to_mapping
+from amlora_dist.config.schema import CHANGES_NO_RESULT, keys_marked
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
     from amlora_dist.registry.store import Store
 
-IRRELEVANT = (
-    "workers", "min_workers", "worker_lifetime", "placement",
-    "storage", "data_dir", "mlflow", "tracking", "deepspeed", "evaluation.batch_size", "name",
-    "training.micro_batch_size", "training.checkpoint_every", "training.gradient_checkpointing",
-    "training.cache_trunk", "training.cache_trunk_gb",
-)  # fmt: skip
+IRRELEVANT = keys_marked(RunConfig, CHANGES_NO_RESULT)
 """Keys that may differ between two starts: they change no result."""
 FREE_IN_RUN = (*IRRELEVANT, "search")
 """The same of a run, which does not read the search."""
-FREE_IN_SEARCH = (*IRRELEVANT, "search.max_concurrent", "search.retries", "search.gpus")
-"""The same of a search."""
 
 
 OF_A_BANK = ("prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens")
@@ -61,7 +55,7 @@ def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", sea
     found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
     if stored is not None:
-        return taken_up(config, stored, named, free=FREE_IN_SEARCH if search_id else FREE_IN_RUN)
+        return taken_up(config, stored, named, free=IRRELEVANT if search_id else FREE_IN_RUN)
     return _on_parent(config, store, named) if config.parent is not None else config
 
 

@@ -27,7 +27,7 @@ from pipelines.cluster import resources
 from pipelines.cluster.session import Placement, RayCluster
 from pipelines.runs import results
 from pipelines.runs.inputs import gather_inputs
-from pipelines.runs.resume_check import FREE_IN_SEARCH, refuse_other_configuration, refuse_other_data
+from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, refuse_other_data
 from pipelines.runs.sequence import SearchContext, run_sequence
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
@@ -81,7 +81,7 @@ def run_search(
     mapping = public_configuration(to_mapping(config))
     wanted = {tags.KIND: "search", tags.SEARCH: search_id}
     name, facts = f"--search-id {search_id!r}", inputs.facts()
-    refuse_other_configuration(store, wanted, mapping, name, free=FREE_IN_SEARCH, grows=False)
+    refuse_other_configuration(store, wanted, mapping, name, free=IRRELEVANT, grows=False)
     of_a_trial = {tags.KIND: "sequence", tags.RUN_ID: trial_run_id(search_id, 1)}  # searches of before 0.2 kept no facts
     changed = refuse_other_data(
         store, [wanted, of_a_trial], facts, results.INPUTS, name, allow=allow_changed_data, again="run all trials again"
