@@ -40,7 +40,7 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 @dataclass(slots=True, eq=False)
 class CachedGate:
     """A gate (B, T) that stays from call to call, and what each mixture layer has made of it: which part of the bank it
-    reaches and with which weights need not be found out again for every token. RemoteStorage begin anew."""
+    reaches and with which weights need not be found out again for every token. Copies begin anew."""
 
     task_gate: Tensor
     layers: dict[object, Any] = field(default_factory=dict)

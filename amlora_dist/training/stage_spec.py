@@ -145,12 +145,12 @@ class StageWork:
 
     @property
     def copies(self) -> RemoteStorage | None:
-        """RemoteStorage of what is finished; None where driver and workers read the same folders."""
+        """Copies of what is finished; None where driver and workers read the same folders."""
         return RemoteStorage(self.url, Path(self.root)) if self.url is not None and self.apart else None
 
     @property
     def mirror(self) -> RemoteCheckpoints | None:
-        """RemoteStorage of this stage's checkpoints."""
+        """Copies of this stage's checkpoints."""
         return None if self.url is None else RemoteStorage(self.url, Path(self.root)).mirror(self.path)
 
     def progress(self) -> tuple[int, int]:

@@ -397,7 +397,7 @@ def serve(
     host: Annotated[str, typer.Option(help="To listen at; 0.0.0.0 for everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="To listen at.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the bank; default: its own name.")] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="RemoteStorage of the model; each batches what reaches it.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model; each batches what reaches it.")] = 1,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a replica; default: all, shared.", show_default=False)
     ] = None,

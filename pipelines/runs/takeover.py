@@ -105,7 +105,7 @@ def _results(line: AdapterEntry, storage: Path) -> Iterator[Result]:
 
 
 def _pulled_banks(version: Version, storage: Path) -> list[Path]:
-    """RemoteStorage of the version that lie in the storage."""
+    """Copies of the version that lie in the storage."""
     digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]
     return [storage / "banks" / f"{version.registered_model}-{version.number}-{digest}"]
 
