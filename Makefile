@@ -28,7 +28,7 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix lint format clean
+.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix docs lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -81,6 +81,12 @@ $(LOWEST_STAMP): pyproject.toml constraints.txt
 	$(UV) install --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt $(UV_FLAGS)
 	$(UV) install --python $(LOWEST)/bin/python --no-deps -e .
 	touch $(LOWEST_STAMP)
+
+docs: setup
+	$(PIP) -c constraints.txt mkdocs-material
+	$(BIN)/python docs/write_reference.py
+	$(BIN)/python docs/draw_architecture.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0
