@@ -13,8 +13,10 @@ are asked. Nothing tells the rules the task. Columns:
 
 Rules: one key a task, as 0.1 had it; one a label; how the covariance shrinks (``trace``: towards one spread for all
 features, ``feature``: towards each feature's own), and how many depths of the trunk are features (k is the routing layer);
-five means a task over input embeddings by cosine (as in Latent-LoRA, arXiv 2607.23837); ridge regression onto labels
-(Any-SSR, arXiv 2503.13575; RanPAC without its random layer). Rows are means over seeds, the standard deviation behind.
+what a bank serves by default: the geometric mean of the posteriors of keys for labels and for tasks, depths chosen by
+held-out rows; five means a task over input embeddings by cosine (as in Latent-LoRA, arXiv 2607.23837); ridge regression
+onto labels (Any-SSR, arXiv 2503.13575; RanPAC without its random layer). Rows are means over seeds, the standard deviation
+behind.
 
 With ``--foreign`` the second table says how much text of other tasks is told from the bank's by background keys, at the
 threshold that loses ``--lost`` of held-out rows: parts of the background that are of the text's own kind are left out.
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=120, help="asked rows a task at most")
     parser.add_argument("--split", default="dev", choices=["dev", "test"], help="of the asked rows")
     parser.add_argument("--tokens", type=int, default=128, help="of a text at most")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen model")
     parser.add_argument("--lost", type=float, default=0.03, help="share of held-out rows that abstention may lose")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -126,7 +129,7 @@ def tiny_model(folder: Path) -> str:
 
 def measure(args: argparse.Namespace) -> None:
     """All seeds; the file is written after each."""
-    frozen = FrozenModel(args.model, dtype=torch.float32)
+    frozen = FrozenModel(args.model, dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     k = frozen.middle
     depths = [*default_depths(k), k]
     deeper = min(k + k // 2, frozen.depth - 1)
@@ -231,7 +234,8 @@ def rules(data: Data, depths: list[int], deeper: int, total: int) -> dict[str, R
         "key a label, two depths, trace": (gauss("label", two, by_feature=False, held=False), half),
         "  held-out rows counted": (gauss("label", two, by_feature=False, held=True), half),
         "  by feature too": (gauss("label", two, by_feature=True, held=True), half),
-        "  four depths too (default)": (gauss("label", depths, by_feature=True, held=True), half),
+        "  four depths too": (gauss("label", depths, by_feature=True, held=True), half),
+        "  depths that held-out rows choose, and keys for tasks (default)": (lambda: served(data, depths), half),
         "  and one above k": (gauss("label", [*depths, deeper], by_feature=True, held=True), deeper / total),
         "five means a task, input embeddings": (lambda: nearest_means(data), 0.0),
         "ridge regression, four depths": (lambda: ridge(data, depths), half),
@@ -273,6 +277,27 @@ def gaussian(data: Data, rule: KeyRule, layers: list[int], *, by_feature: bool, 
         lambda features: keys.of_tasks(keys.scores(at(features, layers), temperature)).clamp(min=1e-60).log(),
         labels if rule == "label" else None,
         8 * (keys.weights.numel() + 2 * len(keys.bias)),
+    )
+
+
+def served(data: Data, depths: list[int]) -> Answers:
+    """The router of a bank, as it is built."""
+    own = statistics_of(data, depths)
+    router = keyed_router(own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths))
+
+    def labels(features: Features, task: Tensor) -> list[int]:
+        scores = router.keys.scores(at(features, depths), router.temperature)
+        found = []
+        for row, place in enumerate(task.tolist()):
+            logs = router.of_labels(scores[row : row + 1], place)
+            assert logs is not None
+            found.append(int(logs.argmax()))
+        return found
+
+    return Answers(
+        lambda features: router.posterior(at(features, depths)).clamp(min=1e-60).log(),
+        labels,
+        sum(tensor.numel() * tensor.element_size() for tensor in router.tensors().values()),
     )
 
 
@@ -364,7 +389,7 @@ def foreign(
     def share(rows: Tensor, left_out: Sequence[str]) -> float:
         kept = {part: mean for part, mean in means.items() if part not in left_out}
         gate = GateSettings(abstention=True, lost=args.lost)
-        router = keyed_router(own, rule="label", shrinkage=None, gate=gate, background=kept)
+        router = keyed_router(own, rule="label", shrinkage=None, gate=gate, depths=len(depths), background=kept)
         return float((router.foreign(rows) > (router.threshold or torch.inf)).double().mean())
 
     found = {"own rows": share(torch.cat([at(one.features, depths) for one in data.asked]), ())}

@@ -1,5 +1,12 @@
 """The router of a bank whose prompts have format 2: keys for labels, their evidence, and a background for foreign texts.
 
+Keys for labels know what a task's kinds of text are, keys for whole tasks how far a task reaches between them. Each alone
+routes some banks better; the router takes the geometric mean of both posteriors,
+
+    p(t | f) ~ sqrt(p_label(t | f) p_task(t | f)),
+
+each at the temperature that held-out rows prefer (a product of experts, Hinton 2002, at half weight each).
+
 A text that belongs to no task goes to the base model. Distances alone find few such texts; Gaussians of generic texts
 beside the bank's find most: the text is foreign where
 
@@ -20,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.keys import Fitted, Keys, covariance_of, fit
+from amlora_dist.adapters.keys import Fitted, Keys, covariance_of, depth_choices, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.errors import BankError
@@ -61,6 +68,8 @@ class KeyedRouter:
         beta: fitted weight of the keys' evidence for a label beside the language model's.
         gate: thresholds.
         background: weights (K, d) and bias (K,) of the background's keys; None for none.
+        whole: keys for whole tasks, whose posterior is weighed in; None where the keys are such keys already.
+        whole_temperature: of these.
         unseen: the bank's keys beside which the background stands: those that have not seen the held-out rows.
         parts: their names.
         foreign_above: by share of own rows lost, the score from which on a text is foreign.
@@ -73,6 +82,8 @@ class KeyedRouter:
     beta: float
     gate: GateSettings
     background: tuple[Tensor, Tensor] | None = None
+    whole: Keys | None = None
+    whole_temperature: float = 1.0
     unseen: Keys | None = None
     parts: tuple[str, ...] = ()
     foreign_above: tuple[tuple[float, float], ...] = ()
@@ -103,7 +114,7 @@ class KeyedRouter:
         features = features_BD.detach()
         temperature = self.chosen_temperature
         scores = self.keys.scores(features, temperature)
-        posterior = self.keys.of_tasks(scores)
+        posterior = self._weighed(features, self.keys.of_tasks(scores))
         cut = relative_threshold if self.gate.form == "relative" else absolute_threshold
         gates = cut(posterior, self.gate.threshold).float()
         foreign = self.foreign(features)
@@ -120,7 +131,19 @@ class KeyedRouter:
 
     def posterior(self, features_BD: Tensor) -> Tensor:
         """p(t | text) before any threshold, (B, T), fp64: also the prior of ``literal + prior``."""
-        return self.keys.of_tasks(self.keys.scores(features_BD.detach(), self.chosen_temperature))
+        features = features_BD.detach()
+        return self._weighed(features, self.keys.of_tasks(self.keys.scores(features, self.chosen_temperature)))
+
+    def _weighed(self, features_BD: Tensor, by_label_BT: Tensor) -> Tensor:
+        """The geometric mean with the posterior of the keys for whole tasks."""
+        if self.whole is None:
+            return by_label_BT
+        chosen = self.gate.temperature
+        temperature = self.whole_temperature if chosen == "calibrated" else float(chosen)
+        by_task_BT = self.whole.of_tasks(self.whole.scores(features_BD, temperature))
+        tiny = torch.finfo(torch.float64).tiny
+        logs = 0.5 * (by_label_BT.clamp(min=tiny).log() + by_task_BT.clamp(min=tiny).log())
+        return torch.softmax(logs, dim=-1) * (by_label_BT + by_task_BT > 0)  # a task that is left out has no share
 
     def gates(self, features_BD: Tensor | None, batch: int) -> Tensor:
         """See ``Router``; ``features_BD`` (B, d) are required."""
@@ -135,21 +158,23 @@ class KeyedRouter:
 
     def only(self, tasks: Sequence[int]) -> KeyedRouter:
         """The same router, as if the bank held these tasks alone: the gates of the others are 0."""
-        return replace(self, keys=self.keys.only(tasks), unseen=self.unseen and self.unseen.only(tasks))
+        whole, unseen = (keys and keys.only(tasks) for keys in (self.whole, self.unseen))
+        return replace(self, keys=self.keys.only(tasks), whole=whole, unseen=unseen)
 
     def to(self, device: torch.device | str) -> KeyedRouter:
         """See ``Router``."""
         background = self.background and (self.background[0].to(device), self.background[1].to(device))
-        unseen = self.unseen and self.unseen.to(device)
-        return replace(self, keys=self.keys.to(device), background=background, unseen=unseen)
+        whole, unseen = (keys and keys.to(device) for keys in (self.whole, self.unseen))
+        return replace(self, keys=self.keys.to(device), background=background, whole=whole, unseen=unseen)
 
     def tensors(self) -> dict[str, Tensor]:
         """``weights``, ``bias``, ``log_prior`` and, with a background, its own and those that it stands beside."""
         named = {"weights": self.keys.weights, "bias": self.keys.bias, "log_prior": self.keys.log_prior}
         if self.background is not None:
             named |= {"background.weights": self.background[0], "background.bias": self.background[1]}
-        if self.unseen is not None:
-            named |= {f"unseen.{name}": getattr(self.unseen, name) for name in ("weights", "bias", "log_prior")}
+        for group, keys in (("whole", self.whole), ("unseen", self.unseen)):
+            if keys is not None:
+                named |= {f"{group}.{name}": getattr(keys, name) for name in ("weights", "bias", "log_prior")}
         return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
     def settings(self) -> dict[str, Any]:
@@ -159,7 +184,11 @@ class KeyedRouter:
             "kind": self.kind, "tasks": self.tasks, "temperature": self.temperature, "beta": self.beta, "keys": keys,
             "gate": asdict(self.gate), "parts": list(self.parts),
             "foreign_above": [list(one) for one in self.foreign_above],
-            "unseen": self.unseen and {"task": list(self.unseen.task), "label": list(self.unseen.label)},
+            **{
+                group: keys and {"task": list(keys.task), "label": list(keys.label)}
+                for group, keys in (("whole", self.whole), ("unseen", self.unseen))
+            },
+            "whole_temperature": self.whole_temperature,
         }  # fmt: skip
 
 
@@ -173,6 +202,7 @@ def keyed_router(
     rule: KeyRule,
     shrinkage: float | None,
     gate: GateSettings,
+    depths: int = 1,
     background: Mapping[str, Tensor] | None = None,
 ) -> KeyedRouter:
     """The router of a bank from the statistics of its tasks, in their order.
@@ -182,11 +212,16 @@ def keyed_router(
         rule: whether labels have keys.
         shrinkage: of the covariance; None: held-out rows choose.
         gate: thresholds.
+        depths: of the trunk whose states stand side by side in the features; held-out rows choose among them.
         background: mean features (d,) of each part of a background; None for none.
     """
-    fitted = fit(statistics, rule, SHRINKAGES if shrinkage is None else (shrinkage,))
+    shrinkages = SHRINKAGES if shrinkage is None else (shrinkage,)
+    fitted = fit(statistics, rule, shrinkages, depth_choices(len(statistics[0].mean), depths))
     labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
     router = KeyedRouter([s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate)
+    if any(label >= 0 for label in fitted.keys.label):
+        whole = fit(statistics, "task", shrinkages, [fitted.columns])
+        router = replace(router, whole=whole.keys, whole_temperature=whole.temperature)
     return with_background(router, fitted, statistics, rule, background) if background else router
 
 
@@ -201,7 +236,9 @@ def with_background(
     names = sorted(background)
     means = torch.stack([background[name].double() for name in names])
     temperature = router.chosen_temperature
-    weights = covariance_of(statistics, rule, fitted.shrinkage).solve(means)
+    columns = fitted.columns
+    narrow = covariance_of([one.of_columns(columns) for one in statistics], rule, fitted.shrinkage)
+    weights = torch.zeros_like(means).index_copy(1, columns, narrow.solve(means[:, columns]))
     bias = -0.5 * (means * weights).sum(dim=1)
     held = [one.held.features.double() for one in statistics if one.held is not None and len(one.held.labels)]
     taken = torch.zeros(len(names))
@@ -235,16 +272,21 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         BankError: numbers that are not finite, or that do not fit.
     """
     named = {name: tensors[name].double() for name in ("weights", "bias", "log_prior")}
-    extra = {n: t.double() for n, t in tensors.items() if n.startswith(("background.", "unseen."))}
+    extra = {n: t.double() for n, t in tensors.items() if n.startswith(("background.", "unseen.", "whole."))}
     if not all(bool(torch.isfinite(t).all()) for t in (*named.values(), *extra.values())):
         raise BankError("router: keys hold NaN or infinity")
     keys = _keys_from(named, settings["keys"])
-    unseen = _keys_from({name: extra[f"unseen.{name}"] for name in named}, settings["unseen"]) if extra else None
+    whole, unseen = (
+        _keys_from({name: extra[f"{group}.{name}"] for name in named}, settings[group]) if settings.get(group) else None
+        for group in ("whole", "unseen")
+    )
+    has_background = "background.weights" in extra
     return KeyedRouter(
         list(settings["tasks"]), tuple(settings["keys"]["labels"]), keys,
         float(settings["temperature"]), float(settings["beta"]),
         GateSettings(**settings["gate"]),
-        (extra["background.weights"], extra["background.bias"]) if extra else None, unseen,
+        (extra["background.weights"], extra["background.bias"]) if has_background else None,
+        whole, float(settings.get("whole_temperature", 1.0)), unseen,
         tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]),
     )  # fmt: skip
 

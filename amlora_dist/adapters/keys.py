@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.statistics import TaskStatistics
 
 KeyRule = Literal["task", "label"]
+KEYS_RULE = 2
+"""Raised when the same statistics would make another router than before: scores of served answers are then computed again,
+and no adapter is trained again."""
 BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Grid of the weight of the keys' evidence beside the language model's."""
 PRIOR_BETA = 0.25
@@ -150,28 +153,59 @@ class Fitted:
     unseen: Keys
     """Of all but the held-out rows: what these are judged by."""
     shrinkage: float
+    columns: Tensor
+    """Features that the keys read, (c,) int64; their weights of the others are 0."""
     temperature: float
     beta: float
 
 
-def fit(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkages: Sequence[float]) -> Fitted:
+def fit(
+    statistics: Sequence[TaskStatistics],
+    rule: KeyRule,
+    shrinkages: Sequence[float],
+    choices: Sequence[Tensor] | None = None,
+) -> Fitted:
     """Keys, temperature and the weight of their evidence, from statistics and held-out rows alone.
 
-    Shrinkage, temperature and weight are chosen with keys that have not seen the held-out rows; the keys that serve count
-    these too, for with few rows a mean of a quarter more is a better one.
+    Features, shrinkage, temperature and weight are chosen with keys that have not seen the held-out rows; the keys that
+    serve count these too, for with few rows a mean of a quarter more is a better one.
 
     Args:
         statistics: one per task, in the bank's order.
         rule: of the keys.
         shrinkages: to choose from; with one, or without held-out rows, the first.
+        choices: sets of features to choose from in the same way (``depth_choices``); default: all.
     """
+    width = len(statistics[0].mean)
     found = []
-    for shrinkage in shrinkages:
-        keys = make_keys(statistics, rule, shrinkage)
-        found.append((*fit_temperature(statistics, keys), shrinkage, keys))
-    _, temperature, shrinkage, keys = min(found, key=lambda one: one[0])
+    for columns in choices or [torch.arange(width)]:
+        narrow = [one.of_columns(columns) for one in statistics]
+        for shrinkage in shrinkages:
+            keys = make_keys(narrow, rule, shrinkage)
+            found.append((*fit_temperature(narrow, keys), shrinkage, columns, widened(keys, columns, width)))
+    _, temperature, shrinkage, columns, keys = min(found, key=lambda one: one[0])
     beta = fit_beta(statistics, keys, temperature)
-    return Fitted(make_keys([one.with_held() for one in statistics], rule, shrinkage), keys, shrinkage, temperature, beta)
+    whole = make_keys([one.with_held().of_columns(columns) for one in statistics], rule, shrinkage)
+    return Fitted(widened(whole, columns, width), keys, shrinkage, columns, temperature, beta)
+
+
+def depth_choices(width: int, depths: int) -> list[Tensor]:
+    """Sets of features to choose from: of all depths, and from four depths on of every second one, the deepest among them.
+
+    Args:
+        width: features of all depths side by side.
+        depths: how many.
+    """
+    every = torch.arange(width)
+    if depths < 4 or width % depths:
+        return [every]
+    size = width // depths
+    return [every, torch.cat([every[at * size : (at + 1) * size] for at in range(depths - 1, -1, -2)][::-1])]
+
+
+def widened(keys: Keys, columns: Tensor, width: int) -> Keys:
+    """Keys over some features as keys over all: 0 at the others."""
+    return replace(keys, weights=keys.weights.new_zeros(len(keys.weights), width).index_copy(1, columns, keys.weights))
 
 
 def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:

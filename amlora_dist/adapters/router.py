@@ -310,7 +310,10 @@ def build_router(
                 " router.holdout above 0, which give it one when its next stage is trained"
             )
         shrinkage = None if settings.shrinkage == "held_out" else settings.shrinkage
-        router = keyed_router(statistics, rule=settings.keys, shrinkage=shrinkage, gate=gate, background=background)
+        router = keyed_router(
+            statistics, rule=settings.keys, shrinkage=shrinkage, gate=gate, depths=len(settings.depths or ()) + 1,
+            background=background,
+        )  # fmt: skip
     else:
         router = posterior_router(statistics, shrinkage=settings.fixed_shrinkage, gate=gate)
     return PermutedRouter.shuffled(router, seed) if settings.kind == "permuted" else router

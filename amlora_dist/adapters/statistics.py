@@ -108,6 +108,14 @@ class TaskStatistics:
         whole = merge([bare, TaskStatistics.from_features(self.task, held.features, labels, count)])
         return replace(whole, held=held, background=self.background)
 
+    def of_columns(self, columns: Tensor) -> TaskStatistics:
+        """What the keys need of these statistics, over some of the features: ``columns`` (c,) int64."""
+        by_label = None if self.by_label is None else LabelMeans(self.by_label.counts, self.by_label.means[:, columns])
+        held = None if self.held is None else replace(self.held, features=self.held.features[:, columns])
+        return TaskStatistics(
+            self.task, self.count, self.mean[columns], self.factor[:, columns], by_label=by_label, held=held
+        )
+
     @property
     def task_factor(self) -> Tensor:
         """A factor of the scatter around the task's mean, (k, d)."""

@@ -89,7 +89,7 @@ def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str |
     statistics = [
         _statistics(model, mixture, prompter, found, task, prompter.entry(task), rows[task]) for task in manifest.tasks
     ]
-    router = keyed_router(statistics, rule="label", shrinkage=None, gate=settings.gate)
+    router = keyed_router(statistics, rule="label", shrinkage=None, gate=settings.gate, depths=len(depths) + 1)
     section = {
         **stored.get("router", {}), "keys": "label", "depths": depths, "layer": layer, "max_text_tokens": longest,
         "shrinkage": "held_out",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.adapters.keys import KEYS_RULE
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.base_model import BaseModel, load_tokenizer, resolve_base, settled_attention
 from amlora_dist.config.former_values import unlike_former
@@ -174,7 +175,7 @@ class RunInputs:
         """Of one cell, under a bank whose stages have these training fingerprints."""
         router = self._weighing(self.config.router) if _routes(mode) and method.routed else {}
         if self.plain_texts and mode != "untrained":
-            router |= {"prompts": "served", "answer": asdict(self.config.answer)}
+            router |= {"prompts": "served", "answer": asdict(self.config.answer), "keys_rule": KEYS_RULE}
             router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
             if self.config.router.gate.abstention:
                 router |= {"background": background.digest()}
@@ -215,7 +216,7 @@ class RunInputs:
         from it in few rows."""
         router = self._weighing(RouterSettings())
         if self.plain_texts:
-            router |= {"prompts": "served", "answer": asdict(AnswerSettings())}
+            router |= {"prompts": "served", "answer": asdict(AnswerSettings()), "keys_rule": KEYS_RULE}
             router |= {key: getattr(RouterSettings(), key) for key in ("keys", "shrinkage")}
         return self._scoring(bank, "router", router, task)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
-from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, fit, fit_beta, make_keys
+from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, depth_choices, fit, fit_beta, make_keys
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
@@ -171,3 +171,54 @@ def test_a_part_of_the_background_that_takes_own_rows_is_left_out() -> None:
     background = {"far": torch.full((WIDTH,), -4.0), "near": BANK[0].mean.float()}
     router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=GateSettings(), background=background)
     assert router.parts == ("far",)
+
+
+def test_keys_for_labels_and_for_tasks_are_weighed_as_a_geometric_mean() -> None:
+    router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=GateSettings())
+    rows = torch.cat([rows_of(task, 1, 6, seed=9) for task in range(3)])
+    assert router.whole is not None
+    by_label = router.keys.of_tasks(router.keys.scores(rows, router.temperature))
+    by_task = router.whole.of_tasks(router.whole.scores(rows, router.whole_temperature))
+    wanted = (by_label * by_task).sqrt()
+    torch.testing.assert_close(router.posterior(rows), wanted / wanted.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(router.evidence(rows).posterior_BT, router.posterior(rows))
+    again = keyed_router_from(router.tensors(), router.settings())
+    torch.testing.assert_close(again.posterior(rows), router.posterior(rows))
+    only = router.only([0, 2]).posterior(rows)
+    assert float(only[:, 1].max()) == 0.0 and torch.allclose(only.sum(dim=1), torch.ones(18, dtype=torch.float64))
+
+
+def test_a_router_that_was_stored_without_keys_for_tasks_answers_by_those_for_labels() -> None:
+    router = keyed_router(BANK, rule="label", shrinkage=0.1, gate=GateSettings())
+    tensors = {name: tensor for name, tensor in router.tensors().items() if not name.startswith("whole.")}
+    settings = {key: value for key, value in router.settings().items() if not key.startswith("whole")}
+    old = keyed_router_from(tensors, settings)
+    rows = rows_of(1, 0, 4, seed=11)
+    torch.testing.assert_close(old.posterior(rows), router.keys.of_tasks(router.keys.scores(rows, router.temperature)))
+
+
+def test_depths_that_only_disturb_are_left_out_where_held_out_rows_say_so() -> None:
+    assert [len(one) for one in depth_choices(8, 2)] == [8], "too few depths to choose from"
+    every, second = depth_choices(4 * WIDTH, 4)
+    assert second.tolist() == [*range(WIDTH, 2 * WIDTH), *range(3 * WIDTH, 4 * WIDTH)] and len(every) == 4 * WIDTH
+
+    def deep(one: TaskStatistics, disturbed: tuple[int, ...]) -> TaskStatistics:
+        """The rows at four depths, some of which say nothing but are wide."""
+        draw = torch.Generator().manual_seed(len(one.task))
+
+        def at_four(rows: Tensor) -> Tensor:
+            noise = 30 * torch.randn(len(rows), 4, WIDTH, generator=draw)
+            return torch.stack([noise[:, k] if k in disturbed else rows for k in range(4)], dim=1).flatten(1)
+
+        labels = len(one.by_label.counts) if one.by_label is not None else 0
+        places = [label for label in range(labels) for _ in range(8)]
+        rows = torch.cat([rows_of(int(one.task[-1]), label, 8) for label in range(labels)])
+        made = TaskStatistics.from_features(one.task, at_four(rows), places, labels)
+        assert one.held is not None
+        return replace(made, held=HeldOut(at_four(one.held.features), one.held.labels))
+
+    choices = depth_choices(4 * WIDTH, 4)
+    chosen = fit([deep(one, (0, 2)) for one in BANK], "label", (0.1, 0.5), choices)
+    assert chosen.columns.tolist() == second.tolist()
+    left_out = [place for place in range(4 * WIDTH) if place not in second.tolist()]
+    assert bool((chosen.keys.weights[:, left_out] == 0).all()) and bool((chosen.keys.weights[:, second] != 0).any())
