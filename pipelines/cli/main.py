@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import signal
 import sys
 import time
@@ -182,7 +184,16 @@ def main() -> None:
     """Entry point of the console command."""
     sys.excepthook = _unexpected
     signal.signal(signal.SIGTERM, _terminate)
-    typer.main.get_command(app)(prog_name="amlora")
+    try:
+        typer.main.get_command(app)(prog_name="amlora")
+    except SystemExit as leaving:
+        session = sys.modules.get("pipelines.cluster.session")
+        if session is not None and session.must_end_at_once():
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
+        raise
 
 
 class _TerminatedError(BaseException):

@@ -203,11 +203,21 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
+_left_to_the_end = threading.Event()
+
+
 def _leave_to_the_end() -> None:
     """Take back what Ray does when Python ends: its processes notice that their driver is gone."""
     import ray
 
     atexit.unregister(ray.shutdown)
+    _left_to_the_end.set()
+
+
+def must_end_at_once() -> bool:
+    """Whether threads still wait for Ray's answers: Python's own end would take the library from under them, and the
+    process would die of that."""
+    return _left_to_the_end.is_set()
 
 
 def _bundles(demand: Demand, supply: resources.Supply) -> list[dict[str, float]]:
