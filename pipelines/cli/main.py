@@ -104,7 +104,8 @@ def validate(config: Config, overrides: Overrides = None, as_json: Json = False,
         for number, spec in enumerate(specs, start=1):
             limit = spec.max_train or rows
             at_most = f"at most {limit} training rows" if limit else "all training rows"
-            answers = "free text" if spec.free_text else f"{len(spec.label_texts)} labels"
+            named = f"{len(spec.label_texts)} labels" if spec.label_texts else "labels from the rows"
+            answers = "free text" if spec.free_text else named
             typer.echo(f"    {number}. {spec.name}: {answers}, {at_most}, prompt style {spec.prompt_style}")
 
 

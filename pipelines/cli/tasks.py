@@ -32,13 +32,15 @@ def show_tasks(data_dir: Path | None) -> None:
 def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     """Print one task and, where its rows are at hand, a prompt with its answer."""
     spec = resolve_task(name, data_dir=data_dir, base_dir=Path.cwd(), defaults=TaskDefaults())
-    template = template_for(spec, cast("PromptStyle | None", style))
     console = console_for()
+    if spec.labels == "auto" and _at_hand(spec, data_dir):
+        spec = load_task(spec, data_dir=data_dir, splits=("train",)).spec
+    template = template_for(spec, cast("PromptStyle | None", style))
     lines = {
         "task": f"{spec.name} (version {spec.version})",
         "about": spec.description,
         "kind": spec.kind,
-        "answers": "free text" if spec.free_text else ", ".join(spec.label_texts),
+        "answers": "free text" if spec.free_text else ", ".join(spec.label_texts) or "labels from the rows",
         "metric": str(spec.metric),
         "rows": _rows(spec, data_dir),
         "source": _source(spec),

@@ -89,6 +89,8 @@ def run_sequence(
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
         inputs = _checked_inputs(config, run_id, within)
+        for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
+            progress.note(remark)
         store = Store.open(home(), config.mlflow.tracking_uri)
         own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
         refuse_other_configuration(store, own, public_configuration(to_mapping(inputs.config)), name)
