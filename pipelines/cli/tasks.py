@@ -35,7 +35,6 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     console = console_for()
     if spec.labels == "auto" and _at_hand(spec, data_dir):
         spec = load_task(spec, data_dir=data_dir, splits=("train",)).spec
-    template = template_for(spec, cast("PromptStyle | None", style))
     lines = {
         "task": f"{spec.name} (version {spec.version})",
         "about": spec.description,
@@ -47,9 +46,15 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     }
     for key, value in lines.items():
         console.print(f"{key:8} {value}", markup=False, soft_wrap=True)
+    show_prompt(spec, data_dir=data_dir, style=style)
+
+
+def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | None = None) -> None:
+    """Print the first training row as the model sees it, with its answer; without rows the prompt around a text."""
     if spec.columns.conversational:
         _show_conversation(spec, data_dir)
         return
+    console, template = console_for(), template_for(spec, cast("PromptStyle | None", style))
     console.print(f"\nprompt, style {style or spec.prompt_style}:", markup=False)
     if _at_hand(spec, data_dir):
         row = load_task(spec, data_dir=data_dir, splits=("train",)).rows["train"][0]
