@@ -153,7 +153,8 @@ class Scoring:
             write_predictions(folder / "predictions.jsonl", predictions)
             seconds = time.monotonic() - began
             write_text(folder / "summary.json", json.dumps(summary | {"seconds": seconds, "kept": kept} | about))
-        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": kept} | summary)
+        metric = str(self.work.spec(cell.task).metric)
+        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "metric": metric, "kept": kept} | summary)
 
     # -- plain texts, as they are served ------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,7 @@ from pipelines.cli import banks, cluster, own_tasks, reports, search, store
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
 app = typer.Typer(
@@ -66,21 +65,12 @@ def run(
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from amlora_dist.config.loading import named_file, named_keys, validate_config
         from pipelines.cli.output import stdout_to_stderr
-        from pipelines.runs.progress import progress_for
+        from pipelines.runs.api import Sequence
 
-        settings, _ = validate_config(config, overrides)
-        run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        progress = progress_for()
-        with stdout_to_stderr(), contextlib.closing(progress), named_file(config, overrides):
-            from pipelines.runs.resume_check import going_on
-            from pipelines.runs.sequence import run_sequence
-
-            settings = going_on(settings, named=named_keys(config, overrides), run_id=run_id)
-            result = run_sequence(
-                settings, run_id=run_id, progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
-            )
+        sequence = Sequence(config, overrides or [], run_id=run_id)
+        with stdout_to_stderr():
+            result = sequence.run(verbose=verbose, allow_changed_data=allow_changed_data).mapping
         _print_result(result, as_json=as_json)
 
 
@@ -241,7 +231,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
 
 
-def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+def _print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
@@ -250,7 +240,7 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.banks import Verbose
+from pipelines.cli.banks import TrackingUri, Verbose
 
 
 def init(
@@ -49,4 +49,35 @@ def init(
     typer.echo(f"next: {made.run}\n  or: {made.add}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"init": init}
+def add(
+    bank: Annotated[
+        str,
+        typer.Argument(metavar="BANK-OR-RUN", help="A run's id, or models:/NAME@ALIAS or /VERSION.", show_default=False),
+    ],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="YAML of the task, or its name.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY.PATH=VALUE", help="Of the run; the rest is as the bank's.", show_default=False),
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="Of the run, and name of the new bank; default: the bank's and the task's.")
+    ] = None,
+    check: Annotated[
+        list[str] | None, typer.Option(help="YAML of an earlier task whose rows are asked too; again for more.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Test rows of each task that both banks are asked; 0: none.")] = 20,
+    tracking_uri: TrackingUri = None,
+    verbose: Verbose = False,
+) -> None:
+    """Teach a bank one more task: one stage on top of its newest version, and what that changed for the tasks before.
+
+    The bank stays as it is; the new one is a registered model of its own. The same command goes on where it was.
+    """
+    from pipelines.cli.added_task import add_task
+
+    add_task(
+        bank, task, overrides or [], run_id=run_id, check=check or [], rows=rows, tracking_uri=tracking_uri, verbose=verbose
+    )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"init": init, "add": add}

@@ -25,7 +25,7 @@ from pipelines.cluster import resources
 from pipelines.cluster.session import Placement
 from pipelines.runs import results
 from pipelines.runs.attempts import Attempts
-from pipelines.runs.executor import executor_of
+from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
 from pipelines.runs.journal import RunJournal
 from pipelines.runs.plan import StagePlan, plan_stage
@@ -100,6 +100,8 @@ def run_sequence(
         model = str(inputs.config.registered_model)
         with store.hold_run(run_id, model) as lease:
             if alone and within is None:
+                if not config.workers and (remark := threads_remark()):
+                    progress.note(remark)
                 progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
             store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
             journal = RunJournal(
@@ -138,6 +140,7 @@ def run_stages(
         record.end()
         result = journal.stage_done(record)
         plans.append(plan)
+        progress.stage_done(result)
         if within is not None and within.on_stage is not None:
             within.on_stage(result)
     result = journal.finish()
