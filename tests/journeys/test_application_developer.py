@@ -95,7 +95,7 @@ def test_the_page_is_typed_from_rows_to_an_answer(demo: Path, monkeypatch: pytes
         (["nothing", "my/task.yaml"], "models:/nothing/latest: no registered model 'nothing'"),
         (["demo", "tasks/colours.yaml"], "models:/demo/2 knows task 'colours' already"),
         (["demo", "nowhere.yaml"], "task file .*nowhere.yaml does not exist"),
-        (["demo", "my/task.yaml", "training.epoch=1"], r"training.epoch: .*did you mean 'training.epochs'"),
+        (["demo", "my/task.yaml", "training.epoch=1"], r"training.epoch: .*did you mean 'epochs'"),
         (["demo", "my/task.yaml", "--check", "my/task.yaml"], "--check: found 'my/task.yaml', which is no task of"),
     ],
 )
