@@ -249,7 +249,7 @@ def _shown(row: Mapping[str, Any], guess: Guess) -> str:
     if guess.conversation:
         asked = [row.get(name) for key, name in guess.conversation.items() if key not in ("completion", "output")]
         return json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
-    return value_of(row.get(guess.text))
+    return value_of(row.get(guess.text or ""))
 
 
 def _usable(rows: Sequence[dict[str, Any]], guess: Guess, where: str) -> tuple[list[dict[str, Any]], int]:

@@ -108,7 +108,8 @@ def _begun(store: Store, run_id: str) -> str | None:
     """The version that a run of this id began on."""
     found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
     stored = store.load_json(found[-1].run, "config.json") if found else None
-    return None if stored is None else stored.get("parent")
+    parent: str | None = None if stored is None else stored.get("parent")
+    return parent
 
 
 def _value(text: str) -> tuple[str, Any]:
