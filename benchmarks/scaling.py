@@ -103,6 +103,10 @@ class Watch:
             self.published.append(stored - self._stored)
             self._stored = stored
 
+    def score(self, score: Any) -> None: ...
+
+    def stage_done(self, result: Any) -> None: ...
+
     def close(self) -> None: ...
 
 

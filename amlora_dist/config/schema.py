@@ -39,6 +39,7 @@ _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "letters, digits, '_', '.' and '-', a letter or digit first",
     r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)?$": "small letters, digits, '_', '.' and '-', and at most one '/' inside",
     r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$": "models:/NAME@ALIAS or models:/NAME/VERSION",
+    r"^[^.\s]+(\.[^.\s]+)*$": "keys with points between them, such as data.items",
     r"^[0-9a-f]{64}$": "a sha256 digest",
     r"^router\.safetensors$": "router.safetensors",
 }

@@ -24,7 +24,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Forward, check_room
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
-from amlora_dist.evaluation.text_metrics import METRICS
+from amlora_dist.evaluation.text_metrics import METRICS, best_score
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
@@ -89,6 +89,13 @@ class Prediction:
     """How much more the text looks like the background than like the bank's tasks, log odds."""
     keys_elsewhere: bool | None = None
     """Whether the label that the keys like best of all is another task's than the routed one's."""
+    references: list[str] | None = None
+    """Of free text: further right answers; the best counts."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.answer, *(self.references or ()))
 
 
 def score_task(
@@ -365,12 +372,13 @@ def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metr
                 answer=example.answer,
                 output=text,
                 ended=ended,
-                correct=METRICS[metric](text, example.answer) if counts else 0.0,
+                correct=best_score(metric, text, (example.answer, *example.references)) if counts else 0.0,
                 ranked=ranked,
                 ranked_correct=None if ranked is None else ranked == example.label,
                 loglikelihoods=scores,
                 gates=scored.gates[index] if scored.gates else None,
                 zeros=scored.zeros[index] if scored.zeros else None,
+                references=list(example.references) or None,
             )
         )
     return made

@@ -18,7 +18,7 @@ from torch import Tensor
 from amlora_dist.evaluation.answering import Answered, Answering, Begun, EvidenceKind, Weighed
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.evaluation.scoring import Prediction, deal_lengths
-from amlora_dist.evaluation.text_metrics import METRICS
+from amlora_dist.evaluation.text_metrics import best_score
 from amlora_dist.tasks.conversations import Turn
 
 KINDS: tuple[EvidenceKind, ...] = ("both", "model", "keys")
@@ -33,6 +33,8 @@ class PlainRow:
     answer: str
     turns: tuple[Turn, ...] = ()
     """Of a conversation: all of it up to the answer."""
+    references: tuple[str, ...] = ()
+    """Of free text: further right answers."""
 
 
 @dataclass(slots=True)
@@ -119,6 +121,7 @@ class ServedScore:
             row=row.number, answer=row.answer, output=written, ended=ended, correct=0.0, gates=gates,
             loglikelihoods=None if one.weighed is None else list(one.weighed.model),
             route=one.request.task, labels=None if one.weighed is None else list(one.weighed.labels),
+            references=list(row.references) or None,
         )  # fmt: skip
         if self.labels is not None and true is not None:
             best = true.best("model", 0.0)
@@ -147,7 +150,7 @@ class ServedScore:
         """The task's metric; a labelled task's answer that was written and did not end is wrong."""
         if written and self.labels is not None and not of.ended:
             return 0.0
-        return METRICS[self.metric](text, of.answer)
+        return best_score(self.metric, text, of.answers)
 
 
 def rescored(

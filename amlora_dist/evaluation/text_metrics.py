@@ -117,3 +117,14 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
     "json_fields": json_fields,
 }
 """The metric names of a task specification. ``accuracy`` is for labelled tasks, the others for free text."""
+
+METRIC_NAMES: Mapping[str, str] = {
+    "accuracy": "accuracy", "exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L",
+    "json_fields": "JSON fields",
+}  # fmt: skip
+"""What people call them: in lines, tables and pages."""
+
+
+def best_score(metric: str, output: str, answers: Sequence[str]) -> float:
+    """The best of an output's scores against several right answers, as SQuAD counts them (Rajpurkar et al. 2016, 6.1)."""
+    return max(METRICS[metric](output, answer) for answer in answers)

@@ -11,6 +11,7 @@ from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
@@ -54,6 +55,13 @@ class RunFacts:
     def in_sequence(self) -> bool:
         """Whether there is a stage for each task (not one about all of them)."""
         return [stage.task for stage in self.stages] == self.tasks[: len(self.stages)]
+
+    @property
+    def measure(self) -> str:
+        """What the scores are, by name: of all tasks the same, or only ``score``."""
+        known = self.result.get("task_metrics") or {}
+        names = {METRIC_NAMES[known.get(task, "accuracy")] for task in self.tasks}
+        return names.pop() if len(names) == 1 else "score"
 
     @property
     def plain_texts(self) -> bool:

@@ -39,7 +39,7 @@ def accuracy_charts(facts: RunFacts) -> list[Chart]:
     charts = [
         heat_map(
             "accuracy-matrix",
-            "Accuracy matrix",
+            f"{facts.measure[:1].upper()}{facts.measure[1:]} matrix",
             "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task.",
             rows,
             tasks,
@@ -74,7 +74,7 @@ def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
         "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows.",
         series,
         x_name="after stage",
-        y_name="accuracy",
+        y_name=facts.measure,
         y_range=(0, 1.02),
         x_ticks=[str(t) for t in stages],
     )

@@ -147,7 +147,7 @@ def _summary(
     if not facts.in_sequence:
         text = f"{learned} tasks, {facts.result['method']}"
     if value is not None:
-        text += f": {_points(value)} points of accuracy on average"
+        text += f": {_points(value)} points of {facts.measure} on average"
         text += f" ({_points(interval.low)} to {_points(interval.high)} for other test rows)" if interval else ""
     gap = found.get("below_oracle", (None, None))[0]
     if gap is not None:

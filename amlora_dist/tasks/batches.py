@@ -46,6 +46,8 @@ class Example:
     """Where the text stands in the prompt; None: it cannot be told apart."""
     earlier: tuple[int, ...] = ()
     """1 for each of the prompt's last tokens that is learned too: earlier turns of the assistant, from the first one on."""
+    references: tuple[str, ...] = ()
+    """Of free text: further right answers, for scoring."""
 
     @property
     def learned(self) -> int:
@@ -106,7 +108,10 @@ def encode(
         target = answers[row.target]
         if spec.free_text:
             target = target[: spec.max_answer_tokens]
-        examples.append(Example(row.number, prompt, (*target, eos), index.get(row.target), row.target, text, span))
+        label = index.get(row.target)
+        examples.append(
+            Example(row.number, prompt, (*target, eos), label, row.target, text, span, references=row.references)
+        )
     return examples
 
 
@@ -136,7 +141,10 @@ def _chat_examples(
             raise UserError(f"task {spec.name!r}, row {row.number}: {error}") from None
         if spec.free_text and len(target) > spec.max_answer_tokens + 1:
             target = target[: spec.max_answer_tokens]  # it does not end there, and must not learn to
-        examples.append(Example(row.number, found.ids, target, index.get(row.target), row.target, text, found.span, earlier))
+        label = index.get(row.target)
+        examples.append(
+            Example(row.number, found.ids, target, label, row.target, text, found.span, earlier, row.references)
+        )
     return examples
 
 

@@ -73,7 +73,14 @@ def form_of(path: Path) -> Form | None:
     return SUFFIXES.get(path.suffix.lower())
 
 
-def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, fixes: Fixes) -> Iterator[RawRow]:
+def read_file(
+    path: Path,
+    form: Form,
+    needed: Sequence[str],
+    asked: Sequence[str] | None,
+    fixes: Fixes,
+    records: str | None = None,
+) -> Iterator[RawRow]:
     """Rows of a file, lazily.
 
     Args:
@@ -82,6 +89,7 @@ def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str
         needed: columns that it must have. JSON lines are looked at to their end before one is missed.
         asked: columns that are read, of formats that keep columns apart; None: all.
         fixes: what to do, for the messages.
+        records: of a file that is one JSON object: the keys, with points between them, that lead to its list of rows.
 
     Raises:
         UserError: it is not there or not of its form, or a column is missing. Names the file, and line or column.
@@ -96,7 +104,13 @@ def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str
         except OSError as error:
             raise UserError(f"{path}: {plain_reason(error)}; give a file that can be read") from error
         with file:
-            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, needed, fixes)
+            if path.suffix.lower() == ".json" and records is None:
+                _refuse_one_object(path)
+            lines = lines_of(file, str(path))
+            if records is not None and form == "jsonl":
+                yield from _record_rows("".join(text for _, text in lines), str(path), records, needed, fixes)
+            else:
+                yield from rows_of_lines(lines, str(path), form, needed, fixes)
 
 
 def rows_of_lines(
@@ -234,7 +248,62 @@ def _array_rows(text: str, name: str, line: int) -> Iterator[RawRow]:
     value = _parsed(text, f"{name}, line {line}", "expected a JSON array of objects", fix)
     if not isinstance(value, list):
         raise UserError(f"{name}, line {line}: found {type(value).__name__}, expected a JSON array of objects; {fix}")
-    for number, item in enumerate(value, start=1):
+    yield from _item_rows(value, name, fix)
+
+
+def _record_rows(text: str, name: str, records: str, needed: Sequence[str], fixes: Fixes) -> Iterator[RawRow]:
+    """Rows of the list that stands below these keys of one JSON object."""
+    fix = "fix `records`"
+    value = _parsed(text, name, "expected one JSON object with a list of rows in it", "fix the file")
+    for key in records.split("."):
+        if not isinstance(value, dict) or key not in value:
+            there = ", ".join(map(str, value)) if isinstance(value, dict) else f"a {type(value).__name__}"
+            raise UserError(f"{name}: records: found no key {key!r} on the way {records!r}, there is {there}; {fix}")
+        value = value[key]
+    if not isinstance(value, list):
+        raise UserError(f"{name}: records: found {type(value).__name__} at {records!r}, expected a list of objects; {fix}")
+    rows = list(_item_rows(value, name, f"{fix}, or the file"))
+    if rows:
+        tables.check_columns(needed, sorted({key for row in rows for key in row.values}), name, fixes.column)
+    yield from rows
+
+
+def _refuse_one_object(path: Path) -> None:
+    """Raises UserError where a ``.json`` file is one object with lists of rows inside; says how to name them."""
+    with path.open("rb") as file:
+        first = file.readline(LONGEST_LINE).lstrip(_MARK).strip()
+    if not first.startswith(b"{") or path.stat().st_size > LONGEST_LINE:
+        return
+    try:
+        found = lists_of_rows(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        return
+    if found:
+        raise UserError(
+            f"{path}: found one JSON object with a list of rows inside, expected a list or one object a line; set"
+            f" source.records: {' or '.join(found[:3])}"
+        )
+
+
+def lists_of_rows(text: str) -> list[str]:
+    """Where in one JSON object lists of objects stand, as ``records`` names them; at most three keys deep."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return list(_lists_below(value, ())) if isinstance(value, dict) else []
+
+
+def _lists_below(value: dict[str, Any], above: tuple[str, ...]) -> Iterator[str]:
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and all(isinstance(one, dict) for one in inner):
+            yield ".".join((*above, key))
+        elif isinstance(inner, dict) and len(above) < 2:
+            yield from _lists_below(inner, (*above, key))
+
+
+def _item_rows(items: list[Any], name: str, fix: str) -> Iterator[RawRow]:
+    for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise UserError(f"{name}, row {number}: found {type(item).__name__}, expected a JSON object; {fix}")
         yield RawRow(name, number, item)

@@ -80,7 +80,7 @@ def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec)
         known = form_of(path) if kind == "auto" or path.is_dir() else _FORMS[kind]
         if known is None:
             raise UserError(f"{path}: unknown suffix {path.suffix!r}; use {', '.join(SUFFIXES)}, or set source.format")
-        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
+        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS, spec.source.records))
         if not rows:
             raise UserError(
                 f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or fix {spec.origin}"

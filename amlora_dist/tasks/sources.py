@@ -17,7 +17,18 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from amlora_dist.digests import value_digest
-from amlora_dist.errors import Fault, FaultsError, UserError
+from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.tasks.auto_labels import with_found_labels
+from amlora_dist.tasks.bad_rows import (
+    DUPLICATE,
+    EMPTY_TEXT,
+    MISSING_ANSWER,
+    MISSING_LABEL,
+    UNKNOWN_LABEL,
+    BadRow,
+    faults_of,
+    remarks_on,
+)
 from amlora_dist.tasks.conversations import BadTurnsError, Turn, joined, last_user, recognised, turns_of
 from amlora_dist.tasks.files import RawRow
 from amlora_dist.tasks.prompts import compile_template, render_value, template_for
@@ -37,13 +48,6 @@ from amlora_dist.tasks.texts import NoTextError, text_of
 
 log = logging.getLogger(__name__)
 
-MISSING_LABEL = "no label"
-UNKNOWN_LABEL = "an unknown label"
-EMPTY_TEXT = "an empty text"
-DUPLICATE = "a text that also stands in"
-NAMED_ROWS = 12
-"""Row numbers that a message names before it only counts."""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -58,26 +62,19 @@ class Row:
     """What the model should answer: the label's text, or the free-text answer."""
     turns: tuple[Turn, ...] = ()
     """Of a conversation in the chat format: all of it, the answer's turn last. ``text`` is what the user said last."""
+    references: tuple[str, ...] = ()
+    """Of free text: further right answers beside ``target``; the best counts, and none of them is trained on."""
 
     @property
     def key(self) -> str:
-        """sha256 of text and target: the row, wherever it stands."""
-        return _sha(self.text, self.target, *(part for turn in self.turns for part in (turn.role, turn.text)))
+        """sha256 of text and answers: the row, wherever it stands."""
+        turns = (part for turn in self.turns for part in (turn.role, turn.text))
+        return _sha(self.text, self.target, *turns, *self.references)
 
     @property
     def shown(self) -> str:
         """What stands before the answer, by which duplicates are found."""
         return "\0".join([self.text, *(f"{turn.role}\0{turn.text}" for turn in self.turns[:-1])])
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, and why."""
-
-    split: str
-    number: int
-    reason: str
-    file: str = ""
 
 
 @dataclass(slots=True)
@@ -89,6 +86,11 @@ class TaskData:
     bad: list[BadRow] = field(default_factory=list)
     took: str = ""
     """Of ``columns: auto``: the columns that were recognised."""
+
+    @property
+    def remarks(self) -> str:
+        """What was left out and why, in one line for the terminal; empty where nothing was."""
+        return remarks_on(self.bad, self.spec.name)
 
     def digest(self, split: str) -> str:
         """sha256 over the used rows of a split: after limits and filters, without regard to order or origin."""
@@ -118,12 +120,17 @@ def load_task(
             alone, from which no row is taken out.
         sealed: splits that are not even opened: a search must not see the test rows.
 
+    A training row whose text stands in an evaluation split, and a dev row whose text stands in the test split, are left out
+    and counted. ``labels: auto`` is replaced, in the specification of what this returns, by what the training rows have.
+
     Raises:
-        FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``.
+        FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``; too many texts in two splits.
         UserError: missing files or columns, a split without rows, a template that cannot be rendered.
     """
     spec = with_defaults(spec, defaults or TaskDefaults())
     mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
+    if spec.labels == "auto":
+        spec = with_found_labels(spec, read_split(spec, "train", mirror=mirror) or (), mirrored=mirror is not None)
     maker = _RowMaker(spec, mirrored=mirror is not None)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
@@ -134,10 +141,11 @@ def load_task(
             found[split] = _good_rows(raws, split, maker, bad)
     if "dev" not in found and "train" in found:
         found["train"], found["dev"] = _held_out(found["train"], spec.splits.dev_rows)
+    read = {split: len(rows) for split, rows in found.items()}
     for split, others in (("train", ("test", "dev")), ("dev", ("test",))) if "train" in found else ():
         _drop_duplicates(found, split, others, bad)
-    if bad and spec.on_bad_row != "skip":
-        raise FaultsError(f"task {spec.name!r}", _bad_row_faults(bad, _EXPECTED[spec.columns.conversational]))
+    if spec.on_bad_row != "skip" and (faults := faults_of(bad, spec, read)):
+        raise FaultsError(f"task {spec.name!r}", faults)
     sample_seed = seed if spec.seed is None else spec.seed
     used = {}
     for split in splits:
@@ -186,8 +194,8 @@ class _RowMaker:
         ]
         self.texts = {}
         self.values: dict[str, str] = {}
-        for label in spec.labels or []:
-            first = next(one.value for one in spec.labels or [] if one.text == label.text)
+        for label in spec.known_labels:
+            first = next(one.value for one in spec.known_labels if one.text == label.text)
             self.texts[label.text if mirrored else label.value] = label.text
             self.values[label.text] = first
 
@@ -222,20 +230,23 @@ class _RowMaker:
         text = self._join(fields)
         if not any(fields.values()):
             return EMPTY_TEXT
-        answer = self._answer(raw.values)
-        answer = "" if answer is None else _plain(answer, self.answer_column)
-        if not answer:
-            return MISSING_LABEL
+        answers = self._answers(raw.values.get(self.answer_column))
+        if not answers:
+            return MISSING_ANSWER if self.spec.free_text else MISSING_LABEL
+        answer = answers[0]
         if self.spec.free_text:
-            return Row(raw.number, fields, text, None, answer)
+            return Row(raw.number, fields, text, None, answer, references=tuple(answers[1:]))
         target = self.texts.get(answer)
         if target is None:
             hint = meant(answer, list(self.texts))
             return f"{UNKNOWN_LABEL} ({answer[:40]!r}{hint})"
         return Row(raw.number, fields, text, self.values[target], target)
 
-    def _answer(self, values: dict[str, Any]) -> Any:
-        return values.get(self.answer_column)
+    def _answers(self, found: Any) -> list[str]:
+        """The right answers that a row has, each once; of free text there may be a list of them."""
+        listed = found if self.spec.free_text and isinstance(found, (list, tuple)) else [found]
+        answers = (_plain(one, self.answer_column) for one in listed if one is not None)
+        return list(dict.fromkeys(one for one in answers if one))
 
     def _fields(self, values: dict[str, Any]) -> dict[str, str]:
         out = {}
@@ -334,33 +345,6 @@ def _drop_duplicates(
         else:
             kept.append((row, file))
     found[split] = kept
-
-
-_EXPECTED = {
-    False: "text and a known label, in one split only",
-    True: "turns of text, the user's and then the assistant's at the end, in one split only",
-}
-
-
-def _bad_row_faults(bad: list[BadRow], expected: str) -> list[Fault]:
-    """One fault for each file and reason, with the first row numbers and the count."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for one in bad:
-        groups.setdefault((one.split, one.file, one.reason), []).append(one.number)
-    faults = []
-    for (split, file, reason), numbers in groups.items():
-        named = ", ".join(str(number) for number in numbers[:NAMED_ROWS])
-        more = f" and {len(numbers) - NAMED_ROWS} more" if len(numbers) > NAMED_ROWS else ""
-        plural = "s" if len(numbers) > 1 else ""
-        faults.append(
-            Fault(
-                f"{split} ({file}), row{plural} {named}{more}",
-                reason,
-                expected,
-                "fix the rows, or set on_bad_row: skip",
-            )
-        )
-    return faults
 
 
 def _sha(*parts: str) -> str:

@@ -158,6 +158,8 @@ class SourceSpec:
     """Configuration (subset) of the Hub data set."""
     format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
     """Of local files; ``auto`` goes by the file's suffix."""
+    records: str | None = Field(default=None, pattern=r"^[^.\s]+(\.[^.\s]+)*$")
+    """Of local ``.json`` files that hold one object: the keys that lead to its list of rows, such as ``data.items``."""
     max_read: Limit | None = None
     """Rows read of each split at most, evenly spaced over it: keeps sets of millions of rows affordable."""
     mirror: str | None = None
@@ -167,6 +169,8 @@ class SourceSpec:
     def _hub_is_pinned(self) -> SourceSpec:
         if self.kind == "hub" and not (self.repository and self.revision):
             raise ValueError("a Hub source needs `repository` and a pinned `revision`")
+        if self.records is not None and (self.kind != "files" or self.format not in ("auto", "jsonl")):
+            raise ValueError("`records` is for `kind: files` whose files are JSON")
         return self
 
 
@@ -233,8 +237,8 @@ class TaskSpec:
     columns: Annotated[Columns, BeforeValidator(_columns)]
     """Which columns make a row, or ``auto``: a form of conversation, recognised by its columns."""
     prompt: PromptSettings = Field(default_factory=PromptSettings)
-    labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | None = None
-    """Left out: answers are free text."""
+    labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | Literal["auto"] | None = None
+    """Left out: answers are free text. ``auto``: what the training rows have, underscores as spaces (``auto_labels``)."""
     metric: Metric | None = None
     """Default: ``accuracy`` with labels, ``rouge_l`` for conversations, else ``exact_match``."""
     max_answer_tokens: int = Field(default=UNSET, ge=1)
@@ -276,6 +280,8 @@ class TaskSpec:
             raise ValueError(f"a task with `labels` has metric `accuracy`, found {self.metric!r}")
         if self.columns.label is None or self.columns.answer is not None:
             raise ValueError("a task with `labels` needs `columns.label` (and no `columns.answer`)")
+        if self.labels == "auto":
+            return self
         values = [label.value for label in self.labels]
         if doubled := sorted({value for value in values if values.count(value) > 1}):
             raise ValueError(f"label values stand twice: {', '.join(doubled)}")
@@ -299,9 +305,14 @@ class TaskSpec:
         return self.prompt.format == "auto" or (self.prompt.format is None and self.columns.conversational)
 
     @property
+    def known_labels(self) -> list[Label]:
+        """The labels; empty for free text, and of ``labels: auto`` until the rows were read."""
+        return self.labels if isinstance(self.labels, list) else []
+
+    @property
     def label_texts(self) -> list[str]:
-        """The different verbalisers, in order; empty for free text."""
-        return list(dict.fromkeys(label.text for label in self.labels or []))
+        """The different verbalisers, in order; empty for free text, and of ``labels: auto`` until the rows were read."""
+        return list(dict.fromkeys(label.text for label in self.known_labels))
 
     @property
     def leaks(self) -> list[str]:

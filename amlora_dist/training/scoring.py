@@ -153,7 +153,8 @@ class Scoring:
             write_predictions(folder / "predictions.jsonl", predictions)
             seconds = time.monotonic() - began
             write_text(folder / "summary.json", json.dumps(summary | {"seconds": seconds, "kept": kept} | about))
-        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "kept": kept} | summary)
+        metric = str(self.work.spec(cell.task).metric)
+        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "metric": metric, "kept": kept} | summary)
 
     # -- plain texts, as they are served ------------------------------------------------------------------------
 
@@ -191,7 +192,9 @@ class Scoring:
             turns = row.turns[:-1] or (Turn("user", text),)
             prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
             label = labels.index(row.target) if row.target in labels else None
-            examples.append(Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span))
+            examples.append(
+                Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span, references=row.references)
+            )
         if self.prompt_slots is not None:
             examples = [replace(one, prompt=self.prompt_slots.before(one.prompt), span=None) for one in examples]
         self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rows)})
@@ -230,7 +233,8 @@ class Scoring:
             question=spec.prompt.question if ".paraphrase" in cell.task else None,
         )
         rows = [
-            PlainRow(row.number, row.text, row.target, row.turns[:-1]) for row in self.plain_rows(cell.task, cell.split)
+            PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references)
+            for row in self.plain_rows(cell.task, cell.split)
         ]
         kept = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
         known = {prediction.row for prediction in kept}

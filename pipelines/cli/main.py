@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,11 +21,11 @@ import typer
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.privacy import shown
-from pipelines.cli import banks, cluster, reports, search, store
+from pipelines.cli import banks, cluster, own_tasks, reports, search, store
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
 app = typer.Typer(
@@ -66,21 +65,12 @@ def run(
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from amlora_dist.config.loading import named_file, named_keys, validate_config
         from pipelines.cli.output import stdout_to_stderr
-        from pipelines.runs.progress import progress_for
+        from pipelines.runs.api import Sequence
 
-        settings, _ = validate_config(config, overrides)
-        run_id = checked_run_id(run_id or f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        progress = progress_for()
-        with stdout_to_stderr(), contextlib.closing(progress), named_file(config, overrides):
-            from pipelines.runs.resume_check import going_on
-            from pipelines.runs.sequence import run_sequence
-
-            settings = going_on(settings, named=named_keys(config, overrides), run_id=run_id)
-            result = run_sequence(
-                settings, run_id=run_id, progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
-            )
+        sequence = Sequence(config, overrides or [], run_id=run_id)
+        with stdout_to_stderr():
+            result = sequence.run(verbose=verbose, allow_changed_data=allow_changed_data).mapping
         _print_result(result, as_json=as_json)
 
 
@@ -104,7 +94,8 @@ def validate(config: Config, overrides: Overrides = None, as_json: Json = False,
         for number, spec in enumerate(specs, start=1):
             limit = spec.max_train or rows
             at_most = f"at most {limit} training rows" if limit else "all training rows"
-            answers = "free text" if spec.free_text else f"{len(spec.label_texts)} labels"
+            named = f"{len(spec.label_texts)} labels" if spec.label_texts else "labels from the rows"
+            answers = "free text" if spec.free_text else named
             typer.echo(f"    {number}. {spec.name}: {answers}, {at_most}, prompt style {spec.prompt_style}")
 
 
@@ -240,7 +231,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
 
 
-def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+def _print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
@@ -249,11 +240,12 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def _print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
+banks.add_commands(app, _answered, own_tasks.COMMANDS)
 banks.add_commands(app, _answered)
 banks.add_commands(app, _answered, cluster.COMMANDS)
 banks.add_commands(app, _answered, store.COMMANDS)

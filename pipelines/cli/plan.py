@@ -121,8 +121,9 @@ def _task_shape(config: RunConfig, spec: TaskSpec, rows: int | None) -> TaskShap
         known = load_task(
             spec, defaults=replace(config.task_defaults, on_bad_row="skip"), seed=config.seed, data_dir=config.data_dir,
             splits=("train", config.evaluation.split),
-        ).rows  # fmt: skip
-        train, test = len(known["train"]), len(known[config.evaluation.split])
+        )  # fmt: skip
+        spec, rows_of = known.spec, known.rows
+        train, test = len(rows_of["train"]), len(rows_of[config.evaluation.split])
     train, test = train or rows, test or rows
     if train is None or test is None:
         raise UserError(

@@ -12,8 +12,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import TextIO
 
     from rich.console import RenderableType
@@ -40,7 +42,7 @@ def console_for(stream: TextIO | None = None) -> Console:
     return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
-def show_result(result: dict[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:
+def show_result(result: Mapping[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:
     """Print a run's result; ``tracking_uri`` is where MLflow keeps it."""
     print_parts(console, Group(*_parts(result, console.width, tracking_uri)))
 
@@ -55,7 +57,7 @@ def print_parts(console: Console, parts: Group) -> None:
     console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
-def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iterator[RenderableType]:
+def _parts(result: Mapping[str, Any], width: int, tracking_uri: str | None) -> Iterator[RenderableType]:
     facts = (f"method {result['method']}", f"seed {result['seed']}", f"{len(result['tasks'])} tasks")
     yield Text.assemble("\nrun ", (str(result["run_id"]), "bold"), f": {', '.join(facts)}\n")
     yield from matrix_tables(result, width)
@@ -74,17 +76,20 @@ def _parts(result: dict[str, Any], width: int, tracking_uri: str | None) -> Iter
             yield Text(f"at       {result['mlflow_page']}", no_wrap=True)
 
 
-def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:
+def matrix_tables(result: Mapping[str, Any], width: int) -> Iterator[Table]:
     """The accuracy matrix: tasks as columns, what has been learned as rows; several tables where they do not fit."""
     tasks = list(result["tasks"])
     rows = _matrix_rows(result)
     label_width = max(len(label) for label, _ in rows)
-    headings = _short_names(tasks)
+    headings, scores = _short_names(tasks), metric_names(result)
+    measured = scores[0] if len(set(scores)) == 1 else "scores"
+    if measured == "scores":
+        headings = [f"{name} ({score})" for name, score in zip(headings, scores, strict=True)]
     cell = max(_CELL_WIDTH, min(16, max(len(name) for name in headings) + 2))
     fitting = max(1, (width - label_width - 4) // (cell + 1))
     for start in range(0, len(tasks), fitting):
         stop = min(start + fitting, len(tasks))
-        title = "accuracy" if len(tasks) <= fitting else f"accuracy, tasks {start + 1} to {stop}"
+        title = measured if len(tasks) <= fitting else f"{measured}, tasks {start + 1} to {stop}"
         table = _table(title)
         table.add_column("", no_wrap=True)
         for name in headings[start:stop]:
@@ -93,6 +98,12 @@ def matrix_tables(result: dict[str, Any], width: int) -> Iterator[Table]:
             style = "dim" if label in ("untrained", "oracle") else ""
             table.add_row(label, *(_cell(values, column) for column in range(start, stop)), style=style)
         yield table
+
+
+def metric_names(result: Mapping[str, Any]) -> list[str]:
+    """What the scores of each task are called; of results of before 0.2, which do not say, accuracy."""
+    known = result.get("task_metrics") or {}
+    return [METRIC_NAMES[known.get(task, "accuracy")] for task in result["tasks"]]
 
 
 LAST = {
@@ -106,7 +117,7 @@ LAST = {
 """Rows about the last bank, and what they are called."""
 
 
-def _last_table(result: dict[str, Any], width: int) -> Table:
+def _last_table(result: Mapping[str, Any], width: int) -> Table:
     """What the last bank does with plain texts, beside the accuracy of its served answers."""
     tasks = list(result["tasks"])
     headings = _short_names(tasks)
@@ -125,7 +136,7 @@ def _last_table(result: dict[str, Any], width: int) -> Table:
     return table
 
 
-def _matrix_rows(result: dict[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
+def _matrix_rows(result: Mapping[str, Any]) -> list[tuple[str, Sequence[float | None]]]:
     stages = _short_names(list(result["tasks"]))
     if [stage["task"] for stage in result["stages"]] in (["joint"], ["base"]):  # one row, about all tasks
         stages = [result["stages"][0]["task"]]

@@ -32,22 +32,29 @@ def show_tasks(data_dir: Path | None) -> None:
 def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     """Print one task and, where its rows are at hand, a prompt with its answer."""
     spec = resolve_task(name, data_dir=data_dir, base_dir=Path.cwd(), defaults=TaskDefaults())
-    template = template_for(spec, cast("PromptStyle | None", style))
     console = console_for()
+    if spec.labels == "auto" and _at_hand(spec, data_dir):
+        spec = load_task(spec, data_dir=data_dir, splits=("train",)).spec
     lines = {
         "task": f"{spec.name} (version {spec.version})",
         "about": spec.description,
         "kind": spec.kind,
-        "answers": "free text" if spec.free_text else ", ".join(spec.label_texts),
+        "answers": "free text" if spec.free_text else ", ".join(spec.label_texts) or "labels from the rows",
         "metric": str(spec.metric),
         "rows": _rows(spec, data_dir),
         "source": _source(spec),
     }
     for key, value in lines.items():
         console.print(f"{key:8} {value}", markup=False, soft_wrap=True)
+    show_prompt(spec, data_dir=data_dir, style=style)
+
+
+def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | None = None) -> None:
+    """Print the first training row as the model sees it, with its answer; without rows the prompt around a text."""
     if spec.columns.conversational:
         _show_conversation(spec, data_dir)
         return
+    console, template = console_for(), template_for(spec, cast("PromptStyle | None", style))
     console.print(f"\nprompt, style {style or spec.prompt_style}:", markup=False)
     if _at_hand(spec, data_dir):
         row = load_task(spec, data_dir=data_dir, splits=("train",)).rows["train"][0]

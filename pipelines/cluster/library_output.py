@@ -47,6 +47,8 @@ def set_up(*, verbose: bool) -> None:
     """Logging of this process: warnings of the project, and with ``verbose`` everything the libraries say."""
     handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"))
+    # Threads that spin while they wait for each other collapse where others want the CPUs. Changes no result.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING, force=True)
     if verbose:
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from pipelines.runs.interrupts import stops_handled
+from pipelines.runs.progress import Score
 from pipelines.runs.retries import Failure, decide
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Attempts:
         elif kind == "resumed":
             self._progress.note(f"  resumed after step {event['step']}")
         elif kind == "scored":
-            value = event["accuracy"]
-            reused = f", {event['kept']} of them answered as before" if event.get("kept") else ""
-            self._progress.note(
-                f"  {event['mode']:9} {event['task']}: accuracy {value:.3f} ({event['rows']} rows{reused})"
+            self._progress.score(
+                Score(
+                    event["task"], event["mode"], event["metric"], event["accuracy"], event["rows"], event.get("kept") or 0
+                )
             )

@@ -3,6 +3,7 @@ other; the driver of a run knows neither."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,6 +67,19 @@ def executor_of(config: RunConfig, cache: WorkerCache | None = None, *, verbose:
 
         return ClusterExecutor(config.workers, lifetime=config.worker_lifetime, verbose=verbose)
     return InProcess(cache, hold=config.worker_lifetime == "run")
+
+
+def threads_remark() -> str:
+    """What to say before this process computes on CPUs that others use too; empty where nothing is."""
+    import torch
+
+    threads, load, cpus = torch.get_num_threads(), os.getloadavg()[0], os.cpu_count() or 1
+    if threads < 2 or load <= cpus or torch.cuda.is_available():
+        return ""
+    return (
+        f"{threads} CPU threads, and others use this machine (load {load:.0f} on {cpus} CPUs): they wait for each other;"
+        " OMP_NUM_THREADS=1 may be several times faster"
+    )
 
 
 class InProcess:

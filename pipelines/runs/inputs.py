@@ -301,6 +301,7 @@ def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
         )
+        specs[spec.name] = data[spec.name].spec  # with the labels that `labels: auto` found
     for spec in list(specs.values())[: len(config.tasks)]:
         for other in paraphrased(spec, config.evaluation.paraphrases):
             specs[other.name], data[other.name] = other, data[spec.name]

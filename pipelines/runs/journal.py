@@ -229,6 +229,7 @@ class RunJournal:
             tasks=self.inputs.tasks,
             stages=self.stages,
             in_sequence=self.inputs.stage_names == self.inputs.tasks,
+            task_metrics={task: str(self.inputs.specs[task].metric) for task in self.inputs.tasks},
         )
         self.lease.check()
         self.store.log_json(self.run, results.FILE, result)

@@ -5,15 +5,37 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol, TextIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from rich.progress import Progress as RichProgress
 
 LINE_EVERY_S = 10.0
 """Seconds between two lines about steps in a pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One score: of a task's rows, answered by the bank so far."""
+
+    task: str
+    mode: str
+    """``router``: as served; ``untrained``: the base model; ``oracle``: told the task; ``own``, ``without...``."""
+    metric: str
+    """As the task's file names it."""
+    value: float
+    rows: int
+    reused: int = 0
+    """Rows whose answer held from an earlier score."""
+
+    def __str__(self) -> str:
+        before = f", {self.reused} of them answered as before" if self.reused else ""
+        return f"{self.mode:9} {self.task}: {METRIC_NAMES[self.metric]} {self.value:.3f} ({self.rows} rows{before})"
 
 
 class Progress(Protocol):
@@ -24,6 +46,12 @@ class Progress(Protocol):
 
     def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
         """``done`` of ``total`` steps of the stage are done."""
+
+    def score(self, score: Score) -> None:
+        """Rows were scored."""
+
+    def stage_done(self, result: Mapping[str, Any]) -> None:
+        """A stage was published; ``result`` is the run's so far, as ``amlora run --json`` prints it."""
 
     def note(self, text: str) -> None:
         """Something worth a line: what was reused, where things are."""
@@ -43,11 +71,16 @@ def progress_for(stream: TextIO | None = None) -> Progress:
 
 
 class Silent:
-    """Tells nobody anything."""
+    """Tells nobody anything; a score is a line to who listens to lines."""
 
     def stage(self, name: str, index: int, total: int) -> None: ...
 
     def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+    def score(self, score: Score) -> None:
+        self.note(f"  {score}")
+
+    def stage_done(self, result: Mapping[str, Any]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -84,6 +117,12 @@ class _Lines:
             if covered > 0 and done < total:
                 parts.append(f"{_clock_text((now - self._started) / covered * (total - done))} left")
             self._write(", ".join(parts))
+
+    def score(self, score: Score) -> None:
+        self.note(f"  {score}")
+
+    def stage_done(self, result: Mapping[str, Any]) -> None:
+        """A note has told it."""
 
     def note(self, text: str) -> None:
         with self._lock:
@@ -127,6 +166,12 @@ class _Bar:
         figures += [] if tokens_per_second is None else [f"{tokens_per_second:.0f} tokens/s"]
         with self._lock:
             self._bar.update(self._task, completed=done, total=total, figures="  ".join(figures))
+
+    def score(self, score: Score) -> None:
+        self.note(f"  {score}")
+
+    def stage_done(self, result: Mapping[str, Any]) -> None:
+        """A note has told it."""
 
     def note(self, text: str) -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +94,13 @@ def result(
     tasks: Sequence[str],
     stages: Sequence[StageRecord],
     in_sequence: bool = True,
+    task_metrics: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The result object; what is undefined is None. Where it is kept is not in it: it may be shown to anybody.
 
-    Unless ``in_sequence``, the one stage is about all tasks, and the only metric is the mean of its row.
+    Args:
+        task_metrics: what the scores of each task are.
+        in_sequence: otherwise the one stage is about all tasks, and the only metric is the mean of its row.
     """
     found = matrices(tasks, stages)
     complete = metrics.summary(found.accuracy) if stages and in_sequence else {}
@@ -110,6 +113,7 @@ def result(
         "method": method,
         "seed": seed,
         "tasks": list(tasks),
+        "task_metrics": dict(task_metrics or {}),
         "accuracy_matrix": found.accuracy[1:],
         "ranked_accuracy_matrix": found.ranked_accuracy[1:],
         "untrained": untrained if any(value is not None for value in untrained) else None,

@@ -25,7 +25,7 @@ from pipelines.cluster import resources
 from pipelines.cluster.session import Placement
 from pipelines.runs import results
 from pipelines.runs.attempts import Attempts
-from pipelines.runs.executor import executor_of
+from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
 from pipelines.runs.journal import RunJournal
 from pipelines.runs.plan import StagePlan, plan_stage
@@ -89,6 +89,8 @@ def run_sequence(
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
         inputs = _checked_inputs(config, run_id, within)
+        for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
+            progress.note(remark)
         store = Store.open(home(), config.mlflow.tracking_uri)
         own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
         refuse_other_configuration(store, own, public_configuration(to_mapping(inputs.config)), name)
@@ -98,6 +100,8 @@ def run_sequence(
         model = str(inputs.config.registered_model)
         with store.hold_run(run_id, model) as lease:
             if alone and within is None:
+                if not config.workers and (remark := threads_remark()):
+                    progress.note(remark)
                 progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
             store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
             journal = RunJournal(
@@ -136,6 +140,7 @@ def run_stages(
         record.end()
         result = journal.stage_done(record)
         plans.append(plan)
+        progress.stage_done(result)
         if within is not None and within.on_stage is not None:
             within.on_stage(result)
     result = journal.finish()

@@ -6,6 +6,7 @@ import pytest
 
 from amlora_dist.evaluation.text_metrics import (
     METRICS,
+    best_score,
     exact_match,
     label_match,
     longest_common_subsequence,
@@ -110,3 +111,9 @@ def test_every_metric_gives_a_perfect_answer_one_and_a_wrong_one_zero(name: str)
 )
 def test_fields_of_json_count_where_name_and_value_are_equal(output: str, score: float) -> None:
     assert METRICS["json_fields"](output, '{"city": "Bonn", "days": 3}') == pytest.approx(score)
+
+
+def test_the_best_of_several_right_answers_counts() -> None:
+    assert best_score("exact_match", "two", ["one", "Two."]) == 1.0
+    assert best_score("rouge_l", "a b c", ["a b", "x"]) == rouge_l("a b c", "a b")
+    assert best_score("token_f1", "y", ["x"]) == 0.0

@@ -248,11 +248,11 @@ CASES: dict[str, tuple[Damage, Told]] = {
         rewrite_rows(lambda lines: [line.replace('"text"', '"txt"') for line in lines]),
         Told("colours/train.jsonl", "column 'text'", "it has label, txt", "did you mean 'txt'?"),
     ),
-    "a row of train in test": (
+    "many rows of train in test": (
         lambda folder, config: rewrite_rows(
-            lambda lines: [*lines, (folder / "tasks/colours/train.jsonl").read_text("utf-8").splitlines()[0]], "test"
+            lambda lines: [*lines, *(folder / "tasks/colours/train.jsonl").read_text("utf-8").splitlines()[:8]], "test"
         )(folder, config),
-        Told("colours/train.jsonl", "row 1", "a text that also stands in test", ROWS),
+        Told("colours/train.jsonl", "rows 1, 2", "also stands in test (8 of the 32 rows of train", "on_bad_row: skip"),
     ),
     "Parquet that is none": (
         of_task({"splits": {"train": "colours/train.parquet", "test": "colours/test.jsonl"}}, "train.parquet", "hello"),

@@ -7,7 +7,8 @@ import io
 from rich.console import Console
 
 from pipelines.cli.tables import show_result
-from pipelines.runs.progress import _Lines, progress_for
+from pipelines.runs.executor import threads_remark
+from pipelines.runs.progress import Score, _Lines, progress_for
 from tests.pipelines.test_cli import RESULT
 
 
@@ -28,6 +29,35 @@ def test_matrix_has_untrained_first_and_oracle_last():
     first, last = (next(n for n, line in enumerate(lines) if line.startswith(row)) for row in ("untrained", "oracle"))
     assert [line.split()[0] for line in lines[first : last + 1]] == ["untrained", "after", "after", "oracle"]
     assert lines[first + 2].split() == ["after", "2", "chat_mood", "0.850", "0.800"]
+
+
+def test_scores_are_called_what_they_are():
+    first, second = RESULT["tasks"]
+    lines = printed({**RESULT, "task_metrics": {first: "rouge_l", second: "rouge_l"}}).splitlines()
+    assert "ROUGE-L" in lines and "accuracy" not in lines
+    mixed = printed({**RESULT, "task_metrics": {first: "accuracy", second: "rouge_l"}}, width=200)
+    assert "email_route (accuracy)" in mixed and "chat_mood (ROUGE-L)" in mixed
+    assert "scores" in mixed.splitlines() and "accuracy" in printed(RESULT).splitlines()
+    score = Score("a", "router", "rouge_l", 0.25, 8, 3)
+    assert str(score) == "router    a: ROUGE-L 0.250 (8 rows, 3 of them answered as before)"
+
+
+def test_a_machine_that_others_use_is_said_to_be_one(monkeypatch):
+    import os
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.2, 1.0, 1.0))
+    assert threads_remark().startswith("2 CPU threads, and others use this machine (load 7 on 2 CPUs)")
+    assert "OMP_NUM_THREADS=1" in threads_remark()
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 9.0, 9.0))
+    assert threads_remark() == ""
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.2, 1.0, 1.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert threads_remark() == ""
 
 
 def test_undefined_metric_is_called_undefined():

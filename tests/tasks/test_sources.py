@@ -161,7 +161,7 @@ def test_jinja_value_joins_columns_and_takes_null_for_nothing(tmp_path: Path) ->
     assert load_task(make_spec(tmp_path, columns=columns)).rows["dev"][0].text.startswith("Dev body")
 
 
-def test_each_kind_of_bad_row_is_named_with_file_row_and_count(tmp_path: Path) -> None:
+def test_each_kind_of_bad_row_is_named_in_its_own_words_under_its_own_split(tmp_path: Path) -> None:
     bad = [
         {"title": "a", "body": "b"},
         {"title": "a", "body": "b", "topic": "Sprots"},
@@ -175,16 +175,100 @@ def test_each_kind_of_bad_row_is_named_with_file_row_and_count(tmp_path: Path) -
         load_task(spec)
     message = str(caught.value)
     train = f"train ({tmp_path / 'train.jsonl'})"
-    assert f"{train}, rows 1, 5: found no label" in message
-    assert f"{train}, row 2: found an unknown label ('Sprots'" in message
-    assert f"{train}, row 3: found an empty text" in message
-    assert f"{train}, row 4: found a text that also stands in test" in message
-    assert f"dev ({tmp_path / 'dev.jsonl'}), row 1: found a text that also stands in test" in message
-    assert "on_bad_row: skip" in message and "5 faults" in message
+    assert f"{train}, rows 1, 5: found no label, expected a label in column 'topic'" in message
+    assert f"{train}, row 2: found an unknown label ('Sprots'), expected one of 0, 1" in message
+    assert f"{train}, row 3: found an empty text, expected a text in the columns of `columns.text`" in message
+    assert f"{train}, row 4" not in message, "one of 21 is left out and counted"
+    shared = "row 1: found a text that also stands in test (1 of the 5 rows of dev, 20%), expected at most 10%"
+    assert f"dev ({tmp_path / 'dev.jsonl'}), {shared}" in message
+    assert "on_bad_row: skip" in message and "4 faults" in message
+    assert message.index(f"{train}, row 3") < message.index("dev (")
     data = load_task(spec, defaults=TaskDefaults(on_bad_row="skip"))
     assert Counter(row.split for row in data.bad) == {"train": 5, "dev": 1}
     assert {(row.number, row.reason) for row in data.bad if row.split == "train"} >= {(1, "no label")}
     assert (len(data.rows["train"]), len(data.rows["dev"]), len(data.rows["test"])) == (20, 4, 6)
+
+
+def test_texts_of_two_splits_are_left_out_and_counted_unless_they_are_many(tmp_path: Path) -> None:
+    write_jsonl(tmp_path)
+    clean = load_task(make_spec(tmp_path))
+    assert clean.remarks == ""
+    write_jsonl(tmp_path, {"train": [*TRAIN, TEST[0], DEV[0]]})
+    data = load_task(make_spec(tmp_path))
+    assert digests(data) == digests(clean)
+    left = "1 of train (a text that also stands in test), 1 of train (a text that also stands in dev)"
+    assert data.remarks == f"task 'news': left out 2 rows: {left}"
+    write_jsonl(tmp_path, {"train": [*TRAIN, *TEST[:3]]})
+    with pytest.raises(FaultsError, match=r"3 of the 23 rows of train, 13%\), expected at most 10%"):
+        load_task(make_spec(tmp_path))
+
+
+def test_dev_data_that_are_the_test_data_are_said_to_be(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, {**SPLITS, "dev": TEST})
+    with pytest.raises(FaultsError, match=r"all 6 rows of dev do, it is the same data.*leave `splits.dev` out"):
+        load_task(make_spec(tmp_path))
+
+
+def words_spec(folder: Path, labels: Any) -> TaskSpec:
+    columns = {"text": "text", "label": "label"}
+    return make_spec(folder, columns=columns, **({} if labels is None else {"labels": labels}))
+
+
+def test_labels_auto_are_those_of_the_training_rows_as_if_they_were_written_out(tmp_path: Path) -> None:
+    names = {"train": ["card_arrival", "top_up  failed", "age limit"], "dev": ["age limit"], "test": ["card_arrival"]}
+    rows = {split: [{"text": f"{split} {n}", "label": own[n % len(own)]} for n in range(6)] for split, own in names.items()}
+    write_jsonl(tmp_path, rows)
+    written = [
+        {"value": "age limit", "text": "age limit"}, {"value": "card_arrival", "text": "card arrival"},
+        {"value": "top_up  failed", "text": "top up failed"},
+    ]  # fmt: skip
+    auto, listed = load_task(words_spec(tmp_path, "auto")), load_task(words_spec(tmp_path, written))
+    assert auto.spec.to_mapping() == listed.spec.to_mapping()
+    assert digests(auto) == digests(listed)
+    assert auto.spec.label_texts == ["age limit", "card arrival", "top up failed"]
+    alone = load_task(words_spec(tmp_path, "auto"), splits=("test",))
+    assert alone.spec.labels == listed.spec.labels, "labels are the training rows', whichever split is asked for"
+    write_jsonl(tmp_path, {**rows, "test": [{"text": "new", "label": "unheard_of"}]})
+    with pytest.raises(FaultsError, match=r"row 1: found an unknown label \('unheard_of'\), expected one of age limit"):
+        load_task(words_spec(tmp_path, "auto"))
+
+
+def test_labels_auto_of_one_label_or_of_free_text_are_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, {split: [{"text": f"{split} {n}", "label": "same"} for n in range(3)] for split in SPLITS})
+    with pytest.raises(UserError, match=r"task 'news': labels: auto: found only 'same'.*at least two labels"):
+        load_task(words_spec(tmp_path, "auto"))
+    write_jsonl(tmp_path, {split: [{"text": f"{split} {n}", "label": f"l {n}"} for n in range(30)] for split in SPLITS})
+    with pytest.raises(UserError, match=r"found 30 different labels in 30 training rows.*`columns\.answer`"):
+        load_task(words_spec(tmp_path, "auto"))
+    with pytest.raises(FaultsError, match="labels: found 'auot', expected a list, or auto"):
+        words_spec(tmp_path, "auot")
+
+
+def test_labels_auto_of_a_mirror_are_its_verbalisers(tmp_path: Path) -> None:
+    write_mirror(tmp_path / "news")
+    mapping = hub_spec().to_mapping() | {"labels": "auto"}
+    data = load_task(read_mapping(mapping, origin=tmp_path / "news.yaml"), data_dir=tmp_path)
+    assert data.spec.label_texts == ["Sports", "World"]
+
+
+def test_rows_may_be_an_array_or_stand_below_keys_of_one_object(tmp_path: Path) -> None:
+    write_jsonl(tmp_path)
+    lines = digests(load_task(make_spec(tmp_path)))
+    for split, rows in SPLITS.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows, indent=1))
+    assert digests(load_task(make_spec(tmp_path, "json"))) == lines
+    for split, rows in SPLITS.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps({"version": 1, "data": {"items": rows}}, indent=1))
+    with pytest.raises(UserError, match=r"train\.json: found one JSON object with a list of rows.*records: data\.items"):
+        load_task(make_spec(tmp_path, "json"))
+    source = {"kind": "files", "records": "data.items"}
+    assert digests(load_task(make_spec(tmp_path, "json", source=source))) == lines
+    for records, message in (("data.rows", "no key 'rows' on the way 'data.rows', there is items"),
+                             ("version", "found int at 'version'")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load_task(make_spec(tmp_path, "json", source=source | {"records": records}))
+    with pytest.raises(FaultsError, match="`records` is for"):
+        make_spec(tmp_path, "csv", source=source | {"format": "csv"})
 
 
 def test_many_bad_rows_are_counted_not_all_listed(tmp_path: Path) -> None:
@@ -317,6 +401,22 @@ def test_free_text_answers_are_taken_as_they_stand(tmp_path: Path) -> None:
     data = load_task(read_mapping(mapping, origin=tmp_path / "x.yaml"), defaults=TaskDefaults(max_train=3))
     assert len(data.rows["train"]) == 3
     assert data.rows["train"][0].target.startswith("answer") and data.rows["train"][0].label is None
+
+
+def test_free_text_may_have_several_right_answers(tmp_path: Path) -> None:
+    rows = {split: [{"q": f"{split} {n}", "a": ["one", " two ", "", "one"]} for n in range(5)] for split in SPLITS}
+    write_jsonl(tmp_path, rows)
+    mapping = make_spec(tmp_path).to_mapping() | {"columns": {"text": "q", "answer": "a"}}
+    del mapping["labels"], mapping["metric"]
+    spec = read_mapping(mapping, origin=tmp_path / "x.yaml")
+    several = load_task(spec)
+    assert {(row.target, row.references) for row in several.rows["test"]} == {("one", ("two",))}
+    write_jsonl(tmp_path, {split: [{**row, "a": "one"} for row in own] for split, own in rows.items()})
+    assert load_task(spec).digest("test") != several.digest("test")
+    write_jsonl(tmp_path, {**rows, "train": [{"q": "x", "a": []}, {"q": "y", "a": [["z"]]}]})
+    with pytest.raises(FaultsError, match=r"row 1: found no answer, expected an answer in column 'a'") as caught:
+        load_task(spec)
+    assert "row 2: found a list in column 'a', expected a text" in str(caught.value)
 
 
 def test_only_the_splits_asked_for_are_returned(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""``amlora add``: one more task for a bank, and what that changed for the tasks before."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES, best_score
+from amlora_dist.tasks.sources import Row, load_task, sample
+from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.scoring import bank_model
+from pipelines.cli.tables import console_for
+from pipelines.runs.api import RunResult
+from pipelines.runs.api import Sequence as Run
+from pipelines.runs.extension import Extension, plan_extension
+
+if TYPE_CHECKING:
+    from amlora_dist.tasks.task import TaskSpec
+
+NAMED = 5
+SHOWN_TEXT = 70
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Some test rows of a task, and what the banks before and after answered."""
+
+    spec: TaskSpec
+    rows: list[Row]
+    before: list[str]
+    after: list[str]
+
+    def score(self, answers: Sequence[str]) -> float:
+        metric = str(self.spec.metric)
+        pairs = zip(self.rows, answers, strict=True)
+        return sum(best_score(metric, text, (row.target, *row.references)) for row, text in pairs) / len(self.rows)
+
+    @property
+    def changed(self) -> list[tuple[str, str, str]]:
+        """Text, answer before, answer after, where they differ."""
+        triples = zip(self.rows, self.before, self.after, strict=True)
+        return [(row.text, before, after) for row, before, after in triples if before != after]
+
+
+def add_task(
+    bank: str,
+    task: str,
+    overrides: Sequence[str],
+    *,
+    run_id: str | None,
+    check: Sequence[str],
+    rows: int,
+    tracking_uri: str | None,
+    verbose: bool,
+) -> None:
+    """Train the stage, print scores before and after and what changed, and the command to try next.
+
+    Raises:
+        UserError: as ``plan_extension``; and what a run raises.
+    """
+    with stdout_to_stderr():
+        plan = plan_extension(bank, task, overrides, run_id=run_id, check=check, tracking_uri=tracking_uri)
+        result = Run(plan.config, run_id=plan.run_id).run(verbose=verbose)
+        asked = _compared(plan, result, rows, tracking_uri) if rows else []
+    console = console_for()
+    console.print(f"{plan.parent} -> {result.bank}: {plan.task.name} learned", markup=False, highlight=False)
+    if asked:
+        console.print(_table(asked, plan.task.name))
+        _print_changes(asked[:-1])
+    if plan.absent and rows:
+        console.print(f"not asked, their rows are not at hand (--check TASK.yaml): {', '.join(plan.absent)}", soft_wrap=True)
+    text = asked[-1].rows[0].text if asked else "..."
+    short = " ".join(text.split())
+    model = result.mapping["registered_model"]
+    console.print(f"try it: amlora ask models:/{model}@current {shlex.quote(short)}", markup=False, soft_wrap=True)
+
+
+def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str | None) -> list[_Asked]:
+    """Answers of both banks to test rows of the bank's tasks, the new one's last."""
+    specs = [*plan.known, plan.task]
+    chosen: list[list[Row]] = []
+    kept: list[TaskSpec] = []
+    for spec in specs:
+        data = load_task(
+            spec, defaults=plan.config.task_defaults, seed=plan.config.seed, data_dir=plan.config.data_dir, splits=("test",)
+        )
+        chosen.append(sample(data.rows["test"], count, seed=plan.config.seed))
+        kept.append(data.spec)
+    texts = [row.text for rows in chosen for row in rows]
+    answers = []
+    for uri in (plan.parent, str(result.bank)):
+        model = bank_model(uri, {"tracking_uri": tracking_uri})
+        answers.append([one.text for one in model.answer(texts, batch_size=8)])
+        del model  # one base model in memory at a time
+    made, start = [], 0
+    for spec, rows in zip(kept, chosen, strict=True):
+        here = slice(start, start + len(rows))
+        made.append(_Asked(spec, rows, answers[0][here], answers[1][here]))
+        start += len(rows)
+    return made
+
+
+def _table(asked: Sequence[_Asked], new: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name in ("task", "rows", "score", "before", "after", "answers changed"):
+        table.add_column(name, justify="left" if name in ("task", "score") else "right", no_wrap=True)
+    for one in asked:
+        name = f"{one.spec.name} (new)" if one.spec.name == new else one.spec.name
+        before, after = (f"{one.score(answers):.3f}" for answers in (one.before, one.after))
+        table.add_row(
+            name, str(len(one.rows)), METRIC_NAMES[str(one.spec.metric)], before, after,
+            f"{len(one.changed)} of {len(one.rows)}",
+        )  # fmt: skip
+    return table
+
+
+def _print_changes(asked: Sequence[_Asked]) -> None:
+    """The first answers of earlier tasks that changed, as ``amlora diff --sample`` tells them."""
+    changed = [(one.spec.name, *change) for one in asked for change in one.changed]
+    total = sum(len(one.rows) for one in asked)
+    console = console_for()
+    if total:
+        console.print(f"{len(changed)} of {total} answers of earlier tasks changed", markup=False, highlight=False)
+    for task, text, before, after in changed[:NAMED]:
+        shown = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+        console.print(f"  {task}: {before} -> {after}: {shown}", markup=False, highlight=False, soft_wrap=True)
+    if len(changed) > NAMED:
+        console.print(f"  and {len(changed) - NAMED} more")
