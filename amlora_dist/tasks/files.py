@@ -73,7 +73,9 @@ def form_of(path: Path) -> Form | None:
     return SUFFIXES.get(path.suffix.lower())
 
 
-def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str] | None, fixes: Fixes) -> Iterator[RawRow]:
+def read_file(
+    path: Path, form: Form, needed: Sequence[tables.Needed], asked: Sequence[str] | None, fixes: Fixes
+) -> Iterator[RawRow]:
     """Rows of a file, lazily.
 
     Args:
@@ -100,7 +102,7 @@ def read_file(path: Path, form: Form, needed: Sequence[str], asked: Sequence[str
 
 
 def rows_of_lines(
-    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], fixes: Fixes, column: str = "text"
+    lines: Iterator[Line], name: str, form: Form, needed: Sequence[tables.Needed], fixes: Fixes, column: str = "text"
 ) -> Iterator[RawRow]:
     """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
     if form == "csv":
@@ -203,7 +205,7 @@ def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | 
 # ---- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], fixes: Fixes) -> Iterator[RawRow]:
+def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
     seen: set[str] = set()
     for number, line in lines:
         if not line.strip():
