@@ -222,6 +222,36 @@ def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[tables.Needed]
         tables.check_columns(needed, sorted(seen), name, fixes.column)
 
 
+def rows_in_object(path: Path, key: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
+    """Rows of a JSON file that holds one object, whose ``key`` is the list of them.
+
+    Raises:
+        UserError: as ``read_file``; no object, or no list under the key.
+    """
+    try:
+        with path.open("rb") as file:
+            text = "".join(line for _, line in lines_of(file, str(path)))
+    except OSError as error:
+        raise UserError(f"{path}: {plain_reason(error)}; give a file that can be read") from error
+    value = _parsed(text, str(path), "expected one JSON object", fixes.form)
+    listed = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(listed, list):
+        there = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{path}: found no list {key!r}, it has {there}; fix the file, or `source.rows` of the task")
+    yield from _objects(listed, str(path), needed, fixes)
+
+
+def _objects(listed: list[Any], name: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
+    seen: set[str] = set()
+    for number, item in enumerate(listed, start=1):
+        if not isinstance(item, dict):
+            raise UserError(f"{name}, row {number}: found {type(item).__name__}, expected a JSON object; {fixes.form}")
+        seen.update(item)
+        yield RawRow(name, number, item)
+    if seen:
+        tables.check_columns(needed, sorted(seen), name, fixes.column)
+
+
 def _object(line: str, name: str, number: int, fixes: Fixes) -> dict[str, Any]:
     where, expected, fix = f"{name}, line {number}", "expected one JSON object a line", f"fix the line, or {fixes.form}"
     value = _parsed(line.strip(), where, expected, fix)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.conversations import known_columns
-from amlora_dist.tasks.files import SUFFIXES, Fixes, Form, RawRow, form_of, read_file
+from amlora_dist.tasks.files import SUFFIXES, Fixes, Form, RawRow, form_of, read_file, rows_in_object
 from amlora_dist.tasks.prompts import variables_of
 from amlora_dist.tasks.tables import check_columns, dataset_rows, saved_fault
 from amlora_dist.tasks.task import SourceSpec, TaskSpec
@@ -21,17 +21,21 @@ MENDS = Fixes("fix the data, or `columns` of the task", "set source.format")
 def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[RawRow] | None:
     """Raw rows of a split, lazily; None where the task has no such split (only ``dev`` may be missing).
 
+    ``mirror``: the folder that stands in for the Hub, or holds the files of a suite.
+
     Raises:
         UserError: the file, data set or a column is missing, or a file is not of its format. Some of it only while
             the rows are taken.
     """
+    name: str | None = getattr(spec.splits, split)
+    if mirror is not None and spec.source.kind == "data_dir":
+        return None if name is None else _read_files([mirror / name], spec.source.format, needed_columns(spec), spec)
     if mirror is not None:
         path = mirror / f"{split}.jsonl"
         if split == "dev" and not path.is_file():
             return None
         needed = needed_columns(spec) if spec.columns.conversational else ["text", "label"]
         return _read_files([path], "jsonl", needed, spec)
-    name: str | None = getattr(spec.splits, split)
     if name is None:
         return None
     if spec.source.kind == "hub":
@@ -80,7 +84,10 @@ def _read_files(paths: list[Path], kind: str, needed: list[str], spec: TaskSpec)
         known = form_of(path) if kind == "auto" or path.is_dir() else _FORMS[kind]
         if known is None:
             raise UserError(f"{path}: unknown suffix {path.suffix!r}; use {', '.join(SUFFIXES)}, or set source.format")
-        rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
+        if spec.source.rows is not None:
+            rows = list(rows_in_object(path, spec.source.rows, needed, MENDS))
+        else:
+            rows = list(read_file(path, known, needed, asked_columns(spec, needed), MENDS))
         if not rows:
             raise UserError(
                 f"{path}: found no rows, expected those of task {spec.name!r}; put them there, or fix {spec.origin}"

@@ -31,6 +31,7 @@ from amlora_dist.tasks.task import (
     meant,
     mirror_folder,
     plain_value,
+    suite_folder,
     with_defaults,
 )
 from amlora_dist.tasks.texts import NoTextError, text_of
@@ -125,6 +126,8 @@ def load_task(
     spec = with_defaults(spec, defaults or TaskDefaults())
     mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
     maker = _RowMaker(spec, mirrored=mirror is not None)
+    if spec.source.kind == "data_dir":
+        mirror = suite_folder(spec, data_dir)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
     needed = ("test",) if tuple(splits) == ("test",) else SPLITS
@@ -235,7 +238,10 @@ class _RowMaker:
         return Row(raw.number, fields, text, self.values[target], target)
 
     def _answer(self, values: dict[str, Any]) -> Any:
-        return values.get(self.answer_column)
+        found = values.get(self.answer_column)
+        if self.spec.columns.first_answer and not self.mirrored and isinstance(found, list):
+            return found[0] if found else None
+        return found
 
     def _fields(self, values: dict[str, Any]) -> dict[str, str]:
         out = {}
