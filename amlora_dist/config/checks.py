@@ -311,6 +311,11 @@ def _missing_files(spec: TaskSpec, data_dir: Path | None, *, learned: bool) -> l
     elif spec.source.kind == "hub" and data_dir is not None:
         mirror = mirror_folder(spec, data_dir)
         wanted = [mirror / "train.jsonl", mirror / "test.jsonl"] if learned else [mirror / "test.jsonl"]
+    elif spec.source.kind == "data_dir":
+        if data_dir is None:
+            return ["no data_dir: the task is read from the files of its suite (docs/suites.md)"]
+        splits = (spec.splits.train, spec.splits.dev, spec.splits.test) if learned else (spec.splits.test,)
+        wanted = [data_dir / path for path in splits if path]
     else:
         return []
     faults = []

@@ -20,7 +20,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
-from amlora_dist.tasks.conversations import Turn, check_open, joined
+from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, joined, messages_of
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
@@ -127,6 +127,8 @@ class Request:
     """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
 
 
+Said = str | Sequence[Mapping[str, Any] | Turn]
+"""A plain text, or a conversation that waits for its answer: ``{"role": ..., "content": ...}`` each."""
 RouteBy = Literal["turn", "conversation"]
 """What routes a turn of a conversation: what the user said last, or what they said first, which keeps its route."""
 
@@ -234,6 +236,12 @@ class Prompter:
         if not words:
             raise UserError("messages: found no words of role user, expected a text to answer")
         return Asked(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
+
+    def heard(self, said: Said, route_by: RouteBy = "turn") -> Asked:
+        """A plain text, or a conversation, as this bank is asked it. Raises UserError as ``asked`` and ``messages_of``."""
+        if isinstance(said, str) or not is_conversation(said):
+            return Asked(said)  # type: ignore[arg-type]  # what is no text is refused where it is read
+        return self.asked(messages_of(said), route_by)
 
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""

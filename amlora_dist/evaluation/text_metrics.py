@@ -1,4 +1,4 @@
-"""Scores of one output against one answer, 0 to 1: label match, exact match, token F1, ROUGE-L, fields of JSON.
+"""Scores of one output against one answer, 0 to 1: the same text, exact match, token F1, ROUGE-L, fields of JSON, code.
 
 Every function takes ``(output, answer)`` and is pure.
 """
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CHOICE = re.compile(r"Answer: (.)", re.DOTALL)
+_LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -80,6 +82,26 @@ def json_fields(output: str, answer: str) -> float:
     return _f_measure(shared, len(found), len(wanted))
 
 
+def answer_letter(output: str, answer: str) -> float:
+    """1 if both choose the same letter, the character behind ``Answer: `` (TRACE's score of ScienceQA, Wang et al. 2023)."""
+    found, wanted = _CHOICE.search(output), _CHOICE.search(answer)
+    return float(found is not None and wanted is not None and found[1] == wanted[1])
+
+
+def code_similarity(output: str, answer: str) -> float:
+    """2 LCS / (|output| + |answer|) over characters, after Py150's placeholders are put back (``<NUM_LIT:2>`` is 2): the
+    Indel ratio, as TRACE (Wang et al. 2023) scores lines of code. 1 where both are empty."""
+    found, wanted = _literal(output), _literal(answer)
+    if not found or not wanted:
+        return float(found == wanted)
+    return _f_measure(longest_common_subsequence(found, wanted), len(found), len(wanted))
+
+
+def _literal(code: str) -> str:
+    bare = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    return _LITERAL.sub(lambda found: found[2], bare).strip()
+
+
 def _fields(text: str) -> dict[str, object] | None:
     try:
         value = json.loads(text)
@@ -115,6 +137,9 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
     "token_f1": token_f1,
     "rouge_l": rouge_l,
     "json_fields": json_fields,
+    "same_text": label_match,
+    "answer_letter": answer_letter,
+    "code_similarity": code_similarity,
 }
 """The metric names of a task specification. ``accuracy`` is for labelled tasks, the others for free text."""
 

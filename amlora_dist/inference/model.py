@@ -38,6 +38,7 @@ from amlora_dist.evaluation.requests import (
     Route,
     RouteBy,
     RoutedPrompt,
+    Said,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -244,11 +245,11 @@ class AMLoRAModel:
 
     # ---- texts ------------------------------------------------------------------------------------------------
 
-    def route(self, texts: str | Sequence[str], *, question: Names = None, batch_size: int = 16) -> list[Route]:
+    def route(self, texts: str | Sequence[Said], *, question: Names = None, batch_size: int = 16) -> list[Route]:
         """Which tasks and adapters each text would use, and how strongly; a pass through half of the model's depth.
 
         Args:
-            texts: plain texts; the bank's prompt is put around them.
+            texts: plain texts or conversations (lists of messages); the bank's prompt is put around them.
             question: asked of the text, for one or each.
             batch_size: texts of one pass.
         """
@@ -257,7 +258,7 @@ class AMLoRAModel:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
 
-    def prompts(self, texts: str | Sequence[str], *, batch_size: int = 16) -> list[RoutedPrompt]:
+    def prompts(self, texts: str | Sequence[Said], *, batch_size: int = 16) -> list[RoutedPrompt]:
         """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
         have the bank's adapters but not its router.
 
@@ -274,7 +275,7 @@ class AMLoRAModel:
 
     def answer(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[Said],
         *,
         question: Names = None,
         task: Names = None,
@@ -286,7 +287,7 @@ class AMLoRAModel:
         routed to has labels, else what the model writes, greedily.
 
         Args:
-            texts: plain texts; the prompt of the routed or named task is put around them.
+            texts: plain texts or conversations (lists of messages); the prompt of the routed or named task is put around.
             question: asked of the text in place of the task's own, for one or each.
             task: use this task's row and prompt instead of the router, for all or (None: route) for each.
             max_new_tokens: longest answer that is written; default: what the task needs.
@@ -325,21 +326,20 @@ class AMLoRAModel:
         Raises:
             UserError: what is no conversation that waits for an answer, an unknown task, no room for the prompt.
         """
-        asked = self.prompter.asked(messages_of(messages), route_by)
-        requests = self.requests(asked.text, question=asked.question, task=task)
-        requests[0].turns, requests[0].free = asked.turns, free
+        requests = self.requests([messages_of(messages)], task=task, route_by=route_by)
+        requests[0].free = free
         if self.answering is None:
             return self.former.answered(requests, 1, max_new_tokens, self._router)[0]
         (found,) = self.answering.answered(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
         return Answer(found.text, found.ended, found.route)
 
-    def predict(self, texts: str | Sequence[str], **options: Any) -> list[str]:
+    def predict(self, texts: str | Sequence[Said], **options: Any) -> list[str]:
         """``answer``, the texts alone."""
         return [answer.text for answer in self.answer(texts, **options)]
 
     def classify(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[Said],
         labels: Sequence[str] | None = None,
         *,
         task: Names = None,
@@ -352,7 +352,7 @@ class AMLoRAModel:
         its own prompt, with the gate that chose it.
 
         Args:
-            texts: plain texts.
+            texts: plain texts or conversations (lists of messages).
             labels: to choose from, for all texts; default: those of the task.
             task: named by the caller, for all or (None: route) for each.
             question: asked of the text, in place of the task's own.
@@ -455,11 +455,17 @@ class AMLoRAModel:
         found = yield from answering.answering(requests, batch_size=batch_size, router=self._keyed, write=False)
         return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
-    def requests(self, texts: str | Sequence[str], *, question: Names = None, task: Names = None) -> list[Request]:
-        listed = [texts] if isinstance(texts, str) else list(texts)
+    def requests(
+        self, texts: str | Sequence[Said], *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
+    ) -> list[Request]:
+        """One request for each text or conversation; errors as ``chat`` and ``answer``."""
+        listed = [self.prompter.heard(one, route_by) for one in ([texts] if isinstance(texts, str) else texts)]
         questions, tasks = _each("question", question, len(listed)), _each("task", task, len(listed))
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
-        return [Request(place, text, asked, named, gate=self._row(named)) for place, (text, asked, named) in pairs]
+        return [
+            Request(n, one.text, own or one.question, named, gate=self._row(named), turns=one.turns)
+            for n, (one, own, named) in pairs
+        ]
 
     def prefill(
         self, batch: Sequence[Request], on_logits: Callable[[Tensor], None] | None = None

@@ -209,8 +209,8 @@ def write_frame(folder: Path, manifest: Manifest, adapters: Sequence[AdapterEntr
     for line in adapters:
         config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
         write_text(folder / line.folder / CONFIG_FILE, config)
-    write_text(folder / MLFLOW_FILE, card.mlmodel())
-    write_text(folder / card.EXAMPLE_FILE, card.input_example())
+    write_text(folder / MLFLOW_FILE, card.mlmodel(manifest))
+    write_text(folder / card.EXAMPLE_FILE, card.input_example(manifest))
     write_text(folder / README_FILE, card.readme(manifest))
 
 

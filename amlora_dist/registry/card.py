@@ -13,6 +13,7 @@ from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
+    from amlora_dist.tasks.task_entry import TaskEntry
 
 LOADER = "amlora_dist.registry.pyfunc"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,6 +25,17 @@ _INPUTS = [
     {"type": "string", "name": "question", "required": False},
     {"type": "string", "name": "task", "required": False},
 ]
+_MESSAGE = {
+    "type": "object",
+    "properties": {"content": {"type": "string", "required": True}, "role": {"type": "string", "required": True}},
+}
+_CHAT_INPUTS = [
+    {"type": "string", "name": "text", "required": False},
+    {"type": "array", "items": _MESSAGE, "name": "messages", "required": False},
+    {"type": "string", "name": "prompt", "required": False},
+    *_INPUTS[1:],
+]
+"""Of a bank that learned conversations: a row has one of the first three."""
 _PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
 
 _KINDS = {
@@ -36,7 +48,7 @@ _KINDS = {
 """What the adapters are: LoRA, or pools of prompts."""
 
 
-def mlmodel() -> str:
+def mlmodel(manifest: Manifest) -> str:
     """YAML of a pyfunc model whose loader module reads the folder; nothing is pickled.
 
     ``config`` are the keys that ``mlflow.pyfunc.load_model(..., model_config=...)`` and, for ``mlflow models serve``,
@@ -55,15 +67,23 @@ def mlmodel() -> str:
         "  pandas_orient: split\n"
         "  type: dataframe\n"
         "signature:\n"
-        f"  inputs: '{json.dumps(_INPUTS)}'\n"
+        f"  inputs: '{json.dumps(_CHAT_INPUTS if _converses(manifest) else _INPUTS)}'\n"
         """  outputs: '[{"type": "string", "required": true}]'\n"""
         f"  params: '{json.dumps(_PARAMS)}'\n"
     )
 
 
-def input_example() -> str:
+def input_example(manifest: Manifest) -> str:
     """JSON of a data frame that ``predict`` takes."""
-    return json.dumps({"columns": ["text"], "data": [["The invoice of May is wrong, please send it again."]]}) + "\n"
+    text = "The invoice of May is wrong, please send it again."
+    if _converses(manifest):
+        return json.dumps({"columns": ["messages"], "data": [[[{"role": "user", "content": text}]]]}) + "\n"
+    return json.dumps({"columns": ["text"], "data": [[text]]}) + "\n"
+
+
+def _converses(manifest: Manifest) -> bool:
+    """Whether a task of the bank is asked in the base model's chat template."""
+    return any(line.task_spec is not None and line.task_spec.chat for line in manifest.adapters)
 
 
 def readme(manifest: Manifest, base_model: str | None = None) -> str:
@@ -94,12 +114,14 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
     lines += [
         "",
         f"Accuracy is the share of test rows, in per cent, whose {_what(manifest)} is right, without being told the task.",
+        *_other_metrics(manifest),
         "",
         "## Loading",
         "",
         "```python",
         "from amlora_dist import AMLoRAModel",
         'model = AMLoRAModel.from_bank("this/folder")   # from the Hub: amlora pull hf://OWNER/NAME this/folder',
+        *_chat_example(manifest),
         "```",
         "",
         *_KINDS[manifest.prompt_tokens > 0],
@@ -135,8 +157,11 @@ def adapter_readme(manifest: Manifest, task: str, rank: int, base_model: str | N
     ]
     if entry is not None:
         labels = "free text" if entry.labels is None else ", ".join(f"`{label}`" for label in entry.labels)
-        lines += ["", f"Answers: {labels}. The prompt that it was trained behind (Jinja):", "",
-                  "```jinja", entry.template, "```"]  # fmt: skip
+        prompt = "What the user says last, in the base model's chat template" if entry.chat else (
+            "The prompt that it was trained behind"
+        )
+        lines += ["", f"Answers: {labels}. {prompt} (Jinja):", "", "```jinja", entry.template, "```"]
+        lines += ["", f"System: {entry.system}"] if entry.chat and entry.system is not None else []
         lines += [] if entry.question is None else ["", f"Question: {entry.question}"]
     lines += ["", "```python", "import peft", 'peft.PeftModel.from_pretrained(base_model, "this/folder")', "```", ""]
     return "\n".join(lines)
@@ -167,7 +192,8 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
             continue
         free = line.task_spec is not None and line.task_spec.labels is None
         kind = "text-generation" if free else "text-classification"
-        metric = {"type": "score" if free else "accuracy", "value": round(score, 6), "name": f"{_what(manifest)}, test rows"}
+        counted = _metric(line.task_spec) if free else "accuracy"
+        metric = {"type": counted, "value": round(score, 6), "name": f"{_what(manifest)}, test rows"}
         data = next(iter(_data_sets(manifest, line.task)), line.task)
         results.append({"task": {"type": kind}, "dataset": {"name": line.task, "type": data}, "metrics": [metric]})
     return results
@@ -176,6 +202,25 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
 def _last(manifest: Manifest) -> dict[str, float | None]:
     matrix = manifest.accuracy_matrix
     return dict(zip(matrix.tasks, matrix.accuracy[-1], strict=True)) if matrix.accuracy else {}
+
+
+def _metric(entry: TaskEntry | None) -> str:
+    """How the Hub is told that free text was counted: by name where the bank says it."""
+    return "score" if entry is None or entry.metric is None else entry.metric
+
+
+def _other_metrics(manifest: Manifest) -> list[str]:
+    """Tasks whose free text is counted by something else."""
+    named = [(line.task, line.task_spec.metric) for line in manifest.adapters if line.task_spec is not None]
+    found = [f"`{task}` by {metric}" for task, metric in named if metric is not None]
+    return [f"Free text is counted by the task's metric: {', '.join(found)}."] if found else []
+
+
+def _chat_example(manifest: Manifest) -> list[str]:
+    """How a bank that learned conversations is asked."""
+    if not _converses(manifest):
+        return []
+    return ['model.chat([{"role": "user", "content": "..."}]).text   # in the base model\'s chat template']
 
 
 def _what(manifest: Manifest) -> str:

@@ -282,8 +282,11 @@ class Manifest:
             line["targets"] = ALL if same[key] else list(entry.targets)
             if line["task_spec"] is None:
                 del line["task_spec"]
-            elif not line["task_spec"]["chat"]:  # keys of the chat format, which earlier versions do not know
+                continue
+            if not line["task_spec"]["chat"]:  # keys that earlier versions do not know
                 del line["task_spec"]["chat"], line["task_spec"]["system"]
+            if line["task_spec"]["metric"] is None:
+                del line["task_spec"]["metric"]
         if mapping["files"] is None:
             del mapping["files"]
         return mapping

@@ -18,6 +18,7 @@ from amlora_dist.registry.bank_folder import check_files, check_list
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.manifest import Stored, read_manifest
 from amlora_dist.registry.runs import Runs
+from amlora_dist.tasks.conversations import FIRST_COLUMNS, BadTurnsError, Turn, known_columns, waiting_turns
 from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 if TYPE_CHECKING:
@@ -27,27 +28,35 @@ log = logging.getLogger(__name__)
 
 
 class BankModel:
-    """What MLflow wraps: ``predict`` on a data frame with a column ``text``."""
+    """What MLflow wraps: ``predict`` on a data frame with a column ``text``, or with those of conversations."""
 
     def __init__(self, model: AMLoRAModel) -> None:
         self.model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One answer for each row, as the bank's accuracy was measured: plain text in, and nothing told.
+        """One answer for each row, as the bank's accuracy was measured: plain text or a conversation in, and nothing told.
 
         Args:
-            model_input: a pandas.DataFrame with a column ``text``, and optionally ``question`` (asked of the text) and
-                ``task`` (whose row and prompt are used; empty: the router decides).
+            model_input: a pandas.DataFrame with a column ``text``, or ``messages`` (lists of turns) or another form of
+                conversation (``conversations.FORMS``), whose last turn of the assistant's is left out; and optionally
+                ``question`` (asked of the text) and ``task`` (whose row and prompt are used; empty: the router decides).
             params: ``max_new_tokens``; 0: what the bank's tasks need.
 
         Raises:
-            UserError: there is no column ``text``, a text is missing or is no text (``texts.text_of``), or the bank has
-                no such task.
+            UserError: there is no such column, a row has neither a text (``texts.text_of``) nor a conversation, or the bank
+                has no such task.
         """
-        if "text" not in getattr(model_input, "columns", ()):
-            found = list(getattr(model_input, "columns", [])) or type(model_input).__name__
-            raise UserError(f"predict: found columns {found}, expected a pandas.DataFrame with a column 'text'")
-        texts = _texts(model_input, "text")
+        columns = [str(name) for name in getattr(model_input, "columns", ())]
+        forms = [name for name in FIRST_COLUMNS if name in columns]
+        if "text" not in columns and not forms:
+            raise UserError(
+                f"predict: found columns {columns or type(model_input).__name__}, expected a pandas.DataFrame with a column"
+                f" 'text', or one of {', '.join(FIRST_COLUMNS)}"
+            )
+        texts: list[Any] = _texts(model_input, "text") if "text" in columns else [None] * len(model_input)
+        if forms:
+            turns = _conversations(model_input, [text is None for text in texts])
+            texts = [text if text is not None else said for text, said in zip(texts, turns, strict=True)]
         if missing := [place for place, text in enumerate(texts) if text is None]:
             raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text")
         options: dict[str, Any] = {
@@ -55,7 +64,27 @@ class BankModel:
         }
         if limit := int((params or {}).get("max_new_tokens") or 0):
             options["max_new_tokens"] = limit
-        return self.model.predict([text for text in texts if text is not None], **options)
+        return self.model.predict(texts, **options)
+
+
+def _conversations(frame: Any, wanted: list[bool]) -> list[tuple[Turn, ...] | None]:
+    """The turns of the rows that are ``wanted``; None for the others, and for rows with nothing in any such column."""
+    columns = {name: frame[name].tolist() for name in known_columns() if name in frame.columns}
+    found: list[tuple[Turn, ...] | None] = []
+    for place, on in enumerate(wanted):
+        values = {name: listed for name, cells in columns.items() if (listed := _plain(cells[place])) is not None}
+        try:
+            found.append(waiting_turns(values)[0] if on and values else None)
+        except BadTurnsError as error:
+            raise UserError(f"predict: row {place} of {len(wanted)}: found {error}") from None
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a frame as JSON would have it: lists in place of arrays, None for what is missing."""
+    if hasattr(value, "tolist") and getattr(value, "ndim", False):
+        return value.tolist()
+    return None if type(value).__name__ in ("NAType", "NaTType") or value != value else value
 
 
 def _texts(frame: Any, name: str) -> list[str | None]:

@@ -35,6 +35,9 @@ FORMS: dict[Form, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Columns that a form has, and those that it may have."""
 
+FIRST_COLUMNS = tuple(needed[0] for needed, _ in FORMS.values())
+"""The column that each form begins with: what a row that waits for its answer has."""
+
 NO_ANSWER = "no assistant turn at its end"
 NO_USER = "no user turn before its answer"
 
@@ -89,12 +92,51 @@ def turns_of(values: Mapping[str, Any], columns: Columns) -> tuple[Turn, ...]:
         turns = _side(values.get(columns.prompt), columns.prompt, "user")
         turns += _side(values.get(columns.completion), columns.completion, "assistant")
     else:
-        turns = _instruction(values, columns)
+        asked, more, output = columns.instruction or "", columns.input, columns.output or ""
+        turns = _instruction(values, asked, more) + _side(values.get(output), output, "assistant")
     if not turns or turns[-1].role != "assistant":
         raise BadTurnsError(NO_ANSWER)
     if not any(turn.role == "user" for turn in turns[:-1]):
         raise BadTurnsError(NO_USER)
     return tuple(turns)
+
+
+def waiting_turns(values: Mapping[str, Any], column: str | None = None) -> tuple[tuple[Turn, ...], str | None]:
+    """The turns of a row that a bank is to answer, and the right answer where the row has one.
+
+    A last turn of the assistant's (or ``completion``, or ``output``) is the right answer, and is not among the turns.
+
+    Args:
+        values: of the row.
+        column: holds the list of turns; None: the form whose first column the row has.
+
+    Raises:
+        BadTurnsError: it is of no form, or no conversation that waits for an answer.
+    """
+    name = column or next((one for one in FIRST_COLUMNS if values.get(one) is not None), None)
+    answer = None
+    if name == "prompt" and column is None:
+        turns, answer = _side(values["prompt"], "prompt", "user"), "completion"
+    elif name == "instruction" and column is None:
+        turns, answer = _instruction(values, "instruction", "input"), "output"
+    elif name is not None:
+        turns = _listed(values.get(name), name)
+    else:
+        raise BadTurnsError(f"none of the columns {', '.join(FIRST_COLUMNS)}")
+    if answer is not None and values.get(answer) is not None:
+        turns = [*turns, *_side(values[answer], answer, "assistant")]
+    said = turns[-1].text if turns and turns[-1].role == "assistant" else None
+    before = turns if said is None else turns[:-1]
+    if not any(turn.role == "user" for turn in before):
+        raise BadTurnsError(NO_USER)
+    if before[-1].role not in ("user", "tool"):
+        raise BadTurnsError(f"a last turn of role {before[-1].role}, expected the user's")
+    return tuple(before), said
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a value is a list of turns, well-formed or not."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, (Mapping, Turn)) for one in value)
 
 
 def messages_of(messages: Iterable[object]) -> tuple[Turn, ...]:
@@ -191,9 +233,8 @@ def _side(value: object, column: str, role: Role) -> list[Turn]:
     return [Turn(role, text)]
 
 
-def _instruction(values: Mapping[str, Any], columns: Columns) -> list[Turn]:
-    asked = _side(values.get(columns.instruction or ""), columns.instruction or "", "user")
-    more = content_of(values.get(columns.input), f"column {columns.input!r}") if columns.input is not None else ""
-    if more.strip():
-        asked = [*asked[:-1], Turn("user", f"{asked[-1].text}\n\n{more}")]
-    return asked + _side(values.get(columns.output or ""), columns.output or "", "assistant")
+def _instruction(values: Mapping[str, Any], instruction: str, more: str | None) -> list[Turn]:
+    """What was asked, with the input below it."""
+    asked = _side(values.get(instruction), instruction, "user")
+    words = content_of(values.get(more), f"column {more!r}") if more is not None else ""
+    return [*asked[:-1], Turn("user", f"{asked[-1].text}\n\n{words}")] if words.strip() else asked

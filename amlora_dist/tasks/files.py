@@ -76,7 +76,7 @@ def form_of(path: Path) -> Form | None:
 def read_file(
     path: Path,
     form: Form,
-    needed: Sequence[str],
+    needed: Sequence[tables.Needed],
     asked: Sequence[str] | None,
     fixes: Fixes,
     records: str | None = None,
@@ -114,7 +114,7 @@ def read_file(
 
 
 def rows_of_lines(
-    lines: Iterator[Line], name: str, form: Form, needed: Sequence[str], fixes: Fixes, column: str = "text"
+    lines: Iterator[Line], name: str, form: Form, needed: Sequence[tables.Needed], fixes: Fixes, column: str = "text"
 ) -> Iterator[RawRow]:
     """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
     if form == "csv":
@@ -217,7 +217,7 @@ def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | 
 # ---- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[str], fixes: Fixes) -> Iterator[RawRow]:
+def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
     seen: set[str] = set()
     for number, line in lines:
         if not line.strip():
@@ -251,7 +251,9 @@ def _array_rows(text: str, name: str, line: int) -> Iterator[RawRow]:
     yield from _item_rows(value, name, fix)
 
 
-def _record_rows(text: str, name: str, records: str, needed: Sequence[str], fixes: Fixes) -> Iterator[RawRow]:
+def _record_rows(
+    text: str, name: str, records: str, needed: Sequence[tables.Needed], fixes: Fixes
+) -> Iterator[RawRow]:
     """Rows of the list that stands below these keys of one JSON object."""
     fix = "fix `records`"
     value = _parsed(text, name, "expected one JSON object with a list of rows in it", "fix the file")

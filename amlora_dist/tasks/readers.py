@@ -21,17 +21,21 @@ MENDS = Fixes("fix the data, or `columns` of the task", "set source.format")
 def read_split(spec: TaskSpec, split: str, *, mirror: Path | None) -> Iterator[RawRow] | None:
     """Raw rows of a split, lazily; None where the task has no such split (only ``dev`` may be missing).
 
+    ``mirror``: the folder that stands in for the Hub, or holds the files of a suite.
+
     Raises:
         UserError: the file, data set or a column is missing, or a file is not of its format. Some of it only while
             the rows are taken.
     """
+    name: str | None = getattr(spec.splits, split)
+    if mirror is not None and spec.source.kind == "data_dir":
+        return None if name is None else _read_files([mirror / name], spec.source.format, needed_columns(spec), spec)
     if mirror is not None:
         path = mirror / f"{split}.jsonl"
         if split == "dev" and not path.is_file():
             return None
         needed = needed_columns(spec) if spec.columns.conversational else ["text", "label"]
         return _read_files([path], "jsonl", needed, spec)
-    name: str | None = getattr(spec.splits, split)
     if name is None:
         return None
     if spec.source.kind == "hub":

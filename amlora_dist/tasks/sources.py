@@ -42,6 +42,7 @@ from amlora_dist.tasks.task import (
     meant,
     mirror_folder,
     plain_value,
+    suite_folder,
     with_defaults,
 )
 from amlora_dist.tasks.texts import NoTextError, text_of
@@ -132,6 +133,8 @@ def load_task(
     if spec.labels == "auto":
         spec = with_found_labels(spec, read_split(spec, "train", mirror=mirror) or (), mirrored=mirror is not None)
     maker = _RowMaker(spec, mirrored=mirror is not None)
+    if spec.source.kind == "data_dir":
+        mirror = suite_folder(spec, data_dir)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
     needed = ("test",) if tuple(splits) == ("test",) else SPLITS
@@ -243,8 +246,9 @@ class _RowMaker:
         return Row(raw.number, fields, text, self.values[target], target)
 
     def _answers(self, found: Any) -> list[str]:
-        """The right answers that a row has, each once; of free text there may be a list of them."""
-        listed = found if self.spec.free_text and isinstance(found, (list, tuple)) else [found]
+        """The right answers that a row has, each once; of free text there may be a list of them, and of a suite's files."""
+        several = isinstance(found, (list, tuple)) and (self.spec.free_text or self.spec.source.kind == "data_dir")
+        listed = found if several else [found]
         answers = (_plain(one, self.answer_column) for one in listed if one is not None)
         return list(dict.fromkeys(one for one in answers if one))
 

@@ -18,10 +18,16 @@ UNEVEN = "a wrong number of cells"
 BATCH_ROWS = 1024
 
 
-def check_columns(needed: Iterable[str], present: Sequence[str], where: str, fix: str) -> None:
-    """Raises UserError naming the first column of ``needed`` that is not ``present``, or that stands twice."""
-    for column in needed:
-        if column not in present:
+Needed = str | tuple[str, ...]
+"""A column, or several of which one will do; the first of them is named where none is there."""
+
+
+def check_columns(needed: Iterable[Needed], present: Sequence[str], where: str, fix: str) -> None:
+    """Raises UserError naming the first column of ``needed`` that is not ``present``."""
+    for one in needed:
+        names = (one,) if isinstance(one, str) else one
+        column = names[0]
+        if not any(name in present for name in names):
             hint = did_you_mean(column, present)
             there = ", ".join(map(str, present)) or "none"
             raise UserError(
@@ -36,11 +42,12 @@ def check_once(present: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: found the column {column!r} twice, expected each once; give them different names")
 
 
-def between(header: str, needed: Sequence[str]) -> str:
+def between(header: str, needed: Sequence[Needed]) -> str:
     """What stands between the cells of a header that is not written with commas, if one of the columns is in it."""
+    wanted = {name for one in needed for name in ((one,) if isinstance(one, str) else one)}
     for sign, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         cells = [cell.strip().strip('"') for cell in header.split(sign)]
-        if len(cells) > 1 and any(column in cells for column in needed):
+        if len(cells) > 1 and any(cell in wanted for cell in cells):
             return word
     return ""
 
@@ -49,7 +56,7 @@ def between(header: str, needed: Sequence[str]) -> str:
 
 
 def csv_rows(
-    lines: Iterator[tuple[int, str]], name: str, needed: Sequence[str], fix: str
+    lines: Iterator[tuple[int, str]], name: str, needed: Sequence[Needed], fix: str
 ) -> Iterator[tuple[int, int, dict[str, Any], str | None]]:
     """Number (from 1), line, values and fault of each row behind the header.
 
@@ -124,7 +131,7 @@ def _open_quote(record: list[tuple[int, str]]) -> int | None:
 
 
 def parquet_rows(
-    path: Path, needed: Sequence[str], asked: Sequence[str] | None, fix: str
+    path: Path, needed: Sequence[Needed], asked: Sequence[str] | None, fix: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number (from 1) and values of each row; columns that are not ``asked`` for are not read.
 
@@ -198,7 +205,7 @@ def saved_fault(path: Path) -> str:
 
 
 def saved_rows(
-    path: Path, needed: Sequence[str], asked: Sequence[str] | None, fix: str
+    path: Path, needed: Sequence[Needed], asked: Sequence[str] | None, fix: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number (from 1) and values of each row of a folder that ``Dataset.save_to_disk`` wrote.
 

@@ -25,7 +25,9 @@ SPLITS = ("train", "dev", "test")
 
 PromptStyle = Literal["question", "options", "bare", "named"]
 PromptForm = Literal["chat", "classic", "auto"]
-Metric = Literal["accuracy", "exact_match", "rouge_l", "token_f1", "json_fields"]
+Metric = Literal[
+    "accuracy", "exact_match", "rouge_l", "token_f1", "json_fields", "same_text", "answer_letter", "code_similarity"
+]
 Limit = Annotated[int, Field(ge=1)]
 UNSET = -1
 """A default that hangs on other keys, until the task was checked."""
@@ -149,7 +151,8 @@ class Label:
 class SourceSpec:
     """Where the rows are."""
 
-    kind: Literal["hub", "files", "builtin"]
+    kind: Literal["hub", "files", "builtin", "data_dir"]
+    """``data_dir``: files below the run's ``data_dir``, as the authors of a suite give them away."""
     repository: str | None = None
     """Hub data set id, ``owner/name``."""
     revision: str | None = None
@@ -169,8 +172,8 @@ class SourceSpec:
     def _hub_is_pinned(self) -> SourceSpec:
         if self.kind == "hub" and not (self.repository and self.revision):
             raise ValueError("a Hub source needs `repository` and a pinned `revision`")
-        if self.records is not None and (self.kind != "files" or self.format not in ("auto", "jsonl")):
-            raise ValueError("`records` is for `kind: files` whose files are JSON")
+        if self.records is not None and (self.kind not in ("files", "data_dir") or self.format not in ("auto", "jsonl")):
+            raise ValueError("`records` is for local files that are JSON")
         return self
 
 
@@ -389,6 +392,23 @@ def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
             f"it holds {', '.join(there) or 'no task'}: put the mirror there, or fix data_dir"
         )
     return folder
+
+
+def at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
+    """Whether rows of a task can be read without the network; does not look into the files."""
+    if spec.source.kind == "data_dir":
+        return data_dir is not None and (data_dir / spec.splits.train).is_file()
+    return spec.source.kind != "hub" or data_dir is not None
+
+
+def suite_folder(spec: TaskSpec, data_dir: Path | None) -> Path:
+    """Folder below which the files of a suite's task are. Raises UserError where none was given."""
+    if data_dir is None:
+        raise UserError(
+            f"task {spec.name!r} is read from the files of its suite: give data_dir, the folder that holds"
+            f" {spec.splits.train} (docs/suites.md says where to get it)"
+        )
+    return data_dir
 
 
 def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:

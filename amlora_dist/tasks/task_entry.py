@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from amlora_dist.tasks.prompts import PromptTemplate, template_for
+from amlora_dist.tasks.task import Metric
 
 if TYPE_CHECKING:
     from amlora_dist.tasks.task import TaskSpec
@@ -34,6 +35,14 @@ class TaskEntry:
     """Prompts are of the base model's own chat template; ``template`` stands in the user's last turn."""
     system: _Text | None = None
     """In the chat format: the system's turn of conversations that have none."""
+
+    metric: Metric | None = None
+    """Of free text; None: what banks counted by that do not say it, exact match."""
+
+    @property
+    def counted_by(self) -> Metric:
+        """The metric of the task's answers."""
+        return "accuracy" if self.labels is not None else self.metric or "exact_match"
 
     @property
     def free_text(self) -> bool:
@@ -63,4 +72,5 @@ def task_entry(spec: TaskSpec) -> TaskEntry:
         max_answer_tokens=spec.max_answer_tokens,
         chat=spec.chat,
         system=spec.prompt.system,
+        metric=spec.metric if spec.free_text and spec.metric != "exact_match" else None,
     )

@@ -18,6 +18,7 @@ from amlora_dist.planning.plan import Cluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, Recipe, TaskShape
 from amlora_dist.tasks.sources import load_task
+from amlora_dist.tasks.task import at_hand
 from amlora_dist.training.batching import Layout as BatchLayout
 from amlora_dist.training.settings import StageSettings
 from pipelines.cli.tables import console_for
@@ -117,7 +118,7 @@ def _configuration(file: Path, overrides: list[str] | None) -> tuple[RunConfig, 
 
 def _task_shape(config: RunConfig, spec: TaskSpec, rows: int | None) -> TaskShape:
     train, test = spec.max_train or config.task_defaults.max_train, spec.max_test or config.task_defaults.max_test
-    if spec.source.kind != "hub" or config.data_dir is not None:
+    if at_hand(spec, config.data_dir):
         known = load_task(
             spec, defaults=replace(config.task_defaults, on_bad_row="skip"), seed=config.seed, data_dir=config.data_dir,
             splits=("train", config.evaluation.split),

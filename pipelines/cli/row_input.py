@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.tasks.conversations import (
+    FIRST_COLUMNS,
+    BadTurnsError,
+    Turn,
+    is_conversation,
+    last_user,
+    waiting_turns,
+)
 from amlora_dist.tasks.files import (
     SUFFIXES,
     Fixes,
@@ -22,7 +30,7 @@ from amlora_dist.tasks.files import (
     rows_of_lines,
     sniffed,
 )
-from amlora_dist.tasks.tables import UNEVEN
+from amlora_dist.tasks.tables import UNEVEN, Needed
 from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
 
 Asked = Literal["auto", "jsonl", "csv", "parquet", "text"]
@@ -30,6 +38,8 @@ Asked = Literal["auto", "jsonl", "csv", "parquet", "text"]
 
 OPEN_SUFFIXES = ("", ".txt", ".log", ".text")
 """Files that are what their first line says."""
+TEXT = "text"
+"""The column of the text, if nobody names another; rows without it may be conversations."""
 MENDS = Fixes("name the one with the text: --column", "give --format")
 
 
@@ -40,6 +50,16 @@ class Line:
     where: str
     fields: dict[str, Any]
     text: str
+    """Of a conversation: what the user said last."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation: all of it up to the answer."""
+    answer: str | None = None
+    """Of a conversation: the right answer, where the row has it."""
+
+    @property
+    def said(self) -> str | tuple[Turn, ...]:
+        """What a bank is asked."""
+        return self.turns or self.text
 
     def option(self, key: str) -> str | None:
         """The row's own ``task`` or ``question``; None where it has none."""
@@ -141,9 +161,11 @@ def _file_rows(path: Path, form: Form, column: str, asked: Sequence[str] | None)
         yield from read_file(path, form, _needed(form, column), asked, MENDS)
 
 
-def _needed(form: Form, column: str) -> Sequence[str]:
+def _needed(form: Form, column: str) -> Sequence[Needed]:
     """Columns of the header. A JSON line may have keys of its own, so each is asked for its text."""
-    return () if form in ("jsonl", "text", "lines") else (column,)
+    if form in ("jsonl", "text", "lines"):
+        return ()
+    return ((column, *FIRST_COLUMNS),) if column == TEXT else (column,)
 
 
 def _line(row: RawRow, column: str) -> Line:
@@ -151,7 +173,16 @@ def _line(row: RawRow, column: str) -> Line:
         expected = "as many as the header has" if row.fault == UNEVEN else "a row that can be read"
         fix = "put a cell with a comma or a line break in quotes"
         raise UserError(f"{row.where}: found {row.fault}, expected {expected}; {fix}")
-    return Line(row.where, row.values, text_in(row.values, row.where, column))
+    given = row.values.get(column)
+    listed = is_conversation(given)
+    formed = column == TEXT and column not in row.values and any(row.values.get(name) is not None for name in FIRST_COLUMNS)
+    if not listed and not formed:
+        return Line(row.where, row.values, text_in(row.values, row.where, column))
+    try:
+        turns, answer = waiting_turns(row.values, column if listed else None)
+    except BadTurnsError as error:
+        raise UserError(f"{row.where}: found {error}; fix the row, or leave it out") from None
+    return Line(row.where, row.values, turns[last_user(turns)].text, turns, answer)
 
 
 def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.conversations import joined
 from pipelines.cli.batch_inference import bank_and_tasks
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import Line, opened
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from amlora_dist.evaluation.requests import Classification
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.tasks.conversations import Turn
 
+SCORED = {"accuracy": "served answers that are right", "exact_match": "served answers that are right"}
 NAMED = 20
 """Changed answers that a table lists; JSON has them all."""
 SHOWN_TEXT = 60
@@ -87,13 +90,14 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
         lines, answers = _labelled(rows, model.labels(task), task)
         found = predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
-    summary = {"bank": model.uri or bank, "task": task, **summarise(found), "routing_accuracy": routed}
+    metric = model.prompter.entry(task).counted_by
+    summary = {"bank": model.uri or bank, "task": task, "metric": metric, **summarise(found), "routing_accuracy": routed}
     if as_json:
         print(json.dumps(summary))
         return
     table = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
     shown = {
-        "accuracy": "served answers that are right", "routing_accuracy": "texts routed to this task",
+        "accuracy": SCORED.get(metric, f"{metric} of the served answers"), "routing_accuracy": "texts routed to this task",
         "model_accuracy": "the model's evidence alone", "keys_accuracy": "the keys' evidence alone",
         "greedy_accuracy": "written freely", "ranked_accuracy": "best of this task's labels",
     }  # fmt: skip
@@ -115,7 +119,7 @@ def answer_differences(
     """
     with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
         lines = list(rows.lines())
-        texts = [line.text for line in lines]
+        texts = [line.said for line in lines]
         answers = [bank_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
     changed = [
         {"row": line.where, "text": line.text, "before": before.text, "after": after.text,
@@ -184,6 +188,13 @@ def bank_model(bank: str, options: dict[str, Any], task: str | None = None) -> A
     return model
 
 
+def _asked(model: AMLoRAModel, line: Line, task: str) -> tuple[str, tuple[Turn, ...]]:
+    """A row as the accuracy matrix has the task's rows: what the router reads, and the turns where it is asked in turns."""
+    if line.turns and not model.prompter.is_chat(task):
+        return joined(line.turns).strip(), ()
+    return line.text, line.turns
+
+
 def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Line], list[str]]:
     """The rows of a file with their right answers."""
     with ExitStack() as stack:
@@ -195,7 +206,7 @@ def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Lin
 
 
 def right_answer(line: Line, label: str, labels: list[str] | None, task: str) -> str:
-    """The right answer of a row.
+    """The right answer of a row; of a conversation its last turn, if that is the assistant's.
 
     Args:
         line: the row.
@@ -208,11 +219,11 @@ def right_answer(line: Line, label: str, labels: list[str] | None, task: str) ->
     """
     from amlora_dist.tasks.texts import NoTextError, text_of
 
-    if line.fields.get(label) is None:
+    if line.fields.get(label) is None and line.answer is None:
         there = ", ".join(line.fields)
         raise UserError(f"{line.where}: found no {label!r}, the row has {there}; give the right answer's: --label")
     try:
-        answer = text_of(line.fields[label]).strip()
+        answer = text_of(line.fields[label] if line.answer is None else line.answer).strip()
     except NoTextError as error:
         raise UserError(f"{line.where}: {label}: found {error}, expected a text") from None
     if labels is not None and answer not in labels:
@@ -223,20 +234,20 @@ def right_answer(line: Line, label: str, labels: list[str] | None, task: str) ->
 def predictions(
     model: AMLoRAModel, lines: Sequence[Line], answers: Sequence[str], task: str, batch_size: int
 ) -> list[Prediction]:
-    """What a bank answers to rows of a task, as plain text and without being told the task, and how each counts."""
+    """What a bank answers to rows of a task, without being told the task, and how each counts by the task's metric."""
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
     from amlora_dist.evaluation.text_metrics import METRICS
 
-    labels = model.labels(task)
-    metric = "accuracy" if labels is not None else "exact_match"
+    labels, metric = model.labels(task), model.prompter.entry(task).counted_by
+    asked = [_asked(model, line, task) for line in lines]
     if model.answering is not None:
-        pairs = enumerate(zip(lines, answers, strict=True), start=1)
-        rows = [PlainRow(n, line.text, answer) for n, (line, answer) in pairs]
+        pairs = enumerate(zip(asked, answers, strict=True), start=1)
+        rows = [PlainRow(n, text, answer, turns) for n, ((text, turns), answer) in pairs]
         scorer = ServedScore(model.answering, metric, None if labels is None else tuple(labels))
         return scorer.score(rows, batch_size=batch_size)
     count: Callable[[str, str], float] = METRICS[metric]
-    found = model.answer([line.text for line in lines], batch_size=batch_size)
+    found = model.answer([turns or text for text, turns in asked], batch_size=batch_size)
     return [
         Prediction(n, answer, one.text, one.ended, count(one.text, answer), served=one.text, route=one.route.task)
         for n, (one, answer) in enumerate(zip(found, answers, strict=True), start=1)

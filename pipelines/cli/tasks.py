@@ -10,7 +10,7 @@ from rich.table import Table
 from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, builtin_tasks, resolve_task
+from amlora_dist.tasks.task import TaskDefaults, at_hand, builtin_tasks, resolve_task
 from pipelines.cli.tables import console_for
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
     """Print one task and, where its rows are at hand, a prompt with its answer."""
     spec = resolve_task(name, data_dir=data_dir, base_dir=Path.cwd(), defaults=TaskDefaults())
     console = console_for()
-    if spec.labels == "auto" and _at_hand(spec, data_dir):
+    if spec.labels == "auto" and at_hand(spec, data_dir):
         spec = load_task(spec, data_dir=data_dir, splits=("train",)).spec
     lines = {
         "task": f"{spec.name} (version {spec.version})",
@@ -56,7 +56,7 @@ def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | No
         return
     console, template = console_for(), template_for(spec, cast("PromptStyle | None", style))
     console.print(f"\nprompt, style {style or spec.prompt_style}:", markup=False)
-    if _at_hand(spec, data_dir):
+    if at_hand(spec, data_dir):
         row = load_task(spec, data_dir=data_dir, splits=("train",)).rows["train"][0]
         prompt, answer = template.render(row), row.target
     else:
@@ -67,7 +67,7 @@ def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | No
 def _show_conversation(spec: TaskSpec, data_dir: Path | None) -> None:
     """Which columns were taken, and the turns of one row; which words stand around them is the model's template's say."""
     console = console_for()
-    if not _at_hand(spec, data_dir):
+    if not at_hand(spec, data_dir):
         return
     data = load_task(spec, data_dir=data_dir, splits=("train",))
     row = data.rows["train"][0]
@@ -90,14 +90,10 @@ def _answers(spec: TaskSpec) -> str:
 
 def _rows(spec: TaskSpec, data_dir: Path | None) -> str:
     """Rows of train / dev / test, where they can be counted without the network."""
-    if not _at_hand(spec, data_dir):
-        return "on the Hub"
+    if not at_hand(spec, data_dir):
+        return "on the Hub" if spec.source.kind == "hub" else "in data_dir"
     rows = load_task(spec, defaults=TaskDefaults(on_bad_row="skip"), data_dir=data_dir).rows
     return " / ".join(str(len(rows[split])) for split in ("train", "dev", "test"))
-
-
-def _at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
-    return spec.source.kind != "hub" or data_dir is not None
 
 
 def _source(spec: TaskSpec) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from openai import OpenAI
 
@@ -15,6 +16,8 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.evaluation.scoring import read_predictions
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.registry.card import adapter_readme, input_example, mlmodel, readme
+from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.conversations import Turn
 from pipelines.cli.main import app
@@ -168,3 +171,150 @@ def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Run
     (weighed,) = model.answering.weigh(begun)
     assert weighed is not None
     assert sum(token["logprob"] for token in found) == pytest.approx(weighed.model[weighed.labels.index(answer)], abs=1e-4)
+
+
+# ---- rows of conversations, wherever a bank is given rows ---------------------------------------------------------
+
+
+@pytest.fixture
+def command(place: Path, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command on the bank and gives what it writes, as JSON lines; a failure's message."""
+    monkeypatch.setenv("AMLORA_HOME", str(place / "home"))
+
+    def call(name: str, *given: str | Path) -> Any:
+        options = [str(one) for one in given]
+        code = app([name, "models:/chat@current", *options, "--device", "cpu"], standalone_mode=False)
+        said = capsys.readouterr()
+        return said.err if code else [json.loads(line) for line in said.out.splitlines()]
+
+    return call
+
+
+def _test_rows(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "talk" / "test.jsonl").read_text().splitlines()]
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _forms(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The same conversations in every form that can hold them; the last is without the right answers."""
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [[{"from": speakers[t["role"]], "value": t["content"]} for t in row["messages"]] for row in rows]
+    return {
+        "messages": rows,
+        "conversations": [{"conversations": turns} for turns in shared],
+        "prompt": [{"prompt": row["messages"][:-1], "completion": row["messages"][-1]["content"]} for row in rows],
+        "open": [{"messages": row["messages"][:-1]} for row in rows],
+    }
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations", "prompt", "open"])
+def test_generate_answers_conversations_as_chat_does(
+    place: Path, model: AMLoRAModel, command: Any, tmp_path: Path, form: str
+) -> None:
+    rows = _test_rows(place)
+    wanted = [model.chat(row["messages"][:-1]) for row in rows]
+    found = command("generate", _write(tmp_path / "rows.jsonl", _forms(rows)[form]))
+    assert [(one["answer"], one["routed_to"]) for one in found] == [(one.text, one.route.task) for one in wanted]
+    assert found[0].keys() >= _forms(rows)[form][0].keys()
+    labelled = command("classify", tmp_path / "rows.jsonl", "--task", "colours")
+    asked = [model.classify([row["messages"][:-1]], task="colours")[0].label for row in rows]
+    assert [one["label"] for one in labelled] == asked
+
+
+def test_score_counts_rows_of_conversations_as_the_matrix_did(place: Path, command: Any, tmp_path: Path) -> None:
+    matrix = next(
+        score for file in place.glob("home/storage/scores/*/summary.json")
+        if (score := json.loads(file.read_text())) and (score["task"], score["mode"]) == ("talk", "router")
+        and len(read_predictions(file.with_name("predictions.jsonl"))[0].gates or ()) == 2
+    )  # fmt: skip
+    forms = _forms(_test_rows(place))
+    for form in ("messages", "conversations", "prompt"):
+        (found,) = command("score", _write(tmp_path / "rows.jsonl", forms[form]), "--task", "talk", "--json")
+        assert found["metric"] == "rouge_l" and found["accuracy"] == pytest.approx(matrix["accuracy"], abs=1e-12)
+        assert found["routing_accuracy"] == matrix["routing_accuracy"]
+    open_rows = _write(tmp_path / "open.jsonl", forms["open"])
+    assert "open.jsonl, line 1: found no 'label'" in command("score", open_rows, "--task", "talk", "--json")
+
+
+def test_a_labelled_task_is_scored_on_plain_texts_and_on_turns_alike(place: Path, command: Any, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (place / "colours" / "test.jsonl").read_text().splitlines()]
+    turns = [
+        {"messages": [{"role": "user", "content": r["text"]}, {"role": "assistant", "content": r["label"]}]} for r in rows
+    ]
+    (plain,) = command("score", place / "colours" / "test.jsonl", "--task", "colours", "--json")
+    (said,) = command("score", _write(tmp_path / "rows.jsonl", turns), "--task", "colours", "--json")
+    assert plain == said and plain["metric"] == "accuracy"
+
+
+def test_columns_are_named_or_found_and_what_is_no_conversation_is_refused(
+    place: Path, command: Any, tmp_path: Path
+) -> None:
+    rows = [{"talk": row["messages"]} for row in _test_rows(place)]
+    assert len(command("generate", _write(tmp_path / "named.jsonl", rows), "--column", "talk")) == len(rows)
+    frame = pandas.DataFrame({"prompt": ["Which parcel is number 1?"], "completion": ["x"]})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    assert len(command("generate", tmp_path / "rows.parquet")) == 1
+    assert command("generate", tmp_path / "rows.csv", "-o", tmp_path / "out.jsonl") == []
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+    for row, message in (
+        ({"messages": [SYSTEM]}, "line 1: found no user turn before its answer"),
+        ({"messages": [{"role": "oracle", "content": "x"}]}, "an unknown role ('oracle') in turn 1 of 'messages'"),
+        ({"messages": "x"}, "line 1: found a value of type str in column 'messages', expected a list of turns"),
+        ({"other": "x"}, "line 1: text: found nothing"),
+    ):
+        assert message in command("generate", _write(tmp_path / "bad.jsonl", [row]))
+
+
+def test_ask_writes_what_chat_writes(model: AMLoRAModel, command: Any) -> None:
+    for text in ("Which parcel is number 1?", "paint wall red the sky"):
+        (found,) = command("ask", text, "--json")
+        assert found["answer"] == model.chat([{"role": "user", "content": text}]).text
+
+
+def test_mlflow_takes_conversations_and_answers_as_chat_does(place: Path, model: AMLoRAModel) -> None:
+    rows = [row["messages"][:-1] for row in _test_rows(place)]
+    wanted = [model.chat(turns).text for turns in rows]
+    wrapped = BankModel(model)
+    assert wrapped.predict(pandas.DataFrame({"messages": rows})) == wanted
+    mixed = pandas.DataFrame({"messages": [*rows, None], "text": [*[None] * len(rows), "red wall"]})
+    assert wrapped.predict(mixed) == [*wanted, model.predict(["red wall"])[0]]
+    single = pandas.DataFrame({"prompt": ["Which parcel?"], "task": ["talk"]})
+    assert wrapped.predict(single) == [model.chat([{"role": "user", "content": "Which parcel?"}], task="talk").text]
+    with pytest.raises(UserError, match="row 1 of 2: found no user turn"):
+        wrapped.predict(pandas.DataFrame({"messages": [rows[0], [SYSTEM]]}))
+    with pytest.raises(UserError, match="row 1 of 2 has no text"):
+        wrapped.predict(pandas.DataFrame({"messages": [rows[0], None]}))
+
+
+def test_mlflow_loads_the_version_and_takes_its_own_example(place: Path, model: AMLoRAModel) -> None:
+    import mlflow
+
+    from amlora_dist.registry.store import Store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLORA_HOME", str(place / "home"))
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(Store.open(place / "home").connection.uri)
+        try:
+            loaded = mlflow.pyfunc.load_model("models:/chat@current", model_config={"device": "cpu"})
+        finally:
+            mlflow.set_tracking_uri(before)
+    rows = [row["messages"][:-1] for row in _test_rows(place)]
+    assert list(loaded.predict(pandas.DataFrame({"messages": rows}))) == [model.chat(turns).text for turns in rows]
+    assert list(loaded.predict(pandas.DataFrame({"text": ["red wall"]}))) == model.predict(["red wall"])
+    assert loaded.input_example is not None and len(loaded.predict(loaded.input_example)) == 1
+
+
+def test_the_cards_say_how_a_bank_of_conversations_is_asked(model: AMLoRAModel) -> None:
+    manifest = model.bank.manifest
+    assert '"name": "messages"' in mlmodel(manifest) and json.loads(input_example(manifest))["columns"] == ["messages"]
+    card = readme(manifest)
+    assert "model.chat([" in card and "`talk` by rouge_l" in card and "type: rouge_l" in card
+    own = adapter_readme(manifest, "colours", 4)
+    assert "What the user says last, in the base model's chat template (Jinja)" in own and "System: You see." in own
+    assert "free text" in adapter_readme(manifest, "talk", 4)
