@@ -22,7 +22,7 @@ import typer
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.privacy import shown
-from pipelines.cli import banks, cluster, reports, search, store
+from pipelines.cli import banks, cluster, reports, search, serving, store
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -255,6 +255,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 banks.add_commands(app, _answered)
+banks.add_commands(app, _answered, serving.COMMANDS)
 banks.add_commands(app, _answered, cluster.COMMANDS)
 banks.add_commands(app, _answered, store.COMMANDS)
 reports.add_commands(app, _answered)
