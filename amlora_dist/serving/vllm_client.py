@@ -1,4 +1,4 @@
-"""vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, answers that are streamed, prompts that are scored.
+"""vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, answers that are streamed, next tokens that are scored.
 
 Prompts are token ids, and so are answers (``return_token_ids``): what they mean is said by the bank's own tokenizer.
 Everything that goes wrong is an ``EngineAwayError`` with one line that names the server; it never waits for ever.
@@ -26,6 +26,8 @@ SILENT_S = 60.0
 """A server that says nothing for so long is given up."""
 LOAD_S = 120.0
 """For a LoRA to be loaded."""
+MOST_TOKENS = 100
+"""Tokens of one request whose log probabilities are asked for; vLLM takes 128."""
 MOST_SAID = 300
 """Characters of a message of the server's that come into ours."""
 
@@ -121,26 +123,38 @@ class VllmClient:
     async def _has(self, name: str, folder: str) -> bool:
         return any(one.name == name and one.root == folder for one in await self.models())
 
-    async def prompt_scores(
-        self, model: str, prompts: Sequence[Sequence[int]], top: int = 0, *, silent_s: float = SILENT_S
-    ) -> list[list[TokenScore]]:
-        """What the model thinks of the tokens of prompts, each behind those before it; of the first nothing.
+    async def next_scores(
+        self, model: str, prompt: Sequence[int], tokens: Sequence[int], *, silent_s: float = SILENT_S
+    ) -> list[float]:
+        """Log probability of each of some tokens behind a prompt, nats.
+
+        ``prompt_logprobs`` would score whole labels in one request; beside a LoRA they end vLLM 0.32 on CPUs, for everybody.
 
         Args:
             model: a LoRA, or the base model.
-            prompts: token ids.
-            top: how many of the likeliest tokens to name in each place.
+            prompt: token ids.
+            tokens: distinct ids.
             silent_s: seconds that the server may take.
         """
-        body = {"model": model, "prompt": [list(one) for one in prompts], "max_tokens": 1, "temperature": 0.0,
-                "prompt_logprobs": top}  # fmt: skip
+        found: list[float] = []
+        for start in range(0, len(tokens), MOST_TOKENS):
+            some = list(tokens[start : start + MOST_TOKENS])
+            scores = dict(await self._next(model, prompt, silent_s, logprobs=1, logprob_token_ids=some))
+            with self._understood():
+                found += [scores[token] for token in some]
+        return found
+
+    async def likeliest(self, model: str, prompt: Sequence[int], top: int) -> list[tuple[int, float]]:
+        """The likeliest tokens behind a prompt with their log probabilities, the best first."""
+        return (await self._next(model, prompt, SILENT_S, logprobs=top))[:top] if top else []
+
+    async def _next(self, model: str, prompt: Sequence[int], silent_s: float, **asked: Any) -> list[tuple[int, float]]:
+        """What the server names in the place behind a prompt."""
+        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0,
+                "return_tokens_as_token_ids": True, **asked}  # fmt: skip
         async with self._asked("POST", "/v1/completions", timeout=silent_s, json=body) as answer:
             with self._understood():
-                choices = sorted(answer.json()["choices"], key=lambda choice: int(choice["index"]))
-                return [
-                    [_of_prompt(token, entry, top) for token, entry in zip(prompt, choice["prompt_logprobs"], strict=True)]
-                    for prompt, choice in zip(prompts, choices, strict=True)
-                ]
+                return _named(answer.json()["choices"][0]["logprobs"]["top_logprobs"][0])
 
     async def write(
         self, model: str, prompt: Sequence[int], sampling: Sampling, *, eos_id: int, top: int | None = None
@@ -256,19 +270,16 @@ def _said(body: Any) -> str:
     return str(message)[:MOST_SAID]
 
 
-def _of_prompt(token: int, entry: dict[str, dict[str, Any]] | None, top: int) -> TokenScore:
-    if entry is None:
-        return TokenScore(token, None)
-    ranked = sorted((int(one["rank"]), int(other), float(one["logprob"])) for other, one in entry.items())
-    return TokenScore(token, float(entry[str(token)]["logprob"]), tuple((other, score) for _, other, score in ranked[:top]))
+def _named(entry: dict[str, float]) -> list[tuple[int, float]]:
+    """Tokens called ``token_id:NUMBER`` with their log probabilities, the best first."""
+    return sorted(((int(name.rpartition(":")[2]), float(score)) for name, score in entry.items()), key=lambda one: -one[1])
 
 
 def _of_answer(tokens: Sequence[int], found: dict[str, Any] | None, top: int) -> tuple[TokenScore, ...]:
-    """Scores of a chunk's tokens; their names are ``token_id:NUMBER``."""
+    """Scores of a chunk's tokens."""
     if found is None:
         return ()
     made = []
     for token, score, likely in zip(tokens, found["token_logprobs"], found["top_logprobs"], strict=True):
-        best = sorted(((-value, int(name.rpartition(":")[2])) for name, value in (likely or {}).items()))[:top]
-        made.append(TokenScore(token, float(score), tuple((other, -value) for value, other in best)))
+        made.append(TokenScore(token, float(score), tuple(_named(likely or {})[:top])))
     return tuple(made)

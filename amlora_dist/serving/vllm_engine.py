@@ -42,6 +42,7 @@ from amlora_dist.serving.row_routing import RowRequest, label_plan, routed_to_ro
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.token_scores import TokenScore
 from amlora_dist.serving.vllm_client import NotLoadedError, ServedModel, VllmClient
+from amlora_dist.serving.vllm_labels import label_scores
 from amlora_dist.serving.vllm_rows import RowSet, write_rows
 from amlora_dist.serving.vllm_start import check_base, connected
 from amlora_dist.serving.writing import Row
@@ -55,8 +56,6 @@ HEALTH_EVERY_S = 5.0
 """Between two looks at the server, and at versions that nobody needs any more."""
 LOAD_DEADLINE_S = 600.0
 """For all rows of a version to be loaded."""
-LABELS_A_CALL = 64
-"""Labels of one request to vLLM."""
 ROW_FAULTS = (AmloraError, *PASS_FAULTS, LookupError, TypeError, ArithmeticError)
 """What one text's answer may raise."""
 
@@ -282,32 +281,38 @@ class VllmEngine:
         job, request = flight.job, asked.request
         label, shares = None, dict[str, float]()
         if request.labels:
-            label, shares = await self._decided(flight, asked, model)
+            label, shares, _ = await self._decided(flight, asked, model)
         found = Classification(label, request.task, shares, asked.route, asked.foreign)
         self._end(job, Classified(found))
 
     async def _written(self, flight: Flight, asked: RowRequest, model: str) -> None:
         job, request = flight.job, asked.request
         assert job.sampling is not None
-        self._check_positions(request.tokens, job.sampling.new_tokens)
-        if request.labels:
-            label, _ = await self._decided(flight, asked, model)
-            (ids,) = job.bank.model.prompter.labels([label], chat=job.bank.model.prompter.is_chat(request.task))
-            scores: tuple[TokenScore, ...] = ()
-            if request.top is not None:
-                (told,) = await self._client.prompt_scores(model, [(*request.tokens, *ids)], request.top)
-                scores = tuple(told[-len(ids) :])
-            job.tell(Began(asked.route))
-            if job.stream:
-                job.tell(Piece(label, scores))
-            self._end(job, Ended(label, "stop", len(ids), scores))
-            return
-        own = []
         if request.echo:
-            (own,) = await self._client.prompt_scores(model, [request.tokens], request.top or 0)
-        await self._streamed(flight, asked, model, Began(asked.route, tuple(own)))
+            raise UserError("echo: found true beside logprobs, expected false: vLLM cannot score a prompt beside its LoRAs")
+        if request.labels:
+            await self._labelled(flight, asked, model)
+            return
+        self._check_positions(request.tokens, job.sampling.new_tokens)
+        await self._streamed(flight, asked, model)
 
-    async def _streamed(self, flight: Flight, asked: RowRequest, model: str, began: Began) -> None:
+    async def _labelled(self, flight: Flight, asked: RowRequest, model: str) -> None:
+        """Answer with the words of a label."""
+        job, request = flight.job, asked.request
+        label, _, logprobs = await self._decided(flight, asked, model)
+        prompter = job.bank.model.prompter
+        (ids,) = prompter.labels([label], chat=prompter.is_chat(request.task))
+        scores: tuple[TokenScore, ...] = ()
+        if (top := request.top) is not None:
+            prompts = [(*request.tokens, *ids[:cut]) for cut in range(len(ids))]
+            best = await asyncio.gather(*(self._client.likeliest(model, prompt, top) for prompt in prompts))
+            scores = tuple(TokenScore(*one) for one in zip(ids, logprobs, map(tuple, best), strict=False))
+        job.tell(Began(asked.route))
+        if job.stream:
+            job.tell(Piece(label, scores))
+        self._end(job, Ended(label, "stop", len(ids), scores))
+
+    async def _streamed(self, flight: Flight, asked: RowRequest, model: str) -> None:
         """Tell the answer as it comes."""
         job, row = flight.job, Row.of(flight.job)
         assert job.sampling is not None
@@ -318,7 +323,7 @@ class VllmEngine:
             async for chunk in chunks:
                 if not flight.heard:
                     flight.heard = True
-                    job.tell(began)
+                    job.tell(Began(asked.route))
                 for place, token in enumerate(chunk.tokens):
                     row.scores += chunk.scores[place : place + 1]
                     if (event := row.take(token)) is not None:
@@ -326,22 +331,18 @@ class VllmEngine:
                         return
         raise EngineAwayError(f"vLLM at {self._client.url} ended an answer before its end")
 
-    async def _decided(self, flight: Flight, asked: RowRequest, model: str) -> tuple[str, dict[str, float]]:
-        """The label that wins and the share of each, by the keys here and the row there."""
+    async def _decided(
+        self, flight: Flight, asked: RowRequest, model: str
+    ) -> tuple[str, dict[str, float], tuple[float, ...]]:
+        """The label that wins, by the keys here and the row there, the share of each, and what the row thinks of its tokens."""
         plan = label_plan(flight.job.bank, asked)
-        assert plan is not None
-        tokens = asked.request.tokens
-        self._check_positions(tokens, plan.longest + 1)
-        scores: list[float] = []
+        assert plan is not None and asked.request.labels is not None
+        self._check_positions(asked.request.tokens, plan.longest + 1)
         async with self._heavy if flight.job.heavy else contextlib.nullcontext():
-            for start in range(0, len(plan.candidates), LABELS_A_CALL):
-                some = plan.candidates[start : start + LABELS_A_CALL]
-                told = await self._client.prompt_scores(model, [(*tokens, *one) for one in some])
-                flight.heard = True
-                scores += [
-                    sum(score.logprob or 0.0 for score in one[len(tokens) :]) for one in told
-                ]
-        return asked.weighed(scores).decided(asked.kind, asked.beta)
+            scores = await label_scores(self._client, model, asked.request.tokens, plan)
+        flight.heard = True
+        label, shares = asked.weighed([sum(one) for one in scores]).decided(asked.kind, asked.beta)
+        return label, shares, scores[asked.request.labels.index(label)]
 
     def _check_positions(self, tokens: Sequence[int], new_tokens: int) -> None:
         if self._positions is not None and len(tokens) + new_tokens > self._positions:

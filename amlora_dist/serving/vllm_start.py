@@ -12,10 +12,12 @@ from amlora_dist.serving.vllm_rows import RowSet
 
 PROBE = "The order arrived two days late, and the invoice shows a price that nobody had told me before I paid for it."
 """A text of which both base models must think the same."""
+PLACES = 8
+"""Of the probe whose tokens are compared."""
 FIRST_S = 300.0
 """For the first request of all: a server may compile some of its functions in it."""
 MOST_APART = 0.5
-"""Nats, mean over the probe's tokens: what half precision makes of it is far below, another model's weights far above."""
+"""Nats, mean over these tokens: what half precision makes of it is far below, another model's weights far above."""
 
 
 async def connected(client: VllmClient) -> ServedModel:
@@ -52,11 +54,15 @@ async def check_base(client: VllmClient, name: str, model: AMLoRAModel) -> None:
 
     Raises:
         UserError: it is another model.
-        EngineAwayError: the server does not answer.
+        EngineAwayError: the server does not answer, or is of before ``logprob_token_ids``.
     """
     tokens = [int(token) for token in model.tokenizer(PROBE)["input_ids"]]
-    (told,) = await client.prompt_scores(name, [tokens], silent_s=FIRST_S)
-    apart = [abs((score.logprob or 0.0) - own) for score, own in zip(told[1:], _own_scores(model, tokens), strict=True)]
+    places = range(1, len(tokens), max(1, len(tokens) // PLACES))
+    own = own_scores(model, tokens)
+    apart = []
+    for place in places:
+        (score,) = await client.next_scores(name, tokens[:place], [tokens[place]], silent_s=FIRST_S)
+        apart.append(abs(score - own[place - 1]))
     mean = sum(apart) / len(apart)
     if not mean <= MOST_APART:
         raise UserError(
@@ -67,7 +73,7 @@ async def check_base(client: VllmClient, name: str, model: AMLoRAModel) -> None:
 
 
 @torch.no_grad()
-def _own_scores(model: AMLoRAModel, tokens: list[int]) -> list[float]:
+def own_scores(model: AMLoRAModel, tokens: list[int]) -> list[float]:
     """Log probability of each token but the first, by the base model alone: no row has any weight."""
     seen: list[torch.Tensor] = []
     ids_1S = torch.tensor([tokens], device=model.device)
