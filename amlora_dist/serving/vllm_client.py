@@ -1,4 +1,4 @@
-"""vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, answers that are streamed, next tokens that are scored.
+"""vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, streamed answers, scores of next tokens.
 
 Prompts are token ids, and so are answers (``return_token_ids``): what they mean is said by the bank's own tokenizer.
 Everything that goes wrong is an ``EngineAwayError`` with one line that names the server; it never waits for ever.

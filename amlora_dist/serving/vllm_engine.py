@@ -334,7 +334,7 @@ class VllmEngine:
     async def _decided(
         self, flight: Flight, asked: RowRequest, model: str
     ) -> tuple[str, dict[str, float], tuple[float, ...]]:
-        """The label that wins, by the keys here and the row there, the share of each, and what the row thinks of its tokens."""
+        """The label that wins by the keys here and the row there, the share of each, and what its tokens have."""
         plan = label_plan(flight.job.bank, asked)
         assert plan is not None and asked.request.labels is not None
         self._check_positions(asked.request.tokens, plan.longest + 1)

@@ -1,4 +1,4 @@
-"""How likely a model behind vLLM holds each label of a task: the sum over its tokens, each asked for behind the label's beginning.
+"""How likely a model behind vLLM holds each label: the sum over its tokens, each asked for behind the label's beginning.
 
 The beginnings form a trie (``evaluation.label_plan``): each is one request for the tokens that may follow it. The first, the
 prompt alone, goes ahead, so that vLLM has it in its prefix cache when the others come.

@@ -137,8 +137,8 @@ def _arguments(asked: VllmSettings, bank: Bank, options: dict[str, str | None], 
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, and what vLLM needs to take rows. On CPUs, unless it says otherwise, a cache of 1 GiB, and nothing is
-    compiled by torch: it would take a C++ compiler, and the first requests minutes."""
+    """This process's own, and what vLLM needs to take rows. On CPUs, unless it says otherwise, a cache of 1 GiB, and torch
+    compiles nothing: that would take a C++ compiler, and the first requests minutes."""
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
     return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
