@@ -144,8 +144,8 @@ def _run(
     with connected(place, settings, verbose=verbose) as own_serve, _signals() as received:
         from ray import serve
 
-        build = _builder(bank, name, settings, options, key, place.hosts,
-                         None if behind is None else (behind.url, behind.rank))  # fmt: skip
+        build = builder(bank, name, settings, options, key, place.hosts,
+                        None if behind is None else (behind.url, behind.rank))  # fmt: skip
         start(application, deployment(build, place, settings, device=options["device"]), place, verbose=verbose)
         say(f"serving {version} at {place.url}" + (f", vLLM at {behind.url} behind it" if behind else ""))
         try:
@@ -201,7 +201,7 @@ def deployment(
     ).bind()  # fmt: skip
 
 
-def _builder(
+def builder(
     bank: str,
     name: str,
     settings: ServeSettings,
