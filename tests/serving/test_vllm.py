@@ -36,7 +36,8 @@ pytestmark = [
 ]
 ROWS = 34
 """Plain texts of each task."""
-RANK = 8
+RANK = 16
+"""The largest row has 9."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,14 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def vllm(banks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def vllm(banks: list[Path], home: Path) -> Iterator[Vllm]:
     """A vLLM that the project's own code starts, with the first version's rows."""
     assert PYTHON is not None
-    home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLORA_HOME", str(home))
         settings = VllmSettings(url=None, python=Path(PYTHON), rank=RANK)
@@ -70,10 +75,10 @@ def vllm(banks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def served(banks: list[Path], vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def served(banks: list[Path], vllm: Vllm, home: Path) -> Iterator[Running]:
     """The first version, its texts answered by vLLM."""
     bank = ServedBank.load(banks[0], "words", device="cpu")
-    with running(bank, engine=partial(VllmEngine, url=vllm.url, home=tmp_path_factory.mktemp("rows"), rank=RANK)) as one:
+    with running(bank, engine=partial(VllmEngine, url=vllm.url, home=home, rank=RANK)) as one:
         yield one
 
 
