@@ -54,6 +54,8 @@ LOOK_EVERY_S = 0.25
 """Between two looks at whose time is over."""
 HEALTH_EVERY_S = 5.0
 """Between two looks at the server, and at versions that nobody needs any more."""
+AWAY_AFTER = 2
+"""Looks in a row without an answer after which it is away: a busy machine may miss one."""
 LOAD_DEADLINE_S = 600.0
 """For all rows of a version to be loaded."""
 ROW_FAULTS = (AmloraError, *PASS_FAULTS, LookupError, TypeError, ArithmeticError)
@@ -376,21 +378,23 @@ class VllmEngine:
     async def _watch_server(self) -> None:
         """See how vLLM is, and unload the rows of versions that nothing inside needs any more."""
         before: set[ServedBank] = set()
+        misses = 0
         while True:
             await asyncio.sleep(HEALTH_EVERY_S)
             try:
                 await self._client.healthy()
                 if not self._up:
                     log.warning("vLLM at %s answers again", self._client.url)
-                self._up = True
+                self._up, misses = True, 0
                 idle = {bank for bank in self._retired if not any(job.bank is bank for job in self._inside)}
                 for bank in idle & before:  # at two looks: who began before the swap may come in just now
                     await self._let_go(bank)
                 before = idle
             except EngineAwayError as error:
-                if self._up:
+                misses += 1
+                if self._up and misses == AWAY_AFTER:
                     log.warning("%s", error)
-                self._up = False
+                    self._up = False
 
     async def _let_go(self, bank: ServedBank) -> None:
         with self._wake:
