@@ -22,6 +22,8 @@ from amlora_dist.serving.token_scores import TokenScore
 KEY_VARIABLE = "AMLORA_ENGINE_API_KEY"
 """Environment variable with vLLM's ``--api-key``, if it has one."""
 CONNECT_S = 5.0
+IDLE_S = 1.0
+"""For a connection to be kept; vLLM closes one that does nothing for 5 s."""
 SILENT_S = 60.0
 """A server that says nothing for so long is given up."""
 LOAD_S = 120.0
@@ -71,7 +73,7 @@ class VllmClient:
         self._http = httpx.AsyncClient(
             base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None, transport=transport,
             timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE_S),
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -202,7 +204,7 @@ class VllmClient:
         )
         answer: httpx.Response | None = None
         try:
-            answer = await self._http.send(request, stream=True)
+            answer = await self._sent(request)
             if answer.status_code != 200 or not stream:
                 await answer.aread()
             if answer.status_code != 200:
@@ -216,6 +218,14 @@ class VllmClient:
         finally:
             if answer is not None:
                 await answer.aclose()
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        """The head of the answer; asked once more where the server closed the connection instead, as it does with idle ones:
+        a request that is sent twice does no harm here."""
+        try:
+            return await self._http.send(request, stream=True)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            return await self._http.send(request, stream=True)
 
     def _fault(self, answer: httpx.Response) -> EngineAwayError:
         try:

@@ -30,6 +30,8 @@ class FakeVllm:
         """Status and body, in place of an answer."""
         self.slow_s = 0.0
         self.healthy = True
+        self.drops = 0
+        """Requests whose connection is closed without an answer."""
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
         """Status and body of a request."""
@@ -75,6 +77,10 @@ def fake_vllm(score: Score, eos_id: int) -> Iterator[FakeVllm]:
             self._say(*fake.answer(self.path, {}))
 
         def do_POST(self) -> None:
+            if fake.drops:
+                fake.drops -= 1
+                self.close_connection = True
+                return
             length = int(self.headers["content-length"])
             self._say(*fake.answer(self.path, json.loads(self.rfile.read(length))))
 

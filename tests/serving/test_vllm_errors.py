@@ -118,6 +118,15 @@ def test_requests_that_vllm_fails_get_503_and_the_time_to_try_again(
         assert "amlora_engine_failures_total 4.0" in server.client.get("/metrics").text
 
 
+def test_a_connection_that_vllm_closes_costs_nobody_an_answer(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
+    with running(bank, engine=engine(fake.url, tmp_path)) as server:
+        fake.drops = 1
+        assert server.post("/v1/completions", prompt=TEXT).status_code == 200 and fake.drops == 0
+        fake.drops = 2
+        answer = server.post("/v1/completions", prompt=TEXT)
+        assert answer.status_code == 503 and "cannot be reached" in answer.json()["error"]["message"]
+
+
 def test_a_vllm_that_does_not_begin_in_time_is_one_that_is_away(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
     with running(bank, engine=engine(fake.url, tmp_path), request_timeout_s=1.0) as server:
         fake.slow_s = 20.0
