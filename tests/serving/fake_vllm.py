@@ -22,7 +22,7 @@ class FakeVllm:
     """
 
     def __init__(self, score: Score, eos_id: int) -> None:
-        self.scores, self.eos_id = score, eos_id
+        self.score, self.eos_id = score, eos_id
         self.loaded: dict[str, str] = {}
         self.url = ""
         self.refuse_load: tuple[int, dict[str, Any]] | None = None
