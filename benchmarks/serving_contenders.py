@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class OneLora(ServedBank):
         """Without a gate; every answer is written."""
         inputs = tensors(requests, pad_id=self._decoder.pad_id, encoder_decoder=False, device=torch.device("cpu"))
         state = self._decoder.prefill(inputs["input_ids"], inputs["attention_mask"])
-        return state, [self._route] * len(requests), [None] * len(requests)
+        return Started(state, [self._route] * len(requests), [None] * len(requests), [[] for _ in requests])
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
         """Without a gate."""
@@ -123,13 +124,13 @@ class Switched(OneLora):
         """The task."""
         return request.task
 
-    def begin(self, requests: Sequence[Request]) -> tuple[Prefilled, list[Route], list[str | None]]:
+    def begin(self, requests: Sequence[Request]) -> Started:
         """With the task's LoRA."""
         task = requests[0].task
         assert task is not None
         self._switch(task)
         begun = super().begin(requests)
-        begun[0].cache.amlora_task = task
+        begun.state.cache.amlora_task = task
         return begun
 
     def advance(self, state: Prefilled, tokens_B1: Tensor) -> None:
@@ -142,8 +143,8 @@ class Switched(OneLora):
             self._peft.set_adapter(self._adapters[task], inference_mode=True)
 
 
-def builder(kind: str, folder: Path, limits: dict[str, Any]) -> Callable[[], Any]:
-    """Makes the app of a contender in a replica."""
+def builder(kind: str, folder: Path, limits: dict[str, Any], vllm: tuple[str, int] | None = None) -> Callable[[], Any]:
+    """Makes the app of a contender in a replica; ``vllm``: address and largest rank of the server behind ``kind`` vllm."""
 
     def build() -> Any:
         from amlora_dist.serving.app import build_app
@@ -151,12 +152,18 @@ def builder(kind: str, folder: Path, limits: dict[str, Any]) -> Callable[[], Any
 
         model = AMLoRAModel.from_bank(folder, device="cpu")
         bank: ServedBank
-        if kind == "amlora":
+        maker = None
+        if kind == "vllm":
+            from amlora_dist.serving.vllm_engine import VllmEngine
+
+            assert vllm is not None
+            maker = functools.partial(VllmEngine, url=vllm[0], home=home(), rank=vllm[1])
+        if kind in ("amlora", "vllm"):
             bank = ServedBank(model, "bank")
         elif kind == "one_lora":
             bank = OneLora(model, "bank", folder, model.tasks[:1])
         else:
             bank = Switched(model, "bank", folder, model.tasks)
-        return build_app(Service(bank, ServeSettings(**limits)))
+        return build_app(Service(bank, ServeSettings(**limits), maker))
 
     return build

@@ -86,7 +86,10 @@ def test_the_launchers_yaml_is_valid_by_rays_own_schema() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs"), ("rayservice.yaml", "rayservices")],
+)
 def test_kuberays_resources_are_valid_by_its_definitions(file: str, kind: str) -> None:
     source = SCHEMAS / f"ray.io_{kind}.yaml"
     if not source.is_file():
@@ -117,7 +120,9 @@ def closed(schema: Any) -> Any:
 def test_every_document_is_one_and_its_references_lead_somewhere() -> None:
     names = {(document["kind"], document["metadata"]["name"]) for _, document in ALL if document["kind"] != "Kustomization"}
     listed = documents(KUBERAY / "kustomization.yaml")[0]["resources"]
-    assert set(listed) == {file.name for file in MANIFESTS} - {"kustomization.yaml", "rayjob.yaml", "serving.yaml"}
+    assert set(listed) == {file.name for file in MANIFESTS} - {
+        "kustomization.yaml", "rayjob.yaml", "rayservice.yaml", "serving.yaml", "serving-vllm.yaml"
+    }  # fmt: skip
     for _, document in ALL:
         for path, value in values(document):
             if path[-1] == "claimName":
@@ -334,6 +339,62 @@ def test_the_server_s_pods_are_probed_where_it_answers_and_have_the_time_to_fini
     assert (scaled["kind"], scaled["name"]) == ("Deployment", found["Deployment"]["metadata"]["name"])
     policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
     assert {"podSelector": {"matchLabels": labels}} in policies["amlora-mlflow"]["ingress"][0]["from"]
+
+
+def test_vllm_beside_the_server_is_started_as_the_server_wants_it() -> None:
+    whole = {document["kind"]: document for document in documents(KUBERAY / "serving.yaml")}["Deployment"]
+    (patch,) = documents(KUBERAY / "serving-vllm.yaml")
+    assert [patch[key] for key in ("apiVersion", "kind")] == [whole[key] for key in ("apiVersion", "kind")]
+    assert patch["metadata"]["name"] == whole["metadata"]["name"]
+    pod = whole["spec"]["template"]["spec"]
+    server, vllm = patch["spec"]["template"]["spec"]["containers"]
+    assert server["name"] == pod["containers"][0]["name"], "a patch joins containers by their names"
+    command = typer.main.get_command(app).commands[server["args"][0]]
+    given = dict(argument.split("=", 1) for argument in server["args"][2:])
+    assert set(given) <= {name for parameter in command.params for name in parameter.opts}
+    before = dict(argument.split("=", 1) for argument in pod["containers"][0]["args"][2:])
+    assert {key: given[key] for key in before} == before and server["args"][:2] == pod["containers"][0]["args"][:2]
+    told = dict((*argument.split("=", 1), None)[:2] for argument in vllm["args"])
+    assert given["--engine"] == "vllm" and given["--engine-url"] == f"http://{told['--host']}:{told['--port']}"
+    assert given["--engine-rank"] == told["--max-lora-rank"]
+    child = (REPOSITORY / "pipelines" / "cluster" / "vllm_process.py").read_text(encoding="utf-8")
+    assert all(f'"{flag}"' in child for flag in told), "the flags with which the server starts one itself"
+    assert {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "True"} in vllm["env"]
+    assert vllm["securityContext"] == pod["containers"][0]["securityContext"]
+    assert {mount["name"] for mount in vllm["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    home = next(entry["value"] for entry in pod["containers"][0]["env"] if entry["name"] == "AMLORA_HOME")
+    assert any(home.startswith(f"{mount['mountPath']}/") for mount in vllm["volumeMounts"]), "both see the rows"
+
+
+@pytest.mark.integration
+def test_the_rayservice_holds_an_application_that_is_there_and_takes_its_arguments() -> None:
+    import importlib
+
+    from ray.serve.schema import ServeDeploySchema
+
+    from pipelines.cluster.serve_app import ServedBankArgs
+
+    (document,) = documents(KUBERAY / "rayservice.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(document["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    args = ServedBankArgs.model_validate(application.args)
+    assert args.bank.endswith("@champion"), "never whatever is newest"
+    cluster = document["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == args.replicas, "a node, and its GPU, for each"
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], workers)]
+    assert pods[1]["terminationGracePeriodSeconds"] >= args.limits.request_timeout_s + STOP_GRACE_S
+    server = {document["kind"]: document for document in documents(KUBERAY / "serving.yaml")}["Deployment"]
+    plain = server["spec"]["template"]["spec"]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert {port["name"]: port["containerPort"] for port in container["ports"]}["serve"] == config.http_options.port
+        assert pod["securityContext"] == plain["securityContext"] and not pod["automountServiceAccountToken"]
+        assert container["securityContext"] == plain["containers"][0]["securityContext"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
 def test_everything_that_an_image_installs_has_one_version() -> None:

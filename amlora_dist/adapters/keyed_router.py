@@ -65,7 +65,8 @@ class KeyedRouter:
         labels: how many labels each task has; 0 for free text.
         keys: of the bank.
         temperature: fitted; ``gate.temperature`` overrides it if it is a number.
-        beta: fitted weight of the keys' evidence for a label beside the language model's.
+        beta: weight of the keys' evidence for a label beside the language model's, fitted over all tasks.
+        betas: the same for each task, by its own held-out rows and those of all.
         gate: thresholds.
         background: weights (K, d) and bias (K,) of the background's keys; None for none.
         whole: keys for whole tasks, whose posterior is weighed in; None where the keys are such keys already.
@@ -85,13 +86,16 @@ class KeyedRouter:
     whole: Keys | None = None
     whole_temperature: float = 1.0
     unseen: Keys | None = None
+    betas: tuple[float, ...] = ()
     parts: tuple[str, ...] = ()
     foreign_above: tuple[tuple[float, float], ...] = ()
     kind: str = "posterior"
     needs_features: bool = True
 
     def __post_init__(self) -> None:
-        if self.keys.tasks != len(self.tasks) or len(self.labels) != len(self.tasks):
+        if not self.betas:
+            object.__setattr__(self, "betas", (self.beta,) * len(self.tasks))
+        if self.keys.tasks != len(self.tasks) or not len(self.labels) == len(self.betas) == len(self.tasks):
             raise BankError(f"router: keys of {self.keys.tasks} tasks do not fit {len(self.tasks)} tasks")
         if self.keys.weights.dim() != 2 or self.keys.weights.shape[0] != len(self.keys.task):
             raise BankError(f"router: keys {tuple(self.keys.weights.shape)} do not fit {len(self.keys.task)} entries")
@@ -182,6 +186,7 @@ class KeyedRouter:
         keys = {"task": list(self.keys.task), "label": list(self.keys.label), "labels": list(self.labels)}
         return {
             "kind": self.kind, "tasks": self.tasks, "temperature": self.temperature, "beta": self.beta, "keys": keys,
+            "betas": list(self.betas),
             "gate": asdict(self.gate), "parts": list(self.parts),
             "foreign_above": [list(one) for one in self.foreign_above],
             **{
@@ -218,7 +223,9 @@ def keyed_router(
     shrinkages = SHRINKAGES if shrinkage is None else (shrinkage,)
     fitted = fit(statistics, rule, shrinkages, depth_choices(len(statistics[0].mean), depths))
     labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
-    router = KeyedRouter([s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate)
+    router = KeyedRouter(
+        [s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate, betas=fitted.betas
+    )
     if any(label >= 0 for label in fitted.keys.label):
         whole = fit(statistics, "task", shrinkages, [fitted.columns])
         router = replace(router, whole=whole.keys, whole_temperature=whole.temperature)
@@ -287,6 +294,7 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         GateSettings(**settings["gate"]),
         (extra["background.weights"], extra["background.bias"]) if has_background else None,
         whole, float(settings.get("whole_temperature", 1.0)), unseen,
+        tuple(map(float, settings.get("betas", ()))),
         tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]),
     )  # fmt: skip
 

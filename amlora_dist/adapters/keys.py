@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.statistics import TaskStatistics
 
 KeyRule = Literal["task", "label"]
-KEYS_RULE = 2
+KEYS_RULE = 3
 """Raised when the same statistics would make another router than before: scores of served answers are then computed again,
 and no adapter is trained again."""
 BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -39,6 +39,8 @@ SCALES: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 sure both are together, for a model that was trained on few rows is surer than it should be."""
 FEWEST_ROWS = 48
 """Held-out rows from which on beta is fitted."""
+POOLED_ROWS = 16.0
+"""So many rows the mean over all tasks counts in the weight of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +159,7 @@ class Fitted:
     """Features that the keys read, (c,) int64; their weights of the others are 0."""
     temperature: float
     beta: float
+    betas: tuple[float, ...]
 
 
 def fit(
@@ -184,9 +187,9 @@ def fit(
             keys = make_keys(narrow, rule, shrinkage)
             found.append((*fit_temperature(narrow, keys), shrinkage, columns, widened(keys, columns, width)))
     _, temperature, shrinkage, columns, keys = min(found, key=lambda one: one[0])
-    beta = fit_beta(statistics, keys, temperature)
+    beta, betas = fit_betas(statistics, keys, temperature)
     whole = make_keys([one.with_held().of_columns(columns) for one in statistics], rule, shrinkage)
-    return Fitted(widened(whole, columns, width), keys, shrinkage, columns, temperature, beta)
+    return Fitted(widened(whole, columns, width), keys, shrinkage, columns, temperature, beta, betas)
 
 
 def depth_choices(width: int, depths: int) -> list[Tensor]:
@@ -231,13 +234,15 @@ def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[f
     return best
 
 
-def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: float) -> float:
+def fit_betas(statistics: Sequence[TaskStatistics], keys: Keys, temperature: float) -> tuple[float, tuple[float, ...]]:
     """The weight of the grid at which held-out rows find their own label likeliest, under their own task's row, at the best
-    of ``SCALES``.
+    of ``SCALES``: over all tasks, and for each.
 
-    Fewer than ``FEWEST_ROWS`` rows say too little: ``PRIOR_BETA``.
+    A task's own rows are few: the mean loss over all counts as ``POOLED_ROWS`` rows more. Fewer than ``FEWEST_ROWS`` rows in
+    all say too little: ``PRIOR_BETA``.
     """
-    totals = torch.zeros(len(BETAS), len(SCALES), dtype=torch.float64)
+    losses: dict[int, Tensor] = {}
+    pooled = torch.zeros(len(BETAS), len(SCALES), dtype=torch.float64)
     rows = 0
     for place, one in enumerate(statistics):
         held = one.held
@@ -248,11 +253,24 @@ def fit_beta(statistics: Sequence[TaskStatistics], keys: Keys, temperature: floa
         if own is None:
             continue
         rows += len(model)
-        at = torch.arange(len(model))
-        for number, beta in enumerate(BETAS):
-            for column, scale in enumerate(SCALES):
-                shares = torch.log_softmax((model + beta * own) / scale, dim=-1)
-                totals[number, column] -= shares[at, held.labels].sum()
+        grid = _label_losses(model, own, held.labels)
+        pooled += grid
+        losses[place] = grid.amin(dim=1)
     if rows < FEWEST_ROWS:
-        return PRIOR_BETA * temperature / PRIOR_TEMPERATURE
-    return BETAS[int(totals.amin(dim=1).argmin())]
+        prior = PRIOR_BETA * temperature / PRIOR_TEMPERATURE
+        return prior, (prior,) * len(statistics)
+    of_all = pooled.amin(dim=1)
+    beta = BETAS[int(of_all.argmin())]
+    shared = POOLED_ROWS * of_all / rows
+    each = [BETAS[int((losses[t] + shared).argmin())] if t in losses else beta for t in range(len(statistics))]
+    return beta, tuple(each)
+
+
+def _label_losses(model_nL: Tensor, keys_nL: Tensor, labels_n: Tensor) -> Tensor:
+    """Minus the log share of the right label, summed over rows, for each of ``BETAS`` and ``SCALES``."""
+    at = torch.arange(len(labels_n))
+    grid = [
+        [-torch.log_softmax((model_nL + beta * keys_nL) / scale, dim=-1)[at, labels_n].sum() for scale in SCALES]
+        for beta in BETAS
+    ]
+    return torch.stack([torch.stack(line) for line in grid])

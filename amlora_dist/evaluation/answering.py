@@ -46,19 +46,26 @@ class Weighed:
     """Summed log-likelihood of each label behind the prompt, nats."""
     keys: tuple[float, ...] | None
     """Log posterior of each label by the keys, given the task; None where its labels have no keys."""
+    beta: float = 0.0
+    """Weight of the keys' evidence beside the model's."""
 
-    def score(self, kind: EvidenceKind, beta: float) -> list[float]:
+    def score(self, kind: EvidenceKind) -> list[float]:
         """What the evidence says of each label: log p_model + beta log p_keys, or one of them."""
         if kind == "model" or self.keys is None:
             return list(self.model)
         if kind == "keys":
             return list(self.keys)
-        return [model + beta * keys for model, keys in zip(self.model, self.keys, strict=True)]
+        return [model + self.beta * keys for model, keys in zip(self.model, self.keys, strict=True)]
 
-    def best(self, kind: EvidenceKind, beta: float) -> int:
+    def best(self, kind: EvidenceKind) -> int:
         """The place of the label that wins; of equals the first."""
-        score = self.score(kind, beta)
+        score = self.score(kind)
         return score.index(max(score))
+
+    def decided(self, kind: EvidenceKind) -> tuple[str, dict[str, float]]:
+        """The label that wins, and the share of each: softmax over what the evidence says."""
+        shares = torch.softmax(torch.tensor(self.score(kind), dtype=torch.float64), dim=0).tolist()
+        return self.labels[self.best(kind)], dict(zip(self.labels, shares, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +99,28 @@ class Answered:
 
 
 @dataclass(slots=True)
-class Begun:
-    """Texts that were read, routed and asked: the rows of ``state`` are those of ``requests``."""
+class Prepared:
+    """Texts that were read and routed, each with the prompt of its task: what an engine elsewhere needs."""
 
     requests: list[Request]
-    state: Prefilled
     gate_BT: Tensor
     evidence: Evidence
     routes: list[Route]
-    features_BF: Tensor
-    best_by_keys: list[str | None]
-    """The task of the label that the keys like best among all of the bank's; None without evidence."""
 
     @property
     def foreign(self) -> list[float | None]:
         """How foreign each text looks; None without a background."""
         return [None if score == -torch.inf else score for score in self.evidence.foreign_B.tolist()]
+
+
+@dataclass(slots=True)
+class Begun(Prepared):
+    """Prepared texts whose prompts were read here: the rows of ``state`` are those of ``requests``."""
+
+    state: Prefilled
+    features_BF: Tensor
+    best_by_keys: list[str | None]
+    """The task of the label that the keys like best among all of the bank's; None without evidence."""
 
 
 class Answering:
@@ -119,7 +132,7 @@ class Answering:
         prompter: of the bank.
         router: of the bank.
         kind: which evidence decides between the labels of a task.
-        beta: weight of the keys' evidence; None: the router's fitted one.
+        beta: weight of the keys' evidence; None: the one that the router has fitted for each task.
         device: where the model is.
         full_forward: never end a pass early (ZeRO-3).
         agree: makes every rank do as many passes as the others (ZeRO-3).
@@ -142,11 +155,17 @@ class Answering:
         self.mixture, self.decoder, self.prompter, self.device = mixture, decoder, prompter, device
         self.router = router.to(device)
         self.kind: EvidenceKind = kind
-        self.beta = router.beta if beta is None else beta
+        self._beta = beta
         self.rows_TN = rows_TN
         self._whole = full_forward
         self._agree = agree or (lambda number: number)
         self._trunk = None if full_forward else keeping_trunk(mixture)
+
+    def beta_of(self, task: str | None) -> float:
+        """Weight of the keys' evidence for the labels of a task."""
+        if self._beta is not None:
+            return self._beta
+        return self.router.betas[self.router.tasks.index(task)] if task in self.router.tasks else self.router.beta
 
     # ---- the steps --------------------------------------------------------------------------------------------
 
@@ -182,7 +201,6 @@ class Answering:
                 request.task = self.mixture.task_names[best[place]]
         return torch.stack([request.gate for request in requests if request.gate is not None])
 
-    @torch.no_grad()
     def begin(
         self, requests: Sequence[Request], *, new_tokens: int | None = None, router: KeyedRouter | None = None,
         reading: Reading | None = None,
@@ -200,6 +218,17 @@ class Answering:
         """
         requests = list(requests)
         reading = self.read(requests) if reading is None else reading
+        known = self.prepare(requests, reading, new_tokens=new_tokens, router=router)
+        with torch.no_grad():
+            state = self._prefilled(requests, reading, known.gate_BT)
+        best = self.by_keys(known.evidence)
+        return Begun(requests, known.gate_BT, known.evidence, known.routes, state, reading.features_BF, best)
+
+    @torch.no_grad()
+    def prepare(
+        self, requests: list[Request], reading: Reading, *, new_tokens: int | None = None, router: KeyedRouter | None = None
+    ) -> Prepared:
+        """Route texts that were read, and put the prompts of their tasks around them; see ``begin``."""
         evidence = self.evidence(reading, router)
         gate_BT = self.route(requests, evidence)
         for request in requests:
@@ -208,9 +237,7 @@ class Answering:
                 request.labels = None if entry is None or entry.labels is None else tuple(entry.labels)
             room = self.prompter.answer_limit(request.task) if new_tokens is None else new_tokens
             self.prompter.ask(request, new_tokens=room)
-        state = self._prefilled(requests, reading, gate_BT)
-        found = routes(gate_BT, self.mixture.task_names, self.rows_TN)
-        return Begun(requests, state, gate_BT, evidence, found, reading.features_BF, self.by_keys(evidence))
+        return Prepared(requests, gate_BT, evidence, routes(gate_BT, self.mixture.task_names, self.rows_TN))
 
     def by_keys(self, evidence: Evidence) -> list[str | None]:
         """The task of the label that the keys like best among all of the bank's, for each text."""
@@ -239,10 +266,21 @@ class Answering:
             passes += count_passes(self.decoder, part, plan, room)
             scores_BL = (yield from scoring(self.decoder, part, plan, room)).tolist()
             for row, scores in zip(rows, scores_BL, strict=True):
-                found[row] = Weighed(names, tuple(scores), self._of_keys(begun, row, names))
+                found[row] = self.weighed(begun, row, names, scores)
         for _ in range(self._agree(passes) - passes):  # under ZeRO-3 every rank makes equally many passes
             self.decoder.advance(picked(begun.state, [0]), torch.full((1, 1), self.decoder.pad_id, device=self.device))
         return found
+
+    def weighed(self, known: Prepared, row: int, names: tuple[str, ...], model: Sequence[float]) -> Weighed:
+        """What is known of the labels of one text: by the keys, and by a model, here or elsewhere.
+
+        Args:
+            known: the text is its row ``row``.
+            names: the labels.
+            model: summed log-likelihood of each label behind the text's prompt, nats.
+        """
+        task = known.requests[row].task
+        return Weighed(names, tuple(model), self._of_keys(known, row, names), self.beta_of(task))
 
     def choose(self, begun: Begun) -> list[str | None]:
         """The label of each row that ``decide`` would serve, without the likelihoods of all the others; None for rows
@@ -266,7 +304,7 @@ class Answering:
                     found[rows[place]] = names[known.index(max(known))]
                     undecided.remove(place)
                 elif known is not None and self.kind == "both":
-                    more_BL[place] = self.beta * torch.tensor(known)
+                    more_BL[place] = self.beta_of(begun.requests[rows[place]].task) * torch.tensor(known)
             if not undecided:
                 continue
             left = [rows[place] for place in undecided]
@@ -290,9 +328,7 @@ class Answering:
 
     def decide(self, weighed: Weighed) -> tuple[str, dict[str, float]]:
         """The label that is served, and the share of each."""
-        score = torch.tensor(weighed.score(self.kind, self.beta), dtype=torch.float64)
-        shares = torch.softmax(score, dim=0).tolist()
-        return weighed.labels[weighed.best(self.kind, self.beta)], dict(zip(weighed.labels, shares, strict=True))
+        return weighed.decided(self.kind)
 
     def answered(
         self,
@@ -413,13 +449,13 @@ class Answering:
     def _room(begun: Begun) -> Room:
         return Room(max(len(request.tokens) for request in begun.requests), len(begun.requests))
 
-    def _of_keys(self, begun: Begun, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
-        task = begun.requests[row].task
+    def _of_keys(self, known: Prepared, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
+        task = known.requests[row].task
         entry = None if task is None else self.prompter.entries.get(task)
         if task is None or entry is None or tuple(entry.labels or ()) != names:
             return None
         place = self.router.tasks.index(task)
-        found = self.router.of_labels(begun.evidence.scores_BJ[row : row + 1], place)
+        found = self.router.of_labels(known.evidence.scores_BJ[row : row + 1], place)
         return None if found is None else tuple(found[0].tolist())
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:

@@ -124,7 +124,7 @@ class ServedScore:
             references=list(row.references) or None,
         )  # fmt: skip
         if self.labels is not None and true is not None:
-            best = true.best("model", 0.0)
+            best = true.best("model")
             bare = replace(bare, ranked=best, ranked_correct=self.labels[best] == row.answer)
         return self.decided(bare, one.weighed, one.foreign, begun.best_by_keys[place])
 
@@ -132,11 +132,11 @@ class ServedScore:
         self, before: Prediction, weighed: Weighed | None, foreign: float | None, by_keys: str | None
     ) -> Prediction:
         """A prediction with the served answer, and those of each kind of evidence, from what the model said of a row."""
-        kind, beta = self.answering.kind, self.answering.beta
+        kind = self.answering.kind
         if weighed is None:
             answers = dict.fromkeys(KINDS, before.output)
         else:
-            answers = {one: weighed.labels[weighed.best(one, beta)] for one in KINDS}
+            answers = {one: weighed.labels[weighed.best(one)] for one in KINDS}
         counts = {one: self._correct(text, before, written=weighed is None) for one, text in answers.items()}
         return replace(
             before, served=answers[kind], correct=counts[kind],
@@ -176,7 +176,8 @@ def rescored(
                 evidence.scores_BJ[place : place + 1], answering.router.tasks.index(one.route)
             )
             weighed = Weighed(
-                tuple(one.labels), tuple(one.loglikelihoods), None if keys is None else tuple(keys[0].tolist())
+                tuple(one.labels), tuple(one.loglikelihoods), None if keys is None else tuple(keys[0].tolist()),
+                answering.beta_of(one.route),
             )
         score = float(evidence.foreign_B[place])
         made.append(scorer.decided(one, weighed, None if score == -torch.inf else score, by_keys[place]))

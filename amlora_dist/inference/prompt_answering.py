@@ -52,7 +52,7 @@ class PromptAnswering:
     def routed(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Route]:
         """How the router weighs texts behind the bank's prompt."""
         self.prompter.fill(requests, new_tokens=0)
-        return routes(self._gates(requests, batch_size, router), self.tasks, self.rows_TN)
+        return routes(self.gates(requests, batch_size, router), self.tasks, self.rows_TN)
 
     def answered(
         self, requests: Sequence[Request], batch_size: int, max_new_tokens: int | None, router: Router | None
@@ -84,14 +84,7 @@ class PromptAnswering:
         self, requests: Sequence[Request], batch_size: int, router: Router | None
     ) -> Generator[int, None, list[Classification]]:
         """Labels, with a stop after each pass."""
-        self._choose_labels([request for request in requests if request.labels is None], batch_size, router)
-        ranked = [request for request in requests if request.labels]
-        # Room for each one's own labels: those of another caller must not cut this one's text.
-        sizes: dict[int, list[Request]] = {}
-        for request in ranked:
-            sizes.setdefault(self.prompter.plan(request.labels or (), request.task).longest, []).append(request)
-        for longest, group in sizes.items():
-            self.prompter.fill(group, new_tokens=longest + 1)
+        ranked = self.with_labels(requests, batch_size, router)
         made: dict[int, Classification] = {}
         for request in requests:
             if not request.labels and request.gate is not None:
@@ -101,6 +94,18 @@ class PromptAnswering:
             made |= yield from self._ranking(batch, batch_size, router)
         return [made[place] for place in range(len(requests))]
 
+    def with_labels(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Request]:
+        """Give every request labels and the prompt in front of them; returns those that have labels."""
+        self._choose_labels([request for request in requests if request.labels is None], batch_size, router)
+        ranked = [request for request in requests if request.labels]
+        # Room for each one's own labels: those of another caller must not cut this one's text.
+        sizes: dict[int, list[Request]] = {}
+        for request in ranked:
+            sizes.setdefault(self.prompter.plan(request.labels or (), request.task).longest, []).append(request)
+        for longest, group in sizes.items():
+            self.prompter.fill(group, new_tokens=longest + 1)
+        return ranked
+
     def _choose_labels(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> None:
         """Give every request the labels of its task; of the task that the router chooses, where none is named."""
         for task in {request.task for request in requests if request.task is not None}:
@@ -108,7 +113,7 @@ class PromptAnswering:
         routed = [request for request in requests if request.task is None]
         if routed:
             self.prompter.fill(routed, new_tokens=0)
-            gate_BT = self._gates(routed, batch_size, router)
+            gate_BT = self.gates(routed, batch_size, router)
             found = routes(gate_BT, self.tasks, self.rows_TN)
             for request, gate_T, route in zip(routed, gate_BT, found, strict=True):
                 request.gate, request.task = gate_T, route.task
@@ -117,7 +122,7 @@ class PromptAnswering:
             request.labels = None if labels is None else tuple(labels)
 
     @torch.no_grad()
-    def _gates(self, requests: Sequence[Request], batch_size: int, chosen: Router | None) -> Tensor:
+    def gates(self, requests: Sequence[Request], batch_size: int, chosen: Router | None) -> Tensor:
         """The router's gates (B, T), on the model's device, by a partial pass."""
         router = chosen or self.mixture.router
         made: dict[int, Tensor] = {}

@@ -63,16 +63,20 @@ def write_row(folder: Path, bank: Bank, task: str, base: str | None = None) -> P
 
     ``base`` is what its configuration says of the base model; None: what the bank says.
     """
-    adapter = row_adapter(bank, task)
+    return write_lora(folder, bank.manifest, row_adapter(bank, task), base)
+
+
+def write_lora(folder: Path, manifest: Manifest, adapter: Adapter, base: str | None = None) -> Path:
+    """Write an adapter of one's own making, without a recipe, as ``write_row`` does a task's row."""
     line = adapter_entry(adapter, 1, training_fingerprint="0" * 64, parent=None)
-    config = peft_config(bank.manifest, line)
+    config = peft_config(manifest, line)
     if base is not None:
         config |= {"base_model_name_or_path": base, "revision": None}
     named = {f"base_model.model.{module}.lora_A.weight": tensor for module, tensor in adapter.a.items()}
     named |= {f"base_model.model.{module}.lora_B.weight": tensor for module, tensor in adapter.b.items()}
     write_tensors(folder / MODEL_FILE, named)
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
-    write_text(folder / README_FILE, adapter_readme(bank.manifest, task, adapter.rank))
+    write_text(folder / README_FILE, adapter_readme(manifest, adapter.task, adapter.rank))
     return folder
 
 

@@ -23,7 +23,7 @@ from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
 from amlora_dist.serving.answers import Part, Writer, cards, classify, error_body, prompts_of, turns_of
-from amlora_dist.serving.jobs import BusyError, LateError, StoppingError
+from amlora_dist.serving.jobs import BusyError, EngineAwayError, LateError, StoppingError
 from amlora_dist.serving.metrics import CONTENT_TYPE
 from amlora_dist.serving.middleware import Gatekeeper
 from amlora_dist.serving.service import Service, UnknownModelError, unknown_model
@@ -34,6 +34,7 @@ STATUS: list[tuple[type[AmloraError], int, str, str | None]] = [
     (UserError, 400, "invalid_request_error", None),
     (BusyError, 429, "rate_limit_error", "too_many_texts"),
     (StoppingError, 503, "server_error", "stopping"),
+    (EngineAwayError, 503, "server_error", "engine_away"),
     (LateError, 504, "server_error", "timeout"),
 ]
 """Errors of this project: HTTP status, OpenAI's type and code; the first that fits."""
@@ -47,7 +48,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     415: {"description": "The body is not application/json"},
     429: {"description": "Too many texts or bytes at once; try again later"},
     500: {"description": "A fault of the server"},
-    503: {"description": "The server is shutting down, or lost a replica; try again later"},
+    503: {"description": "The server is shutting down, lost a replica, or its engine cannot be reached; try again later"},
     504: {"description": "The answer took longer than the server allows"},
 }
 EVENT = {

@@ -23,13 +23,13 @@ from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.decode_batch import can_join, joined, keep
-from amlora_dist.serving.detokenizer import Detokenizer
-from amlora_dist.serving.jobs import Began, BusyError, Ended, Event, Failed, Job, Piece, StoppingError
-from amlora_dist.serving.queueing import FairQueue
+from amlora_dist.serving.jobs import Began, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.queueing import Admission, FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
-from amlora_dist.serving.token_scores import TokenScore, scored
+from amlora_dist.serving.token_scores import scored
+from amlora_dist.serving.writing import Row
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +44,6 @@ DEAD_AFTER_S = 300.0
 
 Observe = Callable[[str, int, float], None]
 """Receives the kind of a pass (``prefill``, ``decode``, ``classify``), its rows and its seconds."""
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """A job whose answer is being written."""
-
-    job: Job
-    detokenizer: Detokenizer
-    generator: torch.Generator | None = None
-    scores: list[TokenScore] = field(default_factory=list)
-    """Of what was written, where the request asks for them."""
-    told: int = 0
-    """How many of them went out with pieces."""
 
 
 @dataclass(eq=False, slots=True)
@@ -85,8 +72,7 @@ class Engine:
         self._ranker = Ranker(settings, self._observe, self._end)
         self._look_at = 0.0
         self._groups: list[Group] = []
-        self._inside: set[Job] = set()
-        self._heavy_inside = 0
+        self._inside = Admission(settings)
         self._stopping = False
         self._give_up_at = float("inf")
         self._turn_began: float | None = None
@@ -96,6 +82,12 @@ class Engine:
         """Begin to work."""
         self._thread.start()
 
+    def load(self, bank: ServedBank) -> None:
+        """Nothing: a bank comes with its model."""
+
+    def retire(self, bank: ServedBank) -> None:
+        """Nothing: what the last row of it lets go is gone."""
+
     def stop(self, deadline_s: float) -> None:
         """Take nothing more, finish what is inside, and end; what is not done by then fails."""
         with self._wake:
@@ -104,6 +96,11 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(deadline_s + DEAD_AFTER_S)
+
+    @property
+    def ready(self) -> bool:
+        """Always: nothing else is needed."""
+        return True
 
     @property
     def alive(self) -> bool:
@@ -122,26 +119,10 @@ class Engine:
         return len(self._to_write) + self._ranker.waiting
 
     def check_room(self, texts: int, *, heavy: bool) -> None:
-        """Refuse what there is no room for, before any work goes into it.
-
-        Args:
-            texts: of one request.
-            heavy: whether it is of much work; such may fill half of the room.
-
-        Raises:
-            BusyError: more texts than ``max_concurrency``.
-            StoppingError: it is shutting down.
-        """
+        """Refuse what there is no room for, before any work goes into it; see ``AnswerEngine``."""
         if self._stopping or not self._thread.is_alive():
             raise StoppingError("the server is shutting down")
-        most, inside = self._settings.max_concurrency, len(self._inside)
-        if inside + texts > most:
-            raise BusyError(f"the server has {inside} texts at work and takes {most} at once; try again later")
-        if heavy and self._heavy_inside and self._heavy_inside + texts > most // 2:
-            raise BusyError(
-                f"the server has {self._heavy_inside} texts with many labels at work and takes {most // 2} of them at "
-                "once; try again later, or with fewer texts or labels in one request"
-            )
+        self._inside.check(texts, heavy=heavy)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take all of these jobs, the texts of one request, or none. Raises as ``check_room``."""
@@ -149,8 +130,7 @@ class Engine:
             return
         with self._wake:
             self.check_room(len(jobs), heavy=jobs[0].heavy)
-            self._inside.update(jobs)
-            self._heavy_inside += sum(job.heavy for job in jobs)
+            self._inside.add(jobs)
             if jobs[0].sampling is None:
                 self._ranker.add(jobs)
             else:
@@ -256,9 +236,7 @@ class Engine:
 
     def _end(self, job: Job, event: Event) -> None:
         with self._wake:
-            if job in self._inside:
-                self._inside.remove(job)
-                self._heavy_inside -= job.heavy
+            self._inside.remove(job)
         job.tell(event)
 
     # ---- the passes -------------------------------------------------------------------------------------------
@@ -287,7 +265,9 @@ class Engine:
                     generator.seed()
                 else:
                     generator.manual_seed(job.sampling.seed)
-            rows.append(Row(job, Detokenizer(bank.decode, job.sampling.stops, live=job.stream), generator))
+            row = Row.of(job)
+            row.generator = generator
+            rows.append(row)
         if not going:
             return
         if len(going) < len(jobs):
@@ -314,7 +294,7 @@ class Engine:
                 if row.job.request.top is not None:
                     logits_1V = group.state.logits[place : place + 1]
                     row.scores += scored(logits_1V, tokens[place : place + 1], row.job.request.top)
-                event = self._written(group.bank, row, tokens[place])
+                event = row.take(tokens[place])
             except ROW_FAULTS as error:  # its own sampling, its own text: no other row may suffer for it
                 log.exception("a row of %d could not be written on", len(group.rows))
                 event = Failed(error)
@@ -353,24 +333,3 @@ class Engine:
                 self._fail([row.job], own, None)
             else:
                 self._groups.append(Group(group.bank, group.key, state, [row]))
-
-    def _written(self, bank: ServedBank, row: Row, token: int) -> Event | None:
-        """What a row's next token means: the job's last event, or None where it goes on."""
-        job, detokenizer = row.job, row.detokenizer
-        if (error := job.over()) is not None:
-            return Failed(error)
-        assert job.sampling is not None
-        count = len(detokenizer.tokens) + (token != bank.eos_id)
-        ended = token == bank.eos_id
-        piece = "" if ended else detokenizer.grow(token)
-        ended = ended or detokenizer.stopped
-        full = count == job.sampling.new_tokens
-        if ended or full:
-            piece += detokenizer.finish()
-        fresh = tuple(row.scores[row.told :])
-        if job.stream and (piece or (fresh and (ended or full))):
-            job.tell(Piece(piece, fresh))
-            row.told = len(row.scores)
-        if ended or full:
-            return Ended(detokenizer.text, "stop" if ended else "length", count, tuple(row.scores))
-        return None

@@ -13,8 +13,8 @@ from amlora_dist.serving.sampling import Sampling
 from amlora_dist.serving.token_scores import TokenScore
 
 __all__ = [
-    "Began", "BusyError", "Classified", "Ended", "EngineError", "Event", "Failed", "Job", "LateError", "Piece", "Sampling",
-    "StoppingError",
+    "Began", "BusyError", "Classified", "Ended", "EngineAwayError", "EngineError", "Event", "Failed", "Job", "LateError",
+    "Piece", "Sampling", "StoppingError",
 ]  # fmt: skip
 
 
@@ -28,6 +28,10 @@ class StoppingError(AmloraError):
 
 class EngineError(AmloraError):
     """A pass failed; the log says why."""
+
+
+class EngineAwayError(AmloraError):
+    """The server that computes for this one cannot be reached, is too slow or does not do what it must; try again later."""
 
 
 class LateError(AmloraError):

@@ -461,7 +461,7 @@ class ModelList(_Said):
 class Health(_Said):
     """Whether the server can answer, and with what."""
 
-    status: Literal["ok", "stopping", "failed"]
+    status: Literal["ok", "stopping", "failed", "engine_away"]
     model: str
     version: str
 

@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 if TYPE_CHECKING:
     from amlora_dist.evaluation.requests import Route
-    from amlora_dist.serving.engine import Engine
+    from amlora_dist.serving.engine_interface import AnswerEngine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -31,13 +31,19 @@ class Meters:
         self._routed = Counter("amlora_routed", "Texts by the task they were routed to", ["task"], registry=registry)
         self._texts = Gauge("amlora_texts", "Texts inside, waiting or at work", registry=registry)
         self._waiting = Gauge("amlora_texts_waiting", "Texts that wait for their first pass", registry=registry)
+        self._strongest = Counter(
+            "amlora_strongest_row", "Texts between tasks, answered by the row of the strongest alone", registry=registry
+        )
+        self._away = Counter("amlora_engine_failures", "Texts that the engine's server did not answer", registry=registry)
+        self._ready = Gauge("amlora_engine_ready", "1 where the engine can answer", registry=registry)
         self._version = Gauge("amlora_version", "1 for the version that is served", ["version"], registry=registry)
         self._failures = Counter("amlora_follow_failures", "Looks at the alias that failed", registry=registry)
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: AnswerEngine) -> None:
         """Read how much is inside ``engine`` whenever somebody asks."""
         self._texts.set_function(lambda: engine.texts)
         self._waiting.set_function(lambda: engine.waiting)
+        self._ready.set_function(lambda: float(engine.alive and engine.ready))
 
     def passed(self, kind: str, rows: int, seconds: float) -> None:
         """A pass of the engine."""
@@ -57,6 +63,14 @@ class Meters:
     def routed(self, route: Route) -> None:
         """A text."""
         self._routed.labels(route.task or "(none)").inc()
+
+    def strongest_row(self) -> None:
+        """A text between tasks was answered by the row of the strongest of them alone."""
+        self._strongest.inc()
+
+    def engine_failed(self) -> None:
+        """The engine's server did not answer a text."""
+        self._away.inc()
 
     def serving(self, version: str) -> None:
         """The version for new requests."""

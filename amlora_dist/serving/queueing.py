@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from amlora_dist.serving.jobs import Job
+from amlora_dist.serving.jobs import BusyError, Job
+from amlora_dist.serving.settings import ServeSettings
 
 HEAVY_SHARE = 0.15
 """Of the engine's time, seconds of heavy work for each second of other work; all of it where there is no other."""
@@ -17,6 +18,52 @@ MOST_CREDIT_S = 1.0
 """Heavy work may save up so much of it."""
 GAP_S = 0.1
 """So long after the last other work heavy work still gives way: a client that has its answer asks again at once."""
+
+
+class Admission:
+    """The jobs that are inside an engine, and whether there is room for more.
+
+    Args:
+        settings: limits.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._most = settings.max_concurrency
+        self._inside: set[Job] = set()
+        self._heavy = 0
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._inside
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(list(self._inside))
+
+    def check(self, texts: int, *, heavy: bool) -> None:
+        """Raise BusyError where there is no room for so many texts of one request."""
+        inside = len(self._inside)
+        if inside + texts > self._most:
+            raise BusyError(f"the server has {inside} texts at work and takes {self._most} at once; try again later")
+        if heavy and self._heavy and self._heavy + texts > self._most // 2:
+            raise BusyError(
+                f"the server has {self._heavy} texts with many labels at work and takes {self._most // 2} of them at "
+                "once; try again later, or with fewer texts or labels in one request"
+            )
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """They are inside now."""
+        self._inside.update(jobs)
+        self._heavy += sum(job.heavy for job in jobs)
+
+    def remove(self, job: Job) -> bool:
+        """It has left; False: it was not inside."""
+        if job not in self._inside:
+            return False
+        self._inside.remove(job)
+        self._heavy -= job.heavy
+        return True
 
 
 class FairQueue:

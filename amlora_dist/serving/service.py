@@ -11,6 +11,7 @@ from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
+from amlora_dist.serving.engine_interface import AnswerEngine, EngineMaker
 from amlora_dist.serving.jobs import Classified, Ended, EngineError, Event, Failed, Job, LateError, Sampling
 from amlora_dist.serving.metrics import Meters
 from amlora_dist.serving.settings import ServeSettings
@@ -36,14 +37,19 @@ class Service:
     Args:
         bank: to serve.
         settings: limits.
+        engine: makes what answers; default: this project's own.
+
+    Raises:
+        AmloraError: the engine cannot serve the bank.
     """
 
-    def __init__(self, bank: ServedBank, settings: ServeSettings) -> None:
+    def __init__(self, bank: ServedBank, settings: ServeSettings, engine: EngineMaker | None = None) -> None:
         self.settings = settings
         self.bank = bank
         """New requests are answered by this one. Replaced whole, never changed."""
         self.meters = Meters()
-        self.engine = Engine(settings, self.meters.passed)
+        self.engine: AnswerEngine = engine(settings, self.meters) if engine else Engine(settings, self.meters.passed)
+        self.engine.load(bank)
         self.meters.watch(self.engine)
         self.meters.serving(bank.version)
         self._stopping = False
@@ -58,16 +64,24 @@ class Service:
         self.engine.stop(self.settings.request_timeout_s)
 
     def swap(self, bank: ServedBank) -> None:
-        """Answer new requests by another version; those inside are finished by the one they came to."""
-        self.bank = bank
+        """Answer new requests by another version, once the engine has it; those inside are finished by the one they came to.
+
+        Raises:
+            AmloraError: the engine cannot serve it; the old version stays.
+        """
+        self.engine.load(bank)
+        before, self.bank = self.bank, bank
         self.meters.serving(bank.version)
+        self.engine.retire(before)
 
     @property
     def status(self) -> str:
-        """``ok``, ``stopping`` or ``failed``."""
+        """``ok``, ``stopping``, ``engine_away`` (its vLLM cannot be reached) or ``failed``."""
         if self._stopping:
             return "stopping"
-        return "ok" if self.engine.alive else "failed"
+        if not self.engine.alive:
+            return "failed"
+        return "ok" if self.engine.ready else "engine_away"
 
     def task_of(self, bank: ServedBank, model: str | None) -> str | None:
         """The task that a request's ``model`` names; None for the bank itself.

@@ -21,7 +21,7 @@ import typer
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.privacy import shown
-from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, store
+from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, serving, store
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ def _print_json(value: Mapping[str, Any]) -> None:
 
 banks.add_commands(app, _answered, own_tasks.COMMANDS)
 banks.add_commands(app, _answered)
+banks.add_commands(app, _answered, serving.COMMANDS)
 banks.add_commands(app, _answered, cluster.COMMANDS)
 banks.add_commands(app, _answered, store.COMMANDS)
 banks.add_commands(app, _answered, evaluate.COMMANDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -26,9 +27,12 @@ from amlora_dist.config.loading import home
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.registry.connection import VARIABLE
 from amlora_dist.serving.front import ANY_HOST, is_loopback
+from pipelines.cluster.vllm_process import Vllm, VllmSettings, vllm_for
 from pipelines.runs.interrupts import EXIT_CODES
 
 if TYPE_CHECKING:
+    from amlora_dist.registry.bank_folder import Bank
+    from amlora_dist.serving.engine_interface import EngineMaker
     from amlora_dist.serving.middleware import Gatekeeper
     from amlora_dist.serving.settings import ServeSettings
 
@@ -80,6 +84,7 @@ def serve_bank(
     options: dict[str, Any],
     say: Callable[[str], None],
     *,
+    vllm: VllmSettings | None = None,
     verbose: bool,
 ) -> None:
     """Serve a bank until a signal comes.
@@ -91,10 +96,11 @@ def serve_bank(
         settings: limits of each replica.
         options: ``base``, ``device``, ``dtype``, ``tracking_uri`` of ``AMLoRAModel.from_bank``, and what it demands.
         say: told what a person who started it wants to know.
+        vllm: what computes; None: this project's own engine.
         verbose: show Ray's own log lines.
 
     Raises:
-        UserError: no such bank or base model, a port in use, Ray Serve not installed.
+        UserError: no such bank or base model, a port in use, Ray Serve not installed, no vLLM or one that does not fit.
         StoppedServerError: after a signal, with its exit code.
     """
     _check_installed()
@@ -107,26 +113,49 @@ def serve_bank(
         bank = str(Path(bank).expanduser().resolve())
     # Replicas on other machines do not share this process's environment.
     options = options | {"tracking_uri": options["tracking_uri"] or os.environ.get(VARIABLE)}
-    version = _checked(bank, options)
+    version, read = _checked(bank, options)
     _check_port(place)
     if key is None and not is_loopback(place.host):
         log.warning("anybody who reaches %s:%s can use this server; set %s to ask for a key", place.host, place.port,
                     KEY_VARIABLE)  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        behind = stack.enter_context(vllm_for(vllm, read, name, version, options, say)) if vllm is not None else None
+        received = _run(bank, name, version, place, settings, options, key, behind, say, verbose=verbose)
+    stopped = StoppedServerError("stopped")
+    stopped.exit_code = EXIT_CODES[signal.Signals(received.numbers[0])]
+    raise stopped
+
+
+def _run(
+    bank: str,
+    name: str,
+    version: str,
+    place: Place,
+    settings: ServeSettings,
+    options: dict[str, Any],
+    key: str | None,
+    behind: Vllm | None,
+    say: Callable[[str], None],
+    *,
+    verbose: bool,
+) -> Received:
+    """Run the app on Ray Serve until a signal comes, and stop it; returns what came."""
     application = f"amlora-{name}"
     with connected(place, settings, verbose=verbose) as own_serve, _signals() as received:
         from ray import serve
 
-        build = _builder(bank, name, settings, options, key, place.hosts)
+        build = builder(bank, name, settings, options, key, place.hosts,
+                        None if behind is None else (behind.url, behind.rank))  # fmt: skip
         start(application, deployment(build, place, settings, device=options["device"]), place, verbose=verbose)
-        say(f"serving {version} at {place.url}")
-        _watch(place, version, received, say)
-        say("stopping; what runs is finished first")
-        stop(application, settings.request_timeout_s)
-        if own_serve:
-            serve.shutdown()
-    stopped = StoppedServerError("stopped")
-    stopped.exit_code = EXIT_CODES[signal.Signals(received.numbers[0])]
-    raise stopped
+        say(f"serving {version} at {place.url}" + (f", vLLM at {behind.url} behind it" if behind else ""))
+        try:
+            _watch(place, version, received, say, behind)
+        finally:
+            say("stopping; what runs is finished first")
+            stop(application, settings.request_timeout_s)
+            if own_serve:
+                serve.shutdown()
+    return received
 
 
 def deployment(
@@ -172,15 +201,16 @@ def deployment(
     ).bind()  # fmt: skip
 
 
-def _builder(
+def builder(
     bank: str,
     name: str,
     settings: ServeSettings,
     options: dict[str, Any],
     key: str | None,
     hosts: tuple[str, ...] | None,
+    vllm: tuple[str, int] | None,
 ) -> Callable[[], Gatekeeper]:
-    """Makes the app of a replica. The key goes there as its digest."""
+    """Makes the app of a replica. The key goes there as its digest; of a vLLM its address and its largest rank."""
     from amlora_dist.serving.middleware import key_digest
 
     limits, digest = asdict(settings), None if key is None else key_digest(key)
@@ -192,7 +222,12 @@ def _builder(
         from amlora_dist.serving.service import Service
         from amlora_dist.serving.settings import ServeSettings
 
-        service = Service(ServedBank.load(bank, name, **options), ServeSettings(**limits))
+        maker: EngineMaker | None = None
+        if vllm is not None:
+            from amlora_dist.serving.vllm_engine import VllmEngine
+
+            maker = functools.partial(VllmEngine, url=vllm[0], home=home(), rank=vllm[1])
+        service = Service(ServedBank.load(bank, name, **options), ServeSettings(**limits), maker)
         loading = {key: value for key, value in options.items() if key != "tracking_uri"}
         follower = Follower(service, bank, options["tracking_uri"], **loading) if is_moving(bank) else None
         return build_app(service, key=digest, follower=follower, hosts=hosts)
@@ -226,8 +261,8 @@ def _check_installed() -> None:
         raise UserError(f"amlora serve needs {error.name}: pip install 'amlora-dist[serve]'") from error
 
 
-def _checked(bank: str, options: dict[str, Any]) -> str:
-    """The version to serve, after all that can be looked at before Ray starts."""
+def _checked(bank: str, options: dict[str, Any]) -> tuple[str, Bank]:
+    """The version to serve and its bank, after all that can be looked at before Ray starts."""
     from amlora_dist.inference.loading import described_router, pulled, resolve_bank_base
     from amlora_dist.registry.bank_folder import read_bank
     from amlora_dist.registry.signing import Trust
@@ -241,7 +276,7 @@ def _checked(bank: str, options: dict[str, Any]) -> str:
     read = read_bank(folder, statistics=False)
     described_router(read, options.get("abstain"))
     resolve_bank_base(read.manifest.base, options["base"])
-    return version
+    return version, read
 
 
 def _check_port(place: Place) -> None:
@@ -345,10 +380,18 @@ def _health(url: str) -> str | None:
         return None
 
 
-def _watch(place: Place, version: str, received: Received, say: Callable[[str], None]) -> None:
-    """Until a signal comes, tell when another version is served or nobody answers."""
+def _watch(
+    place: Place, version: str, received: Received, say: Callable[[str], None], behind: Vllm | None = None
+) -> None:
+    """Until a signal comes, tell when another version is served or nobody answers.
+
+    Raises:
+        AmloraError: the vLLM that was started for it has ended.
+    """
     before: str | None = version
     while not received.some.wait(WATCH_EVERY_S):
+        if behind is not None:
+            behind.check()
         now = _health(place.url)
         if now != before:
             say(f"serving {now} now" if now else "the server does not answer; Ray Serve replaces replicas that fail")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
-from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, depth_choices, fit, fit_beta, make_keys
+from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, depth_choices, fit, fit_betas, make_keys
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
@@ -126,8 +126,8 @@ def test_a_label_without_rows_takes_the_least_of_the_others() -> None:
 def test_few_held_out_rows_fit_no_weight_of_the_evidence() -> None:
     few = [statistics_of(0, 2, held=10)]
     keys = make_keys(few, "label", 0.1)
-    assert fit_beta(few, keys, PRIOR_TEMPERATURE) == PRIOR_BETA
-    assert fit_beta(few, keys, 4 * PRIOR_TEMPERATURE) == 4 * PRIOR_BETA, "flatter keys weigh more"
+    assert fit_betas(few, keys, PRIOR_TEMPERATURE)[0] == PRIOR_BETA
+    assert fit_betas(few, keys, 4 * PRIOR_TEMPERATURE)[0] == 4 * PRIOR_BETA, "flatter keys weigh more"
 
 
 def test_the_weight_of_the_evidence_is_what_held_out_rows_prefer() -> None:
@@ -141,7 +141,7 @@ def test_the_weight_of_the_evidence_is_what_held_out_rows_prefer() -> None:
         wrong = 1 - one.held.labels
         told = 50.0 * torch.nn.functional.one_hot(wrong, 2).float()
         knowing.append(replace(one, held=HeldOut(one.held.features, wrong, told)))
-    assert fit_beta(ignorant, keys, 1.0) > 0 and fit_beta(knowing, keys, 1.0) == 0.0
+    assert fit_betas(ignorant, keys, 1.0)[0] > 0 and fit_betas(knowing, keys, 1.0)[0] == 0.0
 
 
 def test_a_router_comes_back_as_it_was_stored() -> None:
@@ -222,3 +222,21 @@ def test_depths_that_only_disturb_are_left_out_where_held_out_rows_say_so() -> N
     assert chosen.columns.tolist() == second.tolist()
     left_out = [place for place in range(4 * WIDTH) if place not in second.tolist()]
     assert bool((chosen.keys.weights[:, left_out] == 0).all()) and bool((chosen.keys.weights[:, second] != 0).any())
+
+
+def test_a_task_whose_model_knows_less_leans_more_on_the_keys() -> None:
+    bare = [statistics_of(task, 2, held=20) for task in range(3)]
+    keys = make_keys(bare, "label", 0.1)
+
+    def with_model(one: TaskStatistics, *, knows: bool) -> TaskStatistics:
+        held = one.held
+        assert held is not None
+        labels = 1 - held.labels if knows else held.labels  # where the model knows, the keys mislead
+        told = 50.0 * torch.nn.functional.one_hot(labels, 2).float() if knows else torch.zeros(len(labels), 2)
+        return replace(one, held=HeldOut(held.features, labels, told))
+
+    mixed = [with_model(one, knows=place != 1) for place, one in enumerate(bare)]
+    pooled, each = fit_betas(mixed, keys, 1.0)
+    assert each[1] > each[0] == each[2] and each[0] <= pooled <= each[1]
+    nobody = [replace(one, held=None) for one in mixed]
+    assert fit_betas(nobody, keys, PRIOR_TEMPERATURE) == (PRIOR_BETA, (PRIOR_BETA,) * 3)

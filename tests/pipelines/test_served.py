@@ -94,7 +94,7 @@ def test_each_kind_of_evidence_is_scored_beside_the_served_answer(run: Any) -> N
             assert row.model_correct == float(row.labels[place] == row.answer)
             place = max(range(len(row.labels)), key=row.keys.__getitem__)
             assert row.keys_correct == float(row.labels[place] == row.answer)
-            both = [a + model.answering.beta * b for a, b in zip(row.loglikelihoods, row.keys, strict=True)]
+            both = [a + model.answering.beta_of(row.route) * b for a, b in zip(row.loglikelihoods, row.keys, strict=True)]
             assert row.served == row.labels[max(range(len(both)), key=both.__getitem__)]
 
 

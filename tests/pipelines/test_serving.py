@@ -147,6 +147,12 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         (["BANK", "--name", "a:b"], "name: found 'a:b'"),
         (["BANK", "--base", "./missing"], "no folder './missing'"),
         (["BANK", "--port", "PORT"], "--host, --port: cannot listen"),
+        (["BANK", "--engine-url", "http://localhost:1"], "--engine-url belongs to --engine vllm"),
+        (["BANK", "--engine", "vllm", "--engine-url", "localhost:1"], "--engine-url: found 'localhost:1'"),
+        (["BANK", "--engine", "vllm", "--engine-url", "http://127.0.0.1:1"], "cannot be reached"),
+        (["BANK", "--engine", "vllm", "--engine-url", "http://h", "--engine-python", "p"], "--engine-python: found beside"),
+        (["BANK", "--engine", "vllm", "--engine-python", "/no/such/python"], "--engine-python: /no/such/python cannot"),
+        (["BANK", "--engine", "vllm"], "has no vLLM; make it an environment"),
         (["models:/words/1", "--tracking-uri", "file:///tmp/x"], "MLflow keeps no registry in plain files"),
     ],
 )

@@ -16,6 +16,7 @@ import uvicorn
 from amlora_dist.serving.app import build_app
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.connections import http_protocol
+from amlora_dist.serving.engine_interface import EngineMaker
 from amlora_dist.serving.middleware import key_digest
 from amlora_dist.serving.service import Service
 from amlora_dist.serving.settings import ServeSettings
@@ -42,11 +43,16 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    bank: ServedBank | Path, *, key: str | None = None, hosts: tuple[str, ...] | None = None, **limits: Any
+    bank: ServedBank | Path,
+    *,
+    key: str | None = None,
+    hosts: tuple[str, ...] | None = None,
+    engine: EngineMaker | None = None,
+    **limits: Any,
 ) -> Iterator[Running]:
     """Serve a bank at a free port."""
     served = bank if isinstance(bank, ServedBank) else ServedBank.load(bank, "words", device="cpu")
-    service = Service(served, ServeSettings(**limits))
+    service = Service(served, ServeSettings(**limits), engine)
     app = build_app(service, key=None if key is None else key_digest(key), hosts=hosts)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

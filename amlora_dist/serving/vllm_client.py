@@ -1,0 +1,295 @@
+"""vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, streamed answers, scores of next tokens.
+
+Prompts are token ids, and so are answers (``return_token_ids``): what they mean is said by the bank's own tokenizer.
+Everything that goes wrong is an ``EngineAwayError`` with one line that names the server; it never waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from amlora_dist.errors import UserError
+from amlora_dist.serving.jobs import EngineAwayError, Sampling
+from amlora_dist.serving.token_scores import TokenScore
+
+KEY_VARIABLE = "AMLORA_ENGINE_API_KEY"
+"""Environment variable with vLLM's ``--api-key``, if it has one."""
+CONNECT_S = 5.0
+IDLE_S = 1.0
+"""For a connection to be kept; vLLM closes one that does nothing for 5 s."""
+SILENT_S = 60.0
+"""A server that says nothing for so long is given up."""
+LOAD_S = 120.0
+"""For a LoRA to be loaded."""
+MOST_TOKENS = 100
+"""Tokens of one request whose log probabilities are asked for; vLLM takes 128."""
+MOST_SAID = 300
+"""Characters of a message of the server's that come into ours."""
+
+
+class NotLoadedError(EngineAwayError):
+    """The server does not know a model; it may have been started again since it was loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model of the server's list."""
+
+    name: str
+    root: str
+    """Folder or Hub id."""
+    is_base: bool
+    positions: int | None
+    """Tokens of prompt and answer together that it has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """More of an answer."""
+
+    tokens: tuple[int, ...]
+    scores: tuple[TokenScore, ...] = ()
+    """Of each token, where they were asked for."""
+
+
+class VllmClient:
+    """See the module. Belongs to one event loop.
+
+    Args:
+        url: ``http://HOST:PORT``, without ``/v1``.
+        transport: in place of the network's.
+    """
+
+    def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.url = checked_url(url)
+        key = os.environ.get(KEY_VARIABLE)
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None, transport=transport,
+            timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE_S),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """Let its connections go."""
+        await self._http.aclose()
+
+    async def healthy(self) -> None:
+        """Raise EngineAwayError where the server does not say that it is well."""
+        async with self._asked("GET", "/health", timeout=CONNECT_S):
+            pass
+
+    async def models(self) -> list[ServedModel]:
+        """What it serves, its base model among them."""
+        async with self._asked("GET", "/v1/models") as answer:
+            with self._understood():
+                return [_model(one) for one in answer.json()["data"]]
+
+    async def load(self, name: str, folder: str) -> None:
+        """Load a LoRA from a folder that the server sees.
+
+        Raises:
+            UserError: the server takes none, or not this one; its message says why.
+            EngineAwayError: it does not answer.
+        """
+        try:
+            async with self._asked(
+                "POST", "/v1/load_lora_adapter", timeout=LOAD_S, json={"lora_name": name, "lora_path": folder}
+            ):
+                return
+        except NotLoadedError as error:
+            raise UserError(
+                f"{error}; it loads no LoRA at run time: start it with --enable-lora and "
+                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, where it sees {folder}"
+            ) from error
+        except _AnsweredError as error:
+            if "already been loaded" in str(error) and await self._has(name, folder):
+                return  # another replica was quicker
+            raise UserError(
+                f"vLLM at {self.url} does not take the row {name!r} from {folder}: {error.said}; it must see that folder, "
+                "be started with --enable-lora, and have a --max-lora-rank of at least --engine-rank"
+            ) from error
+
+    async def unload(self, name: str) -> None:
+        """Forget a LoRA; one that it does not know is forgotten already."""
+        with contextlib.suppress(NotLoadedError):
+            async with self._asked("POST", "/v1/unload_lora_adapter", json={"lora_name": name}):
+                pass
+
+    async def _has(self, name: str, folder: str) -> bool:
+        return any(one.name == name and one.root == folder for one in await self.models())
+
+    async def next_scores(
+        self, model: str, prompt: Sequence[int], tokens: Sequence[int], *, silent_s: float = SILENT_S
+    ) -> list[float]:
+        """Log probability of each of some tokens behind a prompt, nats.
+
+        ``prompt_logprobs`` would score whole labels in one request; beside a LoRA they end vLLM 0.32 on CPUs, for everybody.
+
+        Args:
+            model: a LoRA, or the base model.
+            prompt: token ids.
+            tokens: distinct ids.
+            silent_s: seconds that the server may take.
+        """
+        found: list[float] = []
+        for start in range(0, len(tokens), MOST_TOKENS):
+            some = list(tokens[start : start + MOST_TOKENS])
+            scores = dict(await self._next(model, prompt, silent_s, logprobs=1, logprob_token_ids=some))
+            with self._understood():
+                found += [scores[token] for token in some]
+        return found
+
+    async def likeliest(self, model: str, prompt: Sequence[int], top: int) -> list[tuple[int, float]]:
+        """The likeliest tokens behind a prompt with their log probabilities, the best first."""
+        return (await self._next(model, prompt, SILENT_S, logprobs=top))[:top] if top else []
+
+    async def _next(self, model: str, prompt: Sequence[int], silent_s: float, **asked: Any) -> list[tuple[int, float]]:
+        """What the server names in the place behind a prompt."""
+        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0,
+                "return_tokens_as_token_ids": True, **asked}  # fmt: skip
+        async with self._asked("POST", "/v1/completions", timeout=silent_s, json=body) as answer:
+            with self._understood():
+                return _named(answer.json()["choices"][0]["logprobs"]["top_logprobs"][0])
+
+    async def write(
+        self, model: str, prompt: Sequence[int], sampling: Sampling, *, eos_id: int, top: int | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """An answer's tokens as they come, the one that ends it too.
+
+        Args:
+            model: a LoRA, or the base model.
+            prompt: token ids.
+            sampling: how; its stop sequences are the caller's to look for.
+            eos_id: ends the answer, and nothing else does.
+            top: how many of the likeliest tokens to name beside each; None: no scores.
+        """
+        body: dict[str, Any] = {
+            "model": model, "prompt": list(prompt), "max_tokens": sampling.new_tokens, "stream": True,
+            "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [eos_id],
+            # Said, or the generation_config.json of the model's folder would have its way.
+            "temperature": sampling.temperature if sampling.draws else 0.0,
+            "top_p": sampling.top_p if sampling.draws else 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        }  # fmt: skip
+        if sampling.seed is not None and sampling.draws:
+            body["seed"] = sampling.seed
+        if top is not None:
+            body |= {"logprobs": top, "return_tokens_as_token_ids": True}
+        async with self._asked("POST", "/v1/completions", stream=True, json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    with self._understood():
+                        found = json.loads(line.removeprefix("data: "))
+                        if "error" in found:
+                            raise EngineAwayError(f"vLLM at {self.url}: {_said(found)}")
+                        for choice in found["choices"]:
+                            tokens = tuple(choice.get("token_ids") or ())
+                            yield Chunk(tokens, () if top is None else _of_answer(tokens, choice.get("logprobs"), top))
+
+    @contextlib.asynccontextmanager
+    async def _asked(
+        self, method: str, path: str, *, timeout: float | None = None, stream: bool = False, json: Any = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer to a request, if it is a good one."""
+        request = self._http.build_request(
+            method, path, json=json, timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
+        )
+        answer: httpx.Response | None = None
+        try:
+            answer = await self._sent(request)
+            if answer.status_code != 200 or not stream:
+                await answer.aread()
+            if answer.status_code != 200:
+                raise self._fault(answer)
+            yield answer
+        except httpx.TimeoutException as error:
+            raise EngineAwayError(f"vLLM at {self.url} did not answer {path} in time ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            said = str(error) or type(error).__name__
+            raise EngineAwayError(f"vLLM at {self.url} cannot be reached: {said[:MOST_SAID]}") from error
+        finally:
+            if answer is not None:
+                await answer.aclose()
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        """The head of the answer; asked once more where the server closed the connection instead, as it does with idle ones:
+        a request that is sent twice does no harm here."""
+        try:
+            return await self._http.send(request, stream=True)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            return await self._http.send(request, stream=True)
+
+    def _fault(self, answer: httpx.Response) -> EngineAwayError:
+        try:
+            said = _said(answer.json())
+        except ValueError:
+            said = answer.text[:MOST_SAID]
+        if answer.status_code == 404:
+            return NotLoadedError(f"vLLM at {self.url} answered 404: {said}")
+        if answer.status_code == 401:
+            said = f"it asks for its API key; put it into {KEY_VARIABLE}"
+        return _AnsweredError(f"vLLM at {self.url} answered {answer.status_code}: {said}", said)
+
+    @contextlib.contextmanager
+    def _understood(self) -> Any:
+        """Inside, what is no answer of vLLM's is said to be none."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EngineAwayError(f"{self.url} answers, but not as vLLM does ({type(error).__name__}: {error})") from error
+
+
+class _AnsweredError(EngineAwayError):
+    """The server answered that it does not do it."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+def checked_url(url: str) -> str:
+    """A server's address without what is added to it. Raises UserError where it is none."""
+    try:
+        found = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise UserError(f"--engine-url: found {url!r} ({error}), expected http://HOST:PORT") from error
+    if found.scheme not in ("http", "https") or not found.host or found.query or found.userinfo:
+        raise UserError(f"--engine-url: found {url!r}, expected http://HOST:PORT, a key in {KEY_VARIABLE}")
+    return str(found).rstrip("/").removesuffix("/v1")
+
+
+def _model(card: dict[str, Any]) -> ServedModel:
+    most = card.get("max_model_len")
+    return ServedModel(
+        str(card["id"]), str(card.get("root") or ""), card.get("parent") is None, None if most is None else int(most)
+    )
+
+
+def _said(body: Any) -> str:
+    """The message of an error's body, whatever its form."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
+    return str(message)[:MOST_SAID]
+
+
+def _named(entry: dict[str, float]) -> list[tuple[int, float]]:
+    """Tokens called ``token_id:NUMBER`` with their log probabilities, the best first."""
+    return sorted(((int(name.rpartition(":")[2]), float(score)) for name, score in entry.items()), key=lambda one: -one[1])
+
+
+def _of_answer(tokens: Sequence[int], found: dict[str, Any] | None, top: int) -> tuple[TokenScore, ...]:
+    """Scores of a chunk's tokens."""
+    if found is None:
+        return ()
+    made = []
+    for token, score, likely in zip(tokens, found["token_logprobs"], found["top_logprobs"], strict=True):
+        made.append(TokenScore(token, float(score), tuple(_named(likely or {})[:top])))
+    return tuple(made)

@@ -1,0 +1,53 @@
+"""An answer that is being written, whichever engine draws its tokens: what each next token means to its client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from amlora_dist.serving.detokenizer import Detokenizer
+from amlora_dist.serving.jobs import Ended, Event, Failed, Job, Piece
+from amlora_dist.serving.token_scores import TokenScore
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A job whose answer is being written."""
+
+    job: Job
+    detokenizer: Detokenizer
+    generator: torch.Generator | None = None
+    """What draws its tokens; None where the most likely one is taken, or another engine draws."""
+    scores: list[TokenScore] = field(default_factory=list)
+    """Of what was written, where the request asks for them."""
+    told: int = 0
+    """How many of them went out with pieces."""
+
+    @staticmethod
+    def of(job: Job) -> Row:
+        """A row without a word yet."""
+        assert job.sampling is not None
+        return Row(job, Detokenizer(job.bank.decode, job.sampling.stops, live=job.stream))
+
+    def take(self, token: int) -> Event | None:
+        """Its next token: tells the job of the text that it makes certain, and returns the job's last event, or None
+        where it goes on."""
+        job, detokenizer = self.job, self.detokenizer
+        if (error := job.over()) is not None:
+            return Failed(error)
+        assert job.sampling is not None
+        ended = token == job.bank.eos_id
+        count = len(detokenizer.tokens) + (not ended)
+        piece = "" if ended else detokenizer.grow(token)
+        ended = ended or detokenizer.stopped
+        full = count == job.sampling.new_tokens
+        if ended or full:
+            piece += detokenizer.finish()
+        fresh = tuple(self.scores[self.told :])
+        if job.stream and (piece or (fresh and (ended or full))):
+            job.tell(Piece(piece, fresh))
+            self.told = len(self.scores)
+        if ended or full:
+            return Ended(detokenizer.text, "stop" if ended else "length", count, tuple(self.scores))
+        return None

@@ -1,0 +1,107 @@
+"""What goes wrong with a vLLM: a server that answers a few of its paths, well or badly. The real one is in ``test_vllm``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Score = Callable[[Sequence[int], int], float]
+
+
+class FakeVllm:
+    """What it does, which a test may change while it runs.
+
+    Args:
+        score: log probability of a token behind a prompt.
+        eos_id: what it answers to everything.
+    """
+
+    def __init__(self, score: Score, eos_id: int) -> None:
+        self.score, self.eos_id = score, eos_id
+        self.loaded: dict[str, str] = {}
+        self.url = ""
+        self.refuse_load: tuple[int, dict[str, Any]] | None = None
+        self.completions: tuple[int, str] | None = None
+        """Status and body, in place of an answer."""
+        self.slow_s = 0.0
+        self.healthy = True
+        self.drops = 0
+        """Requests whose connection is closed without an answer."""
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        """Status and body of a request."""
+        if path == "/health":
+            return (200, "") if self.healthy else (503, "")
+        if path == "/v1/models":
+            base = {"id": "base", "root": "base", "parent": None, "max_model_len": 64}
+            rows = [{"id": name, "root": root, "parent": "base"} for name, root in self.loaded.items()]
+            return 200, json.dumps({"data": [base, *rows]})
+        if path == "/v1/load_lora_adapter":
+            if self.refuse_load is not None:
+                return self.refuse_load[0], json.dumps(self.refuse_load[1])
+            self.loaded[body["lora_name"]] = body["lora_path"]
+            return 200, "Success"
+        if path == "/v1/unload_lora_adapter":
+            known = self.loaded.pop(body["lora_name"], None)
+            return (404, json.dumps({"error": {"message": "cannot be found"}})) if known is None else (200, "Success")
+        return self._completions(body)
+
+    def _completions(self, body: dict[str, Any]) -> tuple[int, str]:
+        if body["model"] not in {"base", *self.loaded}:
+            return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
+        if body["model"] != "base":
+            time.sleep(self.slow_s)
+            if self.completions is not None:
+                return self.completions
+        if body.get("stream"):
+            chunk = {"choices": [{"index": 0, "token_ids": [self.eos_id], "text": ""}]}
+            return 200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+        top = {f"token_id:{token}": self.score(body["prompt"], token) for token in body["logprob_token_ids"]}
+        return 200, json.dumps({"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]})
+
+
+@contextlib.contextmanager
+def fake_vllm(score: Score, eos_id: int) -> Iterator[FakeVllm]:
+    """One at a free port."""
+    fake = FakeVllm(score, eos_id)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._say(*fake.answer(self.path, {}))
+
+        def do_POST(self) -> None:
+            if fake.drops:
+                fake.drops -= 1
+                self.close_connection = True
+                return
+            length = int(self.headers["content-length"])
+            self._say(*fake.answer(self.path, json.loads(self.rfile.read(length))))
+
+        def _say(self, status: int, body: str) -> None:
+            with contextlib.suppress(OSError):  # who asked has given up
+                self.send_response(status)
+                self.send_header("content-length", str(len(body.encode())))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+        def log_message(self, *_args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
