@@ -56,7 +56,7 @@ def count_of(checks: Sequence[Check]) -> str:
 
 
 def first_of(checks: Sequence[Check]) -> str:
-    """What to do first: the first bad one, in the order in which later checks rest on earlier ones; else the first warning."""
+    """What to do first: the first bad one (later checks rest on earlier ones), else the first warning."""
     for state, told in (("bad", "to fix"), ("warn", "to look at")):
         met = [check for check in checks if check.state == state]
         if met:
