@@ -18,21 +18,40 @@ import yaml
 
 from pipelines.cli.main import app
 from pipelines.cluster.serve import STOP_GRACE_S
+from tests.kustomization import documents, rendered
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTER = REPOSITORY / "cluster"
 KUBERAY = CLUSTER / "kuberay"
-MANIFESTS = sorted(KUBERAY.glob("*.yaml"))
+FILES = sorted(KUBERAY.rglob("*.yaml"))
+PATCH = "serving-vllm.yaml"
+ALONE = [file for file in FILES if file.parent == KUBERAY and file.name not in ("kustomization.yaml", PATCH)]
+"""Manifests that are applied by themselves."""
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
 SCHEMAS = Path(os.environ.get("AMLORA_KUBERAY_SCHEMAS", REPOSITORY.parent / "shared" / "kuberay"))
 """KubeRay's custom resource definitions, as its releases ship them; they are not part of this project."""
 
 
-def documents(file: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(file.read_text(encoding="utf-8")) if document]
+ALL = [
+    *(("", document) for document in rendered(KUBERAY)),
+    *((file.name, document) for file in ALONE for document in documents(file)),
+]
+"""What is applied: by name of the file, empty for what `kubectl apply -k cluster/kuberay` does."""
 
 
-ALL = [(file.name, document) for file in MANIFESTS for document in documents(file)]
+def applied(kind: str, name: str = "amlora") -> dict[str, Any]:
+    """One document of ``kubectl apply -k cluster/kuberay``."""
+    documents = {(one["kind"], one["metadata"]["name"]): one for file, one in ALL if not file}
+    return documents[kind, name]
+
+
+def ray_documents() -> list[dict[str, Any]]:
+    """The cluster that stays, and the run with a cluster of its own."""
+    return [applied("RayCluster"), *documents(KUBERAY / "rayjob.yaml")]
+
+
+def policies() -> dict[str, dict[str, Any]]:
+    return {document["metadata"]["name"]: document["spec"] for _, document in ALL if document["kind"] == "NetworkPolicy"}
 
 
 def values(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -71,7 +90,8 @@ def pinned(package: str) -> str:
 
 
 def everything() -> str:
-    files = [*MANIFESTS, CLUSTER / "ray-cluster.yaml", CLUSTER / "Dockerfile", REPOSITORY / "docs" / "cluster.md"]
+    pages = [REPOSITORY / "docs" / "cluster.md", *sorted((REPOSITORY / "docs" / "how-to").glob("*.md"))]
+    files = [*FILES, CLUSTER / "ray-cluster.yaml", CLUSTER / "Dockerfile", *pages]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
@@ -96,7 +116,7 @@ def test_kuberays_resources_are_valid_by_its_definitions(file: str, kind: str) -
         pytest.skip(f"KubeRay's definitions are not at {SCHEMAS}; set AMLORA_KUBERAY_SCHEMAS to a folder that has them")
     definition = yaml.safe_load(source.read_text(encoding="utf-8"))
     (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
-    (document,) = documents(KUBERAY / file)
+    document = applied("RayCluster") if file == "raycluster.yaml" else documents(KUBERAY / file)[0]
     assert document["apiVersion"] == "ray.io/v1"
     assert document["kind"] == definition["spec"]["names"]["kind"]
     jsonschema.validate(document, closed(schema))
@@ -118,24 +138,21 @@ def closed(schema: Any) -> Any:
 
 
 def test_every_document_is_one_and_its_references_lead_somewhere() -> None:
-    names = {(document["kind"], document["metadata"]["name"]) for _, document in ALL if document["kind"] != "Kustomization"}
-    listed = documents(KUBERAY / "kustomization.yaml")[0]["resources"]
-    assert set(listed) == {file.name for file in MANIFESTS} - {
-        "kustomization.yaml", "rayjob.yaml", "rayservice.yaml", "serving.yaml", "serving-vllm.yaml"
-    }  # fmt: skip
+    names = {(document["kind"], document["metadata"]["name"]) for _, document in ALL}
     for _, document in ALL:
         for path, value in values(document):
             if path[-1] == "claimName":
                 assert ("PersistentVolumeClaim", value) in names
+            if path[-2:] == ("configMap", "name"):
+                assert ("ConfigMap", value) in names
     services = {name for kind, name in names if kind == "Service"}
     assert {"amlora-mlflow", "amlora-postgres", "amlora-s3"} <= services
-    for host in re.findall(r"(?:@|//)(amlora-[a-z0-9-]+):", everything()):
+    for host in re.findall(r"(?:@|//|redisAddress: )(amlora-[a-z0-9-]+):", everything()):
         assert host in services, host
 
 
 def test_mounts_have_volumes_and_shared_storage_is_mounted_on_every_node() -> None:
-    for name in ("raycluster.yaml", "rayjob.yaml"):
-        (document,) = documents(KUBERAY / name)
+    for document in ray_documents():
         spec = document["spec"].get("rayClusterSpec", document["spec"])
         pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
         for pod in (group["template"]["spec"] for group in pods):
@@ -156,6 +173,8 @@ def test_image_tags_are_this_version_and_targets_of_the_dockerfile() -> None:
         number, _, target = tag.partition("-")
         assert number == version() and target in targets, tag
     images = [container["image"] for _, document in ALL for container in containers(document)]
+    own = {image for image in images if image.startswith("amlora")}
+    assert own <= {f"amlora-dist:{version()}-{target}" for target in targets}
     assert all(":" in image and not image.endswith(":latest") for image in images), "every image has a tag"
 
 
@@ -213,18 +232,19 @@ def test_every_flag_of_the_programs_that_are_started_exists() -> None:
         return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
     every = {container["name"]: container for _, document in ALL for container in containers(document)}
-    server = every["mlflow"]
-    assert server["command"] == ["mlflow", "server"]
-    used = {argument.partition("=")[0] for argument in server["args"]}
+    script = " ".join(every["mlflow"]["args"]).replace("\\\n", " ")
+    line = re.search(r"exec mlflow server (.*)", script)[1]
+    used = {argument.partition("=")[0] for argument in line.split()}
     assert used <= flags(mlflow.commands["server"]), used - flags(mlflow.commands["server"])
+    assert "--app-name=basic-auth" in line and pinned("Flask-WTF")
     launcher = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))
     for line in (*launcher["head_start_ray_commands"], *launcher["worker_start_ray_commands"]):
         program, verb, *rest = line.split()
         assert program == "ray" and verb in ("start", "stop")
         used = {word.partition("=")[0] for word in rest}
         assert used <= flags({"start": start, "stop": stop}[verb]), line
-    for name in ("raycluster.yaml", "rayjob.yaml"):
-        spec = documents(KUBERAY / name)[0]["spec"]
+    for document in ray_documents():
+        spec = document["spec"]
         spec = spec.get("rayClusterSpec", spec)
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             assert {f"--{key}" for key in group["rayStartParams"]} <= flags(start)
@@ -247,7 +267,7 @@ def test_every_environment_variable_is_read_by_somebody() -> None:
     named |= set(yaml.safe_load(documents(KUBERAY / "rayjob.yaml")[0]["spec"]["runtimeEnvYAML"])["env_vars"])
     sources = [*(REPOSITORY / "amlora_dist").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")]
     own = "\n".join(file.read_text(encoding="utf-8") for file in sources)
-    manifests = "\n".join(file.read_text(encoding="utf-8") for file in MANIFESTS)
+    manifests = "\n".join(file.read_text(encoding="utf-8") for file in FILES)
     # What the programs in the containers read: PostgreSQL's and MinIO's images, pip, Python, CUDA's runtime, NCCL, the Hub's
     # client.
     others = re.compile(r"(POSTGRES_|PGDATA|MINIO_ROOT_|PIP_|PYTHON|NVIDIA_|NCCL_|AWS_|HF_(HOME|TOKEN)$|PATH$)")
@@ -257,7 +277,8 @@ def test_every_environment_variable_is_read_by_somebody() -> None:
             continue
         package = ray_files if name.startswith("RAY_") else Path(str(pytest.importorskip("mlflow").__file__)).parent
         known = ["_private/authentication", "_private/ray_constants.py", "dashboard/modules/job", "_common/usage"]
-        roots = [package / part for part in known] if package is ray_files else [package / "environment_variables.py"]
+        known = known if package is ray_files else ["environment_variables.py", "cli/__init__.py"]
+        roots = [package / part for part in known]
         files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*.py"))]
         text = "".join(file.read_text(encoding="utf-8") for file in files)
         assert name in text or name in {"RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}, name
@@ -266,15 +287,16 @@ def test_every_environment_variable_is_read_by_somebody() -> None:
 def test_ports_are_the_ones_that_are_listened_on() -> None:
     from ray._private import ray_constants
 
-    head = documents(KUBERAY / "raycluster.yaml")[0]["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    head = applied("RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in head["ports"]}
     assert ports["dashboard"] == ray_constants.DEFAULT_DASHBOARD_PORT
     assert ports["gcs-server"] == ray_constants.DEFAULT_PORT
     listened = {port["containerPort"] for _, document in ALL for c in containers(document) for port in c.get("ports", [])}
-    for file, document in ALL:
-        for path, value in values(document):
-            if file == "network-policy.yaml" and path[-1] == "port":
-                assert value in listened, value
+    for policy in policies().values():
+        outside = {53, 443}  # the cluster's DNS; the Hub and object storage
+        for path, value in values(policy):
+            if path[-1] == "port":
+                assert value in listened or ("egress" in path and value in outside), value
     for port in re.findall(r"amlora-mlflow:([0-9]+)", everything()):
         assert int(port) == 5000
     assert "EXPOSE 6379 8265 10001" in DOCKERFILE
@@ -289,8 +311,7 @@ def test_a_retried_job_is_the_same_run() -> None:
 
 
 def test_the_pod_that_hands_a_job_over_passes_the_network_policy() -> None:
-    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
-    rules = [r for r in policies["amlora-ray"]["ingress"] if {"port": 8265, "protocol": "TCP"} in r.get("ports", [])]
+    rules = [r for r in policies()["amlora-ray"]["ingress"] if {"port": 8265, "protocol": "TCP"} in r.get("ports", [])]
     admitted = [peer["podSelector"]["matchLabels"] for rule in rules for peer in rule["from"] if "podSelector" in peer]
     template = documents(KUBERAY / "rayjob.yaml")[0]["spec"]["submitterPodTemplate"]
     assert template["metadata"]["labels"] in admitted
@@ -300,8 +321,8 @@ def test_the_pod_that_hands_a_job_over_passes_the_network_policy() -> None:
 
 
 def test_what_the_driver_fetches_from_the_hub_lies_where_all_nodes_read_it() -> None:
-    for name in ("raycluster.yaml", "rayjob.yaml"):
-        every = containers(documents(KUBERAY / name)[0])
+    for document in ray_documents():
+        every = containers(document)
         nodes = [container for container in every if container["name"] in ("ray-head", "ray-worker")]
         assert len(nodes) == 3
         for node in nodes:
@@ -329,7 +350,6 @@ def test_the_server_s_pods_are_probed_where_it_answers_and_have_the_time_to_fini
         assert container[probe]["httpGet"]["port"] == "http" and container[probe]["httpGet"]["path"] in app_source
     assert pod["terminationGracePeriodSeconds"] >= float(given["--request-timeout"]) + STOP_GRACE_S
     assert pod["securityContext"]["runAsNonRoot"] and f"--uid {pod['securityContext']['runAsUser']}" in DOCKERFILE
-    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
@@ -337,8 +357,7 @@ def test_the_server_s_pods_are_probed_where_it_answers_and_have_the_time_to_fini
         assert place == labels
     scaled = found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (scaled["kind"], scaled["name"]) == ("Deployment", found["Deployment"]["metadata"]["name"])
-    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
-    assert {"podSelector": {"matchLabels": labels}} in policies["amlora-mlflow"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": labels}} in policies()["amlora-mlflow"]["ingress"][0]["from"]
 
 
 def test_vllm_beside_the_server_is_started_as_the_server_wants_it() -> None:
@@ -409,10 +428,9 @@ def test_every_container_asks_for_resources_and_ray_is_not_reachable_by_all() ->
     for _, document in ALL:
         for container in containers(document):
             assert container["resources"]["requests"], container["name"]
-    policies = {d["metadata"]["name"]: d["spec"] for file, d in ALL if file == "network-policy.yaml"}
-    assert all(rule.get("from") for policy in policies.values() for rule in policy["ingress"])
-    assert policies["amlora-ray"]["podSelector"]["matchLabels"] == {"amlora": "ray"}
-    spec = documents(KUBERAY / "raycluster.yaml")[0]["spec"]
+    assert all(rule.get("from") for policy in policies().values() for rule in policy["ingress"])
+    assert policies()["amlora-ray"]["podSelector"]["matchLabels"] == {"amlora": "ray"}
+    spec = applied("RayCluster")["spec"]
     assert spec["authOptions"]["mode"] == "token"
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         assert group["template"]["metadata"]["labels"]["amlora"] == "ray"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
+    from pipelines.cluster.local_checks import Check
+
 app = typer.Typer(
     name="amlora",
     help="Teach one language model task after task without forgetting, on a Ray cluster, with banks in MLflow.",
@@ -146,10 +148,13 @@ def doctor(
     working_dir: Annotated[Path, typer.Option(help="With --address: shipped, as `amlora submit` does.")] = Path("."),
     verbose: Verbose = False,
 ) -> None:
-    """Look at versions, memory, disk and stores, and say what to fix; exit code 2 where something is bad."""
+    """Look at versions, memory, disk and stores, and end with what to do first; exit code 2 where something is bad.
+
+    Of this machine it prints what is not ok (all checks with -v); of a cluster every check of every node.
+    """
     with _answered(verbose=verbose):
         from pipelines.cli.output import stdout_to_stderr
-        from pipelines.cluster.local_checks import examine
+        from pipelines.cluster.local_checks import count_of, examine, first_of, line_of
 
         if address is None:
             checks = examine(tracking_uri)
@@ -158,17 +163,20 @@ def doctor(
             from pipelines.cluster.jobs import Jobs
 
             checks = examine_cluster(Jobs(address), storage, tracking_uri, working_dir)
-        bad = 0
+        made: list[Check] = []
         while True:
             with stdout_to_stderr():
                 check = next(checks, None)
             if check is None:
                 break
-            bad += check.state == "bad"
-            fix = f"  -> {check.fix}" if check.fix else ""
-            typer.echo(f"{check.state:4}  {check.name:20} {check.found}{fix}")
-        if bad:
-            raise UserError(f"{bad} thing{'s' if bad > 1 else ''} to fix, marked bad above")
+            made.append(check)
+            if line := line_of(check, every=verbose or address is not None):
+                typer.echo(line)
+        typer.echo(count_of(made))
+        verdict = first_of(made)
+        if any(check.state == "bad" for check in made):
+            raise UserError(verdict)
+        typer.echo(verdict)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from amlora_dist.errors import AmloraError
 from amlora_dist.registry.connection import connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 DISTRIBUTION = "amlora-dist"
 GIB = 1 << 30
@@ -41,6 +41,28 @@ class Check:
     state: Literal["ok", "warn", "bad"]
     found: str
     fix: str = ""
+
+
+def line_of(check: Check, *, every: bool) -> str:
+    """A check as a line; empty for one that is ok, unless ``every`` is wanted."""
+    if check.state == "ok" and not every:
+        return ""
+    return f"{check.state:4}  {check.name:20} {check.found}{f'  -> {check.fix}' if check.fix else ''}"
+
+
+def count_of(checks: Sequence[Check]) -> str:
+    """How many are in order."""
+    return f"ok    {sum(check.state == 'ok' for check in checks)} of {len(checks)} checks"
+
+
+def first_of(checks: Sequence[Check]) -> str:
+    """What to do first: the first bad one (later checks rest on earlier ones), else the first warning."""
+    for state, told in (("bad", "to fix"), ("warn", "to look at")):
+        met = [check for check in checks if check.state == state]
+        if met:
+            first = met[0]
+            return f"{len(met)} thing{'s' * (len(met) > 1)} {told}; first {first.name}: {first.fix or first.found}"
+    return "fit: nothing to fix"
 
 
 def examine(tracking_uri: str | None = None) -> Iterator[Check]:

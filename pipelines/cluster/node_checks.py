@@ -123,13 +123,14 @@ class Probe:
                 return f"{where.hostname}: {error.strerror or error}".lower()
             return None
         import requests
+        from mlflow.utils.credentials import read_mlflow_creds
 
         # Not /health: a server answers that to anybody, and refuses the rest to a host name it was not told.
-        name, secret = (os.environ.get(f"MLFLOW_TRACKING_{what}", "") for what in ("USERNAME", "PASSWORD"))
+        known = read_mlflow_creds()  # as MLflow's client: ~/.mlflow/credentials, or variables
         try:
             answer = requests.get(
                 f"{uri.rstrip('/')}/api/2.0/mlflow/registered-models/search", params={"max_results": 1},
-                timeout=CONNECT_S, auth=(name, secret) if name else None,
+                timeout=CONNECT_S, auth=(known.username, known.password or "") if known.username else None,
             )  # fmt: skip
         except requests.RequestException as error:
             told = str(error).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,7 +227,11 @@ def test_unknown_task_and_style_are_answered_with_what_is_known(amlora):
 def test_doctor_finds_this_machine_fit(amlora):
     done = amlora("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "MLflow store" in done.stdout
+    *lines, count, last = done.stdout.splitlines()
+    assert all(line.startswith("warn  ") for line in lines), "what is ok is counted only"
+    good, everything = re.fullmatch(r"ok    (\d+) of (\d+) checks", count).groups()
+    assert int(everything) - int(good) == len(lines) and int(good) > 20
+    assert last.startswith(f"{len(lines)} thing") if lines else last == "fit: nothing to fix"
 
 
 @pytest.mark.integration
@@ -238,6 +243,21 @@ def test_doctor_has_exit_code_2_where_something_is_bad(amlora, tmp_path, monkeyp
     assert done.returncode == 2
     assert "bad   AMLORA_HOME" in done.stdout
     assert "set AMLORA_HOME to a folder that can be written" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "1 thing to fix; first AMLORA_HOME: set AMLORA_HOME to a folder that can be written" in last
+
+
+def test_the_doctor_names_the_first_thing_to_do():
+    from pipelines.cluster.local_checks import Check, count_of, first_of, line_of
+
+    good, low = Check("CPUs", "ok", "2"), Check("memory", "warn", "1 GiB", "end something")
+    no_torch, no_store = Check("torch", "bad", "not installed", "pip install torch"), Check("MLflow store", "bad", "away")
+    assert first_of([good]) == "fit: nothing to fix"
+    assert first_of([good, low]) == "1 thing to look at; first memory: end something"
+    assert first_of([low, no_torch, no_store]) == "2 things to fix; first torch: pip install torch"
+    assert first_of([no_store]) == "1 thing to fix; first MLflow store: away", "where no fix is known, what was found"
+    assert count_of([good, low, no_torch]) == "ok    1 of 3 checks"
+    assert line_of(good, every=False) == "" and "CPUs" in line_of(good, every=True)
 
 
 def test_signals_are_known_numbers():
