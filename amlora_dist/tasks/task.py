@@ -457,7 +457,11 @@ def _find(ref: str, base_dir: Path) -> Path:
     near = meant(ref.lower(), [*files, *tails])
     for tail, name in tails.items():
         near = near.replace(f"{tail!r}", f"{name!r}")
-    raise UserError(f"unknown task {ref!r}{near}; known: {', '.join(files)}; or give the path of a task's .yaml file")
+    groups = dict.fromkeys(name if "/" not in name else f"{name.partition('/')[0]}/..." for name in files)
+    raise UserError(
+        f"unknown task {ref!r}{near}; known: {', '.join(groups)} (amlora tasks lists all); or give the path of a task's"
+        " .yaml file"
+    )
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
