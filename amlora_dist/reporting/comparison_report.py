@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from amlora_dist.reporting.figures import Chart, Dot, Number, Series, Table, Value, dot_plot, heat_map, line_chart
-from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction
 from amlora_dist.reporting.run_charts import short_names
 
 SHOWN = {
@@ -112,14 +112,14 @@ def also_table(comparison: dict[str, Any]) -> Table | None:
 def _summary(comparison: dict[str, Any], ranking: Sequence[str]) -> str:
     found, reference = comparison["methods"], comparison["reference"]
     best = ranking[0]
-    text = f"{best} has the highest average performance, {_points(_mean(found[best], 'average_performance'))} points"
+    text = f"{best} has the highest average performance, {fraction(_mean(found[best], 'average_performance'))}"
     differences = {m: one for m, one in comparison["differences"].items() if one is not None}
     behind = [m for m in differences if m not in ("per_task", "joint") and differences[m]["mean"] > 0]
     if behind:
         closest = min(behind, key=lambda m: differences[m]["mean"])
         low, high = differences[closest]["interval"] or (None, None)
-        text += f". {reference} is ahead of {closest} by {_points(differences[closest]['mean'])}"
-        text += f" ({_points(low)} to {_points(high)})" if low is not None else ""
+        text += f". {reference} is ahead of {closest} by {fraction(differences[closest]['mean'])}"
+        text += f" ({fraction(low)} to {fraction(high)})" if low is not None else ""
         text += f", of {len(behind)} methods behind it the closest" if len(behind) > 1 else ""
     for failed in comparison.get("failed", []):
         text += f". {failed['run_id']} failed: {failed['reason']}"
@@ -128,8 +128,8 @@ def _summary(comparison: dict[str, Any], ranking: Sequence[str]) -> str:
 
 def _tile(method: str, one: dict[str, Any]) -> Tile:
     own = one["metrics"].get("average_performance") or {}
-    spread = f"± {_points(own['deviation'])} over {own['runs']} runs" if own.get("deviation") is not None else "one run"
-    return Tile(method, _points(own.get("mean")), spread)
+    spread = f"± {fraction(own['deviation'])} over {own['runs']} runs" if own.get("deviation") is not None else "one run"
+    return Tile(method, fraction(own.get("mean")), spread)
 
 
 def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Block]:
@@ -276,7 +276,3 @@ def _runs(comparison: dict[str, Any]) -> list[Block]:
 def _mean(one: dict[str, Any], name: str) -> Number:
     found = one["metrics"].get(name)
     return None if found is None else float(found["mean"])
-
-
-def _points(value: Number) -> str:
-    return "–" if value is None else f"{100 * value:.1f}".replace("-", "−")

@@ -135,6 +135,17 @@ def number(value: Value, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
+def fraction(value: float | None) -> str:
+    """A score or share, 0 to 1, as every page, table and the terminal show it: three decimals, never per cent."""
+    return number(value)
+
+
+def signed(value: float) -> str:
+    """A difference of scores with its sign; what rounds to nothing has none."""
+    text = f"{value:+.3f}".replace("-", "−")
+    return "0.000" if text[1:] == "0.000" else text
+
+
 def file_name(text: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "report"

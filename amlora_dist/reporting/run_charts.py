@@ -207,11 +207,12 @@ def recipe_blocks(recipes: Sequence[Recipe]) -> list[Block]:
     earlier = list(dict.fromkeys(task for recipe in recipes for task in recipe.weights))
     values = [[recipe.weights.get(task) for task in earlier] for recipe in recipes]
     names = short_names([recipe.task for recipe in recipes])
-    zeros = ", ".join(f"{name} {100 * recipe.zeros:.0f}%" for name, recipe in zip(names, recipes, strict=True))
+    zeros = ", ".join(f"{name} {recipe.zeros:.2f}" for name, recipe in zip(names, recipes, strict=True))
     chart = heat_map(
         "recipes",
         "Recipes: weights of earlier adapters",
-        f"Mean absolute weight over the adapted layers; 1 is as much as the task's own adapter. Exact zeros: {zeros}.",
+        f"Mean absolute weight over the adapted layers; 1 is as much as the task's own adapter. Share of exact"
+        f" zeros: {zeros}.",
         names,
         short_names(earlier),
         values,
@@ -247,18 +248,18 @@ def training_blocks(facts: RunFacts) -> list[Block]:
         for stage in facts.stages
     ]  # fmt: skip
     columns = ["stage", "reused", *(f"{name}, s" for name in parts), "tokens", "tokens/s", "recipe started from"]
-    columns += ["its race won by, %", "step kept, where the best is"]
-    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=1))
+    columns += ["its race won by", "step kept, where the best is"]
+    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=2))
     return blocks
 
 
 def _won_by(stage: Mapping[str, Any]) -> float | None:
-    """By how much, in percent of the held-out loss, the start of a recipe beat the start at zero; None: no race."""
+    """By how much, as a share of the held-out loss, the start of a recipe beat the start at zero; None: no race."""
     race = stage.get("race")
     if race is None:
         return None
     losses: dict[str, float] = race["losses"]
-    return 100.0 * (1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"])
+    return 1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"]
 
 
 def _loss_chart(curves: dict[str, list[float]]) -> Chart:

@@ -22,7 +22,7 @@ from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.diagnosis import Evidence, Finding, Recipe, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
-from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction, signed
 from amlora_dist.reporting.routing_facts import StageRouting, routing_by_stage
 
 PREDICTIONS_BYTES = 900_000
@@ -147,14 +147,14 @@ def _summary(
     if not facts.in_sequence:
         text = f"{learned} tasks, {facts.result['method']}"
     if value is not None:
-        text += f": {_points(value)} points of {facts.measure} on average"
-        text += f" ({_points(interval.low)} to {_points(interval.high)} for other test rows)" if interval else ""
+        text += f": {fraction(value)} {facts.measure} on average"
+        text += f" ({fraction(interval.low)} to {fraction(interval.high)} for other test rows)" if interval else ""
     gap = found.get("below_oracle", (None, None))[0]
     if gap is not None:
-        text += f", {_points(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
+        text += f", {fraction(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
     moved = found.get("backward_transfer", (None, None))[0]
     if moved is not None:
-        text += f". Later stages changed earlier tasks by {_signed(moved)} points"
+        text += f". Later stages changed earlier tasks by {signed(moved)}"
     alarms = sum(finding.level == "alarm" for finding in findings)
     return text + (f". {alarms} alarm{'s' if alarms > 1 else ''}: see the diagnosis." if alarms else ".")
 
@@ -174,13 +174,12 @@ def _tiles(
         value, interval = found.get(name, (None, None))
         if value is None:
             continue
-        signed = name in ("backward_transfer", "forward_transfer_gem")
-        show = _signed if signed else _points
+        show = signed if name in ("backward_transfer", "forward_transfer_gem") else fraction
         between = f"{show(interval.low)} to {show(interval.high)}" if interval else "no interval: predictions missing"
         tiles.append(Tile(label, show(value), between))
     if routing and routing[-1].learned_accuracy is not None:
         last = routing[-1]
-        tiles.append(Tile("routing accuracy", _points(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
+        tiles.append(Tile("routing accuracy", fraction(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
         if last.statistics.overall_effective is not None:
             total = len(last.statistics.adapters)
             tiles.append(Tile("effective adapters", f"{last.statistics.overall_effective:.2f}", f"of {total}"))
@@ -350,10 +349,3 @@ def _facts(facts: RunFacts) -> dict[str, str]:
         "amlora-dist": str(facts.materials.get("versions", {}).get("amlora-dist", "")),
     }
 
-
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")

@@ -20,7 +20,9 @@ from amlora_dist.reporting.page import (
     TextBlock,
     Tile,
     file_name,
+    fraction,
     number,
+    signed,
     write_page,
 )
 
@@ -143,6 +145,11 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 )
 def test_numbers_as_tables_show_them(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_scores_are_fractions_and_a_change_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [fraction(value) for value in (0.76666, -0.1, None)] == ["0.767", "−0.100", "–"]
+    assert [signed(value) for value in (0.0123, -0.05, 0.0004, -0.0004)] == ["+0.012", "−0.050", "0.000", "0.000"]
 
 
 def test_file_names_are_harmless() -> None:
