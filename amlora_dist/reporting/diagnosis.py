@@ -16,6 +16,8 @@ Number = float | None
 
 MIXED_ROWS = 0.15
 """Share of a stage's rows that look like another task's, from which on the boundary counts as mixed."""
+NOT_LEARNED = 0.02
+"""Score above what needs no learning, up to which a task counts as not learned."""
 LARGE_L1 = 1.0
 """Coefficient from which on the loss was measured to pay for it (docs/method.md)."""
 
@@ -56,6 +58,9 @@ class Evidence:
     matrix: Sequence[Sequence[Number]]
     """Accuracy after each stage; row 0 untrained."""
     oracle: Sequence[Number] | None = None
+    chance: Sequence[Number] = ()
+    majority: Sequence[Number] = ()
+    """What each task scores without learning (`reporting.baselines`); None for free text."""
     rows: Sequence[int] = ()
     """Test rows of each task."""
     adapters: list[str] = field(default_factory=list)
@@ -267,17 +272,27 @@ def forgotten(e: Evidence) -> Iterator[Finding]:
 
 
 def not_learned(e: Evidence) -> Iterator[Finding]:
-    """A stage that did not lift its own task above the untrained model."""
+    """A stage that did not lift its own task above what it scores without learning.
+
+    That is the highest of the untrained model, the most frequent label, and a label drawn evenly.
+    """
     for i, task in enumerate(e.tasks[: max(len(e.matrix) - 1, 0)]):
-        own, before = e.matrix[i + 1][i] if len(e.matrix) > i + 1 else None, e.matrix[0][i]
         told = e.oracle[i] if e.oracle is not None else None
-        best = max((v for v in (own, told) if v is not None), default=None)
-        if best is not None and before is not None and best - before <= 0.02:
+        best = max((v for v in (e.matrix[i + 1][i], told) if v is not None), default=None)
+        compared = {
+            "untrained": e.matrix[0][i],
+            "with its most frequent label always": e.majority[i] if i < len(e.majority) else None,
+            "by chance": e.chance[i] if i < len(e.chance) else None,
+        }
+        known = {name: value for name, value in compared.items() if value is not None}
+        if best is not None and known and best - max(known.values()) <= NOT_LEARNED:
             yield Finding(
                 "alarm",
                 "not_learned",
                 f"{task} was not learned",
-                f"{best:.3f} after its own stage, {before:.3f} untrained.",
+                f"{best:.3f} after its own stage (or told the task, if that is more); "
+                + ", ".join(f"{value:.3f} {name}" for name, value in known.items())
+                + ".",
                 "Look at its loss curve: training.learning_rate, training.epochs, more rows, and its labels.",
             )
 

@@ -81,7 +81,7 @@ class Series:
     """Lower and upper ends of an interval around each point."""
     high: Sequence[Number] | None = None
     muted: bool = False
-    """A reference, drawn thin and grey."""
+    """A reference, drawn thin and grey: the first dotted, the second dashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +224,12 @@ def line_chart(
         figure, axes = _figure(WIDTH, height + below + foot - 0.9)
         total = float(figure.get_figheight())
         axes.set_position((0.13, foot / total, 0.84, (total - foot - 0.12) / total))
-        number = 0
+        number = muted = 0
         for one in series:
-            colour, marker, dash, wide = GREY, "", ":", 1.2
-            if not one.muted:
+            if one.muted:
+                colour, marker, dash, wide = GREY, "", (":", "--")[muted % 2], 1.2
+                muted += 1
+            else:
                 colour, marker, dash, wide = _look(number)
                 number += 1
             y = [math.nan if v is None else v for v in one.y]

@@ -8,6 +8,7 @@ from typing import Any
 
 from amlora_dist.evaluation.intervals import mean_interval
 from amlora_dist.evaluation.metrics import minus
+from amlora_dist.reporting.baselines import Baselines
 from amlora_dist.reporting.diagnosis import Recipe
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Chart, Number, Series, Table, Value, bar_chart, heat_map, line_chart
@@ -16,6 +17,9 @@ from amlora_dist.reporting.routing_facts import StageRouting
 
 LINE_POINTS = 160
 """Points of a drawn loss curve; the CSV behind it has every step."""
+
+FLOOR = " Chance draws the task's labels evenly; the majority label is always the most frequent one of these rows."
+"""What a caption says of the two baselines."""
 
 SHOWN_LINES = 30
 """Of a table that grows with tasks x stages."""
@@ -27,8 +31,8 @@ def short_names(tasks: Sequence[str]) -> list[str]:
     return [name.rpartition("/")[2] for name in tasks] if len(folders) == 1 else list(tasks)
 
 
-def accuracy_charts(facts: RunFacts) -> list[Chart]:
-    """The accuracy matrix; and how each task fared from stage to stage."""
+def accuracy_charts(facts: RunFacts, floor: Baselines) -> list[Chart]:
+    """The accuracy matrix; and how each task fared from stage to stage; both with what needs no learning."""
     tasks = short_names(facts.tasks)
     stages = [f"after {n} {name}" for n, name in enumerate(tasks, start=1)] if facts.in_sequence else []
     rows = ["untrained", *(stages[: len(facts.stages)] or [stage.task for stage in facts.stages])]
@@ -36,11 +40,14 @@ def accuracy_charts(facts: RunFacts) -> list[Chart]:
     framed = [(n, n - 1) for n in range(1, len(values))] if facts.in_sequence else []
     if facts.result.get("oracle"):
         rows, values = [*rows, "oracle"], [*values, list(facts.result["oracle"])]
+    for name, line in floor.lines:
+        rows, values = [*rows, name], [*values, line]
     charts = [
         heat_map(
             "accuracy-matrix",
             f"{facts.measure[:1].upper()}{facts.measure[1:]} matrix",
-            "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task.",
+            "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task."
+            f"{FLOOR if floor.lines else ''}",
             rows,
             tasks,
             values,
@@ -50,11 +57,11 @@ def accuracy_charts(facts: RunFacts) -> list[Chart]:
         )
     ]
     if facts.in_sequence and len(facts.stages) > 1:
-        charts.append(_forgetting_curves(facts, tasks))
+        charts.append(_forgetting_curves(facts, tasks, floor))
     return charts
 
 
-def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
+def _forgetting_curves(facts: RunFacts, tasks: Sequence[str], floor: Baselines) -> Chart:
     stages = range(1, len(facts.stages) + 1)
     series = []
     for i, name in enumerate(tasks[: len(facts.stages)]):
@@ -68,10 +75,13 @@ def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
             high.append(interval.high if interval else None)
         shaded = len(tasks) <= 6
         series.append(Series(name, list(stages), y, low if shaded else None, high if shaded else None))
+    for name, mean in floor.means:
+        series.append(Series(f"{name}, mean", list(stages), [mean] * len(stages), muted=True))
     return line_chart(
         "learning-curves",
         "Each task from stage to stage",
-        "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows.",
+        "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows. Grey:"
+        " means over the tasks of what needs no learning.",
         series,
         x_name="after stage",
         y_name=facts.measure,

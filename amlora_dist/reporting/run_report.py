@@ -19,6 +19,8 @@ from amlora_dist.evaluation.intervals import (
 )
 from amlora_dist.evaluation.metrics import Metric
 from amlora_dist.reporting import run_charts
+from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
+from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselines
 from amlora_dist.reporting.diagnosis import Evidence, Finding, Recipe, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
@@ -64,7 +66,8 @@ def run_metrics(facts: RunFacts) -> dict[str, tuple[float | None, Interval | Non
 def run_page(facts: RunFacts) -> Page:
     """The report of a run."""
     routing = routing_by_stage(facts)
-    evidence = evidence_of(facts, routing)
+    floor = baselines(facts)
+    evidence = evidence_of(facts, routing, floor)
     findings = diagnose(evidence)
     found = run_metrics(facts)
     return Page(
@@ -73,7 +76,13 @@ def run_page(facts: RunFacts) -> Page:
         tiles=_tiles(facts, found, routing),
         findings=findings,
         sections=[
-            Section("What was learned", _learned_text(facts), _learned(facts, found)),
+            Section("What was learned", _learned_text(facts), _learned(facts, found, floor)),
+            Section(
+                "Answers",
+                "What the last bank answered, not told the task. Predictions keep a row's number and its answers, never its"
+                " text: neither does this page.",
+                [*confusion_blocks(facts), *answer_blocks(facts)],
+            ),
             Section(
                 "Routing",
                 "Which adapters answer for which task, over test rows; the router is never told the task.",
@@ -92,7 +101,7 @@ def run_page(facts: RunFacts) -> Page:
     )
 
 
-def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
+def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselines) -> Evidence:
     """What the diagnosis looks at."""
     last = routing[-1] if routing and routing[-1].stage == len(facts.stages) else None
     place = {task: n for n, task in enumerate(last.statistics.tasks)} if last else {}
@@ -114,6 +123,8 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
         routed=last is not None,
         matrix=facts.matrix if facts.in_sequence else [],
         oracle=facts.result.get("oracle"),
+        chance=floor.chance,
+        majority=floor.majority,
         rows=[len(facts.cell("router", task, len(facts.stages)) or []) for task in facts.tasks],
         adapters=last.statistics.adapters if last else [],
         mass=in_order(last.statistics.mass) if last else [],
@@ -152,11 +163,32 @@ def _summary(
     gap = found.get("below_oracle", (None, None))[0]
     if gap is not None:
         text += f", {fraction(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
-    moved = found.get("backward_transfer", (None, None))[0]
-    if moved is not None:
-        text += f". Later stages changed earlier tasks by {signed(moved)}"
+    text += _retained(facts)
     alarms = sum(finding.level == "alarm" for finding in findings)
     return text + (f". {alarms} alarm{'s' if alarms > 1 else ''}: see the diagnosis." if alarms else ".")
+
+
+NOTHING = 0.0005
+"""A change that the page's three decimals do not show."""
+
+
+def _retained(facts: RunFacts) -> str:
+    """The sentence on what later stages did to earlier tasks; empty where that is not known."""
+    earlier = facts.tasks[: len(facts.stages) - 1] if facts.in_sequence else []
+    moved = {task: metrics.minus(facts.matrix[-1][i], facts.matrix[i + 1][i]) for i, task in enumerate(earlier)}
+    changes = {task: value for task, value in moved.items() if value is not None}
+    if not changes:
+        return ""
+    mean = metrics.mean(list(changes.values())) or 0.0
+    worst = min(changes, key=changes.__getitem__)
+    if changes[worst] > -NOTHING:
+        gained = f"; they gained {fraction(mean)} on average" if mean >= NOTHING else ""
+        return f". Nothing was forgotten: no earlier task has less than after its own stage{gained}"
+    lost = f"{worst} {signed(changes[worst])}"
+    if mean > -NOTHING:
+        gained = f"gains outweigh losses by {fraction(mean)}" if mean >= NOTHING else "gains and losses cancel out"
+        return f". Nothing was forgotten on average: in earlier tasks {gained} (the one that lost most: {lost})"
+    return f". Later stages changed earlier tasks by {signed(mean)} on average (the one that lost most: {lost})"
 
 
 def _tiles(
@@ -176,7 +208,8 @@ def _tiles(
             continue
         show = signed if name in ("backward_transfer", "forward_transfer_gem") else fraction
         between = f"{show(interval.low)} to {show(interval.high)}" if interval else "no interval: predictions missing"
-        tiles.append(Tile(label, show(value), between))
+        none = name == "forgetting" and value < NOTHING
+        tiles.append(Tile(label, "none" if none else show(value), f"on average; {between}" if none else between))
     if routing and routing[-1].learned_accuracy is not None:
         last = routing[-1]
         tiles.append(Tile("routing accuracy", fraction(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
@@ -226,7 +259,9 @@ def _by_evidence(facts: RunFacts) -> list[Block]:
     return [TableBlock("evidence", "The last bank's answers to plain text", Table(["", *facts.tasks], rows), note)]
 
 
-def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]]) -> list[Block]:
+def _learned(
+    facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]], floor: Baselines
+) -> list[Block]:
     seed = int(facts.result["seed"])
     last = len(facts.stages)
     rows: list[list[Value]] = []
@@ -237,9 +272,10 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
         ranked = facts.result["ranked_accuracy_matrix"][-1][i]
         oracle = facts.result["oracle"][i] if facts.result.get("oracle") else None
         ends = [interval.low, interval.high] if interval else [None, None]
-        rows.append([task, facts.matrix[0][i], own, facts.matrix[-1][i], *ends, oracle, ranked, len(scores or []) or None])
-    ranks = "Ranked: the best of the task's own labels as the answer."
-    columns = ["task", "untrained", "own stage", "last", "low", "high", "oracle", "ranked, last", "rows"]
+        rows.append([task, facts.matrix[0][i], floor.chance[i], floor.majority[i], own, facts.matrix[-1][i], *ends, oracle,
+                     ranked, len(scores or []) or None])  # fmt: skip
+    ranks = f"Ranked: the best of the task's own labels as the answer.{run_charts.FLOOR if floor.lines else ''}"
+    columns = ["task", "untrained", CHANCE, MAJORITY, "own stage", "last", "low", "high", "oracle", "ranked, last", "rows"]
     also: list[list[Value]] = []
     for one in facts.result.get("also") or []:
         scores = facts.row_scores("router", one["task"], last)
@@ -259,7 +295,7 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
         for name, (value, i) in named
     ]
     return [
-        *run_charts.accuracy_charts(facts),
+        *run_charts.accuracy_charts(facts, floor),
         TableBlock("tasks", "Task by task", Table(columns, rows), ranks),
         *([further] if also else []),
         *_by_evidence(facts),

@@ -157,6 +157,18 @@ def test_a_task_that_was_not_learned_is_found() -> None:
     assert [(f.rule, f.title) for f in found] == [("not_learned", "amazon was not learned")]
 
 
+def test_a_task_at_chance_or_at_its_most_frequent_label_was_not_learned_though_it_beats_the_untrained_model() -> None:
+    chance, majority = [0.07, 0.2, 0.1, 0.25], [0.1, 0.25, 0.12, 0.3]
+    floored = replace(healthy(), chance=chance, majority=majority)
+    assert diagnose(floored) == [], "amazon has 0.52, far above both"
+    (found,) = diagnose(replace(floored, majority=[0.1, 0.51, 0.12, 0.3]))
+    assert (found.level, found.rule, found.title) == ("alarm", "not_learned", "amazon was not learned")
+    assert "0.000 untrained, 0.510 with its most frequent label always, 0.200 by chance" in found.detail
+    unknown = [[None] * 4, *MATRIX[1:]]
+    assert alarms(replace(floored, matrix=unknown, chance=[0.07, 0.51, 0.1, 0.25])) == ["not_learned"]
+    assert alarms(replace(healthy(), matrix=unknown)) == [], "free text, not scored untrained: nothing to compare with"
+
+
 def test_a_loss_that_did_not_fall_is_found() -> None:
     assert alarms(replace(healthy(), losses={"amazon": [2.0] * 10 + [2.5] * 10})) == ["loss_not_falling"]
 
