@@ -25,6 +25,11 @@ SHOWN_LINES = 30
 """Of a table that grows with tasks x stages."""
 
 
+def capital(name: str) -> str:
+    """A name as a title begins with it."""
+    return f"{name[:1].upper()}{name[1:]}"
+
+
 def short_names(tasks: Sequence[str]) -> list[str]:
     """Names without a folder that all share (``helpdesk/``)."""
     folders = {name.rpartition("/")[0] for name in tasks}
@@ -45,7 +50,7 @@ def accuracy_charts(facts: RunFacts, floor: Baselines) -> list[Chart]:
     charts = [
         heat_map(
             "accuracy-matrix",
-            f"{facts.measure[:1].upper()}{facts.measure[1:]} matrix",
+            f"{capital(facts.measure)} matrix",
             "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task."
             f"{FLOOR if floor.lines else ''}",
             rows,
@@ -110,6 +115,7 @@ def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Blo
             short_names(last.tasks),
             adapters,
             mass,
+            low=0.0,
             marked=own,
             row_name="task",
             column_name="adapter",
@@ -167,14 +173,13 @@ def knockout_blocks(facts: RunFacts) -> list[Block]:
     return [
         heat_map(
             "knockout",
-            "Knock-out: accuracy lost with an adapter silent",
-            "Accuracy of the last bank with one adapter adding nothing, wherever gates or recipes use it, less its accuracy"
-            " as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each other.",
+            f"Knock-out: {facts.measure} lost with an adapter silent",
+            f"{capital(facts.measure)} of the last bank with one adapter adding nothing, wherever gates or recipes use it,"
+            " less what it has as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each"
+            " other.",
             names,
             short_names(facts.tasks),
             values,
-            low=None,
-            high=None,
             diverging=True,
             marked=own,
             row_name="bank",
@@ -182,7 +187,7 @@ def knockout_blocks(facts: RunFacts) -> list[Block]:
         ),
         TableBlock(
             "knockout-accuracy",
-            "Knock-out accuracy",
+            f"Knock-out {facts.measure}",
             Table(["", *facts.tasks], [["as it is", *last], *([n, *line] for n, line in zip(names, silenced, strict=True))]),
         ),
     ]
@@ -226,7 +231,7 @@ def recipe_blocks(recipes: Sequence[Recipe]) -> list[Block]:
         names,
         short_names(earlier),
         values,
-        high=None,
+        low=0.0,
         row_name="task",
         column_name="earlier adapter",
     )

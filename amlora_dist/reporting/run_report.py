@@ -98,6 +98,7 @@ def run_page(facts: RunFacts) -> Page:
             Section("How it was made", "", _made(facts)),
         ],
         facts=_facts(facts),
+        links=[(f"run {facts.run} in MLflow ({facts.tracking_uri})", facts.page)],
     )
 
 
@@ -109,7 +110,7 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselin
     def in_order(values: Sequence[Any]) -> list[Any]:
         return [values[place[task]] if task in place else None for task in facts.tasks]
 
-    about = facts.materials.get("tasks", {})
+    about = facts.described
     mixed: dict[tuple[str, str], float] = {}
     recipes = []
     for stage in facts.stages:
@@ -221,20 +222,21 @@ def _tiles(
 
 def _learned_text(facts: RunFacts) -> str:
     split = facts.config.get("evaluation", {}).get("split", "test")
+    name = run_charts.capital(facts.measure)
     if facts.plain_texts:
         meaning = (
-            f"Accuracy, 0 to 1, over the {split} rows as plain text: the share of served answers that are right. Nothing is"
-            " told but the text, except to the oracle and in rows called told: these know the task."
+            f"{name}, 0 to 1, over the {split} rows as plain text, of the served answers. Nothing is told but the text,"
+            " except to the oracle and in rows called told: these know the task."
         )
     else:
         meaning = (
-            f"Accuracy is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
+            f"{name} is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
             " own task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
             " routed and answered worse than these numbers say."
         )
     return (
         f"{meaning} Intervals are 95% bootstrap intervals over rows: what other test rows would have given. They say nothing"
-        " of other seeds."
+        " of other seeds. All scores and shares on this page are fractions, 0 to 1."
     )
 
 
@@ -305,7 +307,8 @@ def _learned(
 
 def _raw(facts: RunFacts) -> list[Block]:
     tables: list[Block] = []
-    for key, title in (("accuracy_matrix", "Accuracy"), ("ranked_accuracy_matrix", "Ranked accuracy")):
+    titles = {"accuracy_matrix": run_charts.capital(facts.measure), "ranked_accuracy_matrix": "Ranked accuracy"}
+    for key, title in titles.items():
         lines: list[list[Value]] = []
         if key == "accuracy_matrix":
             lines.append(["untrained", *facts.matrix[0]])
@@ -350,14 +353,14 @@ def _made(facts: RunFacts) -> list[Block]:
         made = stage.training.get("trained_with") or {}
         rows.append(
             [stage.task, stage.public["version"], stage.public["reused"], made.get("workers"), made.get("zero_stage"),
-             made.get("threads"), made.get("device"), stage.public["fingerprint"]]
+             made.get("threads"), made.get("device"), facts.page_of(stage.run) or None, stage.public["fingerprint"]]
         )  # fmt: skip
     data: list[list[Value]] = []
-    for task, one in facts.materials.get("tasks", {}).items():
+    for task, one in facts.described.items():
         for split, count in one["rows"].items():
             data.append([task, split, count, one["bad_rows"], one["prompt_style"], one["metric"], one["digests"][split]])
     versions: list[list[Value]] = [[name, version] for name, version in facts.materials.get("versions", {}).items()]
-    stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "training fingerprint"]
+    stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "MLflow", "training fingerprint"]
     return [
         TableBlock("stages", "Stages and their fingerprints", _short(stages, rows)),
         TableBlock(

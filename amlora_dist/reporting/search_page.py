@@ -147,8 +147,6 @@ def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
                 rows,
                 columns,
                 grid,
-                low=None,
-                high=None,
                 digits=3,
                 row_name=names[1],
                 column_name=names[0],

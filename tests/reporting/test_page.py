@@ -88,6 +88,17 @@ def test_a_section_without_blocks_is_left_out() -> None:
     assert "left out" not in page().html()
 
 
+def test_addresses_are_links_only_where_they_lead_to_a_page() -> None:
+    linked = page()
+    linked.links = [("the run", "https://mlflow.example/#/experiments/1/runs/a"), ("never", "javascript:alert(1)")]
+    table = TableBlock("t", "t", Table(["a", "b"], [["x", "http://127.0.0.1:5000/#/x"], ["y", "javascript:alert(1)"]]))
+    linked.sections = [Section("s", "", [table])]
+    html = linked.html()
+    found = [(a["href"], a.get("rel")) for tag, a in Tags(html).found if tag == "a" and "http" in str(a["href"])]
+    assert found == [(linked.links[0][1], "noreferrer"), ("http://127.0.0.1:5000/#/x", "noreferrer")]
+    assert 'href="javascript' not in html and "never" not in html
+
+
 def test_the_table_of_contents_leads_to_every_heading() -> None:
     found = Tags(page().html()).found
     asked = [str(a["href"])[1:] for tag, a in found if tag == "a" and str(a.get("href")).startswith("#")]

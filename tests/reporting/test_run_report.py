@@ -81,6 +81,17 @@ def test_a_run_of_one_stage_has_nothing_to_forget(facts: RunFacts) -> None:
     assert _retained(facts) == ""
 
 
+def test_what_is_recorded_of_tasks_stands_in_the_order_of_stages(facts: RunFacts) -> None:
+    facts.materials["tasks"] = dict(sorted(facts.materials["tasks"].items())) | {"mood.shifted": {}}
+    assert list(facts.described) == ["mood", "route", "note", "mood.shifted"]
+
+
+def test_a_stage_has_its_page_beside_the_run_in_mlflow(facts: RunFacts) -> None:
+    assert facts.page_of("b") == "", "not known"
+    facts.page = "https://mlflow.example/#/experiments/7/runs/a"
+    assert facts.page_of("b") == "https://mlflow.example/#/experiments/7/runs/b" and facts.page_of("") == ""
+
+
 def test_confusions_count_every_row_by_right_and_given_answer(facts: RunFacts) -> None:
     assert confusions(facts, "mood") == {"happy": {"happy": 2, "annoyed": 1}, "annoyed": {"happy": 1}}
     assert confusions(facts, "route") == {
