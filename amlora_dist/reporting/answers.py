@@ -60,7 +60,7 @@ def _drawn(name: str, task: str, counts: Counts) -> Block:
     return heat_map(
         name,
         f"{task}: right and given answers",
-        "Rows by their right answer; a line's frame is what was answered right.",
+        "Number of rows by right answer; framed: answered right.",
         labels,
         columns,
         [[line[column] for column in columns] for line in counts.values()],

@@ -98,7 +98,7 @@ def run_page(facts: RunFacts) -> Page:
             Section("How it was made", "", _made(facts)),
         ],
         facts=_facts(facts),
-        links=[(f"run {facts.run} in MLflow ({facts.tracking_uri})", facts.page)],
+        links=[(f"run {facts.run} in MLflow", facts.page)],
     )
 
 
@@ -159,7 +159,7 @@ def _summary(
     if not facts.in_sequence:
         text = f"{learned} tasks, {facts.result['method']}"
     if value is not None:
-        text += f": {fraction(value)} {facts.measure} on average"
+        text += f": {facts.measure} {fraction(value)} on average"
         text += f" ({fraction(interval.low)} to {fraction(interval.high)} for other test rows)" if interval else ""
     gap = found.get("below_oracle", (None, None))[0]
     if gap is not None:
