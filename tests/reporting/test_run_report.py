@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.answers import OTHER, answer_blocks, confusion_blocks, confusions
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, baselines
 from amlora_dist.reporting.facts import RunFacts, StageFacts
+from amlora_dist.reporting.figures import WIDE, WIDTH
 from amlora_dist.reporting.page import TableBlock
-from amlora_dist.reporting.run_report import _retained
+from amlora_dist.reporting.run_report import _retained, run_page
 
 LABELS = {"mood": ["happy", "annoyed"], "route": ["billing", "account", "delivery"]}
 ANSWERS = {"mood": ["happy"] * 3 + ["annoyed"], "route": ["billing", "account", "delivery", "account"], "note": ["a text"]}
@@ -131,3 +134,36 @@ def test_at_most_ten_answers_of_either_kind_and_each_task_has_its_turn() -> None
     assert [line[0] for line in wrong.table.rows] == ["mood"] * 5 + ["route"] * 5
     assert wrong.table.rows[0][-2:] == ["route", 0.75] and wrong.table.rows[0][3] == "x" * 200
     assert str(wrong.shown.rows[0][3]) == "x" * 79 + "…"
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 15])
+def test_a_whole_page_of_two_and_of_fifteen_tasks_fits_screen_and_limit(count: int) -> None:
+    tasks = [f"group/task number {n}" for n in range(count)]
+    labels = [f"label {n}" for n in range(10)]
+    scored = {task: predictions(task, [labels[n % 9] for n in range(40)], answers=labels * 4) for task in tasks}
+    gates = [1.0, *([0.0] * (count - 1))]
+    for task in tasks:
+        scored[task] = [replace(p, gates=gates, route=tasks[0]) for p in scored[task]]
+    run = made([[0.5] * count for _ in tasks], scored)
+    for task in tasks:
+        run.materials["tasks"][task] = {
+            "labels": labels, "metric": "accuracy", "rows": {"test": 40}, "bad_rows": 0, "prompt_style": "question",
+            "digests": {"test": "0" * 64},
+        }  # fmt: skip
+    run.result |= {"ranked_accuracy_matrix": run.result["accuracy_matrix"], "metrics": {}}
+    run.page = "http://127.0.0.1:5000/#/experiments/1/runs/a"
+    for n, stage in enumerate(run.stages, start=1):
+        stage.run = f"r{n}"
+        stage.public |= {"version": n, "fingerprint": "0" * 64, "train_seconds": 1.0}
+        stage.training = {"losses": [1.0 / (step + 1) for step in range(20)]}
+        stage.scores = [{"mode": "router", "task": task, "fingerprint": task} for task in tasks]
+    html = run_page(run).html()
+    drawings = html.split('<div class="drawing">')[1:]
+    widths = [float(re.findall(r'<svg[^>]*? width="([0-9.]+)pt"', one)[0]) / 72 for one in drawings]
+    assert len(widths) >= 5 + count and max(widths) <= 1.1 * WIDE
+    assert (max(widths) > 1.4 * WIDTH) is (count == 15)
+    assert html.count('href="http://127.0.0.1:5000/#/experiments/1/runs/r') == count
+    confused = [html.index(f"{task}: right and given answers") for task in tasks]
+    assert confused == sorted(confused), "in the order of stages"
