@@ -9,7 +9,7 @@ import pytest
 
 from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.comparing import Entry, compare
-from amlora_dist.reporting.comparison_report import _floor, _floor_means, _measure, also_table
+from amlora_dist.reporting.comparison_report import _floor, _floor_means, _measure, also_table, comparison_page
 from amlora_dist.reporting.facts import RunFacts, StageFacts
 from amlora_dist.reporting.promotion_page import promotion_page
 
@@ -99,3 +99,25 @@ def test_the_page_of_a_promotion_calls_scores_by_their_metric(metric: str | None
     assert page.tiles[1].label == f"{name}, mean of the tasks"
     html = page.html()
     assert f"A task&#39;s {name} may fall by 0.02" in html and f">{name}</th>" in html
+
+
+@pytest.mark.integration
+def test_the_page_of_a_comparison_names_its_metric_and_shows_what_needs_no_learning() -> None:
+    made = [entry(method, ["first", "second"]) for method in ("seq_lora", "replay")]
+    for one in made:
+        one.facts.materials["tasks"] = {task: {"labels": ["", "x"], "metric": "accuracy"} for task in ROWS}
+    shared = {
+        "comparison_id": "c", "seeds": [0], "orders": {"given": list(ROWS)}, "command": "amlora compare", "failed": [],
+        "config": {"evaluation": {"split": "test"}, "model": {"source": "m"}}, "learning_rates": [], "tuning": {},
+    }  # fmt: skip
+    charts = {chart.name: chart for chart in comparison_page(compare(made, "seq_lora") | shared).charts}
+    assert charts["tasks"].title == "Accuracy after the last stage"
+    assert charts["tasks"].data.rows[2:] == [["majority label", 1.0, 1.0], ["chance", 0.5, 0.5]]
+    assert charts["average-performance"].data.rows[2:] == [
+        ["majority label, no learning", 1.0, None, None], ["chance, no learning", 0.5, None, None],
+    ]  # fmt: skip
+    assert {"majority label, all tasks", "chance, all tasks"} <= {str(row[0]) for row in charts["by-stage"].data.rows}
+    for one in made:
+        one.facts.result["task_metrics"] = dict.fromkeys(ROWS, "rouge_l")
+    named = comparison_page(compare(made, "seq_lora") | shared)
+    assert "accuracy" not in "".join(chart.svg() for chart in named.charts) and "ROUGE-L" in named.html()
