@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -148,6 +148,12 @@ METRIC_NAMES: Mapping[str, str] = {
     "json_fields": "JSON fields",
 }  # fmt: skip
 """What people call them: in lines, tables and pages."""
+
+
+def common_name(metrics: Iterable[str]) -> str:
+    """What scores of several tasks are called together: their metric's name if all have one, otherwise ``score``."""
+    names = {METRIC_NAMES[metric] for metric in metrics}
+    return names.pop() if len(names) == 1 else "score"
 
 
 def best_score(metric: str, output: str, answers: Sequence[str]) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 from amlora_dist.evaluation import metrics
 from amlora_dist.evaluation.intervals import Cells, cell_means, over_seeds, percentiles, resampled
 from amlora_dist.evaluation.metrics import Metric
+from amlora_dist.evaluation.text_metrics import common_name
+from amlora_dist.reporting.baselines import baselines
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.routing_facts import routing_by_stage
 
@@ -55,11 +57,13 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
         reference: the method that the others are subtracted from.
 
     Returns:
-        ``methods``: for each its ``runs`` (number), ``train_seconds`` (mean of a run) and ``metrics``: by name ``mean``,
-        ``deviation`` and ``range`` over runs, and the ``interval`` of the mean over test rows. ``differences``: for each
-        other method the average performance of the reference minus its own over the runs both have, with ``interval``,
-        ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by method. ``also``: the same of test sets
-        that no stage learned. ``by_order``: average performance by method and order. ``runs``: one line a run.
+        ``measure``: what the scores are called. ``baselines``: of each task the scores that need no learning, ``chance``
+        and ``majority`` (None for free text). ``methods``: for each its ``runs`` (number), ``train_seconds`` (mean of a
+        run) and ``metrics``: by name ``mean``, ``deviation`` and ``range`` over runs, and the ``interval`` of the mean over
+        test rows. ``differences``: for each other method the average performance of the reference minus its own over the
+        runs both have, with ``interval``, ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by
+        method. ``also``: the same of test sets that no stage learned. ``by_order``: average performance by method and
+        order. ``runs``: one line a run.
     """
     methods = list(dict.fromkeys(entry.method for entry in entries))
     of = {method: [entry for entry in entries if entry.method == method] for method in methods}
@@ -70,6 +74,8 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
     table = {method: _method(of[method], references, places) for method in methods}
     return {
         "reference": reference,
+        "measure": _measure(entries),
+        "baselines": _baselines(entries),
         "methods": {method: line for method, (line, _) in table.items()},
         "differences": {
             method: _difference(table[reference][1], table[method][1])
@@ -170,6 +176,21 @@ def _difference(
     found = _summary(samples) if samples else None
     if found is not None:
         found["wins"] = sum((sample.value or 0.0) > 0 for sample in samples)
+    return found
+
+
+def _measure(entries: Sequence[Entry]) -> str:
+    known = [(entry.facts.result.get("task_metrics") or {}, entry.facts.tasks) for entry in entries]
+    return common_name(metrics_of.get(task, "accuracy") for metrics_of, tasks in known for task in tasks)
+
+
+def _baselines(entries: Sequence[Entry]) -> dict[str, dict[str, Number]]:
+    """Of every task, from the first run that has it: test rows and labels are the same in all."""
+    found: dict[str, dict[str, Number]] = {}
+    for entry in entries:
+        floor = baselines(entry.facts)
+        for task, chance, majority in zip(entry.facts.tasks, floor.chance, floor.majority, strict=True):
+            found.setdefault(task, {"chance": chance, "majority": majority})
     return found
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from amlora_dist.reporting.baselines import CHANCE, MAJORITY
 from amlora_dist.reporting.figures import Chart, Dot, Number, Series, Table, Value, dot_plot, heat_map, line_chart
-from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
-from amlora_dist.reporting.run_charts import short_names
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction
+from amlora_dist.reporting.run_charts import FLOOR, capital, short_names
 
 SHOWN = {
     "average_performance": "AP",
@@ -26,6 +27,8 @@ SHOWN = {
     "routing_accuracy": "routing accuracy",
 }
 """Metrics in the order of the tables, with their headings."""
+BOTH = {MAJORITY: "majority", CHANCE: "chance"}
+"""Baselines by what they are called, and their keys in a comparison."""
 
 
 def comparison_page(comparison: dict[str, Any]) -> Page:
@@ -112,14 +115,14 @@ def also_table(comparison: dict[str, Any]) -> Table | None:
 def _summary(comparison: dict[str, Any], ranking: Sequence[str]) -> str:
     found, reference = comparison["methods"], comparison["reference"]
     best = ranking[0]
-    text = f"{best} has the highest average performance, {_points(_mean(found[best], 'average_performance'))} points"
+    text = f"{best} has the highest average performance, {fraction(_mean(found[best], 'average_performance'))}"
     differences = {m: one for m, one in comparison["differences"].items() if one is not None}
     behind = [m for m in differences if m not in ("per_task", "joint") and differences[m]["mean"] > 0]
     if behind:
         closest = min(behind, key=lambda m: differences[m]["mean"])
         low, high = differences[closest]["interval"] or (None, None)
-        text += f". {reference} is ahead of {closest} by {_points(differences[closest]['mean'])}"
-        text += f" ({_points(low)} to {_points(high)})" if low is not None else ""
+        text += f". {reference} is ahead of {closest} by {fraction(differences[closest]['mean'])}"
+        text += f" ({fraction(low)} to {fraction(high)})" if low is not None else ""
         text += f", of {len(behind)} methods behind it the closest" if len(behind) > 1 else ""
     for failed in comparison.get("failed", []):
         text += f". {failed['run_id']} failed: {failed['reason']}"
@@ -128,8 +131,8 @@ def _summary(comparison: dict[str, Any], ranking: Sequence[str]) -> str:
 
 def _tile(method: str, one: dict[str, Any]) -> Tile:
     own = one["metrics"].get("average_performance") or {}
-    spread = f"± {_points(own['deviation'])} over {own['runs']} runs" if own.get("deviation") is not None else "one run"
-    return Tile(method, _points(own.get("mean")), spread)
+    spread = f"± {fraction(own['deviation'])} over {own['runs']} runs" if own.get("deviation") is not None else "one run"
+    return Tile(method, fraction(own.get("mean")), spread)
 
 
 def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Block]:
@@ -139,8 +142,9 @@ def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Blo
         own = found[method]["metrics"].get("average_performance") or {}
         low, high = own.get("interval") or [None, None]
         dots.append(Dot(method, own.get("mean"), low, high, emphasised=method == comparison["reference"]))
+    dots += [Dot(f"{name}, no learning", mean) for name, mean in _floor_means(comparison)]
     blocks: list[Block] = [
-        dot_plot("average-performance", "Average performance by method", "Highest first.", dots, x_name="accuracy")
+        dot_plot("average-performance", "Average performance by method", "Highest first.", dots, x_name=_measure(comparison))
     ]
     differences = [(m, one) for m, one in comparison["differences"].items() if one is not None]
     if differences:
@@ -152,7 +156,7 @@ def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Blo
                 f"{reference} minus each other method",
                 "Paired: same seeds, orders and test rows. Right of 0: ahead.",
                 sorted(lines, key=lambda dot: -(dot.value or 0.0)),
-                x_name="difference in accuracy",
+                x_name=f"difference in {_measure(comparison)}",
                 zero=True,
             )
         )
@@ -186,13 +190,15 @@ def _curves(comparison: dict[str, Any]) -> Chart | None:
             values = [value for value in known if value is not None]
             means.append(sum(values) / len(values) if values and len(values) == len(known) else None)
         series.append(Series(method, list(stages), means))
+    for name, mean in _floor_means(comparison):
+        series.append(Series(f"{name}, all tasks", list(stages), [mean] * longest, muted=True))
     return line_chart(
         "by-stage",
         "Average performance from stage to stage",
         "Over the tasks learned so far, mean over runs.",
         series,
         x_name="after stage",
-        y_name="accuracy",
+        y_name=_measure(comparison),
         y_range=(0, 1.02),
         x_ticks=[str(t) for t in stages],
     )
@@ -201,14 +207,16 @@ def _curves(comparison: dict[str, Any]) -> Chart | None:
 def _tasks(comparison: dict[str, Any]) -> list[Block]:
     table = comparison["tasks"]
     tasks = list(dict.fromkeys(task for one in table.values() for task in one))
+    lines: dict[str, list[Number]] = {method: [one.get(task) for task in tasks] for method, one in table.items()}
+    lines |= _floor(comparison, tasks)
     blocks: list[Block] = [
         heat_map(
             "tasks",
-            "Score after the last stage",
-            "Mean over runs.",
-            list(table),
+            f"{capital(_measure(comparison))} after the last stage",
+            f"Mean over runs.{FLOOR if len(lines) > len(table) else ''}",
+            list(lines),
             short_names(tasks),
-            [[one.get(task) for task in tasks] for one in table.values()],
+            list(lines.values()),
             row_name="method",
             column_name="task",
         )
@@ -251,7 +259,7 @@ def _tuning(comparison: dict[str, Any]) -> list[Block]:
         "A gap is a run that diverged.",
         series,
         x_name="learning rate",
-        y_name="accuracy",
+        y_name=_measure(comparison),
         y_range=(0, 1.02),
         x_ticks=[f"{rate:g}" for rate in rates],
     )
@@ -278,5 +286,20 @@ def _mean(one: dict[str, Any], name: str) -> Number:
     return None if found is None else float(found["mean"])
 
 
-def _points(value: Number) -> str:
-    return "–" if value is None else f"{100 * value:.1f}".replace("-", "−")
+def _measure(comparison: dict[str, Any]) -> str:
+    """What the scores are called; comparisons of before it was recorded are called what they were called then."""
+    return str(comparison.get("measure", "accuracy"))
+
+
+def _floor(comparison: dict[str, Any], tasks: Sequence[str]) -> dict[str, list[Number]]:
+    """What needs no learning, task by task, by name; nothing where it is not known."""
+    known = comparison.get("baselines") or {}
+    both = {name: [known.get(task, {}).get(key) for task in tasks] for name, key in BOTH.items()}
+    return {name: line for name, line in both.items() if any(value is not None for value in line)}
+
+
+def _floor_means(comparison: dict[str, Any]) -> list[tuple[str, float]]:
+    """The means of both over all tasks, where every task has them."""
+    floor = _floor(comparison, list(comparison.get("baselines") or {}))
+    whole = {name: [v for v in line if v is not None] for name, line in floor.items() if None not in line}
+    return [(name, sum(line) / len(line)) for name, line in whole.items()]

@@ -16,6 +16,8 @@ Number = float | None
 
 MIXED_ROWS = 0.15
 """Share of a stage's rows that look like another task's, from which on the boundary counts as mixed."""
+NOT_LEARNED = 0.02
+"""Score above what needs no learning, up to which a task counts as not learned."""
 LARGE_L1 = 1.0
 """Coefficient from which on the loss was measured to pay for it (docs/method.md)."""
 
@@ -56,6 +58,9 @@ class Evidence:
     matrix: Sequence[Sequence[Number]]
     """Accuracy after each stage; row 0 untrained."""
     oracle: Sequence[Number] | None = None
+    chance: Sequence[Number] = ()
+    majority: Sequence[Number] = ()
+    """What each task scores without learning (`reporting.baselines`); None for free text."""
     rows: Sequence[int] = ()
     """Test rows of each task."""
     adapters: list[str] = field(default_factory=list)
@@ -114,7 +119,7 @@ def collapsed(e: Evidence) -> Iterator[Finding]:
                 "alarm",
                 "router_collapsed",
                 f"The router has collapsed on {adapter}",
-                f"{_percent(_mean(shares))} of the other tasks' inputs choose its adapter.",
+                f"{_share(_mean(shares))} of the other tasks' inputs (1 is all of them) choose its adapter.",
                 "Look at the features: router.layer (too shallow?), router.shrinkage, router.gate.temperature; and whether"
                 " prompts of different tasks differ at all.",
             )
@@ -146,7 +151,7 @@ def exchanged(e: Evidence) -> Iterator[Finding]:
             "alarm",
             "statistics_exchanged",
             f"Inputs of {' → '.join([*circle, circle[0]])} choose each other's adapters",
-            f"{_percent(min(shares))} or more of each task's inputs go to the next one's adapter.",
+            f"{_share(min(shares))} or more of each task's inputs go to the next one's adapter.",
             "Their router statistics (or their training data) are exchanged: compare the data folders and the tasks' files.",
         )
 
@@ -166,12 +171,12 @@ def misrouted(e: Evidence) -> Iterator[Finding]:
         cost = None if last is None or oracle is None else oracle - last
         severe = right < 0.6 and (cost is None or cost >= 0.05)
         severe = severe or (cost is not None and cost >= 0.1 and _beyond_chance(oracle, last, e.rows, i))
-        told = "" if cost is None else f" Against being told the task this costs {100 * cost:.1f} points."
+        told = "" if cost is None else f" Against being told the task this costs {cost:.3f}."
         yield Finding(
             "alarm" if severe else "note",
             "misrouted",
             f"{task} is misrouted",
-            f"{_percent(right)} of its inputs choose its own adapter, {_percent(wrong[0])} choose {wrong[1]}'s.{told}",
+            f"{_share(right)} of its inputs choose its own adapter, {_share(wrong[0])} choose {wrong[1]}'s.{told}",
             "If the tasks are alike, give them distinct questions or join them; more training rows sharpen the statistics.",
         )
 
@@ -193,7 +198,7 @@ def look_alikes(e: Evidence) -> Iterator[Finding]:
                     "note",
                     "look_alikes",
                     f"{first} and {second} look alike to the router",
-                    f"{_percent(out)} of {first} goes to {second}, {_percent(home)} the other way.",
+                    f"{_share(out)} of {first} goes to {second}, {_share(home)} the other way.",
                     "Harmless if both answer with the same words; else distinct questions help.",
                 )
 
@@ -208,7 +213,7 @@ def zero_adapter(e: Evidence) -> Iterator[Finding]:
             "alarm",
             "over_regularised_gate",
             "The gate is over-regularised",
-            f"{_percent(_mean(known))} of the attention on learned tasks goes to the zero adapter: the base model answers.",
+            f"{_share(_mean(known))} of the attention on learned tasks goes to the zero adapter: the base model answers.",
             "Lower router.gate.threshold, take router.gate.form relative, or turn router.gate.abstention off.",
         )
 
@@ -228,7 +233,7 @@ def erased_recipes(e: Evidence) -> Iterator[Finding]:
         "The L1 penalty erased every recipe" if large else "No stage kept a weight on an earlier adapter",
         f"training.l1 is {e.l1:g}; {len(helped)} stages found an earlier task's adapter better than none"
         f" ({', '.join(f'{r.task} from {r.started_from}' for r in helped[:4])}), and all their weights are exactly 0.",
-        "Measured: 0.1 to 0.3 costs nothing, 1 costs 1.5 to 2 points, 3 destroys transfer. Lower training.l1.",
+        "Measured: 0.1 to 0.3 costs nothing, 1 costs 0.015 to 0.02, 3 destroys transfer. Lower training.l1.",
     )
 
 
@@ -240,7 +245,7 @@ def mixed_boundaries(e: Evidence) -> Iterator[Finding]:
                 "alarm",
                 "mixed_boundary",
                 f"The stage of {task} looks mixed with {other}",
-                f"About {_percent(share)} of its training rows look like {other}'s (spread of its features along the line"
+                f"About {_share(share)} of its training rows look like {other}'s (spread of its features along the line"
                 " between the two tasks).",
                 "Check where one task's data end and the next one's begin; the adapter and the router have learned both.",
             )
@@ -256,28 +261,38 @@ def forgotten(e: Evidence) -> Iterator[Finding]:
             lost.append((own - now, task, own, now))
     if lost:
         lost.sort(reverse=True)
-        some = "; ".join(f"{task} {100 * own:.0f} → {100 * now:.0f}" for _, task, own, now in lost[:4])
+        some = "; ".join(f"{task} {own:.3f} → {now:.3f}" for _, task, own, now in lost[:4])
         yield Finding(
             "alarm",
             "forgotten",
             f"{len(lost)} of {last} tasks were forgotten" if len(lost) > 1 else f"{lost[0][1]} was forgotten",
-            f"Accuracy after their own stage and now, in points: {some}.",
+            f"Score after their own stage and now: {some}.",
             "A method that trains one adapter on forgets; with am_lora look at the routing of these tasks.",
         )
 
 
 def not_learned(e: Evidence) -> Iterator[Finding]:
-    """A stage that did not lift its own task above the untrained model."""
+    """A stage that did not lift its own task above what it scores without learning.
+
+    That is the highest of the untrained model, the most frequent label, and a label drawn evenly.
+    """
     for i, task in enumerate(e.tasks[: max(len(e.matrix) - 1, 0)]):
-        own, before = e.matrix[i + 1][i] if len(e.matrix) > i + 1 else None, e.matrix[0][i]
         told = e.oracle[i] if e.oracle is not None else None
-        best = max((v for v in (own, told) if v is not None), default=None)
-        if best is not None and before is not None and best - before <= 0.02:
+        best = max((v for v in (e.matrix[i + 1][i], told) if v is not None), default=None)
+        compared = {
+            "untrained": e.matrix[0][i],
+            "with its most frequent label always": e.majority[i] if i < len(e.majority) else None,
+            "by chance": e.chance[i] if i < len(e.chance) else None,
+        }
+        known = {name: value for name, value in compared.items() if value is not None}
+        if best is not None and known and best - max(known.values()) <= NOT_LEARNED:
             yield Finding(
                 "alarm",
                 "not_learned",
                 f"{task} was not learned",
-                f"{100 * best:.1f} points after its own stage, {100 * before:.1f} untrained.",
+                f"{best:.3f} after its own stage (or told the task, if that is more); "
+                + ", ".join(f"{value:.3f} {name}" for name, value in known.items())
+                + ".",
                 "Look at its loss curve: training.learning_rate, training.epochs, more rows, and its labels.",
             )
 
@@ -384,5 +399,5 @@ def _error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
+def _share(share: float) -> str:
+    return f"{share:.2f}"

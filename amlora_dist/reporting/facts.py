@@ -11,7 +11,7 @@ from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
-from amlora_dist.evaluation.text_metrics import METRIC_NAMES
+from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
@@ -46,10 +46,23 @@ class RunFacts:
     stages: list[StageFacts]
     predictions: dict[str, list[Prediction]]
     """By scoring fingerprint; what a store no longer has is missing."""
+    page: str = ""
+    """Address of the run's page in MLflow."""
 
     @property
     def tasks(self) -> list[str]:
         return list(self.result["tasks"])
+
+    @property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """What is recorded of each task's rows and prompts, in the order of the run; further test sets come last."""
+        known: dict[str, dict[str, Any]] = self.materials.get("tasks", {})
+        order = [task for task in self.tasks if task in known]
+        return {task: known[task] for task in dict.fromkeys([*order, *known])}
+
+    def page_of(self, run: str) -> str:
+        """Address of a stage's page in MLflow: it stands in the run's experiment. Empty if it is not known."""
+        return f"{self.page.rpartition('/')[0]}/{run}" if self.page and run else ""
 
     @property
     def in_sequence(self) -> bool:
@@ -60,8 +73,7 @@ class RunFacts:
     def measure(self) -> str:
         """What the scores are, by name: of all tasks the same, or only ``score``."""
         known = self.result.get("task_metrics") or {}
-        names = {METRIC_NAMES[known.get(task, "accuracy")] for task in self.tasks}
-        return names.pop() if len(names) == 1 else "score"
+        return common_name(known.get(task, "accuracy") for task in self.tasks)
 
     @property
     def plain_texts(self) -> bool:
@@ -130,6 +142,7 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
         materials=store.load_json(run, MATERIALS) or {},
         stages=[],
         predictions={},
+        page=store.page_of(run),
     )
     stage_runs = store.find_runs({tags.KIND: "stage", tags.RUN_ID: run_id})
     runs = {one.tags.get(tags.TRAINING_FINGERPRINT): one for one in stage_runs}

@@ -30,6 +30,10 @@ DASHES = ("-", "--", "-.", ":")
 INK, GREY, PALE = "#1f2430", "#6b7280", "#e5e7eb"
 WIDTH = 4.7
 """Inches of a plain chart: legible without scrolling on a phone, two beside each other on a desk."""
+MANY = 8
+"""Lines or places on the x axis from which on a line chart is as wide as the page."""
+WIDE = 9.6
+"""Inches of such a chart; a screen that is narrower scrolls it, paper shrinks it."""
 LONGEST_NAME = 32
 """Letters of a name beside a chart of that width."""
 
@@ -81,7 +85,7 @@ class Series:
     """Lower and upper ends of an interval around each point."""
     high: Sequence[Number] | None = None
     muted: bool = False
-    """A reference, drawn thin and grey."""
+    """A reference, drawn thin and grey: the first dotted, the second dashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,8 @@ def heat_map(
     columns: Sequence[str],
     values: Sequence[Sequence[Number]],
     *,
-    low: float | None = 0.0,
-    high: float | None = 1.0,
+    low: float | None = None,
+    high: float | None = None,
     digits: int = 2,
     row_name: str = "",
     column_name: str = "",
@@ -146,7 +150,7 @@ def heat_map(
 
     Args:
         values: one line for each of ``rows``, one number for each of ``columns``.
-        low, high: ends of the colour map; None takes them from the values.
+        low, high: ends of the colour map; None takes them from the values, so that near numbers can be told apart.
         diverging: colours run from orange through white at 0 to blue; ``low`` and ``high`` become symmetric.
         marked: (row, column) of cells with a frame, such as the diagonal.
     """
@@ -159,7 +163,7 @@ def heat_map(
     names = list(columns)
     longest = max((len(one) for one in names), default=0)
     labels = 0.075 * max((len(row) for row in rows), default=0) + 0.25
-    side = min(max((WIDTH - labels - 0.2) / max(len(names), 1), 0.42), 0.8)
+    side = max((WIDTH - labels - 0.2) / max(len(names), 1), 0.42)  # few columns are wide: the page's width is used
     slanted = 0.085 * longest > side
     above = 0.3 + (0.055 * longest if slanted else 0.0)
     width = labels + side * len(names) + (max(0.068 * longest - side / 2, 0.0) if slanted else 0.0) + 0.1
@@ -217,17 +221,20 @@ def line_chart(
         x_ticks: names of the places 1, 2, ... on the x axis, instead of numbers.
     """
     with mpl.rc_context(_STYLE):
-        beside = max(1, int((WIDTH - 0.1) / (0.07 * max((len(one.name) for one in series), default=0) + 0.6)))
+        width = WIDE if len([one for one in series if not one.muted]) > MANY or len(x_ticks or []) > MANY else WIDTH
+        beside = max(1, int((width - 0.1) / (0.07 * max((len(one.name) for one in series), default=0) + 0.6)))
         below = 0.19 * math.ceil(len(series) / beside) + 0.08
-        slanted = x_ticks is not None and sum(len(tick) for tick in x_ticks) > 34
+        slanted = x_ticks is not None and sum(len(tick) for tick in x_ticks) > 34 * width / WIDTH
         foot = 0.5 + below + (0.045 * max(map(len, x_ticks)) if slanted and x_ticks else 0.0)
-        figure, axes = _figure(WIDTH, height + below + foot - 0.9)
+        figure, axes = _figure(width, height + below + foot - 0.9)
         total = float(figure.get_figheight())
-        axes.set_position((0.13, foot / total, 0.84, (total - foot - 0.12) / total))
-        number = 0
+        axes.set_position((0.61 / width, foot / total, 1 - 0.75 / width, (total - foot - 0.12) / total))
+        number = muted = 0
         for one in series:
-            colour, marker, dash, wide = GREY, "", ":", 1.2
-            if not one.muted:
+            if one.muted:
+                colour, marker, dash, wide = GREY, "", (":", "--")[muted % 2], 1.2
+                muted += 1
+            else:
                 colour, marker, dash, wide = _look(number)
                 number += 1
             y = [math.nan if v is None else v for v in one.y]

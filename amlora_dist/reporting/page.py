@@ -90,6 +90,8 @@ class Page:
     sections: Sequence[Section]
     facts: dict[str, str] = field(default_factory=dict)
     """The line below the title: method, seed, model."""
+    links: Sequence[tuple[str, str]] = ()
+    """(words, address) of pages elsewhere; an address that is not http or https is left out."""
 
     @property
     def charts(self) -> list[Chart]:
@@ -135,6 +137,22 @@ def number(value: Value, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
+def fraction(value: float | None) -> str:
+    """A score or share, 0 to 1, as every page, table and the terminal show it: three decimals, never per cent."""
+    return number(value)
+
+
+def signed(value: float) -> str:
+    """A difference of scores with its sign; what rounds to nothing has none."""
+    text = f"{value:+.3f}".replace("-", "−")
+    return "0.000" if text[1:] == "0.000" else text
+
+
+def is_link(text: Value) -> bool:
+    """Whether a value is the address of a page."""
+    return isinstance(text, str) and re.fullmatch(r"https?://\S+", text) is not None
+
+
 def file_name(text: str) -> str:
     """A name that every file system takes."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "report"
@@ -163,5 +181,5 @@ _ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _ENVIRONMENT.filters |= {
-    "number": number, "data_uri": _data_uri, "kind": _kind, "mime": _mime, "svg_width": _size,
+    "number": number, "is_link": is_link, "data_uri": _data_uri, "kind": _kind, "mime": _mime, "svg_width": _size,
 }  # fmt: skip

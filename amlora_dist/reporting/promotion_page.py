@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES, common_name
 from amlora_dist.reporting.figures import Table
 from amlora_dist.reporting.page import DownloadsBlock, Page, Section, TableBlock, Tile
 
 SHOWN_ROWS = 200
 """Rows that a table lists; the JSON has them all."""
 
-
+KEY = "accuracy in a check is the key of a task's score, whatever its metric."
 _WORD = {True: "passed", False: "FAILED"}
 
 
@@ -19,7 +20,7 @@ def promotion_page(result: dict[str, Any]) -> Page:
     """The page of what ``amlora promote --json`` prints. It holds rows' places and answers, never their texts."""
     replaced = result["replaced"]
     sections = [
-        Section("Checks", "", [TableBlock("checks", "What was looked at", _checks(result), _margin(result))]),
+        Section("Checks", "", [TableBlock("checks", "What was looked at", _checks(result), f"{_margin(result)} {KEY}")]),
         Section("Scores", "Shares of the sample's rows, answered as plain text, without being told the task.",
                 [TableBlock("scores", "By task", _scores(result))]),
     ]  # fmt: skip
@@ -33,13 +34,13 @@ def promotion_page(result: dict[str, Any]) -> Page:
         sections.append(Section("Rows that get worse", "", [table]))
     download = DownloadsBlock("The result as JSON", [("promotion.json", json.dumps(result, indent=1))])
     sections.append(Section("How it was made", "", [download]))
-    mean = result["mean_accuracy"]
+    mean, measure = result["mean_accuracy"], _measure(result)
     return Page(
         title=f"Promotion of {result['version']} to {result['alias']}",
         summary=result["verdict"],
         tiles=[
             Tile("verdict", "passed" if result["passed"] else "refused", f"{len(result['checks'])} checks"),
-            Tile("accuracy, mean of the tasks", f"{mean:.3f}",
+            Tile(f"{measure}, mean of the tasks", f"{mean:.3f}",
                  "" if result["replaced_mean_accuracy"] is None else f"replaced: {result['replaced_mean_accuracy']:.3f}"),
             Tile("rows", f"{sum(one['rows'] for one in result['scores'].values()):,}", result["sample"]["name"]),
         ],
@@ -57,10 +58,19 @@ def _checks(result: dict[str, Any]) -> Table:
     return Table(["check", "found", "replaced version", "result"], rows)
 
 
+def _metric(one: dict[str, Any]) -> str:
+    """The metric of a task's scores; results of before it was recorded are called what they were called then."""
+    return str(one.get("metric", "accuracy"))
+
+
+def _measure(result: dict[str, Any]) -> str:
+    return common_name(_metric(one) for one in result["scores"].values())
+
+
 def _margin(result: dict[str, Any]) -> str:
     if result["replaced"] is None:
         return "No version had the alias before: only the requirements count."
-    return f"A task's accuracy may fall by {result['margin']:g} at most."
+    return f"A task's {_measure(result)} may fall by {result['margin']:g} at most."
 
 
 def _scores(result: dict[str, Any]) -> Table:
@@ -68,6 +78,6 @@ def _scores(result: dict[str, Any]) -> Table:
     rows = []
     for task, one in result["scores"].items():
         earlier = before.get(task, {}).get("accuracy")
-        rows.append([task, one["rows"], one["accuracy"], earlier,
+        rows.append([task, one["rows"], METRIC_NAMES[_metric(one)], one["accuracy"], earlier,
                      None if earlier is None else one["accuracy"] - earlier, one["routing_accuracy"]])  # fmt: skip
-    return Table(["task", "rows", "accuracy", "replaced version", "difference", "routing accuracy"], rows)
+    return Table(["task", "rows", "metric", _measure(result), "replaced version", "difference", "routing accuracy"], rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 from amlora_dist.evaluation.intervals import mean_interval
 from amlora_dist.evaluation.metrics import minus
+from amlora_dist.reporting.baselines import Baselines
 from amlora_dist.reporting.diagnosis import Recipe
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Chart, Number, Series, Table, Value, bar_chart, heat_map, line_chart
@@ -17,8 +18,16 @@ from amlora_dist.reporting.routing_facts import StageRouting
 LINE_POINTS = 160
 """Points of a drawn loss curve; the CSV behind it has every step."""
 
+FLOOR = " Chance draws the task's labels evenly; the majority label is always the most frequent one of these rows."
+"""What a caption says of the two baselines."""
+
 SHOWN_LINES = 30
 """Of a table that grows with tasks x stages."""
+
+
+def capital(name: str) -> str:
+    """A name as a title begins with it."""
+    return f"{name[:1].upper()}{name[1:]}"
 
 
 def short_names(tasks: Sequence[str]) -> list[str]:
@@ -27,8 +36,8 @@ def short_names(tasks: Sequence[str]) -> list[str]:
     return [name.rpartition("/")[2] for name in tasks] if len(folders) == 1 else list(tasks)
 
 
-def accuracy_charts(facts: RunFacts) -> list[Chart]:
-    """The accuracy matrix; and how each task fared from stage to stage."""
+def accuracy_charts(facts: RunFacts, floor: Baselines) -> list[Chart]:
+    """The accuracy matrix; and how each task fared from stage to stage; both with what needs no learning."""
     tasks = short_names(facts.tasks)
     stages = [f"after {n} {name}" for n, name in enumerate(tasks, start=1)] if facts.in_sequence else []
     rows = ["untrained", *(stages[: len(facts.stages)] or [stage.task for stage in facts.stages])]
@@ -36,11 +45,14 @@ def accuracy_charts(facts: RunFacts) -> list[Chart]:
     framed = [(n, n - 1) for n in range(1, len(values))] if facts.in_sequence else []
     if facts.result.get("oracle"):
         rows, values = [*rows, "oracle"], [*values, list(facts.result["oracle"])]
+    for name, line in floor.lines:
+        rows, values = [*rows, name], [*values, line]
     charts = [
         heat_map(
             "accuracy-matrix",
-            f"{facts.measure[:1].upper()}{facts.measure[1:]} matrix",
-            "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task.",
+            f"{capital(facts.measure)} matrix",
+            "Read a column downwards: what was learned (framed) should stay. The oracle is the last bank, told the task."
+            f"{FLOOR if floor.lines else ''}",
             rows,
             tasks,
             values,
@@ -50,11 +62,11 @@ def accuracy_charts(facts: RunFacts) -> list[Chart]:
         )
     ]
     if facts.in_sequence and len(facts.stages) > 1:
-        charts.append(_forgetting_curves(facts, tasks))
+        charts.append(_forgetting_curves(facts, tasks, floor))
     return charts
 
 
-def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
+def _forgetting_curves(facts: RunFacts, tasks: Sequence[str], floor: Baselines) -> Chart:
     stages = range(1, len(facts.stages) + 1)
     series = []
     for i, name in enumerate(tasks[: len(facts.stages)]):
@@ -68,10 +80,13 @@ def _forgetting_curves(facts: RunFacts, tasks: Sequence[str]) -> Chart:
             high.append(interval.high if interval else None)
         shaded = len(tasks) <= 6
         series.append(Series(name, list(stages), y, low if shaded else None, high if shaded else None))
+    for name, mean in floor.means:
+        series.append(Series(f"{name}, mean", list(stages), [mean] * len(stages), muted=True))
     return line_chart(
         "learning-curves",
         "Each task from stage to stage",
-        "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows.",
+        "Flat lines after a task's own stage mean that nothing was forgotten. Bands: 95% interval over test rows. Grey:"
+        " means over the tasks of what needs no learning.",
         series,
         x_name="after stage",
         y_name=facts.measure,
@@ -100,6 +115,7 @@ def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Blo
             short_names(last.tasks),
             adapters,
             mass,
+            low=0.0,
             marked=own,
             row_name="task",
             column_name="adapter",
@@ -157,14 +173,13 @@ def knockout_blocks(facts: RunFacts) -> list[Block]:
     return [
         heat_map(
             "knockout",
-            "Knock-out: accuracy lost with an adapter silent",
-            "Accuracy of the last bank with one adapter adding nothing, wherever gates or recipes use it, less its accuracy"
-            " as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each other.",
+            f"Knock-out: {facts.measure} lost with an adapter silent",
+            f"{capital(facts.measure)} of the last bank with one adapter adding nothing, wherever gates or recipes use it,"
+            " less what it has as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each"
+            " other.",
             names,
             short_names(facts.tasks),
             values,
-            low=None,
-            high=None,
             diverging=True,
             marked=own,
             row_name="bank",
@@ -172,7 +187,7 @@ def knockout_blocks(facts: RunFacts) -> list[Block]:
         ),
         TableBlock(
             "knockout-accuracy",
-            "Knock-out accuracy",
+            f"Knock-out {facts.measure}",
             Table(["", *facts.tasks], [["as it is", *last], *([n, *line] for n, line in zip(names, silenced, strict=True))]),
         ),
     ]
@@ -207,15 +222,16 @@ def recipe_blocks(recipes: Sequence[Recipe]) -> list[Block]:
     earlier = list(dict.fromkeys(task for recipe in recipes for task in recipe.weights))
     values = [[recipe.weights.get(task) for task in earlier] for recipe in recipes]
     names = short_names([recipe.task for recipe in recipes])
-    zeros = ", ".join(f"{name} {100 * recipe.zeros:.0f}%" for name, recipe in zip(names, recipes, strict=True))
+    zeros = ", ".join(f"{name} {recipe.zeros:.2f}" for name, recipe in zip(names, recipes, strict=True))
     chart = heat_map(
         "recipes",
         "Recipes: weights of earlier adapters",
-        f"Mean absolute weight over the adapted layers; 1 is as much as the task's own adapter. Exact zeros: {zeros}.",
+        f"Mean absolute weight over the adapted layers; 1 is as much as the task's own adapter. Share of exact"
+        f" zeros: {zeros}.",
         names,
         short_names(earlier),
         values,
-        high=None,
+        low=0.0,
         row_name="task",
         column_name="earlier adapter",
     )
@@ -247,18 +263,18 @@ def training_blocks(facts: RunFacts) -> list[Block]:
         for stage in facts.stages
     ]  # fmt: skip
     columns = ["stage", "reused", *(f"{name}, s" for name in parts), "tokens", "tokens/s", "recipe started from"]
-    columns += ["its race won by, %", "step kept, where the best is"]
-    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=1))
+    columns += ["its race won by", "step kept, where the best is"]
+    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=2))
     return blocks
 
 
 def _won_by(stage: Mapping[str, Any]) -> float | None:
-    """By how much, in percent of the held-out loss, the start of a recipe beat the start at zero; None: no race."""
+    """By how much, as a share of the held-out loss, the start of a recipe beat the start at zero; None: no race."""
     race = stage.get("race")
     if race is None:
         return None
     losses: dict[str, float] = race["losses"]
-    return 100.0 * (1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"])
+    return 1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"]
 
 
 def _loss_chart(curves: dict[str, list[float]]) -> Chart:

@@ -19,10 +19,12 @@ from amlora_dist.evaluation.intervals import (
 )
 from amlora_dist.evaluation.metrics import Metric
 from amlora_dist.reporting import run_charts
+from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
+from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselines
 from amlora_dist.reporting.diagnosis import Evidence, Finding, Recipe, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
-from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction, signed
 from amlora_dist.reporting.routing_facts import StageRouting, routing_by_stage
 
 PREDICTIONS_BYTES = 900_000
@@ -64,7 +66,8 @@ def run_metrics(facts: RunFacts) -> dict[str, tuple[float | None, Interval | Non
 def run_page(facts: RunFacts) -> Page:
     """The report of a run."""
     routing = routing_by_stage(facts)
-    evidence = evidence_of(facts, routing)
+    floor = baselines(facts)
+    evidence = evidence_of(facts, routing, floor)
     findings = diagnose(evidence)
     found = run_metrics(facts)
     return Page(
@@ -73,7 +76,13 @@ def run_page(facts: RunFacts) -> Page:
         tiles=_tiles(facts, found, routing),
         findings=findings,
         sections=[
-            Section("What was learned", _learned_text(facts), _learned(facts, found)),
+            Section("What was learned", _learned_text(facts), _learned(facts, found, floor)),
+            Section(
+                "Answers",
+                "What the last bank answered, not told the task. Predictions keep a row's number and its answers, never its"
+                " text: neither does this page.",
+                [*confusion_blocks(facts), *answer_blocks(facts)],
+            ),
             Section(
                 "Routing",
                 "Which adapters answer for which task, over test rows; the router is never told the task.",
@@ -89,10 +98,11 @@ def run_page(facts: RunFacts) -> Page:
             Section("How it was made", "", _made(facts)),
         ],
         facts=_facts(facts),
+        links=[(f"run {facts.run} in MLflow", facts.page)],
     )
 
 
-def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
+def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselines) -> Evidence:
     """What the diagnosis looks at."""
     last = routing[-1] if routing and routing[-1].stage == len(facts.stages) else None
     place = {task: n for n, task in enumerate(last.statistics.tasks)} if last else {}
@@ -100,7 +110,7 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
     def in_order(values: Sequence[Any]) -> list[Any]:
         return [values[place[task]] if task in place else None for task in facts.tasks]
 
-    about = facts.materials.get("tasks", {})
+    about = facts.described
     mixed: dict[tuple[str, str], float] = {}
     recipes = []
     for stage in facts.stages:
@@ -114,6 +124,8 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting]) -> Evidence:
         routed=last is not None,
         matrix=facts.matrix if facts.in_sequence else [],
         oracle=facts.result.get("oracle"),
+        chance=floor.chance,
+        majority=floor.majority,
         rows=[len(facts.cell("router", task, len(facts.stages)) or []) for task in facts.tasks],
         adapters=last.statistics.adapters if last else [],
         mass=in_order(last.statistics.mass) if last else [],
@@ -147,16 +159,37 @@ def _summary(
     if not facts.in_sequence:
         text = f"{learned} tasks, {facts.result['method']}"
     if value is not None:
-        text += f": {_points(value)} points of {facts.measure} on average"
-        text += f" ({_points(interval.low)} to {_points(interval.high)} for other test rows)" if interval else ""
+        text += f": {facts.measure} {fraction(value)} on average"
+        text += f" ({fraction(interval.low)} to {fraction(interval.high)} for other test rows)" if interval else ""
     gap = found.get("below_oracle", (None, None))[0]
     if gap is not None:
-        text += f", {_points(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
-    moved = found.get("backward_transfer", (None, None))[0]
-    if moved is not None:
-        text += f". Later stages changed earlier tasks by {_signed(moved)} points"
+        text += f", {fraction(abs(gap))} {'below' if gap >= 0 else 'above'} the same bank when told the task"
+    text += _retained(facts)
     alarms = sum(finding.level == "alarm" for finding in findings)
     return text + (f". {alarms} alarm{'s' if alarms > 1 else ''}: see the diagnosis." if alarms else ".")
+
+
+NOTHING = 0.0005
+"""A change that the page's three decimals do not show."""
+
+
+def _retained(facts: RunFacts) -> str:
+    """The sentence on what later stages did to earlier tasks; empty where that is not known."""
+    earlier = facts.tasks[: len(facts.stages) - 1] if facts.in_sequence else []
+    moved = {task: metrics.minus(facts.matrix[-1][i], facts.matrix[i + 1][i]) for i, task in enumerate(earlier)}
+    changes = {task: value for task, value in moved.items() if value is not None}
+    if not changes:
+        return ""
+    mean = metrics.mean(list(changes.values())) or 0.0
+    worst = min(changes, key=changes.__getitem__)
+    if changes[worst] > -NOTHING:
+        gained = f"; they gained {fraction(mean)} on average" if mean >= NOTHING else ""
+        return f". Nothing was forgotten: no earlier task has less than after its own stage{gained}"
+    lost = f"{worst} {signed(changes[worst])}"
+    if mean > -NOTHING:
+        gained = f"gains outweigh losses by {fraction(mean)}" if mean >= NOTHING else "gains and losses cancel out"
+        return f". Nothing was forgotten on average: in earlier tasks {gained} (the one that lost most: {lost})"
+    return f". Later stages changed earlier tasks by {signed(mean)} on average (the one that lost most: {lost})"
 
 
 def _tiles(
@@ -174,13 +207,13 @@ def _tiles(
         value, interval = found.get(name, (None, None))
         if value is None:
             continue
-        signed = name in ("backward_transfer", "forward_transfer_gem")
-        show = _signed if signed else _points
+        show = signed if name in ("backward_transfer", "forward_transfer_gem") else fraction
         between = f"{show(interval.low)} to {show(interval.high)}" if interval else "no interval: predictions missing"
-        tiles.append(Tile(label, show(value), between))
+        none = name == "forgetting" and value < NOTHING
+        tiles.append(Tile(label, "none" if none else show(value), f"on average; {between}" if none else between))
     if routing and routing[-1].learned_accuracy is not None:
         last = routing[-1]
-        tiles.append(Tile("routing accuracy", _points(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
+        tiles.append(Tile("routing accuracy", fraction(last.learned_accuracy or 0.0), f"after stage {last.stage}"))
         if last.statistics.overall_effective is not None:
             total = len(last.statistics.adapters)
             tiles.append(Tile("effective adapters", f"{last.statistics.overall_effective:.2f}", f"of {total}"))
@@ -189,20 +222,21 @@ def _tiles(
 
 def _learned_text(facts: RunFacts) -> str:
     split = facts.config.get("evaluation", {}).get("split", "test")
+    name = run_charts.capital(facts.measure)
     if facts.plain_texts:
         meaning = (
-            f"Accuracy, 0 to 1, over the {split} rows as plain text: the share of served answers that are right. Nothing is"
-            " told but the text, except to the oracle and in rows called told: these know the task."
+            f"{name}, 0 to 1, over the {split} rows as plain text, of the served answers. Nothing is told but the text,"
+            " except to the oracle and in rows called told: these know the task."
         )
     else:
         meaning = (
-            f"Accuracy is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
+            f"{name} is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
             " own task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
             " routed and answered worse than these numbers say."
         )
     return (
         f"{meaning} Intervals are 95% bootstrap intervals over rows: what other test rows would have given. They say nothing"
-        " of other seeds."
+        " of other seeds. All scores and shares on this page are fractions, 0 to 1."
     )
 
 
@@ -227,7 +261,9 @@ def _by_evidence(facts: RunFacts) -> list[Block]:
     return [TableBlock("evidence", "The last bank's answers to plain text", Table(["", *facts.tasks], rows), note)]
 
 
-def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]]) -> list[Block]:
+def _learned(
+    facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]], floor: Baselines
+) -> list[Block]:
     seed = int(facts.result["seed"])
     last = len(facts.stages)
     rows: list[list[Value]] = []
@@ -238,9 +274,10 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
         ranked = facts.result["ranked_accuracy_matrix"][-1][i]
         oracle = facts.result["oracle"][i] if facts.result.get("oracle") else None
         ends = [interval.low, interval.high] if interval else [None, None]
-        rows.append([task, facts.matrix[0][i], own, facts.matrix[-1][i], *ends, oracle, ranked, len(scores or []) or None])
-    ranks = "Ranked: the best of the task's own labels as the answer."
-    columns = ["task", "untrained", "own stage", "last", "low", "high", "oracle", "ranked, last", "rows"]
+        rows.append([task, facts.matrix[0][i], floor.chance[i], floor.majority[i], own, facts.matrix[-1][i], *ends, oracle,
+                     ranked, len(scores or []) or None])  # fmt: skip
+    ranks = f"Ranked: the best of the task's own labels as the answer.{run_charts.FLOOR if floor.lines else ''}"
+    columns = ["task", "untrained", CHANCE, MAJORITY, "own stage", "last", "low", "high", "oracle", "ranked, last", "rows"]
     also: list[list[Value]] = []
     for one in facts.result.get("also") or []:
         scores = facts.row_scores("router", one["task"], last)
@@ -260,7 +297,7 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
         for name, (value, i) in named
     ]
     return [
-        *run_charts.accuracy_charts(facts),
+        *run_charts.accuracy_charts(facts, floor),
         TableBlock("tasks", "Task by task", Table(columns, rows), ranks),
         *([further] if also else []),
         *_by_evidence(facts),
@@ -270,7 +307,8 @@ def _learned(facts: RunFacts, found: dict[str, tuple[float | None, Interval | No
 
 def _raw(facts: RunFacts) -> list[Block]:
     tables: list[Block] = []
-    for key, title in (("accuracy_matrix", "Accuracy"), ("ranked_accuracy_matrix", "Ranked accuracy")):
+    titles = {"accuracy_matrix": run_charts.capital(facts.measure), "ranked_accuracy_matrix": "Ranked accuracy"}
+    for key, title in titles.items():
         lines: list[list[Value]] = []
         if key == "accuracy_matrix":
             lines.append(["untrained", *facts.matrix[0]])
@@ -315,14 +353,14 @@ def _made(facts: RunFacts) -> list[Block]:
         made = stage.training.get("trained_with") or {}
         rows.append(
             [stage.task, stage.public["version"], stage.public["reused"], made.get("workers"), made.get("zero_stage"),
-             made.get("threads"), made.get("device"), stage.public["fingerprint"]]
+             made.get("threads"), made.get("device"), facts.page_of(stage.run) or None, stage.public["fingerprint"]]
         )  # fmt: skip
     data: list[list[Value]] = []
-    for task, one in facts.materials.get("tasks", {}).items():
+    for task, one in facts.described.items():
         for split, count in one["rows"].items():
             data.append([task, split, count, one["bad_rows"], one["prompt_style"], one["metric"], one["digests"][split]])
     versions: list[list[Value]] = [[name, version] for name, version in facts.materials.get("versions", {}).items()]
-    stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "training fingerprint"]
+    stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "MLflow", "training fingerprint"]
     return [
         TableBlock("stages", "Stages and their fingerprints", _short(stages, rows)),
         TableBlock(
@@ -350,10 +388,3 @@ def _facts(facts: RunFacts) -> dict[str, str]:
         "amlora-dist": str(facts.materials.get("versions", {}).get("amlora-dist", "")),
     }
 
-
-def _points(value: float) -> str:
-    return f"{100 * value:.1f}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")

@@ -11,7 +11,7 @@ import yaml
 
 from amlora_dist.config.search_space import brief, described
 from amlora_dist.reporting.figures import Chart, Dot, Number, Series, Table, Value, bar_chart, dot_plot, heat_map, line_chart
-from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile
+from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction
 
 TOP = 5
 DRAWN = 24
@@ -44,8 +44,8 @@ def search_page(result: Result) -> Page:
         title=f"Search {result['search_id']}",
         summary=_summary(result),
         tiles=[
-            Tile("winner, dev", _points(winner["metrics"]["average_performance"]), described(winner["values"])),
-            Tile("winner, test", _points(_test(winner)), "scored once, after the search"),
+            Tile("winner, dev", fraction(winner["metrics"]["average_performance"]), described(winner["values"])),
+            Tile("winner, test", fraction(_test(winner)), "scored once, after the search"),
             Tile("stages trained", str(result["cost"]["stages_trained"]), f"of {result['cost']['stages_total']}"),
             Tile("trials", str(len(result["trials"])), f"{len(finished)} finished"),
         ],
@@ -147,8 +147,6 @@ def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
                 rows,
                 columns,
                 grid,
-                low=None,
-                high=None,
                 digits=3,
                 row_name=names[1],
                 column_name=names[0],
@@ -287,11 +285,11 @@ def _summary(result: Result) -> str:
     winner, runner_up = result["winner"], result["runner_up"]
     text = (
         f"{len(result['ranking'])} of {len(result['trials'])} trials finished. The best has {described(winner['values'])}:"
-        f" {_points(winner['metrics']['average_performance'])} points of accuracy on average on the dev rows,"
-        f" {_points(_test(winner))} on the test rows."
+        f" {fraction(winner['metrics']['average_performance'])} on average on the dev rows,"
+        f" {fraction(_test(winner))} on the test rows."
     )
     if runner_up:
-        value = _points(runner_up["metrics"]["average_performance"])
+        value = fraction(runner_up["metrics"]["average_performance"])
         text += f" The runner-up ({described(runner_up['values'])}) has {value} on the dev rows."
     cost = result["cost"]
     saved = cost["stages_reused"] + cost["stages_pruned"] - cost.get("stages_surplus", 0)
@@ -319,7 +317,3 @@ def _mean(values: Sequence[float] | None) -> Number:
 
 def _cell(value: Any) -> Value:
     return value if isinstance(value, (int, float, str, bool, type(None))) else json.dumps(value)
-
-
-def _points(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}".replace("-", "−")

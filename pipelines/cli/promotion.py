@@ -159,7 +159,10 @@ def _scored(model: AMLoRAModel, lines: dict[str, list[Line]], asked: Promotion) 
         rows[task] = predictions(model, own, answers, task, asked.batch_size)
         summary = summarise(rows[task])
         routed = routing_accuracy(rows[task], task, model.tasks)
-        scores[task] = {"rows": len(own), "accuracy": summary["accuracy"], "routing_accuracy": routed}
+        metric = model.prompter.entry(task).counted_by
+        scores[task] = {
+            "rows": len(own), "metric": metric, "accuracy": summary["accuracy"], "routing_accuracy": routed,
+        }  # fmt: skip
     return _Scored(scores, rows)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.comparing import Entry, compare
-from amlora_dist.reporting.comparison_report import also_table
+from amlora_dist.reporting.comparison_report import _floor, _floor_means, _measure, also_table, comparison_page
 from amlora_dist.reporting.facts import RunFacts, StageFacts
+from amlora_dist.reporting.promotion_page import promotion_page
 
 ROWS = {"first": [1.0] * 30 + [0.0] * 10, "second": ([1.0] + [0.0] * 3) * 10}
 """Score of each test row after the last stage, by task."""
@@ -68,3 +69,55 @@ def test_test_sets_that_no_stage_learned_are_compared_too() -> None:
     table = also_table(found)
     assert table is not None and table.columns == ["method", "shifted"] and table.rows == [["seq_lora", 0.5]]
     assert also_table(compare(made[-1:], "per_task")) is None
+
+
+def test_a_comparison_knows_what_its_scores_are_called_and_what_needs_no_learning() -> None:
+    one = entry("seq_lora", ["first", "second"])
+    found = compare([one], "seq_lora")
+    assert found["measure"] == "accuracy" and found["baselines"]["first"] == {"chance": None, "majority": None}
+    assert _floor(found, ["first", "second"]) == {} and _floor_means(found) == []
+    one.facts.result["task_metrics"] = {"first": "rouge_l", "second": "rouge_l"}
+    assert compare([one], "seq_lora")["measure"] == "ROUGE-L"
+    one.facts.result["task_metrics"] = {"first": "accuracy", "second": "rouge_l"}
+    one.facts.materials["tasks"] = {"first": {"labels": ["", "x", "y", "z"], "metric": "accuracy"}}
+    mixed = compare([one], "seq_lora")
+    assert mixed["measure"] == "score"
+    assert _floor(mixed, ["second", "first"]) == {"majority label": [None, 1.0], "chance": [None, 0.25]}
+    assert _floor_means(mixed) == [], "a mean over one of two tasks is no line beside means over both"
+    assert _measure({}) == "accuracy" and _floor({}, ["first"]) == {}, "a comparison of an earlier release"
+
+
+@pytest.mark.parametrize(("metric", "name"), [("rouge_l", "ROUGE-L"), ("accuracy", "accuracy"), (None, "accuracy")])
+def test_the_page_of_a_promotion_calls_scores_by_their_metric(metric: str | None, name: str) -> None:
+    scores = {"notes": {"rows": 4, "accuracy": 0.5, "routing_accuracy": 1.0} | ({"metric": metric} if metric else {})}
+    page = promotion_page({
+        "version": "models:/x/2", "alias": "champion", "replaced": "models:/x/1", "passed": True, "verdict": "passes",
+        "margin": 0.02, "checks": [], "scores": scores, "replaced_scores": scores, "mean_accuracy": 0.5,
+        "replaced_mean_accuracy": 0.5, "worse_rows": [], "better_rows": 0, "sample": {"name": "s", "sha256": "0" * 64},
+        "time": "2026-01-01T00:00:00+00:00",
+    })  # fmt: skip
+    assert page.tiles[1].label == f"{name}, mean of the tasks"
+    html = page.html()
+    assert f"A task&#39;s {name} may fall by 0.02" in html and f">{name}</th>" in html
+
+
+@pytest.mark.integration
+def test_the_page_of_a_comparison_names_its_metric_and_shows_what_needs_no_learning() -> None:
+    made = [entry(method, ["first", "second"]) for method in ("seq_lora", "replay")]
+    for one in made:
+        one.facts.materials["tasks"] = {task: {"labels": ["", "x"], "metric": "accuracy"} for task in ROWS}
+    shared = {
+        "comparison_id": "c", "seeds": [0], "orders": {"given": list(ROWS)}, "command": "amlora compare", "failed": [],
+        "config": {"evaluation": {"split": "test"}, "model": {"source": "m"}}, "learning_rates": [], "tuning": {},
+    }  # fmt: skip
+    charts = {chart.name: chart for chart in comparison_page(compare(made, "seq_lora") | shared).charts}
+    assert charts["tasks"].title == "Accuracy after the last stage"
+    assert charts["tasks"].data.rows[2:] == [["majority label", 1.0, 1.0], ["chance", 0.5, 0.5]]
+    assert charts["average-performance"].data.rows[2:] == [
+        ["majority label, no learning", 1.0, None, None], ["chance, no learning", 0.5, None, None],
+    ]  # fmt: skip
+    assert {"majority label, all tasks", "chance, all tasks"} <= {str(row[0]) for row in charts["by-stage"].data.rows}
+    for one in made:
+        one.facts.result["task_metrics"] = dict.fromkeys(ROWS, "rouge_l")
+    named = comparison_page(compare(made, "seq_lora") | shared)
+    assert "accuracy" not in "".join(chart.svg() for chart in named.charts) and "ROUGE-L" in named.html()

@@ -123,7 +123,7 @@ def test_an_l1_coefficient_far_too_large_is_found_when_it_erased_what_would_have
 def test_a_mixed_boundary_is_found_and_names_both_tasks() -> None:
     found = diagnose(replace(healthy(), mixed=[("amazon", "yahoo", 0.27)]))
     assert [f.rule for f in found] == ["mixed_boundary"]
-    assert "amazon" in found[0].title and "yahoo" in found[0].title and "27%" in found[0].detail
+    assert "amazon" in found[0].title and "yahoo" in found[0].title and "0.27" in found[0].detail
 
 
 def test_a_misrouted_task_is_an_alarm_only_if_it_costs_much() -> None:
@@ -132,7 +132,7 @@ def test_a_misrouted_task_is_an_alarm_only_if_it_costs_much() -> None:
     assert alarms(with_routing(lines, matrix=costly)) == ["misrouted"]
     cheap = diagnose(with_routing([*GOOD[:3], [0.0, 0.0, 0.25, 0.75]]))
     assert [(f.level, f.rule) for f in cheap] == [("note", "misrouted")]
-    assert "Against being told the task this costs 1.0 points" in cheap[0].detail
+    assert "Against being told the task this costs 0.010" in cheap[0].detail
 
 
 def test_two_look_alikes_are_a_note() -> None:
@@ -145,7 +145,7 @@ def test_forgetting_beyond_chance_is_found() -> None:
     forgot = [*MATRIX[:4], [0.20, 0.10, 0.30, 0.88]]
     found = diagnose(replace(healthy(), routed=False, matrix=forgot))
     assert [f.rule for f in found] == ["forgotten"]
-    assert "dbpedia 95 → 20" in found[0].detail
+    assert "dbpedia 0.950 → 0.200" in found[0].detail
     little = [*MATRIX[:4], [0.94, 0.40, 0.59, 0.88]]
     assert alarms(replace(healthy(), routed=False, matrix=little, rows=[20] * 4)) == []
 
@@ -155,6 +155,18 @@ def test_a_task_that_was_not_learned_is_found() -> None:
     flat[2][1] = flat[3][1] = flat[4][1] = 0.0
     found = diagnose(replace(healthy(), matrix=flat, oracle=[0.95, 0.0, 0.62, 0.89]))
     assert [(f.rule, f.title) for f in found] == [("not_learned", "amazon was not learned")]
+
+
+def test_a_task_at_chance_or_at_its_most_frequent_label_was_not_learned_though_it_beats_the_untrained_model() -> None:
+    chance, majority = [0.07, 0.2, 0.1, 0.25], [0.1, 0.25, 0.12, 0.3]
+    floored = replace(healthy(), chance=chance, majority=majority)
+    assert diagnose(floored) == [], "amazon has 0.52, far above both"
+    (found,) = diagnose(replace(floored, majority=[0.1, 0.51, 0.12, 0.3]))
+    assert (found.level, found.rule, found.title) == ("alarm", "not_learned", "amazon was not learned")
+    assert "0.000 untrained, 0.510 with its most frequent label always, 0.200 by chance" in found.detail
+    unknown = [[None] * 4, *MATRIX[1:]]
+    assert alarms(replace(floored, matrix=unknown, chance=[0.07, 0.51, 0.1, 0.25])) == ["not_learned"]
+    assert alarms(replace(healthy(), matrix=unknown)) == [], "free text, not scored untrained: nothing to compare with"
 
 
 def test_a_loss_that_did_not_fall_is_found() -> None:

@@ -7,9 +7,13 @@ import io
 import re
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib as mpl
 import pytest
 
 from amlora_dist.reporting.figures import (
+    GREY,
+    WIDE,
+    WIDTH,
     Chart,
     Dot,
     Series,
@@ -103,3 +107,30 @@ def test_long_names_leave_a_dot_plot_its_room_and_stand_whole_in_the_data() -> N
     (axes,) = chart.figure.axes
     assert axes.get_position().width > 0.2
     assert name not in chart.svg() and name in chart.data.csv()
+
+
+def test_colours_of_a_heat_map_reach_from_the_lowest_to_the_highest_number() -> None:
+    near = heat_map("near", "", "", ["a"], ["b", "c", "d"], [[0.70, 0.72, None]])
+    shades = [patch.get_facecolor() for patch in near.figure.axes[0].patches]
+    assert shades == [mpl.colormaps["cividis"](0.0), mpl.colormaps["cividis"](1.0)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_a_heat_map_uses_the_width_of_its_place_with_few_tasks_and_of_the_page_with_many(count: int) -> None:
+    names = [f"task {n}" for n in range(count)]
+    chart = heat_map("m", "", "", [f"after {n}" for n in range(16)], names, [[0.5] * count] * 16)
+    width, axes = chart.figure.get_figwidth(), chart.figure.axes[0].get_position()
+    assert WIDTH - 0.3 <= width <= WIDE and axes.width > 0.7 and axes.x1 <= 1.0
+    assert bool(width > 1.4 * WIDTH) is (count == 15)
+
+
+@pytest.mark.parametrize("count", [2, 15])
+def test_a_line_chart_of_many_tasks_is_as_wide_as_the_page(count: int) -> None:
+    series = [Series(f"task {n}", range(1, count + 1), [0.5] * count) for n in range(count)]
+    series += [Series(name, range(1, count + 1), [0.3] * count, muted=True) for name in ("chance", "majority")]
+    chart = line_chart("m", "", "", series, x_name="x", y_name="y", x_ticks=[str(n) for n in range(1, count + 1)])
+    axes = chart.figure.axes[0]
+    assert chart.figure.get_figwidth() == (WIDE if count == 15 else WIDTH)
+    assert axes.get_position().width > 0.8 and axes.get_position().x1 <= 1.0
+    muted = [line for line in axes.lines if line.get_color() == GREY]
+    assert [line.get_linestyle() for line in muted] == [":", "--"], "two references can be told apart"

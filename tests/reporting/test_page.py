@@ -20,7 +20,9 @@ from amlora_dist.reporting.page import (
     TextBlock,
     Tile,
     file_name,
+    fraction,
     number,
+    signed,
     write_page,
 )
 
@@ -86,6 +88,48 @@ def test_a_section_without_blocks_is_left_out() -> None:
     assert "left out" not in page().html()
 
 
+def test_addresses_are_links_only_where_they_lead_to_a_page() -> None:
+    linked = page()
+    linked.links = [("the run", "https://mlflow.example/#/experiments/1/runs/a"), ("never", "javascript:alert(1)")]
+    table = TableBlock("t", "t", Table(["a", "b"], [["x", "http://127.0.0.1:5000/#/x"], ["y", "javascript:alert(1)"]]))
+    linked.sections = [Section("s", "", [table])]
+    html = linked.html()
+    found = [(a["href"], a.get("rel")) for tag, a in Tags(html).found if tag == "a" and "http" in str(a["href"])]
+    assert found == [(linked.links[0][1], "noreferrer"), ("http://127.0.0.1:5000/#/x", "noreferrer")]
+    assert 'href="javascript' not in html and "never" not in html
+
+
+def test_the_table_of_contents_leads_to_every_heading() -> None:
+    found = Tags(page().html()).found
+    asked = [str(a["href"])[1:] for tag, a in found if tag == "a" and str(a.get("href")).startswith("#")]
+    assert asked == [a["id"] for tag, a in found if tag == "h2"] == ["diagnosis", "section-1"]
+
+
+def rules(html: str, condition: str) -> str:
+    """What a style sheet says under a condition, up to its closing brace at the beginning of a line."""
+    return html.split(f"@media {condition} {{")[1].split("\n}")[0]
+
+
+def test_dark_mode_changes_every_colour_and_leaves_drawings_and_paper_light() -> None:
+    html = page().html()
+    light = set(re.findall(r"(--\w+):", html.split(":root {")[1].split("}")[0]))
+    dark = rules(html, "screen and (prefers-color-scheme: dark)")
+    assert light and set(re.findall(r"(--\w+):", dark)) == light
+    assert ".drawing { background: #fff" in dark, "the ink of a chart is dark"
+    outside = html.split("<style>")[1].split("</style>")[0].replace(dark, "")
+    assert not re.search(r"background: #", outside), "a colour outside the variables would stay light"
+
+
+def test_nothing_is_cut_on_a_phone_or_on_paper() -> None:
+    html = page().html()
+    printed = rules(html, "print")
+    assert "white-space: normal; overflow-wrap: anywhere" in printed and "width: 100%" in printed, "tables wrap"
+    assert ".drawing, .scroll, pre { overflow: visible; }" in printed and "min-width: 0 !important" in printed
+    narrow = rules(html, "screen and (max-width: 40rem)")
+    assert "max-width: 40vw" in narrow, "the column that stays leaves room for the others"
+    assert ".scroll { overflow-x: auto; }" in html and ".drawing { overflow-x: auto; }" in html
+
+
 def test_a_page_that_would_be_too_large_is_refused() -> None:
     with pytest.raises(UserError, match=r"the report is [0-9,]+ bytes, more than 3,000,000"):
         page(downloads="x" * 3_000_000).html()
@@ -112,6 +156,11 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 )
 def test_numbers_as_tables_show_them(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_scores_are_fractions_and_a_change_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [fraction(value) for value in (0.76666, -0.1, None)] == ["0.767", "−0.100", "–"]
+    assert [signed(value) for value in (0.0123, -0.05, 0.0004, -0.0004)] == ["+0.012", "−0.050", "0.000", "0.000"]
 
 
 def test_file_names_are_harmless() -> None:

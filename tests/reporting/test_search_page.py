@@ -56,7 +56,7 @@ def test_the_page_has_every_picture_and_the_numbers_behind_it(result: dict[str, 
     assert charts["map-average-performance"].data.rows == [["4", 0.3, 0.3, 0.3], ["8", 0.5, 0.5, None]]
     assert charts["top-five"].data.rows[2][2:] == [pytest.approx(0.25), pytest.approx(0.35)]
     html = page.html()
-    assert "l1 0, rank 8" in html and "45.0" in html and "script" not in html
+    assert "l1 0, rank 8" in html and "0.450" in html and "script" not in html
     assert html.count("<svg") == len(charts)
 
 
