@@ -180,8 +180,8 @@ def make_plan(
     choices = [
         one for one in CHOICES if not (whole_parameters and one[0] == 3) and not (on_cpus and one[1] != "none")
     ]
-    if on_cpus:  # of a bucket only the pages that gradients reach are ever held
-        layout = replace(layout, bucket=min(layout.bucket, trained.new))
+    if on_cpus:  # host and worker are one memory; of a bucket only the pages that gradients reach are ever held
+        layout = replace(layout, offload="none", bucket=min(layout.bucket, trained.new))
 
     def row(candidate: Layout, on: Cluster | CpuCluster = cluster) -> Row:
         candidate = replace(candidate, ranks=on.ranks)

@@ -95,6 +95,8 @@ def test_a_cluster_without_gpus_holds_its_workers_by_hand() -> None:
     assert plan.configured.host_per_node == 2 * plan.configured.total, "four workers on two nodes"
     assert plan.configured.fits and m.buffers < 1 << 27, "a bucket holds the pages that gradients reach"
     assert [row.layout.offload for row in plan.rows] == ["none"] * 4, "there is no GPU to take anything from"
+    moved = make_plan(SHAPE, TASKS, RECIPE, replace(layout, offload="optimizer"), plan.cluster, MACHINE)
+    assert moved.configured == plan.configured, "host and worker are one memory"
     assert plan.to_json()["configured"]["bytes"]["worker"] == plan.configured.total
 
 
