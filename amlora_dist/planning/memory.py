@@ -33,6 +33,8 @@ RESERVED = 2 * GIB
 """Bytes of a GPU that are not ours: CUDA's context, NCCL's buffers, library handles. An assumption, not measured here."""
 FRAGMENTATION = 0.05
 """Share of the planned bytes that the allocator loses. An assumption."""
+PROCESS = 300 << 20
+"""Bytes of one worker on CPUs that has imported torch and done nothing."""
 BUCKET = 500_000_000
 LIVE = 1_000_000_000
 PERSISTENT = 100_000
@@ -119,8 +121,16 @@ class Memory:
     @property
     def gpu(self) -> int:
         """What must fit on the GPU, with what is not ours."""
-        ours = self.weights + self.gradients + self.optimizer + self.activations + self.buffers
-        return round(ours * (1 + FRAGMENTATION)) + RESERVED
+        return round(self._ours * (1 + FRAGMENTATION)) + RESERVED
+
+    @property
+    def worker(self) -> int:
+        """What a worker on CPUs holds at its worst moment, of training or of loading, with its process."""
+        return round(max(self._ours, self.loading) * (1 + FRAGMENTATION)) + PROCESS
+
+    @property
+    def _ours(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,43 @@ class Cluster:
     host_memory: int | None = None
 
     @property
-    def gpus(self) -> int:
+    def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node
+
+    def row(self, layout: Layout, memory: Memory) -> Row:
+        """Whether a layout fits."""
+        host = self.gpus_per_node * max(memory.host, memory.loading) + memory.reader
+        fits = memory.gpu <= self.gpu_memory and (self.host_memory is None or host <= self.host_memory)
+        return Row(layout, memory, memory.gpu, fits, host)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuCluster:
+    """Nodes without GPUs: each worker takes one CPU. Bytes are of one node."""
+
+    nodes: int
+    cpus_per_node: int
+    memory_per_node: int
+    workers: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.workers
+
+    @property
+    def ranks_per_node(self) -> int:
+        """On the node that has most."""
+        return -(-self.workers // self.nodes)
+
+    def row(self, layout: Layout, memory: Memory) -> Row:
+        """Whether a layout fits: a CPU for each worker, and the workers of a node in its memory."""
+        node = self.ranks_per_node * memory.worker
+        fits = self.ranks_per_node <= self.cpus_per_node and node <= self.memory_per_node
+        return Row(layout, memory, memory.worker, fits, node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +78,12 @@ class Row:
 
     layout: Layout
     memory: Memory
+    total: int
+    """Bytes of one GPU, or of one worker on CPUs."""
     fits: bool
     host_per_node: int
-    """Most bytes on the host of one node: while it loads, or by offloading, whichever is more."""
+    """Most bytes on the host of one node: while it loads, or by offloading, whichever is more; without GPUs all that its
+    workers hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +91,7 @@ class Plan:
     """All of it. ``fix`` is the smallest change that makes the configured layout fit; None when it does."""
 
     shape: Shape
-    cluster: Cluster
+    cluster: Cluster | CpuCluster
     machine: Machine
     recipe: Recipe
     configured: Row
@@ -76,8 +114,8 @@ class Plan:
             },
             "cluster": asdict(self.cluster),
             "machine": asdict(self.machine),
-            "configured": _row_json(self.configured),
-            "memory": [_row_json(row) for row in self.rows],
+            "configured": _row_json(self.configured, self.unit),
+            "memory": [_row_json(row, self.unit) for row in self.rows],
             "activations": self.activations,
             "stages": [asdict(stage) for stage in self.stages],
             "totals": self.totals(),
@@ -85,6 +123,11 @@ class Plan:
             "fix": self.fix,
             "remarks": self.remarks,
         }
+
+    @property
+    def unit(self) -> str:
+        """What a rank computes on: ``gpu``, or ``worker`` on CPUs."""
+        return "worker" if isinstance(self.cluster, CpuCluster) else "gpu"
 
     def totals(self) -> dict[str, float]:
         """Sums over the stages."""
@@ -98,8 +141,8 @@ class Plan:
         }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    memory = asdict(row.memory) | {"gpu": row.memory.gpu}
+def _row_json(row: Row, unit: str) -> dict[str, Any]:
+    memory = asdict(row.memory) | {unit: row.total}
     return {
         "zero": row.layout.zero,
         "offload": row.layout.offload,
@@ -113,8 +156,8 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def make_plan(
-    shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, cluster: Cluster, machine: Machine, *,
-    eager: bool = False, whole_parameters: bool = False,
+    shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, cluster: Cluster | CpuCluster,
+    machine: Machine, *, eager: bool = False, whole_parameters: bool = False,
 ) -> Plan:  # fmt: skip
     """Work everything out.
 
@@ -122,7 +165,7 @@ def make_plan(
         shape: of the base model.
         tasks: in order.
         recipe: the run's numbers.
-        layout: as configured, on all GPUs of the cluster.
+        layout: as configured, on all ranks of the cluster.
         cluster: what there is.
         machine: how fast it is.
         eager: attention keeps its scores.
@@ -133,19 +176,23 @@ def make_plan(
     trained = Trained(new=last.adapter, old=last.bank - last.adapter)
     longest = max(task.length + task.answer for task in tasks)
     targets = max(task.answer for task in tasks)
+    on_cpus = isinstance(cluster, CpuCluster)
+    choices = [
+        one for one in CHOICES if not (whole_parameters and one[0] == 3) and not (on_cpus and one[1] != "none")
+    ]
+    if on_cpus:  # host and worker are one memory; of a bucket only the pages that gradients reach are ever held
+        layout = replace(layout, offload="none", bucket=min(layout.bucket, trained.new))
 
-    def row(candidate: Layout, on: Cluster = cluster) -> Row:
-        candidate = replace(candidate, ranks=on.gpus)
+    def row(candidate: Layout, on: Cluster | CpuCluster = cluster) -> Row:
+        candidate = replace(candidate, ranks=on.ranks)
         memory = memory_of(shape, trained, candidate, size=recipe.size, length=longest, targets=targets, eager=eager)
-        host = on.gpus_per_node * max(memory.host, memory.loading) + memory.reader
-        fits = memory.gpu <= on.gpu_memory and (on.host_memory is None or host <= on.host_memory)
-        return Row(candidate, memory, fits, host)
+        return on.row(candidate, memory)
 
-    def rows_on(on: Cluster) -> Iterator[Row]:
+    def rows_on(on: Cluster | CpuCluster) -> Iterator[Row]:
         """Every way to lay the stage out, fewest changes first."""
         shares = sorted({layout.micro_batch, max(1, layout.micro_batch // 2), 1}, reverse=True)
         ways = itertools.product(
-            [(layout.zero, layout.offload), *(c for c in CHOICES if c[0] >= layout.zero)],
+            [(layout.zero, layout.offload), *(c for c in choices if c[0] >= layout.zero)],
             {layout.checkpointing, True}, shares, sorted({layout.bucket, min(layout.bucket, SMALL_BUCKET)}, reverse=True),
         )  # fmt: skip
         layouts = [
@@ -165,9 +212,7 @@ def make_plan(
             nodes += 1 if nodes < 16 else nodes // 8
             found = next((r for r in rows_on(replace(cluster, nodes=nodes)) if r.fits), None)
         fix = {} if found is None else _changes(layout, found.layout, cluster.nodes, nodes)
-    rows = [
-        row(layout.with_zero(zero, offload)) for zero, offload in CHOICES if not (whole_parameters and zero == 3)
-    ]
+    rows = [row(layout.with_zero(zero, offload)) for zero, offload in choices]
     table = activation_table(
         shape, layout, size=recipe.size, lengths=sorted({-(-longest // n) for n in (4, 2, 1)}), targets=targets, eager=eager,
         ranks=recipe.rank * len(tasks),
@@ -216,11 +261,16 @@ def _devices(layout: Layout) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, cluster: Cluster) -> list[str]:
+def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, cluster: Cluster | CpuCluster) -> list[str]:
     out: list[str] = []
+    kind = "workers" if isinstance(cluster, CpuCluster) else "GPUs"
+    if isinstance(cluster, CpuCluster) and cluster.ranks_per_node > cluster.cpus_per_node:
+        out.append(
+            f"workers: {cluster.workers} need {cluster.ranks_per_node} CPUs on a node, there are {cluster.cpus_per_node}"
+        )
     if recipe.batch_size < layout.ranks:
         out.append(
-            f"training.batch_size {recipe.batch_size} is less than {layout.ranks} GPUs:"
+            f"training.batch_size {recipe.batch_size} is less than {layout.ranks} {kind}:"
             f" {layout.ranks - recipe.batch_size} of them compute at weight 0 in every step"
         )
     if layout.zero > 0 and layout.bucket > 10 * configured.layout.ranks + 10 * shape.adapter_width * recipe.rank:
@@ -229,9 +279,9 @@ def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, clus
             f" {shape.adapter_width * recipe.rank:,} gradients; deepspeed.zero_optimization.reduce_bucket_size"
             f" {SMALL_BUCKET:,} is enough"
         )
-    if layout.zero < 3 and cluster.gpus_per_node > 1 and configured.memory.loading > 16 * GIB:
+    if layout.zero < 3 and cluster.ranks_per_node > 1 and configured.memory.loading > 16 * GIB:
         out.append(
-            f"ZeRO {layout.zero}: each of {cluster.gpus_per_node} ranks of a node reads the whole model into host memory"
+            f"ZeRO {layout.zero}: each of {cluster.ranks_per_node} ranks of a node reads the whole model into host memory"
             f" at first ({configured.host_per_node / GIB:,.0f} GiB a node); ZeRO-3 loads by parts"
         )
     return out

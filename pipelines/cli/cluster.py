@@ -31,13 +31,20 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
-    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, such as 80GiB.")] = "80GiB",
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each; default: 8.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU; default: 80GiB.")] = None,
+    cpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="CPUs of each, on a cluster without GPUs; a worker takes one.")
+    ] = None,
+    memory_per_node: Annotated[str | None, typer.Option(help="Of one node without GPUs, such as 64GiB.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Of one node; default: not looked at.")] = None,
-    tflops: Annotated[float, typer.Option(min=0.001, help="Peak of one GPU in the model's dtype.")] = 312.0,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Peak of one GPU (or CPU) in the model's dtype; default: 312 (or 0.1).")
+    ] = None,
     utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.")] = 0.3,
     bandwidth: Annotated[
-        float | None, typer.Option(min=0.001, help="GB/s into one GPU; default: 25 between nodes, 300 within one.")
+        float | None,
+        typer.Option(min=0.001, help="GB/s into one GPU (or worker); default: 25 (1.25) between nodes, 300 (10) within."),
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of tasks on the Hub that have no limit.")
@@ -47,17 +54,17 @@ def plan(
 ) -> None:
     """Memory, hours and bytes of a run on a cluster, from the model's configuration alone; exit code 2 if it cannot fit."""
     from amlora_dist.errors import UserError
-    from amlora_dist.planning.plan import Cluster
     from pipelines.cli.output import stdout_to_stderr
-    from pipelines.cli.plan import bytes_of, plan_of, show_plan
+    from pipelines.cli.plan import cluster_of, plan_of, show_plan
 
     with stdout_to_stderr():
-        cluster = Cluster(
-            nodes, gpus_per_node, bytes_of(gpu_memory, "--gpu-memory"),
-            None if host_memory is None else bytes_of(host_memory, "--host-memory"),
+        cluster = cluster_of(
+            nodes, gpus=gpus_per_node, gpu_memory=gpu_memory, host_memory=host_memory, cpus=cpus_per_node,
+            memory=memory_per_node,
         )  # fmt: skip
+        peak = tflops or (312.0 if cpus_per_node is None else 0.1)
         made = plan_of(
-            config, overrides, cluster=cluster, tflops=tflops, utilisation=utilisation, bandwidth=bandwidth, rows=rows
+            config, overrides, cluster=cluster, tflops=peak, utilisation=utilisation, bandwidth=bandwidth, rows=rows
         )
     if as_json:
         _print_json(made.to_json())

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
+    from pipelines.cli.row_check import TaskRows
     from pipelines.cluster.local_checks import Check
 
 app = typer.Typer(
@@ -77,16 +79,31 @@ def run(
 
 
 @app.command()
-def validate(config: Config, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """List every fault of CONFIG at once, without loading a model or data; --json prints it resolved."""
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Read the rows too: bad ones by number, counts by split and label.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """List every fault of CONFIG at once, without loading a model; --json prints it resolved."""
     with _answered(verbose=verbose):
         from amlora_dist.config.loading import to_mapping, validate_config
 
         settings, specs = validate_config(config, overrides)
+        read: list[TaskRows] = []
+        if rows:
+            from pipelines.cli.output import stdout_to_stderr
+            from pipelines.cli.row_check import check_rows
+
+            with stdout_to_stderr():
+                read = check_rows(settings, config)
         if as_json:
-            _print_json(to_mapping(settings))
+            _print_json(to_mapping(settings) | ({"rows": [asdict(one) for one in read]} if rows else {}))
             return
-        rows = settings.task_defaults.max_train
+        most = settings.task_defaults.max_train
         typer.echo(f"{config}: valid")
         typer.echo(f"  model   {settings.model.source}, dtype {settings.dtype}")
         typer.echo(f"  method  {settings.method}, router {settings.router.kind}, rank {settings.adapters.rank}")
@@ -94,11 +111,16 @@ def validate(config: Config, overrides: Overrides = None, as_json: Json = False,
         where = f"{settings.workers} workers, {zero}" if settings.workers else zero
         typer.echo(f"  stages  {len(specs)}, {settings.training.epochs} epochs each, {where}")
         for number, spec in enumerate(specs, start=1):
-            limit = spec.max_train or rows
+            limit = spec.max_train or most
             at_most = f"at most {limit} training rows" if limit else "all training rows"
             named = f"{len(spec.label_texts)} labels" if spec.label_texts else "labels from the rows"
             answers = "free text" if spec.free_text else named
             typer.echo(f"    {number}. {spec.name}: {answers}, {at_most}, prompt style {spec.prompt_style}")
+        if read:
+            typer.echo("  rows")
+        for one in read:
+            for line in one.lines():
+                typer.echo(f"    {line}")
 
 
 @app.command()

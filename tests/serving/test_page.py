@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from amlora_dist.config.loading import load_config
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from tests.bank_with_base import texts_of
@@ -78,3 +80,55 @@ async def _pictured(page: object, folder: Path) -> None:
     file = Path(os.environ.get("AMLORA_PICTURES") or folder) / "page.png"
     await page.picture(file)
     assert file.stat().st_size > 5000
+
+
+class _Elements(HTMLParser):
+    """Ids, what labels are for, and the scripts of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.labelled: list[str] = []
+        self.script = ""
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.labelled += [given["for"] or ""] if "for" in given else []
+        self._inside = tag
+
+    def handle_data(self, data: str) -> None:
+        self.script += data if self._inside == "script" else ""
+
+
+def test_the_script_names_elements_that_exist_and_paths_that_answer(server: Running) -> None:
+    page = _Elements()
+    page.feed(server.client.get("/").text)
+    assert len(page.ids) == len(set(page.ids))
+    needed = {
+        "text", "classify", "write", "spinner", "examples", "tasks", "knows", "bars", "labels", "curl", "python", "schema",
+    }  # fmt: skip
+    assert needed <= set(page.ids)
+    named = set(re.findall(r"""(?:at|show)\("([\w-]+)\"""", page.script))
+    for group in re.findall(r"for \(const id of \[([^\]]+)\]", page.script):
+        named |= set(re.findall(r'"([\w-]+)"', group))
+    assert len(named) > 20
+    assert named | set(page.labelled) <= set(page.ids)
+    assert set(page.ids) - named - set(page.labelled) == set(), "elements that nothing fills or reads"
+    paths = set(re.findall(r"""["'](/[\w./{}-]+)["']""", page.script))
+    known = set(server.client.get("/openapi.json").json()["paths"])
+    assert paths == {"/v1/models", "/v1/classifications", "/v1/completions", "/openapi.json"}
+    assert paths - {"/openapi.json"} <= known
+    assert server.client.get("/openapi.json").status_code == 200
+
+
+def test_the_page_knows_the_demos_tasks_and_is_readable_on_a_phone_and_in_the_dark(
+    server: Running, repository: Path
+) -> None:
+    text = server.client.get("/").text
+    shown = set(re.findall(r'"(helpdesk/\w+)":', text))
+    assert shown == set(load_config(repository / "configs" / "demo.yaml").tasks)
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media (max-width: 36rem)" in text
+    assert not re.search(r"https?://", text)  # nothing is fetched from elsewhere
