@@ -257,7 +257,7 @@ def test_every_configuration_that_is_named_exists_and_every_override_is_a_key() 
         assert (REPOSITORY / name).is_file(), name
     for words in commands():
         overrides = [word for word in words if re.match(r"[a-z_.]+=[^=]", word)]
-        load_config(REPOSITORY / "configs" / "demo.yaml", overrides)
+        load_config(REPOSITORY / "configs" / "standard_cl_order1.yaml", overrides)
 
 
 def test_every_environment_variable_is_read_by_somebody() -> None:

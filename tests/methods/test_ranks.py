@@ -62,6 +62,7 @@ def two_ranks(alone: tuple[str, dict[str, Any]], tmp_path_factory: pytest.TempPa
     return on_ranks(2, on_two_ranks, alone[0], str(tmp_path_factory.mktemp("ranks")))
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_under_zero_equal_one_process(

@@ -23,6 +23,7 @@ def test_every_schema_so_far_has_a_journal() -> None:
     assert [archive.name for archive in ARCHIVES] == [f"schema-{n}.tar.xz" for n in range(1, SCHEMA_VERSION + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("archive", ARCHIVES, ids=[archive.name.partition(".")[0] for archive in ARCHIVES])
 def test_a_run_that_died_under_older_code_is_finished_by_todays(

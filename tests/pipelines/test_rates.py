@@ -73,6 +73,7 @@ def adapters(result: dict[str, Any], home: Path) -> list[str]:
     return [entry.digest for entry in read_bank(store.pull_version(version, folder)).manifest.adapters]
 
 
+@pytest.mark.slow
 def test_auto_races_once_and_is_the_number_that_won_from_then_on(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path, rows=36, tasks=("colours", "shapes"), training=TRAINING)
     tasks = f'tasks=["{tmp_path / "tasks" / "colours.yaml"}"]'

@@ -126,6 +126,7 @@ def test_a_method_without_router_and_one_about_all_tasks_have_reports_too(
         assert "attention" not in {chart.name for chart in page.charts}
 
 
+@pytest.mark.slow
 def test_planted_routing_faults_are_found_in_real_runs(folder: Path, run: Run, two_tasks: str) -> None:
     store = Store.open(folder / "home")
     planted = {

@@ -169,6 +169,7 @@ def on_two_ranks(config: Path, folder: Path) -> list[dict[str, Any]]:
     return [ended(config, folder / "later-on-two", 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_race_and_the_best_step_are_the_same_after_a_stop_and_on_other_workers(tmp_path: Path) -> None:
     config = write_config(

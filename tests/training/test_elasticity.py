@@ -60,6 +60,7 @@ def on_two_ranks(config: Path, folder: Path) -> list[float]:
     return rest(config, folder / "one-then-two", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_stage_goes_on_with_other_workers_and_another_zero_stage(tmp_path: Path) -> None:
     training = {
