@@ -344,6 +344,8 @@ class Scoring:
         ``labels``: to rank, in place of the task's own.
         """
         spec, trunk = self.work.spec(cell.task), self.trunk
+        if row is None and self.mixture is not None and len(self.mixture.routing.depths) > 1:
+            trunk = None  # what is kept of a row is one depth: several cannot be read off it, and the gate is made of them
         with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
             return score_task(
                 self.model,

@@ -228,3 +228,19 @@ def test_one_setting_moves_checkpoints_and_the_trunks_cache_to_a_folder_that_nod
     run(config, "shared", f"storage={shared}", *quick)
     assert list(shared.glob("stages/*/checkpoints/*/COMMIT")) and list(shared.glob("cache/trunk/*/*/*"))
     assert not (home / "storage").exists() and not (home / "cache" / "trunk").exists()
+
+
+@pytest.mark.parametrize("method", ["seq_lora", "joint"])
+def test_a_method_without_a_router_is_scored_alike_with_the_trunks_cache_and_without(
+    method: str, tmp_path: Path, home: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gate is one row, and what the cache keeps of a prompt is one depth of several."""
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    few = (f"method={method}", "training.epochs=1", "evaluation.untrained=false")
+    plain = run(config, "plain", *few)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(empty_home, elsewhere)
+    monkeypatch.setenv("AMLORA_HOME", str(elsewhere))
+    cached = run(config, "cached", *few, "training.cache_trunk=true")
+    assert not any(stage["reused"] for stage in cached["stages"])
+    assert cached["accuracy_matrix"] == plain["accuracy_matrix"] and cached["last"] == plain["last"]
