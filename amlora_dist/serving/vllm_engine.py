@@ -395,12 +395,15 @@ class VllmEngine:
                 if self._up and misses == AWAY_AFTER:
                     log.warning("%s", error)
                     self._up = False
+            except AmloraError as error:  # a row that vLLM will not let go of: asked again at the next look
+                log.warning("%s", error)
 
     async def _let_go(self, bank: ServedBank) -> None:
         with self._wake:
-            self._retired.discard(bank)
             served = self._rows[self._current].names if self._current is not None else {}
         await self._unload(set(self._rows[bank].names.values()) - set(served.values()))
+        with self._wake:
+            self._retired.discard(bank)  # not before: what could not be unloaded is tried again
         log.info("the rows of %s were unloaded", bank.version)
 
     async def _unload(self, names: set[str]) -> None:

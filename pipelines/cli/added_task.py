@@ -76,7 +76,7 @@ def add_task(
     text = asked[-1].rows[0].text if asked else "..."
     short = " ".join(text.split())
     model = result.mapping["registered_model"]
-    console.print(f"try it: amlora ask models:/{model}@current {shlex.quote(short)}", markup=False, soft_wrap=True)
+    console.print(f"try it: amlora ask models:/{model}@champion {shlex.quote(short)}", markup=False, soft_wrap=True)
 
 
 def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str | None) -> list[_Asked]:

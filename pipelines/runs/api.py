@@ -47,7 +47,7 @@ class Step:
 class RunResult:
     """A run's result, as far as it has come.
 
-    ``mapping`` is the JSON object of ``amlora run --json`` (README, "Results").
+    ``mapping`` is the JSON object of ``amlora run --json`` (docs/reference/results.md).
     """
 
     mapping: Mapping[str, Any]

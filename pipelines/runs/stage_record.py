@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.registry import tags
+
 if TYPE_CHECKING:
     from amlora_dist.registry.versions import Version
     from amlora_dist.training.result import Result
@@ -50,8 +52,6 @@ class StageRecord:
     @property
     def reused_from(self) -> str | None:
         """The version of another run that it was taken over from."""
-        from amlora_dist.registry import tags
-
         if self.original is None:
             return None
         return self.original.tags.get(tags.REUSED_FROM) if self.resumed else self.original.uri

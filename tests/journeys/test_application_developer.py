@@ -81,7 +81,7 @@ def test_the_page_is_typed_from_rows_to_an_answer(demo: Path, monkeypatch: pytes
         figures = r" +\d+ +accuracy +[01]\.\d+ +[01]\.\d+ +\d+ of \d+$"
         assert re.search(f"^{re.escape(task)}{figures}", added, re.MULTILINE), added
     assert re.search(r"\d+ of 18 answers of earlier tasks changed", added)
-    assert "try it: amlora ask models:/demo-my@current " in added
+    assert "try it: amlora ask models:/demo-my@champion " in added
     again = typed(lines[2])
     assert again == added, "the same command goes on where it was, and nothing is trained again"
     answer = json.loads(typed(f"{lines[3]} --json"))

@@ -67,6 +67,7 @@ def test_the_page_asks_for_the_key_where_one_is_needed(model: AMLoRAModel, tmp_p
             await page.value("document.getElementById('key').value = 's3cret'")
             await page.value("document.getElementById('key').dispatchEvent(new Event('change'))")
             await page.until("document.querySelectorAll('#model option').length === 4")
+            assert await page.value("document.querySelectorAll('#model option').length") == 4
 
     with running(ServedBank(model, "words"), key="s3cret") as server:
         asyncio.run(visit(server.url))
