@@ -284,6 +284,8 @@ def served(data: Data, depths: list[int]) -> Answers:
     """The router of a bank, as it is built."""
     own = statistics_of(data, depths)
     router = keyed_router(own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths))
+    read = (router.keys.weights != 0).any(dim=0).view(len(depths), -1).any(dim=1)
+    print(f"the default reads depths {[depth for depth, on in zip(depths, read.tolist(), strict=True) if on]}", flush=True)
 
     def labels(features: Features, task: Tensor) -> list[int]:
         scores = router.keys.scores(at(features, depths), router.temperature)
