@@ -1,7 +1,7 @@
 """What each kind of evidence adds to the served answers of finished runs, paired over their test rows.
 
 Reads the predictions that runs of one configuration with several seeds left in MLflow, and prints the mean accuracy of the
-last bank by what answers (both kinds of evidence as served, keys alone, model alone, and the oracle rows, told the task), and
+last bank by what answers (both kinds as served, keys alone, model alone, and the oracle rows, told the task), and
 the differences to the served answers with 95% bootstrap intervals over test rows, one training run a seed.
 
     for S in 0 1 2; do amlora run configs/standard_cl_order1.yaml --run-id o1-$S seed=$S data_dir=ROWS workers=0 \\
