@@ -24,6 +24,8 @@ REUSED_FROM = "amlora.reused_from"
 
 VERSION = "amlora.version"
 """Of a logged model: the ``models:/NAME/VERSION`` that it stands for."""
+DESCRIBED = "amlora.described"
+"""Of a run: digest of the description that this project wrote for it, by which one that somebody has written is told."""
 TRACKED = "amlora.tracked"
 """Of a stage's run: the trackers beside MLflow that have it, with commas between."""
 FIRST_CHAMPION = "amlora.first_champion"
