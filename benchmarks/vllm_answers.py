@@ -52,7 +52,7 @@ def main() -> None:
     set_up(verbose=False)
     served = ServedBank.load(args.bank, NAME, device="cpu")
     model = served.model
-    rows = [(task, row.text) for task in model.tasks for row in test_rows(task, args.rows)]
+    rows = [(task, row.text) for task in model.tasks for row in first_rows(task, args.rows)]
     own = asyncio.run(asked(served, None, rows, args))
     settings = VllmSettings(url=None, python=args.engine_python, rank=args.rank)
     options: dict[str, str | None] = {"base": None, "device": "cpu", "dtype": "fp32"}
@@ -64,7 +64,7 @@ def main() -> None:
     write_json(args.json, {"bank": served.version, "rows": table})
 
 
-def test_rows(task: str, count: int) -> Sequence[Any]:
+def first_rows(task: str, count: int) -> Sequence[Any]:
     """The first test rows of a built-in task."""
     spec = resolve_task(task, base_dir=Path(), defaults=TaskDefaults(max_test=count))
     return load_task(spec, splits=("test",)).rows["test"]

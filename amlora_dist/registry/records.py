@@ -165,11 +165,10 @@ def describe_run(store: Store, run: str, text: str) -> None:
         text: Markdown.
     """
     there = store.run_tags(run)
-    digest = value_digest(text)
     found = there.get(NOTE_TAG)
-    if found == text or (found and value_digest(found) != there.get(tags.DESCRIBED)):
+    if found == text or (found and value_digest(found)[:12] != there.get(tags.DESCRIBED)):
         return
-    store.set_tags(run, {tags.DESCRIBED: digest, NOTE_TAG: text})
+    store.set_tags(run, {tags.DESCRIBED: value_digest(text)[:12], NOTE_TAG: text})
 
 
 def version_description(version: Version, manifest: Manifest) -> str:
