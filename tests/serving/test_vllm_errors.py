@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.requests import Request
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving import vllm_engine
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.row_routing import routed_to_rows
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.vllm_engine import VllmEngine
 from amlora_dist.serving.vllm_start import own_scores
-from tests.bank_with_base import texts_of, write_keyed_bank, write_working_bank
+from tests.bank_with_base import TASKS, texts_of, write_keyed_bank, write_working_bank
 from tests.ports import free_port
 from tests.serving.fake_vllm import FakeVllm, fake_vllm
 from tests.serving.servers import Running, running
@@ -166,6 +168,30 @@ def test_rows_that_a_vllm_lost_are_loaded_again_without_a_failed_request(
         fake.refuse_load = 500, {"error": {"message": "no such folder"}}
         answer = server.post("/v1/completions", prompt=TEXT)
         assert answer.status_code == 503 and "no such folder" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["raw prompts", "prompts of a bank without keys", "labels of a bank without keys"])
+def test_callers_whose_texts_share_a_pass_are_routed_each_by_their_own_words(
+    keyed: AMLoRAModel, tmp_path: Path, kind: str
+) -> None:
+    if kind == "raw prompts":
+        bank = ServedBank(keyed, "words")
+    else:
+        write_working_bank(tmp_path / "bank", tmp_path / "base")
+        bank = ServedBank.load(tmp_path / "bank", "words", device="cpu")
+    texts = [texts_of(task, 1)[0] for task in TASKS]
+    to_classify = kind.startswith("labels")
+
+    def asked() -> list[Request]:
+        """One request of each of three callers."""
+        if to_classify:
+            return [bank.to_classify(text) for text in texts]
+        return [bank.to_generate(text, raw=kind == "raw prompts", new_tokens=2) for text in texts]
+
+    together = routed_to_rows(bank, asked(), to_classify=to_classify)
+    alone = [routed_to_rows(bank, [one], to_classify=to_classify)[0] for one in asked()]
+    assert [one.row for one in together] == [one.row for one in alone] == list(TASKS)
+    assert [one.request.labels for one in together] == [one.request.labels for one in alone]
 
 
 def test_a_prompt_is_not_scored_beside_loras(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
