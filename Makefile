@@ -6,6 +6,7 @@
 # PIP_FLAGS='...'      more flags for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 # LOWEST=DIR           where `make test-lowest` puts its environment (default .venv-lowest)
 # VLLM=DIR             where `make vllm-env` puts its environment (default .venv-vllm)
+# LLAMA_CPP=DIR        where `make llama-cpp-env` puts its environment (default .venv-llama-cpp)
 # UV_FLAGS='...'       more flags for its uv, such as --index https://download.pytorch.org/whl/cpu (a smaller torch)
 # AMLORA_HOME=DIR      where runs, banks and caches go (default .amlora)
 
@@ -20,6 +21,8 @@ UV = $(LOWEST)/bin/uv pip
 LOWEST_STAMP = $(LOWEST)/.installed
 VLLM ?= .venv-vllm
 VLLM_STAMP = $(VLLM)/.installed
+LLAMA_CPP ?= .venv-llama-cpp
+LLAMA_CPP_STAMP = $(LLAMA_CPP)/.installed
 
 # Every run starts processes that import the same packages: compiling them each time would cost more than the work.
 export PYTHONDONTWRITEBYTECODE :=
@@ -31,7 +34,7 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env docs lint format clean
+.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env llama-cpp-env docs lint format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -102,6 +105,15 @@ $(VLLM_STAMP):
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
+# llama.cpp's own server for CPUs, built, with nothing else: what exports to GGUF are tested with.
+llama-cpp-env: $(LLAMA_CPP_STAMP)
+
+$(LLAMA_CPP_STAMP):
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) \
+		--only-binary xllamacpp xllamacpp==2026.10.11549
+	touch $(LLAMA_CPP_STAMP)
+
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0
 
@@ -109,5 +121,5 @@ crash-matrix: setup
 	$(BIN)/python benchmarks/crash_matrix.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(VLLM) $(LLAMA_CPP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -123,7 +123,8 @@ class PromptAnswering:
 
     @torch.no_grad()
     def gates(self, requests: Sequence[Request], batch_size: int, chosen: Router | None) -> Tensor:
-        """The router's gates (B, T), on the model's device, by a partial pass."""
+        """The router's gates (B, T), on the model's device, by a partial pass; requests of several callers may share it,
+        whose places mean nothing here."""
         router = chosen or self.mixture.router
         made: dict[int, Tensor] = {}
         for batch in batches(requests, batch_size):
@@ -138,8 +139,8 @@ class PromptAnswering:
                 gate_BT = router.gates(features, len(batch))
             else:
                 gate_BT = router.gates(None, len(batch))
-            made |= {request.place: row for request, row in zip(batch, gate_BT, strict=True)}
-        return torch.stack([made[request.place] for request in requests])
+            made |= {id(request): row for request, row in zip(batch, gate_BT, strict=True)}
+        return torch.stack([made[id(request)] for request in requests])
 
     @torch.no_grad()
     def prefill(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.digests import value_digest
 from amlora_dist.registry import tags
 from amlora_dist.registry.connection import StoreAwayError, StoreError
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 VERSIONS_TAG = "mlflow.modelVersions"
 """Tag by which MLflow's pages lead from a logged model to its registered versions."""
 CONTEXT_TAG = "mlflow.data.context"
+NOTE_TAG = "mlflow.note.content"
+"""Tag that MLflow's pages show as a run's description."""
 _DIGEST_LENGTH = 32
 """Signs of a data set's digest; MLflow takes 36 at most."""
 
@@ -72,12 +75,13 @@ def log_data(store: Store, run: str, inputs: Iterable[DataInput]) -> None:
 
 
 def log_model(
-    store: Store, version: Version, manifest: Manifest, scores: Iterable[TaskScore], *, step: int, timestamp: int
+    store: Store, version: Version, manifest: Manifest, scores: Iterable[TaskScore], *, above: str, step: int, timestamp: int
 ) -> str | None:
     """Make a version a logged model with its parameters and scores, found again by its tag; MLflow's id of it.
 
     Args:
         store: which has the version.
+        above: MLflow's id of the run above the version's, whose page leads to the version too.
         version: that was published.
         manifest: of the bank.
         scores: of the version, each about the data it was scored on.
@@ -85,13 +89,13 @@ def log_model(
         timestamp: milliseconds since 1970, of the metrics.
     """
     found: str | None = _optional(
-        "make a version a logged model", lambda: _log_model(store, version, manifest, scores, step, timestamp)
+        "make a version a logged model", lambda: _log_model(store, version, manifest, scores, above, step, timestamp)
     )
     return found
 
 
 def _log_model(
-    store: Store, version: Version, manifest: Manifest, scores: Iterable[TaskScore], step: int, timestamp: int
+    store: Store, version: Version, manifest: Manifest, scores: Iterable[TaskScore], above: str, step: int, timestamp: int
 ) -> str:
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -118,7 +122,8 @@ def _log_model(
     model_id = str(model.model_id)
     if str(model.status) != "READY":
         call("finish a logged model", client.finalize_logged_model, model_id, "READY")
-        call("link a logged model", client.log_outputs, version.run, models=[LoggedModelOutput(model_id, step)])
+        for run in (version.run, above):
+            call("link a logged model", client.log_outputs, run, models=[LoggedModelOutput(model_id, step)])
     there = {(metric.key, metric.value) for metric in model.metrics or []}
     metrics = [
         Metric(f"accuracy/{score.data.name}", score.value, timestamp, step, model_id=model_id,
@@ -151,6 +156,21 @@ def describe(store: Store, version: Version, manifest: Manifest) -> None:
         call("describe a registered model", client.update_registered_model, name, model_description(name, manifest))
 
 
+def describe_run(store: Store, run: str, text: str) -> None:
+    """Write what the page of a run says below *Description*, unless somebody has written there.
+
+    Args:
+        store: which has the run.
+        run: MLflow's id.
+        text: Markdown.
+    """
+    there = store.run_tags(run)
+    found = there.get(NOTE_TAG)
+    if found == text or (found and value_digest(found)[:12] != there.get(tags.DESCRIBED)):
+        return
+    store.set_tags(run, {tags.DESCRIBED: value_digest(text)[:12], NOTE_TAG: text})
+
+
 def version_description(version: Version, manifest: Manifest) -> str:
     """Markdown for the page of a version."""
     matrix = manifest.accuracy_matrix
@@ -163,9 +183,9 @@ def version_description(version: Version, manifest: Manifest) -> str:
         f"{len(manifest.adapters)} tasks, stage {manifest.stage} of run `{manifest.run_id}`, method `{manifest.method}`.",
         "",
         "| task | accuracy now | best so far |", "|---|---|---|",
-        *(f"| {task} | {_percent(last.get(task))} | {_percent(best.get(task))} |" for task in manifest.tasks),
+        *(f"| {task} | {_shown(last.get(task))} | {_shown(best.get(task))} |" for task in manifest.tasks),
         "",
-        "Per cent of the test rows whose answer is right, as plain text, without being told the task.",
+        "Share of the test rows whose answer is right, as plain text, without being told the task.",
         "",
         "```python", "from amlora_dist import AMLoRAModel", f'model = AMLoRAModel.from_bank("{version.uri}")', "```",
         "",
@@ -205,5 +225,5 @@ def _name(registered_model: str) -> str:
     return "".join("-" if sign in "/:.%\"'" else sign for sign in registered_model)
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -173,11 +173,14 @@ class Runs:
         self.log_metrics_batch(run, [one for one in wanted if (one[0], one[2], one[1]) not in known])
 
     def page_of(self, run: str) -> str:
-        """Address of a run's page in MLflow: of the tracking server, or as ``mlflow ui`` serves it."""
+        """Address of a run's page in MLflow: of the tracking server, or as ``mlflow ui`` serves it.
+
+        MLflow's pages open as for chat programs, where nothing leads to the registry, unless the address says otherwise.
+        """
         experiment = self._call("read a run", self._client.get_run, run).info.experiment_id
         shown = self.connection.shown.rstrip("/")
         server = shown if shown.startswith(("http://", "https://")) else UI
-        return f"{server}/#/experiments/{experiment}/runs/{run}"
+        return f"{server}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
 
     def metric_history(self, run: str, key: str) -> list[tuple[int, float, int]]:
         """(step, value, milliseconds) of a metric, by step."""

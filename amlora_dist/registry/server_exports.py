@@ -141,7 +141,8 @@ def export_gguf(folder: Path, bank: Bank, base: BaseModel, **more: Any) -> Path:
     write_text(
         folder / "serve.sh",
         "#!/bin/sh\n"
-        "# sh serve.sh BASE.gguf [options]: starts llama.cpp's server with every adapter, none applied unless asked for.\n"
+        "# sh serve.sh BASE.gguf [options]: starts llama.cpp's server with every adapter. Ask it by client.py: a request\n"
+        "# that names no scales gets all of them whole, whatever --lora-init-without-apply says (llama.cpp#28674).\n"
         'here=$(cd "$(dirname "$0")" && pwd)\n'
         'base=${1:?give the base model as GGUF} && shift\n'
         f'exec llama-server -m "$base" --lora-init-without-apply \\\n    {options} "$@"\n',

@@ -24,6 +24,8 @@ REUSED_FROM = "amlora.reused_from"
 
 VERSION = "amlora.version"
 """Of a logged model: the ``models:/NAME/VERSION`` that it stands for."""
+DESCRIBED = "amlora.described"
+"""Of a run: first 12 digits of the digest of the description that this project wrote; another one is somebody's own."""
 TRACKED = "amlora.tracked"
 """Of a stage's run: the trackers beside MLflow that have it, with commas between."""
 FIRST_CHAMPION = "amlora.first_champion"

@@ -19,16 +19,17 @@ from amlora_dist.config.loading import to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import UserError
-from amlora_dist.privacy import public_configuration
+from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.housekeeping import crown_first
+from amlora_dist.registry.records import describe_run
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.stage_spec import Parent
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
 from pipelines.runs.plan import BankState
 from pipelines.runs.resume_check import check_rule_of_bank
-from pipelines.runs.stage_pages import show_stage
+from pipelines.runs.stage_pages import run_description, show_stage
 from pipelines.runs.stage_record import StageRecord
 from pipelines.runs.takeover import first_there
 
@@ -192,7 +193,9 @@ class RunJournal:
         show_stage(
             self.store, self.inputs, record, parent_run=self.run, run_id=self.run_id, mapping=self.mapping, manifest=manifest
         )
-        return self.write_result()
+        result = self.write_result()
+        describe_run(self.store, self.run, run_description(result, public_name(self.inputs.base.source)))
+        return result
 
     # -- after the last one -------------------------------------------------------------------------------------
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from amlora_dist.config.loading import home
+from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.privacy import public_name
+from amlora_dist.registry import tags
 from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.records import DataInput, TaskScore, describe, described, log_data, log_model
 from pipelines.runs.trackers import StageFigures, write_stage
@@ -59,7 +63,8 @@ def show_stage(
     store.add_metrics(parent_run, above)
     trained = [record.task] if record.task in inputs.data else inputs.tasks
     if record.published is not None and not described(store, record.published):
-        _describe(store, inputs, record, record.published, manifest or manifest_of(store, record.published))
+        known = manifest or manifest_of(store, record.published)
+        _describe(store, inputs, record, record.published, known, above=parent_run)
     read = [_data(inputs, task, "training") for task in trained]
     scored = dict.fromkeys(score["task"] for score in record.scores if score["task"] in inputs.data)
     log_data(store, record.run, [*read, *(_data(inputs, task, "evaluation") for task in scored)])
@@ -70,14 +75,52 @@ def show_stage(
     store.end_run(record.run, "FINISHED")
 
 
-def _describe(store: Store, inputs: RunInputs, record: StageRecord, version: Version, manifest: Manifest) -> None:
+def run_description(result: Mapping[str, Any], base: str) -> str:
+    """Markdown for the page of a run: what it learned, what it lost of that, where its versions are and how one is loaded.
+
+    MLflow shows three lines until it is asked for more: what people come for stands there.
+
+    Args:
+        result: of the run so far, as ``results.result`` makes it.
+        base: the base model's public name.
+    """
+    tasks, rows, model = result["tasks"], result["accuracy_matrix"], result["registered_model"]
+    numbers = {stage["task"]: stage["version"] for stage in result["stages"]}
+    in_turn = list(numbers) == tasks[: len(rows)]
+    done = f"{len(rows)} of {len(tasks)} tasks learned one after another" if in_turn else f"{len(tasks)} tasks together"
+    lines = [f"`{result['method']}` on `{base}`, seed {result['seed']}: {done}."]
+    page = f"#/models/{quote(model, safe='')}"
+    if any(numbers.values()):
+        load = f'AMLoRAModel.from_bank("models:/{model}@{tags.CHAMPION}")'
+        lines.append(f"Served: the version of [{model}]({page}) with the alias `{tags.CHAMPION}`; in Python: `{load}`.")
+    kept = {name: result["metrics"].get(name) for name in ("average_performance", "backward_transfer", "forgetting")}
+    if shown := [f"{name.replace('_', ' ')} {value:.3f}" for name, value in kept.items() if value is not None]:
+        lines.append(f"{', '.join(shown).capitalize()}; the curves are `accuracy/TASK` below *Model metrics*, step = stage.")
+    measure = common_name(result["task_metrics"].values())
+    lines += ["", f"| task | {measure} when learned | now | version |", "|---|---|---|---|"]
+    for place, task in enumerate(tasks):
+        learned = rows[place][place] if in_turn and place < len(rows) else None
+        number = numbers.get(task)
+        link = "–" if number is None else f"[{number}]({page}/versions/{number})"
+        lines.append(f"| {task} | {_shown(learned)} | {_shown(rows[-1][place])} | {link} |")
+    lines += ["", "Scores of test rows asked as plain text, without the task. *Datasets*: the rows trained on, by digest."]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _describe(
+    store: Store, inputs: RunInputs, record: StageRecord, version: Version, manifest: Manifest, *, above: str
+) -> None:
     """What MLflow's pages say of a version; that of an earlier start, or of older code, is made up for."""
     scores = [
         TaskScore(_data(inputs, score["task"], "evaluation"), float(score["accuracy"]))
         for score in record.scores
         if score["mode"] == "router" and score.get("accuracy") is not None
     ]
-    log_model(store, version, manifest, scores, step=record.index, timestamp=int(time.time() * 1000))
+    log_model(store, version, manifest, scores, above=above, step=record.index, timestamp=int(time.time() * 1000))
     describe(store, version, manifest)
 
 

@@ -12,7 +12,7 @@ import pytest
 from amlora_dist.config.loading import load_config
 from amlora_dist.registry import tags
 from amlora_dist.registry.connection import StoreError
-from amlora_dist.registry.records import DataInput, log_data
+from amlora_dist.registry.records import DataInput, describe_run, log_data
 from amlora_dist.registry.store import Store
 from pipelines.runs.progress import Silent
 from pipelines.runs.results import load_result
@@ -57,8 +57,10 @@ def test_each_version_is_a_logged_model_with_its_parameters_and_scores(made: Any
     scores = {metric.key: (metric.value, metric.dataset_name) for metric in model.metrics}
     assert scores == {f"accuracy/{task}": (first["accuracy_matrix"][1][k], task) for k, task in enumerate(TASKS)}
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "seen", "version": 2}]
-    stage = client.get_run(model.source_run_id)
+    stage, sequence = client.get_run(model.source_run_id), client.get_run(above.run)
     assert [output.model_id for output in stage.outputs.model_outputs] == [model.model_id]
+    linked = {(output.model_id, output.step) for output in sequence.outputs.model_outputs}
+    assert linked == {(models[f"models:/seen/{number}"].model_id, number) for number in (1, 2)}, "its page leads to both"
 
 
 def test_the_run_above_has_a_curve_for_each_task_and_the_loss_is_written_once(made: Any) -> None:
@@ -91,18 +93,41 @@ def test_pages_of_versions_say_tasks_scores_and_how_to_load_them(made: Any) -> N
     store, (first, _) = made
     client = store.connection.client
     text = client.get_model_version("seen", "2").description
-    assert f"| colours | {100 * first['accuracy_matrix'][1][0]:.1f} |" in text
+    assert f"| colours | {first['accuracy_matrix'][1][0]:.3f} |" in text
     assert 'AMLoRAModel.from_bank("models:/seen/2")' in text
     assert "amlora serve models:/seen@champion" in client.get_registered_model("seen").description
     leases = store.lease_entries.entries(tags.LEASE_PREFIX)
     assert all(client.get_registered_model(name).description.startswith("Not a model") for name in leases) and leases
 
 
+def test_the_run_s_page_answers_what_people_come_for(made: Any) -> None:
+    store, (first, _) = made
+    (above,) = runs(store, "sequence")
+    lines = above.tags["mlflow.note.content"].splitlines()
+    matrix, name = first["accuracy_matrix"], first["registered_model"]
+    assert lines[0].endswith(": 2 of 2 tasks learned one after another.")
+    assert f"[{name}](#/models/{name})" in lines[1] and f'from_bank("models:/{name}@champion")' in lines[1]
+    assert lines[2].startswith(f"Average performance {first['metrics']['average_performance']:.3f}, backward transfer")
+    learned = f"| colours | {matrix[0][0]:.3f} | {matrix[1][0]:.3f} | [1](#/models/{name}/versions/1) |"
+    assert learned in lines and "*Datasets*: the rows trained on" in lines[-1]
+
+
+def test_a_description_that_somebody_has_written_stays(made: Any) -> None:
+    store, _ = made
+    run = store.grouping_run("test", "described")
+    describe_run(store, run, "one task")
+    describe_run(store, run, "two tasks")
+    assert store.run_tags(run)["mlflow.note.content"] == "two tasks", "ours goes on"
+    store.set_tags(run, {"mlflow.note.content": "the one for the audit"})
+    describe_run(store, run, "three tasks")
+    assert store.run_tags(run)["mlflow.note.content"] == "the one for the audit"
+
+
 def test_the_printed_line_leads_to_the_run(made: Any) -> None:
     store, (first, _) = made
     (above,) = runs(store, "sequence")
     experiment = store.connection.client.get_run(above.run).info.experiment_id
-    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{above.run}"
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{above.run}?workflowType=machine_learning"
     assert first["mlflow_page"] == page == load_result("seen")["mlflow_page"]
 
 

@@ -30,6 +30,8 @@ class FakeVllm:
         """Status and body, in place of an answer."""
         self.slow_s = 0.0
         self.healthy = True
+        self.asked: list[str] = []
+        """Models that answers were asked of, in order."""
         self.drops = 0
         """Requests whose connection is closed without an answer."""
 
@@ -52,6 +54,7 @@ class FakeVllm:
         return self._completions(body)
 
     def _completions(self, body: dict[str, Any]) -> tuple[int, str]:
+        self.asked.append(body["model"])
         if body["model"] not in {"base", *self.loaded}:
             return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
         if body["model"] != "base":

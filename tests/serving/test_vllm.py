@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +20,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import read_bank
+from amlora_dist.registry.server_exports import export_vllm, served_base
 from amlora_dist.registry.store import Store
 from amlora_dist.serving import vllm_engine
 from amlora_dist.serving.alias_watcher import Follower
@@ -24,6 +30,7 @@ from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.vllm_engine import VllmEngine
 from pipelines.cluster.vllm_process import Vllm, VllmSettings, vllm_for
 from tests.bank_with_base import TASKS, texts_of, write_keyed_bank
+from tests.ports import free_port
 from tests.serving.load import publish
 from tests.serving.servers import Running, running
 from tests.tiny_config import write_tokenizer
@@ -35,10 +42,12 @@ pytestmark = [
     pytest.mark.timeout(3000),
     pytest.mark.skipif(not PYTHON, reason="AMLORA_VLLM_PYTHON names no Python with vLLM; `make vllm-env` makes one"),
 ]
-ROWS = 34
+FOUR = (*TASKS, "fruit")
+ROWS = 25
 """Plain texts of each task."""
 RANK = 16
-"""The largest row has 9."""
+"""The largest row has 14."""
+START_S = 900.0
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +62,8 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "base")
-    write_keyed_bank(folder / "one", folder / "base", tasks=TASKS)
-    write_keyed_bank(folder / "two", folder / "base", tasks=TASKS[::-1])
+    write_keyed_bank(folder / "one", folder / "base", tasks=FOUR)
+    write_keyed_bank(folder / "two", folder / "base", tasks=FOUR[::-1])
     return [folder / "one", folder / "two"]
 
 
@@ -84,7 +93,7 @@ def served(banks: list[Path], vllm: Vllm, home: Path) -> Iterator[Running]:
 
 
 def test_top_answers_are_those_of_the_own_engine(served: Running) -> None:
-    texts = [text for task in TASKS for text in texts_of(task, ROWS, "plain")]
+    texts = [text for task in FOUR for text in texts_of(task, ROWS, "plain")]
     model = served.service.bank.model
     other: list[Any] = []
     asked = 0
@@ -98,7 +107,7 @@ def test_top_answers_are_those_of_the_own_engine(served: Running) -> None:
         if (choice["text"], found["label"]) != (own.text, label.label):
             other.append((text, choice, found, own, label))
     print(f"{asked} plain rows, {len(other)} with another answer")
-    assert asked >= 2 * ROWS and other == []
+    assert asked >= 3 * ROWS and other == []
 
 
 def test_written_answers_and_scores_of_tokens_are_those_of_the_own_engine(served: Running) -> None:
@@ -125,7 +134,7 @@ def test_an_alias_that_moves_under_clients_fails_no_request(
     first, second = (publish(store, "words", folder) for folder in banks)
     store.set_alias("words", "champion", first)
     bank = ServedBank.load("models:/words@champion", device="cpu")
-    texts = [text for task in TASKS for text in texts_of(task, 4, "moving")]
+    texts = [text for task in FOUR for text in texts_of(task, 4, "moving")]
     answers: list[tuple[int, str]] = []
     stop = threading.Event()
     with running(bank, engine=partial(VllmEngine, url=vllm.url, home=amlora_home, rank=RANK), poll_s=0.2) as server:
@@ -162,6 +171,45 @@ def test_an_alias_that_moves_under_clients_fails_no_request(
     assert [one for one in answers if one[0] != 200] == []
     assert {version for _, version in answers} == {first.uri, second.uri}
     assert not any("words-v2-" in name for name in _names(vllm))
+
+
+def test_the_exported_folder_is_served_by_vllm_itself_and_its_client_asks_for_the_right_row(
+    banks: list[Path], tmp_path: Path
+) -> None:
+    """``serve.sh`` as it is written: no adapter is named to vLLM, which finds each by its own resolver."""
+    assert PYTHON is not None
+    model = AMLoRAModel.from_bank(banks[0], device="cpu")
+    folder = export_vllm(tmp_path / "vllm", model.bank, base=served_base(model.base, None))
+    port = free_port()
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            ["sh", str(folder / "serve.sh"), *options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **cpu, "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+    try:
+        _until(lambda: server.poll() is not None or _answers(f"http://127.0.0.1:{port}/health"), START_S)
+        assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        for task in FOUR:
+            (text,) = texts_of(task, 1, "exported")
+            said = subprocess.run(
+                [sys.executable, str(folder / "client.py"), str(banks[0]), text, f"http://127.0.0.1:{port}"],
+                capture_output=True, text=True, timeout=300, check=True,
+            )  # fmt: skip
+            (own,) = model.answer([text], task=model.route(text)[0].task, free=True)
+            found = json.loads(said.stdout.splitlines()[-1])
+            assert (found["task"], found["model"], found["answer"]) == (task, task, own.text)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _names(vllm: Vllm) -> list[str]:

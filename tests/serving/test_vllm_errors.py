@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.requests import Request, Route
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving import vllm_engine
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.row_routing import RowRequest, routed_to_rows
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.vllm_engine import VllmEngine
 from amlora_dist.serving.vllm_start import own_scores
-from tests.bank_with_base import texts_of, write_keyed_bank, write_working_bank
+from tests.bank_with_base import TASKS, texts_of, write_keyed_bank, write_working_bank
 from tests.ports import free_port
 from tests.serving.fake_vllm import FakeVllm, fake_vllm
 from tests.serving.servers import Running, running
@@ -166,6 +169,58 @@ def test_rows_that_a_vllm_lost_are_loaded_again_without_a_failed_request(
         fake.refuse_load = 500, {"error": {"message": "no such folder"}}
         answer = server.post("/v1/completions", prompt=TEXT)
         assert answer.status_code == 503 and "no such folder" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["raw prompts", "prompts of a bank without keys", "labels of a bank without keys"])
+def test_callers_whose_texts_share_a_pass_are_routed_each_by_their_own_words(
+    keyed: AMLoRAModel, tmp_path: Path, kind: str
+) -> None:
+    if kind == "raw prompts":
+        bank = ServedBank(keyed, "words")
+    else:
+        write_working_bank(tmp_path / "bank", tmp_path / "base")
+        bank = ServedBank.load(tmp_path / "bank", "words", device="cpu")
+    texts = [texts_of(task, 1)[0] for task in TASKS]
+    to_classify = kind.startswith("labels")
+
+    def asked() -> list[Request]:
+        """One request of each of three callers."""
+        if to_classify:
+            return [bank.to_classify(text) for text in texts]
+        return [bank.to_generate(text, raw=kind == "raw prompts", new_tokens=2) for text in texts]
+
+    together = routed_to_rows(bank, asked(), to_classify=to_classify)
+    alone = [routed_to_rows(bank, [one], to_classify=to_classify)[0] for one in asked()]
+    assert [one.row for one in together] == [one.row for one in alone] == list(TASKS)
+    assert [one.request.labels for one in together] == [one.request.labels for one in alone]
+
+
+def test_a_text_between_tasks_gets_the_strongest_row_and_is_counted(
+    bank: ServedBank, fake: FakeVllm, tmp_path: Path
+) -> None:
+    between = " ".join([*texts_of("sizes", 1, "x"), *texts_of("colours", 3, "x")])
+    with running(bank, engine=engine(fake.url, tmp_path)) as server:
+        for text, weight, count in ((TEXT, 1.0, 0), (between, 0.9, 1)):
+            fake.asked.clear()
+            found = server.good("/v1/classifications", input=text, routing=True)["data"][0]["routing"]
+            assert found["task"] == "colours" and found["tasks"]["colours"] <= weight
+            assert set(fake.asked) == {next(name for name in fake.loaded if name.endswith("-colours"))}
+            assert f"amlora_strongest_row_total {count}.0" in server.client.get("/metrics").text
+
+
+def test_a_text_of_no_task_is_answered_by_the_base_model(
+    bank: ServedBank, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any, **more: Any) -> list[RowRequest]:
+        """Routed as abstention leaves it: no task has any weight."""
+        empty = Route(dict.fromkeys(bank.tasks, 0.0), dict.fromkeys(bank.tasks, 0.0), 1.0)
+        return [dataclasses.replace(one, route=empty, between=False) for one in routed_to_rows(*given, **more)]
+
+    monkeypatch.setattr(vllm_engine, "routed_to_rows", none)
+    with running(bank, engine=engine(fake.url, tmp_path)) as server:
+        fake.asked.clear()
+        server.good("/v1/completions", prompt=TEXT, raw=True, max_tokens=2)
+    assert set(fake.asked) == {"base"}
 
 
 def test_a_prompt_is_not_scored_beside_loras(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
