@@ -40,6 +40,7 @@ from amlora_dist.training.engine import PlainEngine
 from amlora_dist.training.optimizer import parameter_groups
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DRAWN = "drawn"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -134,6 +135,7 @@ def main() -> None:
     """Measure all tasks and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", type=Path, default=[CONFIGS / "demo.yaml", CONFIGS / "demo_chat.yaml"])
+    parser.add_argument("--tasks", nargs="*", help=f"names, {DRAWN} the made-up rows; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch", type=int, nargs="*", help="rows of a step; default: the configuration's")
     parser.add_argument("--width", type=int, default=WIDTH, help="tokens that shared sequences are filled up to")
@@ -160,9 +162,10 @@ def main() -> None:
         model = load_model(base, dtype=DTYPES[args.dtype], attention=config.model.attention)
         tasks = list(tasks_of(config, base, tokenizer))[: 1 if args.quick else None]
         if file == args.configs[-1]:
-            made_up = drawn(config.training.batch_size, args.batches, model.config.vocab_size)
-            tasks.append(("drawn: 10 to 240 tokens", made_up))
+            tasks.append((DRAWN, drawn(config.training.batch_size, args.batches, model.config.vocab_size)))
         for task, rows in tasks:
+            if args.tasks and task not in args.tasks:
+                continue
             for batch in args.batch or [config.training.batch_size]:
                 one = measure(model, config, task, rows, batch, args)
                 found.append(one)

@@ -140,6 +140,8 @@ class RoutedForward:
             if packed is None:
                 task_gate = task_gate.expand(batch, -1)  # of packed rows one gate for all serves their tokens as it is
         mask = self.prompt_mask(kwargs, prompt_mask)
+        if mask is None and packed is not None:
+            mask = packed.mask_BL
         call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select, packed=packed)
         call.skip_tokens = routing.skip_tokens
         cache_state = None if self.encoder else self._cache_state_of(kwargs, required=task_gate is None)
