@@ -22,6 +22,9 @@ AGAIN = "fetch the model again"
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
 """Where GPTQ and AWQ wrote theirs before transformers had a key for it."""
+_STATES = ("mamba_", "ssm_", "state_size", "linear_conv_", "conv_L_cache", "lru_width")
+_RECURRENT = ("rwkv", "xlstm", "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "zamba2", "bamba", "nemotron_h")
+"""Keys and kinds of models with state-space or other recurrent layers."""
 _DEPTH = 3
 """How deep a configuration holds others: of text, vision, a decoder."""
 
@@ -169,6 +172,30 @@ def _quantised_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
 def _method(section: object) -> str:
     method = section.get("quant_method") if isinstance(section, dict) else None
     return f"weights quantised with {method}" if isinstance(method, str) else "quantised weights"
+
+
+def unpackable(config: Mapping[str, Any]) -> str | None:
+    """What keeps rows of such a model from sharing a sequence (``training.packing``); None where nothing is known to.
+
+    A mask over whole rows takes the place of a layer's own window, states run on from row to row, and positions that are
+    made of a mask do not start anew.
+    """
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        return "an encoder-decoder"
+    for section in (config, _section(config, "text_config")):
+        layers = section.get("layer_types")
+        odd = sorted({str(one) for one in layers} - {"full_attention"}) if isinstance(layers, list) else []
+        window = section.get("sliding_window")
+        if not isinstance(layers, list) and window and section.get("use_sliding_window", True) is not False:
+            odd = [f"sliding_window {window}"]
+        if odd:
+            return f"a {kind} model with {', '.join(odd)}"
+    if any(key.startswith(_STATES) for key in config) or kind in _RECURRENT:
+        return f"a {kind} model, whose states run on from row to row"
+    if kind == "bloom" or config.get("alibi") is True:
+        return f"a {kind} model, whose positions follow from its mask"
+    return None
 
 
 def _shard_faults(folder: Path) -> list[Fault]:

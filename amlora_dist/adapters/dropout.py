@@ -27,9 +27,11 @@ class DropoutKeys:
     """What names the numbers of one call: a key for each of its rows."""
 
     keys_B: Tensor
-    """int32."""
+    """int32; of packed rows (P, S), the key of each token's row."""
     from_right: bool
     """Whether tokens are counted from the right end: rows are padded on the left."""
+    place_BS: Tensor | None = None
+    """Of packed rows, (P, S) int32: the places of tokens in their rows, counted so."""
 
 
 def row_keys(
@@ -49,11 +51,14 @@ def dropped(x: Tensor, keys: DropoutKeys, layer: int, share: float) -> Tensor:
     """``x`` (B, ..., I) with each element 0 at probability ``share``, the others divided by ``1 - share``."""
     x_BSI = x.reshape(x.shape[0], -1, x.shape[-1])
     _, length, width = x_BSI.shape
-    place_S = torch.arange(length, device=x.device, dtype=torch.int32)
-    if keys.from_right:
-        place_S = place_S.flip(0)
+    place_BS = keys.place_BS
+    if place_BS is None:
+        place_S = torch.arange(length, device=x.device, dtype=torch.int32)
+        place_BS = (place_S.flip(0) if keys.from_right else place_S)[None]
+    else:
+        place_BS = place_BS.view(-1, length)
     feature_I = torch.arange(width, device=x.device, dtype=torch.int32)
-    base_BS = _mixed((keys.keys_B[:, None] ^ layer) + (place_S + 1) * _PLACE)
+    base_BS = _mixed((keys.keys_B.view(len(x_BSI), -1) ^ layer) + (place_BS + 1) * _PLACE)
     number_BSI = _mixed(base_BS[..., None] ^ ((feature_I + 1) * _FEATURE))
     keep_BSI = number_BSI >= int(share * 2**32) - 2**31
     return (x_BSI * (keep_BSI.to(x.dtype) / (1.0 - share))).view_as(x)

@@ -38,12 +38,13 @@ from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.dropout import DropoutKeys
+    from amlora_dist.adapters.packed_rows import PackedRows
     from amlora_dist.adapters.router import Router
 
 GATE_KEY = "task_gate"
 """Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
 TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
-EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states", "dropout_keys")
+EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states", "dropout_keys", "packed_rows", "logits_at")
 
 
 @dataclass(slots=True, eq=False)
@@ -78,11 +79,13 @@ class RoutedForward:
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
-    Takes six arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
+    Takes eight arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
     ``task_gate`` (B, T) or (1, T); ``on_route``, called with (features, task gate) when the routing layer is reached,
     also if the call brings its gate; ``on_select``, called with (module path, selection) by selectors;
     ``trunk_states`` (B, tokens, D), what the layers below the first adapted one would come to (``adapters.trunk``);
-    ``dropout_keys``: drop parts of what the new adapter reads (``adapters.dropout``).
+    ``dropout_keys``: drop parts of what the new adapter reads (``adapters.dropout``); ``packed_rows``: sequences hold
+    several rows each, whose gates and prompt masks the call brings, (B, T) or (1, T) and (B, L), with mask and positions to
+    match (``adapters.packed_rows``); ``logits_at`` (N,): of all tokens those whose logits are wanted, (1, N, V).
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class RoutedForward:
         on_select: OnSelect | None = None,
         trunk_states: Tensor | None = None,
         dropout_keys: DropoutKeys | None = None,
+        packed_rows: PackedRows | None = None,
+        logits_at: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward, inside a call that has or finds its gate."""
@@ -115,8 +120,9 @@ class RoutedForward:
         call = active_call()
         if self.encoder and call is not None and call.owner is self.routing:
             return self._with_cache_state(self.inner(**kwargs), call)
-        call = self._open(kwargs, prompt_mask, task_gate, on_route)
+        call = self._open(kwargs, prompt_mask, task_gate, on_route, packed_rows)
         call.on_select, call.trunk, call.dropout = on_select, trunk_states, dropout_keys
+        call.logits_at = logits_at
         for module in self.routing.checkpointed:
             _let_cache_state_travel(module)
         with entered(call):
@@ -124,13 +130,19 @@ class RoutedForward:
         return self._with_cache_state(output, call, kwargs.get("past_key_values"))
 
     def _open(
-        self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None
-    ) -> ForwardContext:
+        self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None,
+        packed: PackedRows | None,
+    ) -> ForwardContext:  # fmt: skip
         routing, router = self.routing, self.routing.router
+        batch = _batch(kwargs) if packed is None else packed.count
         if task_gate is not None:
-            task_gate = self._checked(task_gate, _batch(kwargs))
+            task_gate = self._checked(task_gate, batch)
+            if packed is None:
+                task_gate = task_gate.expand(batch, -1)  # of packed rows one gate for all serves their tokens as it is
         mask = self.prompt_mask(kwargs, prompt_mask)
-        call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select)
+        if mask is None and packed is not None:
+            mask = packed.mask_BL
+        call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select, packed=packed)
         call.skip_tokens = routing.skip_tokens
         cache_state = None if self.encoder else self._cache_state_of(kwargs, required=task_gate is None)
         if cache_state is not None:
@@ -144,12 +156,12 @@ class RoutedForward:
             if router.needs_features:
                 call.gates_of = lambda features: router.gates(features, features.shape[0])
             else:
-                call.task_gate = router.gates(None, _batch(kwargs))
+                call.task_gate = router.gates(None, batch)
         elif task_gate is None and not routing.select:
             raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
         call.want_features = call.gates_of is not None or on_route is not None or routing.prompted
         if call.want_features and routing.partial_pass:
-            call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes))
+            call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes, packed=packed))
         return call
 
     def _checked(self, task_gate: Tensor, batch: int) -> Tensor:
@@ -158,9 +170,11 @@ class RoutedForward:
                 f"task_gate: found shape {tuple(task_gate.shape)}, expected ({batch} or 1, {self.routing.tasks}): "
                 "one row per sequence, one column per task"
             )
-        return task_gate.float().expand(batch, -1)
+        return task_gate.float()
 
-    def features(self, kwargs: dict[str, Any], mask: Tensor | None, *, stop: bool) -> Tensor:
+    def features(
+        self, kwargs: dict[str, Any], mask: Tensor | None, *, stop: bool, packed: PackedRows | None = None
+    ) -> Tensor:
         """Features (B, D) by a pass of the plain model, without gradient; ``stop``: it ends at the routing layer."""
         trunk = self if self.trunk is None else self.trunk
         inputs = {name: kwargs[name] for name in TRUNK_INPUTS if name in trunk._names and kwargs.get(name) is not None}
@@ -168,7 +182,7 @@ class RoutedForward:
             inputs["logits_to_keep"] = 1
         routing = self.routing
         call = ForwardContext(
-            routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop
+            routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop, packed=packed
         )
         call.want_features = True
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):

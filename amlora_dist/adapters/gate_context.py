@@ -25,6 +25,7 @@ from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.dropout import DropoutKeys
+    from amlora_dist.adapters.packed_rows import PackedRows
     from amlora_dist.adapters.selector_layer import Selection
 
 OnSelect = Callable[[str, "Selection"], None]
@@ -69,7 +70,8 @@ class ForwardContext:
     ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
     pass ends where they end, and leaves it there (``adapters.trunk``). ``kept``: the gate came with a KV cache, which will
     bring it again. ``depths``: features are the pooled states that enter these layers, side by side, (B, F).
-    ``dropout``: the new adapter's layers drop parts of their inputs.
+    ``dropout``: the new adapter's layers drop parts of their inputs. ``packed``: sequences hold several rows each (B rows
+    then, and ``mask`` (B, L) of each by itself); ``logits_at`` the tokens among all of them that the output layer reads.
     """
 
     owner: object
@@ -92,6 +94,8 @@ class ForwardContext:
     carried_pooled: dict[str, Tensor] = field(default_factory=dict)
     kept: CachedGate | None = None
     dropout: DropoutKeys | None = None
+    packed: PackedRows | None = None
+    logits_at: Tensor | None = None
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -111,6 +115,8 @@ class ForwardContext:
         if self.trunk is not None and not self.captures and len(self.depths) > 1:
             raise UserError("a pass that brings the states of the lower layers cannot be routed: give it task_gate")
         with torch.no_grad():
+            if self.packed is not None:
+                hidden_BLD = self.packed.unpack(hidden_BLD)
             self.at_depth[depth] = pool_features(hidden_BLD, self.mask, self.skip_tokens)
             if depth != self.depths[-1]:
                 return

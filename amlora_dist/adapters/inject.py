@@ -83,6 +83,7 @@ class Mixture:
         """The adapter that ``disable_adapter`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
+        self._packs = False
         self._wrap()
 
     @property
@@ -215,12 +216,23 @@ class Mixture:
             self._trunk = Trunk(self, self._forward.inner, self._replace, self._undo)
         return self._trunk
 
+    def packing_width(self) -> int:
+        """Tokens that sequences are filled up to, once calls with ``packed_rows`` are tried and prepared; under ZeRO-3
+        when the engine is made. Errors as in ``try_packing``."""
+        from amlora_dist.adapters.packed_rows import WIDTH, pick_tokens, try_packing
+
+        if not self._packs:
+            head = try_packing(self)
+            self._undo.append(head.register_forward_pre_hook(pick_tokens).remove)
+            self._packs = True
+        return WIDTH
+
     def remove(self) -> None:
         """Give the model back as it was, but for parameters that stay frozen."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        self._trunk = None
+        self._trunk, self._packs = None, False
 
     def _wrap(self) -> None:
         """Put the layers in, wrap the model's entry points and hook the layers that the router reads."""

@@ -21,6 +21,7 @@ from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.adapters.dropout import DropoutKeys, dropped, layer_key
 from amlora_dist.adapters.gate_context import CachedGate, ForwardContext, current_call
 from amlora_dist.adapters.gated_linear import GatedLinear, concat, gated_linear
+from amlora_dist.adapters.packed_rows import PackedRows
 from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.errors import UserError
@@ -189,6 +190,8 @@ class MixtureLinear(nn.Module):
         if call is not None:
             task_gate = call.gate()
         assert task_gate is not None
+        if call is not None and call.packed is not None and task_gate.shape[0] > 1:
+            return self._packed(x, call.packed, task_gate, call.dropout)
         if flat := self.flat_input and x.dim() == 2 and task_gate.shape[0] > 1:
             x = x.view(task_gate.shape[0], -1, self.in_features)
         if task_gate.shape[0] not in (1, x.shape[0]):
@@ -203,6 +206,18 @@ class MixtureLinear(nn.Module):
             gate_BR = self.rank_gates(task_gate)
             y = self._fused(x, gate_BR) if keys is None and self._can_fuse(x) else self._unfused(x, gate_BR, keys)
         return y.flatten(0, 1) if flat else y
+
+    def _packed(self, x: Tensor, packed: PackedRows, task_gate: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """For sequences that hold several rows with gates of their own: every token is weighed by itself."""
+        x_XI = x.reshape(-1, self.in_features)
+        if len(x_XI) != packed.tokens or task_gate.shape[0] != packed.count:
+            raise UserError(
+                f"{self.path}: found {task_gate.shape[0]} gates and an input of shape {tuple(x.shape)} in a call with"
+                f" {packed.count} packed rows and {packed.tokens} tokens; it cannot be a target with training.packing"
+            )
+        gate_XR, keys = packed.of_tokens(self.rank_gates(task_gate)), keys if self.dropout else None
+        y_XO = self._fused(x_XI, gate_XR) if keys is None and self._can_fuse(x) else self._unfused(x_XI, gate_XR, keys)
+        return y_XO.view(*x.shape[:-1], self.out_features)
 
     def _base(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)

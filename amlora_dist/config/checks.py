@@ -14,8 +14,8 @@ from amlora_dist.config.schema import did_you_mean, shown
 from amlora_dist.config.search_space import Dimension, dimensions, size_faults
 from amlora_dist.config.strict_yaml import KeyPath, dotted
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.methods import METHODS, READ_PARAMETERS
-from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults
+from amlora_dist.methods import METHODS, READ_PARAMETERS, ROWS_APART
+from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults, unpackable
 from amlora_dist.tasks.tables import saved_fault
 from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_config import section_faults
@@ -64,6 +64,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults |= _batch_faults(config, share, uneven, micro)
     if config.training.cache_trunk and not faulty(("training", "cache_trunk")) and not faulty(("adapters", "layers")):
         faults |= _trunk_faults(config)
+    if config.training.packing and not faulty(("training", "packing")):
+        faults |= _packing_faults(config, faulty)
     if config.workers and not faulty(("router",)) and config.router.kind == "literal":
         faults |= _literal_faults(config)
     if config.workers and config.method in READ_PARAMETERS and _zero_stage(config) == 3:
@@ -247,6 +249,12 @@ def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
     return {("model", "source"): Fault("model.source", found, expected, hint)}
 
 
+def packed_model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
+    """Why rows cannot share a sequence of this model, as far as a local folder tells."""
+    reason = unpackable(read_object(Path(settings.source) / "config.json") or {})
+    return {} if reason is None else {("training", "packing"): packing_fault(reason)}
+
+
 def _same_names(config: RunConfig) -> dict[KeyPath, Fault]:
     faults: dict[KeyPath, Fault] = {}
     names = [_task_name(ref) for ref in config.tasks]
@@ -283,6 +291,23 @@ def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:
         return {}
     found, hint = "true with adapters.layers: all", "no layer lies below an adapted one; above_router leaves half"
     return {("training", "cache_trunk"): Fault("training.cache_trunk", found, "false", hint)}
+
+
+def _packing_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[KeyPath, Fault]:
+    """What cannot be done for rows that share a sequence."""
+    reason = None
+    if config.method in ROWS_APART:
+        reason = f"method: {config.method}, which puts prompts in front of every row"
+    elif config.method == "am_lora" and config.router.kind == "literal" and not faulty(("router",)):
+        reason = "router.kind: literal, whose selectors read a sequence as one row"
+    elif config.model.attention == "flash_attention_2" and not faulty(("model",)):
+        reason = "model.attention: flash_attention_2, which takes no mask of rows (eager and sdpa do)"
+    return {} if reason is None else {("training", "packing"): packing_fault(reason)}
+
+
+def packing_fault(reason: str) -> Fault:
+    """What is told of ``training.packing`` where rows cannot share a sequence."""
+    return Fault("training.packing", f"true with {reason}", "false")
 
 
 def _literal_faults(config: RunConfig) -> dict[KeyPath, Fault]:

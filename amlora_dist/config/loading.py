@@ -148,6 +148,8 @@ def validate_config(path: Path | str, overrides: list[str] | None = None) -> tup
         faults = found | faults
         if not faults.keys() & {("model",), ("model", "source")}:
             faults |= checks.model_faults(config.model)
+            if config.training.packing and ("training", "packing") not in faults:
+                faults |= checks.packed_model_faults(config.model)
     if config is None or faults:
         raise _error(path, faults, places)
     return config, specs

@@ -30,6 +30,9 @@ METHODS = {
 READ_PARAMETERS = frozenset({"o_lora", "ewc", "l2p", "ella", "slao"})
 """Methods with ``reads_parameters``, which ZeRO-3 is refused for, for the same reason."""
 
+ROWS_APART = frozenset({"l2p"})
+"""Methods that put prompts in front of every row (``prompt_slots``), which rows that share a sequence cannot have."""
+
 
 def method_class(name: str) -> type[Method]:
     """The class of the method of this name."""

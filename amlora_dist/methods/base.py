@@ -97,7 +97,9 @@ class Method:
                 for key in ("epochs", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip")
             }
             | {"betas": list(s.training.betas)}
-            | unlike_former("training", {key: getattr(s.training, key) for key in ("lora_plus", "label_smoothing")}),
+            | unlike_former(
+                "training", {key: getattr(s.training, key) for key in ("lora_plus", "label_smoothing", "packing")}
+            ),
         }
         if s.training.keep == "best":
             keys = ("keep", "check_every", "patience", "near_tie")

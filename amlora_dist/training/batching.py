@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amlora_dist.adapters.packed_rows import PackedRows
 from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq, epoch_order
 
 if TYPE_CHECKING:
@@ -89,9 +90,12 @@ class LossComputer:
         encoder_decoder: bool,
         device: torch.device,
         trunk: Callable[[Sequence[tuple[int, ...]]], Tensor] | None = None,
+        packing_width: int = 0,
     ) -> None:
-        """``trunk`` gives the frozen layers' states of rows, (B, L, D), left-padded; None: the model computes them."""
-        self._trunk = trunk
+        """``trunk`` gives the frozen layers' states of rows, (B, L, D), left-padded; None: the model computes them.
+        ``packing_width``: rows share sequences that are filled up to so many tokens (``Mixture.packing_width``); 0: each has
+        its own."""
+        self._trunk, self._width = trunk, packing_width
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._model, self._pad, self.encoder_decoder, self._device = model, pad_id, encoder_decoder, device
 
@@ -103,18 +107,25 @@ class LossComputer:
     def cross_entropy(
         logits_BLV: Tensor, labels_BL: Tensor, examples: Sequence[Example] = (), smoothing: float = 0.0
     ) -> Tensor:
-        """Summed over the targets, fp32; ``smoothing`` for those of the ``examples`` that have a label."""
+        """Summed over the targets, fp32; ``smoothing`` for those of the ``examples`` that have a label. Of packed rows B is
+        1, and their targets follow each other."""
         if not smoothing:
             return F.cross_entropy(
                 logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
             )
         total = logits_BLV.new_zeros((), dtype=torch.float32)
+        labelled_BL = torch.tensor([[example.label is not None] for example in examples], device=labels_BL.device)
+        if len(labels_BL) == len(examples):
+            labelled_BL = labelled_BL.expand_as(labels_BL)
+        else:
+            learned = torch.tensor([example.learned for example in examples], device=labels_BL.device)
+            labelled_BL = labelled_BL.flatten().repeat_interleave(learned)[None]
         for smoothed in (True, False):
-            rows = [place for place, example in enumerate(examples) if (example.label is not None) == smoothed]
-            if rows:
+            if any((example.label is not None) == smoothed for example in examples):
+                chosen_BL = labelled_BL == smoothed
                 total = total + F.cross_entropy(
-                    logits_BLV[rows].flatten(0, 1).float(), labels_BL[rows].flatten(), ignore_index=IGNORED,
-                    reduction="sum", label_smoothing=smoothing if smoothed else 0.0,
+                    logits_BLV[chosen_BL].float(), labels_BL[chosen_BL], ignore_index=IGNORED, reduction="sum",
+                    label_smoothing=smoothing if smoothed else 0.0,
                 )  # fmt: skip
         return total
 
@@ -126,11 +137,14 @@ class LossComputer:
         chosen: Chosen | None = None,
         dropout_keys: DropoutKeys | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target.
+        """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target. Of packed
+        rows (1, N, V) and (1, N): the targets alone, row after row.
 
         ``chosen`` is filled with what the layers' selectors chose (``MicroBatch.answers``); with ``dropout_keys`` the
         new adapter drops parts of what it reads.
         """
+        if self._width:
+            return self._packed_logits(forward, examples, gate_T, dropout_keys)
         make = collate_seq2seq if self.encoder_decoder else collate
         side = "right" if self.encoder_decoder else "left"
         batch = {k: t.to(self._device) for k, t in make(examples, pad_id=self._pad, side=side).items()}  # type: ignore[arg-type]
@@ -156,6 +170,25 @@ class LossComputer:
             logits = forward(**inputs).logits[:, -keep:-1]
             labels_BL = labels_BL[:, -(keep - 1) :]
         return logits, labels_BL
+
+    def _packed_logits(
+        self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None, dropout_keys: DropoutKeys | None
+    ) -> tuple[Tensor, Tensor]:
+        rows = [example.prompt + example.target for example in examples]
+        packed = PackedRows.of([len(row) for row in rows], self._width, self._device)
+        batch = {k: t.to(self._device) for k, t in collate(examples, pad_id=self._pad, side="left").items()}
+        labels_BL = batch["labels"][:, 1:]
+        target_BL = labels_BL != IGNORED
+        inputs = packed.inputs(batch["input_ids"], self._pad, self._model.dtype)  # type: ignore[arg-type]
+        inputs["prompt_mask"] = batch["prompt_mask"]
+        inputs["logits_at"] = packed.index_BL[:, :-1][target_BL]
+        if dropout_keys is not None:
+            inputs["dropout_keys"] = packed.dropout_keys(dropout_keys)
+        if gate_T is not None:
+            inputs["task_gate"] = gate_T.to(self._device)[None]
+        if self._trunk is not None:
+            inputs["trunk_states"] = packed.pack(self._trunk(rows))
+        return forward(**inputs).logits, labels_BL[target_BL][None]
 
     def _note(self, chosen: Chosen, tokens_BL: Tensor, answer_BL: Tensor, path: str, selection: Selection) -> None:
         """With the positions that count, every row alike: no padding, and of a decoder that is not its own prompt the

@@ -28,6 +28,9 @@ class TrainingSettings:
     """Examples per optimizer step over all workers."""
     micro_batch_size: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1)
     """Examples per forward pass of one worker; default: the whole share of the worker."""
+    packing: bool = False
+    """Rows of a forward pass share sequences: those that fit within the longest row's length, or 256 tokens, lie one behind
+    the other, each blind to the others and with positions of its own. Saves padding; changes losses by rounding alone."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """``auto``: a race on the first stage's held-out rows (``training.rate_race``) finds it, once for all runs that begin
     with that stage; a run on a published bank keeps the bank's. Stages, their fingerprints and banks hold the number."""

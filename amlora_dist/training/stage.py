@@ -214,7 +214,7 @@ class _Stage:
         held = newest.holdout_count if newest.held is None else len(newest.held.labels)
         self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
         own, unseen = self._divided(makes, every)
-        loss = self._loss(model, trunk)
+        loss = self._loss(mixture, trunk)
         if self.method.uses_selectors:
             mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
         self.method.prepare(mixture, parents)
@@ -264,7 +264,7 @@ class _Stage:
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         own, unseen = self._divided(self._statistics(engine), every)
-        loss = self._loss(model, self._trunk(mixture))
+        loss = self._loss(mixture, self._trunk(mixture))
         self.method.prepare(mixture, [])
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
         if held_loss is None:
@@ -287,13 +287,14 @@ class _Stage:
         kept = [example for place, example in enumerate(every) if place not in left_out]
         return kept, [example for place, example in enumerate(every) if place in left_out]
 
-    def _loss(self, model: Any, trunk: TrunkCache | None) -> LossComputer:
+    def _loss(self, mixture: Mixture, trunk: TrunkCache | None) -> LossComputer:
         return LossComputer(
-            model,
+            mixture.model,
             pad_id=self.tokenizer.pad_token_id,
             encoder_decoder=self.base.encoder_decoder,
             device=self.device,
             trunk=None if trunk is None else trunk.states,
+            packing_width=mixture.packing_width() if self.settings.training.packing else 0,
         )
 
     def _learner(

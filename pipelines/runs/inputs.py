@@ -26,7 +26,7 @@ from amlora_dist.tasks.task import TaskSpec, resolve_task
 from amlora_dist.training.settings import StageSettings
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode
 from pipelines.cluster.resources import Demand
-from pipelines.runs.model_checks import check_model
+from pipelines.runs.model_checks import check_model, check_packing
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
@@ -308,6 +308,8 @@ def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
     base = resolve_base(config.model, place) if base is None else base
     if config.training.cache_trunk and base.encoder_decoder:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
+    if config.training.packing:
+        check_packing(base)
     inputs = RunInputs(config, base, specs, data, _dtype(config.dtype))
     method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from amlora_dist.base_model import BaseModel, check_tokenizer, check_weights, load_tokenizer, meta_model
 from amlora_dist.errors import UserError
+from amlora_dist.model_folder import unpackable
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.task import TaskSpec
 
@@ -45,6 +46,18 @@ def check_model(
     for spec, rows in tasks:
         _check_task(spec, rows, tokenizer, base.encoder_decoder)
     return sizes
+
+
+def check_packing(base: BaseModel) -> None:
+    """See that rows may share a sequence of this model, by its whole configuration.
+
+    Raises:
+        UserError: they may not.
+    """
+    from amlora_dist.config.checks import packing_fault
+
+    if (reason := unpackable(meta_model(base).config.to_dict())) is not None:
+        raise UserError(str(packing_fault(reason)))
 
 
 def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
