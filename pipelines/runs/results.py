@@ -132,7 +132,7 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no run of this id.
     """
-    store = Store.open(home(), tracking_uri)
+    store = Store.open(home(), tracking_uri, reads=True)
     found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
     if not found:
         known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
