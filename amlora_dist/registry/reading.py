@@ -237,9 +237,8 @@ _PART = re.compile(
 def parsed_filter(text: str | None) -> Filter:
     """Of a filter's text. Raises UnknownError where it says more than is understood here."""
     name, prefix, tags = None, None, dict[str, str]()
-    at, text = 0, text or ""
-    while at < len(text):
-        match = _PART.match(text, at)
+    for part in re.split(r"(?<=') and (?=name|tags)", text) if text else ():
+        match = _PART.fullmatch(part)
         if match is None:
             raise UnknownError(text)
         if match["key"]:
@@ -248,11 +247,6 @@ def parsed_filter(text: str | None) -> Filter:
             name = match["is"]
         else:
             prefix = match["like"]
-        at = match.end()
-        if at < len(text):
-            if not text.startswith(" and ", at):
-                raise UnknownError(text)
-            at += len(" and ")
     return Filter(name, prefix, tags)
 
 
