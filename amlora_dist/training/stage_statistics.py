@@ -13,6 +13,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.settings import RouterSettings
     from amlora_dist.training.engine import Ranks
     from amlora_dist.training.trunk_cache import TrunkCache
+    from amlora_dist.training.worker_cache import WorkerCache
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class StageStatistics:
         device: where the model is.
         whole: never end a pass early (ZeRO-3).
         text_alone: prompt format 2.
+        cache: what this process keeps of texts that it has read.
     """
 
     task: str
@@ -72,6 +75,7 @@ class StageStatistics:
     device: torch.device
     whole: bool
     text_alone: bool
+    cache: WorkerCache
 
     def held_out(self, count: int) -> list[int]:
         """Places of the rows that are held out, rising; never all."""
@@ -193,12 +197,23 @@ class StageStatistics:
 
     def _texts(self, mixture: Mixture, examples: Sequence[Example]) -> tuple[Tensor, list[int]]:
         """Features of this rank's share of texts, (rows, F) fp32 on the CPU, and the places of the rows."""
-        ends = special_ends(self.tokenizer, self.encoder_decoder)
         texts = [replace(example, prompt=example.text, target=()) for example in examples]
+        dealt = deal(texts, BATCH, self.ranks.rank, self.ranks.world)
+        mine = [index for indices, counts in dealt if counts for index in indices]
+        key = (
+            value_digest([text.text for text in texts]), self.ranks.rank, self.ranks.world, mixture.router_layer,
+            tuple(mixture.routing.depths), self.router.skip_tokens, self.whole,
+        )  # fmt: skip
+        return self.cache.features(key, len(texts), partial(self._read, mixture, texts, dealt)), mine
+
+    def _read(
+        self, mixture: Mixture, texts: Sequence[Example], dealt: Sequence[tuple[list[int], bool]]
+    ) -> Tensor:
+        """What the router reads of this rank's share, as it was dealt: of the plain model, whatever adapters are in it."""
+        ends = special_ends(self.tokenizer, self.encoder_decoder)
         out: list[Tensor] = []
-        mine: list[int] = []
         pad_id = int(self.tokenizer.pad_token_id)
-        for indices, counts in deal(texts, BATCH, self.ranks.rank, self.ranks.world):
+        for indices, counts in dealt:
             own = [texts[i].text for i in indices]
             whole = [(*ends.before, *ids, *ends.after) for ids in own]
             seen = [(0,) * len(ends.before) + (1,) * len(ids) + (0,) * len(ends.after) for ids in own]
@@ -209,8 +224,7 @@ class StageStatistics:
             with torch.no_grad():
                 reading = read_texts(mixture, None, ids_BL, mask_BL, text_BL, positions, full_forward=self.whole)
             out.append(reading.features_BF.cpu() if counts else reading.features_BF[:0].cpu())
-            mine += indices if counts else []
-        return torch.cat(out), mine
+        return torch.cat(out)
 
     def _prompts(self, mixture: Mixture, examples: Sequence[Example], trunk: TrunkCache | None) -> Tensor:
         """Features of this rank's share of whole prompts, (rows, D) fp32 on the CPU (format 1)."""
