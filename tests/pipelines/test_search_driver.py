@@ -343,6 +343,7 @@ def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
     assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_trials_that_one_process_runs_in_turn_read_the_base_and_the_texts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
