@@ -243,7 +243,7 @@ def plain_loop(work: dict[str, Any]) -> None:
         max_length=int(spec.max_length or 512), encoder_decoder=False,
     )  # fmt: skip
     dtype = torch.bfloat16 if inputs.dtype == "bf16" else torch.float32
-    model = load_model(inputs.base, dtype=dtype, attention=config.model.attention)
+    model = load_model(inputs.base, dtype=dtype, attention=inputs.config.model.attention)
     targets = find_targets(model, config.adapters, default_router_layer(model))
     new = NewAdapter(task=name, rank=config.adapters.rank, alpha=config.adapters.alpha, seed=0)
     trainable = list(inject(model, targets, [], new=new).trainable().values())

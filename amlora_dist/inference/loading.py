@@ -199,7 +199,7 @@ def pulled(uri: str, tracking_uri: str | None, trust: Trust | None = None) -> tu
     from amlora_dist.registry.pulling import pull_home
     from amlora_dist.registry.store import Store
 
-    store = Store.open(home(), tracking_uri)
+    store = Store.open(home(), tracking_uri, reads=True)
     version = store.resolve(uri)
     return version.uri, pull_home(store, version, home() / "banks", trust=trust)
 

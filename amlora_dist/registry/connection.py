@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sqlite3
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -29,6 +30,8 @@ from filelock import FileLock, Timeout
 from amlora_dist import privacy
 from amlora_dist.errors import AmloraError, UserError, is_full, plain_reason
 from amlora_dist.registry import places
+from amlora_dist.registry.reading import ReadingClient, SqliteReader, UnknownError
+from amlora_dist.registry.reading_http import HttpReader
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,7 +75,7 @@ class StoreFullError(StoreError):
 class Connection:
     """An MLflow client, where new experiments keep artifacts, and the rule for repeating a call."""
 
-    client: MlflowClient
+    client: MlflowClient | ReadingClient
     uri: str
     artifacts: str | None
     """Root of artifact folders for stores without a server; None: the tracking server decides."""
@@ -102,13 +105,11 @@ class Connection:
             StoreError: still busy at the deadline, or an error that stays.
             mlflow.exceptions.MlflowException: passed on when it says that something exists already or does not exist.
         """
-        from mlflow.exceptions import MlflowException
-
         start, pause, told = time.monotonic(), 0.05, False
         while True:
             try:
                 result = function(*args, **keys)
-            except (MlflowException, OSError) as error:
+            except store_errors() as error:
                 if is_code(error, "RESOURCE_ALREADY_EXISTS") or is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                     raise
                 trouble = _trouble(error, remote=self.uri.startswith(("http:", "https:")))
@@ -143,6 +144,17 @@ class Connection:
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 2.0)
 
+    def repository(self, artifact_uri: str) -> Any:
+        """What reads and writes the artifacts of a run. MLflow's client keeps one for each run's id and the whole process,
+        which would be another home's where one was copied."""
+
+        def whole() -> Any:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            return get_artifact_repository(artifact_uri, tracking_uri=self.uri)
+
+        return self.client.repository(artifact_uri, whole) if isinstance(self.client, ReadingClient) else whole()
+
     def pages(self, search: Callable[..., Any], text: str | None) -> list[Any]:
         """All results of a registry search, page by page."""
         found: list[Any] = []
@@ -153,6 +165,17 @@ class Connection:
             token = page.token
             if not token:
                 return found
+
+
+def mlflow_errors() -> tuple[type[Exception], ...]:
+    """What MLflow raises; nothing as long as nobody has imported it."""
+    exceptions = sys.modules.get("mlflow.exceptions")
+    return () if exceptions is None else (exceptions.MlflowException,)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow raises, and the disk or network below it."""
+    return (OSError, *mlflow_errors())
 
 
 def is_code(error: Exception, code: str) -> bool:
@@ -181,13 +204,14 @@ def _first_line(reason: str) -> str:
     return reason.strip().partition("\n")[0][:200]
 
 
-def connect(home: Path, tracking_uri: str | None) -> Connection:
+def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Connection:
     """Open MLflow.
 
     Args:
         home: ``AMLORA_HOME``; the embedded store is ``home/mlflow.db`` with artifacts below ``home/artifacts``.
         tracking_uri: a server (``http://...``) or a database URI; None: what MLflow's own variable
             ``MLFLOW_TRACKING_URI`` says, or else the embedded store.
+        reads: for a command that only looks: MLflow itself is imported where it must be (``reading``).
 
     Raises:
         UserError: the URI's scheme is one that cannot work, or the server does not answer.
@@ -214,7 +238,9 @@ def connect(home: Path, tracking_uri: str | None) -> Connection:
         _knock(uri, where)
     if uri.startswith("sqlite:///"):
         home = places.home_of(_sqlite_file(uri), home)
-    client = _open_sqlite(uri, where, home) if uri.startswith("sqlite:///") else _client(uri, where)
+        client = _open_sqlite(uri, where, home, reads=reads)
+    else:
+        client = _client(uri, where, reads=reads)
     secrets = tuple(privacy.secrets_of(uri))
     if uri.startswith(("http:", "https:", "databricks")):
         return Connection(client, uri, None, secrets)
@@ -227,7 +253,14 @@ _PACKAGES = {
 """What has to be installed for a driver's module, where it is called otherwise."""
 
 
-def _client(uri: str, where: str) -> MlflowClient:
+def _client(uri: str, where: str, *, reads: bool = False) -> MlflowClient | ReadingClient:
+    """MLflow's client of a store that can be used, or what reads it in place of that."""
+    if reads:
+        with contextlib.suppress(UnknownError, sqlite3.Error):
+            if uri.startswith(("http:", "https:")):
+                return ReadingClient(HttpReader(uri), lambda: _client(uri, where))
+            if uri.startswith("sqlite:///"):
+                return ReadingClient(SqliteReader(_sqlite_file(uri)), lambda: _client(uri, where))
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -280,7 +313,7 @@ def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def _open_sqlite(uri: str, where: str, home: Path) -> MlflowClient:
+def _open_sqlite(uri: str, where: str, home: Path, *, reads: bool) -> MlflowClient | ReadingClient:
     file = _sqlite_file(uri)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -297,7 +330,7 @@ def _open_sqlite(uri: str, where: str, home: Path) -> MlflowClient:
                     "%s: SQLite journal mode is %s, not WAL (a network disk?); writers will wait longer", file, mode
                 )
             places.settle(file, home)
-            return _client(uri, where)
+            return _client(uri, where, reads=reads)
     except Timeout as error:
         raise StoreError(
             f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry import leases, tags
-from amlora_dist.registry.connection import is_code
+from amlora_dist.registry.connection import is_code, mlflow_errors
 from amlora_dist.registry.pulling import manifest_of
 
 if TYPE_CHECKING:
@@ -40,14 +40,12 @@ def aliases(store: Store, registered_model: str) -> dict[str, int]:
     Raises:
         UserError: there is no such registered model.
     """
-    from mlflow.exceptions import MlflowException
-
     connection = store.connection
     try:
         model = connection.call(
             "read a registered model", connection.client.get_registered_model, registered_model
         )
-    except MlflowException as error:
+    except mlflow_errors() as error:
         if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
             known = ", ".join(store.registered_models()) or "none"
             raise UserError(f"no registered model {registered_model!r} at {connection.shown}; there are: {known}") from None

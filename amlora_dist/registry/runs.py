@@ -13,7 +13,7 @@ from typing import Any
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.files import sync_files, write_bytes
 from amlora_dist.registry import tags
-from amlora_dist.registry.connection import Connection, StoreError, is_code
+from amlora_dist.registry.connection import Connection, StoreError, is_code, mlflow_errors
 
 _METRICS_PER_CALL = 500
 _PARENT = "mlflow.parentRunId"
@@ -228,8 +228,6 @@ class Runs:
         Raises:
             BankError: the store says that it has another size; nothing was fetched.
         """
-        from mlflow.exceptions import MlflowException
-
         folder.mkdir(parents=True, exist_ok=True)
         above = artifact_path.rpartition("/")[0]
         found = next((entry for entry in self._listed(run, above or None) if entry.path == artifact_path), None)
@@ -246,7 +244,7 @@ class Runs:
                 f"fetch {artifact_path} of run {run}",
                 self._repository(run).download_artifacts, artifact_path, str(folder),
             )  # fmt: skip
-        except MlflowException as error:
+        except mlflow_errors() as error:
             if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                 return None
             raise
@@ -274,23 +272,17 @@ class Runs:
         self._call("delete artifacts", self._repository(run).delete_artifacts, artifact_path)
 
     def _listed(self, run: str, artifact_path: str | None) -> list[Any]:
-        from mlflow.exceptions import MlflowException
-
         try:
             return list(self._call("list artifacts", self._repository(run).list_artifacts, artifact_path))
-        except MlflowException as error:
+        except mlflow_errors() as error:
             if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                 return []
             raise
 
     def _repository(self, run: str) -> Any:
-        """What reads and writes the artifacts of a run. MLflow's client keeps one for each run's id and the whole process,
-        which would be another home's where one was copied."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
         if run not in self._repositories:
             info = self._call("read a run", self._client.get_run, run).info
-            self._repositories[run] = get_artifact_repository(info.artifact_uri, tracking_uri=self.connection.uri)
+            self._repositories[run] = self.connection.repository(info.artifact_uri)
         return self._repositories[run]
 
     # ---- inside -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry import leases, newest, tags, transfer
 from amlora_dist.registry.bank_folder import check_publishable
 from amlora_dist.registry.bank_folder import read_version as read_version_folder
-from amlora_dist.registry.connection import Connection, connect, is_code
+from amlora_dist.registry.connection import Connection, connect, is_code, mlflow_errors
 from amlora_dist.registry.lease_entries import LeaseEntries
 from amlora_dist.registry.leases import Lease, Timing, counted
 from amlora_dist.registry.manifest import Manifest, Stored, read_manifest
@@ -30,9 +30,9 @@ class Store(Runs):
         """Parts that this process has seen in the store."""
 
     @classmethod
-    def open(cls, home: Path, tracking_uri: str | None = None) -> Store:
-        """Open the embedded store below ``home``, or the one at ``tracking_uri``; errors as in ``connect``."""
-        return cls(connect(home, tracking_uri))
+    def open(cls, home: Path, tracking_uri: str | None = None, *, reads: bool = False) -> Store:
+        """Open the embedded store below ``home``, or the one at ``tracking_uri``; arguments and errors as of ``connect``."""
+        return cls(connect(home, tracking_uri, reads=reads))
 
     # ---- versions ---------------------------------------------------------------------------------------------
 
@@ -304,12 +304,10 @@ class Store(Runs):
         return read_version(made)
 
     def _alias(self, registered_model: str, alias: str) -> int | None:
-        from mlflow.exceptions import MlflowException
-
         # search results carry no aliases, and an alias that is not there is INVALID_PARAMETER_VALUE: read the model
         try:
             model = self._call("read a registered model", self._client.get_registered_model, registered_model)
-        except MlflowException as error:
+        except mlflow_errors() as error:
             if is_code(error, "RESOURCE_DOES_NOT_EXIST"):
                 return None
             raise

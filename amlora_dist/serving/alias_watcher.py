@@ -62,7 +62,7 @@ class Follower:
             AmloraError: the store does not answer, or what the alias means cannot be loaded.
         """
         if self._store is None:
-            self._store = Store.open(home(), self._tracking_uri)
+            self._store = Store.open(home(), self._tracking_uri, reads=True)
         version = self._store.resolve(self._uri)
         serving = self._service.bank
         if version.uri == serving.version or self._goes_back(version):

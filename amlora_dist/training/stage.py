@@ -360,7 +360,7 @@ class _Stage:
         settings = self.settings
         return StageStatistics(
             self.work.task, settings.seed, settings.router, self.tokenizer, self.base.encoder_decoder, self.ranks,
-            self.device, engine.whole_forward, settings.prompt_format.text_alone,
+            self.device, engine.whole_forward, settings.prompt_format.text_alone, self.cache,
         )  # fmt: skip
 
     def _with_background(self, makes: StageStatistics, mixture: Mixture, own: TaskStatistics) -> TaskStatistics:

@@ -9,14 +9,17 @@ Shapes in names: B rows, L tokens, D features, T tasks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from amlora_dist.adapters.reading import read_texts
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.settings import RouterSettings
     from amlora_dist.training.engine import Ranks
     from amlora_dist.training.trunk_cache import TrunkCache
+    from amlora_dist.training.worker_cache import WorkerCache
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ BATCH = 16
 PART_TEXTS = 24
 """Texts of each part of the background that are read."""
 BACKGROUND_TOKENS = 96
+WAIT_S = 300.0
+"""For another process that reads the background; afterwards it is read here too."""
 FEWEST_HELD = 24
 """Rows that are held out at least, where that is no more than a quarter of them."""
 SMALLEST_SHARE = 4
@@ -61,6 +67,7 @@ class StageStatistics:
         device: where the model is.
         whole: never end a pass early (ZeRO-3).
         text_alone: prompt format 2.
+        cache: what this process keeps of texts that it has read.
     """
 
     task: str
@@ -72,6 +79,7 @@ class StageStatistics:
     device: torch.device
     whole: bool
     text_alone: bool
+    cache: WorkerCache
 
     def held_out(self, count: int) -> list[int]:
         """Places of the rows that are held out, rising; never all."""
@@ -170,21 +178,32 @@ class StageStatistics:
             cache: folder of files that may be deleted at any time.
             decided_by: what beside the texts decides them: base model, dtype, layers.
         """
-        limit = PART_TEXTS
-        key = value_digest({**decided_by, "texts": background.digest(), "limit": limit, "skip": self.router.skip_tokens})
+        own = {"texts": background.digest(), "limit": PART_TEXTS, "skip": self.router.skip_tokens}
+        key = value_digest({**decided_by, **own})
         file = cache / "background" / f"{key}.safetensors"
+        if (known := self._known(file)) is not None:
+            return known
+        with _alone_with(file) if self.ranks.rank == 0 else contextlib.nullcontext():
+            if (known := self._known(file)) is not None:  # by who had the lock
+                return known
+            means = self._background_means(mixture)
+            if self.ranks.rank == 0:
+                _write_means(file, means)
+        return means
+
+    def _known(self, file: Path) -> dict[str, Tensor] | None:
+        """What rank 0 finds in a file, on all ranks."""
         known = self.ranks.gather(_read_means(file) if self.ranks.rank == 0 else None)[0]
-        if known is not None:
-            return dict(known)
+        return None if known is None else dict(known)
+
+    def _background_means(self, mixture: Mixture) -> dict[str, Tensor]:
         means: dict[str, Tensor] = {}
         for part in background.parts():
-            rows = text_ids(background.texts(part)[:limit], self.tokenizer, BACKGROUND_TOKENS)
+            rows = text_ids(background.texts(part)[:PART_TEXTS], self.tokenizer, BACKGROUND_TOKENS)
             examples = [Example(place, (), (), None, "", ids) for place, ids in enumerate(rows) if ids]
             features, _ = self._texts(mixture, examples)
             sums = self.ranks.gather((features.double().sum(dim=0), len(features)))
             means[part] = torch.stack([total for total, _ in sums]).sum(dim=0) / sum(count for _, count in sums)
-        if self.ranks.rank == 0:
-            _write_means(file, means)
         return means
 
     @property
@@ -193,12 +212,23 @@ class StageStatistics:
 
     def _texts(self, mixture: Mixture, examples: Sequence[Example]) -> tuple[Tensor, list[int]]:
         """Features of this rank's share of texts, (rows, F) fp32 on the CPU, and the places of the rows."""
-        ends = special_ends(self.tokenizer, self.encoder_decoder)
         texts = [replace(example, prompt=example.text, target=()) for example in examples]
+        dealt = deal(texts, BATCH, self.ranks.rank, self.ranks.world)
+        mine = [index for indices, counts in dealt if counts for index in indices]
+        key = (
+            value_digest([text.text for text in texts]), self.ranks.rank, self.ranks.world, mixture.router_layer,
+            tuple(mixture.routing.depths), self.router.skip_tokens, self.whole,
+        )  # fmt: skip
+        return self.cache.features(key, len(texts), partial(self._read, mixture, texts, dealt)), mine
+
+    def _read(
+        self, mixture: Mixture, texts: Sequence[Example], dealt: Sequence[tuple[list[int], bool]]
+    ) -> Tensor:
+        """What the router reads of this rank's share, as it was dealt: of the plain model, whatever adapters are in it."""
+        ends = special_ends(self.tokenizer, self.encoder_decoder)
         out: list[Tensor] = []
-        mine: list[int] = []
         pad_id = int(self.tokenizer.pad_token_id)
-        for indices, counts in deal(texts, BATCH, self.ranks.rank, self.ranks.world):
+        for indices, counts in dealt:
             own = [texts[i].text for i in indices]
             whole = [(*ends.before, *ids, *ends.after) for ids in own]
             seen = [(0,) * len(ends.before) + (1,) * len(ids) + (0,) * len(ends.after) for ids in own]
@@ -209,8 +239,7 @@ class StageStatistics:
             with torch.no_grad():
                 reading = read_texts(mixture, None, ids_BL, mask_BL, text_BL, positions, full_forward=self.whole)
             out.append(reading.features_BF.cpu() if counts else reading.features_BF[:0].cpu())
-            mine += indices if counts else []
-        return torch.cat(out), mine
+        return torch.cat(out)
 
     def _prompts(self, mixture: Mixture, examples: Sequence[Example], trunk: TrunkCache | None) -> Tensor:
         """Features of this rank's share of whole prompts, (rows, D) fp32 on the CPU (format 1)."""
@@ -245,6 +274,22 @@ def held_out_places(count: int, share: float, *, seed: int, task: str) -> list[i
 def _drawn(count: int, size: int, seed: int, task: str) -> list[int]:
     generator = torch.Generator().manual_seed(named_seed(seed, "holdout", task))
     return sorted(torch.randperm(count, generator=generator)[: max(size, 0)].tolist())
+
+
+@contextlib.contextmanager
+def _alone_with(file: Path) -> Iterator[None]:
+    """Inside, no other process of this node makes ``file``, which trials that start together would all make; one that
+    takes too long is not waited for."""
+    lock = FileLock(f"{file}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=WAIT_S)
+    except (Timeout, OSError) as error:
+        log.debug("%s: not waited for any longer: %s", file, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read_means(file: Path) -> dict[str, Tensor] | None:

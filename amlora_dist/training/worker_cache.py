@@ -1,4 +1,5 @@
-"""What a process that runs one stage after another has once and keeps: the base model, its tokenizer, rows as tokens.
+"""What a process that runs one stage after another has once and keeps: the base model, its tokenizer, rows as tokens, and
+what the base model alone makes of texts.
 
 A stage puts its adapters into the base model and gives the model back as it was loaded (``module_state``); the next one
 reads the adapters that were committed. So the base model is read once, and a bank in a model that stayed equals one in a
@@ -17,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.digests import value_digest
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 8_000_000
 """Of rows that are kept, over all tasks: some 300 MB. Those that were used longest ago go."""
+
+MOST_FEATURES = 32_000_000
+"""Numbers among the features that are kept, of all ranks: 128 MB. Those that were used longest ago go."""
 
 Rows = TypeVar("Rows", bound=Sequence[Any])
 
@@ -44,6 +49,7 @@ class WorkerCache:
         self._checksum: tuple[int, int] | None = None
         self._tokenizer: tuple[str, Any] | None = None
         self._rows: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._features: OrderedDict[Hashable, tuple[Tensor, int]] = OrderedDict()
         self.loads = 0
         """How often a base model was read."""
 
@@ -149,6 +155,24 @@ class WorkerCache:
             self._rows.popitem(last=False)
         rows: Rows = self._rows[key][0]
         return rows
+
+    def features(self, key: Hashable, rows: int, make: Callable[[], Tensor]) -> Tensor:
+        """What the base model makes of texts: computed once, everybody's, and nobody's to change.
+
+        Args:
+            key: all that decides it beside the base model that was loaded last: the texts, how they are read, and which of
+                them this rank reads.
+            rows: texts of all ranks: what goes to make room goes on all of them, who compute together under ZeRO-3.
+            make: computes it, (this rank's rows, F).
+        """
+        key = (self._key, key)
+        if key not in self._features:
+            made = make()
+            self._features[key] = made, rows * made.shape[1]
+        self._features.move_to_end(key)
+        while len(self._features) > 1 and sum(size for _, size in self._features.values()) > MOST_FEATURES:
+            self._features.popitem(last=False)
+        return self._features[key][0]
 
 
 def _collect() -> None:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from amlora_dist.registry.versions import Version
 
 
-def open_store(tracking_uri: str | None) -> Store:
-    """The store that a command looks at, without a word of MLflow on standard output."""
+def open_store(tracking_uri: str | None, *, reads: bool = False) -> Store:
+    """The store of a command, that only ``reads`` or not, without a word of MLflow on standard output."""
     with stdout_to_stderr():
-        return Store.open(home(), tracking_uri)
+        return Store.open(home(), tracking_uri, reads=reads)
 
 
 # ---- versions -------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def show_versions(name: str, tracking_uri: str | None, *, as_json: bool) -> None
     Raises:
         UserError: there is no such model.
     """
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     with stdout_to_stderr():
         listed = list(_version_lines(store, name))
     if as_json:
@@ -120,7 +120,7 @@ def pull_to(
             dest = dest or Path(repository.rpartition("/")[2])
             folder = pull_from_hub(uri, dest, progress=progress, statistics=whole, check=check)
         return f"{uri} is in {folder}"
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     with stdout_to_stderr(), _bar() as progress:
         version = store.resolve(uri)
         dest = dest or Path(f"{version.registered_model.replace(' ', '_')}-{version.number}")
@@ -143,7 +143,7 @@ def push(
     if not bank.startswith("models:"):
         with stdout_to_stderr():
             return f"{bank} is at {push_bank(Path(bank).expanduser(), repository, **options)}"
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     with stdout_to_stderr():
         version = store.resolve(bank)
         with _fetched(store, version) as folder:
@@ -171,7 +171,7 @@ def verify_bank(bank: str, tracking_uri: str | None) -> str:
     """
     if not bank.startswith("models:"):
         return _verified(Path(bank).expanduser(), bank)
-    store = open_store(tracking_uri)
+    store = open_store(tracking_uri, reads=True)
     with stdout_to_stderr():
         version = store.resolve(bank)
         with _fetched(store, version) as folder:
@@ -307,7 +307,7 @@ def _router_difference(before: Manifest, after: Manifest) -> str:
 def _manifest(bank: str, tracking_uri: str | None) -> Manifest:
     if not bank.startswith("models:"):
         return read_manifest(Path(bank).expanduser())
-    store = Store.open(home(), tracking_uri)
+    store = Store.open(home(), tracking_uri, reads=True)
     return manifest_of(store, store.resolve(bank))
 
 

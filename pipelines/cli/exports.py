@@ -245,7 +245,7 @@ def _local(bank: str, tracking_uri: str | None, *, statistics: bool = False) -> 
     from amlora_dist.registry.pulling import pull_home
     from amlora_dist.registry.store import Store
 
-    store = Store.open(home(), tracking_uri)
+    store = Store.open(home(), tracking_uri, reads=True)
     version = store.resolve(bank)
     folder = pull_home(store, version, home() / "banks")
     return store.pull_version(version, folder) if statistics else folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.cluster import resources
@@ -49,9 +50,14 @@ class ClusterExecutor:
         # Ray ends a process of which a thread still asks it something after it was shut down.
         self._cluster.leave(shut_down=not any(one.lives for one in self._left))
 
-    def prepare(self) -> None:
-        """Start or join the cluster in the background."""
-        self._cluster.begin()
+    def prepare(self, placement: Placement | None = None) -> None:
+        """Start or join the cluster in the background, and in one of our own the workers: they import what they need
+        while the driver is at its rows. In a cluster that is joined, others may need what idle workers would hold."""
+        self._cluster.begin(None if placement is None else partial(self._begin_group, placement))
+
+    def _begin_group(self, placement: Placement) -> None:
+        if self._cluster.own:
+            self._group = WorkerGroup(placement, placement.workers, gpus=self._cluster.use_gpus())
 
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Join the cluster, see that the workers fit in it, and have them started."""

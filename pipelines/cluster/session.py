@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,17 +90,27 @@ class RayCluster:
             _shut_down()
         self._over.set()
 
-    def begin(self) -> None:
-        """Start or join it in a thread, while this one does other things; ``ready`` tells what came of it."""
+    def begin(self, then: Callable[[], None] | None = None) -> None:
+        """Start or join it in a thread, while this one does other things; ``ready`` tells what came of it.
+
+        Args:
+            then: begins, in that thread, what needs a cluster; what fails of it is tried again where it is needed.
+        """
         if self._beginning is None and not self._started:
-            self._beginning = threading.Thread(target=self._begin, name="ray start", daemon=True)
+            self._beginning = threading.Thread(target=self._begin, args=(then,), name="ray start", daemon=True)
             self._beginning.start()
 
-    def _begin(self) -> None:
+    def _begin(self, then: Callable[[], None] | None) -> None:
         try:
             self._start()
         except BaseException as error:  # noqa: BLE001 (told by the thread that waits)
             self._failed = error
+        else:
+            try:
+                if then is not None:
+                    then()
+            except Exception as error:  # noqa: BLE001 (whoever needs it does it again, and says what is wrong)
+                log.debug("not begun ahead of time: %s", error)
         self._begun.set()
         self._over.wait()  # Ray's processes end with the thread that has started them
 

@@ -26,8 +26,12 @@ class Executor(Protocol):
     def __enter__(self) -> Executor: ...
     def __exit__(self, *error: object) -> None: ...
 
-    def prepare(self) -> None:
-        """A stage will be run soon: begin what takes long, and return at once."""
+    def prepare(self, placement: Placement | None = None) -> None:
+        """A stage will be run soon: begin what takes long, and return at once.
+
+        Args:
+            placement: what it will need, where that is known and likely enough to have it started already.
+        """
 
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Have all that a stage needs; called in the main thread, before each attempt.
@@ -99,7 +103,7 @@ class InProcess:
     def __exit__(self, *error: object) -> None:
         self._cache = None
 
-    def prepare(self) -> None:
+    def prepare(self, placement: Placement | None = None) -> None:
         """Nothing takes long."""
 
     def ready(self, placement: Placement, *, again: bool) -> None:

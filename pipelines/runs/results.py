@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from amlora_dist.config.loading import home
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation import metrics
 from amlora_dist.registry import tags
+from amlora_dist.registry.connection import VARIABLE
+from amlora_dist.registry.places import DATABASE
 from amlora_dist.registry.store import Store
 from amlora_dist.training.stage_spec import WITHOUT
 
@@ -132,7 +135,7 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no run of this id.
     """
-    store = Store.open(home(), tracking_uri)
+    store = Store.open(home(), tracking_uri, reads=True)
     found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
     if not found:
         known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
@@ -141,6 +144,18 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
     if result is None:
         raise UserError(f"run {run_id!r} has not finished a stage yet")
     return result | kept_at(store, found[-1].run)
+
+
+def has_finished(run_id: str, tracking_uri: str | None = None) -> bool:
+    """Whether a run of this id has come to its end before; asked before anything is opened to write.
+
+    Raises:
+        UserError: the store is none, or does not answer.
+    """
+    if not (tracking_uri or os.environ.get(VARIABLE)) and not (home() / DATABASE).is_file():
+        return False
+    found = Store.open(home(), tracking_uri, reads=True).find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    return bool(found) and found[-1].status == "FINISHED"
 
 
 def kept_at(store: Store, run: str) -> dict[str, Any]:

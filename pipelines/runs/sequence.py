@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config.loading import RunConfig, home, to_mapping
+from amlora_dist.config.loading import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError
 from amlora_dist.privacy import public_configuration
@@ -22,6 +22,7 @@ from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.remote_storage import RemoteStorage
 from pipelines.cluster import resources
+from pipelines.cluster.resources import Demand
 from pipelines.cluster.session import Placement
 from pipelines.runs import results
 from pipelines.runs.attempts import Attempts
@@ -85,7 +86,7 @@ def run_sequence(
     if config.workers and os.environ.get("RAY_ADDRESS"):
         resources.check_ray_address()
     with disk_watched(), executor_of(config, within.cache if within else None, verbose=verbose) as executor:
-        executor.prepare()
+        executor.prepare(_expected(config, run_id) if within is None else None)
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
         inputs = _checked_inputs(config, run_id, within)
@@ -108,8 +109,9 @@ def run_sequence(
                 store, lease, inputs, run_id=run_id, model=model,
                 below=within.run if within else None, share=within is None or within.share,
             )  # fmt: skip
+            placement = _placement(inputs.config, inputs.demand(within.gpus if within else 1.0), within)
             with _closed_at_the_end(journal):
-                attempts = Attempts(executor, _placement(inputs, within), lease, progress)
+                attempts = Attempts(executor, placement, lease, progress)
                 result = run_stages(journal, attempts, progress, within)
         reach("run_closed")
     progress.note(f"done in {time.monotonic() - began:.0f} s")
@@ -162,14 +164,23 @@ def _checked_inputs(config: RunConfig, run_id: str, within: SearchContext | None
     return inputs
 
 
-def _placement(inputs: RunInputs, within: SearchContext | None) -> Placement:
+def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) -> Placement:
     """What stages need of a cluster."""
-    config = inputs.config
+    storage, url = storage_of(config)
     return Placement(
-        config.workers, inputs.storage / "ray", inputs.demand(within.gpus if within else 1.0),
-        within.threads if within else None, config.training.batch_size, config.placement,
-        None if inputs.url is None else f"{inputs.url}/ray",
+        config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
+        config.placement, None if url is None else f"{url}/ray",
     )  # fmt: skip
+
+
+def _expected(config: RunConfig, run_id: str) -> Placement | None:
+    """What stages will need, before the model and the rows are known; None where workers may not be needed at all, or
+    nobody can say how many."""
+    if not config.workers or config.min_workers not in (None, config.workers):
+        return None
+    if results.has_finished(run_id, config.mlflow.tracking_uri):
+        return None  # as many stages as it has are there
+    return _placement(config, Demand(config.workers, 0, 0, len(config.tasks), "fp32", config.zero_stage), None)
 
 
 @contextlib.contextmanager

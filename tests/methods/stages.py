@@ -77,6 +77,9 @@ def _stages(config: RunConfig, folder: Path, run: Callable[[StageWork], None], s
             deepspeed=config.deepspeed,
             evaluation_batch_size=config.evaluation.batch_size,
             rows=rows,
+            data_digests={
+                f"{task}/{split}": data.digest(split) for task, data in inputs.data.items() for split in data.rows
+            },
         )
         run(work)
         result = read_result(work.trained)

@@ -11,11 +11,14 @@ import pytest
 
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import LeaseLostError, TrainingError
+from amlora_dist.registry.store import Store
 from amlora_dist.training.worker_cache import WorkerCache
 from pipelines.cluster import event_channel
 from pipelines.cluster.event_channel import EventChannel
 from pipelines.cluster.executor import ClusterExecutor, has_outgrown
-from pipelines.cluster.session import RayCluster
+from pipelines.cluster.resources import Demand, Supply
+from pipelines.cluster.session import Placement, RayCluster
+from pipelines.runs import sequence
 from pipelines.runs.executor import InProcess, executor_of
 from tests.tiny_config import write_config
 
@@ -81,6 +84,73 @@ class Group:
 
     def abandon(self) -> None:
         self.ended = "at work"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_workers_start_as_soon_as_a_cluster_of_ones_own_has(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster that others use, none is held before it is needed."""
+
+    def started(cluster: RayCluster) -> None:
+        cluster.own = own
+
+    monkeypatch.setattr(Group, "made", [])
+    monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", Group)
+    monkeypatch.setattr(RayCluster, "_start", started)
+    monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
+    monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
+    monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
+    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    executor = ClusterExecutor(2)
+    executor.prepare(placement)
+    executor._cluster._wait_for_begin()
+    begun = list(Group.made)
+    assert len(begun) == own
+    executor.ready(placement, again=False)
+    assert Group.made[:1] == begun or not own
+    assert len(Group.made) == 1, "those that were started are those that work"
+
+
+def test_workers_that_cannot_be_started_ahead_of_time_are_started_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(cluster: RayCluster) -> None:
+        cluster.own = True
+
+    def failing(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("no room yet")
+
+    monkeypatch.setattr(RayCluster, "_start", started)
+    monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
+    monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
+    monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
+    monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", failing)
+    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    executor = ClusterExecutor(2)
+    executor.prepare(placement)
+    executor._cluster._wait_for_begin()
+    monkeypatch.setattr(Group, "made", [])
+    monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", Group)
+    executor.ready(placement, again=False)
+    assert len(Group.made) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "expected"),
+    [
+        ([], None, True), ([], "KILLED", True), ([], "FINISHED", False), (["workers=0"], None, False),
+        (["min_workers=1"], None, False), (["min_workers=2"], None, True),
+    ],
+)  # fmt: skip
+def test_workers_are_expected_where_a_run_will_need_them(
+    overrides: list[str], status: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
+    config = load_config(write_config(tmp_path, tasks=("colours",), workers=2), overrides)
+    if status is not None:
+        store = Store.open(tmp_path / "home")
+        store.end_run(store.parent_run("one", "one", {}), status)
+    found = sequence._expected(config, "one")
+    assert (found is not None) == expected
+    if found is not None:
+        assert found.workers == found.demand.workers == 2
 
 
 @pytest.mark.parametrize("lifetime", ["run", "stage"])

@@ -3,9 +3,11 @@ what ends it, and how many trials have room."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +21,11 @@ from amlora_dist.config.loading import load_config
 from amlora_dist.errors import HeldError, TrainingError, UserError
 from amlora_dist.registry.connection import StoreAwayError
 from amlora_dist.registry.store import Store
+from amlora_dist.training.worker_cache import WorkerCache
 from pipelines.cluster import resources
 from pipelines.cluster.resources import GIB, Demand, Supply
 from pipelines.runs.progress import Silent
+from pipelines.runs.sequence import run_sequence
 from pipelines.search.driver import _Search
 from pipelines.search.journal import Journal
 from pipelines.search.outcome import search_result
@@ -337,3 +341,61 @@ def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
     said.clear()
     run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})}, places)
     assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_trials_that_one_process_runs_in_turn_read_the_base_and_the_texts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learn what each learns in a process of its own."""
+    from ray import tune
+
+    from pipelines.search import trial
+    from pipelines.search.tuning import places_of
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        module, _, function = name.rpartition(".")
+        inner = getattr(importlib.import_module(module), function)
+
+        def outer(*given: Any, **named: Any) -> Any:
+            calls[function] += 1
+            return inner(*given, **named)
+
+        monkeypatch.setattr(name, outer)
+
+    for used in ("worker_cache.load_model", "stage_statistics.read_texts", "stage_rows.encode", "stage_spec.load_task"):
+        counted(f"amlora_dist.training.{used}")
+    space = {"training.l1": {"grid": [0.5]}, "adapters.rank": {"grid": [2, 3, 4]}}
+    config = write_config(tmp_path, tasks=("colours", "shapes"), search={"space": space, "scheduler": "none"})
+    home, cache = tmp_path / "home", WorkerCache()
+    for name, value in (("AMLORA_HOME", str(home)), ("MLFLOW_TRACKING_URI", ""), ("TUNE_FUNCTION_THREAD_TIMEOUT_S", "9")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trial, "_cache_of_this_process", lambda: cache)
+    monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
+    store = Store.open(home)
+    made = plan_search(load_config(config), str(config))
+    journal = Journal(store, store.search_run("model", "s", "s-champion", {}), "s", lambda: None)
+    search = _Search(
+        made, "s", journal, Silent(), home, home / "storage", Demand(0, 1, 1, STAGES, "fp32", 0), False
+    )  # fmt: skip
+    found: list[Any] = []
+    after: list[dict[str, int]] = []
+    for _ in range(3):
+        said: list[dict[str, Any]] = []
+        run_trial({"order": json.dumps(asdict(order_of(search)))}, places_of(search))
+        assert [one["stage"] for one in said] == [1, 2] and not any("error" in one for one in said)
+        assert not any(record["reused"] for record in said[-1]["records"]), "each has adapters of its own"
+        found.append(said[-1]["accuracy_matrix"])
+        after.append(dict(calls))
+    assert cache.loads == 1
+    assert after[0]["load_model"] == 1 and after[0]["read_texts"] > 0
+    assert after[0] == after[1] == after[2], "no trial after the first reads anything again"
+    alone = load_config(config, ["adapters.rank=4", "training.l1=0.5", "evaluation.split=dev", "evaluation.cells=seen"])
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "alone"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    alone.search = None
+    assert run_sequence(alone, run_id="alone", progress=Silent())["accuracy_matrix"] == found[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import TrainingError
 from amlora_dist.training.module_state import ModuleState
 from amlora_dist.training.stage import run_stage
-from amlora_dist.training.stage_spec import StageWork
+from amlora_dist.training.stage_spec import StageWork, _parsed
 from amlora_dist.training.worker_cache import WorkerCache
 from tests.methods.stages import Stage, stages
 from tests.tiny_config import write_config
@@ -135,6 +136,65 @@ def test_stages_on_ranks_that_stay_equal_stages_that_load_the_base_each_time(
     for rank in on_ranks(2, on_two_ranks, str(file), str(tmp_path), settings):
         for found in rank:
             check(found)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], target: str) -> None:
+    """Count the calls of a function where it is used."""
+    module, _, name = target.rpartition(".")
+    inner = getattr(sys.modules[module], name)
+
+    def outer(*given: Any, **named: Any) -> Any:
+        calls[name] += 1
+        return inner(*given, **named)
+
+    monkeypatch.setattr(target, outer)
+
+
+def test_a_second_trial_reads_parses_and_tokenises_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank and another L1 have the same rows, texts and base: what a search's process runs one after another."""
+    calls: Counter[str] = Counter()
+    for used in (
+        "stage_statistics.read_texts", "stage_rows.encode", "stage_spec.load_task", "stage_spec.read_mapping",
+        "worker_cache.load_model", "worker_cache.load_tokenizer",
+    ):  # fmt: skip
+        counted(monkeypatch, calls, f"amlora_dist.training.{used}")
+    _parsed.cache_clear()
+    file, cache = write_config(tmp_path, tasks=TASKS), WorkerCache()
+
+    def trial(name: str, rank: int, kept: WorkerCache | None) -> tuple[list[Any], dict[str, int]]:
+        calls.clear()
+        config = load_config(file, [*QUICK, f"adapters.rank={rank}", f"training.l1={rank / 10}"])
+        done = stages(config, tmp_path / name, runner(kept, distributed=False, then=lambda: None))
+        return learned(done), dict(calls)
+
+    first, of_first = trial("first", 2, cache)
+    again, of_second = trial("second", 3, cache)
+    assert of_first["load_model"] == of_first["load_tokenizer"] == 1
+    assert of_first["load_task"] == 2 * len(TASKS), "rows of each task: those of training and of scoring"
+    assert of_first["encode"] <= 2 * len(TASKS)
+    assert of_first["read_mapping"] == len(TASKS)
+    assert of_first["read_texts"] >= 2 * len(TASKS), "rows that count, and rows that are held out"
+    assert of_second == {}
+    assert again == trial("fresh", 3, None)[0], "bit for bit"
+    assert again != first
+
+
+def test_features_are_computed_once_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amlora_dist.training.worker_cache.MOST_FEATURES", 20)
+    cache, made = WorkerCache(), []
+
+    def features(key: str) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            made.append(key)
+            return torch.full((1, 2), float(ord(key)))
+
+        return cache.features(key, 4, make)  # of which this rank reads one
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        assert float(features(key)[0, 0]) == ord(key)
+    assert made == ["a", "b", "c", "b"], "b had to go for c, a was used since"
 
 
 def test_a_stage_that_fails_leaves_no_model_and_the_next_one_loads_it(tmp_path: Path) -> None:
