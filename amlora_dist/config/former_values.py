@@ -28,6 +28,7 @@ FORMER: dict[str, Any] = {
     "recipe.start": "probe",
     "recipe.refit": 0.0,
     "training.label_smoothing": 0.0,
+    "model.quantisation": "none",
 }
 """Key path -> what version 0.1 did, which did not know the key."""
 
