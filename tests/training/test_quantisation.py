@@ -210,6 +210,11 @@ def test_weights_keep_their_bits_and_passes_with_and_without_gradients_agree(
 ) -> None:
     model = loaded(write_model(tmp_path / "m", "llama"), kind, dtype=dtype)
     before = weights_checksum((*model.parameters(), *scales(model)))
+    quantisation: Any = kind
+    asked = ModelSettings(source=str(tmp_path / "m"), quantisation=quantisation)
+    shape = shape_of(asked, AdapterSettings(targets="auto"), RouterSettings())
+    held = sum(one.numel() * one.element_size() for one in (*model.parameters(), *(scales(model) if kind == "nf4" else ())))
+    assert held == shape.weight_bytes(dtype.itemsize), "what a plan says"
     assert len(list(scales(model))) == 4 * 7, "of every linear layer but the head"
     inputs = model.get_input_embeddings()(torch.arange(1, 13).view(2, 6))
     with torch.no_grad():
