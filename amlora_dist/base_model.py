@@ -224,14 +224,17 @@ def _converted(model: PreTrainedModel) -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3).
+def load_model(
+    base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa", device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3); one that is
+    quantised on ``device``, where it is quantised.
 
     Raises:
         UserError: the weights lack some of the model's tensors, which transformers would draw at random; or they need a
             package that is not installed.
     """
-    options = model_options(base, dtype=dtype, attention=attention) | loading_options(base.quantisation, dtype)
+    options = model_options(base, dtype=dtype, attention=attention) | loading_options(base.quantisation, dtype, device)
     try:
         model, info = auto_class(base).from_pretrained(
             base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options

@@ -28,6 +28,8 @@ PACKAGE, OLDEST = "bitsandbytes", "0.50"
 COMMAND = "pip install 'amlora-dist[quantise]'"
 BYTES: dict[str, float] = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 """Of one element of a linear layer's weight, scales included where they count."""
+QUIET = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
+"""Loggers that say of every product in 8 bits that its input is rounded, and of a kernel on the Hub that it is not there."""
 _STATES = ("quant_state", "state")
 """Where bitsandbytes' layers keep what belongs to their weight: Linear4bit, Linear8bitLt."""
 
@@ -58,8 +60,13 @@ def check_package(quantisation: str, where: str = "model.quantisation") -> None:
         raise UserError(str(fault))
 
 
-def loading_options(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` is told besides, empty for ``none``; layers compute in ``dtype``.
+def loading_options(quantisation: Quantisation, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` is told besides, empty for ``none``.
+
+    Args:
+        quantisation: which.
+        dtype: in which the layers compute.
+        device: on which weights are quantised as they come; None: the CPU. transformers would take the first GPU.
 
     Raises:
         UserError: the package is not installed.
@@ -67,14 +74,15 @@ def loading_options(quantisation: Quantisation, dtype: torch.dtype) -> dict[str,
     if quantisation == "none":
         return {}
     check_package(quantisation)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
-    # It says of every product that inputs are rounded to fp16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantisation == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config}
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": "cpu" if device is None else str(device)}}
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:

@@ -189,7 +189,7 @@ class AMLoRAModel:
         else:
             where = chosen_device(device)
             attention = chosen_attention(loaded.manifest, where)
-            plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention)
+            plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention, device=where)
             plain.to(where)
         transformer = sharing_copy(plain)
         tokenizer = load_tokenizer(found.path)

@@ -99,7 +99,7 @@ class WorkerCache:
         if config is not None and partitioned:
             model = load_partitioned(base, config, dtype=dtype, attention=attention)
         else:
-            model = load_model(base, dtype=dtype, attention=attention).to(device)
+            model = load_model(base, dtype=dtype, attention=attention, device=device).to(device)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.loads += 1
