@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from amlora_dist.digests import file_digest, value_digest
 from amlora_dist.errors import UserError, plain_reason
 from amlora_dist.model_folder import AGAIN, folder_faults, read_object, short, size_faults, small_file_faults, stored_tensors
+from amlora_dist.quantisation import Quantisation, loading_options, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +65,9 @@ class ModelSettings:
     attention: Attention = "auto"
     """transformers' attention implementation; ``auto``: eager on CPUs, where PyTorch's fused one trains several times
     slower, and sdpa on GPUs. What ``auto`` means is settled where the run starts, and kept with the run."""
+    quantisation: Quantisation = "none"
+    """Bits of the frozen linear layers: ``nf4`` (4, with the extra ``quantise``), ``int8`` or ``none``, as they are stored.
+    Adapters stay in the run's dtype. A bank answers as it was measured on the quantisation that it was trained on."""
 
 
 @plain_dataclass(frozen=True, slots=True)
@@ -76,11 +80,22 @@ class BaseModel:
     digest: str
     encoder_decoder: bool
     model_type: str
+    quantisation: Quantisation = "none"
+
+    @property
+    def identity(self) -> str:
+        """What decides its features: the digest of its files, and how it is quantised where it is."""
+        return identity(self.digest, self.quantisation)
 
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether its linear layers keep their weight as (d_in, d_out), PEFT's word for it."""
         return self.model_type in CONV1D_MODELS
+
+
+def identity(digest: str, quantisation: str) -> str:
+    """A base model's digest, or that of the same files in fewer bits: in everything that counts another model."""
+    return digest if quantisation == "none" else value_digest({"base": digest, "quantisation": quantisation})
 
 
 def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
@@ -110,6 +125,7 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
         digest=folder_digest(path, home),
         encoder_decoder=bool(config.get("is_encoder_decoder", False)),
         model_type=str(config.get("model_type") or ""),
+        quantisation=settings.quantisation,
     )
 
 
@@ -208,14 +224,17 @@ def _converted(model: PreTrainedModel) -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3).
+def load_model(
+    base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa", device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model with every parameter frozen, in evaluation mode, on the CPU (or partitioned under ZeRO-3); one that is
+    quantised on ``device``, where it is quantised.
 
     Raises:
         UserError: the weights lack some of the model's tensors, which transformers would draw at random; or they need a
             package that is not installed.
     """
-    options = model_options(base, dtype=dtype, attention=attention)
+    options = model_options(base, dtype=dtype, attention=attention) | loading_options(base.quantisation, dtype, device)
     try:
         model, info = auto_class(base).from_pretrained(
             base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
@@ -228,6 +247,7 @@ def load_model(base: BaseModel, *, dtype: torch.dtype, attention: str = "sdpa") 
         raise UserError(f"model.source: {base.path}: its weights have other shapes than config.json; {AGAIN}") from error
     if lacking := sorted(info["missing_keys"] & dict(model.named_parameters()).keys()):
         raise UserError(_lacking(base, model, lacking))
+    settle(model, dtype)
     return frozen(model)
 
 

@@ -34,7 +34,7 @@ def training_fingerprint(
     """Digest of all that decides the adapter and the router statistics of one stage.
 
     Args:
-        base_digest: of the base model's files.
+        base_digest: of the base model's files, and of how it is quantised where it is (``BaseModel.identity``).
         parent_adapters: digests of the adapters below, in order; empty for a method that does not inherit.
         parent_statistics: digests of their router statistics, against which held-out rows are weighed.
         task: its name, which names the stage's random streams.
@@ -76,7 +76,7 @@ def scoring_fingerprint(
     """Digest of all that decides one cell of the accuracy matrix.
 
     Args:
-        bank: training fingerprints of the stages in order; the base model's digest for ``untrained``.
+        bank: training fingerprints of the stages in order; the base model's identity for ``untrained``.
         mode: ``router``, ``oracle``, ``untrained``, or ``without.N``.
         router: kind and gate settings; empty unless the router weighs.
         task: its name (the oracle gives its row).

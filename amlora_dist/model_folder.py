@@ -165,7 +165,7 @@ def _quantised_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
         if section.get(key) is not None
     ]
     found += [f"{folder / name}: quantised weights" for name in _QUANTISED_FILES if (folder / name).is_file()]
-    hint = "give the folder of the model before it was quantised"
+    hint = "give the folder of the model before it was quantised (model.quantisation quantises it as it is loaded)"
     return [_fault(what, "weights in fp32, bf16 or fp16", hint) for what in found[:1]]
 
 

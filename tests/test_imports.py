@@ -25,7 +25,7 @@ FLOORS = [
     {"adapters", "tasks", "config.search_space"},
     {
         "base_model", "config.former_values", "config.schema", "config.strict_yaml", "crash_points", "digests", "errors",
-        "files", "fingerprints", "model_folder", "privacy",
+        "files", "fingerprints", "model_folder", "privacy", "quantisation",
     },
 ]
 GROUND = FLOORS[-1]
@@ -48,6 +48,7 @@ LIGHT = [
     "amlora_dist.evaluation.settings",
     "amlora_dist.methods",
     "amlora_dist.base_model",
+    "amlora_dist.quantisation",
     "amlora_dist.config.search_space",
     "amlora_dist.registry.store",
     "pipelines.cli.main",

@@ -57,7 +57,7 @@ class MixtureLinear(nn.Module):
     takes part in every call, whatever the gate: a gradient that exists on one rank only would hang a collective.
 
     Args:
-        base: the frozen ``nn.Linear`` or transformers ``Conv1D``.
+        base: the frozen ``nn.Linear`` (quantised ones of bitsandbytes are some) or transformers ``Conv1D``.
         path: path of ``base`` in the model; names its rows of the bank, and itself in errors.
         adapters: the bank, in the order of its tasks; all have weights for ``path``.
         new: what the stage in progress learns; None outside of training.
@@ -95,7 +95,9 @@ class MixtureLinear(nn.Module):
         self.silent: int | None = None
         """Adapter that adds nothing, whatever weighs it (``Mixture.disable_adapter``)."""
         weight = next(base.parameters())
-        device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        # A quantised layer says in what it computes.
+        computes = getattr(base, "compute_dtype", None) or torch.get_default_dtype()
+        device, dtype = weight.device, weight.dtype if weight.is_floating_point() else computes
 
         self.old_a: nn.Parameter | None = None
         self.old_b: nn.Parameter | None = None

@@ -16,6 +16,7 @@ from amlora_dist.config.strict_yaml import KeyPath, dotted
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import METHODS, READ_PARAMETERS, ROWS_APART
 from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults, unpackable
+from amlora_dist.quantisation import package_fault
 from amlora_dist.tasks.tables import saved_fault
 from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_config import section_faults
@@ -71,6 +72,9 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.workers and config.method in READ_PARAMETERS and _zero_stage(config) == 3:
         found = f"3 with method: {config.method}, which reads the parameters that ZeRO-3 partitions"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
+    if config.workers and config.model.quantisation != "none" and _zero_stage(config) == 3:
+        found = f"3 with model.quantisation: {config.model.quantisation}, whose weights ZeRO-3 cannot share out"
+        faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2", "or take the other away")
     if faulty(("deepspeed",)):
         return faults
     sized = sizes_known and not faults.keys() & {("training", "batch_size"), ("training", "micro_batch_size")}
@@ -219,7 +223,14 @@ def resolve_tasks(
 
 
 def model_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
-    """What can be known to be wrong with the model's source from its small files."""
+    """What can be known to be wrong with the model from its small files, and with what is installed to read it."""
+    found: dict[KeyPath, Fault] = _source_faults(settings)
+    if (fault := package_fault(settings.quantisation)) is not None:
+        found[("model", "quantisation")] = fault
+    return found
+
+
+def _source_faults(settings: ModelSettings) -> dict[KeyPath, Fault]:
     source, hint = settings.source, ""
     folder = Path(source)
     if source.startswith("package:"):

@@ -29,6 +29,7 @@ FORMER: dict[str, Any] = {
     "recipe.refit": 0.0,
     "training.label_smoothing": 0.0,
     "training.packing": False,
+    "model.quantisation": "none",
 }
 """Key path -> what version 0.1 did, which did not know the key."""
 

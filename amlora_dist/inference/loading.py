@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from amlora_dist.config.loading import home
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.files import write_bytes
+from amlora_dist.quantisation import QUANTISATIONS, Quantisation, check_package, package_fault, states
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 
 if TYPE_CHECKING:
@@ -31,13 +34,16 @@ if TYPE_CHECKING:
     from amlora_dist.registry.manifest import BaseEntry, Manifest
     from amlora_dist.registry.signing import Trust
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def sharing_copy(transformer: PreTrainedModel) -> PreTrainedModel:
     """Another model of the same weights: modules of its own, to put another bank in, and not one tensor more."""
-    weights: dict[int, Any] = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+    shared = *transformer.parameters(), *transformer.buffers(), *states(transformer)
+    weights: dict[int, Any] = {id(one): one for one in shared}
     return copy.deepcopy(transformer, weights)
 
 
@@ -145,13 +151,44 @@ def bank_targets(transformer: PreTrainedModel, paths: Sequence[str]) -> list[Tar
     return found
 
 
-def resolve_bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
+def check_quantisation(entry: BaseEntry, asked: str | None) -> None:
+    """See that a bank's base model can be loaded here in the bits that are asked for (None: the bank's own).
+
+    Raises:
+        UserError: unknown bits, or a package is not installed; says what else could be asked for.
+    """
+    if asked is not None and asked not in QUANTISATIONS:
+        raise UserError(f"quantisation: found {asked!r}, expected one of {', '.join(QUANTISATIONS)}")
+    if asked is not None:
+        check_package(asked, "quantisation")
+        if asked != entry.quantisation:
+            log.warning("the bank was trained on its base model in %s: in %s it answers otherwise than it was measured",
+                        _bits(entry.quantisation), _bits(asked))  # fmt: skip
+    elif (fault := package_fault(entry.quantisation, "the bank's base model")) is not None:
+        raise UserError(f"{fault}; or ask for quantisation none (--quantisation none), which answers otherwise")
+
+
+def _bits(quantisation: str) -> str:
+    return "full precision" if quantisation == "none" else quantisation
+
+
+def resolve_bank_base(entry: BaseEntry, base: str | Path | None, quantisation: Quantisation | None = None) -> BaseModel:
     """The base model of a bank, as a local folder with the right digest.
+
+    Args:
+        entry: of its manifest.
+        base: folder or Hub id, where it is not at the place that the bank names.
+        quantisation: in which it is to be loaded; None: the one that the bank was trained on.
 
     Raises:
         UserError: it is not where the bank says (and ``base`` was not given), or its files are not those that the
             bank was trained on.
     """
+    kind = entry.quantisation if quantisation is None else quantisation
+    return replace(_bank_base(entry, base), quantisation=kind)
+
+
+def _bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
     if base is None and (known := _remembered(entry.digest)) is not None:
         return known
     source = entry.source if base is None else str(base)

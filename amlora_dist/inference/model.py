@@ -44,6 +44,7 @@ from amlora_dist.evaluation.requests import (
 from amlora_dist.inference.loading import (
     answer_settings,
     bank_format,
+    check_quantisation,
     chosen_attention,
     chosen_device,
     chosen_dtype,
@@ -54,6 +55,7 @@ from amlora_dist.inference.loading import (
     sharing_copy,
 )
 from amlora_dist.inference.prompt_answering import PromptAnswering
+from amlora_dist.quantisation import Quantisation
 from amlora_dist.registry.bank_folder import Bank, read_bank
 from amlora_dist.registry.signing import Trust
 from amlora_dist.tasks.conversations import Turn, messages_of
@@ -146,6 +148,7 @@ class AMLoRAModel:
         require_signature: str | Path | None = None,
         expect_digest: str | None = None,
         abstain: float | None = None,
+        quantisation: Quantisation | None = None,
     ) -> AMLoRAModel:
         """Load a bank and its base model.
 
@@ -162,10 +165,12 @@ class AMLoRAModel:
             expect_digest: of its manifest, as ``amlora verify`` prints it.
             abstain: share of its own rows that the bank may lose by giving texts of no task to the base model; 0: it takes
                 every text for its own; default: as it was published.
+            quantisation: ``none``, ``nf4`` or ``int8``, of the base model; default: the one that the bank was trained on.
+                With another one it answers otherwise than it was measured.
 
         Raises:
             UserError: no such version or folder; the base model is not there, or is another one than the bank was
-                trained on (by digest).
+                trained on (by digest); its quantisation needs a package that is not installed.
             BankError: the bank is damaged.
         """
         uri: str | None = None
@@ -177,13 +182,14 @@ class AMLoRAModel:
             trust.check(folder)
         loaded = read_bank(folder, statistics=False)
         described_router(loaded, abstain)  # says what is wrong before a weight is read
-        found = resolve_bank_base(loaded.manifest.base, base)
-        if beside is not None and beside.base.digest == found.digest:
+        check_quantisation(loaded.manifest.base, quantisation)
+        found = resolve_bank_base(loaded.manifest.base, base, quantisation)
+        if beside is not None and beside.base.identity == found.identity:
             plain = beside._plain
         else:
             where = chosen_device(device)
             attention = chosen_attention(loaded.manifest, where)
-            plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention)
+            plain = load_model(found, dtype=chosen_dtype(dtype, where), attention=attention, device=where)
             plain.to(where)
         transformer = sharing_copy(plain)
         tokenizer = load_tokenizer(found.path)

@@ -11,6 +11,8 @@ ZeRO   weights                  gradients                 optimizer state
 3      s x sum of ceil(p / W)   8 t / W (6 t / W in bf16) 12 t / W (8 t / W in fp32)
 ====== ======================== ========================= ==========================
 
+Under ``model.quantisation``, which ZeRO-3 does without, the linear layers of P take 0.5625 (nf4) or 1 byte an element.
+
 What DeepSpeed 0.19 holds was read from its source and is measured against these lines by
 ``benchmarks/zero_memory.py``.
 """
@@ -158,7 +160,7 @@ def memory_of(
         eager: attention keeps its scores (``model.attention: eager``).
     """
     t, w, zero = trained.new, layout.ranks, layout.zero
-    whole = size * (shape.parameters + trained.old + t)
+    whole = shape.weight_bytes(size) + size * (trained.old + t)
     part = size * (sum(-(-count // w) for count in shape.tensors) + -(-(trained.old + t) // w))
     small = size * sum(count for count in shape.tensors if count <= layout.persistent)
     weights = whole if zero < 3 else part
@@ -182,6 +184,8 @@ def memory_of(
         host += size * SWAP_BUFFERS
         nvme, weights = weights, 0
     loading = whole if zero < 3 else part + size * shape.largest_layer
+    if shape.quantisation != "none":
+        loading += size * shape.largest_tensor  # is quantised as it comes
     ranks = (trained.new + trained.old) // shape.adapter_width
     return Memory(
         weights=weights,

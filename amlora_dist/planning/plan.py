@@ -169,7 +169,7 @@ def make_plan(
         cluster: what there is.
         machine: how fast it is.
         eager: attention keeps its scores.
-        whole_parameters: the method cannot work on ZeRO-3's partitions.
+        whole_parameters: the method, or the base model as it is quantised, cannot work on ZeRO-3's partitions.
     """
     work = stages(shape, tasks, recipe, layout, machine)
     last = work[-1]

@@ -17,10 +17,12 @@ from amlora_dist.adapters.targets import (
     find_targets,
     in_attention,
     layer_stacks,
+    linear_sizes,
 )
 from amlora_dist.base_model import making_errors
 from amlora_dist.errors import UserError
 from amlora_dist.model_folder import kernel_faults, short
+from amlora_dist.quantisation import BYTES
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
@@ -59,6 +61,15 @@ class Shape:
     """Width of the feed-forward part times the experts that a token is sent to."""
     vocabulary: int
     decoder_only: bool
+    linear: int = 0
+    """Elements of the linear layers that ``model.quantisation`` is about."""
+    quantisation: str = "none"
+
+    def weight_bytes(self, size: int) -> int:
+        """Of the base model, ``size`` bytes for each element that is not quantised."""
+        if self.quantisation == "none":
+            return size * self.parameters
+        return size * (self.parameters - self.linear) + round(BYTES[self.quantisation] * self.linear)
 
     @cached_property
     def parameters(self) -> int:
@@ -113,10 +124,10 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
         ) from error
     k = default_router_layer(built) if router.layer is None else router.layer
     check_router_layer(built, k)
-    return _measured(built, model.source, find_targets(built, adapters, k), k)
+    return _measured(built, model, find_targets(built, adapters, k), k)
 
 
-def _measured(model: Any, source: str, targets: list[Target], k: int) -> Shape:
+def _measured(model: Any, settings: ModelSettings, targets: list[Target], k: int) -> Shape:
     config = model.config
     top = _number(config, "num_experts_per_tok", default=1)
     experts = _number(config, "num_local_experts", "num_experts", default=1)
@@ -135,7 +146,7 @@ def _measured(model: Any, source: str, targets: list[Target], k: int) -> Shape:
     if experts > 1:
         wide = _number(config, "moe_intermediate_size", default=wide)
     return Shape(
-        source=source,
+        source=settings.source,
         tensors=tuple(parameter.numel() for parameter in model.parameters()),
         layers=tuple(layers),
         targets=tuple(targets),
@@ -147,6 +158,18 @@ def _measured(model: Any, source: str, targets: list[Target], k: int) -> Shape:
         intermediate=wide * top,
         vocabulary=_number(config, "vocab_size"),
         decoder_only=not config.is_encoder_decoder,
+        linear=_linear(model),
+        quantisation=settings.quantisation,
+    )
+
+
+def _linear(model: Any) -> int:
+    """Elements of the weights that bitsandbytes takes: of linear layers, without the output head and what stays in fp32."""
+    head, whole = model.get_output_embeddings(), set(model._keep_in_fp32_modules or ())
+    return sum(
+        module.weight.numel()
+        for path, module in model.named_modules()
+        if linear_sizes(module) is not None and module is not head and whole.isdisjoint(path.split("."))
     )
 
 

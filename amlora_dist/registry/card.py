@@ -61,7 +61,7 @@ def mlmodel(manifest: Manifest) -> str:
         "    config:\n"
         "      base: ''\n"
         "      device: ''\n"
-        "      dtype: auto\n"
+        "      dtype: auto\n" + ("" if manifest.base.quantisation == "none" else "      quantisation: ''\n") +
         "saved_input_example_info:\n"
         f"  artifact_path: {EXAMPLE_FILE}\n"
         "  pandas_orient: split\n"
@@ -71,6 +71,11 @@ def mlmodel(manifest: Manifest) -> str:
         """  outputs: '[{"type": "string", "required": true}]'\n"""
         f"  params: '{json.dumps(_PARAMS)}'\n"
     )
+
+
+def _bits(manifest: Manifest) -> str:
+    """What belongs behind the base model's digest."""
+    return "" if manifest.base.quantisation == "none" else f", loaded in {manifest.base.quantisation} (bitsandbytes)"
 
 
 def input_example(manifest: Manifest) -> str:
@@ -101,7 +106,7 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
         f"Method `{manifest.method}`, router `{manifest.router.kind}`, "
         f"run `{manifest.run_id}`, stage {manifest.stage}.",
         f"Base model `{base.source}` ({base.architecture}, revision `{base.revision or 'not pinned'}`), "
-        f"sha256 `{base.digest}`. The base model is not stored here.",
+        f"sha256 `{base.digest}`{_bits(manifest)}. The base model is not stored here.",
         "",
         "| k | task | rank | alpha | accuracy now | sha256 |",
         "|---|---|---|---|---|---|",
@@ -153,7 +158,7 @@ def adapter_readme(manifest: Manifest, task: str, rank: int, base_model: str | N
         f"{rank}: what the task takes over from earlier adapters is in it. Without the bank's router somebody else has to",
         "say which texts it is for.",
         "",
-        f"Base model `{manifest.base.source}`, sha256 `{manifest.base.digest}`.",
+        f"Base model `{manifest.base.source}`, sha256 `{manifest.base.digest}`{_bits(manifest)}.",
     ]
     if entry is not None:
         labels = "free text" if entry.labels is None else ", ".join(f"`{label}`" for label in entry.labels)

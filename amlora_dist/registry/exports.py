@@ -163,10 +163,11 @@ def discard(folder: Path) -> None:
 def write_index(folder: Path, manifest: Manifest, kind: str, **more: Any) -> None:
     """Write ``export.json``: which bank this is, in which form, and what belongs to the form."""
     base = manifest.base
+    bits = {} if base.quantisation == "none" else {"quantisation": base.quantisation}
     value = {
         "format": kind,
         "bank": {"run_id": manifest.run_id, "stage": manifest.stage, "digest": manifest.digest()},
-        "base": {"source": base.source, "revision": base.revision, "digest": base.digest},
+        "base": {"source": base.source, "revision": base.revision, "digest": base.digest, **bits},
         **more,
     }
     write_text(folder / INDEX, json.dumps(value, indent=1) + "\n")

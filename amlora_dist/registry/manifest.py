@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from amlora_dist.base_model import identity
 from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
 from amlora_dist.privacy import public_name
+from amlora_dist.quantisation import Quantisation
 from amlora_dist.tasks.task_entry import TaskEntry
 
 if TYPE_CHECKING:
@@ -95,6 +97,13 @@ class BaseEntry:
     architecture: Annotated[str, Field(min_length=1, max_length=100)]
     """transformers' ``model_type`` (``llama``, ``t5``)."""
     encoder_decoder: bool = False
+    quantisation: Quantisation = "none"
+    """How it was quantised while the adapters learned."""
+
+    @property
+    def identity(self) -> str:
+        """What decides its features (``BaseModel.identity``)."""
+        return identity(self.digest, self.quantisation)
 
     @classmethod
     def of(cls, base: BaseModel) -> BaseEntry:
@@ -105,6 +114,7 @@ class BaseEntry:
             digest=base.digest,
             architecture=base.model_type,
             encoder_decoder=base.encoder_decoder,
+            quantisation=base.quantisation,
         )
 
 
@@ -289,6 +299,8 @@ class Manifest:
                 del line["task_spec"]["metric"]
         if mapping["files"] is None:
             del mapping["files"]
+        if self.base.quantisation == "none":
+            del mapping["base"]["quantisation"]
         return mapping
 
     def digest(self) -> str:
@@ -301,7 +313,7 @@ class Manifest:
 
     def parent_digest(self) -> str:
         """sha256 over base and adapters alone: what a following stage is trained on, wherever it is stored."""
-        return value_digest({"base": self.base.digest, "adapters": [entry.digest for entry in self.adapters]})
+        return value_digest({"base": self.base.identity, "adapters": [entry.digest for entry in self.adapters]})
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""

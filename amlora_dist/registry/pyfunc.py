@@ -146,7 +146,8 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> BankM
 
     Args:
         path: of the folder.
-        model_config: ``base``, ``device`` and ``dtype`` of ``AMLoRAModel.from_bank``; empty ones are the defaults.
+        model_config: ``base``, ``device``, ``dtype`` and ``quantisation`` of ``AMLoRAModel.from_bank``; empty ones are the
+            defaults.
     """
     from amlora_dist.inference.model import AMLoRAModel
 

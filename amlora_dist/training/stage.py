@@ -370,7 +370,7 @@ class _Stage:
         if not wanted or settings.router.kind not in ("posterior", "permuted"):
             return own
         layer, depths = mixture.router_layer, list(mixture.routing.depths)
-        decided_by = {"base": self.base.digest, "dtype": settings.dtype, "layer": layer, "depths": depths}
+        decided_by = {"base": self.base.identity, "dtype": settings.dtype, "layer": layer, "depths": depths}
         return replace(own, background=makes.background(mixture, Path(self.work.cache), decided_by))
 
     def _engine(self, mixture: Mixture) -> Engine:
@@ -468,7 +468,7 @@ class _Stage:
             Path(self.work.cache) / "trunk",
             limit=int(settings.training.cache_trunk_gb * 1e9),
             dtype=DTYPES[settings.dtype],
-            decided_by={"base": self.base.digest, "attention": settings.attention, "device": self.device.type},
+            decided_by={"base": self.base.identity, "attention": settings.attention, "device": self.device.type},
             decodes=decodes,
         )
 

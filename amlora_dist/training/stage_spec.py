@@ -215,7 +215,8 @@ class StageWork:
             )
         commit = path.name if from_hub else None
         home = Path(self.root).parent  # of a node that has a folder of its own
-        found = resolve_base(ModelSettings(source=source, revision=commit), home)
+        settings = ModelSettings(source=source, revision=commit, quantisation=self.base.get("quantisation", "none"))
+        found = resolve_base(settings, home)
         if found.digest != self.base["digest"]:
             raise UserError(
                 f"model.source: {source!r} has digest {found.digest[:12]} on node {platform.node()}, where the driver runs"

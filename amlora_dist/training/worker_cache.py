@@ -23,6 +23,7 @@ from torch import Tensor
 from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import TrainingError
+from amlora_dist.quantisation import scales
 from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.module_state import ModuleState
 from amlora_dist.training.zero3_loading import load_partitioned
@@ -94,7 +95,7 @@ class WorkerCache:
         zero = {} if config is None else dict(config["zero_optimization"])
         partitioned = zero.get("stage") == 3
         key = (
-            base.digest, str(base.path), dtype, attention, str(device), gradient_checkpointing,
+            base.identity, str(base.path), dtype, attention, str(device), gradient_checkpointing,
             value_digest(zero) if partitioned else None,
         )  # fmt: skip
         if key == self._key:
@@ -104,7 +105,7 @@ class WorkerCache:
         if config is not None and partitioned:
             model = load_partitioned(base, config, dtype=dtype, attention=attention)
         else:
-            model = load_model(base, dtype=dtype, attention=attention).to(device)
+            model = load_model(base, dtype=dtype, attention=attention, device=device).to(device)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.loads += 1
@@ -120,7 +121,7 @@ class WorkerCache:
             TrainingError: it differs from what it was when the model was loaded.
         """
         assert self._state is not None, "a stage has loaded its base model"
-        found = weights_checksum(self._state.parameters)
+        found = weights_checksum((*self._state.parameters, *scales(self._model)))
         if self._checksum is None:
             self._checksum = found
         if found != self._checksum:

@@ -280,7 +280,7 @@ def difference(before: Manifest, after: Manifest) -> dict[str, Any]:
         else:
             adapters[task] = f"another adapter (rank {old[task].rank} -> {new[task].rank})"
     scores_before, scores_after = last_scores(before), last_scores(after)
-    same_base = before.base.digest == after.base.digest
+    same_base = before.base.identity == after.base.identity
     return {
         "base": "the same" if same_base else f"{before.base.source} -> {after.base.source}",
         "prompt": "the same" if before.bank_template == after.bank_template else "another template",

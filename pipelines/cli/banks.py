@@ -49,6 +49,10 @@ Abstain = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Quantisation = Annotated[
+    Literal["none", "nf4", "int8"] | None,
+    typer.Option(help="Of the base model; another than the bank's answers otherwise.", show_default="the bank's own"),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
 Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
 Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
@@ -132,6 +136,7 @@ def ask(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
@@ -140,7 +145,8 @@ def ask(
     """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
     from pipelines.cli.scoring import ask as ask_bank
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
+               "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
     ask_bank(bank, texts, options, as_json=as_json)
 
 
@@ -156,6 +162,7 @@ def chat(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -163,7 +170,7 @@ def chat(
     """Talk to a bank: every line is a turn, answered with its route; /new begins again, /quit leaves."""
     from pipelines.cli.conversation import converse
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation, "tracking_uri": tracking_uri}
     converse(
         bank, options, system=system, task=task, route_by=route_by, max_new_tokens=max_new_tokens, as_json=as_json
     )
@@ -179,6 +186,7 @@ def score(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
@@ -188,7 +196,8 @@ def score(
     from pipelines.cli.scoring import Rows
     from pipelines.cli.scoring import score as score_bank
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
+               "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
     score_bank(bank, Rows(data, column, label), task, batch_size, options, as_json=as_json)
 
 
@@ -228,6 +237,7 @@ def promote(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     require_signature: Signature = None,
     expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
@@ -243,8 +253,9 @@ def promote(
         name=name, number=version, alias=alias, require=require or [], sample=Rows(str(sample), column, label),
         margin=margin, batch_size=batch_size,
     )  # fmt: skip
-    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri,
-                               "require_signature": require_signature, "expect_digest": expect_digest}  # fmt: skip
+    options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
+                               "tracking_uri": tracking_uri, "require_signature": require_signature,
+                               "expect_digest": expect_digest}  # fmt: skip
     promote_version(asked, options, as_json=as_json)
 
 
@@ -297,13 +308,14 @@ def export(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
 ) -> None:
     """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, for vLLM, llama.cpp (gguf)."""
     from pipelines.cli.exports import Export, export_bank
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation, "tracking_uri": tracking_uri}
     asked = Export(
         form=format, weights=weights or [], sample=sample, column=column, served_base=served_base, bucket=bucket
     )
@@ -350,6 +362,7 @@ def generate(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
@@ -357,7 +370,8 @@ def generate(
     """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
     from pipelines.cli.batch_inference import Files, answer_texts
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
+               "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
     call = {"task": task, "question": question, "max_new_tokens": max_new_tokens}
     files = Files(source, output, column, format, spreadsheet)
     answer_texts(bank, files, batch_size, call, options)
@@ -379,6 +393,7 @@ def classify(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     verbose: Verbose = False,
@@ -386,7 +401,8 @@ def classify(
     """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
     from pipelines.cli.batch_inference import Files, classify_texts
 
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri, "abstain": abstain}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
+               "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
     call = {"labels": label or None, "task": task, "question": question}
     files = Files(source, output, column, format, spreadsheet)
     classify_texts(bank, files, batch_size, call, options)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from amlora_dist.errors import UserError
 from amlora_dist.files import write_bytes
-from pipelines.cli.banks import Bank, Base, BatchSize, Device, Dtype, Json, TrackingUri, Verbose
+from pipelines.cli.banks import Bank, Base, BatchSize, Device, Dtype, Json, Quantisation, TrackingUri, Verbose
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_output import checked_place
 from pipelines.cli.tables import console_for
@@ -61,6 +61,7 @@ def evaluate(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -68,7 +69,7 @@ def evaluate(
     """Run lm-evaluation-harness on a bank as served and on its base model: what was kept of general ability."""
     names = [name for given in tasks for name in given.split(",") if name]
     asked = Asked(names, tasks_folder, limit, few_shot, as_chat, batch_size)
-    options = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
+    options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation, "tracking_uri": tracking_uri}
     evaluate_bank(bank, asked, output, options, as_json=as_json)
 
 

@@ -53,6 +53,8 @@ def export_bank(bank: str, dest: Path, asked: Export, options: dict[str, Any]) -
         if value is not None and form != "vllm":
             raise UserError(f"{name} belongs to --format vllm")
     check_folder(dest, "DEST")
+    if form == "merged":
+        _check_mergeable(bank, options)
     tasks = bank_and_tasks(bank, options)[1] if shares else []
     if unknown := sorted(shares.keys() - set(tasks)):
         raise UserError(f"--weights: found task {unknown[0]!r}, the bank's tasks are {', '.join(tasks)}")
@@ -70,6 +72,16 @@ def export_bank(bank: str, dest: Path, asked: Export, options: dict[str, Any]) -
     except BaseException:
         discard(dest)
         raise
+
+
+def _check_mergeable(bank: str, options: dict[str, Any]) -> None:
+    """Adapters cannot be added to weights in 4 or 8 bits; into others they are merged where somebody asks for that."""
+    bits = options.get("quantisation") or _bank_alone(bank, options).manifest.base.quantisation
+    if bits != "none":
+        raise UserError(
+            f"--format merged: found a base model in {bits}, expected one whose weights can be added to; merge into the one"
+            " that is not quantised with --quantisation none: it answers otherwise than the bank was measured"
+        )
 
 
 def _measured(

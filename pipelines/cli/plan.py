@@ -121,7 +121,8 @@ def plan_of(
         shape_of(config.model, config.adapters, config.router),
         [_task_shape(config, spec, rows) for spec in specs],
         recipe, layout, cluster, machine,
-        eager=config.model.attention == "eager", whole_parameters=method.reads_parameters,
+        eager=config.model.attention == "eager",
+        whole_parameters=method.reads_parameters or config.model.quantisation != "none",
     )  # fmt: skip
     if config.workers != cluster.ranks and not on_cpus:
         count = cluster.ranks
@@ -164,8 +165,9 @@ def show_plan(plan: Plan) -> None:
     console = console_for()
     shape, cluster, last = plan.shape, plan.cluster, plan.stages[-1]
     dtype = "fp32" if plan.recipe.size == 4 else "bf16"
+    dtype += "" if shape.quantisation == "none" else f" with linear layers in {shape.quantisation}"
     lines = [
-        f"model     {shape.source}: {shape.parameters:,} parameters, {dtype}, {_gib(plan.recipe.size * shape.parameters)}",
+        f"model     {shape.source}: {shape.parameters:,} parameters, {dtype}, {_gib(shape.weight_bytes(plan.recipe.size))}",
         f"adapters  rank {plan.recipe.rank} on {len(shape.targets)} linear layers: {plan.stages[0].adapter:,} parameters"
         " each,"
         f" {last.bank:,} in the bank at the end",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from amlora_dist.errors import UserError
-from pipelines.cli.banks import Abstain, Bank, Base, Device, Dtype, Expected, Signature, TrackingUri, Verbose
+from pipelines.cli.banks import Abstain, Bank, Base, Device, Dtype, Expected, Quantisation, Signature, TrackingUri, Verbose
 
 if TYPE_CHECKING:
     from pipelines.cluster.vllm_process import VllmSettings
@@ -56,6 +56,7 @@ def serve(
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantisation: Quantisation = None,
     abstain: Abstain = None,
     require_signature: Signature = None,
     expect_digest: Expected = None,
@@ -76,7 +77,7 @@ def serve(
     )  # fmt: skip
     options: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "tracking_uri": tracking_uri}
     demanded = {"require_signature": require_signature and str(require_signature.expanduser().absolute()),
-                "expect_digest": expect_digest, "abstain": abstain}  # fmt: skip
+                "expect_digest": expect_digest, "abstain": abstain, "quantisation": quantisation}  # fmt: skip
     options |= {name: value for name, value in demanded.items() if value is not None}
     place = Place(host=host, port=port, replicas=replicas, threads=threads, names=tuple(allow_host or ()))
     vllm = _vllm(engine, engine_url, engine_python, engine_rank)

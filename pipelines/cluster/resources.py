@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.quantisation import BYTES as QUANTISED
 
 GIB = 1 << 30
 PROCESS_BYTES = 300 << 20
@@ -39,14 +40,20 @@ class Demand:
     """Of a GPU, for each worker."""
     keeps_best: bool = False
     """Whether a checkpoint holds the best adapter beside the current one."""
+    quantisation: str = "none"
+    """Of the base model."""
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one copy of the base model, at least."""
+        return int(self.parameters * QUANTISED.get(self.quantisation, BYTES[self.dtype]))
 
     @property
     def memory(self) -> int:
         """Bytes over all nodes: the weights, in every process or (ZeRO-3) once; master weights, moments and gradients of
         what trains; and the processes themselves."""
         copies = 1 if self.zero_stage == 3 else max(self.workers, 1)
-        weights = self.parameters * BYTES[self.dtype] * copies
-        return weights + 16 * self.trainable + PROCESS_BYTES * max(self.workers, 1)
+        return self.weights * copies + 16 * self.trainable + PROCESS_BYTES * max(self.workers, 1)
 
     @property
     def disk(self) -> int:
@@ -86,7 +93,7 @@ def shortfalls(demand: Demand, supply: Supply) -> list[str]:
             f" {demand.dtype}; there are {_size(supply.memory)}: lower `workers`, or set dtype=bf16 or"
             " deepspeed.zero_stage=3"
         )
-    each = PROCESS_BYTES + (demand.parameters * BYTES[demand.dtype] if demand.zero_stage < 3 else 0)
+    each = PROCESS_BYTES + (demand.weights if demand.zero_stage < 3 else 0)
     if not supply.gpus and not found and supply.largest_node is not None and supply.largest_node < each:
         found.append(
             f"workers: one needs {_size(each)} of memory at least on one node, the largest node has"

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from amlora_dist.quantisation import Quantisation
 from amlora_dist.registry.connection import VARIABLE
 from amlora_dist.serving.front import ANY_HOST
 from amlora_dist.serving.settings import ServeSettings
@@ -33,6 +34,8 @@ class ServedBankArgs(BaseModel):
     base: str | None = None
     device: str | None = None
     dtype: str = "auto"
+    quantisation: Quantisation | None = None
+    """Of the base model; None: the bank's own."""
     engine_url: str | None = None
     """Of a vLLM that every replica reaches; None: this project's own engine."""
     engine_rank: int = Field(default=32, ge=1)
@@ -52,7 +55,8 @@ def application(args: ServedBankArgs) -> Any:
     check_name(name)
     bank = args.bank if args.bank.startswith("models:") else str(Path(args.bank).expanduser().resolve())
     options = {
-        "base": args.base, "device": args.device, "dtype": args.dtype, "tracking_uri": os.environ.get(VARIABLE)
+        "base": args.base, "device": args.device, "dtype": args.dtype, "quantisation": args.quantisation,
+        "tracking_uri": os.environ.get(VARIABLE),
     }  # fmt: skip
     vllm = None if args.engine_url is None else (args.engine_url, args.engine_rank)
     build = builder(bank, name, args.limits, options, taken_key(), (ANY_HOST,), vllm)

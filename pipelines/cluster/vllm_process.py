@@ -80,6 +80,11 @@ def vllm_for(
     from amlora_dist.serving.vllm_rows import write_rows
     from amlora_dist.serving.vllm_start import check_rows
 
+    if (bits := options.get("quantisation") or bank.manifest.base.quantisation) != "none":
+        raise UserError(
+            f"--engine vllm: found a base model in {bits}, expected one that is not quantised, as vLLM serves it; ask for"
+            " it with --quantisation none: the bank then answers otherwise than it was measured"
+        )
     rows = write_rows(bank, name, version, home(), asked.rank)
     if asked.url is not None:
         asyncio.run(check_rows(asked.url, rows))

@@ -111,7 +111,7 @@ class RunInputs:
         fewest = c.workers if c.min_workers is None else c.min_workers
         return Demand(
             fewest, self.parameters, self.trainable, len(self.specs), self.dtype, c.zero_stage, gpu_share,
-            keeps_best=c.training.keep == "best",
+            keeps_best=c.training.keep == "best", quantisation=c.model.quantisation,
         )  # fmt: skip
 
     def prompt(self, task: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class RunInputs:
             }
         own = task in rows
         return training_fingerprint(
-            base_digest=self.base.digest,
+            base_digest=self.base.identity,
             parent_adapters=adapters,
             parent_statistics=[] if self.prompt_format.text_alone else statistics,
             task=task,
@@ -223,7 +223,7 @@ class RunInputs:
     def _scoring(self, bank: list[str], mode: str, router: dict[str, Any], task: str) -> str:
         spec, split = self.specs[task], self.config.evaluation.split
         return scoring_fingerprint(
-            bank=[self.base.digest] if mode == "untrained" else bank,
+            bank=[self.base.identity] if mode == "untrained" else bank,
             mode=mode,
             router=router,
             task=task,

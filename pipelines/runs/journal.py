@@ -103,6 +103,7 @@ class RunJournal:
                 f" model.source {base.source} has digest {base.digest[:12]}"
             )
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
+        assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
             raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
         return BankState(

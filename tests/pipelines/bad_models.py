@@ -134,6 +134,13 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     "quantised-folder of GPTQ": (
         configured(quantization_config={"quant_method": "gptq", "bits": 4}), told("quantised with gptq", WHOLE, CONFIG)
     ),
+    "quantised-folder of AWQ": (
+        configured(quantization_config={"quant_method": "awq", "bits": 4}), told("quantised with awq", WHOLE, CONFIG)
+    ),
+    "quantised-folder in 8 bits": (
+        configured(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        told("quantization_config: weights quantised with bitsandbytes", "model.quantisation quantises it", CONFIG),
+    ),
     "quantised-folder in an inner configuration": (
         configured(text_config={"quantization_config": {"quant_method": "fp8"}}),
         told("text_config.quantization_config: weights quantised with fp8", WHOLE, CONFIG),
