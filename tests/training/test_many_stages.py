@@ -23,8 +23,9 @@ from tests.methods.stages import stages
 from tests.training.ranks import on_ranks
 
 STAGES = 30
-WARM = 3
-"""Stages after which a worker has what it will keep."""
+SPAN = 10
+"""Of so many stages the highest resident memory is compared: under ZeRO-3 what was gathered and freed moves it from stage to
+stage, by a tenth either way."""
 FEW = ["training.epochs=1", "training.batch_size=12", "adapters.targets=[q_proj,v_proj]"]
 
 
@@ -74,7 +75,6 @@ def thirty_stages(file: str, folder: str, zero: int) -> dict[str, Any]:
     stages(load_config(file, [*FEW, f"deepspeed.zero_stage={zero}"]), Path(folder), run, score=False)
     gc.collect()
     kinds = [type(one).__name__ for one in gc.get_objects()]
-    print(found)
     return found | {"loads": cache.loads, "engines": kinds.count("DeepSpeedEngine")}
 
 
@@ -82,7 +82,7 @@ def thirty_stages(file: str, folder: str, zero: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_after_thirty_stages_a_worker_holds_what_it_held_after_three_and_has_read_the_base_once(
+def test_after_thirty_stages_a_worker_holds_what_it_held_after_ten_and_has_read_the_base_once(
     zero: int, tmp_path: Path
 ) -> None:
     for rank in on_ranks(2, thirty_stages, str(many_tasks(tmp_path)), str(tmp_path / "run"), zero):
@@ -90,5 +90,5 @@ def test_after_thirty_stages_a_worker_holds_what_it_held_after_three_and_has_rea
         banks = [sum(rank["adapters"][:below]) for below in range(STAGES)]
         beyond = [read - bank for read, bank in zip(rank["read"], banks, strict=True)]
         assert max(beyond[1:]) <= 0.02 * rank["model"], beyond
-        learned = sum(rank["adapters"][WARM:])
-        assert rank["resident"][-1] - learned <= 1.05 * rank["resident"][WARM - 1], rank["resident"]
+        first, last = max(rank["resident"][:SPAN]), max(rank["resident"][-SPAN:])
+        assert last - sum(rank["adapters"]) <= 1.05 * first, rank["resident"]
