@@ -1,15 +1,17 @@
 """Named crash points: the places where a process may die, so that tests can make it die exactly there.
 
 ``AMLORA_CRASH=point:kind[:nth]`` makes the ``nth`` (default first) arrival at ``point`` raise (``raise``), exit
-(``exit``), send itself SIGKILL (``kill``) or pause itself until SIGCONT (``stop``); several are parted by commas. With
-``AMLORA_CRASH_ONCE=FILE`` each happens in one process only: the first to create FILE.point. Unset, a crash point costs one
-comparison.
+(``exit``), send itself SIGKILL (``kill``) or pause itself until SIGCONT (``stop``); several are parted by commas. ``hold``
+keeps the thread that arrives there until another one of them has happened, ``pass`` only happens: with these a test decides
+which of two threads is first. With ``AMLORA_CRASH_ONCE=FILE`` each happens in one process only: the first to create
+FILE.point. Unset, a crash point costs one comparison.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 
 POINTS = (
@@ -28,8 +30,10 @@ POINTS = (
     "run_closed",
 )
 
+HOLD_DEADLINE_S = 60.0
 _SPEC = os.environ.get("AMLORA_CRASH", "")
 _seen: Counter[str] = Counter()
+_happened = threading.Event()
 
 
 class CrashedOnPurposeError(RuntimeError):
@@ -49,6 +53,13 @@ def reach(point: str) -> None:
 
 
 def _die(point: str, kind: str) -> None:
+    if kind == "hold":
+        if not _happened.wait(HOLD_DEADLINE_S):
+            raise CrashedOnPurposeError(f"crash point {point!r}: held for {HOLD_DEADLINE_S:.0f} s (AMLORA_CRASH={_SPEC})")
+        return
+    _happened.set()
+    if kind == "pass":
+        return
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stop":

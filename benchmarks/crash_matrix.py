@@ -1,10 +1,11 @@
 """The crash matrix: a run dies at every named point, by every kind of death, and must end as if nothing had happened.
 
-    python benchmarks/crash_matrix.py                      all points without Ray (a minute)
+    python benchmarks/crash_matrix.py                      all points without Ray, then all orders of two threads (minutes)
     python benchmarks/crash_matrix.py --workers 2 --zero 2 through Ray Train and DeepSpeed (an hour on two cores)
     python benchmarks/crash_matrix.py --points step_done,alias_moved
 
-Prints one line a point. Exit code 1 when a result differs from the undisturbed one, with what differs.
+Prints one line a point; then, without Ray and if all points were asked for, one line for each order of a stage and the
+publication of the one before. Exit code 1 when a result differs from the undisturbed one, with what differs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.fork_server import Server
 from tests.pipelines.crash_cases import (
     DIES_AT_IN_WORKER,
     KINDS,
+    ORDERS,
     Start,
     calm,
     crash,
@@ -50,7 +52,8 @@ def main() -> None:
     points = options.points.split(",")
     if unknown := sorted(set(points) - set(POINTS)):
         parser.error(f"--points: {', '.join(unknown)} unknown; there are {', '.join(POINTS)}")
-    began, bad = time.monotonic(), []
+    began, bad = time.monotonic(), list[str]()
+    done: list[str] = []
     with tempfile.TemporaryDirectory(prefix="crash-") as name, ExitStack() as stack:
         folder = Path(name)
         from amlora_dist.registry.store import Store
@@ -64,23 +67,26 @@ def main() -> None:
         print(f"{where}: {len(undisturbed.versions)} stages, {len(points)} points\n", flush=True)
         print(f"| point | dies in | {' | '.join(KINDS.values())} |")
         print("|---|---|" + "---|" * len(KINDS))
-        for point in points:
+        worker = DIES_AT_IN_WORKER if options.workers else {}
+        rows = {point: (point, nth_of(point, options.workers), "") for point in points}
+        rows |= ORDERS if not options.workers and set(points) == set(POINTS) else {}
+        for name, (point, nth, meanwhile) in rows.items():
             cells = []
             for kind in KINDS:
+                place = folder / f"case-{len(done)}"
+                done.append(name)
                 try:
-                    nth = nth_of(point, options.workers)
-                    case = crash(start, folder / f"{point}-{kind}", config, folder / "empty", point, kind, nth)
+                    case = crash(start, place, config, folder / "empty", point, kind, nth, meanwhile=meanwhile)
                 except (AssertionError, subprocess.TimeoutExpired) as error:  # the others are of interest all the same
-                    bad.append(f"{point} by {KINDS[kind]}: {error}")
+                    bad.append(f"{name} by {KINDS[kind]}: {error}")
                     cells.append("NO END")
                     continue
                 wrong = faults(case, undisturbed)
-                bad += [f"{point} by {KINDS[kind]}: {fault}" for fault in wrong]
+                bad += [f"{name} by {KINDS[kind]}: {fault}" for fault in wrong]
                 ends = ", ".join(map(str, case.codes))
                 cells.append(f"{'DIFFERS' if wrong else 'equal'} (exit {ends}; {case.seconds:.1f} s)")
-            who = "worker" if options.workers and point in DIES_AT_IN_WORKER else "driver"
-            print(f"| {point} | {who} | {' | '.join(cells)} |", flush=True)
-    print(f"\n{len(points) * len(KINDS)} cases, {len(bad)} differ; {time.monotonic() - began:.0f} s")
+            print(f"| {name} | {'worker' if point in worker else 'driver'} | {' | '.join(cells)} |", flush=True)
+    print(f"\n{len(done)} cases, {len(bad)} differ; {time.monotonic() - began:.0f} s")
     for line in bad:
         print(line)
     sys.exit(1 if bad else 0)

@@ -108,7 +108,7 @@ def timed_run(spans: Path, arguments: list[str]) -> None:
 
     timed(executor.ClusterExecutor, "ready")
     timed(executor.ClusterExecutor, "run")
-    timed(journal.RunJournal, "publish")
+    timed(journal.RunJournal, "publish")  # what of it the next stage waits for
     sys.argv = ["amlora", *arguments]
     cli()
 

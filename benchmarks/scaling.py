@@ -145,16 +145,22 @@ def run(folder: Path, count: int, *, reuse: bool) -> list[dict[str, Any]]:
     settings = load_config(config, ["evaluation.untrained=false", "evaluation.oracle=false", f"evaluation.reuse={reuse}"])
     publishing: list[float] = []
     scored_rows: list[int] = []
-    publish = RunJournal._publish
+    write, register = RunJournal._written, RunJournal._registered
 
-    def timed(self: RunJournal, bank: Any, record: Any, *given: Any) -> Any:
+    def written(self: RunJournal, folder: Path, bank: Any, record: Any, *given: Any) -> Any:
         began = time.perf_counter()
-        version = publish(self, bank, record, *given)
+        manifest = write(self, folder, bank, record, *given)
         publishing.append(time.perf_counter() - began)
         scored_rows.append(sum(score["rows"] - score["kept"] for score in record.scores))
+        return manifest
+
+    def registered(self: RunJournal, *given: Any) -> Any:
+        began = time.perf_counter()
+        version = register(self, *given)
+        publishing[-1] += time.perf_counter() - began
         return version
 
-    RunJournal._publish = timed  # type: ignore[method-assign]
+    RunJournal._written, RunJournal._registered = written, registered  # type: ignore[method-assign]
     watch = Watch(home / "artifacts")
     result = run_sequence(settings, run_id="scaling", progress=watch)
     lines: list[dict[str, Any]] = []

@@ -200,6 +200,7 @@ def _child(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     crash_points._SPEC = os.environ.get("AMLORA_CRASH", "")
     crash_points._seen = Counter()
+    crash_points._happened = threading.Event()
     if request["dead_after_s"] is not None:
         defaults = {"heartbeat_s": 0.2, "dead_after_s": request["dead_after_s"], "poll_s": 0.1}
         leases.Timing.__init__.__kwdefaults__.update(defaults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def run_stages(config: dict[str, Any]) -> None:
     if os.environ.get("AMLORA_VERBOSE") != "1":
         quiet_libraries()
     join_process_group()  # imports DeepSpeed
+    gc.freeze()
     channel, cache = WorkerEnd(config["channel"]), WorkerCache()
     rank, process = get_context().get_world_rank(), psutil.Process()
     about = {"kind": "worker", "process": process.create_time(), "entered": entered, "ready": time.time()}

@@ -173,7 +173,8 @@ class Sequence:
         Args:
             progress: hears everything; default: a bar on a terminal, lines elsewhere, on standard error.
             on_step: called at every optimizer step.
-            on_stage: called with the result so far after every stage.
+            on_stage: called with the result so far when a stage is published, in the thread that publishes it: the next one
+                trains meanwhile.
             on_score: called with every score.
             allow_changed_data: go on although rows or model have changed.
             verbose: what workers' libraries say.

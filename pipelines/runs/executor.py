@@ -3,6 +3,7 @@ other; the driver of a run knows neither."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,13 +96,15 @@ class InProcess:
     """
 
     def __init__(self, cache: WorkerCache | None = None, *, hold: bool = True) -> None:
-        self._cache, self._hold = cache, hold
+        self._cache, self._hold, self._frozen = cache, hold, False
 
     def __enter__(self) -> InProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._cache = None
+        if self._frozen:
+            gc.unfreeze()
 
     def prepare(self, placement: Placement | None = None) -> None:
         """Nothing takes long."""
@@ -118,6 +121,9 @@ class InProcess:
 
         if self._cache is None and self._hold:
             self._cache = WorkerCache()
+        if self._hold and not self._frozen:
+            gc.freeze()
+            self._frozen = True
 
         def report(event: Event) -> None:
             watch()

@@ -28,6 +28,7 @@ from amlora_dist.training.stage_spec import Parent
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
 from pipelines.runs.plan import BankState
+from pipelines.runs.publisher import Publisher
 from pipelines.runs.resume_check import check_rule_of_bank
 from pipelines.runs.stage_pages import run_description, show_stage
 from pipelines.runs.stage_record import StageRecord
@@ -36,11 +37,13 @@ from pipelines.runs.takeover import first_there
 if TYPE_CHECKING:
     from amlora_dist.config.loading import RunConfig
     from amlora_dist.registry.leases import Lease
+    from amlora_dist.registry.manifest import Manifest
     from amlora_dist.registry.store import Store
     from amlora_dist.registry.versions import Version
     from amlora_dist.training.stage_spec import StageWork
     from pipelines.runs.inputs import RunInputs
     from pipelines.runs.plan import StagePlan
+    from pipelines.runs.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,10 @@ class RunJournal:
         """MLflow's id of the run."""
         self.versions = BankVersions(store, inputs.storage)
         self.stages: list[StageRecord] = []
+        self._banks: dict[tuple[str, ...], Version] = {}
+        """As which banks are published, by the fingerprints of their stages."""
+        self._publisher = Publisher()
+        self._so_far: dict[str, Any] = {}
 
     # -- before the first stage ---------------------------------------------------------------------------------
 
@@ -106,15 +113,20 @@ class RunJournal:
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
             raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
-        return BankState(
+        bank = BankState(
             tuple(parents),
             tuple(entry.training_fingerprint for entry in manifest.adapters),
             tuple(_statistics_digest(read_result(Path(parent.folder))) for parent in parents),
-            version,
             {one.task: one.task_spec for one in manifest.adapters if one.task_spec is not None},
         )
+        self._banks[bank.fingerprints] = version
+        return bank
 
-    def settle(self, config: RunConfig) -> None:
+    def version_of(self, bank: BankState) -> Version | None:
+        """As which a bank is published; None of an empty one, and as long as it is not settled."""
+        return self._banks.get(bank.fingerprints)
+
+    def note_configuration(self, config: RunConfig) -> None:
         """Store the configuration with what ``auto`` has come to."""
         self.inputs.config = config
         self.mapping = public_configuration(to_mapping(config))
@@ -129,7 +141,8 @@ class RunJournal:
 
     @contextlib.contextmanager
     def claimed(self, plan: StagePlan, on_wait: Callable[[], None]) -> Iterator[StageRecord]:
-        """The stage's record, with the version that it is taken over from, or the claim to train it held until the end.
+        """The stage's record, with the version that it is taken over from, or the claim to train it, held until the end: of
+        its publication, where it came to that.
 
         Args:
             plan: of the stage.
@@ -143,15 +156,16 @@ class RunJournal:
         if own is not None or not plan.trains:
             record.known |= self._known_scores(record.run)
         plan.work(self.inputs).fetch()
-        with contextlib.ExitStack() as stack:
+        try:
             if own is not None:
                 self.store.drop_claim(plan.fingerprint, label=self._label(plan))
-            elif plan.trains and self._share:
-                record.original = self._find_or_claim(plan, stack, on_wait)
-            if own is not None:
                 record.original, record.published, record.resumed = own, own, True
+            elif plan.trains and self._share:
+                record.original = self._find_or_claim(plan, record, on_wait)
             record.reused = record.original is not None
             yield record
+        finally:
+            record.release()
 
     def open_work(self, plan: StagePlan, record: StageRecord) -> StageWork | None:
         """What is still to be done of a stage; None where all is there."""
@@ -165,30 +179,70 @@ class RunJournal:
             record.reused = not cells
         return replace(work, cells=cells) if cells or (plan.trains and not work.is_trained) else None
 
-    def publish(self, plan: StagePlan, record: StageRecord) -> BankState:
-        """Take up what training and scoring gave; the bank with the stage, published as a version."""
-        if not plan.trains:
-            record.score(plan.cells)
-            record.scores += [score | {"mode": "router"} for score in record.scores]
-            self._upload_scores(plan, record)
-            return plan.bank
-        work = plan.work(self.inputs)
-        result = read_result(work.trained)
-        record.take(result)
-        record.score(plan.cells)
-        parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
-        bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
-        if not record.resumed or record.scored_now:
-            self._upload_scores(plan, record)
-        if record.published is None:
-            record.published = self._publish(bank, record, plan.bank.version)
-        if work.mirror is not None:
-            work.mirror.forget()
-        return replace(bank, version=record.published)
+    def publish(self, plan: StagePlan, record: StageRecord, progress: Progress) -> BankState:
+        """Take up what training and scoring gave, and have the bank with the stage published in the background.
 
-    def stage_done(self, record: StageRecord) -> dict[str, Any]:
-        """Show a published stage on MLflow's pages; the result so far."""
+        Args:
+            plan: of the stage.
+            record: of the stage, with its claim, which is held until the version is there.
+            progress: hears of the version.
+
+        Returns:
+            The bank with the stage, at once; ``settle`` says whether it is published.
+        """
+        bank, folder, manifest = plan.bank, None, None
+        work = plan.work(self.inputs)
+        if plan.trains:
+            result = read_result(work.trained)
+            record.take(result)
+            parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
+            bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
+        record.score(plan.cells)
+        if not plan.trains:
+            record.scores += [score | {"mode": "router"} for score in record.scores]
         self.stages.append(record)
+        if plan.trains and record.published is None:
+            folder = self.inputs.storage / "publishing" / f"{self.run_id}-{record.index}-{self.lease.epoch}"
+            manifest = self._written(folder, bank, record, self.version_of(plan.bank))
+        record.end()
+        claim, record.claim = record.claim, None
+
+        def published() -> None:
+            try:
+                if not record.resumed or record.scored_now:
+                    self._upload_scores(plan, record)
+                if folder is not None and manifest is not None:
+                    record.published = self._registered(folder, manifest, record)
+                if record.published is not None:
+                    self._banks[bank.fingerprints] = record.published
+                if work.mirror is not None:
+                    work.mirror.forget()
+            finally:
+                if claim is not None:
+                    claim.release(forget=True)
+            self._show(record, progress)
+
+        self._publisher.begin(f"stage {record.index} {record.task!r}", published)
+        return bank
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until all stages so far are published.
+
+        Returns:
+            The run's result so far; empty before the first stage.
+
+        Raises:
+            Exception: what the last one failed with. All that was trained and scored is kept: the next start publishes it.
+        """
+        self._publisher.settle()
+        return self._so_far
+
+    def leave(self) -> None:
+        """The run ends: let a publication that is at work come to its end, if that does not take long."""
+        self._publisher.leave()
+
+    def _show(self, record: StageRecord, progress: Progress) -> None:
+        """Show a published stage on MLflow's pages, and tell of it."""
         self.lease.check()
         manifest = self.versions.at_hand(record.published)
         show_stage(
@@ -196,7 +250,10 @@ class RunJournal:
         )
         result = self.write_result()
         describe_run(self.store, self.run, run_description(result, public_name(self.inputs.base.source)))
-        return result
+        if record.published is not None:
+            how = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
+            progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.model}")
+        progress.stage_done(result)
 
     # -- after the last one -------------------------------------------------------------------------------------
 
@@ -214,10 +271,11 @@ class RunJournal:
         Returns:
             What the alias ``champion`` means now, in words; None for a bank that does not hold every stage.
         """
-        if bank.version is None or len(bank.parents) < len(self.inputs.stage_names):
+        version = self.version_of(bank)
+        if version is None or len(bank.parents) < len(self.inputs.stage_names):
             return None
-        number = crown_first(self.store, bank.version, self.lease.check)
-        name, own = self.model, bank.version.number
+        number = crown_first(self.store, version, self.lease.check)
+        name, own = self.model, version.number
         if number == own:
             return f"models:/{name}@{tags.CHAMPION} is version {own}"
         stays = f"stays at version {number}" if number else "was deleted by somebody and is not set again"
@@ -237,7 +295,8 @@ class RunJournal:
         )
         self.lease.check()
         self.store.log_json(self.run, results.FILE, result)
-        return result | results.kept_at(self.store, self.run)
+        self._so_far = result | results.kept_at(self.store, self.run)
+        return self._so_far
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -248,7 +307,7 @@ class RunJournal:
         return first_there(self.store, own, self.inputs.storage)
 
     def _find_or_claim(
-        self, plan: StagePlan, stack: contextlib.ExitStack, on_wait: Callable[[], None]
+        self, plan: StagePlan, record: StageRecord, on_wait: Callable[[], None]
     ) -> Version | None:
         """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
         storage, label = self.inputs.storage, self._label(plan)
@@ -257,10 +316,11 @@ class RunJournal:
             if found is not None:
                 self.store.drop_claim(plan.fingerprint, label=label)
                 return found
-            claim = self.store.claim_stage(plan.fingerprint, label=label, deadline_s=CLAIM_DEADLINE_S, on_wait=on_wait)
-            if claim is None:
+            record.claim = self.store.claim_stage(
+                plan.fingerprint, label=label, deadline_s=CLAIM_DEADLINE_S, on_wait=on_wait
+            )
+            if record.claim is None:
                 continue
-            stack.callback(claim.release, forget=True)
             reach("stage_claimed")
             return first_there(self.store, self.store.find_stage(plan.fingerprint), storage)
 
@@ -273,32 +333,36 @@ class RunJournal:
         stored = self.store.load_json(stage_run, results.STAGE_FILE) or {}
         return {score["fingerprint"]: score for score in stored.get("scores", [])}
 
-    def _publish(self, bank: BankState, record: StageRecord, below: Version | None) -> Version:
-        """Register the bank after a stage as a version of the run's model."""
-        epoch, original = self.lease.epoch, record.original
-        folder = self.inputs.storage / "publishing" / f"{self.run_id}-{record.index}-{epoch}"
-        manifest = self.versions.write(
+    def _written(self, folder: Path, bank: BankState, record: StageRecord, below: Version | None) -> Manifest:
+        """Write the folder of the version that a stage becomes."""
+        epoch = self.lease.epoch
+        return self.versions.write(
             folder,
             self.inputs,
             bank.parents,
             record,
-            original=original,
+            original=record.original,
             below=below,
             placement=self.store.placement(self.model, record.run, epoch),
-            matrices=results.matrices(self.inputs.tasks, [*self.stages, record]),
+            matrices=results.matrices(self.inputs.tasks, self.stages),
             about={"run_id": self.run_id, "epoch": epoch, "training_configuration": self.mapping},
         )
+
+    def _registered(self, folder: Path, manifest: Manifest, record: StageRecord) -> Version:
+        """Register a written folder as a version of the run's model."""
         values = {
             tags.RUN_ID: self.run_id,
             tags.TASK: record.task,
             tags.STAGE: str(record.index),
             tags.TRAINING_FINGERPRINT: record.fingerprint,
         }
-        common: dict[str, Any] = {"stage_run": record.run, "tags": values, "epoch": epoch, "guard": self.lease.check}
-        if original is None:
+        common: dict[str, Any] = {
+            "stage_run": record.run, "tags": values, "epoch": self.lease.epoch, "guard": self.lease.check,
+        }  # fmt: skip
+        if record.original is None:
             version = self.store.publish(self.model, folder, **common)
         else:
-            version = self.store.reuse(self.model, original, folder, **common)
+            version = self.store.reuse(self.model, record.original, folder, **common)
         self.versions.keep(version, manifest)
         shutil.rmtree(folder, ignore_errors=True)
         return version

@@ -15,7 +15,6 @@ from amlora_dist.errors import UserError
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode, Parent, StageWork
 
 if TYPE_CHECKING:
-    from amlora_dist.registry.versions import Version
     from amlora_dist.tasks.task_entry import TaskEntry
     from pipelines.runs.inputs import RunInputs
 
@@ -29,13 +28,11 @@ class BankState:
     """Training fingerprints of its stages."""
     statistics: tuple[str, ...] = ()
     """Digests of its router statistics."""
-    version: Version | None = None
-    """As which it is published."""
     entries: Mapping[str, TaskEntry] = field(default_factory=dict)
     """Of the tasks that a parent bank brought along."""
 
     def grown(self, parent: Parent, fingerprint: str, statistics: str) -> BankState:
-        """The same with one more adapter, not yet published."""
+        """The same with one more adapter."""
         return replace(
             self,
             parents=(*self.parents, parent),

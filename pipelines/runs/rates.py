@@ -64,13 +64,13 @@ def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progre
         facts: dict[str, Any] | None = stored.get("rate")
         return facts
     search = RateSearch(journal, attempts, progress)
-    if bank.version is not None:
-        manifest = journal.versions.manifest_of(bank.version)
-        chosen = search.of_bank(manifest.training_configuration, bank.version.uri)
+    if (version := journal.version_of(bank)) is not None:
+        manifest = journal.versions.manifest_of(version)
+        chosen = search.of_bank(manifest.training_configuration, version.uri)
     else:
         chosen = search.raced(bank, inputs.stage_names[0])
     config = inputs.config
-    journal.settle(replace(config, training=replace(config.training, learning_rate=chosen.rate)))
+    journal.note_configuration(replace(config, training=replace(config.training, learning_rate=chosen.rate)))
     return chosen.facts
 
 

@@ -121,11 +121,11 @@ def run_sequence(
 def run_stages(
     journal: RunJournal, attempts: Attempts, progress: Progress, within: SearchContext | None = None
 ) -> dict[str, Any]:
-    """The whole story of a run: plan, execute, publish, stage after stage."""
+    """The whole story of a run: plan, execute, publish, stage after stage; each is published while the next one trains."""
     inputs = journal.inputs
     bank = journal.starting_bank()
-    if bank.version is not None:
-        progress.note(f"starting from {bank.version.uri}: {', '.join(parent.task for parent in bank.parents)}")
+    if (start := journal.version_of(bank)) is not None:
+        progress.note(f"starting from {start.uri}: {', '.join(parent.task for parent in bank.parents)}")
     journal.note_inputs(bank, settle_rate(journal, bank, attempts, progress))
     plans: list[StagePlan] = []
     for number, task in enumerate(inputs.stage_names, start=1):
@@ -135,16 +135,12 @@ def run_stages(
             work = journal.open_work(plan, record)
             if work is not None:
                 attempts.run(work)
-            bank = journal.publish(plan, record)
-        if record.published is not None:
-            how = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
-            progress.note(f"stage {number} {task}: {how}, version {record.version} of {journal.model}")
-        record.end()
-        result = journal.stage_done(record)
+            journal.settle()
+            bank = journal.publish(plan, record, progress)
         plans.append(plan)
-        progress.stage_done(result)
         if within is not None and within.on_stage is not None:
-            within.on_stage(result)
+            within.on_stage(journal.settle())  # what a search hears of is published
+    journal.settle()
     result = journal.finish()
     if within is None and (now_served := journal.crown(bank)):
         progress.note(now_served)
@@ -185,7 +181,7 @@ def _expected(config: RunConfig, run_id: str) -> Placement | None:
 
 @contextlib.contextmanager
 def _closed_at_the_end(journal: RunJournal) -> Iterator[None]:
-    """Close the run in MLflow, with the status that it ended in."""
+    """Close the run in MLflow, with the status that it ended in; a publication at work may end before."""
     status = "FAILED"
     try:
         yield
@@ -197,6 +193,7 @@ def _closed_at_the_end(journal: RunJournal) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
+        journal.leave()
         with contextlib.suppress(AmloraError):
             journal.lease.check()
             journal.store.end_run(journal.run, status)

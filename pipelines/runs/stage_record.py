@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.registry import tags
 
 if TYPE_CHECKING:
+    from amlora_dist.registry.leases import Lease
     from amlora_dist.registry.versions import Version
     from amlora_dist.training.result import Result
     from amlora_dist.training.stage_spec import Cell
@@ -23,6 +24,8 @@ class StageRecord:
     task: str
     fingerprint: str
     began: float = field(default_factory=time.monotonic)
+    claim: Lease | None = None
+    """To train the stage: held until its version is published, or it has failed."""
     run: str = ""
     """MLflow's id of the stage's run."""
     original: Version | None = None
@@ -75,8 +78,14 @@ class StageRecord:
             self.scores.append(score | {"mode": cell.mode, "task": cell.task})
             self.score_seconds += score["seconds"]
 
+    def release(self) -> None:
+        """Let go of the claim, if it is still held: the stage is published, or will not be."""
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            claim.release(forget=True)
+
     def end(self) -> None:
-        """Note the seconds that are neither training nor scoring."""
+        """Note the seconds that are neither training nor scoring, so far: those for which the next stage had to wait."""
         spent = time.monotonic() - self.began
         self.other_seconds = max(0.0, spent - (0.0 if self.reused else self.train_seconds) - self.score_seconds)
 

@@ -31,12 +31,26 @@ DIES_AT = {
     "training_ended": 2, "adapter_gathered": 2, "scores_written": 6, "artifacts_uploaded": 2, "read_back": 2,
     "version_registered": 2, "alias_moved": 2, "run_closed": 1,
 }  # fmt: skip
-"""Which arrival of the one process kills it: in the middle of the second of two stages."""
+"""Which arrival of the one process kills it: in the middle of the second of two stages, or when that is published."""
 DIES_AT_IN_WORKER = {
     "workers_started": 1, "step_done": 3, "checkpoint_written": 2, "checkpoint_committed": 2, "training_ended": 1,
     "adapter_gathered": 1, "scores_written": 2,
 }  # fmt: skip
 """Under Ray these are reached by workers, which count from 1 in the first stage; the others by the driver."""
+NOT_PUBLISHED = "artifacts_uploaded:hold:1"
+"""The first stage is not published before something else happens."""
+ORDERS = {
+    f"the second stage, at {point}, before the first is published": (point, DIES_AT[point], NOT_PUBLISHED)
+    for point in ("stage_claimed", "step_done", "checkpoint_committed", "training_ended", "scores_written")
+} | {
+    f"the first stage's publication, at {point}, {when}": (point, 1, meanwhile)
+    for when, meanwhile in {
+        "at once": "", "when the second has trained": f"{NOT_PUBLISHED},training_ended:pass:2",
+    }.items()
+    for point in ("artifacts_uploaded", "read_back", "version_registered", "alias_moved")
+    if not (meanwhile and point == "artifacts_uploaded")
+}  # fmt: skip
+"""A stage is published while the next one trains: who dies where, at which arrival, and what decides whose turn it is."""
 
 
 class Command(Protocol):
@@ -138,14 +152,20 @@ def calm(start: Start, folder: Path, config: Path, empty_home: Path, *overrides:
 
 
 def crash(
-    start: Start, folder: Path, config: Path, empty_home: Path, point: str, kind: str, nth: int, *overrides: str
-) -> Crashed:
-    """Die once at a point, and start the same command again until it ends by itself (twice at most)."""
+    start: Start, folder: Path, config: Path, empty_home: Path, point: str, kind: str, nth: int, *overrides: str,
+    meanwhile: str = "",
+) -> Crashed:  # fmt: skip
+    """Die once at a point, and start the same command again until it ends by itself (twice at most).
+
+    Args:
+        meanwhile: what decides the order of two threads (kinds ``hold`` and ``pass`` of crash points).
+    """
     home, once = folder / "home", folder / "fired"
     folder.mkdir(parents=True)
     shutil.copytree(empty_home, home)
     began = time.monotonic()
-    environment = {"AMLORA_HOME": str(home), "AMLORA_CRASH": f"{point}:{kind}:{nth}", "AMLORA_CRASH_ONCE": str(once)}
+    environment = {"AMLORA_HOME": str(home), "AMLORA_CRASH_ONCE": str(once)}
+    environment["AMLORA_CRASH"] = ",".join(filter(None, [f"{point}:{kind}:{nth}", meanwhile]))
     codes: list[int] = []
     command: Command | None = None
     while not codes or (codes[-1] != 0 and len(codes) < 2):

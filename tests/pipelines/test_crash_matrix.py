@@ -13,6 +13,7 @@ from tests.fork_server import ROOT, Server
 from tests.pipelines.crash_cases import (
     DIES_AT,
     KINDS,
+    ORDERS,
     Crashed,
     Outcome,
     calm,
@@ -24,6 +25,7 @@ from tests.pipelines.crash_cases import (
 )
 
 CASES = cases()
+IN_ORDER = [(order, kind) for order in ORDERS for kind in KINDS]
 LANES = 2
 """Children at work at once."""
 
@@ -32,7 +34,7 @@ LANES = 2
 def matrix(
     forking: Server, empty_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Future[Outcome], dict[tuple[str, str], Future[Crashed]]]:
-    """All cases, at work in the background while the tests ask for one after the other."""
+    """All cases, at work in the background while the tests ask for one after the other; orders by their name."""
     folder = tmp_path_factory.mktemp("matrix")
     config = matrix_config(folder)
     with ThreadPoolExecutor(LANES) as lanes:
@@ -43,6 +45,12 @@ def matrix(
             )
             for point, kind in CASES
         }
+        for number, (order, kind) in enumerate(IN_ORDER):
+            point, nth, meanwhile = ORDERS[order]
+            place = folder / f"order-{number}"
+            crashed[order, kind] = lanes.submit(
+                crash, forking.start, place, config, empty_home, point, kind, nth, meanwhile=meanwhile
+            )
         return undisturbed, crashed
 
 
@@ -54,6 +62,18 @@ def test_a_run_that_died_there_ends_with_the_undisturbed_result(
 ) -> None:
     undisturbed, crashed = matrix
     case = crashed[point, kind].result()
+    assert faults(case, undisturbed.result()) == []
+    assert case.codes == [-9 if kind == "kill" else 1, 0]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "kind"), IN_ORDER, ids=[f"{order}-{KINDS[kind]}" for order, kind in IN_ORDER])
+def test_whichever_of_a_stage_and_the_publication_before_it_dies_first_the_result_is_the_undisturbed_one(
+    order: str, kind: str, matrix: tuple[Future[Outcome], dict[tuple[str, str], Future[Crashed]]]
+) -> None:
+    undisturbed, crashed = matrix
+    case = crashed[order, kind].result()
     assert faults(case, undisturbed.result()) == []
     assert case.codes == [-9 if kind == "kill" else 1, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -50,6 +51,17 @@ def test_this_process_keeps_what_it_has_for_a_run_or_for_a_stage(caches: list[Wo
     assert caches[0] is caches[1] is not None
     assert caches[2:] == [None, None, mine, mine]
     assert isinstance(executor_of(load_config(config, ["workers=2"])), ClusterExecutor)
+
+
+def test_only_while_a_run_goes_on_its_process_is_not_searched_for_what_was_there_before(
+    caches: list[WorkerCache | None],
+) -> None:
+    gc.unfreeze()
+    with InProcess() as executor:
+        assert not gc.get_freeze_count()
+        executor.run(SimpleNamespace(), lambda event: None, lambda: None)  # type: ignore[arg-type]
+        assert gc.get_freeze_count() > 10_000
+    assert not gc.get_freeze_count()
 
 
 def test_a_run_that_was_lost_to_another_driver_ends_at_the_next_event(caches: list[WorkerCache | None]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from amlora_dist.config.loading import RunConfig, load_config
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import TrainingError
+from amlora_dist.methods import METHODS
 from amlora_dist.training.module_state import ModuleState
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import StageWork, _parsed
@@ -100,7 +101,14 @@ def check(found: dict[str, Any]) -> None:
     assert found["counts"][1:] == found["counts"][:-1], "no engine, parameter or hook stays"
 
 
-@pytest.mark.parametrize("method", ["am_lora", "seq_lora", "per_task", "l2p"])
+OTHER_METHODS = sorted(set(METHODS) - {"am_lora", "seq_lora", "per_task", "l2p", "base"})
+"""Tested when there is time; the base model alone is trained on nothing."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["am_lora", "seq_lora", "per_task", "l2p", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_METHODS)],
+)
 def test_stages_in_one_process_equal_stages_that_load_the_base_each_time(method: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=TASKS)
     knobs = {"l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]}.get(method, [])
