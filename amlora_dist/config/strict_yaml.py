@@ -79,7 +79,7 @@ for _tag, (_pattern, _first) in _SCALARS.items():
     )
 
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+def _construct(loader: yaml.SafeLoader, node: Any) -> Any:
     """A number, a truth or nothing; a tag that somebody wrote (``!!int many``) may stand before anything."""
     kind, text = node.tag.removeprefix(_TAG), str(loader.construct_scalar(node))
     if not re.fullmatch(_SCALARS[kind][0], text):

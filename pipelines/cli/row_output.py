@@ -163,12 +163,12 @@ def _encodable(text: str, row: dict[str, Any], encoding: str) -> str:
     return text + "\n"
 
 
-def _json(row: dict[str, Any], **how: bool) -> str:
+def _json(row: dict[str, Any], *, ensure_ascii: bool = True) -> str:
     """A row as JSON. It has no word for NaN and infinity: they become null, as in JavaScript and pandas."""
     try:
-        return json.dumps(row, default=_plain, allow_nan=False, **how)
+        return json.dumps(row, default=_plain, allow_nan=False, ensure_ascii=ensure_ascii)
     except ValueError:
-        return json.dumps(_finite(row), default=_plain, allow_nan=False, **how)
+        return json.dumps(_finite(row), default=_plain, allow_nan=False, ensure_ascii=ensure_ascii)
 
 
 def _finite(value: Any) -> Any:
