@@ -91,6 +91,18 @@ def is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in _FULL_NUMBERS or any(words in str(error) for words in _FULL_WORDS)
 
 
+def no_room(error: Exception) -> str | None:
+    """What a person can do about a file that a disk does not take: full, read-only, or somebody else's; None for any other
+    error."""
+    place = getattr(error, "filename", None)
+    where = f"{place}: " if isinstance(place, str) else ""
+    if is_full(error):
+        return f"{where}the disk is full, or a quota is used up; make room, then start the same command again"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return f"{where}cannot be used ({plain_reason(error)}); fix the permissions, or name another place"
+    return None
+
+
 def visible(text: str) -> str:
     """A text as a terminal may have it: what would move the cursor, change colours or turn the direction of writing is
     shown as an escape. Names and cells of files that somebody else wrote come into messages."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amlora_dist.errors import AmloraError, UserError, visible
+from amlora_dist.errors import AmloraError, UserError, no_room, visible
 from amlora_dist.privacy import shown
 from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, serving, store
 from pipelines.runs.run_ids import checked_run_id
@@ -241,6 +241,15 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         stopped = error.exit_code in (INTERRUPTED, TERMINATED)
         typer.echo(visible(shown(str(error) if stopped else f"error: {error}")), err=True)
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (reason := no_room(error)) is None:
+            raise
+        if verbose:
+            typer.echo(shown(traceback.format_exc()), err=True)
+        typer.echo(visible(f"error: {reason}"), err=True)
+        raise typer.Exit(UserError.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with the same run id goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None
