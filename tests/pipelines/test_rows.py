@@ -22,6 +22,7 @@ from amlora_dist.evaluation.requests import Answer, Classification, Route
 from amlora_dist.inference.model import AMLoRAModel
 from pipelines.cli.main import app
 from tests.registry.tiny_banks import tiny_bank
+from tests.training.test_torn_files import no_file_above
 
 TASKS = ("colours", "shapes")
 ROUTE = Route({"colours": 1.0, "shapes": 0.0}, {"colours": 1.0, "shapes": 0.0}, 0.0)
@@ -326,6 +327,29 @@ def test_a_failure_leaves_the_old_output_as_it_was(told: Told, monkeypatch: pyte
     done = amlora("-o", "out.csv", "--batch-size", "1", stdin='{"text": "a"}\n{"text": []}\n')
     assert done.exit_code == 2 and "standard input, line 2: text: found a list" in done.stderr
     assert Path("out.csv").read_text() == "old" and not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (["classify", "bank", "in.jsonl", "-o", "out.jsonl"], 100),
+        (["classify", "bank", "in.jsonl", "-o", "out.csv"], 100),
+        (["export", "bank", "dest"], 200),
+        (["init", "in.jsonl", "-o", "drafted"], 100),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line_and_nothing_half_written_is_left(
+    told: Told, command: list[str], size: int
+) -> None:
+    rows = [{"text": f"the wall {n} is {label}", "label": label} for n in range(30) for label in ("red", "blue")]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = sorted(path for path in Path().rglob("*") if path.is_file())
+    with no_file_above(size):
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "make room" in line
+    assert sorted(path for path in Path().rglob("*") if path.is_file()) == before
 
 
 # ---- samples --------------------------------------------------------------------------------------------------
