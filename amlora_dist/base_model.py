@@ -29,7 +29,7 @@ from amlora_dist.model_folder import AGAIN, folder_faults, read_object, short, s
 from amlora_dist.quantisation import Quantisation, loading_options, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Set
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,6 +151,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"model.source: found a tokenizer in {path} that cannot be loaded ({short(error)}), expected one that "
             "transformers reads; fetch the model again, or save the tokenizer again with save_pretrained"
         ) from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise UserError(
+            f"model.source: {path / 'tokenizer_config.json'}: model_max_length: found {str(longest)[:60]!a}, expected a"
+            f" number of tokens; {AGAIN}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -200,12 +206,26 @@ def check_weights(base: BaseModel, model: PreTrainedModel) -> None:
                 f"model.source: {base.path}: {name}: found shape {shape}, expected {shapes[name]} as config.json says; "
                 "the weights belong to another configuration, fetch the model again"
             )
+    if beyond := _beyond(model, stored.keys() - shapes.keys(), shapes.keys()):
+        raise UserError(
+            f"model.source: {base.path}: found {len(beyond)} tensors of layers that config.json does not count, the first is"
+            f" {beyond[0]}, expected as many layers as it says; fetch the model again"
+        )
     if stored.keys() - shapes.keys():
         return  # names of old, which transformers may still know; what is lacking then is told when it has loaded
     made = model._keys_to_ignore_on_load_missing or ()
     lacking = [names[0] for names in own.values() if not any(name in stored for name in names)]
     if lacking := sorted(name for name in lacking if not any(re.search(one, name) for one in made)):
         raise UserError(_lacking(base, model, lacking))
+
+
+def _beyond(model: PreTrainedModel, stored: Set[str], own: Set[str]) -> list[str]:
+    """Stored tensors of layers that the model has fewer of; without them it would be another model, and nobody told.
+    Those that transformers leaves out on purpose (of a model's extra heads) are not among them."""
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    layers = {re.sub(r"\.\d+\.", ".*.", name) for name in own}
+    found = (name for name in stored if re.sub(r"\.\d+\.", ".*.", name) in layers)
+    return sorted(name for name in found if not any(re.search(one, name) for one in ignored))
 
 
 def _lacking(base: BaseModel, model: PreTrainedModel, names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 from dataclasses import dataclass
 
 
@@ -64,12 +65,18 @@ class Fault:
         return f"{text} ({self.hint})" if self.hint else text
 
 
+MOST_TOLD = 200
+"""Faults of one file."""
+
+
 class FaultsError(UserError):
     """Every fault found in one file, at once."""
 
     def __init__(self, file: str, faults: list[Fault]) -> None:
         self.file, self.faults = file, faults
-        lines = "\n".join(f"  - {fault}" for fault in faults)
+        lines = "\n".join(f"  - {fault}" for fault in faults[:MOST_TOLD])
+        if len(faults) > MOST_TOLD:
+            lines += f"\n  - and {len(faults) - MOST_TOLD} more"
         super().__init__(f"{file}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n{lines}")
 
 
@@ -82,6 +89,25 @@ _FULL_WORDS = (
 def is_full(error: Exception) -> bool:
     """Whether an error of the system, of SQLite or of what lies between says that a disk has no room (or a quota)."""
     return getattr(error, "errno", None) in _FULL_NUMBERS or any(words in str(error) for words in _FULL_WORDS)
+
+
+def no_room(error: Exception) -> str | None:
+    """What a person can do about a file that a disk does not take: full, read-only, or somebody else's; None for any other
+    error."""
+    place = getattr(error, "filename", None)
+    where = f"{place}: " if isinstance(place, str) else ""
+    if is_full(error):
+        return f"{where}the disk is full, or a quota is used up; make room, then start the same command again"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return f"{where}cannot be used ({plain_reason(error)}); fix the permissions, or name another place"
+    return None
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may have it: what would move the cursor, change colours or turn the direction of writing is
+    shown as an escape. Names and cells of files that somebody else wrote come into messages."""
+    moving = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(one if one == "\n" or unicodedata.category(one) not in moving else ascii(one)[1:-1] for one in text)
 
 
 def plain_reason(error: BaseException) -> str:

@@ -27,6 +27,9 @@ _RECURRENT = ("rwkv", "xlstm", "mamba", "mamba2", "falcon_mamba", "jamba", "zamb
 """Keys and kinds of models with state-space or other recurrent layers."""
 _DEPTH = 3
 """How deep a configuration holds others: of text, vision, a decoder."""
+_COUNTED = re.compile(r"(layers?|blocks|experts|codebooks|labels?|label2id|layer_types)$")
+"""Keys that count what transformers makes a module of, or an entry of a dictionary."""
+MOST_PARTS = 10_000
 
 
 class Stored(NamedTuple):
@@ -57,7 +60,12 @@ def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
 
 def small_file_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
     """The part of ``folder_faults`` that is known before the weights are fetched."""
-    return [*_code_faults(folder, config), *_quantised_faults(folder, config)]
+    return [
+        *_code_faults(folder, config),
+        *_quantised_faults(folder, config),
+        *count_faults(folder / "config.json", config),
+        *_generation_faults(folder / "generation_config.json"),
+    ]
 
 
 def tokenizer_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
@@ -129,6 +137,27 @@ def kernel_faults(file: Path | str, config: Mapping[str, Any]) -> list[Fault]:
             if "_implementation" in key and any("/" in str(one) for one in _values(value)):
                 hint = f"code from elsewhere is never run; take {key} away: model.attention says which attention is used"
                 return [_fault(f"{file}: {place}{key}: {str(value)[:60]}", "eager, sdpa or flash_attention_2", hint)]
+    return []
+
+
+def count_faults(file: Path | str, config: Mapping[str, Any]) -> list[Fault]:
+    """Numbers of layers, experts or labels for which a model without weights already takes hours and all memory."""
+    for place, section in _sections(config):
+        for key, value in section.items():
+            count = len(value) if isinstance(value, (dict, list)) else value
+            if _COUNTED.search(key) and isinstance(count, int) and count > MOST_PARTS:
+                return [_fault(f"{file}: {place}{key}: {count}", f"at most {MOST_PARTS}", AGAIN)]
+    return []
+
+
+def _generation_faults(file: Path) -> list[Fault]:
+    """Numbers of tokens that are none: transformers compares them as they are, once the weights are loaded."""
+    for key, value in _read(file).items():
+        if not key.endswith("_token_id") or value is None:
+            continue
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            return [_fault(f"{file}: {key}: {str(value)[:60]!a}", "the number of a token", AGAIN)]
     return []
 
 

@@ -274,6 +274,39 @@ def test_a_small_file_that_means_billions_of_values_is_a_fault(write, text, foun
         parse_value(text.removeprefix("x: "))
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("!!binary aGVsbG8=", "tag 'tag:yaml.org,2002:binary'"),
+        ("!!binary '@@@'", "tag 'tag:yaml.org,2002:binary'"),
+        ("!!timestamp 2001-01-01", "tag 'tag:yaml.org,2002:timestamp'"),
+        ("!!set {a, b}", "tag 'tag:yaml.org,2002:set'"),
+        ("!!omap [a: 1]", "tag 'tag:yaml.org,2002:omap'"),
+        ("!!python/name:os.system", "tag 'tag:yaml.org,2002:python/name:os.system'"),
+        ("!!int many", "a value that is no int"),
+        ("!!int [1]", "expected a scalar node"),
+        ("!!float many", "a value that is no float"),
+        ("!!bool perhaps", "a value that is no bool"),
+        ("!!null something", "a value that is no null"),
+        ("0x" + "f" * 5000, "thousands of digits"),
+        (r'"a\ud800b"', r"'a\ud800b', half of a character"),
+        ("a\0b", r"the character '\x00'"),
+    ],
+)
+def test_values_that_are_none_of_a_configuration_are_faults(write, value, says):
+    (fault,) = faults_of(write(GOOD + f"seed: {value}\n")).values()
+    assert says in f"{fault.found} {fault.hint}"
+    (fault,) = faults_of(write(GOOD), f"seed={value}").values()
+    assert says in f"{fault.found} {fault.hint}"
+
+
+def test_thousands_of_unknown_keys_are_told_in_a_short_message(write):
+    with pytest.raises(FaultsError) as told:
+        load_config(write(GOOD + "".join(f"key{n}: 1\n" for n in range(3000))))
+    assert str(told.value).count("\n") == 201 and str(told.value).endswith("and 2800 more")
+    assert len(told.value.faults) == 3000
+
+
 def test_section_left_empty_has_its_defaults(write):
     assert load_config(write(GOOD + "training:\n  # epochs: 3\n")).training == TrainingSettings()
 
@@ -308,6 +341,8 @@ BAD_OVERRIDES = {
     "not YAML": ("seed=[1", "command line, seed", "a YAML value"),
     "place outside a list": ("tasks[7]=mnli", "command line, tasks[7]", "an item number 7"),
     "unknown path": ("training.epoch=3", "training.epoch", "a known one"),
+    "a name in a list": ("tasks.mnli=x", "command line, tasks.mnli", "[0] or so in place of 'mnli'"),
+    "half of a character": ("\udcff=3", "command line", "key.path=value"),
     "unknown section": ("trainig.epochs=3", "trainig", "a known one"),
 }
 

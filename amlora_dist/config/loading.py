@@ -261,13 +261,14 @@ def _load(
 
 def _to_take(found: Iterable[KeyPath], taken: Sequence[KeyPath]) -> list[KeyPath]:
     """Paths of faults; where taking one away was no help (it is a value that lacks), what holds it."""
-    out: list[KeyPath] = []
+    out: dict[KeyPath, None] = {}
+    known = set(taken)
     for path in found:
-        while path in taken:
+        while path in known:
             path = path[:-1]
-        if path and path not in out:
-            out.append(path)
-    return out
+        if path:
+            out[path] = None
+    return list(out)
 
 
 def _error(path: Path | str, faults: dict[KeyPath, Fault], places: dict[KeyPath, str]) -> FaultsError:
@@ -351,7 +352,7 @@ def _apply(data: dict[str, Any], text: str, places: dict[KeyPath, str], faults: 
     parts = re.findall(r"([^.\[\]]+)|\[([0-9]+)\]", key)
     path: KeyPath = tuple(int(index) if index else name for name, index in parts)
     at: KeyPath = ("command line", text)
-    if not equals or not path or dotted(path) != key:
+    if not equals or not path or dotted(path) != key or not key.isprintable():
         faults[at] = Fault("command line", shown(text), "key.path=value, such as training.epochs=3")
         return
     try:
@@ -367,6 +368,9 @@ def _apply(data: dict[str, Any], text: str, places: dict[KeyPath, str], faults: 
     for depth, part in enumerate(path):
         places[path[: depth + 1]] = "command line"
         last = depth == len(path) - 1
+        if isinstance(inner, list) and not isinstance(part, int):
+            faults[at] = Fault(f"command line, {key}", f"a list with {len(inner)} items", f"[0] or so in place of {part!r}")
+            return
         if isinstance(part, int):
             if not isinstance(inner, list) or part >= len(inner):
                 there = f"a list with {len(inner)} items" if isinstance(inner, list) else "no list"

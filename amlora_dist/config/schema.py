@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from amlora_dist.config.strict_yaml import KeyPath, dotted
-from amlora_dist.errors import Fault
+from amlora_dist.errors import MOST_TOLD, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -80,15 +80,16 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T | None, dict[KeyPath
         # JSON mode is strict about scalars and still takes a mapping for a dataclass and a list for a tuple.
         value = TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
+        for number, item in enumerate(error.errors(include_url=False)):
             path = _data_path(item["loc"], data)
-            fault = _fault(cls, data, path, item)
+            # To say what was meant is to compare with all that is known: not of the thousandth fault, which is not told.
+            fault = _fault(cls, data, path, item) if number < MOST_TOLD else Fault(dotted(path), "a value", "another")
             earlier = faults.get(path)
             if earlier is not None and fault.expected not in earlier.expected:
                 fault = Fault(fault.where, fault.found, f"{earlier.expected}, or {fault.expected}", earlier.hint)
             faults[path] = fault
         # Of a union the branch that got furthest into the value tells most: ``targets[1]`` and not ``targets``.
-        outer = [path for path in faults if any(path == other[: len(path)] != other for other in faults)]
+        outer = {path[:length] for path in faults for length in range(len(path))}
         return None, {path: fault for path, fault in faults.items() if path not in outer}
     return (None if faults else value), faults
 

@@ -24,6 +24,9 @@ MOST_VALUES = 100_000
 MOST_DEPTH = 64
 """Of values in each other."""
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a character: an escape can write it, and no file can hold it."""
+
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a document: keys of mappings and, from 0, places in lists."""
 
@@ -57,30 +60,48 @@ class _Loader(yaml.SafeLoader):
             self._depth -= 1
 
 
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"
+    ),
+    "merge": (r"<<", "<"),
+}  # fmt: skip
+"""Pattern of each kind, and the letters that it may begin with."""
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ("merge", r"<<", "<"),
-):
+for _tag, (_pattern, _first) in _SCALARS.items():
     # ``add_implicit_resolver`` files a pattern under the first letters it can match; "" stands for an empty scalar.
     _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
+        f"{_TAG}{_tag}", re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
     )
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
-    text = str(node.value)
+def _construct(loader: yaml.SafeLoader, node: Any) -> Any:
+    """A number, a truth or nothing; a tag that somebody wrote (``!!int many``) may stand before anything."""
+    kind, text = node.tag.removeprefix(_TAG), str(loader.construct_scalar(node))
+    if not re.fullmatch(_SCALARS[kind][0], text):
+        raise yaml.constructor.ConstructorError(None, None, f"a value that is no {kind}", node.start_mark)
+    if kind != "int":
+        return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
     try:
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
-    except ValueError:  # Python reads no number of more than some thousand digits
+        number = int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
+        str(number)
+    except ValueError:  # Python reads and writes no number of more than some thousand digits
         raise yaml.constructor.ConstructorError(None, None, "a number of thousands of digits", node.start_mark) from None
+    return number
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+# YAML's core schema and no more: dates, sets and bytes are no values of a configuration.
+_Loader.yaml_constructors = {
+    tag: made
+    for tag, made in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix(_TAG) in ("str", "seq", "map")
+}
+for _tag in ("bool", "null", "int", "float"):
+    _Loader.add_constructor(f"{_TAG}{_tag}", _construct)
 
 
 @dataclass(slots=True)
@@ -110,18 +131,23 @@ def read_document(path: Path) -> Document:
         raise FaultsError(name, [Fault("file", reason, "a YAML file")]) from None
     except UnicodeDecodeError as error:
         raise FaultsError(name, [Fault("file", f"byte {error.start} that is not UTF-8", "UTF-8 text")]) from None
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        found = f"the character {text[error.position]!a}"
+        raise FaultsError(name, [Fault(f"line {line}", found, "text without control characters, in UTF-8")]) from None
     try:
         node = loader.get_single_node()
         _check_size(node)
         lines: dict[KeyPath, int] = {}
         faults = list(_walk(node, (), lines, ())) if node is not None else []
-        data = loader.construct_document(node) if node is not None and not _cyclic(faults) else None
+        data = loader.construct_document(node) if node is not None and not _hopeless(faults) else None
     except yaml.YAMLError as error:
         raise FaultsError(name, [_syntax_fault(error, text)]) from None
     finally:
         loader.dispose()
-    if _cyclic(faults):
+    if _hopeless(faults):
         raise FaultsError(name, faults)
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -135,7 +161,10 @@ def parse_value(text: str) -> Any:
     Raises:
         ValueError: the text is not YAML, or holds a key twice.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"found the character {text[error.position]!a}, which no text may hold") from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -184,6 +213,8 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: tupl
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _walk(item, (*path, index), lines, (*above, id(node)))
+    if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
+        yield Fault(dotted(path), f"{node.value!a}, half of a character", "text", _ESCAPE)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
@@ -210,11 +241,13 @@ def _named(value: Any) -> Any:
     return [_named(inner) for inner in value] if isinstance(value, list) else value
 
 
+_ESCAPE = "write the character itself"
 _CYCLE = "aliases must not lead back"
 
 
-def _cyclic(faults: list[Fault]) -> bool:
-    return any(fault.hint == _CYCLE for fault in faults)
+def _hopeless(faults: list[Fault]) -> bool:
+    """Whether the values cannot even be looked at."""
+    return any(fault.hint in (_CYCLE, _ESCAPE) for fault in faults)
 
 
 def _syntax_fault(error: yaml.YAMLError, text: str) -> Fault:

@@ -25,7 +25,7 @@ from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_e
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.task_entry import TaskEntry
-from amlora_dist.tasks.texts import NoTextError, text_of
+from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
@@ -314,7 +314,7 @@ class Prompter:
             for name, words in (("text", request.text), ("question", request.question)):
                 if words is not None or name == "text":
                     _check_words(words, name, request.place, len(requests))
-            if not request.text.strip():
+            if is_blank(request.text):
                 raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
 
     def fill(self, requests: Sequence[Request], *, new_tokens: int, max_length: int | None = None) -> None:

@@ -21,7 +21,7 @@ from amlora_dist.adapters.targets import (
 )
 from amlora_dist.base_model import making_errors
 from amlora_dist.errors import UserError
-from amlora_dist.model_folder import kernel_faults, short
+from amlora_dist.model_folder import count_faults, kernel_faults, short
 from amlora_dist.quantisation import BYTES
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
 
     values = configuration_of(model)
     kind = values.get("model_type")
-    for fault in kernel_faults(model.source, values):
+    for fault in (*kernel_faults(model.source, values), *count_faults(model.source, values)):
         raise UserError(str(fault))
     try:
         config = AutoConfig.for_model(**values)
@@ -221,7 +221,7 @@ def known_models() -> list[str]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.source: cannot read {file}: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"model.source: {file} is not a transformers configuration: it has no model_type")

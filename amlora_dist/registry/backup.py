@@ -118,7 +118,7 @@ def _read_list(source: Path) -> dict[str, dict[str, Any]]:
         data = json.loads(file.read_text(encoding="utf-8"))
         listed: dict[str, dict[str, Any]] = dict(data["files"])
         named = {name: {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in listed.items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: not what `amlora backup` writes ({error!r}); take another backup") from error
     if data.get("format") != FORMAT:
         raise UserError(
@@ -127,9 +127,15 @@ def _read_list(source: Path) -> dict[str, dict[str, Any]]:
     root = source.resolve()
     for name in named:
         path = source / name
-        if Path(name).is_absolute() or not path.resolve().is_relative_to(root) or path.is_symlink():
+        try:
+            # A name with ".." may end in this folder, and outside of the home that it is copied to.
+            outside = not path.resolve().is_relative_to(root) or path.is_symlink() or ".." in Path(name).parts
+            outside, there = outside or Path(name).is_absolute(), path.is_file()
+        except (OSError, ValueError):  # a name that no disk takes
+            outside, there = False, False
+        if outside:
             raise UserError(f"{file}: found {name!r}, expected files of this folder alone")
-        if not path.is_file():
+        if not there:
             raise UserError(f"{path}: missing; the backup is damaged, take another")
     if DATABASE not in named:
         raise UserError(f"{file}: {DATABASE} is not listed; take another backup")

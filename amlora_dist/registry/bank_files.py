@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
+from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.digests import file_digest
-from amlora_dist.errors import BankError
+from amlora_dist.errors import BankError, FaultsError
 from amlora_dist.registry.card import EXAMPLE_FILE, LOADER
 from amlora_dist.registry.manifest import FILE, ROUTER_FILE, FileEntry, Manifest, Stored
 
@@ -28,6 +27,8 @@ _ALLOWED = re.compile(
     r"|\.cache/huggingface/.*|\.git/.*"
 )
 """Beside the bank's own files: what people read, what MLflow, the Hub, git and Finder add, and no loader reads."""
+MOST_MLMODEL = 1 << 20
+"""Bytes."""
 _FLAVOUR = {"loader_module", "config"}
 """What an ``MLmodel`` may say of its flavour: nothing that names code, an environment or data to load."""
 
@@ -104,11 +105,12 @@ def check_file(folder: Path, path: str, manifest: Manifest, *, whole: bool) -> N
 
 
 def _check_flavour(file: Path) -> None:
+    if file.stat().st_size > MOST_MLMODEL:
+        raise BankError(f"{file}: found {file.stat().st_size} bytes, expected at most {MOST_MLMODEL}; fetch the bank again")
     try:
-        data: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise BankError(f"{file}: found no YAML ({type(error).__name__}); fetch the bank again") from error
-    flavours = data.get("flavors") if isinstance(data, dict) else None
+        flavours = read_document(file).data.get("flavors")
+    except FaultsError as error:
+        raise BankError(f"{file}: found no YAML ({error.faults[0]}); fetch the bank again") from error
     own = flavours.get("python_function") if isinstance(flavours, dict) else None
     if not isinstance(own, dict) or len(flavours or ()) != 1 or own.get("loader_module") != LOADER or set(own) - _FLAVOUR:
         raise BankError(

@@ -217,7 +217,7 @@ def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Con
         UserError: the URI's scheme is one that cannot work, or the server does not answer.
         StoreError: another process has prepared the SQLite file for longer than the deadline.
     """
-    home = home.resolve()
+    home = _resolved(home, "AMLORA_HOME")
     where = KEY if tracking_uri else VARIABLE if os.environ.get(VARIABLE) else "AMLORA_HOME"
     tracking_uri = tracking_uri or os.environ.get(VARIABLE)
     uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
@@ -230,10 +230,16 @@ def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Con
             f"{where}: found {privacy.shown(uri)!r}, expected http(s)://HOST:PORT or sqlite:////ABSOLUTE/FILE.db (MLflow"
             " keeps no registry in plain files); or leave it out for the embedded store"
         )
+    scheme, _, file = uri.partition("://")
+    if scheme.startswith("sqlite") and (file.strip("/") == "" or ":memory:" in file or "mode=memory" in file):
+        raise UserError(
+            f"{where}: found {privacy.shown(uri)!r}, a store in memory that ends with this process, expected"
+            " sqlite:////ABSOLUTE/FILE.db; or leave it out for the embedded store"
+        )
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
         path, sign, options = uri.removeprefix("sqlite:///").partition("?")
-        uri = f"sqlite:///{Path(path).resolve()}{sign}{options}"
+        uri = f"sqlite:///{_resolved(Path(path), where)}{sign}{options}"
     if uri.startswith(("http:", "https:")):
         _knock(uri, where)
     if uri.startswith("sqlite:///"):
@@ -309,6 +315,16 @@ def _knock(uri: str, where: str) -> None:
         ) from None
 
 
+def _resolved(path: Path, where: str) -> Path:
+    try:
+        path.exists()  # raises for a name that is too long
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise UserError(
+            f"{where}: found {path}, expected a folder or file that can be reached ({plain_reason(error)}); name another"
+        ) from error
+
+
 def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
@@ -335,9 +351,11 @@ def _open_sqlite(uri: str, where: str, home: Path, *, reads: bool) -> MlflowClie
         raise StoreError(
             f"waited {FIRST_USE_DEADLINE_S:.0f} s for another process to prepare {file} ({file}.lock)"
         ) from error
-    except (sqlite3.Error, PermissionError) as error:
+    except (sqlite3.Error, OSError) as error:
         fix = NO_ROOM if is_full(error) else "name another file, or leave it out for the embedded store"
-        raise UserError(f"{where}: found {file}, expected a SQLite file that can be written ({error}); {fix}") from error
+        raise UserError(
+            f"{where}: found {file}, expected a SQLite file that can be written ({plain_reason(error)}); {fix}"
+        ) from error
 
 
 def _quiet() -> None:

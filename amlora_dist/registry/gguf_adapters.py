@@ -96,7 +96,10 @@ def read_gguf(file: Path, base: BaseModel, modules: Sequence[str]) -> Adapter:
     """
     import gguf
 
-    reader = gguf.GGUFReader(str(file))
+    try:
+        reader = gguf.GGUFReader(str(file))
+    except (ValueError, IndexError, KeyError, OSError) as error:  # gguf has no error of its own
+        raise UserError(f"{file}: no whole GGUF file ({error}); was the disk full when it was written?") from error
     fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture = ARCHITECTURES[base.model_type][0]
     if fields.get(gguf.Keys.Adapter.TYPE) != "lora" or fields.get("general.architecture") != architecture:

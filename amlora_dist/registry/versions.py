@@ -10,7 +10,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.registry import tags
 from amlora_dist.registry.manifest import Stored
 
-_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]+|latest))?")
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]{1,9}|latest))?")
 
 
 @dataclass(frozen=True, slots=True)

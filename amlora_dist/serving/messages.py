@@ -87,7 +87,8 @@ class _Asked(BaseModel):
     @classmethod
     def _known(cls, value: object) -> object:
         if isinstance(value, dict) and len(value) > len(cls.model_fields):
-            unknown = islice((str(key)[:80] for key in value if key not in cls.model_fields), 5)
+            # Escaped: half of a character in a message can be written by nobody.
+            unknown = islice((ascii(str(key)[:80])[1:-1] for key in value if key not in cls.model_fields), 5)
             raise PydanticCustomError(
                 "extra_forbidden", "Extra inputs are not permitted, among {count} keys found: {names}",
                 {"count": len(value), "names": ", ".join(unknown)},

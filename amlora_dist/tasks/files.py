@@ -184,7 +184,7 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
     They end at newlines only: JSON text may hold other line separators.
 
     Raises:
-        UserError: something else than UTF-8 text; names the line.
+        UserError: something else than UTF-8 text, or a zero byte in it; names the line.
     """
     number = 0
     while raw := file.readline(LONGEST_LINE + 1):
@@ -197,6 +197,11 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
                     raise UserError(f"{name}: not UTF-8 text but {what}; write it as UTF-8, or unpack it first")
         if len(raw) > LONGEST_LINE:
             raise UserError(f"{name}, line {number}: longer than {LONGEST_LINE >> 20} MiB; end each row with a newline")
+        if (place := raw.find(b"\0")) >= 0:
+            raise UserError(
+                f"{name}, line {number}: not text but a zero byte (byte {place + 1} of it): UTF-16 without a mark, another"
+                " kind of file, or the rest of one that was cut off; write it as UTF-8"
+            )
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -45,7 +45,7 @@ from amlora_dist.tasks.task import (
     suite_folder,
     with_defaults,
 )
-from amlora_dist.tasks.texts import NoTextError, text_of
+from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class _RowMaker:
             return self._conversation(raw)
         fields = self._mirrored_fields(raw.values) if self.mirrored else self._fields(raw.values)
         text = self._join(fields)
-        if not any(fields.values()):
+        if all(map(is_blank, fields.values())):
             return EMPTY_TEXT
         answers = self._answers(raw.values.get(self.answer_column))
         if not answers:

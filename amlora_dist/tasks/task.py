@@ -7,6 +7,7 @@ name; ``sources`` reads their rows, ``prompts`` renders them. Nothing here impor
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -429,6 +430,9 @@ def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:
 
 def meant(word: str, known: list[str]) -> str:
     """``" (did you mean 'x'?)"`` or nothing, for the end of a clause."""
+    same = unicodedata.normalize("NFC", word)
+    if alike := next((one for one in known if one != word and unicodedata.normalize("NFC", one) == same), None):
+        return f" (it looks like {alike!r}, which is written with other code points: {alike!a}; write both in NFC)"
     hint = did_you_mean(word, known)
     return f" ({hint})" if hint else ""
 

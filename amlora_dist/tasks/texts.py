@@ -10,6 +10,7 @@ import datetime
 import decimal
 import math
 import numbers
+import unicodedata
 from collections.abc import Mapping
 
 _KINDS: list[tuple[type | tuple[type, ...], str]] = [
@@ -71,6 +72,11 @@ def lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing in it that can be read: spaces, control characters, marks of order and width alone."""
+    return all(one.isspace() or unicodedata.category(one) in ("Cc", "Cf") for one in text)
 
 
 def _digits(number: int) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.errors import AmloraError, UserError, no_room, visible
 from amlora_dist.privacy import shown
 from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, serving, store
 from pipelines.runs.run_ids import checked_run_id
@@ -239,8 +239,17 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         if verbose:
             typer.echo(shown(traceback.format_exc()), err=True)
         stopped = error.exit_code in (INTERRUPTED, TERMINATED)
-        typer.echo(str(error) if stopped else f"error: {error}", err=True)
+        typer.echo(visible(shown(str(error) if stopped else f"error: {error}")), err=True)
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (reason := no_room(error)) is None:
+            raise
+        if verbose:
+            typer.echo(shown(traceback.format_exc()), err=True)
+        typer.echo(visible(f"error: {reason}"), err=True)
+        raise typer.Exit(UserError.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with the same run id goes on from here", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -257,7 +266,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
     """A fault of this program, in one line; -v shows where."""
     frames = traceback.extract_tb(trace)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    told = shown(str(error))
+    told = visible(shown(str(error)))
     print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
 
 

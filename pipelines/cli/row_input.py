@@ -31,7 +31,7 @@ from amlora_dist.tasks.files import (
     sniffed,
 )
 from amlora_dist.tasks.tables import UNEVEN, Needed
-from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
+from amlora_dist.tasks.texts import TAKEN, NoTextError, is_blank, text_of
 
 Asked = Literal["auto", "jsonl", "csv", "parquet", "text"]
 """What ``--format`` takes."""
@@ -189,7 +189,7 @@ def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:
     """The text of a row. Raises UserError where it has none, or only spaces; names the row."""
     fix = "--column names another key"
     text = _text(fields.get(column), where, column, fix)
-    if not text.strip():
+    if is_blank(text):
         raise UserError(f"{where}: {column}: found {text[:20]!r}, expected a text with words; leave the row out ({fix})")
     return text
 

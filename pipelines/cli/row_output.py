@@ -6,6 +6,7 @@ import csv
 import datetime
 import decimal
 import json
+import math
 import os
 import re
 import sys
@@ -148,7 +149,7 @@ class _Objects:
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
         self._file.writelines(
-            _encodable(json.dumps(row, ensure_ascii=False, default=_plain), row, self._encoding) for row in rows
+            _encodable(_json(row, ensure_ascii=False), row, self._encoding) for row in rows
         )
         self._file.flush()
 
@@ -158,8 +159,24 @@ def _encodable(text: str, row: dict[str, Any], encoding: str) -> str:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        text = json.dumps(row, default=_plain)
+        text = _json(row)
     return text + "\n"
+
+
+def _json(row: dict[str, Any], *, ensure_ascii: bool = True) -> str:
+    """A row as JSON. It has no word for NaN and infinity: they become null, as in JavaScript and pandas."""
+    try:
+        return json.dumps(row, default=_plain, allow_nan=False, ensure_ascii=ensure_ascii)
+    except ValueError:
+        return json.dumps(_finite(row), default=_plain, allow_nan=False, ensure_ascii=ensure_ascii)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: object) -> str:

@@ -123,7 +123,13 @@ def check_folder(folder: Path, name: str = "AMLORA_HOME") -> None:
     Raises:
         UserError: it is not.
     """
-    above = _existing(folder)
+    try:
+        folder.resolve().is_dir()
+        above = _existing(folder)
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no disk takes, links in a circle
+        raise UserError(
+            f"{name}: found {folder}, expected a folder that can be written ({plain_reason(error)}); set it to another"
+        ) from None
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "cannot be written" if above.is_dir() else "is no folder"
         raise UserError(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import load_config, to_mapping
-from amlora_dist.errors import TrainingError, UserError
+from amlora_dist.config.strict_yaml import read_document
+from amlora_dist.errors import FaultsError, TrainingError, UserError
 from amlora_dist.privacy import DROPPED, public_configuration, public_name
 from pipelines.cluster.jobs import STOP_WAIT_S, Job, Jobs
 from pipelines.cluster.working_dir import collect, pack
@@ -182,18 +183,17 @@ def runtime_env_from(file: Path | None) -> dict[str, Any]:
     """Ray's runtime environment from a YAML file.
 
     Raises:
-        UserError: no such file, no mapping, or a ``working_dir`` in it.
+        UserError, FaultsError: no such file, no mapping, a key twice, or a ``working_dir`` in it.
     """
     if file is None:
         return {}
-    import yaml
-
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--runtime-env: cannot read {file}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"--runtime-env: {file}: expected a mapping such as `pip: [...]`")
+        document = read_document(file)
+    except FaultsError as error:
+        raise UserError(f"--runtime-env: cannot read {error}; expected a mapping such as `pip: [...]`") from error
+    if document.faults:
+        raise FaultsError(f"--runtime-env: {file}", document.faults)
+    value = document.data
     if "working_dir" in value:
         raise UserError(f"--runtime-env: {file}: working_dir is given by --working-dir")
     variables = value.get("env_vars", {})

@@ -227,6 +227,14 @@ CASES: dict[str, tuple[Damage, Told]] = {
     "unknown label in row 17": (
         rewrite_rows(bad_label), Told("colours/train.jsonl", "row 17", "an unknown label ('purple')", ROWS)
     ),
+    "a text of marks that nobody sees": (
+        rewrite_rows(lambda lines: [r'{"text": "\u200b\ufeff", "label": "red"}', *lines[1:]]),
+        Told("colours/train.jsonl", "row 1", "an empty text", ROWS),
+    ),
+    "rows in UTF-16 without a mark": (
+        rewrite_rows(lambda lines: [line.encode("utf-16-le").decode() for line in lines]),
+        Told("colours/train.jsonl", "line 1", "not text but a zero byte", "write it as UTF-8"),
+    ),
     "missing label": (rewrite_rows(no_label), Told("colours/train.jsonl", "row 3", "no label", ROWS)),
     "empty text": (rewrite_rows(empty_text), Told("colours/train.jsonl", "row 1", "an empty text", ROWS)),
     "a text that is a list": (

@@ -176,6 +176,31 @@ MODELS: dict[str, tuple[Damage, Told]] = {
     "sizes that make no model": (
         configured(num_attention_heads=5), told("is not a multiple of the number of attention heads (5)", AGAIN, CONFIG)
     ),
+    "more layers than any model": (
+        configured(num_hidden_layers=2**31), told("num_hidden_layers: 2147483648", "expected at most 10000", CONFIG)
+    ),
+    "more labels than any model": (
+        configured(num_labels=10**8), told("num_labels: 100000000", "expected at most 10000", CONFIG)
+    ),
+    "more layers in an inner configuration": (
+        configured(text_config={"num_layers": 10**40}), told("text_config.num_layers: 1000", "at most 10000", CONFIG)
+    ),
+    "fewer layers than the weights have": (
+        configured(num_hidden_layers=2),
+        told("found 18 tensors of layers that config.json does not count", "the first is model.layers.2."),
+    ),
+    "a token to generate that is no number": (
+        with_model(lambda own: changed(own / "generation_config.json", pad_token_id="</s>")),
+        told("generation_config.json: pad_token_id: '</s>'", "expected the number of a token"),
+    ),
+    "tokens to end with that are no numbers": (
+        with_model(lambda own: changed(own / "generation_config.json", eos_token_id=[1, {}])),
+        told("generation_config.json: eos_token_id: '[1, {{}}]'", "expected the number of a token"),
+    ),
+    "a tokenizer's length in words": (
+        with_model(lambda own: changed(own / "tokenizer_config.json", model_max_length="long")),
+        told("tokenizer_config.json: model_max_length: found 'long'", "expected a number of tokens"),
+    ),
     "a size in words": (
         configured(num_attention_heads="four"), told("expected int, got str (value: 'four')", AGAIN, CONFIG)
     ),

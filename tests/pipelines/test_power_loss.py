@@ -1,7 +1,8 @@
-"""A machine that loses power forgets what was not synced: what is registered is whole all the same.
+"""A machine that loses power forgets what was not synced: what is registered is whole all the same, and the run goes on.
 
-``tests/registry/forgetful.c`` notes what each ``fsync`` has put on the disk. A run is killed at a crash point; then every
-file of its home gets the content of its last ``fsync``, and every name that its folder was not synced with goes.
+``tests/registry/forgetful.c`` notes what each ``fsync`` has put on the disk, whoever calls it: Python, SQLite, safetensors.
+A run stops at every crash point for a moment, and what a disk would then hold is built beside it: each file with the content
+of its last ``fsync``, under the names that its folder was last synced with. Then the same command starts on each such disk.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from amlora_dist.registry.bank_folder import read_bank
-from amlora_dist.registry.store import Store
+from amlora_dist.crash_points import POINTS
 from tests.fork_server import Server
-from tests.tiny_config import write_config
+from tests.pipelines.crash_cases import DIES_AT, RUN_ID, Crashed, Outcome, faults, matrix_config, outcome_of, spawned
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 
 SOURCE = Path(__file__).resolve().parents[1] / "registry" / "forgetful.c"
-QUICK = ("training.epochs=1", "evaluation.untrained=false", "evaluation.oracle=false")
+END = "after its end"
+DEADLINE_S = 900.0
 
 
 @pytest.fixture(scope="module")
@@ -42,93 +48,154 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def arguments(config: Path) -> list[str]:
-    return ["run", str(config), *QUICK, "--run-id", "power", "--json"]
+class Disk:
+    """A folder on a disk that forgets; all that is in it now was synced."""
 
+    def __init__(self, folder: Path, notes: Path) -> None:
+        self.folder, self.notes = folder, notes
+        notes.mkdir()
+        self._names: dict[int, list[tuple[int, bool, str]]] = {}
+        self._contents: dict[int, bytes] = {}
+        self._held: list[int] = []  # so that no later folder gets the number of one that was deleted
+        for one in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            inside = [(path.stat().st_ino, path.is_dir(), path) for path in one.iterdir()]
+            self._names[one.stat().st_ino] = [(inode, is_folder, path.name) for inode, is_folder, path in inside]
+            self._held.append(os.open(one, os.O_RDONLY))
+            for inode, is_folder, path in inside:
+                if not is_folder:
+                    self._contents[inode] = path.read_bytes()
+                    (notes / f"{inode}.pin").hardlink_to(path)
 
-def run(config: Path, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, because the library is loaded when it starts."""
-    command = [sys.executable, "-m", "pipelines.cli", *arguments(config)]
-    environment = {**os.environ, "AMLORA_HOME": str(home), **more}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    def without_power(self, target: Path) -> int:
+        """Write to ``target`` what is left; how many files of the folder are not there, or other ones."""
+        self._write(self.folder.stat().st_ino, target)
+        lost = 0
+        for path in self.folder.rglob("*"):
+            left = target / path.relative_to(self.folder)
+            lost += path.is_file() and not (left.is_file() and left.read_bytes() == path.read_bytes())
+        return lost
 
-
-Names = dict[int, dict[str, int]]
-"""What a folder's inode names: names and inodes."""
-
-
-def names_below(home: Path) -> Names:
-    """Every folder as it is."""
-    folders = [home, *(path for path in home.rglob("*") if path.is_dir())]
-    return {folder.stat().st_ino: {path.name: path.lstat().st_ino for path in folder.iterdir()} for folder in folders}
-
-
-def lose_power(home: Path, notes: Path, before: Names) -> tuple[int, int]:
-    """Leave of a home what was synced, or there ``before``; how many files lost bytes, and how many lost their name."""
-    synced = dict(before)
-    for file in notes.glob("*.names"):
-        pairs = [line.partition(" ") for line in file.read_text(encoding="utf-8").splitlines()]
-        synced[int(file.stem)] = {name: int(inode) for inode, _, name in pairs if name not in (".", "..")}
-    old = {inode for names in before.values() for inode in names.values()}
-    torn = forgotten = 0
-    for folder in sorted([home, *(path for path in home.rglob("*") if path.is_dir())], reverse=True):
-        known = synced.get(folder.stat().st_ino, {})
-        for path in list(folder.iterdir()):
-            inode = path.lstat().st_ino
-            if path.name not in known and path.name not in SQLITE:
-                forgotten += 1
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif path.is_file():
-                kept = notes / str(known.get(path.name, inode) if path.name not in SQLITE else inode)
-                content = kept.read_bytes() if kept.is_file() else path.read_bytes() if inode in old else b""
-                if content != path.read_bytes():
-                    torn += 1
-                    path.write_bytes(content)
-    return torn, forgotten
-
-
-SQLITE = ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm")
-"""Whose names SQLite syncs on its own, when it makes them."""
+    def _write(self, inode: int, target: Path) -> None:
+        target.mkdir()
+        file = self.notes / f"{inode}.names"
+        named = self._names.get(inode, [])
+        if file.is_file():
+            parts = [line.split(" ", 2) for line in file.read_text(encoding="utf-8").splitlines()]
+            named = [(int(number), kind == "d", name) for number, kind, name in parts]
+        for number, is_folder, name in named:
+            if is_folder:
+                self._write(number, target / name)
+            else:
+                synced = self.notes / str(number)
+                content = synced.read_bytes() if synced.is_file() else self._contents.get(number, b"")
+                (target / name).write_bytes(content)
 
 
 def test_the_disk_forgets_what_was_not_synced(library: Path, tmp_path: Path) -> None:
-    home, notes = tmp_path / "home", tmp_path / "notes"
-    home.mkdir()
-    notes.mkdir()
-    before = names_below(home)
+    home = tmp_path / "home"
+    (home / "old").mkdir(parents=True)
+    for name in ("old/moved", "old/deleted", "old/changed"):
+        (home / name).write_text("before")
+    disk = Disk(home, tmp_path / "notes")
     code = (
-        "import os, pathlib, sys; from amlora_dist.files import write_bytes; home = pathlib.Path(sys.argv[1]);"
+        "import os, pathlib, sqlite3, sys; from amlora_dist.files import write_bytes; home = pathlib.Path(sys.argv[1]);"
         "(home / 'lost').write_text('x' * 99); write_bytes(home / 'deep' / 'kept', b'y' * 99);"
         "file = (home / 'deep' / 'kept').open('ab'); file.write(b'z'); file.flush();"
-        "(home / 'deep' / 'unnamed').write_text('x')"
+        "(home / 'deep' / 'unnamed').write_text('x'); (home / 'old' / 'moved').rename(home / 'old' / 'there');"
+        "(home / 'old' / 'deleted').unlink(); (home / 'old' / 'changed').write_text('after');"
+        "base = sqlite3.connect(home / 'a.db'); base.execute('PRAGMA synchronous=FULL');"
+        "base.execute('CREATE TABLE t (x)'); base.execute('INSERT INTO t VALUES (1)'); base.commit()"
     )
-    environment = {**os.environ, "LD_PRELOAD": str(library), "FORGETFUL": str(notes)}
+    environment = {**os.environ, "LD_PRELOAD": str(library), "FORGETFUL": str(disk.notes)}
     subprocess.run([sys.executable, "-c", code, str(home)], env=environment, check=True, timeout=120)
-    assert lose_power(home, notes, before) == (2, 1)
-    assert not (home / "deep" / "unnamed").exists()
-    assert not (home / "lost").read_bytes(), "named, because its folder was synced for another, and empty"
-    assert (home / "deep" / "kept").read_bytes() == b"y" * 99
+    left = tmp_path / "left"
+    assert disk.without_power(left) == 5
+    assert sorted(path.name for path in (left / "old").iterdir()) == ["changed", "deleted", "moved"]
+    assert all((left / "old" / name).read_text() == "before" for name in ("changed", "deleted", "moved"))
+    assert not (left / "deep" / "unnamed").exists()
+    assert not (left / "lost").read_bytes(), "named, because its folder was synced for another, and empty"
+    assert (left / "deep" / "kept").read_bytes() == b"y" * 99
+    assert (left / "a.db").read_bytes() == (home / "a.db").read_bytes(), "SQLite syncs what it commits, and its name"
 
 
-@pytest.mark.parametrize("point", ["checkpoint_committed", "version_registered"])
-def test_a_run_goes_on_after_a_loss_of_power_and_what_is_registered_is_whole(
-    point: str, library: Path, tmp_path: Path, empty_home: Path, forking: Server
-) -> None:
-    home, notes = tmp_path / "home", tmp_path / "notes"
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One run, and what a disk would have held had the power gone at each point of it."""
+
+    home: Path
+    config: Path
+    disks: dict[str, Path]
+    lost: dict[str, int]
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def recorded(library: Path, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
+    """A run of two stages that stops at each crash point, and goes on when the disk was looked at."""
+    folder = tmp_path_factory.mktemp("power")
+    home, once = folder / "home", folder / "reached"
     shutil.copytree(empty_home, home)
-    notes.mkdir()
-    before = names_below(home)
-    config = write_config(tmp_path, tasks=("colours", "shapes"))
-    died = run(config, home, LD_PRELOAD=str(library), FORGETFUL=str(notes), AMLORA_CRASH=f"{point}:kill:2")
-    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
-    assert sum(lose_power(home, notes, before)) > 0
-    store = Store.open(home)
-    for number, version in enumerate(store.versions("power")):
-        read_bank(store.pull_version(version, tmp_path / f"pulled-{number}"))
-    if point == "version_registered":
-        assert len(store.versions("power")) == 2, "registered is registered"
-    del store
-    done = forking.start(tmp_path / "again", *arguments(config), AMLORA_HOME=str(home))
-    assert done.wait(600) == 0, done.stderr[-2000:]
-    bank = read_bank(Store.open(home).pull("models:/power@current", tmp_path / "bank"))
-    assert bank.manifest.tasks == ["colours", "shapes"]
+    disk = Disk(home, folder / "notes")
+    config = matrix_config(folder)
+    run = spawned(
+        folder / "run", "run", str(config), "--run-id", RUN_ID, "--json", AMLORA_HOME=str(home), LD_PRELOAD=str(library),
+        FORGETFUL=str(disk.notes), AMLORA_CRASH=",".join(f"{point}:stop:{DIES_AT[point]}" for point in POINTS),
+        AMLORA_CRASH_ONCE=str(once),
+    )  # fmt: skip
+    disks: dict[str, Path] = {}
+    lost: dict[str, int] = {}
+    deadline = time.monotonic() + DEADLINE_S
+    while run.poll() is None:
+        assert time.monotonic() < deadline, run.stderr[-2000:]
+        point = next((one for one in POINTS if one not in disks and Path(f"{once}.{one}").exists()), None)
+        if point is None or not _stopped(run.pid):
+            time.sleep(0.02)
+            continue
+        disks[point] = folder / point
+        lost[point] = disk.without_power(disks[point])
+        run.send(signal.SIGCONT)
+    assert run.wait() == 0, run.stderr[-2000:]
+    disks[END] = folder / "end"
+    lost[END] = disk.without_power(disks[END])
+    outcome = outcome_of(home, run.stdout)
+    shutil.rmtree(home)
+    yield Recorded(home, config, disks, lost, outcome)
+
+
+def _stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.parametrize("point", [*POINTS, END])
+def test_a_run_whose_power_went_there_ends_with_the_undisturbed_result(
+    point: str, recorded: Recorded, tmp_path: Path, forking: Server
+) -> None:
+    """Every version that is registered can be pulled and is whole, before and after."""
+    assert recorded.lost[point] > 0 or point == END, "nothing was lost: is the library at work?"
+    recorded.disks[point].rename(recorded.home)
+    try:
+        registered = _whole_versions(recorded.home, tmp_path / "before", forking)
+        if point in ("version_registered", "alias_moved", "run_closed", END):
+            assert registered == 2, "registered is registered"
+        began = time.monotonic()
+        again = forking.start(
+            tmp_path / "again", "run", str(recorded.config), "--run-id", RUN_ID, "--json", AMLORA_HOME=str(recorded.home)
+        )
+        code = again.wait(600)
+        outcome = outcome_of(recorded.home, again.stdout) if code == 0 else None
+        found = Crashed(point, "power", True, [code], time.monotonic() - began, outcome, again.stderr)
+        assert faults(found, recorded.outcome) == []
+        assert _whole_versions(recorded.home, tmp_path / "after", forking) == 2
+    finally:
+        shutil.rmtree(recorded.home)
+
+
+def _whole_versions(home: Path, folder: Path, forking: Server) -> int:
+    """Look at every part of every version of the run, in processes that know of no other disk; how many versions there
+    are."""
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        found = database.execute("SELECT version FROM model_versions WHERE name = ?", (RUN_ID,)).fetchall()
+    for (number,) in found:
+        seen = forking.start(folder / str(number), "verify", f"models:/{RUN_ID}/{number}", AMLORA_HOME=str(home))
+        assert seen.wait(120) == 0, seen.stderr
+    return len(found)

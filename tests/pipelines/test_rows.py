@@ -22,6 +22,7 @@ from amlora_dist.evaluation.requests import Answer, Classification, Route
 from amlora_dist.inference.model import AMLoRAModel
 from pipelines.cli.main import app
 from tests.registry.tiny_banks import tiny_bank
+from tests.training.test_torn_files import no_file_above
 
 TASKS = ("colours", "shapes")
 ROUTE = Route({"colours": 1.0, "shapes": 0.0}, {"colours": 1.0, "shapes": 0.0}, 0.0)
@@ -213,6 +214,42 @@ def test_a_pipe_is_read_once_and_as_it_says(told: Told) -> None:
     assert told.texts == TEXTS[:1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.jsonl"])
+def test_utf_16_without_a_mark_is_no_text(told: Told, encoding: str, name: str) -> None:
+    text = {"in.txt": "the wall is red\n", "in.csv": "id,text\n1,red\n", "in.jsonl": '{"text": "red"}\n'}[name]
+    Path(name).write_bytes(text.encode(encoding))
+    assert f"{name}, line 1: not text but a zero byte" in refused(told, name)
+    assert "standard input, line 1: not text but a zero byte" in refused(told, stdin=text.encode(encoding))
+
+
+def test_the_end_of_a_file_that_a_loss_of_power_cut_off_is_told_with_its_line(told: Told) -> None:
+    Path("in.jsonl").write_bytes(b'{"text": "the wall"}\n' + bytes(100))
+    assert "in.jsonl, line 2: not text but a zero byte (byte 1 of it)" in refused(told, "in.jsonl")
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u200d\u2060 ", "\u202e", "\u0000", "\u00a0\u3000"])
+def test_a_text_of_which_nothing_can_be_read_is_empty(told: Told, text: str) -> None:
+    Path("in.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    assert "expected a text with words" in refused(told, "in.jsonl")
+
+
+def test_names_in_messages_do_not_move_the_cursor_or_turn_the_line(told: Told) -> None:
+    Path("in.csv").write_text("id,\x1b[2Jbody\u202e\n1,a\n")
+    assert r"it has id, \x1b[2Jbody\u202e;" in refused(told, "in.csv")
+
+
+def test_numbers_that_json_has_no_word_for_are_written_as_null(told: Told) -> None:
+    Path("in.jsonl").write_text('{"text": "a", "n": NaN, "m": [1e999, {"k": -Infinity}], "o": 1.5}\n')
+    done = amlora("in.jsonl").stdout
+    row = json.loads(done, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (row["n"], row["m"], row["o"]) == (None, [None, {"k": None}], 1.5)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "n": [float("nan")]}), "in.parquet")
+    assert '"n": null' in amlora("in.parquet").stdout
+    assert amlora("in.jsonl", "-o", "out.csv").exit_code == 0
+    assert next(csv.DictReader(io.StringIO(Path("out.csv").read_text())))["n"] == ""
+
+
 def test_unknown_task_and_column_are_told_before_the_model_is_loaded(told: Told) -> None:
     Path("in.csv").write_text("id,body\n1,a\n")
     assert "no column 'text', it has id, body; name the one with the text: --column" in refused(told, "in.csv")
@@ -290,6 +327,29 @@ def test_a_failure_leaves_the_old_output_as_it_was(told: Told, monkeypatch: pyte
     done = amlora("-o", "out.csv", "--batch-size", "1", stdin='{"text": "a"}\n{"text": []}\n')
     assert done.exit_code == 2 and "standard input, line 2: text: found a list" in done.stderr
     assert Path("out.csv").read_text() == "old" and not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (["classify", "bank", "in.jsonl", "-o", "out.jsonl"], 100),
+        (["classify", "bank", "in.jsonl", "-o", "out.csv"], 100),
+        (["export", "bank", "dest"], 200),
+        (["init", "in.jsonl", "-o", "drafted"], 100),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line_and_nothing_half_written_is_left(
+    told: Told, command: list[str], size: int
+) -> None:
+    rows = [{"text": f"the wall {n} is {label}", "label": label} for n in range(30) for label in ("red", "blue")]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = sorted(path for path in Path().rglob("*") if path.is_file())
+    with no_file_above(size):
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "make room" in line
+    assert sorted(path for path in Path().rglob("*") if path.is_file()) == before
 
 
 # ---- samples --------------------------------------------------------------------------------------------------

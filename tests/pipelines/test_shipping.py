@@ -89,6 +89,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     wrong = {
         "[1]": "expected a mapping", "working_dir: x": "given by --working-dir", "a: [": "cannot read",
         "env_vars: [1]": "expected a mapping", "env_vars: {A: 1}": "env_vars.A: found 1, expected a string: quote it",
+        "a: !!timestamp 2001-99-99": "cannot read", "a: " + "[" * 5000: "cannot read", "a: \0": "cannot read",
+        "pip: [a]\npip: [b]": "pip: found the key twice",
     }  # fmt: skip
     for text, message in wrong.items():
         file = tmp_path / "env.yaml"

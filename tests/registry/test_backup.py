@@ -90,6 +90,11 @@ def test_a_damaged_backup_makes_no_home(home: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"format": 2}, "format: found 2, expected 1"),
         ({"files": {"../../x": {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
+        ({"files": {"../backup/backup.json": {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
+        ({"files": {str(tmp_path / "backup" / FILE): {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
+        ({"files": {"a\0b": {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
+        ({"files": {"n" * 300: {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
+        ({"files": {"mlflow.db": {"size": float("inf"), "sha256": ""}}}, "not what"),
         ({"files": []}, r"not listed|not what"),
         ({"files": {"mlflow.db": {}}}, "not what"),
     ):

@@ -277,10 +277,20 @@ def test_a_bank_of_schema_1_is_read_and_its_mlmodel_may_name_no_code(bank: Path)
     for before, after in (
         ("amlora_dist.registry.pyfunc", "evil"), ("    config:", "    code: code\n    config:"),
         ("flavors:", "flavors:\n  sklearn:\n    pickled_model: x"), ("flavors:", "flavors: ["),
+        ("flavors:", "x: " + "[" * 5000 + "\nflavors:"), ("flavors:", "x: !!timestamp 2001-99-99\nflavors:"),
+        ("flavors:", "x: \0\nflavors:"),
     ):  # fmt: skip
         (bank / "MLmodel").write_text(text.replace(before, after))
         with pytest.raises(BankError, match=r"MLmodel: found (another flavour|no YAML)"):
             read_bank(bank)
+
+
+def test_an_mlmodel_of_many_megabytes_is_not_read(bank: Path) -> None:
+    old = replace(read_bank(bank).manifest, files=None, schema_version=1)
+    (bank / "manifest.json").write_text(old.to_json())
+    (bank / "MLmodel").write_text("#" * (2 << 20))
+    with pytest.raises(BankError, match=r"MLmodel: found \d+ bytes, expected at most 1048576"):
+        read_bank(bank)
 
 
 def test_a_version_without_its_referred_adapters_says_how_to_get_them(bank: Path) -> None:

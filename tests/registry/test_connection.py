@@ -14,6 +14,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.registry.connection import Connection, StoreAwayError, StoreError, StoreFullError, connect
 from amlora_dist.registry.runs import check_model_name
 from amlora_dist.registry.versions import parse_uri
+from pipelines.cluster.resources import check_folder
 
 
 @pytest.mark.integration
@@ -55,6 +56,23 @@ def test_a_home_that_no_database_uri_can_name_is_refused(tmp_path: Path) -> None
         connect(tmp_path / "50%", None)
 
 
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
+def test_a_store_in_memory_which_would_keep_nothing_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mlflow.tracking_uri: found 'sqlite:.* a store in memory that ends with"):
+        connect(tmp_path, uri)
+
+
+def test_a_home_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for home in (tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=f"AMLORA_HOME: found {home}"):
+            connect(home, None)
+        with pytest.raises(UserError, match=f"AMLORA_HOME: found {home}, expected a folder that can be written"):
+            check_folder(home)
+        with pytest.raises(UserError, match=rf"mlflow.tracking_uri: found {home}/a.db"):
+            connect(tmp_path, f"sqlite:///{home}/a.db")
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", "amlora.lease.x", "a'b", "-x", "x" * 130, "a\n"])
 def test_names_that_mlflow_or_a_file_cannot_carry_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="registered_model: found"):
@@ -65,7 +83,8 @@ def test_uris_of_versions() -> None:
     assert parse_uri("models:/my bank@champion") == ("my bank", "champion", "latest")
     assert parse_uri("models:/helpdesk/12") == ("helpdesk", None, "12")
     assert parse_uri("models:/helpdesk/latest") == parse_uri("models:/helpdesk") == ("helpdesk", None, "latest")
-    for bad in ("models:/helpdesk/stage", "models:helpdesk/1", "runs:/x/bank", "models:/a@", "models:/a@b/1"):
+    far = f"models:/a/{10**20}"
+    for bad in ("models:/helpdesk/stage", "models:helpdesk/1", "runs:/x/bank", "models:/a@", "models:/a@b/1", far):
         with pytest.raises(UserError, match="expected models:/NAME@ALIAS"):
             parse_uri(bad)
 

@@ -193,6 +193,11 @@ def test_what_is_not_there_is_refused_by_name(server: Running, more: dict[str, A
         ("/v1/completions", {"prompt": "red", "question": "\ud800"}),
         ("/v1/completions", {"prompt": "red", "stop": "\ud800"}),
         ("/v1/completions", {"prompt": "red", "\ud800": 1}),
+        ("/v1/completions", {"prompt": "red", "stream_options": {"a": 1, "b": 1, "\ud800": 1}}),
+        ("/v1/completions", {"prompt": "red", **dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 1), "\ud800": 1}),
+        ("/v1/chat/completions", {"messages": SAID, "response_format": {"type": "text", "\ud800": 1}}),
+        ("/v1/chat/completions", {"messages": SAID, "metadata": {"\ud800": 1}, "logit_bias": {"\ud800": 1}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "\ud800": 1}]}]}),
         ("/v1/completions", {"prompt": "red", "raw": True, "stop": ["\ud800"]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "red \ud800"}]}),
         ("/v1/chat/completions", {"messages": [{"role": "\ud800", "content": "red"}]}),
@@ -316,6 +321,7 @@ def test_mutated_requests_meet_no_fault_and_change_no_row_of_another_client(
             return None if good else f"usual {number}: {answer.status_code} {answer.text[:300]}"
 
         with ThreadPoolExecutor(4) as theirs, ThreadPoolExecutor(4) as others:
-            found = [*theirs.map(hostile, range(requests)), *others.map(usual, range(requests))]
+            bad, good = theirs.map(hostile, range(requests)), others.map(usual, range(requests))  # at the same time
+            found = [*bad, *good]
         assert [fault for fault in found if fault] == []
         assert server.service.engine.texts == 0 and server.service.status == "ok"

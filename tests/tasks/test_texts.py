@@ -9,7 +9,8 @@ from typing import Any
 import numpy
 import pytest
 
-from amlora_dist.tasks.texts import NoTextError, text_of
+from amlora_dist.tasks.task import meant
+from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,15 @@ def test_what_is_no_text_is_refused_by_its_kind(value: Any, found: str) -> None:
     with pytest.raises(NoTextError) as told:
         text_of(value)
     assert found in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u202e", "\x00", "\u200d"])
+def test_a_text_of_which_nothing_can_be_read_is_blank(text: str) -> None:
+    assert is_blank(text) and not is_blank(f"{text}a") and not is_blank(f"{text}\U0001f600")
+
+
+def test_a_label_in_other_code_points_is_told_as_that() -> None:
+    assert meant("cafe\u0301", ["tea", "caf\u00e9"]) == (
+        " (it looks like 'caf\u00e9', which is written with other code points: 'caf\\xe9'; write both in NFC)"
+    )
+    assert meant("caffe", ["tea", "caf\u00e9"]) == " (did you mean 'caf\u00e9'?)"
