@@ -10,6 +10,7 @@ The command line is a shell over this module.
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
@@ -107,7 +108,15 @@ class RunResult:
         """Each task's score from stage to stage; a notebook shows the figure."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        class Shown(Figure):
+            """Shows itself: notebooks know matplotlib's own figures only once ``pyplot`` was imported."""
+
+            def _repr_png_(self) -> bytes:
+                picture = io.BytesIO()
+                self.savefig(picture, format="png", dpi=80)
+                return picture.getvalue()
+
+        figure = Shown(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
         matrix = self.matrix().loc[[name for name, _ in self._stage_rows()]]
         for task in self.tasks:
@@ -181,6 +190,10 @@ class Sequence:
         Raises:
             UserError, HeldError, TrainingError, StoppedError: as ``run_sequence``.
         """
+        from pipelines.cluster.library_output import silence
+
+        if not verbose:
+            silence()
         from pipelines.runs.resume_check import going_on
         from pipelines.runs.sequence import run_sequence
 
