@@ -44,7 +44,7 @@ class Step:
     tokens_per_second: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """A run's result, as far as it has come.
 
@@ -126,6 +126,11 @@ class RunResult:
         axes.set_ylabel("score")
         axes.legend(frameon=False, fontsize=8)
         return figure
+
+    def __repr__(self) -> str:
+        done = f"{len(self.mapping['stages'])} of {len(self.tasks)} stages"
+        matrix = self.matrix().to_string(float_format="{:.3f}".format, na_rep="")
+        return f"RunResult({self.mapping['run_id']!r}, {done})\n{matrix}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it: the matrix."""
