@@ -117,12 +117,12 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
 
 
 def shape_at_hand(model: ModelSettings, adapters: AdapterSettings, router: RouterSettings) -> Shape | None:
-    """The same where nothing has to be fetched for it; None where this machine knows nothing of the model.
-
-    Raises:
-        UserError: the model is at hand, and there is nothing to adapt in it.
-    """
-    return None if _local_configuration(model) is None else shape_of(model, adapters, router)
+    """The same where nothing has to be fetched for it; None where this machine knows nothing of the model, or cannot
+    tell its shape: whether it can be trained is for the run to say."""
+    try:
+        return None if _local_configuration(model) is None else shape_of(model, adapters, router)
+    except UserError:
+        return None
 
 
 def _measured(model: Any, source: str, targets: list[Target], k: int) -> Shape:

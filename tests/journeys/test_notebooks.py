@@ -66,12 +66,13 @@ def test_what_is_shown_is_of_a_run_without_errors_and_small(notebook: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.integration
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
 def test_every_cell_runs(notebook: Path, home: Path) -> None:
     environment = {**os.environ, "AMLORA_HOME": str(home), "MPLBACKEND": "agg", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(notebook)], cwd=EXAMPLES, env=environment, capture_output=True, text=True,
-        timeout=590,
+        timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("every cell\n")

@@ -89,6 +89,8 @@ def test_what_a_configuration_needs_at_least_is_known_without_rows_or_weights(tm
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model-llama")
     assert demand.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert 0 < demand.trainable < demand.parameters and demand.trainable % 2 == 0
+    strange = load_config(tmp_path / "run.yaml", ["adapters.targets=[nothing]"])
+    assert least_demand(strange).parameters == 0, "what is wrong with a model is for the run to say"
     elsewhere = load_config(tmp_path / "run.yaml", ["model.source=/mnt/of/the/cluster", "workers=3"])
     assert least_demand(elsewhere).parameters == 0, "what nobody knows is not held against a run"
     assert shortfalls(least_demand(elsewhere), supply_of([{"CPU": 1.0}])), "its workers are counted all the same"
