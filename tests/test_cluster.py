@@ -15,6 +15,8 @@ import pytest
 import ray
 import typer
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pipelines.cli.main import app
 from pipelines.cluster.serve import STOP_GRACE_S
@@ -185,7 +187,7 @@ def test_ray_has_the_version_of_the_constraints() -> None:
                 assert value == pinned("ray")
 
 
-def test_the_dockerfile_copies_what_exists_and_installs_extras_that_exist() -> None:
+def test_the_dockerfile_copies_what_exists() -> None:
     stages = set(re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE))
     for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE):
         words = [word for word in line.split() if not word.startswith("--")]
@@ -195,9 +197,6 @@ def test_the_dockerfile_copies_what_exists_and_installs_extras_that_exist() -> N
             continue
         for name in words[:-1]:
             assert (REPOSITORY / name).exists(), name
-    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    for extra in re.search(r"'\.\[(.*?)\]'", DOCKERFILE)[1].split(","):
-        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
 
 # -- commands, paths, variables, ports ---------------------------------------------------------------------------------
@@ -416,12 +415,52 @@ def test_the_rayservice_holds_an_application_that_is_there_and_takes_its_argumen
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
-def test_everything_that_an_image_installs_has_one_version() -> None:
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Version and number of hashes of each package of one of the images' locks."""
+    found: dict[str, tuple[str, int]] = {}
+    text = (CLUSTER / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in (line for line in text.splitlines() if not line.startswith("#")):
+        package, number = line.split()[0].split("==")
+        found[package.lower()] = (number, line.count("--hash=sha256:"))
+    return found
+
+
+def test_everything_that_an_image_installs_has_one_version_and_all_but_torch_for_cpus_a_hash() -> None:
     installed = re.findall(r"pip install (.*)", DOCKERFILE)
-    assert installed and all("-c constraints.txt" in line or "-c /tmp/constraints.txt" in line for line in installed)
-    names = {word for line in installed for word in re.findall(r"(?<= )([a-z][a-z0-9-]+)(?= |$)", line.split("&&")[0])}
-    for name in names - {"constraints"}:
-        assert pinned(name), name
+    loose = [line for line in installed if "--require-hashes" not in line and not line.endswith(" .")]
+    assert len(loose) == 1 and "-c constraints.txt" in loose[0] and loose[0].endswith("whl/cpu torch") and pinned("torch")
+    assert all("--no-deps" in line for line in installed), "a lock is whole"
+    locks = sorted(file.name for file in CLUSTER.glob("requirements*.txt"))
+    assert set(locks) == set(re.findall(r"cluster/(requirements[a-z-]*\.txt)", DOCKERFILE))
+    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    known = {canonicalize_name(name): number for name, number in re.findall(r"^(\S+)==(\S+)$", constraints, re.MULTILINE)}
+    for name in locks:
+        for package, (number, hashes) in locked(name).items():
+            assert hashes, f"{name}: {package}"
+            assert number == known.get(package, number), f"{name}: {package}: make lock"
+
+
+def test_the_lock_has_everything_that_the_project_needs_but_torch() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="part of Python since 3.11")
+    lock = {*locked("requirements.txt"), *locked("requirements-cuda.txt")}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for needed in map(Requirement, [*project["dependencies"], *extras["search"], *extras["serve"]]):
+        assert canonicalize_name(needed.name) in lock, f"{needed.name}: make lock"
+    torch_needs = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions"}
+    assert torch_needs <= locked("requirements.txt").keys(), "torch for CPUs is installed without what it needs"
+    assert not any(name.startswith(("torch", "nvidia", "cuda", "triton")) for name in locked("requirements.txt"))
+    assert "torch" in locked("requirements-cuda.txt")
+
+
+def test_the_source_comes_after_what_it_needs() -> None:
+    """A change of ours builds no layer of packages anew."""
+    stages = [stage for stage in DOCKERFILE.split("\nFROM ") if "COPY amlora_dist" in stage]
+    assert len(stages) == 2
+    for stage in stages:
+        before, _, after = stage.partition("COPY pyproject.toml")
+        assert "COPY amlora_dist" in after and "pip install" in before
+        assert re.findall(r"pip install .*", after) == ["pip install --no-deps --no-build-isolation ."]
 
 
 def test_every_container_asks_for_resources_and_ray_is_not_reachable_by_all() -> None:

@@ -65,9 +65,33 @@ def test_every_key_of_the_reference_says_what_it_is_for_or_is_a_section_or_plain
     assert len(silent) < len(rows) / 4, silent
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What its headings are called in links."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" not in target and not target.startswith(("#", "mailto:")):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" not in target and not target.startswith("mailto:"):
+            name, _, anchor = target.partition("#")
+            other = page.parent / name if name else page
+            assert other.exists(), f"{page.name}: {target}"
+            assert not anchor or other.suffix != ".md" or anchor in anchors(other), f"{page.name}: {target}"
+
+
+def test_benchmarks_are_one_page_of_five_tables_whose_figures_are_in_the_evidence() -> None:
+    page = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    tables = page.split("\n## ")[1:6]
+    assert [table[:3] for table in tables] == [f"{number}. " for number in range(1, 6)]
+    assert all("](evidence/" in table for table in tables), "its command and date are one click away"
+    assert "## What is won" in page and "## What is lost" in page and len(page.splitlines()) < 120
+    listed = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    for file in (REPOSITORY / "docs" / "evidence").glob("*.md"):
+        assert f"evidence/{file.name}" in page and f"- evidence/{file.name}" in listed, file.name

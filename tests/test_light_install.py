@@ -84,7 +84,12 @@ with urllib.request.urlopen(asked, timeout=60) as answer:
     served = json.load(answer)["data"][0]["label"]
 server.should_exit = True
 thread.join(60)
-print(json.dumps({"label": found.label, "task": found.task, "served": served, "hidden": sorted(hidden & set(sys.modules))}))
+from typer.testing import CliRunner
+from pipelines.cli.main import app as commands
+
+pulled = CliRunner().invoke(commands, ["pull", "models:/demo@champion", "nowhere"])
+told = {"label": found.label, "task": found.task, "served": served, "pull": [pulled.exit_code, pulled.stderr]}
+print(json.dumps(told | {"hidden": sorted(hidden & set(sys.modules))}))
 """
 
 
@@ -111,3 +116,4 @@ def test_a_bank_is_classified_and_served_with_the_light_list_alone(repository: P
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["task"] == "shapes" and told["label"] == told["served"] == text.split()[-1]
     assert told["hidden"] == []
+    assert told["pull"][0] == 2 and told["pull"][1].startswith("error: mlflow is not installed, and this command needs it")

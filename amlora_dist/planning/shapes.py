@@ -127,6 +127,15 @@ def shape_of(model: ModelSettings, adapters: AdapterSettings, router: RouterSett
     return _measured(built, model, find_targets(built, adapters, k), k)
 
 
+def shape_at_hand(model: ModelSettings, adapters: AdapterSettings, router: RouterSettings) -> Shape | None:
+    """The same where nothing has to be fetched for it; None where this machine knows nothing of the model, or cannot
+    tell its shape: whether it can be trained is for the run to say."""
+    try:
+        return None if _local_configuration(model) is None else shape_of(model, adapters, router)
+    except UserError:
+        return None
+
+
 def _measured(model: Any, settings: ModelSettings, targets: list[Target], k: int) -> Shape:
     config = model.config
     top = _number(config, "num_experts_per_tok", default=1)
@@ -189,13 +198,10 @@ def configuration_of(model: ModelSettings) -> dict[str, Any]:
     Raises:
         UserError: none of them has it.
     """
-    folder = Path(model.source).expanduser()
-    if folder.is_dir() or folder.suffix == ".json":
-        return _read(folder / "config.json" if folder.is_dir() else folder)
-    for file in sorted(MODELS.glob("*.json")):
-        values = _read(file)
-        if model.source.lower() in {file.stem, str(values.get("_name_or_path", "")).lower()}:
-            return values
+    if (values := _local_configuration(model)) is not None:
+        return values
+    if model.source.endswith(".json"):
+        return _read(Path(model.source).expanduser())
     if model.source.startswith((".", "/", "~", "package:")):
         raise UserError(
             f"model.source: {model.source!r} has no configuration to plan with; give a folder with config.json, a Hub id,"
@@ -211,6 +217,17 @@ def configuration_of(model: ModelSettings) -> dict[str, Any]:
             f"model.source: cannot fetch config.json of {model.source!r} from the Hub: {error}; known without the Hub:"
             f" {', '.join(known_models())}"
         ) from error
+
+
+def _local_configuration(model: ModelSettings) -> dict[str, Any] | None:
+    folder = Path(model.source).expanduser()
+    if folder.is_dir() or (folder.suffix == ".json" and folder.exists()):
+        return _read(folder / "config.json" if folder.is_dir() else folder)
+    for file in sorted(MODELS.glob("*.json")):
+        values = _read(file)
+        if model.source.lower() in {file.stem, str(values.get("_name_or_path", "")).lower()}:
+            return values
+    return None
 
 
 def known_models() -> list[str]:

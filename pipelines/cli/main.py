@@ -8,6 +8,7 @@ Commands import what they need when they run, so that help and validation are qu
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -243,6 +244,13 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except BrokenPipeError:
         raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if verbose or not package or importlib.util.find_spec(package) is not None:
+            raise
+        told = f"{package} is not installed, and this command needs it: pip install amlora-dist"
+        typer.echo(f"error: {told} (a light installation asks and serves the folder of a bank)", err=True)
+        raise typer.Exit(2) from None
     except Exception as error:
         if (reason := no_room(error)) is None:
             raise

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from amlora_dist.errors import AmloraError, UserError
+from pipelines.cluster.resources import Supply, supply_of
 
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 STOP_WAIT_S = 600
 """How long a stopped driver may take for its step and its checkpoint before Ray kills it."""
 LOST_S = 60.0
 """How long the cluster may be out of reach while a job is followed."""
+ANSWER_S = 30.0
+"""How long the dashboard may take to list its nodes."""
 POLL_S = 0.5
 TOKEN_FILE = Path("~/.ray/auth_token")
 
@@ -72,13 +75,13 @@ class Jobs:
             raise UserError(f"--address: found {address!r}, expected the head node's dashboard such as http://head:8265")
         self.address = address.rstrip("/")
         token, self._token_from = find_token()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         from ray.job_submission import JobSubmissionClient
 
         for name in ("job.sdk", "dashboard_sdk"):  # these set a level of their own
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"), self._answering():
-            self._client = JobSubmissionClient(self.address, headers=headers)
+            self._client = JobSubmissionClient(self.address, headers=self._headers)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -134,6 +137,20 @@ class Jobs:
         """One job as it stands."""
         with self._answering():
             return _job(self._client.get_job_info(job_id))
+
+    def supply(self) -> Supply:
+        """What the cluster's nodes have, as its dashboard tells; all unknown where it does not."""
+        import requests
+
+        with self._answering():
+            answer = requests.get(
+                f"{self.address}/api/v0/nodes", params={"limit": 10_000}, headers=self._headers, timeout=ANSWER_S
+            )
+        try:
+            listed = answer.json()["data"]["result"]["result"]
+            return supply_of([node["resources_total"] for node in listed if node["state"] == "ALIVE"])
+        except (KeyError, TypeError, ValueError):  # of a Ray whose dashboard speaks otherwise, or is just starting
+            return Supply()
 
     def submit(self, job_id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> bool:
         """Start a job; False if one of this id exists already."""

@@ -52,11 +52,18 @@ def set_up(*, verbose: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING, force=True)
     if verbose:
         return
+    silence()
+    warnings.simplefilter("ignore")
+
+
+def silence() -> None:
+    """Turn off the bars and remarks of the libraries below us, and leave the logging and warnings of this process's own
+    program as they are; before the libraries are imported, since they look once."""
     for key, value in _SILENCE.items():
         os.environ.setdefault(key, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without widgets
 
 
 def quiet_libraries() -> None:

@@ -10,17 +10,22 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from amlora_dist.errors import UserError, plain_reason
 from amlora_dist.quantisation import BYTES as QUANTISED
+
+if TYPE_CHECKING:
+    from amlora_dist.config.loading import RunConfig
 
 GIB = 1 << 30
 PROCESS_BYTES = 300 << 20
 """Memory of one worker that has imported torch and done nothing."""
 KNOCK_DEADLINE_S = 10.0
+DEADLINE = "AMLORA_RESOURCES_DEADLINE_S"
 BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -117,6 +122,22 @@ def require(lacking: Sequence[str]) -> None:
         raise UserError("configuration: this run can never fit here:\n" + "\n".join(f"  - {one}" for one in lacking))
 
 
+def least_demand(config: RunConfig, *, gpu_share: float = 1.0) -> Demand:
+    """What a configuration needs at least, as far as this machine can tell: neither rows nor weights are read, nothing is
+    fetched, and a model of which no ``config.json`` is at hand counts as nothing."""
+    from amlora_dist.methods import method_class
+    from amlora_dist.planning.shapes import shape_at_hand
+
+    shape = shape_at_hand(config.model, config.adapters, config.router)
+    width = shape.adapter_width if shape is not None and method_class(config.method).trains else 0
+    return Demand(
+        config.workers if config.min_workers is None else config.min_workers,
+        0 if shape is None else shape.parameters,
+        config.adapters.rank * width, len(config.tasks), "fp32" if config.dtype == "fp32" else "bf16", config.zero_stage,
+        gpu_share,
+    )  # fmt: skip
+
+
 def check_folder(folder: Path, name: str = "AMLORA_HOME") -> None:
     """See that what ``name`` says is a folder that can be written, or can be made.
 
@@ -172,7 +193,11 @@ def in_cluster() -> Supply:
     """The nodes of the Ray cluster that this process has joined."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return supply_of([node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def supply_of(nodes: Sequence[Mapping[str, float]]) -> Supply:
+    """What nodes have together, each given by Ray's names of its resources; memory in bytes."""
     memory = [int(node.get("memory", 0) + node.get("object_store_memory", 0)) for node in nodes]
     return Supply(
         cpus=sum(node.get("CPU", 0.0) for node in nodes),
@@ -206,9 +231,9 @@ def check_ray_address() -> None:
         ) from error
 
 
-def deadline_s(default: float) -> float:
+def deadline_s(default: float, environment: Mapping[str, str] = os.environ) -> float:
     """Seconds to wait for nodes that are on their way: ``AMLORA_RESOURCES_DEADLINE_S``, for clusters that grow."""
-    value = os.environ.get("AMLORA_RESOURCES_DEADLINE_S")
+    value = environment.get(DEADLINE)
     if value is None:
         return default
     try:
@@ -216,7 +241,7 @@ def deadline_s(default: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise UserError(f"AMLORA_RESOURCES_DEADLINE_S: found {value!r}, expected seconds, such as 600")
+        raise UserError(f"{DEADLINE}: found {value!r}, expected seconds, such as 600")
     return seconds
 
 

@@ -16,6 +16,7 @@ from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.errors import FaultsError, TrainingError, UserError
 from amlora_dist.privacy import DROPPED, public_configuration, public_name
 from pipelines.cluster.jobs import STOP_WAIT_S, Job, Jobs
+from pipelines.cluster.resources import DEADLINE, Demand, deadline_s, least_demand, shortfalls
 from pipelines.cluster.working_dir import collect, pack
 from pipelines.runs.resume_check import FREE_IN_RUN, IRRELEVANT, differences
 
@@ -55,19 +56,22 @@ def submit_run(
         allow_changed_data: give it ``--allow-changed-data``.
 
     Raises:
-        UserError, FaultsError: the configuration, the folder or the cluster; or a job of this id runs with another
-            configuration.
+        UserError, FaultsError: the configuration, the folder or the cluster; the cluster can never hold the run; or a job
+            of this id runs with another configuration.
     """
     config = load_config(config_file, overrides)
     attempts = jobs.of_run(run_id)
     if running := next((job for job in reversed(attempts) if job.running), None):
         return _attached(running, config, search)
+    share = 1.0
     if search:
         from pipelines.search.plan import plan_search
 
-        plan_search(config, str(config_file))
+        share = plan_search(config, str(config_file)).settings.gpus or share
     shipped = _below(config_file, working_dir)
     variables = _variables(config, environment)
+    if not deadline_s(0, variables):
+        _check_fit(jobs, least_demand(config, gpu_share=share))
     shipment = collect(working_dir)
     if shipped not in shipment.files:
         raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
@@ -94,6 +98,16 @@ def submit_run(
     if started:
         return Submission(job, attached=False)
     return _attached(job, config, search)  # somebody else has submitted it just now
+
+
+def _check_fit(jobs: Jobs, demand: Demand) -> None:
+    """See that the nodes of now can hold the run, by the rule by which it would refuse them itself."""
+    if lacking := shortfalls(demand, jobs.supply()):
+        raise UserError(
+            f"--address: the cluster at {jobs.address} can never hold this run, nothing was submitted:\n"
+            + "\n".join(f"  - {one}" for one in lacking)
+            + f"\nWhere nodes come on demand: --env {DEADLINE}=600 (seconds that the run waits for them)"
+        )
 
 
 def _attached(job: Job, config: RunConfig, search: bool) -> Submission:

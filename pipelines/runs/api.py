@@ -10,6 +10,7 @@ The command line is a shell over this module.
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
@@ -43,7 +44,7 @@ class Step:
     tokens_per_second: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """A run's result, as far as it has come.
 
@@ -107,7 +108,15 @@ class RunResult:
         """Each task's score from stage to stage; a notebook shows the figure."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        class Shown(Figure):
+            """Shows itself: notebooks know matplotlib's own figures only once ``pyplot`` was imported."""
+
+            def _repr_png_(self) -> bytes:
+                picture = io.BytesIO()
+                self.savefig(picture, format="png", dpi=80)
+                return picture.getvalue()
+
+        figure = Shown(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
         matrix = self.matrix().loc[[name for name, _ in self._stage_rows()]]
         for task in self.tasks:
@@ -117,6 +126,11 @@ class RunResult:
         axes.set_ylabel("score")
         axes.legend(frameon=False, fontsize=8)
         return figure
+
+    def __repr__(self) -> str:
+        done = f"{len(self.mapping['stages'])} of {len(self.tasks)} stages"
+        matrix = self.matrix().to_string(float_format="{:.3f}".format, na_rep="")
+        return f"RunResult({self.mapping['run_id']!r}, {done})\n{matrix}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it: the matrix."""
@@ -182,6 +196,10 @@ class Sequence:
         Raises:
             UserError, HeldError, TrainingError, StoppedError: as ``run_sequence``.
         """
+        from pipelines.cluster.library_output import silence
+
+        if not verbose:
+            silence()
         from pipelines.runs.resume_check import going_on
         from pipelines.runs.sequence import run_sequence
 

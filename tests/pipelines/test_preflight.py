@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
-from pipelines.cluster.resources import GIB, Demand, Supply, deadline_s, local_supply, require, shortfalls
+from pipelines.cluster.resources import (
+    GIB,
+    Demand,
+    Supply,
+    deadline_s,
+    least_demand,
+    local_supply,
+    require,
+    shortfalls,
+    supply_of,
+)
+from tests.tiny_config import write_config
 
 SMALL = Demand(workers=2, parameters=135_000_000, trainable=1_000_000, stages=4, dtype="fp32", zero_stage=2)
 LARGE = Demand(workers=16, parameters=70_000_000_000, trainable=100_000_000, stages=15, dtype="bf16", zero_stage=3)
@@ -67,3 +80,23 @@ def test_the_deadline_for_nodes_on_their_way_is_seconds(monkeypatch: pytest.Monk
         monkeypatch.setenv("AMLORA_RESOURCES_DEADLINE_S", value)
         with pytest.raises(UserError, match="AMLORA_RESOURCES_DEADLINE_S"):
             deadline_s(20)
+
+
+def test_what_a_configuration_needs_at_least_is_known_without_rows_or_weights(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ["workers=3", "min_workers=2", "adapters.rank=2"])
+    demand = least_demand(config)
+    assert (demand.workers, demand.stages, demand.dtype, demand.zero_stage) == (2, 3, "fp32", config.zero_stage)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model-llama")
+    assert demand.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert 0 < demand.trainable < demand.parameters and demand.trainable % 2 == 0
+    strange = load_config(tmp_path / "run.yaml", ["adapters.targets=[nothing]"])
+    assert least_demand(strange).parameters == 0, "what is wrong with a model is for the run to say"
+    elsewhere = load_config(tmp_path / "run.yaml", ["model.source=/mnt/of/the/cluster", "workers=3"])
+    assert least_demand(elsewhere).parameters == 0, "what nobody knows is not held against a run"
+    assert shortfalls(least_demand(elsewhere), supply_of([{"CPU": 1.0}])), "its workers are counted all the same"
+
+
+def test_nodes_are_added_up() -> None:
+    large = {"CPU": 4.0, "memory": 8.0 * GIB, "object_store_memory": 2.0 * GIB}
+    small = {"CPU": 2.0, "GPU": 1.0, "memory": 1.0 * GIB}
+    assert supply_of([large, small]) == Supply(cpus=6, gpus=1, memory=11 * GIB, largest_node=10 * GIB)

@@ -109,6 +109,20 @@ def test_the_jobs_exit_code_is_the_commands(nodes: Nodes, tmp_path: Path) -> Non
     assert "matches no linear layer" in bad.stdout
 
 
+def test_a_run_that_the_cluster_cannot_hold_is_not_submitted(nodes: Nodes, tmp_path: Path) -> None:
+    write_config(tmp_path, tasks=("colours",))
+    asked = ["submit", "run.yaml", f"storage={tmp_path}/s", "workers=3", "--run-id", "wide", "--no-wait"]
+    refused = amlora(nodes, tmp_path, *asked)
+    assert refused.returncode == 2 and "can never hold this run, nothing was submitted" in refused.stderr, refused.stderr
+    assert "  - workers: 3 workers need 3 CPUs, the cluster has 2: lower `workers`, or add nodes" in refused.stderr
+    assert "--env AMLORA_RESOURCES_DEADLINE_S=600" in refused.stderr
+    known = json.loads(amlora(nodes, tmp_path, "jobs", "--json").stdout)
+    assert "wide" not in [job["run_id"] for job in known]
+    coming = amlora(nodes, tmp_path, *asked, "--env", "AMLORA_RESOURCES_DEADLINE_S=600")
+    assert coming.returncode == 0 and coming.stdout.strip() == "wide-1", coming.stderr
+    assert amlora(nodes, tmp_path, "stop", "wide").returncode == 0
+
+
 @pytest.mark.crash  # for its time: a Tune search in a Ray job
 def test_a_search_is_submitted_as_a_run_is(nodes: Nodes, tmp_path: Path) -> None:
     write_config(

@@ -48,6 +48,7 @@ def test_a_text_is_classified_and_answered_and_its_routing_shown(
             await page.value("document.getElementById('write').click()")
             await page.until("document.getElementById('note').textContent.includes('ms')")
             assert await page.value("document.getElementById('answer').textContent") == model.predict(TEXT)[0]
+            assert (await page.value("document.getElementById('note').textContent")).startswith("as shapes, ")
             # what a bank's author wrote is text, never markup; and errors are told
             await page.value("document.getElementById('text').value = 'x'.repeat(40000)")
             await page.value("document.getElementById('classify').click()")
@@ -130,6 +131,6 @@ def test_the_page_knows_the_demos_tasks_and_is_readable_on_a_phone_and_in_the_da
     text = server.client.get("/").text
     shown = set(re.findall(r'"(helpdesk/\w+)":', text))
     assert shown == set(load_config(repository / "configs" / "demo.yaml").tasks)
-    assert "@media (prefers-color-scheme: dark)" in text
-    assert "@media (max-width: 36rem)" in text
+    assert "@media screen and (prefers-color-scheme: dark)" in text, "paper is white"
+    assert "@media (max-width: 36rem)" in text and "@media print" in text
     assert not re.search(r"https?://", text)  # nothing is fetched from elsewhere
