@@ -9,13 +9,13 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.base_model import PACKAGES
 from amlora_dist.config.schema import did_you_mean, shown
 from amlora_dist.config.search_space import Dimension, dimensions, size_faults
 from amlora_dist.config.strict_yaml import KeyPath, dotted
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import METHODS, READ_PARAMETERS, ROWS_APART
 from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults, unpackable
+from amlora_dist.packaged_model import PACKAGES
 from amlora_dist.quantisation import package_fault
 from amlora_dist.tasks.tables import saved_fault
 from amlora_dist.tasks.task import mirror_folder, resolve_task

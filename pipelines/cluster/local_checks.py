@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 from packaging.requirements import Requirement
 
-from amlora_dist.base_model import PACKAGES
 from amlora_dist.config.loading import home
 from amlora_dist.errors import AmloraError
+from amlora_dist.packaged_model import PACKAGES
 from amlora_dist.registry.connection import connect
 
 if TYPE_CHECKING:
