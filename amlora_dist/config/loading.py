@@ -66,7 +66,8 @@ class RunConfig:
     placement: Annotated[Literal["PACK", "SPREAD"], CHANGES_NO_RESULT] = "PACK"
     """Where Ray puts a stage's workers: on few nodes, or on many."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32."""
+    """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32; on a cluster that is joined bf16
+    where it has GPUs as the run starts: name it where they come on demand."""
     data_dir: Annotated[Path | None, CHANGES_NO_RESULT] = None
     """Folder of local data, ``<task>/<split>.jsonl``, that stands in for the Hub."""
     parent: Annotated[str, Field(pattern=r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$")] | None = None

@@ -59,6 +59,10 @@ class ClusterExecutor:
         if self._cluster.own:
             self._group = WorkerGroup(placement, placement.workers, gpus=self._cluster.use_gpus())
 
+    def gpus(self) -> bool | None:
+        """Whether the cluster that is joined has GPUs, of which this process may have none; None where none is joined."""
+        return self._cluster.joined_gpus()
+
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Join the cluster, see that the workers fit in it, and have them started."""
         group = self._group

@@ -128,14 +128,7 @@ class RayCluster:
         Raises:
             UserError: what is missing, all of it.
         """
-        self._wait_for_begin()
-        if isinstance(failed := self._failed, UserError):
-            raise failed
-        if failed is not None:  # such as Ray's own deadline of 30 s, on a machine that is busy
-            log.warning("Ray did not start (%s), trying once more", failed)
-            self._failed = None
-            _shut_down()
-        self._start()
+        self._have_begun()
         deadline = time.monotonic() + resources.deadline_s(RECOVERY_DEADLINE_S if again else NODES_DEADLINE_S)
         asked: list[dict[str, float]] = []
         try:
@@ -149,6 +142,27 @@ class RayCluster:
         finally:
             if asked:
                 _ask_for([])  # the stage's own workers keep the nodes from here on
+
+    def joined_gpus(self) -> bool | None:
+        """Whether a cluster that is joined has GPUs now; None for one of this machine's own, whose GPUs are this process's.
+
+        Raises:
+            UserError: it is not there.
+        """
+        if not os.environ.get("RAY_ADDRESS"):
+            return None
+        self._have_begun()
+        return self.use_gpus()
+
+    def _have_begun(self) -> None:
+        self._wait_for_begin()
+        if isinstance(failed := self._failed, UserError):
+            raise failed
+        if failed is not None:  # such as Ray's own deadline of 30 s, on a machine that is busy
+            log.warning("Ray did not start (%s), trying once more", failed)
+            self._failed = None
+            _shut_down()
+        self._start()
 
     def _start(self) -> None:
         if self._started:

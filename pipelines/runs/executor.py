@@ -34,6 +34,13 @@ class Executor(Protocol):
             placement: what it will need, where that is known and likely enough to have it started already.
         """
 
+    def gpus(self) -> bool | None:
+        """Whether stages run on GPUs; None: as this process would.
+
+        Raises:
+            UserError: a cluster is to be joined, and is not there.
+        """
+
     def ready(self, placement: Placement, *, again: bool) -> None:
         """Have all that a stage needs; called in the main thread, before each attempt.
 
@@ -108,6 +115,9 @@ class InProcess:
 
     def prepare(self, placement: Placement | None = None) -> None:
         """Nothing takes long."""
+
+    def gpus(self) -> None:
+        """As this process."""
 
     def ready(self, placement: Placement, *, again: bool) -> None:
         """All is here."""

@@ -270,8 +270,13 @@ class RunInputs:
         }
 
 
-def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
+def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -> RunInputs:
     """Read and check everything that can be checked before a process is started.
+
+    Args:
+        config: of the run.
+        place: ``AMLORA_HOME``.
+        gpus: whether stages run on GPUs, which decides what ``auto`` means; None: as this process would.
 
     The configuration of what it returns has ``model.attention: auto`` replaced by what it means here, and the evidence that
     a method of keys alone has.
@@ -279,7 +284,8 @@ def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
     Raises:
         UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the fix.
     """
-    config = replace(config, model=replace(config.model, attention=settled_attention(config.model.attention, gpu=_gpu())))
+    attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
+    config = replace(config, model=replace(config.model, attention=attention))
     if method_class(config.method).keys_alone:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
@@ -310,7 +316,7 @@ def gather_inputs(config: RunConfig, place: Path) -> RunInputs:
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     if config.training.packing:
         check_packing(base)
-    inputs = RunInputs(config, base, specs, data, _dtype(config.dtype))
+    inputs = RunInputs(config, base, specs, data, _dtype(config.dtype, gpus))
     method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
     inputs.parameters, inputs.trainable, depths = check_model(method, base, tasks)
@@ -356,9 +362,11 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _dtype(asked: str) -> str:
+def _dtype(asked: str, gpus: bool | None) -> str:
     if asked != "auto":
         return asked
+    if gpus is not None:
+        return "bf16" if gpus else "fp32"
     import torch
 
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

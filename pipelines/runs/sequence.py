@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from amlora_dist.training.worker_cache import WorkerCache
+    from pipelines.runs.executor import Executor
     from pipelines.runs.progress import Progress
 
 
@@ -89,7 +90,7 @@ def run_sequence(
         executor.prepare(_expected(config, run_id) if within is None else None)
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
-        inputs = _checked_inputs(config, run_id, within)
+        inputs = _checked_inputs(config, run_id, within, _gpus(config, executor))
         for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
             progress.note(remark)
         store = Store.open(home(), config.mlflow.tracking_uri)
@@ -147,9 +148,14 @@ def run_stages(
     return result
 
 
-def _checked_inputs(config: RunConfig, run_id: str, within: SearchContext | None) -> RunInputs:
+def _gpus(config: RunConfig, executor: Executor) -> bool | None:
+    """Whether stages run on GPUs, asked where something is to follow it (``auto``); a cluster's head may have none."""
+    return executor.gpus() if "auto" in (config.dtype, config.model.attention) else None
+
+
+def _checked_inputs(config: RunConfig, run_id: str, within: SearchContext | None, gpus: bool | None) -> RunInputs:
     """All that a run is made of, with everything checked that can be before a process is started."""
-    inputs = gather_inputs(config, home())
+    inputs = gather_inputs(config, home(), gpus=gpus)
     inputs.config = replace(inputs.config, registered_model=config.registered_model or run_id)
     resources.check_folder(inputs.storage, "storage")
     alone = not (config.workers and os.environ.get("RAY_ADDRESS"))

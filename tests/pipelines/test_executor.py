@@ -144,6 +144,22 @@ def test_workers_that_cannot_be_started_ahead_of_time_are_started_in_time(monkey
     assert len(Group.made) == 1
 
 
+@pytest.mark.parametrize(("gpus", "dtype", "attention"), [(4.0, "bf16", "sdpa"), (0.0, "fp32", "eager")])
+def test_auto_follows_the_gpus_of_a_cluster_that_is_joined_and_not_those_of_its_head(
+    gpus: float, dtype: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    monkeypatch.setattr(RayCluster, "_start", lambda self: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": gpus})
+    config = load_config(write_config(tmp_path, tasks=("colours",), workers=2), ["dtype=auto", "model.attention=auto"])
+    with executor_of(config) as executor:
+        inputs = sequence._checked_inputs(config, "one", None, sequence._gpus(config, executor))
+        assert (inputs.dtype, inputs.config.model.attention) == (dtype, attention)
+        named = load_config(tmp_path / "run.yaml", ["dtype=fp32", "model.attention=sdpa"])
+        assert sequence._gpus(named, executor) is None, "nobody waits for a cluster that decides nothing"
+
+
 @pytest.mark.parametrize(
     ("overrides", "status", "expected"),
     [
