@@ -155,7 +155,8 @@ def _generation_faults(file: Path) -> list[Fault]:
     for key, value in _read(file).items():
         if not key.endswith("_token_id") or value is None:
             continue
-        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        many = ("eos_token_id", "forced_eos_token_id", "decoder_start_token_id")
+        ids = value if isinstance(value, list) and key in many else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             return [_fault(f"{file}: {key}: {str(value)[:60]!a}", "the number of a token", AGAIN)]
     return []
@@ -216,7 +217,9 @@ def unpackable(config: Mapping[str, Any]) -> str | None:
         layers = section.get("layer_types")
         odd = sorted({str(one) for one in layers} - {"full_attention"}) if isinstance(layers, list) else []
         window = section.get("sliding_window")
-        if not isinstance(layers, list) and window and section.get("use_sliding_window", True) is not False:
+        room = section.get("max_position_embeddings")
+        wide = isinstance(window, int) and isinstance(room, int) and window >= room  # no row reaches beyond it
+        if not isinstance(layers, list) and window and not wide and section.get("use_sliding_window", True) is not False:
             odd = [f"sliding_window {window}"]
         if odd:
             return f"a {kind} model with {', '.join(odd)}"

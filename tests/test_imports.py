@@ -25,7 +25,7 @@ FLOORS = [
     {"adapters", "tasks", "config.search_space"},
     {
         "base_model", "config.former_values", "config.schema", "config.strict_yaml", "crash_points", "digests", "errors",
-        "files", "fingerprints", "model_folder", "privacy", "quantisation",
+        "files", "fingerprints", "model_folder", "packaged_model", "privacy", "quantisation",
     },
 ]
 GROUND = FLOORS[-1]

@@ -18,6 +18,7 @@ from amlora_dist.privacy import public_configuration, public_name, secrets_of, s
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.store import Store
 from pipelines.cluster.jobs import Job
+from pipelines.cluster.resources import Supply
 from pipelines.cluster.submit import PRIVATE, submit_run
 from pipelines.runs.progress import Silent
 from pipelines.runs.results import load_result
@@ -131,6 +132,9 @@ class Cluster:
 
     def of_run(self, run_id: str) -> list[Job]:
         return []
+
+    def supply(self) -> Supply:
+        return Supply()
 
     def get(self, job_id: str) -> Job:
         return Job(job_id, "RUNNING", "r", 1, None, None, None, "")

@@ -48,17 +48,13 @@ class PackedRows:
 
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device | str = "cpu") -> PackedRows:
-        """Rows of these lengths, in as few sequences as have room for their tokens at ``width`` (the longest row's, if
-        it is longer). The longest first, each into the emptiest sequence: their lengths come out nearly equal. The same
-        for the same lengths, always."""
-        count = math.ceil(sum(lengths) / max(width, *lengths))
-        packs: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            emptiest = filled.index(min(filled))
-            packs[emptiest].append(row)
-            filled[emptiest] += lengths[row]
-        longest, size = max(lengths), max(filled)
+        """Rows of these lengths, in the number of sequences that leaves the least padding; at least as many as have room for
+        their tokens at ``width`` (the longest row's, if it is longer), at most one for each row. The same for the same
+        lengths, always."""
+        fewest = math.ceil(sum(lengths) / max(width, *lengths))
+        made = [_dealt(lengths, count) for count in range(fewest, len(lengths) + 1)]
+        packs, size = min(made, key=lambda one: len(one[0]) * one[1])
+        count, longest = len(packs), max(lengths)
         row_PS, place_PS = torch.full((count, size), -1), torch.zeros(count, size, dtype=torch.int64)
         index_BL = torch.zeros(len(lengths), longest, dtype=torch.int64)
         mask_BL = torch.zeros(len(lengths), longest, dtype=torch.bool)
@@ -124,6 +120,18 @@ class PackedRows:
             "packed_rows": self,
             "use_cache": False,
         }
+
+
+def _dealt(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    """Rows in ``count`` sequences, the longest first, each into the emptiest: their lengths come out nearly equal; and the
+    longest sequence's."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        emptiest = filled.index(min(filled))
+        packs[emptiest].append(row)
+        filled[emptiest] += lengths[row]
+    return packs, max(filled)
 
 
 def pick_tokens(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

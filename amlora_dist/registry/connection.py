@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sqlite3
+import ssl
 import sys
 import time
 import urllib.error
@@ -301,13 +302,15 @@ def _knock(uri: str, where: str) -> None:
     request = urllib.request.Request(f"{scheme}://{host.rstrip('/')}/health")
     if at:  # as MLflow's client sends it; urllib would take it for a part of the host's name
         code = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {code}")
+        request.add_unredirected_header("Authorization", f"Basic {code}")
     try:
         with urllib.request.urlopen(request, timeout=KNOCK_DEADLINE_S):
             pass
     except urllib.error.HTTPError:
         return  # an answer, if only of a proxy; MLflow's client says more
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", error), ssl.SSLError):
+            return  # somebody listens; MLflow's client knows the certificates that its own variables name
         reason = privacy.shown(plain_reason(error), *privacy.secrets_of(uri))
         raise UserError(
             f"{where}: found {privacy.shown(uri)}, expected a server that answers within {KNOCK_DEADLINE_S:.0f} s"

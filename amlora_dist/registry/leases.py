@@ -164,6 +164,7 @@ class Lease:
         """
         state = read_state(self._entries, self.key)
         if state is None or state.token != self.token:
+            self.lost = True
             self._stop.set()
             now = f"now {state}" if state else "its entry is gone"
             raise LeaseLostError(

@@ -10,6 +10,7 @@ kind) is asked of MLflow's own client, which is then imported, and which answers
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import re
 import shutil
@@ -141,7 +142,7 @@ class Artifacts(Protocol):
 
 
 NAMES = frozenset(name for name in vars(Reader) if not name.startswith("_")) - {"artifacts"}
-TROUBLE = (UnknownError, sqlite3.Error, OSError, ValueError, KeyError, TypeError)
+TROUBLE = (UnknownError, sqlite3.Error, OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 """After which MLflow's client is asked: it knows what the trouble is called."""
 
 
@@ -161,9 +162,10 @@ class ReadingClient:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name not in NAMES or self._reader is None:
+        reader = self._reader
+        if name not in NAMES or reader is None:
             return getattr(self._whole(), name)
-        ours = getattr(self._reader, name)
+        ours = getattr(reader, name)
 
         def answered(*given: Any, **named: Any) -> Any:
             try:

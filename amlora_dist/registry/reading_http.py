@@ -37,6 +37,7 @@ MOST_EXPERIMENTS = 1000
 """That MLflow's client lists, too."""
 MOST_RUNS = 1000
 MOST_MEASUREMENTS = 25_000
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 WORKSPACES = ("MLFLOW_WORKSPACE", "MLFLOW_ENABLE_WORKSPACES")
 """Variables by which MLflow's client asks for one part of a server."""
 
@@ -56,16 +57,18 @@ class HttpReader:
             raise UnknownError("workspaces")
         parts = urlsplit(uri)
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        if (user or password) and any(os.environ.get(name) for name in LOGIN):
+            raise UnknownError("a login in the address and another in the environment")
         user = os.environ.get("MLFLOW_TRACKING_USERNAME") or user
         password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or password
         token = os.environ.get("MLFLOW_TRACKING_TOKEN")
         self._root = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
-        self._headers = {"Accept": "application/json"}
+        self._login: str | None = None
         if user and password:
             code = base64.b64encode(f"{user}:{password}".encode()).decode()
-            self._headers["Authorization"] = f"Basic {code}"
+            self._login = f"Basic {code}"
         elif token:
-            self._headers["Authorization"] = f"Bearer {token}"
+            self._login = f"Bearer {token}"
 
     def search_experiments(self) -> Page:
         found = self._post("experiments/search", {"max_results": MOST_EXPERIMENTS, "view_type": "ACTIVE_ONLY"})
@@ -129,10 +132,12 @@ class HttpReader:
     def asked(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
         """The open answer of the server. Raises OSError where it is none."""
         body = None if content is None else json.dumps(content).encode()
-        headers = self._headers | ({} if body is None else {"Content-Type": "application/json"})
-        return urllib.request.urlopen(
-            urllib.request.Request(f"{self._root}/api/2.0/{path}", data=body, headers=headers), timeout=DEADLINE_S
-        )
+        request = urllib.request.Request(f"{self._root}/api/2.0/{path}", data=body, headers={"Accept": "application/json"})
+        if body is not None:
+            request.add_header("Content-Type", "application/json")
+        if self._login is not None:  # not for whoever the server sends us on to
+            request.add_unredirected_header("Authorization", self._login)
+        return urllib.request.urlopen(request, timeout=DEADLINE_S)
 
     def _get(self, path: str, **values: Any) -> dict[str, Any]:
         with self.asked(f"mlflow/{path}?{urlencode(values)}") as answer:
@@ -174,6 +179,8 @@ class ServedArtifacts:
             whole = quote(posixpath.join(self._root, artifact_path))
             with self._reader.asked(f"mlflow-artifacts/artifacts/{whole}") as answer, to.open("wb") as file:
                 shutil.copyfileobj(answer, file)
+                if answer.length:
+                    raise UnknownError(f"{artifact_path}: {answer.length} bytes are missing")
         return str(to)
 
 

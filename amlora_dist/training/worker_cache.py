@@ -171,9 +171,10 @@ class WorkerCache:
             made = make()
             self._features[key] = made, rows * made.shape[1]
         self._features.move_to_end(key)
-        while len(self._features) > 1 and sum(size for _, size in self._features.values()) > MOST_FEATURES:
+        found = self._features[key][0]
+        while sum(size for _, size in self._features.values()) > MOST_FEATURES:
             self._features.popitem(last=False)
-        return self._features[key][0]
+        return found
 
 
 def _collect() -> None:

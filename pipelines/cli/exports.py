@@ -130,6 +130,8 @@ def _for_server(
             gap = measure_gap(model, texts, None) if asked.form == "vllm" else gguf_gap(model, dest, texts)
             amend_index(dest, gap_to_mixture=gap)
     yield f"{asked.form} of {len(alone.adapters)} tasks is in {dest}"
+    if (bits := alone.manifest.base.quantisation) != "none":
+        yield f"learned on its base in {bits}: a server with another base answers otherwise, which no gap here tells"
     if gap is not None:
         yield _gap_words(gap)
 

@@ -35,6 +35,7 @@ class ClusterExecutor:
         self._cluster = RayCluster(workers, verbose=verbose)
         self._lifetime = lifetime
         self._group: WorkerGroup | None = None
+        self._over = False
         self._left: list[WorkerGroup] = []
         """Groups that had not ended when they were let go."""
 
@@ -42,7 +43,11 @@ class ClusterExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._over = True
+        self._cluster.wait_for_begin()  # it may be about to begin a group
         group, self._group = self._group, None
+        if group is not None and not group.stages:  # idle workers end when they are told to
+            error = (None,)
         if group is not None and error[0] is None:
             group.end()
         elif group is not None:
@@ -56,7 +61,7 @@ class ClusterExecutor:
         self._cluster.begin(None if placement is None else partial(self._begin_group, placement))
 
     def _begin_group(self, placement: Placement) -> None:
-        if self._cluster.own:
+        if self._cluster.own and not self._over:
             self._group = WorkerGroup(placement, placement.workers, gpus=self._cluster.use_gpus())
 
     def gpus(self) -> bool | None:

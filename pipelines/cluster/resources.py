@@ -134,7 +134,7 @@ def least_demand(config: RunConfig, *, gpu_share: float = 1.0) -> Demand:
         config.workers if config.min_workers is None else config.min_workers,
         0 if shape is None else shape.parameters,
         config.adapters.rank * width, len(config.tasks), "fp32" if config.dtype == "fp32" else "bf16", config.zero_stage,
-        gpu_share,
+        gpu_share, quantisation="nf4" if config.parent is not None else config.model.quantisation,  # a parent's may be any
     )  # fmt: skip
 
 

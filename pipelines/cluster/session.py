@@ -82,7 +82,7 @@ class RayCluster:
             shut_down: whether Ray is; else it ends with this process, for threads are left that wait for its answers, and
                 Ray ends a process that asks it anything afterwards, with an exit code of its own.
         """
-        self._wait_for_begin()
+        self.wait_for_begin()
         if not shut_down:
             _leave_to_the_end()
             return
@@ -114,7 +114,8 @@ class RayCluster:
         self._begun.set()
         self._over.wait()  # Ray's processes end with the thread that has started them
 
-    def _wait_for_begin(self) -> None:
+    def wait_for_begin(self) -> None:
+        """Until what ``begin`` has begun is there, or has failed."""
         if self._beginning is not None:
             self._begun.wait()
 
@@ -155,7 +156,7 @@ class RayCluster:
         return self.use_gpus()
 
     def _have_begun(self) -> None:
-        self._wait_for_begin()
+        self.wait_for_begin()
         if isinstance(failed := self._failed, UserError):
             raise failed
         if failed is not None:  # such as Ray's own deadline of 30 s, on a machine that is busy

@@ -70,7 +70,7 @@ def submit_run(
         share = plan_search(config, str(config_file)).settings.gpus or share
     shipped = _below(config_file, working_dir)
     variables = _variables(config, environment)
-    if not deadline_s(0, variables):
+    if not deadline_s(0, {**runtime_env.get("env_vars", {}), **variables}):
         _check_fit(jobs, least_demand(config, gpu_share=share))
     shipment = collect(working_dir)
     if shipped not in shipment.files:

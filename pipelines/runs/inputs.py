@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from amlora_dist.adapters.keys import KEYS_RULE
 from amlora_dist.adapters.settings import RouterSettings
@@ -278,14 +278,14 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
         place: ``AMLORA_HOME``.
         gpus: whether stages run on GPUs, which decides what ``auto`` means; None: as this process would.
 
-    The configuration of what it returns has ``model.attention: auto`` replaced by what it means here, and the evidence that
-    a method of keys alone has.
+    The configuration of what it returns has ``auto`` of ``dtype`` and ``model.attention`` replaced by what it means, and the
+    evidence that a method of keys alone has.
 
     Raises:
         UserError, FaultsError: a task, a row, the model or a target module is wrong; names which and the fix.
     """
     attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
-    config = replace(config, model=replace(config.model, attention=attention))
+    config = replace(config, dtype=_dtype(config.dtype, gpus), model=replace(config.model, attention=attention))
     if method_class(config.method).keys_alone:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
@@ -316,7 +316,7 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     if config.training.packing:
         check_packing(base)
-    inputs = RunInputs(config, base, specs, data, _dtype(config.dtype, gpus))
+    inputs = RunInputs(config, base, specs, data, config.dtype)
     method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
     inputs.parameters, inputs.trainable, depths = check_model(method, base, tasks)
@@ -362,7 +362,7 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _dtype(asked: str, gpus: bool | None) -> str:
+def _dtype(asked: Literal["auto", "fp32", "bf16"], gpus: bool | None) -> Literal["fp32", "bf16"]:
     if asked != "auto":
         return asked
     if gpus is not None:

@@ -370,7 +370,7 @@ class RunJournal:
     def _upload_scores(self, plan: StagePlan, record: StageRecord) -> None:
         """Scores, and the predictions behind each, as artifacts of the stage's run."""
         self.lease.check()
-        tmp = self.inputs.storage / "publishing" / f"scores-{self.run_id}-{record.index}"
+        tmp = self.inputs.storage / "publishing" / f"scores-{self.run_id}-{record.index}-{self.lease.epoch}"
         shutil.rmtree(tmp, ignore_errors=True)
         for cell in plan.cells:
             file = Path(cell.folder) / "predictions.jsonl"

@@ -53,17 +53,13 @@ class Publisher:
             raise publication.error
 
     def leave(self) -> None:
-        """The run ends for another reason: wait a little, and say what became of it."""
+        """The run ends for another reason: wait a little; that it failed has been said."""
         if (publication := self._at_work) is None:
             return
         self._at_work = None
         publication.thread.join(LEAVE_DEADLINE_S)
-        error = publication.error
         if publication.thread.is_alive():
             log.warning("publishing %s has not ended; the same command goes on with it", publication.what)
-        elif error is not None:
-            reason = str(error) if isinstance(error, AmloraError) else f"{type(error).__name__}: {error}"
-            log.warning("publishing %s failed too (%s); the same command goes on with it", publication.what, reason)
 
 
 class _Publication:
@@ -81,3 +77,5 @@ class _Publication:
             self._work()
         except BaseException as error:  # noqa: BLE001 (raised by who settles)
             self.error = error
+            reason = str(error) if isinstance(error, AmloraError) else f"{type(error).__name__}: {error}"
+            log.warning("publishing %s failed (%s); all is kept, and the same command goes on with it", self.what, reason)

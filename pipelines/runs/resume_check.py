@@ -31,10 +31,11 @@ OF_A_BANK = (
 AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers", "training.learning_rate")
 """Keys that a run on a published bank takes from it, where its file does not name them."""
 UNSETTLED: dict[str, Any] = {
-    "model.attention": "auto", "router.depths": None, "router.max_text_tokens": None, "training.learning_rate": "auto",
+    "dtype": "auto", "model.attention": "auto", "router.depths": None, "router.max_text_tokens": None,
+    "training.learning_rate": "auto",
 }  # fmt: skip
 """Keys that a run settles before it stores them, and the value that leaves it to the run: it is none that differs."""
-RESOLVED = ("model.attention", "training.learning_rate")
+RESOLVED = ("dtype", "model.attention", "training.learning_rate")
 """Keys whose value ``auto`` is replaced, in what is stored, by what it means where the run starts."""
 
 
@@ -151,6 +152,7 @@ def differences(
         for key in flat(stored).keys() | flat(mapping).keys()
         if flat(stored).get(key) != flat(mapping).get(key)
         and not (key in UNSETTLED and flat(mapping).get(key) == UNSETTLED[key])
+        and not (key == "dtype" and flat(stored).get(key) == "auto")  # 0.1 noted what it meant with the data
         and not (grows and key == "tasks")
         and not _free(key, free)
     )
@@ -206,6 +208,9 @@ def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     base = [one.get("base", {}).get("digest") for one in (stored, facts)]
     if None not in base and base[0] != base[1]:
         told.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
+    dtype = [one.get("dtype") for one in (stored, facts)]
+    if None not in dtype and dtype[0] != dtype[1]:
+        told.append(f"dtype: {dtype[0]} then, {dtype[1]} now (name it: dtype={dtype[0]})")
     then, now = stored.get("tasks", {}), facts["tasks"]
     for task in [task for task in now if task in then]:
         rows = [one[task].get("digests", {}) for one in (then, now)]

@@ -177,8 +177,8 @@ def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) 
 
 def _expected(config: RunConfig, run_id: str) -> Placement | None:
     """What stages will need, before the model and the rows are known; None where workers may not be needed at all, or
-    nobody can say how many."""
-    if not config.workers or config.min_workers not in (None, config.workers):
+    nobody can say how many, or whether this machine can hold them."""
+    if not 0 < config.workers <= (os.cpu_count() or 1) or config.min_workers not in (None, config.workers):
         return None
     if results.has_finished(run_id, config.mlflow.tracking_uri):
         return None  # as many stages as it has are there

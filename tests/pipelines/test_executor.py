@@ -114,7 +114,7 @@ def test_workers_start_as_soon_as_a_cluster_of_ones_own_has(own: bool, monkeypat
     placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
-    executor._cluster._wait_for_begin()
+    executor._cluster.wait_for_begin()
     begun = list(Group.made)
     assert len(begun) == own
     executor.ready(placement, again=False)
@@ -137,7 +137,7 @@ def test_workers_that_cannot_be_started_ahead_of_time_are_started_in_time(monkey
     placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
-    executor._cluster._wait_for_begin()
+    executor._cluster.wait_for_begin()
     monkeypatch.setattr(Group, "made", [])
     monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", Group)
     executor.ready(placement, again=False)

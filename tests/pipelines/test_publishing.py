@@ -68,7 +68,7 @@ def test_a_run_that_ends_otherwise_waits_a_little_and_says_what_became_of_it(
         one.leave()
     never.set()
     assert [record.getMessage() for record in caplog.records] == [
-        "publishing stage 1 'mail' failed too (no answer); the same command goes on with it",
+        "publishing stage 1 'mail' failed (no answer); all is kept, and the same command goes on with it",
         "publishing stage 2 'chat' has not ended; the same command goes on with it",
     ]
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from amlora_dist.config.loading import load_config
+from amlora_dist.config.loading import load_config, named_keys
 from amlora_dist.errors import UserError
+from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from pipelines.runs.progress import Silent
+from pipelines.runs.resume_check import going_on
 from pipelines.runs.sequence import run_sequence
 from tests.tiny_config import write_config, write_model
 
@@ -36,6 +38,26 @@ def take_away(folder: Path, task: str, split: str) -> None:
     """One row less."""
     file = folder / "tasks" / task / f"{split}.jsonl"
     file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+
+
+def test_what_auto_meant_when_a_run_began_it_means_for_the_run(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPUs of a cluster come and go: no stage is trained again in another dtype for it."""
+    config = write_config(tmp_path, tasks=("colours",))
+    first = run(config, "one", "dtype=auto")
+    store = Store.open(home)
+    parent = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: "one"})[-1].run
+    assert store.load_json(parent, "config.json")["dtype"] == "fp32"
+    monkeypatch.setattr("pipelines.runs.executor.InProcess.gpus", lambda self: True)
+    given = [*QUICK, "dtype=auto"]
+    taken_up = going_on(load_config(config, given), named=named_keys(config, given), run_id="one")
+    again = run_sequence(taken_up, run_id="one", progress=Silent())
+    assert [(stage["version"], stage["reused"]) for stage in again["stages"]] == [(first["stages"][0]["version"], True)]
+    stored = store.load_json(parent, "config.json") | {"dtype": "auto"}  # as 0.1 kept it
+    store.log_json(parent, "config.json", stored)
+    with pytest.raises(UserError, match="dtype: fp32 then, bf16 now"):
+        run(config, "one", "dtype=auto", "model.attention=eager")
 
 
 def test_current_goes_back(tmp_path: Path, home: Path) -> None:

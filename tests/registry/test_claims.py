@@ -105,6 +105,16 @@ def kill(lease: Lease) -> None:
     lease._thread.join()
 
 
+def test_a_lease_that_is_found_lost_before_a_write_is_known_to_be_lost(memory: Memory, stop: list[Lease]) -> None:
+    """Whoever looks at ``lost`` only, as the loop over a stage's steps does, ends too."""
+    lease = acquire(memory, KEY, timing=QUICK)
+    stop.append(lease)
+    memory.delete_entry(lease.name)
+    with pytest.raises(LeaseLostError):
+        lease.check()
+    assert lease.lost
+
+
 def test_the_first_driver_gets_epoch_one_and_may_write(memory: Memory) -> None:
     with acquire(memory, KEY, timing=QUICK) as lease:
         lease.check()

@@ -115,6 +115,11 @@ def test_rows_lie_in_one_piece_and_the_sequences_come_out_nearly_equal() -> None
     assert PackedRows.of([300, 20, 20], WIDTH).row_PS.shape == (2, 300), "a long one is none longer for it"
 
 
+@pytest.mark.parametrize("lengths", [[130] * 4, [170] * 4, [140] * 8, [129, 190, 131, 128, 177]])
+def test_packed_rows_are_never_more_tokens_than_rows_apart(lengths: list[int]) -> None:
+    assert PackedRows.of(lengths, WIDTH).tokens <= len(lengths) * max(lengths)
+
+
 @pytest.mark.parametrize("layers", ["above_router", "all"])
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
