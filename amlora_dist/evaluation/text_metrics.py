@@ -145,7 +145,8 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
 
 METRIC_NAMES: Mapping[str, str] = {
     "accuracy": "accuracy", "exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L",
-    "json_fields": "JSON fields",
+    "json_fields": "JSON fields", "same_text": "same text", "answer_letter": "answer letter",
+    "code_similarity": "code similarity",
 }  # fmt: skip
 """What people call them: in lines, tables and pages."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from amlora_dist.evaluation.text_metrics import (
+    METRIC_NAMES,
     METRICS,
     best_score,
     exact_match,
@@ -118,3 +119,7 @@ def test_the_best_of_several_right_answers_counts() -> None:
     assert best_score("exact_match", "two", ["one", "Two."]) == 1.0
     assert best_score("rouge_l", "a b c", ["a b", "x"]) == rouge_l("a b c", "a b")
     assert best_score("token_f1", "y", ["x"]) == 0.0
+
+
+def test_every_metric_has_a_name_for_people() -> None:
+    assert METRIC_NAMES.keys() == METRICS.keys()
