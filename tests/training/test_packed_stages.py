@@ -180,6 +180,9 @@ def test_models_whose_rows_run_into_each_other_are_refused_by_their_configuratio
             validate_config(config, [ON])
         validate_config(config)
     mistral = {**whole, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    file.write_text(json.dumps(mistral), encoding="utf-8")
+    gather_inputs(load_config(config, [ON]), tmp_path / "home")  # no row is longer than the window
+    mistral["max_position_embeddings"] = 8192
     file.write_text(json.dumps(mistral), encoding="utf-8")  # its window is the kind's default, not in the file
     with pytest.raises(UserError, match=r"training\.packing: found true with a mistral model with sliding_window 4096"):
         gather_inputs(load_config(config, [ON]), tmp_path / "home")
