@@ -48,8 +48,12 @@ def reach(point: str) -> None:
     for spec in _SPEC.split(","):
         name, _, rest = spec.partition(":")
         kind, _, nth = rest.partition(":")
-        if name == point and _seen[point] == int(nth or 1) and _first_process(point):
+        if name != point or _seen[point] != int(nth or 1):
+            continue
+        if _first_process(point):
             _die(point, kind)
+        elif kind != "hold":
+            _happened.set()  # in the process before, which may have died of it before anybody was held
 
 
 def _die(point: str, kind: str) -> None:
