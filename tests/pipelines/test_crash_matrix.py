@@ -54,16 +54,21 @@ def matrix(
         return undisturbed, crashed
 
 
+def assert_ends_undisturbed(
+    where: str, kind: str, undisturbed: Future[Outcome], crashed: dict[tuple[str, str], Future[Crashed]]
+) -> None:
+    case = crashed[where, kind].result()
+    assert faults(case, undisturbed.result()) == []
+    assert case.codes == [-9 if kind == "kill" else 1, 0]
+
+
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.parametrize(("point", "kind"), CASES, ids=[f"{point}-{KINDS[kind]}" for point, kind in CASES])
 def test_a_run_that_died_there_ends_with_the_undisturbed_result(
     point: str, kind: str, matrix: tuple[Future[Outcome], dict[tuple[str, str], Future[Crashed]]]
 ) -> None:
-    undisturbed, crashed = matrix
-    case = crashed[point, kind].result()
-    assert faults(case, undisturbed.result()) == []
-    assert case.codes == [-9 if kind == "kill" else 1, 0]
+    assert_ends_undisturbed(point, kind, *matrix)
 
 
 @pytest.mark.integration
@@ -72,10 +77,7 @@ def test_a_run_that_died_there_ends_with_the_undisturbed_result(
 def test_whichever_of_a_stage_and_the_publication_before_it_dies_first_the_result_is_the_undisturbed_one(
     order: str, kind: str, matrix: tuple[Future[Outcome], dict[tuple[str, str], Future[Crashed]]]
 ) -> None:
-    undisturbed, crashed = matrix
-    case = crashed[order, kind].result()
-    assert faults(case, undisturbed.result()) == []
-    assert case.codes == [-9 if kind == "kill" else 1, 0]
+    assert_ends_undisturbed(order, kind, *matrix)
 
 
 def test_every_declared_point_is_in_the_code_and_exercised() -> None:

@@ -17,26 +17,10 @@ import pytest
 
 from pipelines.runs.interrupts import stops_handled
 from tests.fork_server import Child, Server
-from tests.pipelines.crash_cases import Outcome, calm, matrix_config, outcome_of
+from tests.pipelines.crash_cases import Outcome, outcome_of
 
 LONG = "training.epochs=600"
 """A stage that is still at work when a test sends its signal: 2400 steps."""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matrix_config(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(forking: Server, config: Path, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return calm(forking.start, tmp_path_factory.mktemp("calm"), config, empty_home)
-
-
-@pytest.fixture
-def home(tmp_path: Path, empty_home: Path) -> Path:
-    shutil.copytree(empty_home, tmp_path / "home")
-    return tmp_path / "home"
 
 
 class Runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import sqlite3
 import threading
@@ -16,7 +15,7 @@ from amlora_dist.registry.connection import StoreAwayError
 from pipelines.runs import publisher
 from pipelines.runs.publisher import Publisher
 from tests.fork_server import Child, Server
-from tests.pipelines.crash_cases import NOT_PUBLISHED, Outcome, calm, matrix_config, outcome_of
+from tests.pipelines.crash_cases import NOT_PUBLISHED, Outcome, outcome_of
 
 FIRST_STEP_OF_STAGE_2 = "step_done:stop:9"
 
@@ -83,22 +82,6 @@ def test_one_that_does_not_end_is_told_and_waited_for_no_longer(monkeypatch: pyt
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matrix_config(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(forking: Server, config: Path, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return calm(forking.start, tmp_path_factory.mktemp("calm"), config, empty_home)
-
-
-@pytest.fixture
-def home(tmp_path: Path, empty_home: Path) -> Path:
-    shutil.copytree(empty_home, tmp_path / "home")
-    return tmp_path / "home"
 
 
 def start(server: Server, config: Path, home: Path, name: str, **environment: str) -> Child:

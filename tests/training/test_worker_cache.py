@@ -93,7 +93,7 @@ def _scored_again(
     return learned(stages(config, Path(folder) / "stayed", runner(cache, distributed=distributed, then=lambda: None)))
 
 
-def check(found: dict[str, Any]) -> None:
+def assert_equal_and_nothing_stays(found: dict[str, Any]) -> None:
     assert found["stayed"] == found["fresh"], "bit for bit"
     assert found["scored"][0] == found["scored"][1]
     assert found["loads"] == [1, 1]
@@ -112,7 +112,8 @@ OTHER_METHODS = sorted(set(METHODS) - {"am_lora", "seq_lora", "per_task", "l2p",
 def test_stages_in_one_process_equal_stages_that_load_the_base_each_time(method: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=TASKS)
     knobs = {"l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]}.get(method, [])
-    check(both_ways(str(file), str(tmp_path), [*QUICK, f"method={method}", *knobs], distributed=False))
+    found = both_ways(str(file), str(tmp_path), [*QUICK, f"method={method}", *knobs], distributed=False)
+    assert_equal_and_nothing_stays(found)
 
 
 def on_two_ranks(file: str, folder: str, settings: list[list[str]]) -> list[dict[str, Any]]:
@@ -143,7 +144,7 @@ def test_stages_on_ranks_that_stay_equal_stages_that_load_the_base_each_time(
     file = write_config(tmp_path, tasks=TASKS)
     for rank in on_ranks(2, on_two_ranks, str(file), str(tmp_path), settings):
         for found in rank:
-            check(found)
+            assert_equal_and_nothing_stays(found)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], target: str) -> None:
