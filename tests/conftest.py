@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compileall
+import marshal
 import os
 import signal
 from collections.abc import Iterator
@@ -26,6 +28,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles the two packages once, and looks at what was written.
+
+    Hundreds of commands of the tests read these files. Python 3.11 renames a compiled file into place without asking
+    whether all of it was written: one that a disk cut short fails every later import with ``EOFError``.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    for package in ("amlora_dist", "pipelines"):
+        compileall.compile_dir(REPOSITORY / package, quiet=2)
+        for compiled in (REPOSITORY / package).rglob("*.pyc"):
+            try:
+                marshal.loads(compiled.read_bytes()[16:])
+            except (EOFError, ValueError, TypeError):
+                compiled.unlink()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

@@ -205,6 +205,7 @@ def _child(request: dict[str, Any]) -> None:
         defaults = {"heartbeat_s": 0.2, "dead_after_s": request["dead_after_s"], "poll_s": 0.1}
         leases.Timing.__init__.__kwdefaults__.update(defaults)
     if request["max_file"] is not None:
+        sys.dont_write_bytecode = True  # a compiled module that is cut short would fail every later import
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file"], resource.RLIM_INFINITY))
     sys.argv = ["amlora", *request["start"]]
     code: object = 1

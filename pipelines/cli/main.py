@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import sysconfig
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -251,6 +252,11 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         told = f"{package} is not installed, and this command needs it: pip install amlora-dist"
         typer.echo(f"error: {told} (a light installation asks and serves the folder of a bank)", err=True)
         raise typer.Exit(2) from None
+    except EOFError as error:  # the command line's library would say "Aborted." and nothing else
+        if verbose:
+            typer.echo(shown(traceback.format_exc()), err=True)
+        typer.echo(visible(f"error: {_too_short(error)}"), err=True)
+        raise typer.Exit(1) from None
     except Exception as error:
         if (reason := no_room(error)) is None:
             raise
@@ -268,6 +274,18 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         if leaving.code == signal.SIGTERM:
             raise typer.Exit(TERMINATED) from None
         raise
+
+
+def _too_short(error: EOFError) -> str:
+    """What a file that ends too early is; Python itself leaves a half module behind where the disk was full."""
+    told = f"unexpected EOFError: {error or 'a file ends too early'}"
+    if "marshal" not in str(error):
+        return told
+    packages = f"{Path(__file__).parents[2] / 'amlora_dist'} {Path(__file__).parents[1]}"
+    return (
+        f"{told}: a module that Python compiled while the disk was full; "
+        f"compile all of them again: {sys.executable} -m compileall -qf {packages} {sysconfig.get_path('purelib')}"
+    )
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -170,6 +170,8 @@ ENDS = {
     "held": ("raise errors.HeldError('held by another')", 3, "error: held by another"),
     "failed": ("raise errors.TrainingError('NaN twice')", 4, "error: NaN twice"),
     "our fault": ("raise KeyError('x')", 1, "unexpected KeyError"),
+    "a file cut short": ("raise EOFError('too few bytes')", 1, "error: unexpected EOFError: too few bytes\n"),
+    "a module cut short": ("raise EOFError('marshal data too short')", 1, " -m compileall -qf /"),
     "interrupted": ("os.kill(os.getpid(), 2); import time; time.sleep(5)", 130, "goes on from here"),
     "terminated": ("os.kill(os.getpid(), 15); import time; time.sleep(5)", 143, ""),
     "terminated under Ray's own handler": ("sys.exit(15)", 143, ""),
