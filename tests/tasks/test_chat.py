@@ -88,6 +88,7 @@ def trl_rows(family: str, rows: list[dict[str, Any]], folder: Path, **options: A
     """What TRL's trainer makes of rows."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
+    pytest.importorskip("trl", reason="TRL is not installed: pip install .[dev]")
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = copy.deepcopy(chat_tokenizer(family))
