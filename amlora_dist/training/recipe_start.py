@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter, rows
+from amlora_dist.adapters.reading import keeping_trunk
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
@@ -86,17 +88,21 @@ class RecipeStart:
         """Mean loss over some training rows, nats per row, under every old row and under the base model alone."""
         probe = self.examples[: self.settings.training.probe_rows]
         tasks = len(self.adapters) + 1
-        losses = [self._mean_loss(probe, gate) for gate in torch.eye(tasks)[: tasks - 1]]
-        nothing = self._mean_loss(probe, torch.zeros(tasks))
+        *losses, nothing = self._mean_losses(probe, [*torch.eye(tasks)[: tasks - 1], torch.zeros(tasks)])
         names = [adapter.task for adapter in self.adapters]
         self.report({"kind": "probe", "losses": dict(zip(names, losses, strict=True)), "base": nothing})
         return losses, nothing
 
-    def _mean_loss(self, probe: Sequence[Example], gate: Tensor) -> float:
-        engine = self.learner.engine
-        total = torch.zeros(1, device=engine.device)
+    def _mean_losses(self, probe: Sequence[Example], gates: Sequence[Tensor]) -> list[float]:
+        """Under each of the gates. What lies below the adapters is computed once for all of them."""
+        engine, trunk = self.learner.engine, keeping_trunk(self.learner.mixture)
+        ranks, totals = engine.ranks, torch.zeros(len(gates), device=engine.device)
+        most = min(BATCH, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank
         with torch.no_grad():
-            for indices, counts in deal(probe, BATCH, engine.ranks.rank, engine.ranks.world):
-                part = self.loss(engine.model, [probe[i] for i in indices], gate)
-                total += part if counts else 0.0 * part
-        return float(engine.ranks.sum(total)) / len(probe)
+            for indices, counts in deal(probe, most, ranks.rank, ranks.world):
+                batch = [probe[i] for i in indices]
+                states_BLD = self.loss.lower_states(trunk, batch)
+                for place, gate in enumerate(gates):
+                    part = self.loss(engine.model, batch, gate, states_BLD)
+                    totals[place] += part if counts else 0.0 * part
+        return [total / len(probe) for total in ranks.sum(totals).tolist()]
