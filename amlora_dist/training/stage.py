@@ -210,8 +210,8 @@ class _Stage:
         make_statistics = partial(self._all_statistics, makes, mixture, every, parents, trunk)
         own, unseen = self._divided(makes, every)
         loss = self._loss(mixture, trunk)
-        # Layers' selectors have a prior of them; else no step waits for the reading of texts.
-        if statistics := make_statistics() if self.method.uses_selectors else []:
+        # Selectors may have a prior of them; else no step waits for the reading of texts.
+        if statistics := make_statistics() if self.method.uses_selectors and settings.router.literal.prior else []:
             mixture.set_router(self.method.router(statistics))
         self.method.prepare(mixture, parents)
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)

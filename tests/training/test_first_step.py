@@ -17,6 +17,7 @@ from amlora_dist.config.loading import RunConfig, load_config
 from amlora_dist.digests import tensors_digest
 from amlora_dist.tasks import background
 from amlora_dist.training import recipe_start, stage_statistics
+from amlora_dist.training.result import read_result
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import StageWork
 from tests.methods.stages import Stage, stages
@@ -119,3 +120,14 @@ def test_the_probe_of_many_adapters_runs_the_layers_below_them_once(
     monkeypatch.setattr(recipe_start, "keeping_trunk", lambda mixture: None)
     assert probes(tmp_path / "plain", config) == shared, "bit for bit"
     assert len(batches) == len(shared) == 2 and [len(losses) for losses, _ in shared] == [1, 2]
+
+
+def test_a_start_that_is_always_an_old_row_is_looked_for_among_these_alone(tmp_path: Path) -> None:
+    tasks = ("colours", "shapes", "sizes")
+    config = load_config(write_config(tmp_path, tasks=tasks), ["training.epochs=1", "recipe.start=always"])
+    found = probes(tmp_path, config)
+    assert len(found) == 1, "of two stages one has nothing to choose from"
+    (losses, base), results = found[0], [read_result(tmp_path / "stages" / task / "trained") for task in tasks]
+    assert base is None and set(losses) == set(tasks[:2])
+    begun = [result.training["recipe_from"] for result in results]
+    assert begun == [None, "colours", min(losses, key=losses.__getitem__)]
