@@ -70,7 +70,7 @@ def main() -> None:
         "equal": True,
     } | {
         f"{what}_{unit}": {name: found[unit][what] for name, found in lifetimes.items()}
-        for unit in UNITS for what in ("whole_run", "first_step_after", "between_stages")
+        for unit in UNITS for what in ("whole_run", "first_step", "between_stages")
     } | {
         f"{what}_{unit}": told[unit][what] for unit in UNITS for what in ("first_step_split", "between_stages_split")
     } | {
@@ -170,7 +170,6 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
     if process.returncode:
         sys.exit(errors.read_text())
     driver = [json.loads(line) for line in spans.read_text().splitlines()]
-    ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
     events, result = [], json.loads(output.read_text())
     learned: list[Any] = [result["accuracy_matrix"]]
     for stage in result["stages"]:
@@ -178,8 +177,36 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
         events.append([json.loads(line) for line in (place / "progress.jsonl").read_text().splitlines()])
         learned.append(hashlib.sha256((place / "trained" / "adapter.safetensors").read_bytes()).hexdigest())
 
-    def worker(stage: int) -> list[tuple[str, float]]:
-        """What ends when, from the moment that the driver asks for workers to the end of the first step."""
+    steps = [event for event in events[0] if event["kind"] == "step"]
+    found: dict[str, Any] = {
+        "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
+        "work": {"config": str(config), "overrides": overrides, "home": str(home)},
+        "learned": learned,
+    }
+    ends = moments(began, driver, events)
+    for unit in UNITS:
+        found[unit] = splits(unit, ends, cpu.samples) | {"whole_run": ended - began if unit == "seconds" else whole}
+    return found
+
+
+Moment = tuple[str, float]
+"""What ended then, seconds since 1970."""
+
+
+def moments(
+    began: float, driver: list[dict[str, Any]], events: list[list[dict[str, Any]]]
+) -> dict[str, list[Moment]]:
+    """From the command to the end of the first step, and from the end of the first stage to that of the next one's.
+
+    Args:
+        began: when the command did.
+        driver: spans of what the driver did.
+        events: of each stage.
+    """
+    ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
+
+    def worker(stage: int) -> list[Moment]:
+        """From when the driver asks for workers."""
         first, asked = next(event for event in events[stage] if event["kind"] == "worker"), ready[stage]["began"]
         ends = [("plan", first["time"])]
         if first["ready"] > asked:
@@ -188,32 +215,27 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
             if event["kind"] in STEPS:
                 ends.append((STEPS[event["kind"]], event["time"]))
             if event["kind"] == "step":
-                return ends
-        raise AssertionError("a stage takes a step")
+                break
+        return ends
 
     left = max(event["time"] for event in events[0])
-    published = [span["ended"] for span in driver if span["what"] == "publish" and span["ended"] < ready[1]["began"]]
-    starting = [("", began), ("driver, while Ray starts", ready[0]["began"]), *worker(0)]
-    between = [
-        ("", left), ("end of the stage", runs[0]["ended"]), ("publishing", max(published, default=runs[0]["ended"])),
-        ("driver", ready[1]["began"]), *worker(1),
-    ]  # fmt: skip
-    steps = [event for event in events[0] if event["kind"] == "step"]
-    found: dict[str, Any] = {
-        "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
-        "work": {"config": str(config), "overrides": overrides, "home": str(home)},
-        "learned": learned,
-    }
-    for unit in UNITS:
-        split = {
-            what: {name: used(unit, cpu.samples, start, end) for (_, start), (name, end) in pairwise(ends)}
-            for what, ends in (("first_step_split", starting), ("between_stages_split", between))
-        }
-        found[unit] = split | {
-            "whole_run": ended - began if unit == "seconds" else whole,
-            "first_step_after": sum(split["first_step_split"].values()),
-            "between_stages": sum(split["between_stages_split"].values()),
-        }
+    done = runs[0]["ended"]
+    published = [span["ended"] for span in driver if span["what"] == "publish" and done <= span["began"] < ready[1]["began"]]
+    return {
+        "first_step": [("", began), ("driver, while Ray starts", ready[0]["began"]), *worker(0)],
+        "between_stages": [
+            ("", left), ("end of the stage", done), ("publishing", max(published, default=done)),
+            ("driver", ready[1]["began"]), *worker(1),
+        ],
+    }  # fmt: skip
+
+
+def splits(unit: str, ends: dict[str, list[Moment]], samples: list[Sample]) -> dict[str, Any]:
+    """Seconds, or CPU seconds, between moments and in all."""
+    found: dict[str, Any] = {}
+    for what, those in ends.items():
+        split = {name: used(unit, samples, start, end) for (_, start), (name, end) in pairwise(those)}
+        found |= {what: sum(split.values()), f"{what}_split": split}
     return found
 
 
