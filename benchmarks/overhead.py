@@ -7,6 +7,9 @@ Compared is the first stage, from its second step on, without the trunk's cache,
 The sequence is run twice, with workers that stay (``worker_lifetime: run``) and with workers of one stage, in homes of
 their own; what both have learned must be equal.
 
+Beside seconds stand CPU seconds, of the command and of all processes below it, Ray's own among them: they mean something
+also where others use the machine.
+
     python benchmarks/overhead.py --json overhead.json     # the demo's model and rows
     python benchmarks/overhead.py --quick                  # a tiny random model
 """
@@ -23,8 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from search_cost import CpuSeconds, Sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -60,19 +67,26 @@ def main() -> None:
             "amlora": told["rate"], "plain_fastest": max(plain), "plain_median": statistics.median(plain),
             "ratio_to_fastest": told["rate"] / max(plain), "ratio_to_median": told["rate"] / statistics.median(plain),
         },
-        "whole_run_seconds": {name: found["whole"] for name, found in lifetimes.items()},
-        "first_step_after_seconds": {name: found["first_step"] for name, found in lifetimes.items()},
-        "first_step_split": told["start"],
-        "between_stages_seconds": {name: found["between"] for name, found in lifetimes.items()},
-        "between_stages_split": told["between_split"],
-        "between_stages_split_of_fresh_workers": lifetimes["stage"]["between_split"],
         "equal": True,
+    } | {
+        f"{what}_{unit}": {name: found[unit][what] for name, found in lifetimes.items()}
+        for unit in UNITS for what in ("whole_run", "first_step", "between_stages")
+    } | {
+        f"{what}_{unit}": told[unit][what] for unit in UNITS for what in ("first_step_split", "between_stages_split")
+    } | {
+        f"between_stages_split_of_fresh_workers_{unit}": lifetimes["stage"][unit]["between_stages_split"] for unit in UNITS
     }  # fmt: skip
     print(shown(out))
     if arguments.json:
         arguments.json.write_text(json.dumps(out, indent=2) + "\n")
 
 
+UNITS = ("seconds", "cpu_seconds")
+STEPS = {
+    "trainable": "model and engine", "statistics": "features of the rows", "probe": "probe of the old adapters",
+    "race": "race of the starts", "step": "first step",
+}  # fmt: skip
+"""What has just been done when a worker says so."""
 TWO_TASKS = ["tasks=[helpdesk/email_route,helpdesk/chat_mood]", "evaluation.untrained=false", "evaluation.oracle=false"]
 
 
@@ -146,57 +160,97 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
     ]  # fmt: skip
     environment = os.environ | {"AMLORA_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
     began = time.time()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    output, errors = folder / f"{lifetime}.out", folder / f"{lifetime}.err"
+    with output.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+        cpu = CpuSeconds(process.pid, lambda _: None)
+        process.wait()
     ended = time.time()
-    if done.returncode:
-        sys.exit(done.stderr)
+    whole = cpu.stop()
+    if process.returncode:
+        sys.exit(errors.read_text())
     driver = [json.loads(line) for line in spans.read_text().splitlines()]
-    ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
-    events, result = [], json.loads(done.stdout)
+    events, result = [], json.loads(output.read_text())
     learned: list[Any] = [result["accuracy_matrix"]]
     for stage in result["stages"]:
         place = home / "storage" / "stages" / stage["fingerprint"]
         events.append([json.loads(line) for line in (place / "progress.jsonl").read_text().splitlines()])
         learned.append(hashlib.sha256((place / "trained" / "adapter.safetensors").read_bytes()).hexdigest())
 
-    def at(stage: int, kind: str) -> float:
-        return float(next(event["time"] for event in events[stage] if event["kind"] == kind))
-
-    def worker(stage: int) -> dict[str, float]:
-        """From the moment that the driver asks for workers."""
-        first = next(event for event in events[stage] if event["kind"] == "worker")
-        asked = ready[stage]["began"]
-        fresh = first["ready"] > asked
-        start = {
-            "Ray: controller and workers": first["entered"] - asked,
-            "imports in the worker": first["ready"] - first["entered"],
-            "plan": first["time"] - first["ready"],
-        }
-        return (start if fresh else {"plan": first["time"] - asked}) | {
-            "model and engine": at(stage, "trainable") - first["time"],
-            "features of the rows": at(stage, "statistics") - at(stage, "trainable"),
-            "first step": at(stage, "step") - at(stage, "statistics"),
-        }
-
     steps = [event for event in events[0] if event["kind"] == "step"]
-    left = max(event["time"] for event in events[0])
-    gap = [span for span in driver if runs[0]["ended"] <= span["began"] < ready[1]["began"]]
-    publishing = sum(span["ended"] - span["began"] for span in gap if span["what"] == "publish")
-    return {
+    found: dict[str, Any] = {
         "rate": (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["seconds"] - steps[0]["seconds"]),
         "work": {"config": str(config), "overrides": overrides, "home": str(home)},
         "learned": learned,
-        "whole": ended - began,
-        "first_step": at(0, "step") - began,
-        "start": {"driver, while Ray starts": ready[0]["began"] - began, **worker(0)},
-        "between": at(1, "step") - left,
-        "between_split": {
-            "end of the stage": runs[0]["ended"] - left,
-            "publishing": publishing,
-            "driver": ready[1]["began"] - runs[0]["ended"] - publishing,
-            **worker(1),
-        },
     }
+    ends = moments(began, driver, events)
+    for unit in UNITS:
+        found[unit] = splits(unit, ends, cpu.samples) | {"whole_run": ended - began if unit == "seconds" else whole}
+    return found
+
+
+Moment = tuple[str, float]
+"""What ended then, seconds since 1970."""
+
+
+def moments(
+    began: float, driver: list[dict[str, Any]], events: list[list[dict[str, Any]]]
+) -> dict[str, list[Moment]]:
+    """From the command to the end of the first step, and from the end of the first stage to that of the next one's.
+
+    Args:
+        began: when the command did.
+        driver: spans of what the driver did.
+        events: of each stage.
+    """
+    ready, runs = ([span for span in driver if span["what"] == what] for what in ("ready", "run"))
+
+    def worker(stage: int) -> list[Moment]:
+        """From when the driver asks for workers."""
+        first, asked = next(event for event in events[stage] if event["kind"] == "worker"), ready[stage]["began"]
+        ends = [("plan", first["time"])]
+        if first["ready"] > asked:
+            ends = [("Ray: controller and workers", first["entered"]), ("imports in the worker", first["ready"]), *ends]
+        for event in events[stage]:
+            if event["kind"] in STEPS:
+                ends.append((STEPS[event["kind"]], event["time"]))
+            if event["kind"] == "step":
+                break
+        return ends
+
+    left = max(event["time"] for event in events[0])
+    done = runs[0]["ended"]
+    published = [span["ended"] for span in driver if span["what"] == "publish" and done <= span["began"] < ready[1]["began"]]
+    return {
+        "first_step": [("", began), ("driver, while Ray starts", ready[0]["began"]), *worker(0)],
+        "between_stages": [
+            ("", left), ("end of the stage", done), ("publishing", max(published, default=done)),
+            ("driver", ready[1]["began"]), *worker(1),
+        ],
+    }  # fmt: skip
+
+
+def splits(unit: str, ends: dict[str, list[Moment]], samples: list[Sample]) -> dict[str, Any]:
+    """Seconds, or CPU seconds, between moments and in all."""
+    found: dict[str, Any] = {}
+    for what, those in ends.items():
+        split = {name: used(unit, samples, start, end) for (_, start), (name, end) in pairwise(those)}
+        found |= {what: sum(split.values()), f"{what}_split": split}
+    return found
+
+
+def used(unit: str, samples: list[Sample], began: float, ended: float) -> float:
+    """Seconds between two moments, or CPU seconds by the looks before and after each."""
+    return ended - began if unit == "seconds" else cpu_at(samples, ended) - cpu_at(samples, began)
+
+
+def cpu_at(samples: list[Sample], moment: float) -> float:
+    """CPU seconds used until then."""
+    place = bisect_left(samples, (moment, 0.0))
+    if place in (0, len(samples)):
+        return samples[min(place, len(samples) - 1)][1] if samples and place else 0.0
+    (before, low), (after, high) = samples[place - 1], samples[place]
+    return low + (high - low) * (moment - before) / (after - before)
 
 
 def measure_loop(folder: Path, work: dict[str, Any]) -> dict[str, float]:

@@ -73,6 +73,21 @@ class Trunk:
         """What enters the first adapted layer for this row, (L, D), on the model's device."""
         return self._run(tokens)[0]
 
+    def batch_states(self, ids_BL: Tensor, mask_BL: Tensor, positions: dict[str, Tensor]) -> Tensor:
+        """What enters the first adapted layer in a pass of this batch, (B, L, D), to the bit: for passes that differ in what
+        comes behind.
+
+        Args:
+            ids_BL: padded on the left.
+            mask_BL: 1 but for padding.
+            positions: ``position_ids``, if the model takes them.
+        """
+        call = ForwardContext(self._mixture.routing, bypass=True, captures=True)
+        with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
+            self._plain_forward(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **positions)
+        assert call.trunk is not None, "a model reaches all of its layers"
+        return call.trunk
+
     def _run(self, tokens: tuple[int, ...]) -> tuple[Tensor, DynamicCache]:
         """A pass over the trunk: states (L, D), and the cache that it filled."""
         call = ForwardContext(self._mixture.routing, self._mixture.routing.depths, bypass=True, captures=True)

@@ -19,6 +19,7 @@ from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq
 if TYPE_CHECKING:
     from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.trunk import Trunk
 
     Chosen = list[tuple[Selection, Tensor | None]]
 
@@ -99,9 +100,23 @@ class LossComputer:
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._model, self._pad, self.encoder_decoder, self._device = model, pad_id, encoder_decoder, device
 
-    def __call__(self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None) -> Tensor:
-        """Summed loss, a scalar with gradient; ``gate_T`` (tasks,) weighs the adapters for every row."""
-        return self.cross_entropy(*self.logits(forward, examples, gate_T))
+    def __call__(
+        self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None, states_BLD: Tensor | None = None
+    ) -> Tensor:
+        """Summed loss, a scalar with gradient; ``gate_T`` (tasks,) weighs the adapters for every row; ``states_BLD``: of
+        ``lower_states`` for these rows."""
+        return self.cross_entropy(*self.logits(forward, examples, gate_T, states_BLD=states_BLD))
+
+    def lower_states(self, trunk: Trunk | None, examples: Sequence[Example]) -> Tensor | None:
+        """What the frozen layers below the adapters make of these rows, (B, L, D), for several passes of them that differ in
+        their gates: the same bits as in a pass without. None where such a pass computes them, or a cache has them."""
+        if trunk is None or self._trunk is not None or self._width or self.encoder_decoder:
+            return None
+        batch = {k: t.to(self._device) for k, t in collate(examples, pad_id=self._pad, side="left").items()}
+        mask_BL = batch["attention_mask"]
+        return trunk.batch_states(
+            batch["input_ids"], mask_BL, prompt_positions(self._model, mask_BL, encoder_decoder=False)
+        )
 
     @staticmethod
     def cross_entropy(
@@ -136,12 +151,13 @@ class LossComputer:
         gate_T: Tensor | None,
         chosen: Chosen | None = None,
         dropout_keys: DropoutKeys | None = None,
+        states_BLD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, L, V) that predict the labels (B, L); where the labels are ``IGNORED`` there is no target. Of packed
         rows (1, N, V) and (1, N): the targets alone, row after row.
 
         ``chosen`` is filled with what the layers' selectors chose (``MicroBatch.answers``); with ``dropout_keys`` the
-        new adapter drops parts of what it reads.
+        new adapter drops parts of what it reads; ``states_BLD`` as in a call.
         """
         if self._width:
             return self._packed_logits(forward, examples, gate_T, dropout_keys)
@@ -162,7 +178,9 @@ class LossComputer:
         else:
             keep = max(len(example.earlier) + len(example.target) for example in examples) + 1
             inputs |= prompt_positions(self._model, batch["attention_mask"], encoder_decoder=False)
-            if self._trunk is not None:
+            if states_BLD is not None:
+                inputs["trunk_states"] = states_BLD
+            elif self._trunk is not None:
                 rows = [example.prompt + example.target for example in examples]
                 inputs["trunk_states"] = self._trunk(rows).to(self._device)
             if self._keeps_logits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter, rows
+from amlora_dist.adapters.reading import keeping_trunk
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
@@ -50,6 +52,8 @@ class RecipeStart:
         how = self.settings.recipe.start
         if how == "never":
             return fresh
+        if how == "always":
+            return self._from(self._best(), fresh)
         losses, nothing = self._probe()
         order = sorted(range(len(losses)), key=losses.__getitem__)
         if how == "race" and self.held is not None:
@@ -58,13 +62,23 @@ class RecipeStart:
                 steps = race_steps(self.learner.schedule.steps, len(candidates), self.settings.recipe.race_steps)
                 if steps:
                     return self._race(self.held, candidates, steps, fresh)
-        if how != "always" and losses[order[0]] >= nothing:
-            return fresh
-        start = self._candidate(order[0])
-        engine = self.learner.engine
+        return fresh if losses[order[0]] >= nothing else self._from(order[0], fresh)
+
+    def _from(self, place: int, fresh: Progress) -> Progress:
+        """Put an old row into the engine."""
+        start, engine = self._candidate(place), self.learner.engine
         engine.import_state(engine.export_state() | dict(start.state), 0)
         fresh.recipe_from = start.name
         return fresh
+
+    def _best(self) -> int:
+        """The old row under which some training rows are likeliest; the only one needs no pass."""
+        count = len(self.adapters)
+        if count == 1:
+            return 0
+        losses = self._mean_losses(list(torch.eye(count + 1)[:count]))
+        self._report_probe(losses, None)
+        return losses.index(min(losses))
 
     def _race(self, held: HeldLoss, candidates: list[Candidate], steps: int, fresh: Progress) -> Progress:
         began = time.monotonic()
@@ -84,19 +98,26 @@ class RecipeStart:
 
     def _probe(self) -> tuple[list[float], float]:
         """Mean loss over some training rows, nats per row, under every old row and under the base model alone."""
-        probe = self.examples[: self.settings.training.probe_rows]
-        tasks = len(self.adapters) + 1
-        losses = [self._mean_loss(probe, gate) for gate in torch.eye(tasks)[: tasks - 1]]
-        nothing = self._mean_loss(probe, torch.zeros(tasks))
-        names = [adapter.task for adapter in self.adapters]
-        self.report({"kind": "probe", "losses": dict(zip(names, losses, strict=True)), "base": nothing})
+        count = len(self.adapters)
+        *losses, nothing = self._mean_losses([*torch.eye(count + 1)[:count], torch.zeros(count + 1)])
+        self._report_probe(losses, nothing)
         return losses, nothing
 
-    def _mean_loss(self, probe: Sequence[Example], gate: Tensor) -> float:
-        engine = self.learner.engine
-        total = torch.zeros(1, device=engine.device)
+    def _report_probe(self, losses: Sequence[float], base: float | None) -> None:
+        names = [adapter.task for adapter in self.adapters]
+        self.report({"kind": "probe", "losses": dict(zip(names, losses, strict=True)), "base": base})
+
+    def _mean_losses(self, gates: Sequence[Tensor]) -> list[float]:
+        """Under each of the gates. What lies below the adapters is computed once for all of them."""
+        engine, trunk = self.learner.engine, keeping_trunk(self.learner.mixture)
+        probe = self.examples[: self.settings.training.probe_rows]
+        ranks, totals = engine.ranks, torch.zeros(len(gates), device=engine.device)
+        most = min(BATCH, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank
         with torch.no_grad():
-            for indices, counts in deal(probe, BATCH, engine.ranks.rank, engine.ranks.world):
-                part = self.loss(engine.model, [probe[i] for i in indices], gate)
-                total += part if counts else 0.0 * part
-        return float(engine.ranks.sum(total)) / len(probe)
+            for indices, counts in deal(probe, most, ranks.rank, ranks.world):
+                batch = [probe[i] for i in indices]
+                states_BLD = self.loss.lower_states(trunk, batch)
+                for place, gate in enumerate(gates):
+                    part = self.loss(engine.model, batch, gate, states_BLD)
+                    totals[place] += part if counts else 0.0 * part
+        return [total / len(probe) for total in ranks.sum(totals).tolist()]

@@ -207,16 +207,12 @@ class _Stage:
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         trunk, makes = self._trunk(mixture), self._statistics(engine)
-        earlier = [parent.statistics for parent in parents]
-        found = makes.of(mixture, every, earlier, trunk, self._label_count())
-        statistics = [*earlier, self._with_background(makes, mixture, found)]
-        newest = statistics[-1]
-        held = newest.holdout_count if newest.held is None else len(newest.held.labels)
-        self.report({"kind": "statistics", "rows": newest.count, "held_out": held})
+        make_statistics = partial(self._all_statistics, makes, mixture, every, parents, trunk)
         own, unseen = self._divided(makes, every)
         loss = self._loss(mixture, trunk)
-        if self.method.uses_selectors:
-            mixture.set_router(self.method.router(statistics))  # the prior of the selectors, if they have one
+        # Selectors may have a prior of them; else no step waits for the reading of texts.
+        if statistics := make_statistics() if self.method.uses_selectors and settings.router.literal.prior else []:
+            mixture.set_router(self.method.router(statistics))
         self.method.prepare(mixture, parents)
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
         progress = learner.resume()
@@ -231,6 +227,7 @@ class _Stage:
         reach("training_ended")
         if self._checksums(mixture) != before:
             raise TrainingError("the base model or an old adapter changed while training")
+        statistics = statistics or make_statistics()
         gate = self.method.training_gate(len(mixture.task_names))
         row_losses = partial(self._row_losses, engine, loss, own, gate)
         state = self.method.method_state(Trained(mixture, len(own), row_losses, self.ranks.sum))
@@ -363,15 +360,20 @@ class _Stage:
             self.device, engine.whole_forward, settings.prompt_format.text_alone, self.cache,
         )  # fmt: skip
 
-    def _with_background(self, makes: StageStatistics, mixture: Mixture, own: TaskStatistics) -> TaskStatistics:
-        """The statistics with those of generic texts, by which texts of no task are told."""
-        settings = self.settings
-        wanted = settings.router.background and self.method.routed and own.held is not None
-        if not wanted or settings.router.kind not in ("posterior", "permuted"):
-            return own
-        layer, depths = mixture.router_layer, list(mixture.routing.depths)
-        decided_by = {"base": self.base.identity, "dtype": settings.dtype, "layer": layer, "depths": depths}
-        return replace(own, background=makes.background(mixture, Path(self.work.cache), decided_by))
+    def _all_statistics(
+        self, makes: StageStatistics, mixture: Mixture, every: list[Example], parents: list[Result], trunk: TrunkCache | None
+    ) -> list[TaskStatistics]:
+        """Of the bank's tasks, the newest last, with those of generic texts, by which texts of no task are told. They
+        are of the plain model, so that training changes nothing about them."""
+        router, earlier = self.settings.router, [parent.statistics for parent in parents]
+        newest = makes.of(mixture, every, earlier, trunk, self._label_count())
+        wanted = router.background and self.method.routed and newest.held is not None
+        if wanted and router.kind in ("posterior", "permuted"):
+            read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
+            decided_by = {"base": self.base.identity, "dtype": self.settings.dtype} | read
+            newest = replace(newest, background=makes.background(mixture, Path(self.work.cache), decided_by))
+        self.report({"kind": "statistics", "rows": newest.count, "held_out": len(makes.held_out(len(every)))})
+        return [*earlier, newest]
 
     def _engine(self, mixture: Mixture) -> Engine:
         trainable = mixture.trainable()

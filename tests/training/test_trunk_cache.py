@@ -140,6 +140,25 @@ def test_layers_below_are_not_run_when_states_are_there(folder: Path, tmp_path: 
     assert ran == [2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", ["above_router", "last:1"])
+def test_passes_that_share_the_lower_layers_give_the_bits_of_passes_that_do_not(
+    layers: str, dtype: torch.dtype, folder: Path
+) -> None:
+    made, rows = mixture(folder, layers, dtype), examples()
+    computer = LossComputer(made.model, pad_id=0, encoder_decoder=False, device=torch.device("cpu"))
+    gates = [torch.ones(1), torch.zeros(1)]
+    plain = [float(computer(made.model, rows, gate).detach()) for gate in gates]
+    ran: list[int] = []
+    for number, layer in enumerate(made.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: ran.append(n))
+    trunk = made.trunk()
+    ran.clear()
+    states = computer.lower_states(trunk, rows)
+    assert [float(computer(made.model, rows, gate, states).detach()) for gate in gates] == plain
+    assert ran == [*range(trunk.layer), *(2 * [*range(trunk.layer, 4)])], "the lower layers once"
+
+
 def test_with_gradient_checkpointing_the_gradients_are_the_same(folder: Path, tmp_path: Path) -> None:
     exact = torch.float64
     _, gradients = loss_and_gradients(mixture(folder, dtype=exact), examples(), None)

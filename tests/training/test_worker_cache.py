@@ -16,7 +16,7 @@ from torch import nn
 from amlora_dist.config.loading import RunConfig, load_config
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import TrainingError
-from amlora_dist.methods import METHODS
+from amlora_dist.methods import METHODS, READ_PARAMETERS
 from amlora_dist.training.module_state import ModuleState
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import StageWork, _parsed
@@ -105,14 +105,19 @@ OTHER_METHODS = sorted(set(METHODS) - {"am_lora", "seq_lora", "per_task", "l2p",
 """Tested when there is time; the base model alone is trained on nothing."""
 
 
+def of_method(name: str) -> list[str]:
+    """Overrides."""
+    knobs = {"l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]}
+    return [f"method={name}", *knobs.get(name, [])]
+
+
 @pytest.mark.parametrize(
     "method",
     ["am_lora", "seq_lora", "per_task", "l2p", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_METHODS)],
 )
 def test_stages_in_one_process_equal_stages_that_load_the_base_each_time(method: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=TASKS)
-    knobs = {"l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"]}.get(method, [])
-    found = both_ways(str(file), str(tmp_path), [*QUICK, f"method={method}", *knobs], distributed=False)
+    found = both_ways(str(file), str(tmp_path), [*QUICK, *of_method(method)], distributed=False)
     assert_equal_and_nothing_stays(found)
 
 
@@ -142,6 +147,21 @@ def test_stages_on_ranks_that_stay_equal_stages_that_load_the_base_each_time(
     settings: list[list[str]], tmp_path: Path
 ) -> None:
     file = write_config(tmp_path, tasks=TASKS)
+    for rank in on_ranks(2, on_two_ranks, str(file), str(tmp_path), settings):
+        for found in rank:
+            assert_equal_and_nothing_stays(found)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"base"}))
+def test_every_method_on_ranks_that_stay_equals_itself_in_fresh_ones_under_every_zero_stage(
+    method: str, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path, tasks=TASKS[:2])
+    possible = [stage for stage in range(4) if stage < 3 or method not in READ_PARAMETERS]
+    settings = [[*zero(stage), *of_method(method)] for stage in possible]
     for rank in on_ranks(2, on_two_ranks, str(file), str(tmp_path), settings):
         for found in rank:
             assert_equal_and_nothing_stays(found)
