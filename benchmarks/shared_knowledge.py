@@ -25,6 +25,7 @@ old row by a probe, and the running merge of all earlier adapters at two strengt
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -64,11 +65,11 @@ from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.stage_statistics import held_out_places
+from amlora_dist.training.trunk_cache import TrunkCache
 from pipelines.cluster.library_output import set_up
 
 DEMO = ["helpdesk/email_route", "helpdesk/chat_mood", "helpdesk/call_urgency", "helpdesk/review_topic"]
 BATCH = 16
-STRENGTHS, TEMPERATURES = (0.1, 0.3, 1.0), (1.0, 3.0, 10.0)
 COLUMNS = ("rows of G", "told", "difference", "loss", "loss difference", "model alone", "served", "served difference",
            "changed", "seconds")  # fmt: skip
 G = dict[str, Tensor]
@@ -83,6 +84,9 @@ def main() -> None:
     parser.add_argument("--split", default="dev", choices=["dev", "test"])
     parser.add_argument("--rows", type=int, default=100, help="of a task at most")
     parser.add_argument("--memory", type=int, nargs="+", default=[8, 16, 32], help="rows of a task that a refit sees")
+    parser.add_argument("--trained-rows", action="store_true", help="refit on rows that the adapters know, too")
+    parser.add_argument("--strengths", type=float, nargs="*", default=[0.1, 0.3, 1.0], help="mu of the merge")
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[1.0, 3.0, 10.0], help="of mixed rows")
     parser.add_argument("--l1", type=float, nargs="+", default=[0.1], help="on refitted weights")
     parser.add_argument("--steps", type=int, default=10, help="of a refit")
     parser.add_argument("--starts", action="store_true", help="learn the last task again, from several starts")
@@ -111,7 +115,7 @@ def main() -> None:
             }
         else:
             data = read(args, model)
-        bench = Bench(model, data, args)
+        bench = Bench(model, data, args, Path(folder))
         table = [] if args.only_starts else bench.table()
         starts = bench.starts(Path(folder)) if args.starts or args.only_starts else []
     count = sum(len(one.asked) for one in data.values())
@@ -164,7 +168,7 @@ class Scores:
 class Bench:
     """One bank under changed rows of G."""
 
-    def __init__(self, model: AMLoRAModel, data: Mapping[str, Data], args: argparse.Namespace) -> None:
+    def __init__(self, model: AMLoRAModel, data: Mapping[str, Data], args: argparse.Namespace, folder: Path) -> None:
         self.model, self.data, self.args = model, data, args
         assert model.answering is not None
         self.answering, self.mixture, self.bank = model.answering, model.mixture, model.bank
@@ -177,8 +181,15 @@ class Bench:
         order = sorted(range(len(self.texts)), key=lambda n: len(self.texts[n][1]))
         self.batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
         pad = int(model.tokenizer.pad_token_id)
-        self.loss = LossComputer(model.transformer, pad_id=pad, encoder_decoder=False, device=model.device)
+        self.trunk = TrunkCache(
+            self.mixture.trunk(), folder / "trunk", limit=1 << 32, dtype=next(model.transformer.parameters()).dtype,
+            decided_by={},
+        )  # fmt: skip
+        self.loss = LossComputer(
+            model.transformer, pad_id=pad, encoder_decoder=False, device=model.device, trunk=self.trunk.states
+        )
         self.tasks = len(data)
+        self.readings: dict[tuple[int, ...], Any] = {}
 
     # -- rows of the finished bank ------------------------------------------------------------------------------------
 
@@ -193,15 +204,15 @@ class Bench:
             show("so far", lines[-1:], COLUMNS)
 
         for merge in ("mean", "running"):
-            for strength in STRENGTHS if merge == "mean" else STRENGTHS[1:2]:
+            for strength in self.args.strengths:
                 add(f"shared {merge} {strength:g}", self.shared(merge, strength))
         means = self.mean_posteriors()
-        for temperature in TEMPERATURES:
+        for temperature in self.args.temperatures:
             told = self.soften(means, temperature)
             add(f"mixed T={temperature:g}", self.own, told=told, temperature=temperature)
         for count in self.args.memory:
             for l1 in self.args.l1:
-                for known in (False, True) if count == self.args.memory[-1] and not self.args.quick else (False,):
+                for known in (False, True) if self.args.trained_rows else (False,):
                     refits, won, seconds = self.refits(count, l1, known)
                     name = f"refit {count}" + (f" l1={l1:g}" if len(self.args.l1) > 1 else "")
                     name += " of training rows" if known else ""
@@ -287,7 +298,7 @@ class Bench:
             requests = self.model.requests(texts, task=[list(self.data)[place] for place in places])
             for request, place in zip(requests, places, strict=True):
                 request.gate = told[place]
-            reading = self.answering.read(requests)
+            reading = self.reading(batch, requests)
             weighed = self.weighed(requests, reading)
             evidence = self.answering.evidence(reading)
             gates = evidence.gates_BT
@@ -306,9 +317,18 @@ class Bench:
                 requests = self.model.requests([self.texts[n][1] for n, _ in again])
                 for request, (_, gate) in zip(requests, again, strict=True):
                     request.gate, request.task = gate, list(self.data)[int(gate.argmax())]
-                for (n, _), one in zip(again, self.weighed(requests, self.answering.read(requests)), strict=True):
+                reading = self.reading([n for n, _ in again], requests)
+                for (n, _), one in zip(again, self.weighed(requests, reading), strict=True):
                     out.served[n] = float(one.labels[one.best("both")] == self.texts[n][2])
         return out
+
+    def reading(self, rows: Sequence[int], requests: Sequence[Request]) -> Any:
+        """What the layers below the adapters make of dev rows: the same whatever G is, so that they run once."""
+        key = tuple(rows)
+        if key not in self.readings:
+            self.readings[key] = self.answering.read(requests)
+        self.model.prompter.read(requests)
+        return copy.deepcopy(self.readings[key])  # prompts are appended to it
 
     def weighed(self, requests: list[Request], reading: Any) -> list[Weighed]:
         """What is known of each one's labels."""
