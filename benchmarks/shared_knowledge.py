@@ -15,7 +15,8 @@ Dev rows are asked of a bank of labelled tasks as plain text, told their task an
 ``own``, means over all rows with a bootstrap interval (95%) over the rows.
 
 With ``--starts`` the last task is learned again, on ``--few`` of its rows, from four starts of its recipe: none, the best
-old row by a probe, and the running merge of all earlier adapters at two strengths; scored told, on its dev rows.
+old row by a probe, and the running merge of all earlier adapters at two strengths; scored told, on its dev rows, by the
+model alone.
 
     python benchmarks/shared_knowledge.py --bank models:/demo@champion --json shared.json
     python benchmarks/shared_knowledge.py --bank models:/relatives/4 --tasks imdb sst2 yelp amazon --data-dir ROWS --starts
@@ -365,8 +366,8 @@ class Bench:
         asked = self.examples(task, self.data[task].asked)
         known = self.examples(task, self.memory(task, self.args.few, known=True))
         merged = running(count)
-        begins: dict[str, Any] = {"none": None, "best row": self.best_row(known[:16])}
-        begins |= {f"shared {strength:g}": merged * strength for strength in (0.3, 1.0)}
+        begins: dict[str, Any] = {"none": None} | {f"shared {strength:g}": merged * strength for strength in (1.0, 0.3)}
+        begins["best row"] = self.best_row(known[:16])
         lines: list[dict[str, Any]] = []
         first: tuple[list[float], list[float]] | None = None
         for name, start in begins.items():
