@@ -29,6 +29,9 @@ class Adapter:
     recipe: dict[str, Tensor] = field(default_factory=dict)
     selector: dict[str, Tensor] = field(default_factory=dict)
     """Dense layers of the literal router, by ``<module path>.weight`` and ``.bias``; empty for other routers."""
+    refitted: dict[str, Tensor] = field(default_factory=dict)
+    """Rows of the earlier tasks as this adapter's stage left them (``training.recipe_refit``), fp32 of shape (earlier
+    tasks, earlier adapters + 1): they may lean on adapters that came after them. Empty where the earlier rows stay."""
 
     @property
     def scale(self) -> float:
@@ -36,9 +39,11 @@ class Adapter:
         return self.alpha / self.rank
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything training produced, by name: ``a.<module>``, ``b.<module>``, ``recipe.<module>``, ``selector.*``."""
+        """Everything training produced, by name: ``a.<module>``, ``b.<module>``, ``recipe.<module>``,
+        ``refitted.<module>``, ``selector.*``."""
         named = {f"a.{m}": t for m, t in self.a.items()} | {f"b.{m}": t for m, t in self.b.items()}
         named |= {f"recipe.{m}": t for m, t in self.recipe.items()}
+        named |= {f"refitted.{m}": t for m, t in self.refitted.items()}
         return named | {f"selector.{name}": t for name, t in self.selector.items()}
 
     def digest(self) -> str:
@@ -47,10 +52,14 @@ class Adapter:
 
 
 def rows(adapters: list[Adapter], module: str) -> Tensor:
-    """G of one module, shape (tasks, adapters), fp32: row t is ``(*recipe of t, 1, 0, ...)``."""
+    """G of one module, shape (tasks, adapters), fp32: row t is ``(*recipe of t, 1, 0, ...)``, or what the last refit has
+    made of it."""
     count = len(adapters)
     out = torch.zeros(count, count)
     for t, adapter in enumerate(adapters):
+        refitted = adapter.refitted.get(module)
+        if refitted is not None and t:
+            out[:t, : t + 1] = refitted.float()
         out[t, t] = 1.0
         weights = adapter.recipe.get(module)
         if weights is not None and t:
@@ -59,9 +68,10 @@ def rows(adapters: list[Adapter], module: str) -> Tensor:
 
 
 def tasks_using(adapters: Sequence[Adapter], place: int) -> list[int]:
-    """Tasks (0-based) whose row of the bank has weight on the adapter at ``place``, in any module."""
-    later = [t for t in range(place + 1, len(adapters)) if any(bool(r[place] != 0) for r in adapters[t].recipe.values())]
-    return [place, *later]
+    """Tasks (0-based) whose row of the bank has weight on the adapter at ``place``, in any module: itself, then others."""
+    bank = list(adapters)
+    used_T = torch.stack([rows(bank, module)[:, place] != 0 for module in adapters[0].a]).any(dim=0)
+    return [place, *(t for t in used_T.nonzero().flatten().tolist() if t != place)]
 
 
 def recipe_summary(adapter: Adapter, earlier: Sequence[str]) -> dict[str, Any] | None:

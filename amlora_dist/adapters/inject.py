@@ -116,6 +116,17 @@ class Mixture:
         for module in self.modules.values():
             module.silent = adapter
 
+    def try_row(self, row: dict[str, Tensor] | None) -> None:
+        """Weigh the adapters by this row (N,) of each module path, whatever a call's gate; gradients reach it. None: by
+        gates again. Between calls."""
+        for path, module in self.modules.items():
+            module.tried = None if row is None else row[path]
+
+    def set_rows(self, rows: dict[str, Tensor]) -> None:
+        """Take other rows of G (T, N), by module path; the row that is being learned stays. Between calls."""
+        for path, rows_TN in rows.items():
+            self.modules[path].set_rows(rows_TN)
+
     def set_recipe(self, values: dict[str, Tensor]) -> None:
         """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
         for path, value in values.items():

@@ -94,6 +94,8 @@ class MixtureLinear(nn.Module):
         """Whether the model hands this layer the tokens of all sequences in one row, sequence after sequence."""
         self.silent: int | None = None
         """Adapter that adds nothing, whatever weighs it (``Mixture.disable_adapter``)."""
+        self.tried: Tensor | None = None
+        """A row (N,), with gradient or not, that every input has instead of its gate (``Mixture.try_row``)."""
         weight = next(base.parameters())
         # A quantised layer says in what it computes.
         computes = getattr(base, "compute_dtype", None) or torch.get_default_dtype()
@@ -132,13 +134,19 @@ class MixtureLinear(nn.Module):
         spread = torch.block_diag(*(torch.full((1, rank), scale) for rank, scale in scales))
         gates = torch.eye(len(scales))
         gates[: len(adapters), : len(adapters)] = rows(adapters, self.path)
-        self._reach = [_reach(row, [rank for rank, _ in scales]) for row in gates]
         if new is not None and new.recipe is not None:
             gates[-1, :-1] = new.recipe.float()
-        if self.recipe is not None:
-            gates = gates[:-1]  # the last row is learned
         self.register_buffer("spread_bits", spread.to(device).view(torch.int32), persistent=False)
-        self.register_buffer("mix_bits", (gates.to(device) @ spread.to(device)).view(torch.int32), persistent=False)
+        self._ranks = [rank for rank, _ in scales]
+        self.set_rows(gates)
+
+    def set_rows(self, rows_TN: Tensor) -> None:
+        """Take other constant rows of G; a last row that is learned stays as it is. Between calls."""
+        self._reach = [_reach(row, self._ranks) for row in rows_TN]
+        if self.recipe is not None:
+            rows_TN = rows_TN[:-1]  # the last row is learned
+        mix_TR = rows_TN.to(self.spread) @ self.spread
+        self.register_buffer("mix_bits", mix_TR.view(torch.int32), persistent=False)
 
     @property
     def spread(self) -> Tensor:
@@ -158,6 +166,8 @@ class MixtureLinear(nn.Module):
 
     def rank_gates(self, task_gate_BT: Tensor) -> Tensor:
         """Gate times scale of every rank column, (B, R) fp32."""
+        if self.tried is not None:
+            return self._masked((self.tried.to(self.spread) @ self.spread).expand(len(task_gate_BT), -1))
         mix_TR = self.mix_bits.view(torch.float32)
         if self.recipe is not None:
             own_N = F.pad(self.recipe.float(), (0, 1), value=1.0)

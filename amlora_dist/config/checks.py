@@ -72,6 +72,10 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.workers and config.method in READ_PARAMETERS and _zero_stage(config) == 3:
         found = f"3 with method: {config.method}, which reads the parameters that ZeRO-3 partitions"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
+    refits = config.method == "am_lora" and not faulty(("method_settings",)) and config.method_settings.memory_rows
+    if config.workers and refits and _zero_stage(config) == 3:
+        found = "3 with method_settings.memory_rows, whose refit reads the parameters that ZeRO-3 partitions"
+        faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
     if config.workers and config.model.quantisation != "none" and _zero_stage(config) == 3:
         found = f"3 with model.quantisation: {config.model.quantisation}, whose weights ZeRO-3 cannot share out"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2", "or take the other away")

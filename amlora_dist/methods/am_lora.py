@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,18 @@ class AMLoRA(Method):
         values = super().reads(stage)
         if self._literal:
             values["literal"] = asdict(self.settings.router.literal) | {"l1_on_gates": self.settings.training.l1}
+        if stage > 1 and self.memory_rows:
+            values["method_settings"] = {"memory_rows": self.memory_rows, "near_tie": self.settings.training.near_tie}
         return values
+
+    def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
+        """With a memory also some of each earlier task of this run; those of a parent bank keep their rows of G."""
+        memory = dict.fromkeys((task for task in earlier if task in sequence), self.memory_rows) if self.memory_rows else {}
+        return super().rows(stage, earlier, sequence) | memory
+
+    @property
+    def memory_rows(self) -> int:
+        return 0 if self._literal or not self.settings.router.recipes else self.settings.method_settings.memory_rows
 
     @property
     def uses_selectors(self) -> bool:

@@ -140,6 +140,12 @@ class Method:
         """
         return {stage: None}
 
+    @property
+    def memory_rows(self) -> int:
+        """Rows of each earlier task that ``rows`` names for its row's refit after the stage, and for no training; 0: none,
+        what ``rows`` names is trained on."""
+        return 0
+
     # -- the adapter ----------------------------------------------------------------------------------------------
 
     def targets(self, model: PreTrainedModel, router_layer: int) -> list[Target]:

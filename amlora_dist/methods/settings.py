@@ -12,6 +12,10 @@ class MethodSettings:
 
     ortho_weight: float = Field(default=20.0, ge=0)
     """``o_lora``: weight of the overlap between the new adapter's directions and the earlier ones'."""
+    memory_rows: int = Field(default=0, ge=0)
+    """``am_lora``: held-out rows of each earlier task of the run, at most, on which the weights of its row are refitted at
+    the end of every later stage (``training.recipe_refit``); 0: earlier rows stay as they are. The rows are read from the
+    task's own training data again; nothing of them is stored."""
     replay_rows: int = Field(default=16, ge=1)
     """``replay``: training rows of each earlier task that later stages see again, at most."""
     ewc_weight: float = Field(default=100.0, ge=0)

@@ -49,8 +49,8 @@ def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapte
         )
     _check_config(home / CONFIG_FILE, peft_config(manifest, line))
     a, b = _read_pairs(home / MODEL_FILE, line)
-    recipe, selector = _read_rest(home / RECIPE_FILE, line)
-    adapter = Adapter(line.task, line.rank, line.alpha, a, b, recipe, selector)
+    rest = _read_rest(home / RECIPE_FILE, line)
+    adapter = Adapter(line.task, line.rank, line.alpha, a, b, **rest)
     check_digest(home, adapter.digest(), line.digest)
     return adapter
 
@@ -119,23 +119,28 @@ def _read_pairs(file: Path, line: AdapterEntry) -> tuple[dict[str, Tensor], dict
     return a, b
 
 
-def _read_rest(file: Path, line: AdapterEntry) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Recipe (index - 1,) by module, and the literal router's dense layers."""
+def _read_rest(file: Path, line: AdapterEntry) -> dict[str, dict[str, Tensor]]:
+    """Recipe (index - 1,) and refitted rows of earlier tasks (index - 1, index) by module, and the literal router's dense
+    layers."""
     tensors = read_tensors(file)
-    recipe: dict[str, Tensor] = {}
-    selector: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {"recipe": {}, "refitted": {}, "selector": {}}
+    weights = {
+        "recipe": ((line.index - 1,), "one weight for each earlier adapter"),
+        "refitted": ((line.index - 1, line.index), "a row for each earlier task"),
+    }
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
-        module = rest if kind == "recipe" else rest.rpartition(".")[0]
-        if kind not in {"recipe", "selector"} or module not in line.targets:
+        module = rest.rpartition(".")[0] if kind == "selector" else rest
+        if kind not in found or module not in line.targets:
             raise BankError(f"{file}: {name}: found a tensor for no adapted module; fetch the bank again")
-        if kind == "recipe" and (tensor.shape != (line.index - 1,) or str(tensor.dtype) != "torch.float32"):
+        if kind in weights and (tensor.shape != weights[kind][0] or str(tensor.dtype) != "torch.float32"):
+            shape, what = weights[kind]
             raise BankError(
                 f"{file}: {name}: found {tensor.dtype} of shape {tuple(tensor.shape)}, expected torch.float32 of shape "
-                f"({line.index - 1},), one weight for each earlier adapter"
+                f"{shape}, {what}"
             )
-        (recipe if kind == "recipe" else selector)[rest] = tensor
-    return recipe, selector
+        found[kind][rest] = tensor
+    return found
 
 
 def _check_names(file: Path, found: set[str], expected: set[str]) -> None:

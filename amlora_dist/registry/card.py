@@ -91,6 +91,14 @@ def _converses(manifest: Manifest) -> bool:
     return any(line.task_spec is not None and line.task_spec.chat for line in manifest.adapters)
 
 
+def _memory(manifest: Manifest) -> list[str]:
+    """Whether rows of earlier tasks were looked at again, which a reader must know before comparing methods."""
+    section = manifest.training_configuration.get("method_settings")
+    count = section.get("memory_rows", 0) if isinstance(section, dict) and manifest.method == "am_lora" else 0
+    said = f"Rows of G were refitted on a memory of at most {count} rows of each earlier task; none of them are in here."
+    return [said] if count else []
+
+
 def readme(manifest: Manifest, base_model: str | None = None) -> str:
     """The model card, Markdown with the Hub's front matter.
 
@@ -107,6 +115,7 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
         f"run `{manifest.run_id}`, stage {manifest.stage}.",
         f"Base model `{base.source}` ({base.architecture}, revision `{base.revision or 'not pinned'}`), "
         f"sha256 `{base.digest}`{_bits(manifest)}. The base model is not stored here.",
+        *_memory(manifest),
         "",
         "| k | task | rank | alpha | accuracy now | sha256 |",
         "|---|---|---|---|---|---|",

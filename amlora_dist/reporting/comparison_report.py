@@ -87,11 +87,19 @@ def method_table(comparison: dict[str, Any]) -> Table:
         low, high = own.get("interval") or [None, None]
         others = [_mean(one, name) for name in names[1:]]
         rate = comparison["tuning"].get(method, {}).get("chosen")
+        shown = with_memory(comparison, method)
         rows.append(
-            [method, own.get("mean"), own.get("deviation"), low, high, *others, one["runs"], one["train_seconds"],
+            [shown, own.get("mean"), own.get("deviation"), low, high, *others, one["runs"], one["train_seconds"],
              None if rate is None else f"{rate:g}"]
         )  # fmt: skip
     return Table(columns, rows)
+
+
+def with_memory(comparison: dict[str, Any], method: str) -> str:
+    """A method's name, with the memory of earlier rows that the configuration gives it and the name does not tell."""
+    count = (comparison["config"].get("method_settings") or {}).get("memory_rows", 0)
+    own = method.partition(":")[0] == "am_lora" and "memory_rows" not in method
+    return f"{method} (memory: {count} rows a task)" if own and count else method
 
 
 def difference_table(comparison: dict[str, Any]) -> Table:

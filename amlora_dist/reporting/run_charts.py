@@ -238,6 +238,21 @@ def recipe_blocks(recipes: Sequence[Recipe]) -> list[Block]:
     return [chart]
 
 
+def memory_blocks(facts: RunFacts) -> list[Block]:
+    """What the refits of earlier tasks' rows came to, where the run had a memory."""
+    rows: list[list[Value]] = [
+        [stage.task, task, one["rows"], one["before"], one["after"], one["refitted"]]
+        for stage in facts.stages
+        for task, one in ((stage.training.get("memory") or {}).get("tasks") or {}).items()
+    ]
+    columns = ["after stage", "task", "memory rows", "loss as it was", "loss refitted", "taken"]
+    caption = (
+        "Weights of a task's row, refitted on held-out rows of it. Losses are nats per target token on the half of the"
+        " memory that each fit has not seen; a refit that is no better is not taken."
+    )
+    return [TableBlock("memory", "Refits of earlier tasks' rows", Table(columns, rows), caption)] if rows else []
+
+
 def training_blocks(facts: RunFacts) -> list[Block]:
     """Loss curves, and where the time went."""
     blocks: list[Block] = []

@@ -91,7 +91,7 @@ def run_page(facts: RunFacts) -> Page:
             Section(
                 "What stages took over",
                 "A recipe is the set of weights of earlier adapters beside which a task was learned.",
-                run_charts.recipe_blocks(evidence.recipes),
+                [*run_charts.recipe_blocks(evidence.recipes), *run_charts.memory_blocks(facts)],
             ),
             Section("Training", "", run_charts.training_blocks(facts)),
             Section("Raw data", "Every number above follows from these.", _raw(facts)),
@@ -141,6 +141,11 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselin
     )
 
 
+def memory_of(facts: RunFacts) -> int:
+    """Rows of each earlier task that its row was refitted on; 0: no memory."""
+    return max((int((stage.training.get("memory") or {}).get("rows", 0)) for stage in facts.stages), default=0)
+
+
 def last_row_mean(matrix: metrics.Matrix) -> float | None:
     """Mean of the last row over all its columns: the average performance of one stage about all tasks."""
     return metrics.mean(matrix[-1])
@@ -158,6 +163,8 @@ def _summary(
     text = f"{learned} of {len(facts.tasks)} tasks learned one after another by {facts.result['method']}"
     if not facts.in_sequence:
         text = f"{learned} tasks, {facts.result['method']}"
+    if count := memory_of(facts):
+        text += f" with a memory of {count} rows a task"
     if value is not None:
         text += f": {facts.measure} {fraction(value)} on average"
         text += f" ({fraction(interval.low)} to {fraction(interval.high)} for other test rows)" if interval else ""
@@ -383,6 +390,7 @@ def _facts(facts: RunFacts) -> dict[str, str]:
         "method": str(facts.result["method"]),
         "router": str(facts.config.get("router", {}).get("kind", "")),
         "seed": str(facts.result["seed"]),
+        **({"memory": f"{count} rows of each earlier task"} if (count := memory_of(facts)) else {}),
         "model": f"{source} ({facts.materials.get('dtype', 'dtype unknown')})",
         "base digest": str(base.get("digest", ""))[:12],
         "amlora-dist": str(facts.materials.get("versions", {}).get("amlora-dist", "")),

@@ -106,7 +106,7 @@ def read_result(folder: Path) -> Result:
     try:
         training = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
         about = training.pop("adapter")
-        parts: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "recipe": {}, "selector": {}}
+        parts: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "recipe": {}, "selector": {}, "refitted": {}}
         for name, tensor in load_file(folder / FILES[0]).items():
             kind, _, module = name.partition(".")
             parts[kind][module] = tensor

@@ -52,6 +52,7 @@ from amlora_dist.training.held_loss import HeldLoss
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.rate_race import run_rate_race
+from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
@@ -118,7 +119,7 @@ class _Stage:
         )
         slots, eos_id = self.method.prompt_slots, int(self.tokenizer.eos_token_id)
         self.prompt_slots = PromptSlots(slots, eos_id) if slots else None
-        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.prompt_slots)
+        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.prompt_slots, self.method.memory_rows)
         self.config = self._deepspeed_config() if distributed else None
         self._release: Callable[[], None] | None = None
         """Lets go of the model that the stage has used, after its last pass."""
@@ -238,9 +239,11 @@ class _Stage:
             labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
             eos_id = int(self.tokenizer.eos_token_id)
             statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
+        refit = RecipeRefit(mixture, loss, self.ranks, self.device, settings.training, self.layout.micro)
+        refits = refit.earlier([*adapters, adapter], self.rows.memory(), self.report)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
-            training = asdict(progress) | {
+            training = asdict(progress) | refits | {
                 "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
                 "mixed": mixed_shares(statistics),
             }
@@ -402,8 +405,7 @@ class _Stage:
     def _label_count(self) -> int:
         """Labels of the stage's task, where the statistics are of its rows alone; else 0."""
         spec = self.work.spec(self.work.task) if self.work.task in self.work.tasks else None
-        alone = (self.work.rows or {self.work.task: None}) == {self.work.task: None} and not self.work.mixed
-        return len(spec.label_texts) if spec is not None and alone else 0
+        return len(spec.label_texts) if spec is not None and self.rows.alone else 0
 
     # -- what both need -----------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.tasks.batches import Example, encode
 from amlora_dist.tasks.prompts import template_for
 from amlora_dist.training.batching import all_tokens
+from amlora_dist.training.stage_statistics import held_out_places
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.prompt_pool import PromptSlots
@@ -35,6 +36,7 @@ class StageRows:
         base: whose tokens they become.
         tokenizer: of the base model.
         prompt_slots: where learned prompts stand, if the adapters are pools of them.
+        memory_rows: of ``Method``: with some, rows of earlier tasks are that memory, and not trained on.
     """
 
     work: StageWork
@@ -42,6 +44,7 @@ class StageRows:
     base: BaseModel
     tokenizer: Any
     prompt_slots: PromptSlots | None
+    memory_rows: int = 0
 
     def plain(self, task: str, split: str) -> list[Row]:
         """Rows of a task's split, as they are in the data."""
@@ -69,11 +72,29 @@ class StageRows:
             examples = self.examples(task, "train")
             if limit is None:
                 own += examples
-            else:
+            elif not self.memory_rows:
                 replayed += self._sample(examples, limit, "replay", task)
         for task, count in self.work.mixed.items():
             own += self._sample(self.examples(task, "train"), count, "mixed", f"{self.work.task}/{task}")
         return own, replayed
+
+    @property
+    def alone(self) -> bool:
+        """Whether all rows that are learned are of the stage's own task, as it was told."""
+        named = (self.work.rows or {self.work.task: None}).items()
+        learned = {task: limit for task, limit in named if limit is None or not self.memory_rows}
+        return learned == {self.work.task: None} and not self.work.mixed
+
+    def memory(self) -> dict[str, list[Example]]:
+        """By earlier task, rows that nobody has trained on, at most so many; of all its rows where none were held out."""
+        found, settings = {}, self.work.settings
+        share = settings.router.holdout if settings.prompt_format.text_alone else 0.0
+        for task, limit in sorted((self.work.rows or {}).items()):
+            if limit is not None and self.memory_rows:
+                examples = self.examples(task, "train")
+                unseen = [examples[n] for n in held_out_places(len(examples), share, seed=settings.seed, task=task)]
+                found[task] = self._sample(unseen or examples, limit, "memory", task)
+        return found
 
     def _encoded(self, task: str, split: str, prompt_slots: PromptSlots | None) -> list[Example]:
         spec = self.work.spec(task)

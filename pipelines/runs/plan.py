@@ -176,7 +176,8 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
         wanted = {"all": len(tasks), "last": plan.index if last else 0, "seen": plan.index}
         upto = wanted.get(evaluation.cells, plan.index + 1)
         upto = upto if inputs.stage_names == tasks else len(tasks)
-        before = earlier[-1].cells if earlier and method.inherits else ()
+        # A refit may move any earlier task's row, so that no answer of before is known to hold.
+        before = earlier[-1].cells if earlier and method.inherits and not method.memory_rows else ()
         known = {cell.task: cell.fingerprint for cell in before if cell.mode == "router"}
         cells = [_cell(inputs, "router", task, bank, known.get(task)) for task in tasks[:upto]]
     routed = {cell.task: cell.fingerprint for cell in cells}

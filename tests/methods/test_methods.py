@@ -23,7 +23,7 @@ from tests.methods.stages import stages
 from tests.tiny_config import write_config
 
 DECLARED: dict[str, dict[str, set[str]]] = {
-    "am_lora": {},
+    "am_lora": {"later": {"memory_rows"}},
     "seq_lora": {},
     "inc_lora": {},
     "o_lora": {"later": {"ortho_weight"}},

@@ -20,9 +20,11 @@ METHODS = {
     "ewc": ["method_settings.ewc_weight=100", "method_settings.ewc_rows=7"],
     "lwf": ["method_settings.lwf_weight=3"],
     "l2p": ["method_settings.prompt_pool=6", "method_settings.prompt_tokens=3"],
+    "am_lora": ["method_settings.memory_rows=8", "training.near_tie=0"],
 }
 """What differs between methods in a step; the rest is what every method does."""
-NOT_UNDER_ZERO_3 = ("o_lora", "ewc", "l2p")
+NOT_UNDER_ZERO_3 = ("o_lora", "ewc", "l2p", "am_lora")
+"""``am_lora``: with a memory."""
 
 
 def on_this_rank(work: StageWork) -> None:
@@ -30,7 +32,8 @@ def on_this_rank(work: StageWork) -> None:
 
 
 def learned(file: str, folder: str, zero_stage: int | None) -> dict[str, Any]:
-    """By method: the losses of both stages, and the sum of each remembered tensor after the second."""
+    """By method: the losses of both stages, and the sum of each remembered tensor after the second, what refits came to
+    among them."""
     run, where = (in_this_process, []) if zero_stage is None else (on_this_rank, [f"deepspeed.zero_stage={zero_stage}"])
     found = {}
     for name, more in METHODS.items():
@@ -39,6 +42,9 @@ def learned(file: str, folder: str, zero_stage: int | None) -> dict[str, Any]:
         config = load_config(file, [f"method={name}", "training.epochs=1", "training.batch_size=12", *more, *where])
         both = stages(config, Path(folder) / name, run, score=False)
         memory = {key: float(tensor.sum()) for key, tensor in both[1].result.method_state.items()}
+        memory |= {f"refitted.{path}": float(row.sum()) for path, row in both[1].result.adapter.refitted.items()}
+        for task, one in (both[1].result.training.get("memory") or {"tasks": {}})["tasks"].items():
+            memory |= {f"{task}, before": one["before"], f"{task}, after": one["after"]}
         found[name] = {"losses": [loss for stage in both for loss in stage.result.training["losses"]], "memory": memory}
     return found
 
