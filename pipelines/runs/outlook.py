@@ -109,6 +109,8 @@ class Outlook:
         self._spend("other")
         if index > 1 and self._rates["train"].count + self._rates["score"].count:
             self._rates["other"].count += 1
+        if index == 1:
+            self._since = None  # what comes now, until something is heard of the stage, comes once: workers start
         self._index, self._trained, self._scored, self._cell = index, 0.0, 0.0, None
 
     def other(self) -> None:
