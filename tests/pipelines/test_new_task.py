@@ -181,4 +181,4 @@ def test_a_dev_split_that_is_the_test_split_again_is_left_out_and_said(tmp_path:
     told = "\n".join(made.told)
     assert "validation.csv is left out: every text of it stands in the test split" in told
     assert "dev" not in yaml.safe_load(made.task.read_text(encoding="utf-8"))["splits"]
-    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 40, "test": 20}
+    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 32, "dev": 8, "test": 20}
