@@ -325,8 +325,11 @@ def _router_difference(before: Manifest, after: Manifest) -> str:
     if before.router.digest == after.router.digest:
         return "the same"
     old, new = before.router.settings, after.router.settings
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-               if key != "tasks" and old.get(key) != new.get(key)]  # fmt: skip
+    names = [key for key in sorted(old.keys() | new.keys()) if key != "tasks" and old.get(key) != new.get(key)]
+    plain = [key for key in names if not isinstance(old.get(key), (list, dict)) and not isinstance(new.get(key), (list, dict))]
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in plain]
+    if tables := [key for key in names if key not in plain]:  # of every task or label: too long to read
+        changed.append(f"other {', '.join(tables)}")
     kind = before.router.kind if before.router.kind == after.router.kind else f"{before.router.kind} -> {after.router.kind}"
     return "; ".join([kind, *changed]) if changed else f"{kind}, other keys"
 
