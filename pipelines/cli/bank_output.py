@@ -326,7 +326,7 @@ def _router_difference(before: Manifest, after: Manifest) -> str:
         return "the same"
     old, new = before.router.settings, after.router.settings
     names = [key for key in sorted(old.keys() | new.keys()) if key != "tasks" and old.get(key) != new.get(key)]
-    plain = [key for key in names if not isinstance(old.get(key), (list, dict)) and not isinstance(new.get(key), (list, dict))]
+    plain = [key for key in names if not any(isinstance(one.get(key), (list, dict)) for one in (old, new))]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in plain]
     if tables := [key for key in names if key not in plain]:  # of every task or label: too long to read
         changed.append(f"other {', '.join(tables)}")
