@@ -127,9 +127,9 @@ def test_progress_in_a_pipe_is_plain_lines_and_seldom():
     lines.close()
     text = stream.getvalue().splitlines()
     assert text[0] == "stage 1/2: chat", "nobody knows yet how long a row takes"
-    # 51 rows of this stage and 40 that are scored, 100 of the next one, and what that one takes beside rows: 2 s as here
-    assert text[1] == "  step 9/60, loss 0.2222, 310 tokens/s, 3:13 left for all"
-    assert "  step 60/60, loss 0.0333, 310 tokens/s, 2:22 left for all" in text
+    # a second a row: 51 of this stage and 40 that are scored, 100 of the next one
+    assert text[1] == "  step 9/60, loss 0.2222, 310 tokens/s, 3:11 left for all"
+    assert "  step 60/60, loss 0.0333, 310 tokens/s, 2:20 left for all" in text
     scored = [line for line in text if "scoring" in line]
     assert scored[0].startswith("  scoring chat (router): 18/40 rows, 1:") and len(scored) == 2, "a row takes half a second"
     assert text[-3:-1] == ["  router    chat: accuracy 0.500 (40 rows)", "published version 1"]
