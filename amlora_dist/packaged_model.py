@@ -1,7 +1,7 @@
-"""Base models that a Python package carries: ``package:NAME`` of ``model.source``.
+"""Base models in a GGUF file: of a Python package (``package:NAME`` of ``model.source``), or one's own.
 
-A package holds its model as GGUF; it is converted once, to ``AMLORA_HOME/models``. ``torch``, ``transformers`` and ``gguf``
-are imported when that is done.
+A package's is converted once, to ``AMLORA_HOME/models``, one's own by ``amlora convert``. ``torch``, ``transformers`` and
+``gguf`` are imported when that is done.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import functools
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from amlora_dist.digests import file_digest
-from amlora_dist.errors import UserError
+from amlora_dist.errors import UserError, no_room
+from amlora_dist.model_folder import short
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +50,46 @@ def folder_of_package(name: str, home: Path) -> Path:
     try:
         with FileLock(f"{target}.lock", timeout=600):
             if not _is_whole(target):
-                _convert(folder, file, target)
+                log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
+                _convert(folder / file, target)
     except Timeout as error:
         raise UserError(f"waited 600 s for another process to convert package:{name} ({target}.lock)") from error
     return target
+
+
+def convert_gguf(file: Path, target: Path) -> int:
+    """Write a GGUF file's model as a transformers folder in fp32, which ``model.source`` takes; what the file has quantised
+    stays as coarse as it is.
+
+    Args:
+        file: one GGUF file, with its tokenizer in it.
+        target: the folder to make; renamed into place when it is whole.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        UserError: no such file, no GGUF, one that transformers does not read, a target that is there.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a GGUF file")
+    if target.exists():
+        raise UserError(f"{target} exists; give the name of a folder that is not there yet")
+    with file.open("rb") as opened:
+        if (found := opened.read(4)) != b"GGUF":
+            raise UserError(f"{file}: found {found!r} at its beginning, expected b'GGUF'; give a GGUF file")
+    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", file.name):
+        raise UserError(f"{file}: found part {int(part[1])} of {int(part[2])}; join them first: llama-gguf-split --merge")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _convert(file.absolute(), target)
+    except Exception as error:  # transformers and gguf raise nothing narrower
+        if isinstance(error, MemoryError) or no_room(error) is not None:
+            raise
+        raise UserError(
+            f"{file}: transformers cannot make a model of it ({type(error).__name__}: {short(error)}); get the model as a"
+            " transformers folder instead"
+        ) from error
 
 
 def _is_whole(target: Path) -> bool:
@@ -66,32 +105,36 @@ def _is_whole(target: Path) -> bool:
     return weights.is_file() and weights.stat().st_size == expected.get("bytes")
 
 
-def _convert(folder: Path, file: str, target: Path) -> None:
-    """GGUF -> safetensors, under another name until it is whole."""
+def _convert(file: Path, target: Path) -> int:
+    """GGUF -> safetensors, under another name until it is whole; the number of parameters."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
+    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     with _read_once():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    tokenizer.save_pretrained(tmp)
-    # transformers does not save a model that it read from GGUF, because it counts as quantised.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(tmp)
-    model.generation_config.save_pretrained(tmp)
-    weights = tmp / "model.safetensors"
-    save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
-    mark = {"from": file, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
-    (tmp / "CONVERTED").write_text(json.dumps(mark))
-    shutil.rmtree(target, ignore_errors=True)
-    tmp.replace(target)
+    try:
+        tokenizer.save_pretrained(tmp)
+        # transformers does not save a model that it read from GGUF, because it counts as quantised.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(tmp)
+        model.generation_config.save_pretrained(tmp)
+        weights = tmp / "model.safetensors"
+        save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
+        mark = {"from": file.name, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
+        (tmp / "CONVERTED").write_text(json.dumps(mark))
+        shutil.rmtree(target, ignore_errors=True)
+        tmp.chmod(0o755)
+        tmp.replace(target)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return sum(weight.numel() for weight in model.parameters())
 
 
 @contextlib.contextmanager

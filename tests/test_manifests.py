@@ -175,6 +175,51 @@ def test_kustomize_builds_the_same(folder: Path) -> None:
     assert by_name(list(yaml.safe_load_all(done.stdout))) == by_name(rendered(folder))
 
 
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
+
+
+def _images(found: list[Document]) -> set[str]:
+    return {
+        one["image"]
+        for _, pod in pods(found)
+        for one in [*pod["containers"], *pod.get("initContainers", [])]
+    }
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_an_overlay_pins_every_image_by_its_digest_as_the_page_says(overlay: str, tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n( +images:\n.*?)```", page, flags=re.DOTALL)
+    copied = tmp_path / "kuberay"
+    shutil.copytree(KUBERAY, copied)
+    file = copied / "overlays" / overlay / "kustomization.yaml"
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) | yaml.safe_load(block.replace("sha256:…", DIGEST))
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    pinned = _images(rendered(file.parent))
+    assert len(pinned) == 4 and all(image.endswith(f"@{DIGEST}") for image in pinned), pinned
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed: only our own reading of the overlay was looked at")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(file.parent)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert _images(list(yaml.safe_load_all(done.stdout))) == pinned
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "serving.yaml", "rayservice.yaml"])
+def test_a_file_that_is_applied_alone_gets_its_digest_on_the_way(name: str) -> None:
+    page = (REPOSITORY / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r'sed "s#(.*?)#\$image#"', page)
+    text = (KUBERAY / name).read_text(encoding="utf-8").replace(command, f"registry.example.org/amlora-dist@{DIGEST}")
+    assert _images(list(yaml.safe_load_all(text))) == {f"registry.example.org/amlora-dist@{DIGEST}"}
+
+
+def test_the_base_image_is_an_argument_that_takes_a_digest() -> None:
+    text = (REPOSITORY / "cluster" / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG BASE=python:3\.11-slim$", text, re.MULTILINE)
+    assert re.findall(r"^FROM (?!base|build|run)(\S+)", text, re.MULTILINE) == ["${BASE}"], "nothing else is fetched"
+
+
 MONITORING = KUBERAY / "monitoring"
 
 

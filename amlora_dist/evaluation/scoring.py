@@ -120,6 +120,7 @@ def score_task(
     all_done: Callable[[bool], bool] | None = None,
     trunk: KeptTrunk | None = None,
     on_features: Callable[[int, Tensor], None] | None = None,
+    on_rows: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Score this rank's share of ``examples``; `merge` joins the shares.
 
@@ -136,6 +137,7 @@ def score_task(
             soon as its rows have ended, and several processes decode a fixed number of tokens.
         trunk: what is kept of prompts, so that they need not pass through the frozen layers below the adapters.
         on_features: called with the number of each row of this rank's share and the features (d,) that the router read.
+        on_rows: called after each batch with the number of its rows.
 
     Raises:
         UserError: an unknown metric, unusable labels, or prompts without room for an answer.
@@ -176,6 +178,8 @@ def score_task(
                     if on_features is not None and scored.features is not None:
                         for example, features_D in zip(batch, scored.features.float().cpu(), strict=True):
                             on_features(example.row, features_D)
+                    if on_rows is not None:
+                        on_rows(len(batch))
     finally:
         model.train(was_training)
     return sorted(predictions, key=lambda prediction: prediction.row)

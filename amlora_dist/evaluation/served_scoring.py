@@ -64,9 +64,10 @@ class ServedScore:
         world: int = 1,
         all_done: Callable[[bool], bool] = bool,
         on_features: Callable[[int, Tensor], None] | None = None,
+        on_rows: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
         """This rank's share of the predictions, in the order of their rows; which rows share a pass does not depend on
-        the number of ranks."""
+        the number of ranks. ``on_rows`` is called after each batch with the number of its rows."""
         if not rows:
             return []
         requests = [self._request(place, row) for place, row in enumerate(rows)]
@@ -94,6 +95,8 @@ class ServedScore:
                 made.append(self._prediction(rows[place], one, begun[0], row, ranked.get(row)))
                 if on_features is not None:
                     on_features(rows[place].number, begun[0].features_BF[row].float().cpu())
+            if on_rows is not None:
+                on_rows(len(places))
         return sorted(made, key=lambda prediction: prediction.row)
 
     def _request(self, place: int, row: PlainRow) -> Request:

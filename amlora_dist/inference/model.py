@@ -2,7 +2,7 @@
 
 ::
 
-    model = AMLoRAModel.from_bank("models:/helpdesk@champion")
+    model = AMLoRAModel.from_bank("models:/demo@champion")
     for found in model.classify(["My invoice is wrong"]):
         print(found.label, found.route.task)
 

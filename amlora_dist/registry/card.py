@@ -123,11 +123,11 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
     last = _last(manifest)
     for line in manifest.adapters:
         score = last.get(line.task)
-        shown = "-" if score is None else f"{100 * score:.1f}"
+        shown = "-" if score is None else f"{score:.3f}"
         lines.append(f"| {line.index} | {line.task} | {line.rank} | {line.alpha:g} | {shown} | `{line.digest[:12]}` |")
     lines += [
         "",
-        f"Accuracy is the share of test rows, in per cent, whose {_what(manifest)} is right, without being told the task.",
+        f"Accuracy is the share of test rows whose {_what(manifest)} is right, without being told the task.",
         *_other_metrics(manifest),
         "",
         "## Loading",

@@ -80,20 +80,21 @@ def write_lora(folder: Path, manifest: Manifest, adapter: Adapter, base: str | N
     return folder
 
 
-def export_peft(folder: Path, bank: Bank, *, kind: str = "peft", **more: Any) -> Path:
+def export_peft(folder: Path, bank: Bank, *, kind: str = "peft", base: str | None = None, **more: Any) -> Path:
     """Write every task's row as a PEFT adapter below ``folder``, and ``export.json`` that lists them.
 
     Args:
         folder: must not exist, or be empty.
         bank: to export.
         kind: the format's name.
+        base: what each adapter's configuration says of the base model; None: what the bank says.
         more: further entries of ``export.json``.
     """
     new_folder(folder)
     listed = []
     for line in bank.manifest.adapters:
         name = f"{line.index}-{slug(line.task)}"
-        write_row(folder / name, bank, line.task)
+        write_row(folder / name, bank, line.task, base)
         rank = row_adapter(bank, line.task).rank
         labels = None if line.task_spec is None else line.task_spec.labels
         listed.append({"task": line.task, "folder": name, "rank": rank, "labels": labels})

@@ -165,8 +165,11 @@ def heat_map(
     labels = 0.075 * max((len(row) for row in rows), default=0) + 0.25
     side = max((WIDTH - labels - 0.2) / max(len(names), 1), 0.42)  # few columns are wide: the page's width is used
     slanted = 0.085 * longest > side
-    above = 0.3 + (0.055 * longest if slanted else 0.0)
-    width = labels + side * len(names) + (max(0.068 * longest - side / 2, 0.0) if slanted else 0.0) + 0.1
+    reach = 0.06 * longest if slanted else 0.0  # of the last name, to the right of its column's middle
+    if slanted:
+        side = max((WIDTH - labels - 0.1 - reach) / (len(names) - 0.5), 0.42)
+    above = 0.3 + (0.042 * longest if slanted else 0.0)
+    width = labels + side * len(names) + max(reach - side / 2, 0.0) + 0.1
     height = above + 0.34 * len(rows) + 0.25
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(width, height)

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from amlora_dist.training.remote_storage import RemoteStorage
     from amlora_dist.training.trunk_cache import TrunkCache
 
+TELL_EVERY_S = 1.0
+"""Seconds between two events about the rows of one score."""
 LESS_TEXT = "lower evaluation.batch_size, or cut prompts (task_defaults.max_length)"
 
 Report = Callable[[dict[str, Any]], None]
@@ -126,13 +128,29 @@ class Scoring:
         known = {prediction.row for prediction in kept}
         rest = [example for example in examples if example.row not in known]
         features: dict[int, Tensor] = {}
-        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
-        share = self._answers(cell, rest, row, features if cell.mode == "router" and not kept else None)
+        on_rows = self._telling(cell, len(rest))
+        share = self._answers(cell, rest, row, features if cell.mode == "router" and not kept else None, on_rows)
         found = merge([kept, *self.ranks.gather(share)])
         if self.work.plain_texts and cell.mode != "untrained":
             spec = self.work.spec(cell.task)
             found = [by_label(one, spec.label_texts, str(spec.metric)) for one in found]
         self._write(cell, found, len(kept), features, began)
+
+    def _telling(self, cell: Cell, rows: int) -> Callable[[int], None]:
+        """Says that a score of so many rows begins; what it returns says, now and then, how many are done, as far as this
+        rank knows: all ranks have about as many."""
+        about: dict[str, Any] = {"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": rows}
+        self.report(about | {"done": 0})
+        done, told_at = 0, time.monotonic()
+
+        def tell(count: int) -> None:
+            nonlocal done, told_at
+            done += count
+            if (now := time.monotonic()) - told_at >= TELL_EVERY_S:
+                told_at = now
+                self.report(about | {"done": min(rows, done * self.ranks.world)})
+
+        return tell
 
     def _write(
         self, cell: Cell, predictions: list[Prediction], kept: int, features: dict[int, Tensor], began: float
@@ -197,8 +215,8 @@ class Scoring:
             )
         if self.prompt_slots is not None:
             examples = [replace(one, prompt=self.prompt_slots.before(one.prompt), span=None) for one in examples]
-        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rows)})
-        share = self._answers(cell, examples, None, None, labels)
+        on_rows = self._telling(cell, len(rows))
+        share = self._answers(cell, examples, None, None, on_rows, labels)
         found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
         self._write(cell, found, 0, {}, began)
 
@@ -240,7 +258,7 @@ class Scoring:
         known = {prediction.row for prediction in kept}
         rest = [row for row in rows if row.number not in known]
         features: dict[int, Tensor] = {}
-        self.report({"kind": "scoring", "task": cell.task, "mode": cell.mode, "rows": len(rest)})
+        on_rows = self._telling(cell, len(rest))
         with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
             share = scorer.score(
                 rest,
@@ -249,6 +267,7 @@ class Scoring:
                 world=self.ranks.world,
                 all_done=self._all_done if mixture.routing.whole_passes else bool,
                 on_features=features.__setitem__ if cell.features is not None and not kept else None,
+                on_rows=on_rows,
             )
         self._write(cell, merge([kept, *self.ranks.gather(share)]), len(kept), features, began)
 
@@ -337,6 +356,7 @@ class Scoring:
         examples: Sequence[Example],
         row: int | None,
         features: dict[int, Tensor] | None,
+        on_rows: Callable[[int], None],
         labels: Sequence[str] | None = None,
     ) -> list[Prediction]:
         """This rank's share of the predictions; what the router read of its rows goes into ``features``.
@@ -367,6 +387,7 @@ class Scoring:
                 all_done=self._all_done,
                 trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in examples) else None,
                 on_features=None if features is None else features.__setitem__,
+                on_rows=on_rows,
             )
 
     def _label_tokens(self, spec: TaskSpec, labels: Sequence[str] | None) -> list[tuple[int, ...]] | None:

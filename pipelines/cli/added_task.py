@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,7 +93,8 @@ def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str 
         kept.append(data.spec)
     texts = [row.text for rows in chosen for row in rows]
     answers = []
-    for uri in (plan.parent, str(result.bank)):
+    for number, uri in enumerate((plan.parent, str(result.bank)), start=1):
+        print(f"asking {uri} {len(texts)} test rows ({number} of 2)", file=sys.stderr, flush=True)
         model = bank_model(uri, {"tracking_uri": tracking_uri})
         answers.append([one.text for one in model.answer(texts, batch_size=8)])
         del model  # one base model in memory at a time

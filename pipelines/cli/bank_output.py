@@ -41,6 +41,33 @@ def open_store(tracking_uri: str | None, *, reads: bool = False) -> Store:
 # ---- versions -------------------------------------------------------------------------------------------------
 
 
+def show_models(tracking_uri: str | None, *, as_json: bool) -> None:
+    """Print the registered models that hold banks, each with its aliases and its newest version that counts."""
+    store = open_store(tracking_uri, reads=True)
+    listed: list[dict[str, Any]] = []
+    with stdout_to_stderr():
+        for name in store.registered_models():
+            if good := store.counted_versions(name):
+                newest = good[-1]
+                listed.append({
+                    "name": name, "versions": len(good), "newest": newest.number, "task": newest.tags.get(tags.TASK, ""),
+                    "aliases": dict(aliases(store, name)),
+                })  # fmt: skip
+    if as_json:
+        _print_json(listed)
+        return
+    if not listed:
+        print(f"no banks at {store.connection.shown}: amlora run CONFIG makes the first one", file=sys.stderr)
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "versions", "newest", "its task", "aliases"):
+        table.add_column(heading, overflow="fold")
+    for one in listed:
+        named = ", ".join(f"{alias}: {number}" for alias, number in one["aliases"].items())
+        table.add_row(one["name"], str(one["versions"]), str(one["newest"]), one["task"], named)
+    console_for().print(table)
+
+
 def show_versions(name: str, tracking_uri: str | None, *, as_json: bool) -> None:
     """Print the versions of a registered model.
 
@@ -63,7 +90,7 @@ def show_versions(name: str, tracking_uri: str | None, *, as_json: bool) -> None
             ", ".join(line["aliases"]),
             str(len(line["tasks"])),
             line["tasks"][-1] if line["tasks"] else "",
-            "" if score is None else f"{100 * score:.1f}",
+            "" if score is None else f"{score:.3f}",
             line["run_id"],
             line["note"],
         )
@@ -261,7 +288,7 @@ def show_difference(first: str, second: str, tracking_uri: str | None, *, as_jso
         console.print(f"  {key:9} {found[key]}")
     for task, change in found["adapters"].items():
         scores = found["scores"].get(task)
-        shown = "" if scores is None else f"  accuracy {_percent(scores[0])} -> {_percent(scores[1])}"
+        shown = "" if scores is None else f"  accuracy {_fraction(scores[0])} -> {_fraction(scores[1])}"
         console.print(f"  {task}: {change}{shown}", markup=False)
 
 
@@ -298,8 +325,11 @@ def _router_difference(before: Manifest, after: Manifest) -> str:
     if before.router.digest == after.router.digest:
         return "the same"
     old, new = before.router.settings, after.router.settings
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-               if key != "tasks" and old.get(key) != new.get(key)]  # fmt: skip
+    names = [key for key in sorted(old.keys() | new.keys()) if key != "tasks" and old.get(key) != new.get(key)]
+    plain = [key for key in names if not any(isinstance(one.get(key), (list, dict)) for one in (old, new))]
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in plain]
+    if tables := [key for key in names if key not in plain]:  # of every task or label: too long to read
+        changed.append(f"other {', '.join(tables)}")
     kind = before.router.kind if before.router.kind == after.router.kind else f"{before.router.kind} -> {after.router.kind}"
     return "; ".join([kind, *changed]) if changed else f"{kind}, other keys"
 
@@ -311,8 +341,8 @@ def _manifest(bank: str, tracking_uri: str | None) -> Manifest:
     return manifest_of(store, store.resolve(bank))
 
 
-def _percent(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.1f}"
+def _fraction(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
 
 
 # ---- what all need --------------------------------------------------------------------------------------------

@@ -65,11 +65,21 @@ Signature = Annotated[
 Expected = Annotated[str | None, typer.Option("--expect-digest", help="The manifest's, as `amlora verify` prints it.")]
 
 
-def versions(name: Name, tracking_uri: TrackingUri = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """List the versions of a registered model, with their tasks, scores and aliases."""
-    from pipelines.cli.bank_output import show_versions
+def versions(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Registered model; default: list them all.", show_default=False)
+    ] = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the versions of a registered model, with their tasks, scores and aliases; or all registered models."""
+    from pipelines.cli.bank_output import show_models, show_versions
 
-    show_versions(name, tracking_uri, as_json=as_json)
+    if name is None:
+        show_models(tracking_uri, as_json=as_json)
+    else:
+        show_versions(name, tracking_uri, as_json=as_json)
 
 
 def pull(

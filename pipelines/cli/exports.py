@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.bank_folder import Bank
+    from amlora_dist.registry.manifest import BaseEntry
 
 SAMPLE_ROWS = 512
+ALIKE = 0.02
+"""Share of texts with another first token up to which an export counts as answering like its bank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,9 @@ def export_bank(bank: str, dest: Path, asked: Export, options: dict[str, Any]) -
     try:
         if form == "peft":
             exported = _bank_alone(bank, options)
-            export_peft(dest, exported)
+            base, remark = _base_of_peft(exported.manifest.base, options)
+            export_peft(dest, exported, base=base)
+            yield from remark
             yield f"{len(exported.adapters)} PEFT adapters, one for each task's row, are in {dest}"
         elif form in ("vllm", "gguf"):
             yield from _for_server(bank, dest, asked, texts, options)
@@ -91,6 +96,7 @@ def _measured(
     from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.exports import export_merged, export_peft
 
+    remark: list[str] = []
     with stdout_to_stderr():
         model = AMLoRAModel.from_bank(bank, **options)
         gap = measure_gap(model, texts, shares or None)
@@ -99,7 +105,10 @@ def _measured(
             plain = load_model(model.base, dtype=dtype)
             export_merged(dest, model.bank, plain, model.tokenizer, shares, gap_to_mixture=gap)
         else:
-            export_peft(dest, model.bank, kind="top1", gap_to_mixture=gap)
+            base, remark = _base_of_peft(model.bank.manifest.base, options)
+            export_peft(dest, model.bank, kind="top1", base=base, gap_to_mixture=gap)
+    yield from _unlike(gap, form)
+    yield from remark
     yield f"{form} of {len(model.tasks)} tasks is in {dest}"
     yield _gap_words(gap)
 
@@ -136,9 +145,32 @@ def _for_server(
         yield _gap_words(gap)
 
 
+def _base_of_peft(entry: BaseEntry, options: dict[str, Any]) -> tuple[str | None, list[str]]:
+    """What PEFT's ``AutoPeftModelForCausalLM`` finds the base model by, and what to say where that is nothing: a Hub id as
+    it is (None), of a packaged or local model its folder on this machine."""
+    from amlora_dist.inference.loading import resolve_bank_base
+
+    local = entry.source.startswith(("package:", "/", ".", "~")) or Path(entry.source).exists()
+    if not local and not options.get("base"):
+        return None, []
+    try:
+        with stdout_to_stderr():
+            return str(resolve_bank_base(entry, options.get("base")).path.absolute()), []
+    except UserError as error:
+        return None, [f"warning: the adapters name {entry.source!r} as their base model, where PEFT finds none: {error}"]
+
+
+def _unlike(gap: dict[str, float], form: str) -> Iterator[str]:
+    """A warning of an export whose answers are not the bank's, with the number first."""
+    if (share := gap["other_first_token"]) > ALIKE:
+        why = "one mixture for every text" if form == "merged" else "the strongest task's row alone"
+        told = f"{share:.3f} of {gap['texts']} texts are answered unlike the bank"
+        yield f"warning: {told}, which weighs its adapters for each text: this is {why}"
+
+
 def _gap_words(gap: dict[str, float]) -> str:
     return (
-        f"gap to the mixture over {gap['texts']} texts: another first token for {100 * gap['other_first_token']:.1f}%, "
+        f"gap to the mixture over {gap['texts']} texts: another first token for {gap['other_first_token']:.3f} of them, "
         f"mean KL {gap['mean_kl_nats']:.4f} nats, largest difference of a logit {gap['largest_logit_difference']:.4f}"
     )
 

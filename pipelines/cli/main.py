@@ -8,6 +8,7 @@ Commands import what they need when they run, so that help and validation are qu
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import logging
@@ -216,6 +217,7 @@ def main() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
+        gc.freeze()  # Python would look through all that torch and transformers have loaded, for seconds, before it ends
         raise
 
 

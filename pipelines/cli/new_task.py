@@ -98,6 +98,7 @@ def draft_task(asked: Draft) -> Drafted:
     found = _read(asked.source, folder)
     guess = guess_columns(found.rows, asked.source, text=asked.text, label=asked.label, answer=asked.answer)
     usable, lacking = _usable(found.rows, guess, asked.source)
+    _leave_out_dev(found, guess, folder)
     files: dict[str, bytes] = {}
     told = [f"  {note}" for note in found.notes]
     left = [f"{lacking} without a text or an answer"] * bool(lacking)
@@ -239,6 +240,19 @@ def _hub(repository: str) -> _Found:
     source = {"kind": "hub", "repository": repository, "revision": revision}
     rows = [dict(train[place]) for place in range(min(PROFILED, len(train)))]
     return _Found(rows, source, {split: splits[split] for split in SPLITS if split in splits}, names)
+
+
+def _leave_out_dev(found: _Found, guess: Guess, folder: Path) -> None:
+    """Do without a dev split that is the test split again, as in many published sets: rows are held out of train instead."""
+    if found.source["kind"] != "files" or not {"dev", "test"} <= set(found.splits):
+        return
+    texts = {}
+    for split in ("dev", "test"):
+        rows, _ = _file_rows(Path(os.path.normpath(folder.absolute() / found.splits[split])))
+        texts[split] = {text for row in rows if (text := _shown(row, guess))}
+    if texts["dev"] and texts["dev"] <= texts["test"]:
+        file = Path(found.splits.pop("dev")).name
+        found.notes.append(f"{file} is left out: every text of it stands in the test split; dev rows are held out of train")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------

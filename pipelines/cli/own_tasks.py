@@ -1,4 +1,4 @@
-"""Tasks of one's own from the command line: ``init`` drafts one from rows, ``add`` teaches it to a bank."""
+"""What is one's own: ``init`` drafts a task from rows, ``add`` teaches it to a bank, ``convert`` makes a base model."""
 
 from __future__ import annotations
 
@@ -80,4 +80,20 @@ def add(
     )
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"init": init, "add": add}
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The model, with its tokenizer.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="To make, for `model.source`.", show_default=False)],
+    verbose: Verbose = False,
+) -> None:
+    """Make a base model of a GGUF file: a transformers folder in fp32, which `model.source` takes."""
+    from amlora_dist.packaged_model import convert_gguf
+    from pipelines.cli.output import stdout_to_stderr
+
+    with stdout_to_stderr():
+        count = convert_gguf(file, folder)
+    size = sum(one.stat().st_size for one in folder.iterdir()) / 1e6
+    typer.echo(f"wrote {folder}: {count:,} parameters in fp32, {size:,.1f} MB; as coarse as {file.name} has them")
+    typer.echo(f"next: model.source={folder} in a run, or amlora init ROWS --model {folder}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"init": init, "add": add, "convert": convert}

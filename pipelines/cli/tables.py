@@ -166,7 +166,8 @@ def _metrics_table(metrics: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    for name, value in metrics.items():
+    for name in [*(name for name in METRICS if name in metrics), *(name for name in metrics if name not in METRICS)]:
+        value = metrics[name]
         shown = value if isinstance(value, str) else "undefined" if value is None else f"{value:.3f}"
         table.add_row(name.replace("_", " "), shown, METRICS.get(name, ""))
     return table

@@ -353,6 +353,8 @@ def start(application: str, deployment: Any, place: Place, *, prefix: str = "/",
     import ray
     from ray import serve
 
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: set to INFO when it is imported
     quiet = {"log_level": "INFO" if verbose else "WARNING", "enable_access_log": verbose}
     try:
         http = {"host": place.host, "port": place.port, "keep_alive_timeout_s": KEEP_ALIVE_S}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from amlora_dist.inference.model import AMLoRAModel
+    from pipelines.runs.outlook import StageSize
 
 OnStep = Callable[["Step"], None]
 OnScore = Callable[[Score], None]
@@ -223,9 +224,18 @@ class _Calling:
         self._inner, self._on_step, self._on_stage, self._on_score = inner, on_step, on_stage, on_score
         self._task = ""
 
+    def outline(self, stages: Listed[StageSize]) -> None:
+        self._inner.outline(stages)
+
     def stage(self, name: str, index: int, total: int) -> None:
         self._task = name
         self._inner.stage(name, index, total)
+
+    def phase(self, name: str) -> None:
+        self._inner.phase(name)
+
+    def rows(self, task: str, mode: str, done: int, total: int) -> None:
+        self._inner.rows(task, mode, done, total)
 
     def step(self, done: int, total: int, loss: float | None, tokens_per_second: float | None) -> None:
         self._inner.step(done, total, loss, tokens_per_second)

@@ -81,8 +81,13 @@ class Attempts:
             total = sum(event["parameters"].values())
             parts = ", ".join(f"{name} {count:,}" for name, count in event["parameters"].items())
             self._progress.note(f"  trains {total:,} parameters in {len(event['modules'])} layers ({parts})")
+            self._progress.phase("reading rows")
+        elif kind == "statistics":
+            self._progress.phase("training")
         elif kind == "resumed":
             self._progress.note(f"  resumed after step {event['step']}")
+        elif kind == "scoring":
+            self._progress.rows(event["task"], event["mode"], event.get("done", 0), event["rows"])
         elif kind == "scored":
             self._progress.score(
                 Score(

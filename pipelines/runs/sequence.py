@@ -29,6 +29,7 @@ from pipelines.runs.attempts import Attempts
 from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
 from pipelines.runs.journal import RunJournal
+from pipelines.runs.outlook import stage_sizes
 from pipelines.runs.plan import StagePlan, plan_stage
 from pipelines.runs.rates import settle_rate
 from pipelines.runs.resume_check import refuse_other_configuration, refuse_other_data
@@ -90,9 +91,11 @@ def run_sequence(
         executor.prepare(_expected(config, run_id) if within is None else None)
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
+        progress.phase("reading the rows and the model")
         inputs = _checked_inputs(config, run_id, within, _gpus(config, executor))
         for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
             progress.note(remark)
+        progress.phase("opening MLflow")
         store = Store.open(home(), config.mlflow.tracking_uri)
         own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
         refuse_other_configuration(store, own, public_configuration(to_mapping(inputs.config)), name)
@@ -128,6 +131,7 @@ def run_stages(
     if (start := journal.version_of(bank)) is not None:
         progress.note(f"starting from {start.uri}: {', '.join(parent.task for parent in bank.parents)}")
     journal.note_inputs(bank, settle_rate(journal, bank, attempts, progress))
+    progress.outline(stage_sizes(inputs, bank))
     plans: list[StagePlan] = []
     for number, task in enumerate(inputs.stage_names, start=1):
         progress.stage(task, number, len(inputs.stage_names))
@@ -136,6 +140,7 @@ def run_stages(
             work = journal.open_work(plan, record)
             if work is not None:
                 attempts.run(work)
+            progress.phase("publishing")
             journal.settle()
             bank = journal.publish(plan, record, progress)
         plans.append(plan)

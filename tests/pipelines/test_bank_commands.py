@@ -142,15 +142,26 @@ def test_export_peft_needs_no_base_model(tmp_path: Path) -> None:
     assert (tmp_path / "peft" / "1-helpdesk-email" / "adapter_config.json").is_file()
 
 
+def test_adapters_of_an_export_are_loaded_with_their_base_model_by_peft(bank: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    good("export", bank, tmp_path / "peft")
+    for folder in sorted((tmp_path / "peft").glob("*-*")):
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert Path(loaded.peft_config["default"].base_model_name_or_path).is_absolute(), "of a local base its folder"
+
+
 def test_export_prints_and_stores_the_gap_to_the_mixture(bank: Path, tmp_path: Path) -> None:
     (tmp_path / "sample.txt").write_text("\n".join(TEXTS))
     options = ("--sample", tmp_path / "sample.txt", "--device", "cpu")
     out = good("export", bank, tmp_path / "top1", "--format", "top1", *options)
     assert "gap to the mixture over 3 texts" in out
     assert json.loads((tmp_path / "top1" / "export.json").read_text())["gap_to_mixture"]["texts"] == 3
-    good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
+    told = good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
     index = json.loads((tmp_path / "merged" / "export.json").read_text())
     assert index["gap_to_mixture"]["largest_logit_difference"] > 0
+    share = index["gap_to_mixture"]["other_first_token"]
+    assert share > 0, "one mixture for all texts answers some otherwise"
+    assert f"warning: {share:.3f} of 3 texts are answered unlike the bank" in told.splitlines()[0], "the number first"
     # what was measured on the bank is what the plain model that was written does
     plain, tokenizer = (one.from_pretrained(tmp_path / "merged") for one in (AutoModelForCausalLM, AutoTokenizer))
     rows = [tokenizer(f"{text}\nAnswer:", return_tensors="pt")["input_ids"] for text in TEXTS]
@@ -318,7 +329,7 @@ def test_diff_says_what_changed_between_two_banks(tmp_path: Path) -> None:
     assert found["router"] == "posterior, other keys" and found["base"] == "the same"
     assert difference(second, first)["adapters"]["c"] == "removed"
     shown = good("diff", tmp_path / "one", tmp_path / "two")
-    assert "c: added (adapter 3, rank 2)  accuracy - -> 50.0" in shown
+    assert "c: added (adapter 3, rank 2)  accuracy - -> 0.500" in shown
     assert json.loads(good("diff", tmp_path / "one", tmp_path / "one", "--json"))["router"] == "the same"
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 from rich.console import Console
 
+from amlora_dist.config.loading import load_config
 from pipelines.cli.tables import show_result
 from pipelines.runs.executor import threads_remark
+from pipelines.runs.inputs import gather_inputs
+from pipelines.runs.outlook import Outlook, StageSize, stage_sizes
+from pipelines.runs.plan import BankState
 from pipelines.runs.progress import Score, _Lines, progress_for
 from tests.pipelines.test_cli import RESULT
+from tests.tiny_config import write_config
 
 
 def printed(result, width=100, **keys) -> str:
@@ -99,20 +106,71 @@ def test_run_without_a_finished_stage_can_be_shown():
     assert "nothing yet" in printed({**RESULT, "accuracy_matrix": [], "untrained": None, "oracle": None})
 
 
+STAGES = [StageSize("chat", 60, 40), StageSize("email", 60, 40)]
+
+
 def test_progress_in_a_pipe_is_plain_lines_and_seldom():
     stream, now = io.StringIO(), [0.0]
     lines = _Lines(stream, clock=lambda: now[0])
-    lines.stage("email", 2, 4)
-    for done in range(1, 61):
+    lines.outline(STAGES)
+    lines.stage("chat", 1, 2)
+    for done in range(61):
         now[0] += 1
-        lines.step(done, 60, 2.0 / done, 310.4)
-    lines.note("published version 2")
+        if done:
+            lines.step(done, 60, 2.0 / done, 310.4)
+    for done in range(0, 41, 2):
+        now[0] += 1
+        lines.rows("chat", "router", done, 40)
+    lines.score(Score("chat", "router", "accuracy", 0.5, 40))
+    lines.note("published version 1")
+    lines.stage("email", 2, 2)
     lines.close()
     text = stream.getvalue().splitlines()
-    assert text[0] == "stage 2/4: email"
-    assert text[1] == "  step 10/60, loss 0.2000, 310 tokens/s, 0:50 left"
-    assert text[-2:] == ["  step 60/60, loss 0.0333, 310 tokens/s", "published version 2"]
-    assert len(text) == 8
+    assert text[0] == "stage 1/2: chat", "nobody knows yet how long a row takes"
+    # a second a row: 51 of this stage and 40 that are scored, 100 of the next one
+    assert text[1] == "  step 9/60, loss 0.2222, 310 tokens/s, 3:11 left for all"
+    assert "  step 60/60, loss 0.0333, 310 tokens/s, 2:20 left for all" in text
+    scored = [line for line in text if "scoring" in line]
+    assert scored[0].startswith("  scoring chat (router): 18/40 rows, 1:") and len(scored) == 2, "a row takes half a second"
+    assert text[-3:-1] == ["  router    chat: accuracy 0.500 (40 rows)", "published version 1"]
+    assert text[-1].startswith("stage 2/2: email, 1:2")
+    assert len([line for line in text if "step" in line]) == 7
+
+
+def test_the_share_that_is_done_is_of_the_whole_run_and_never_less_than_before():
+    now = [0.0]
+    outlook = Outlook(lambda: now[0])
+    assert outlook.share is None and outlook.left_s is None, "nobody told how much there is"
+    outlook.outline(STAGES)
+    shares = []
+
+    def told(of) -> None:
+        now[0] += 1
+        of()
+        shares.append(outlook.share)
+
+    told(lambda: outlook.stage(1))
+    told(lambda: outlook.step(30, 60))  # resumed: what was done before it cost nothing today
+    told(lambda: outlook.step(40, 60))
+    told(lambda: outlook.scored("chat", "router", 40))  # an early end of training
+    told(lambda: outlook.stage(2))
+    told(lambda: outlook.step(60, 60))
+    told(lambda: outlook.rows("chat", "router", 20, 20))
+    told(lambda: outlook.scored("chat", "router", 20))  # 20 rows fewer than were planned
+    told(lambda: outlook.other())
+    assert shares == [0.0, 0.15, 0.2, 0.4, 0.5, 0.8, 0.9, 0.9, 0.9]
+    outlook.scored("email", "router", 500)
+    assert outlook.share == 0.99, "it is whole when the run has ended, and not before"
+
+
+def test_a_run_knows_how_many_rows_each_stage_trains_and_scores(tmp_path, monkeypatch):
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
+    config = load_config(write_config(tmp_path, rows=32))
+    sizes = stage_sizes(gather_inputs(config, tmp_path / "home"), BankState())
+    assert [size.task for size in sizes] == ["colours", "shapes", "sizes"]
+    assert {size.trained for size in sizes} == {32 * 4}
+    # seen and next; before the first stage untrained, after the last one told the task: 9 test rows each
+    assert [size.scored for size in sizes] == [9 * (2 + 3), 9 * 3, 9 * (3 + 3)]
 
 
 def test_progress_knows_a_pipe_from_a_terminal():
@@ -129,12 +187,20 @@ def test_bar_on_a_terminal_shows_stage_loss_and_speed(monkeypatch):
 
     stream = Terminal()
     bar = progress_for(stream)
-    bar.stage("email", 1, 4)
-    bar.step(3, 10, 0.5, 200.0)
+    bar.outline([StageSize("email", 60, 40), StageSize("chat", 60, 40)])
+    bar.stage("email", 1, 2)
+    bar.step(30, 60, 0.5, 200.0)
     bar.note("a [line] above")
+    time.sleep(0.2)  # rich draws ten times a second
+    bar.step(60, 60, 0.4, 200.0)
+    bar.rows("email", "router", 20, 40)
+    time.sleep(0.2)
+    bar.phase("publishing")
+    time.sleep(0.2)
     bar.close()
     bar.close()
-    text = stream.getvalue()
-    assert "1/4 email" in text
-    assert "loss 0.5000  200 tokens/s" in text
-    assert "a [line] above" in text
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert re.search(r"1/2 email: training 30/60 +\S+ +15% +loss 0.5000  200 tokens/s", text)
+    assert re.search(r"1/2 email: scoring email \(router\) 20/40 +\S+ +40% ", text)
+    assert re.search(r"1/2 email: publishing +\S+ +40% .* left", text)
+    assert "a [line] above" in text and "100%" not in text

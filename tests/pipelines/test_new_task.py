@@ -170,3 +170,15 @@ def test_what_cannot_be_drafted_is_one_line_and_writes_nothing(tmp_path: Path) -
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert ";" in str(caught.value) or "expected" in str(caught.value), "with the fix"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dev_split_that_is_the_test_split_again_is_left_out_and_said(tmp_path: Path) -> None:
+    Path("set").mkdir()
+    write_csv("set/train.csv", ROWS[:40])
+    write_csv("set/validation.csv", ROWS[40:50])
+    write_csv("set/test.csv", ROWS[40:])
+    made, data = draft("set")
+    told = "\n".join(made.told)
+    assert "validation.csv is left out: every text of it stands in the test split" in told
+    assert "dev" not in yaml.safe_load(made.task.read_text(encoding="utf-8"))["splits"]
+    assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 32, "dev": 8, "test": 20}
