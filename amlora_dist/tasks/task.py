@@ -27,7 +27,7 @@ SPLITS = ("train", "dev", "test")
 PromptStyle = Literal["question", "options", "bare", "named"]
 PromptForm = Literal["chat", "classic", "auto"]
 Metric = Literal[
-    "accuracy", "exact_match", "rouge_l", "token_f1", "json_fields", "same_text", "answer_letter", "code_similarity"
+    "accuracy", "exact_match", "rouge_l", "token_f1", "json_fields", "same_text", "answer_letter", "code_similarity", "sari"
 ]
 Limit = Annotated[int, Field(ge=1)]
 UNSET = -1
