@@ -75,7 +75,7 @@ class TextField:
     column: str | None = None
     """The column it is read from."""
     value: str | None = None
-    """Instead of ``column``: a Jinja expression over all columns of the row."""
+    """Instead of ``column``: a Jinja template over all columns of the row, such as ``{{ title }} ({{ year }})``."""
     marker: str = ""
     """Word in front of the part, followed by a colon: ``Title`` gives ``Title: ...``."""
     neutral: bool = False
