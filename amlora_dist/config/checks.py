@@ -214,7 +214,8 @@ def resolve_tasks(
             continue
         for n, one in enumerate(template_faults(spec)):
             where = f"{dotted(path)} ({spec.name}): {one.where}"
-            faults[(*path, "templates", n)] = Fault(where, one.found, one.expected, one.hint)
+            at: KeyPath = (*path, "templates", n)
+            faults[at] = Fault(where, one.found, one.expected, one.hint)
         if spec.name in [other.name for other in specs]:
             hint = "give it another `name`"
             faults[path] = Fault(dotted(path), f"task {spec.name!r} again", "tasks with different names", hint)
