@@ -47,7 +47,7 @@ def folder_faults(folder: Path, config: Mapping[str, Any]) -> list[Fault]:
         folder: of the model.
         config: what its ``config.json`` holds.
     """
-    found = [*small_file_faults(folder, config), *_shard_faults(folder)]
+    found = [*small_file_faults(folder, config), *(_shard_faults(folder) or _torn_faults(folder))]
     for name in ("generation_config.json", "tokenizer_config.json"):
         if not isinstance(_value(folder / name), dict | None):
             found.append(_fault(f"{folder / name}: no JSON object", "names with their values", AGAIN))
@@ -251,6 +251,31 @@ def _shard_faults(folder: Path) -> list[Fault]:
             what = f"{folder / name}: {len(absent)} tensors are not there, the first is {absent[0]}"
             return [_fault(what, f"every tensor that {INDEX} names", AGAIN)]
     return []
+
+
+def _torn_faults(folder: Path) -> list[Fault]:
+    """The first weights file that is none, or not as long as its header says."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        size, whole = file.stat().st_size, _whole_size(file)
+        if whole is None:
+            return [_fault(f"{file}: {size} bytes that are no safetensors file", "the model's weights", AGAIN)]
+        if size != whole:
+            return [_fault(f"{file}: {size} bytes", f"the {whole} bytes that its header names", AGAIN)]
+    return []
+
+
+def _whole_size(file: Path) -> int | None:
+    """How long a safetensors file must be; None where its header cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size:
+                return None
+            header = json.loads(opened.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return 8 + length + max(map(int, ends), default=0)
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return None
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -15,9 +15,16 @@ DROPPED = ("mlflow", "storage", "data_dir", "tracking")
 """Sections and keys of a configuration that say where things lie; they change no result."""
 _TEXTS = {"prompt", "labels", "question", "template", "description", "text"}
 """Keys whose values are texts, whatever they begin with."""
-_USER = re.compile(r"\b(?!sqlite)([A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"<>]*@")
-_QUERY = re.compile(r"(\bsqlite[^:\s]*:///[^?\n'\"]*|\b(?!sqlite)[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>?]*)\?[^\s'\"<>)]*")
-"""A file's name may hold spaces, a host's may not."""
+_INSIDE = r"(?:[^\s'\"<>]|['\"<>](?![,:;.)}\]\s]|$))"
+"""Of an address in a text: a quote or bracket that does not end it may be a password's."""
+_USER = re.compile(rf"\b(?!sqlite)([A-Za-z][A-Za-z0-9+.-]*://){_INSIDE}*@")
+_QUERY = re.compile(
+    rf"(\bsqlite[^:\s]*:///[^?\n'\"]*(?=\?)|\b(?!sqlite)[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>?#]*)[?#](?:(?!\)|[,;](?:\s|$)){_INSIDE})*"
+)
+"""A file's name may hold spaces and signs, a host's may not."""
+_ADDRESS = re.compile(r"\s*(?!sqlite)([A-Za-z][A-Za-z0-9+.:-]*://)(.*)", re.DOTALL)
+_LOCAL = re.compile(r"(file|sqlite[^:/]*|dbfs):[/\\]", re.IGNORECASE)
+"""Addresses of this machine's files, whose way is as private as a path's."""
 _ABSOLUTE = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]")
 
 
@@ -35,7 +42,7 @@ def secrets_of(uri: str) -> list[str]:
     if "@" in rest and not uri.startswith("sqlite"):
         user, _, password = rest.rpartition("@")[0].partition(":")
         found |= {password} if password else {user}  # a token stands alone, before the host
-    for pair in rest.partition("?")[2].split("&"):
+    for pair in re.split("[?&#]", rest)[1:]:
         key, _, value = pair.partition("=")
         if re.search(r"pass|pwd|token|secret|key|credential", key, re.IGNORECASE):
             found.add(value)
@@ -46,6 +53,11 @@ def secrets_of(uri: str) -> list[str]:
 def public_name(source: str) -> str:
     """What may be said of a model, a file or an address: all of a Hub id or a relative path, the last part of an absolute
     one."""
+    source = source.strip()
+    if _LOCAL.match(source):
+        source = "/" + re.split("[?#]", source.partition(":")[2])[0]
+    if (address := _ADDRESS.match(source)) is not None:  # all of it is one, whatever signs a password has
+        return address[1] + re.split("[?#]", address[2].rpartition("@")[2])[0]
     if "://" in source:
         return shown(source)
     if _ABSOLUTE.match(source) or ".." in re.split(r"[\\/]", source):

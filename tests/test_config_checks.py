@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from amlora_dist.config.loading import validate_config
+from amlora_dist.config.checks import model_faults
+from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError
 
 BASE = {
@@ -91,9 +94,9 @@ def test_everything_wrong_with_a_model_is_told_by_validate_without_reading_weigh
     (model / "config.json").write_text(json.dumps(config))
     text = BASE | {"model": f"model: {{source: '{model}'}}", "seed": "seed: one"}
     (tmp_path / "run.yaml").write_text("\n".join(text.values()), encoding="utf-8")
-    with pytest.raises(FaultsError, match="5 faults") as caught:
+    with pytest.raises(FaultsError, match="6 faults") as caught:
         validate_config(tmp_path / "run.yaml")
-    for part in ("seed", "auto_map", "gptq", "an adapter inside", "tokenizer.json"):
+    for part in ("seed", "auto_map", "gptq", "no safetensors file", "an adapter inside", "tokenizer.json"):
         assert part in str(caught.value)
 
 
@@ -106,3 +109,25 @@ def test_tokenizer_larger_than_the_model_is_told_by_validate(tmp_path: Path) -> 
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 12}))
     with pytest.raises(FaultsError, match="is number 12, expected numbers below 12, the rows of the model's embedding"):
         validate_config(file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: b"", "0 bytes that are no safetensors file"),
+        (lambda data: b"\x80\x04" * 100, "200 bytes that are no safetensors file"),
+        (lambda data: data[:-100], "bytes, expected the .* bytes that its header names"),
+        (lambda data: data + b"\0", "bytes, expected the .* bytes that its header names"),
+    ],
+)
+def test_weights_that_a_download_cut_short_are_told_by_validate(
+    tmp_path: Path, spoil: Callable[[bytes], bytes], message: str
+) -> None:
+    from tests.tiny_config import write_config
+
+    config = load_config(write_config(tmp_path))
+    assert not model_faults(config.model)
+    file = Path(config.model.source) / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    (fault,) = model_faults(config.model).values()
+    assert re.search(rf"model\.safetensors: .*{message}.*fetch the model again", str(fault)), fault

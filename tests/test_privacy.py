@@ -173,3 +173,28 @@ def test_a_jobs_command_line_and_metadata_hold_no_address_and_no_path(
     assert read.storage == "/mnt/shared" and read.mlflow.tracking_uri == f"http://me:{SECRET}@host"
     with pytest.raises(UserError, match="expected @FILE with an override a line"):
         load_config(config, ["@nothing"])
+
+
+@pytest.mark.parametrize(
+    "password", ["pa'ss", 'pa"ss', "pa<s>s", "pa@ss", "pa/ss", "pa?ss", "pa#ss", "pä;s|s", "pa(s)s", "pa\\ss"]
+)
+@pytest.mark.parametrize("address", ["postgresql://me:{}@db:5432/x", "https://{}@host/x", "mysql+pymysql://me:{}@h/d?ssl=1"])
+def test_a_password_of_any_signs_is_not_seen(address: str, password: str) -> None:
+    address = address.format(password)
+    told = f"mlflow.tracking_uri: cannot reach '{address}' (refused); see https://mlflow.org"
+    for text in (shown(address), shown(told), shown(told, *secrets_of(address)), public_name(address)):
+        assert password not in text and "pa" not in text.replace("package", ""), text
+    assert shown(told).endswith("' (refused); see https://mlflow.org")
+
+
+def test_a_fragment_is_not_seen() -> None:
+    assert shown("at https://host/x#access_token=abc, twice") == "at https://host/x, twice"
+    assert "abcd" not in shown("token abcd", *secrets_of("https://host/x#access_token=abcd"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["file:///home/me/model", "file:/home/me/model", "FILE://localhost/home/me/model", " /home/me/model", "dbfs:/me/model"],
+)
+def test_an_address_of_this_machines_files_is_a_path(place: str) -> None:
+    assert public_name(place) == "model"

@@ -17,6 +17,7 @@ from amlora_dist.methods import METHODS, READ_PARAMETERS, ROWS_APART
 from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults, unpackable
 from amlora_dist.packaged_model import PACKAGES
 from amlora_dist.quantisation import package_fault
+from amlora_dist.tasks.prompts import template_faults
 from amlora_dist.tasks.tables import saved_fault
 from amlora_dist.tasks.task import mirror_folder, resolve_task
 from amlora_dist.training.deepspeed_config import section_faults
@@ -215,6 +216,10 @@ def resolve_tasks(
         except UserError as error:
             faults[path] = Fault(dotted(path), shown(ref), "a task", str(error))
             continue
+        for n, one in enumerate(template_faults(spec)):
+            where = f"{dotted(path)} ({spec.name}): {one.where}"
+            at: KeyPath = (*path, "templates", n)
+            faults[at] = Fault(where, one.found, one.expected, one.hint)
         if spec.name in [other.name for other in specs]:
             hint = "give it another `name`"
             faults[path] = Fault(dotted(path), f"task {spec.name!r} again", "tasks with different names", hint)

@@ -369,9 +369,11 @@ class Prompter:
 
     def labels(self, texts: Sequence[str], *, chat: bool = False) -> list[tuple[int, ...]]:
         """Token ids of labels, without end-of-sequence; ``chat``: as turns of the assistant. Raises UserError for a label
-        that is no text."""
+        that is no text, or has no words."""
         for place, text in enumerate(texts):
             _check_words(text, "label", place, len(texts))
+            if is_blank(text):
+                raise UserError(f"label {place + 1} of {len(texts)} is empty; leave it out or give it words")
         if chat:
             return [answer_ids(self._template_of_chat(), text) for text in texts]
         with self._lock:

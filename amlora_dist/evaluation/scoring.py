@@ -24,7 +24,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Forward, check_room
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
-from amlora_dist.evaluation.text_metrics import METRICS, best_score
+from amlora_dist.evaluation.text_metrics import METRICS, NAMES, score_of
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def score_task(
 
     Args:
         labels: token ids of the task's labels without EOS, in the order of ``Example.label``; None for free text.
-        metric: a name of `METRICS`.
+        metric: a name of `NAMES`.
         max_new_tokens: longest free-text answer, with EOS; labelled tasks decode one token more than their longest
             label, so that every output that could be a label has room to end.
         task_gate_row: give every prompt the row of this task (the oracle), or `ZERO_ROW`, instead of the router's gate.
@@ -142,8 +142,8 @@ def score_task(
     Raises:
         UserError: an unknown metric, unusable labels, or prompts without room for an answer.
     """
-    if metric not in METRICS:
-        raise UserError(f"metric: found {metric!r}, expected one of {', '.join(METRICS)}")
+    if metric not in NAMES:
+        raise UserError(f"metric: found {metric!r}, expected one of {', '.join(NAMES)}")
     if labels is None and max_new_tokens is None:
         raise UserError("max_answer_tokens: found nothing, expected a limit for the answers of a free-text task")
     if not examples:
@@ -376,7 +376,7 @@ def _predictions(batch: Sequence[Example], scored: _Scored, tokenizer: Any, metr
                 answer=example.answer,
                 output=text,
                 ended=ended,
-                correct=best_score(metric, text, (example.answer, *example.references)) if counts else 0.0,
+                correct=score_of(metric, text, example.answers, example.source) if counts else 0.0,
                 ranked=ranked,
                 ranked_correct=None if ranked is None else ranked == example.label,
                 loglikelihoods=scores,

@@ -18,7 +18,7 @@ from torch import Tensor
 from amlora_dist.evaluation.answering import Answered, Answering, Begun, EvidenceKind, Weighed
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.evaluation.scoring import Prediction, deal_lengths
-from amlora_dist.evaluation.text_metrics import best_score
+from amlora_dist.evaluation.text_metrics import score_of
 from amlora_dist.tasks.conversations import Turn
 
 KINDS: tuple[EvidenceKind, ...] = ("both", "model", "keys")
@@ -129,35 +129,36 @@ class ServedScore:
         if self.labels is not None and true is not None:
             best = true.best("model")
             bare = replace(bare, ranked=best, ranked_correct=self.labels[best] == row.answer)
-        return self.decided(bare, one.weighed, one.foreign, begun.best_by_keys[place])
+        return self.decided(bare, row.text, one.weighed, one.foreign, begun.best_by_keys[place])
 
     def decided(
-        self, before: Prediction, weighed: Weighed | None, foreign: float | None, by_keys: str | None
+        self, before: Prediction, asked: str, weighed: Weighed | None, foreign: float | None, by_keys: str | None
     ) -> Prediction:
-        """A prediction with the served answer, and those of each kind of evidence, from what the model said of a row."""
+        """A prediction with the served answer, and those of each kind of evidence, from what the model said of a row
+        (``asked``: its text)."""
         kind = self.answering.kind
         if weighed is None:
             answers = dict.fromkeys(KINDS, before.output)
         else:
             answers = {one: weighed.labels[weighed.best(one)] for one in KINDS}
-        counts = {one: self._correct(text, before, written=weighed is None) for one, text in answers.items()}
+        counts = {one: self._correct(text, before, asked, written=weighed is None) for one, text in answers.items()}
         return replace(
             before, served=answers[kind], correct=counts[kind],
-            greedy_correct=self._correct(before.output, before, written=True),
+            greedy_correct=self._correct(before.output, before, asked, written=True),
             model_correct=counts["model"], keys_correct=counts["keys"],
             keys=None if weighed is None or weighed.keys is None else list(weighed.keys),
             foreign=foreign, keys_elsewhere=None if by_keys is None else by_keys != before.route,
         )  # fmt: skip
 
-    def _correct(self, text: str, of: Prediction, *, written: bool) -> float:
+    def _correct(self, text: str, of: Prediction, asked: str, *, written: bool) -> float:
         """The task's metric; a labelled task's answer that was written and did not end is wrong."""
         if written and self.labels is not None and not of.ended:
             return 0.0
-        return best_score(self.metric, text, of.answers)
+        return score_of(self.metric, text, of.answers, asked)
 
 
 def rescored(
-    scorer: ServedScore, before: Sequence[Prediction], features: Mapping[int, Tensor]
+    scorer: ServedScore, before: Sequence[Prediction], features: Mapping[int, Tensor], texts: Mapping[int, str]
 ) -> list[Prediction]:
     """Predictions of an earlier score whose gates still hold, decided anew with today's keys.
 
@@ -165,6 +166,7 @@ def rescored(
         scorer: of the cell.
         before: of ``unchanged``; their gates are today's.
         features: of each row (d,).
+        texts: of each row.
     """
     answering = scorer.answering
     if not before:
@@ -183,5 +185,6 @@ def rescored(
                 answering.beta_of(one.route),
             )
         score = float(evidence.foreign_B[place])
-        made.append(scorer.decided(one, weighed, None if score == -torch.inf else score, by_keys[place]))
+        foreign = None if score == -torch.inf else score
+        made.append(scorer.decided(one, texts[one.row], weighed, foreign, by_keys[place]))
     return made

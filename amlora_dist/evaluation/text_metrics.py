@@ -1,6 +1,6 @@
 """Scores of one output against one answer, 0 to 1: the same text, exact match, token F1, ROUGE-L, fields of JSON, code.
 
-Every function takes ``(output, answer)`` and is pure.
+Every function takes ``(output, answer)`` and is pure; what the row's text decides too stands under ``TEXT_METRICS``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from amlora_dist.evaluation.sari import sari
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -141,12 +143,18 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
     "answer_letter": answer_letter,
     "code_similarity": code_similarity,
 }
-"""The metric names of a task specification. ``accuracy`` is for labelled tasks, the others for free text."""
+"""Metrics of an output and an answer, by their names in a task specification. ``accuracy`` is for labelled tasks."""
+
+TEXT_METRICS: Mapping[str, Callable[[str, Sequence[str], str], float]] = {"sari": sari}
+"""Metrics of an output, all right answers, and the row's text."""
+
+NAMES = (*METRICS, *TEXT_METRICS)
+"""The metric names of a task specification."""
 
 METRIC_NAMES: Mapping[str, str] = {
     "accuracy": "accuracy", "exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L",
     "json_fields": "JSON fields", "same_text": "same text", "answer_letter": "answer letter",
-    "code_similarity": "code similarity",
+    "code_similarity": "code similarity", "sari": "SARI",
 }  # fmt: skip
 """What people call them: in lines, tables and pages."""
 
@@ -157,6 +165,12 @@ def common_name(metrics: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else "score"
 
 
-def best_score(metric: str, output: str, answers: Sequence[str]) -> float:
-    """The best of an output's scores against several right answers, as SQuAD counts them (Rajpurkar et al. 2016, 6.1)."""
+def score_of(metric: str, output: str, answers: Sequence[str], text: str) -> float:
+    """The score of an output to a row's text.
+
+    Of several right answers the best counts, as in SQuAD (Rajpurkar et al. 2016, 6.1); a metric that sees the text takes all
+    of them.
+    """
+    if metric in TEXT_METRICS:
+        return TEXT_METRICS[metric](output, answers, text)
     return max(METRICS[metric](output, answer) for answer in answers)

@@ -327,6 +327,15 @@ def replace(manifest: Manifest, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, **changes)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once: other readers of JSON may take the other value, which no digest is about."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return made
+
+
 def parse_manifest(text: str, file: str = FILE) -> Manifest:
     """Read the text of a ``manifest.json``.
 
@@ -335,7 +344,7 @@ def parse_manifest(text: str, file: str = FILE) -> Manifest:
             their key, value and what is expected), or a digest that does not agree with the content.
     """
     try:
-        data = json.loads(text, parse_constant=_no_constant)
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise BankError(f"{file}: not JSON ({error}); fetch the bank again") from error
     if not isinstance(data, dict):

@@ -24,6 +24,7 @@ from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
 from amlora_dist.serving.answers import Part, Writer, cards, classify, error_body, prompts_of, turns_of
 from amlora_dist.serving.jobs import BusyError, EngineAwayError, LateError, StoppingError
+from amlora_dist.serving.malformed import detail_of, unread
 from amlora_dist.serving.metrics import CONTENT_TYPE
 from amlora_dist.serving.middleware import Gatekeeper
 from amlora_dist.serving.service import Service, UnknownModelError, unknown_model
@@ -57,8 +58,6 @@ EVENT = {
     "required": ["data"],
 }
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
-MOST_SAID = 500
-"""Characters of one fault's name or message: an error must not send a client's megabyte back."""
 CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -241,19 +240,13 @@ async def _refused(_request: Request, error: Exception) -> Response:
 async def _malformed(_request: Request, error: Exception) -> Response:
     """All that is wrong with a body, in OpenAI's form; what was found is not repeated."""
     assert isinstance(error, RequestValidationError)
-    lines: list[str] = []
-    place: str | None = None
-    for fault in error.errors()[:20]:
-        path = ".".join(str(part)[:MOST_SAID] for part in fault["loc"][1:])  # a client's own keys may be among them
-        place = place or path or None
-        message = str(fault["msg"])[:MOST_SAID]
-        lines.append(f"{path}: {message}" if path else message)
-    detail = wire.ErrorDetail(message="; ".join(lines), type="invalid_request_error", param=place)
-    return _refusal(400, wire.ErrorBody(error=detail))
+    return _refusal(400, wire.ErrorBody(error=detail_of(error.errors())))
 
 
 async def _http(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # FastAPI's own, of a body that it cannot parse
+        return _refusal(400, wire.ErrorBody(error=unread()))
     detail = wire.ErrorDetail(message=str(error.detail), type="invalid_request_error")
     return _refusal(error.status_code, wire.ErrorBody(error=detail), dict(error.headers or {}))
 

@@ -256,6 +256,12 @@ class ChatRequest(Writing):
     """Has no effect."""
     prompt_cache_key: Unheard | None = None
     """Has no effect."""
+    prompt_cache_retention: Unheard | None = None
+    """Has no effect."""
+    verbosity: Literal["medium"] | None = None
+    """Has no effect."""
+    web_search_options: None = None
+    moderation: None = None
 
     @model_validator(mode="after")
     def _likeliest(self) -> ChatRequest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from amlora_dist.errors import Fault
 from amlora_dist.tasks.conversations import NO_ANSWER, NO_USER
-from amlora_dist.tasks.tables import UNEVEN
+from amlora_dist.tasks.tables import AGAIN, UNEVEN
 from amlora_dist.tasks.task import SPLITS, TaskSpec
 
 MISSING_LABEL = "no label"
@@ -97,6 +97,8 @@ def _expected(reason: str, spec: TaskSpec) -> str:
         values = [label.value for label in spec.known_labels]
         more = f" or {len(values) - NAMED_LABELS} more" if len(values) > NAMED_LABELS else ""
         return f"one of {', '.join(values[:NAMED_LABELS])}{more}"
+    if reason == AGAIN:
+        return "rows"
     if reason == UNEVEN:
         return "as many cells as the header has"
     if reason in (NO_ANSWER, NO_USER) or spec.columns.conversational:

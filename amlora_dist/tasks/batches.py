@@ -48,6 +48,13 @@ class Example:
     """1 for each of the prompt's last tokens that is learned too: earlier turns of the assistant, from the first one on."""
     references: tuple[str, ...] = ()
     """Of free text: further right answers, for scoring."""
+    source: str = ""
+    """The row's text as it stands in the data, for metrics that see it."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.answer, *self.references)
 
     @property
     def learned(self) -> int:
@@ -110,7 +117,9 @@ def encode(
             target = target[: spec.max_answer_tokens]
         label = index.get(row.target)
         examples.append(
-            Example(row.number, prompt, (*target, eos), label, row.target, text, span, references=row.references)
+            Example(
+                row.number, prompt, (*target, eos), label, row.target, text, span, references=row.references, source=row.text
+            )
         )
     return examples
 
@@ -143,7 +152,7 @@ def _chat_examples(
             target = target[: spec.max_answer_tokens]  # it does not end there, and must not learn to
         label = index.get(row.target)
         examples.append(
-            Example(row.number, found.ids, target, label, row.target, text, found.span, earlier, row.references)
+            Example(row.number, found.ids, target, label, row.target, text, found.span, earlier, row.references, row.text)
         )
     return examples
 

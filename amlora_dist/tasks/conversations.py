@@ -226,6 +226,8 @@ def _turn(value: object, where: str) -> Turn:
 def _side(value: object, column: str, role: Role) -> list[Turn]:
     """Prompt or completion: messages, or a text of this role."""
     if isinstance(value, (list, tuple)):
+        if not value:
+            raise BadTurnsError(f"an empty list in column {column!r}")
         return _listed(value, column)
     text = content_of(value, f"column {column!r}")
     if not text.strip():

@@ -30,6 +30,10 @@ LONGEST_LINE = 64 << 20
 
 _MARK = b"\xef\xbb\xbf"
 _MAGIC = {
+    b"\xff\xfe\0\0": "UTF-32 text", b"\0\0\xfe\xff": "UTF-32 text", b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive", b"\xd0\xcf\x11\xe0": "a spreadsheet or document of old",
+    b"%PDF": "a PDF", b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file", b"ORC": "an ORC file", b"SQLite format 3": "an SQLite database",
     b"PAR1": "Parquet", b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "a zstd archive", b"BZh": "a bzip2 archive",
 }  # fmt: skip
@@ -61,6 +65,9 @@ class Fixes:
     form: str
     """About a file that is of another form."""
 
+
+_NAME = re.compile(r"[^\W\d][\w-]*( [\w-]+){0,2}")
+"""What may be the name of a column: up to three words, as no text has them behind a comma without a space."""
 
 Line = tuple[int, str]
 """Number, from 1, and text with its end."""
@@ -153,6 +160,7 @@ def _form_of_line(first: str, name: str, column: str) -> Form:
             " line, or one text a line, or give --format text"
         )
     cells = [cell.strip().strip('"') for cell in first.split(",")]
+    names = [cell.strip('"') for cell in first.split(",")]
     if column in cells and len(cells) > 1:
         return "csv"
     if signs := tables.between(first, [column]):
@@ -160,7 +168,7 @@ def _form_of_line(first: str, name: str, column: str) -> Form:
             f"{name}, line 1: found cells between {signs}, expected CSV with commas, JSON lines or plain lines; write it"
             " with commas, or give --format text"
         )
-    if first == column or (len(cells) > 1 and all(re.fullmatch(r"[A-Za-z_]\w*", cell) for cell in first.split(","))):
+    if cells == [column] or (len(cells) > 1 and all(map(_NAME.fullmatch, names))):
         raise UserError(
             f"{name}, line 1: found {_short(first)}, which may be the header of a CSV or a text; give --format csv (with"
             " --column NAME) or --format text"

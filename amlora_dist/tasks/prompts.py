@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 
+from amlora_dist.config.schema import did_you_mean
 from amlora_dist.digests import value_digest
-from amlora_dist.errors import UserError
+from amlora_dist.errors import Fault, UserError
 from amlora_dist.tasks.sandbox import PromptEnvironment, render_within
-from amlora_dist.tasks.texts import TAKEN, NoTextError
+from amlora_dist.tasks.texts import NoTextError
 
 if TYPE_CHECKING:
     from amlora_dist.tasks.sources import Row
@@ -39,6 +40,9 @@ CHAT_STYLES: dict[str, str] = {
 }
 """The same in the user's turn of a chat template, which says itself where the answer begins."""
 BANK_CHAT_TEMPLATE = CHAT_STYLES["question"]
+
+VARIABLES = ("text", "fields", "question", "options", "task", "kind")
+"""What a template may read."""
 
 # Text of rows is a variable, never part of a template, so it is not evaluated.
 _SANDBOX = PromptEnvironment()
@@ -134,6 +138,51 @@ def template_for(spec: TaskSpec, style: PromptStyle | None = None, *, paraphrase
     )
 
 
+def template_faults(spec: TaskSpec) -> list[Fault]:
+    """What can be known of a task's templates to be wrong without its rows: Jinja, names of variables, no row in them."""
+    faults = []
+    own = spec.prompt.template
+    if own is None:
+        try:
+            template_for(spec, spec.prompt_style)
+        except UserError as error:
+            faults.append(Fault("prompt_style", repr(spec.prompt_style), "a style that the task can have", str(error)))
+    elif (wrong := _compile_fault(own)) is not None:
+        faults.append(Fault("prompt.template", *wrong))
+    else:
+        read = variables_of(own) - _SANDBOX.globals.keys()
+        known = ", ".join(VARIABLES)
+        guarded = "defined" in own or "default" in own
+        for name in sorted(read - {*VARIABLES}) if not guarded else ():
+            hint = did_you_mean(name, VARIABLES)
+            faults.append(Fault("prompt.template", f"the variable {name!r}", f"one of {known}", hint))
+        if not read & {"text", "fields"}:
+            faults.append(Fault("prompt.template", f"no text of a row in {_short(own)}", "{{ text }} somewhere in it"))
+    values = [(place, part.value) for place, part in enumerate(spec.columns.text) if part.value is not None]
+    read = {name for _, value in values for name in variables_of(value)} - _SANDBOX.globals.keys()
+    constant = len(values) == len(spec.columns.text) and not read
+    for place, value in values:
+        if (wrong := _compile_fault(value)) is not None:
+            faults.append(Fault(f"columns.text[{place}].value", *wrong))
+        elif constant:
+            hint = f"put the expression in braces: {{{{ {value} }}}}" if "{" not in value else ""
+            faults.append(Fault(f"columns.text[{place}].value", _short(value), "a template that reads a column", hint))
+    return faults
+
+
+def _compile_fault(source: str) -> tuple[str, str, str] | None:
+    """Found, expected and fix of a template that cannot be compiled."""
+    try:
+        compile_template(source, where="")
+    except UserError as error:
+        return _short(source), "Jinja", str(error).partition("expected Jinja ")[2]
+    return None
+
+
+def _short(source: str) -> str:
+    return repr(source if len(source) <= 60 else f"{source[:57]}...")
+
+
 def compile_template(source: str, *, where: str) -> Template:
     """A sandboxed template. Raises UserError where it is not valid Jinja, or uses what prompts may not."""
     try:
@@ -143,8 +192,7 @@ def compile_template(source: str, *, where: str) -> Template:
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
         # Of Python, which compiles what Jinja makes: loops in loops, brackets in brackets, numbers of 5,000 digits.
         reason = "too much of it inside each other, or too long a number"
-    found = repr(source if len(source) <= 60 else f"{source[:57]}...")
-    raise UserError(f"{where}: found {found}, expected Jinja ({reason}); fix it")
+    raise UserError(f"{where}: found {_short(source)}, expected Jinja ({reason}); fix it")
 
 
 @lru_cache(maxsize=256)
@@ -172,7 +220,7 @@ def render(template: Template, values: Mapping[str, object], *, where: str) -> s
     except NoTextError as error:
         raise UserError(f"{where}: found {error}, expected text; fix the template or the text") from None
     except _FAILURES as error:
-        raise UserError(f"{where}: {_said(error)}") from None
+        raise UserError(f"{where}: {_said(error)}; fix the template") from None
 
 
 def render_value(template: Template, values: Mapping[str, object], *, where: str) -> str:
@@ -187,7 +235,7 @@ def render_value(template: Template, values: Mapping[str, object], *, where: str
     except NoTextError:
         raise
     except _FAILURES as error:
-        raise UserError(f"{where}: {_said(error)}; write {TAKEN}") from None
+        raise UserError(f"{where}: {_said(error)}; fix the template") from None
 
 
 _FAILURES = (
@@ -197,5 +245,7 @@ _FAILURES = (
 
 def _said(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "it goes too deep into itself; make the template simpler"
+        return "it goes too deep into itself"
+    if "int_max_str_digits" in str(error):
+        return "it makes a text of a number of thousands of digits"
     return " ".join(str(error.args[-1] if error.args else error).split())[:300] or type(error).__name__

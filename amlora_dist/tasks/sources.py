@@ -31,7 +31,7 @@ from amlora_dist.tasks.bad_rows import (
 )
 from amlora_dist.tasks.conversations import BadTurnsError, Turn, joined, last_user, recognised, turns_of
 from amlora_dist.tasks.files import RawRow
-from amlora_dist.tasks.prompts import compile_template, render_value, template_for
+from amlora_dist.tasks.prompts import compile_template, render_value, template_faults, template_for
 from amlora_dist.tasks.readers import read_split
 from amlora_dist.tasks.task import (
     SPLITS,
@@ -129,6 +129,8 @@ def load_task(
         UserError: missing files or columns, a split without rows, a template that cannot be rendered.
     """
     spec = with_defaults(spec, defaults or TaskDefaults())
+    if faults := template_faults(spec):
+        raise FaultsError(spec.origin or f"task {spec.name!r}", faults)
     mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
     if spec.labels == "auto":
         spec = with_found_labels(spec, read_split(spec, "train", mirror=mirror) or (), mirrored=mirror is not None)
@@ -155,7 +157,11 @@ def load_task(
         limit = getattr(spec, f"max_{split}")
         used[split] = sample([row for row, _ in found[split]], limit, seed=sample_seed)
         if not used[split]:
-            raise UserError(f"task {spec.name!r}: split {split!r} has no usable row ({spec.origin or 'no file'})")
+            why = remarks_on([one for one in bad if one.split == split], spec.name).partition(": ")[2]
+            raise UserError(
+                f"task {spec.name!r}: split {split!r} has no usable row ({spec.origin or 'no file'}){why and f': {why}'};"
+                " fix the rows or the columns of the task"
+            )
         if spec.prompt.template is not None:  # one that cannot be rendered is found here, and not by a stage
             template_for(spec).render(used[split][0])
     return TaskData(spec=spec, rows=used, bad=bad, took=maker.took)

@@ -15,7 +15,10 @@ from amlora_dist.errors import UserError
 CELL_BYTES = 64 << 20
 """Longest cell of a CSV: a quote that is never closed does not take a whole large file into memory."""
 UNEVEN = "a wrong number of cells"
+AGAIN = "the header again"
 BATCH_ROWS = 1024
+NAMED = 20
+"""Columns that a message lists; a table may have thousands."""
 
 
 Needed = str | tuple[str, ...]
@@ -29,7 +32,8 @@ def check_columns(needed: Iterable[Needed], present: Sequence[str], where: str, 
         column = names[0]
         if not any(name in present for name in names):
             hint = did_you_mean(column, present)
-            there = ", ".join(map(str, present)) or "none"
+            more = f" and {len(present) - NAMED} more" if len(present) > NAMED else ""
+            there = (", ".join(_short(str(name)) for name in present[:NAMED]) or "none") + more
             raise UserError(
                 f"{where}: found no column {column!r}{f' ({hint})' if hint else ''}, it has {there}; {fix}"
             )
@@ -37,9 +41,11 @@ def check_columns(needed: Iterable[Needed], present: Sequence[str], where: str, 
 
 def check_once(present: Sequence[str], where: str) -> None:
     """Raises UserError naming a column that stands twice: one of the two would be lost."""
+    seen: set[str] = set()
     for column in present:
-        if present.count(column) > 1:
+        if column in seen:
             raise UserError(f"{where}: found the column {column!r} twice, expected each once; give them different names")
+        seen.add(column)
 
 
 def between(header: str, needed: Sequence[Needed]) -> str:
@@ -83,22 +89,40 @@ def csv_rows(
         except StopIteration:
             break
         except csv.Error as error:
+            if header is None:
+                _refuse_header("".join(text for _, text in record), f"{name}, line {record[0][0]}", needed)
             raise UserError(_csv_fault(error, record, name)) from None
         if not cells:
             continue
         if header is None:
             header = cells
             where = f"{name}, line {record[0][0]}"
-            if len(header) == 1 and (signs := between(header[0], needed)):
-                raise UserError(f"{where}: found cells between {signs}, expected commas; write it with commas")
+            _refuse_header("".join(text for _, text in record), where, needed)
             check_once(header, where)
             check_columns(needed, header, name, fix)
             continue
         count += 1
         fault = None if len(cells) == len(header) else UNEVEN
+        if cells == header and len(header) > 1:  # files that were put one behind the other
+            fault = AGAIN
         yield count, record[0][0], dict(zip(header, cells, strict=False)), fault
     if header is None and needed:
         raise UserError(f"{name}: found no header, expected a first line with the names of the columns; {fix}")
+
+
+def _refuse_header(line: str, where: str, needed: Sequence[Needed]) -> None:
+    """Raises UserError where a first line is no header of a CSV: it is written otherwise, or is something else."""
+    if line.startswith("sep=") and len(line.strip()) == 5:
+        raise UserError(f"{where}: found {line.strip()!r}, expected the names of the columns; take the line away")
+    if line.startswith(("{", "[")):
+        raise UserError(f"{where}: found JSON, expected the names of the columns; name the file .jsonl, or give its format")
+    wanted = {name for one in needed for name in ((one,) if isinstance(one, str) else one)}
+    if not wanted & set(next(csv.reader([line]), ())) and (signs := between(line.strip(), needed)):
+        raise UserError(f"{where}: found cells between {signs}, expected commas; write it with commas")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def _csv_fault(error: csv.Error, record: list[tuple[int, str]], name: str) -> str:

@@ -27,7 +27,7 @@ SPLITS = ("train", "dev", "test")
 PromptStyle = Literal["question", "options", "bare", "named"]
 PromptForm = Literal["chat", "classic", "auto"]
 Metric = Literal[
-    "accuracy", "exact_match", "rouge_l", "token_f1", "json_fields", "same_text", "answer_letter", "code_similarity"
+    "accuracy", "exact_match", "rouge_l", "token_f1", "json_fields", "same_text", "answer_letter", "code_similarity", "sari"
 ]
 Limit = Annotated[int, Field(ge=1)]
 UNSET = -1
@@ -75,7 +75,7 @@ class TextField:
     column: str | None = None
     """The column it is read from."""
     value: str | None = None
-    """Instead of ``column``: a Jinja expression over all columns of the row."""
+    """Instead of ``column``: a Jinja template over all columns of the row, such as ``{{ title }} ({{ year }})``."""
     marker: str = ""
     """Word in front of the part, followed by a colon: ``Title`` gives ``Title: ...``."""
     neutral: bool = False

@@ -211,7 +211,10 @@ class Scoring:
             prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
             label = labels.index(row.target) if row.target in labels else None
             examples.append(
-                Example(row.number, prompt.ids, (), label, row.target, ids, prompt.span, references=row.references)
+                Example(
+                    row.number, prompt.ids, (), label, row.target, ids, prompt.span,
+                    references=row.references, source=row.text,
+                )
             )
         if self.prompt_slots is not None:
             examples = [replace(one, prompt=self.prompt_slots.before(one.prompt), span=None) for one in examples]
@@ -314,7 +317,9 @@ class Scoring:
         changed = [] if mixture.silent is None else tasks_using(self.adapters, mixture.silent)
         before = [Path(folder) for folder in cell.before]
         found = unchanged(before, numbers, gates, noted=not told, changed=changed)
-        return rescored(scorer, found, dict(zip(numbers, features, strict=True)))
+        return rescored(
+            scorer, found, dict(zip(numbers, features, strict=True)), {row.number: row.text for row in rows}
+        )
 
     def _largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from amlora_dist.evaluation.text_metrics import METRIC_NAMES, best_score
+from amlora_dist.evaluation.text_metrics import METRIC_NAMES, score_of
 from amlora_dist.tasks.sources import Row, load_task, sample
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.scoring import bank_model
@@ -38,7 +38,7 @@ class _Asked:
     def score(self, answers: Sequence[str]) -> float:
         metric = str(self.spec.metric)
         pairs = zip(self.rows, answers, strict=True)
-        return sum(best_score(metric, text, (row.target, *row.references)) for row, text in pairs) / len(self.rows)
+        return sum(score_of(metric, text, (row.target, *row.references), row.text) for row, text in pairs) / len(self.rows)
 
     @property
     def changed(self) -> list[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.markup import escape
 
+from amlora_dist.errors import UserError, visible
+from amlora_dist.tasks.texts import is_blank
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.scoring import bank_model
 from pipelines.cli.tables import console_for
@@ -35,7 +38,7 @@ def converse(
     Answers go to standard output; routes too with ``--json`` or on a terminal, else to standard error.
 
     Raises:
-        UserError: no such bank or task, a turn without room for its answer.
+        UserError: no such bank or task; not on a terminal, a turn without room for its answer, and what is not text.
     """
     with stdout_to_stderr():
         model = bank_model(bank, options, task)
@@ -46,7 +49,14 @@ def converse(
             turns = list(opening)
             continue
         turns.append({"role": "user", "content": line})
-        found = model.chat(turns, task=task, route_by=route_by, max_new_tokens=max_new_tokens)
+        try:
+            found = model.chat(turns, task=task, route_by=route_by, max_new_tokens=max_new_tokens)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"{visible(str(error))} (not said)", file=sys.stderr, flush=True)
+            del turns[-1]
+            continue
         _show(found, as_json=as_json)
         if found.text.strip():
             turns.append({"role": "assistant", "content": found.text})
@@ -59,13 +69,16 @@ def _lines(source: TextIO) -> Iterator[str]:
     asking = source.isatty()
     if asking:
         print(HELP, file=sys.stderr)
-    while True:
+    for number in itertools.count(1):
         if asking:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = source.readline()
+        try:
+            line = source.readline().removeprefix("\ufeff" if number == 1 else "").encode().decode()
+        except UnicodeError:
+            raise UserError(f"standard input, line {number}: not UTF-8 text; write it as UTF-8") from None
         if not line or line.strip() == QUIT:
             return
-        if line.strip():
+        if not is_blank(line):
             yield line.strip()
 
 

@@ -118,16 +118,24 @@ def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput
         yield _stream(buffered(sys.stdin), "standard input", column, asked)
         return
     path = Path(source).expanduser()
-    if path.is_file() or path.is_dir():
+    try:
+        there = path.is_file() or path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{_short(source)}: {plain_reason(error)}; give a file, or - for standard input") from error
+    if there:
         form = _form(path, column, asked)
         yield RowInput(source, form, column, path, iter(()))
         return
     try:
         file = path.open("rb")  # a pipe: it is read once
-    except OSError as error:
-        raise UserError(f"{source}: {plain_reason(error)}; give a file, or - for standard input") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_short(source)}: {plain_reason(error)}; give a file, or - for standard input") from error
     with file:
         yield _stream(file, source, column, asked)
+
+
+def _short(source: str) -> str:
+    return source if len(source) <= 200 else f"{source[:197]}..."
 
 
 def _stream(file: BinaryIO, name: str, column: str, asked: Asked) -> RowInput:
@@ -171,7 +179,7 @@ def _needed(form: Form, column: str) -> Sequence[Needed]:
 def _line(row: RawRow, column: str) -> Line:
     if row.fault is not None:
         expected = "as many as the header has" if row.fault == UNEVEN else "a row that can be read"
-        fix = "put a cell with a comma or a line break in quotes"
+        fix = "put a cell with a comma or a line break in quotes" if row.fault == UNEVEN else "take the line away"
         raise UserError(f"{row.where}: found {row.fault}, expected {expected}; {fix}")
     given = row.values.get(column)
     listed = is_conversation(given)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 
 from amlora_dist.errors import UserError, plain_reason
 from amlora_dist.tasks.files import Form
-from amlora_dist.tasks.texts import HALF, kind_of, lone_surrogate
+from amlora_dist.tasks.texts import HALF, is_blank, kind_of, lone_surrogate
 
 Written = Literal["jsonl", "csv"]
 Write = Callable[[list[dict[str, Any]]], None]
@@ -253,5 +253,6 @@ def _kept(cell: Any) -> Any:
     """A cell that a spreadsheet shows as the text that it is; numbers stay numbers."""
     if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
         return cell
-    formula = cell[:1] in ("\t", "\r", "\n") or cell.lstrip()[:1] in tuple(_FORMULA)
+    seen = next((sign for sign in cell if not is_blank(sign)), "")  # spreadsheets pass over what cannot be seen
+    formula = cell[:1] in ("\t", "\r", "\n") or (seen != "" and seen in _FORMULA)
     return f"'{cell}" if formula else cell

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
         UserError: no such file, task or column; a row without an answer, or whose answer is no label of the task.
     """
     from amlora_dist.evaluation.scoring import routing_accuracy, summarise
+    from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
     with stdout_to_stderr():
         model = bank_model(bank, options, task)
@@ -97,7 +98,8 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
         return
     table = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
     shown = {
-        "accuracy": SCORED.get(metric, f"{metric} of the served answers"), "routing_accuracy": "texts routed to this task",
+        "accuracy": SCORED.get(metric, f"{METRIC_NAMES[metric]} of the served answers"),
+        "routing_accuracy": "texts routed to this task",
         "model_accuracy": "the model's evidence alone", "keys_accuracy": "the keys' evidence alone",
         "greedy_accuracy": "written freely", "ranked_accuracy": "best of this task's labels",
     }  # fmt: skip
@@ -237,7 +239,7 @@ def predictions(
     """What a bank answers to rows of a task, without being told the task, and how each counts by the task's metric."""
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
-    from amlora_dist.evaluation.text_metrics import METRICS
+    from amlora_dist.evaluation.text_metrics import score_of
 
     labels, metric = model.labels(task), model.prompter.entry(task).counted_by
     asked = [_asked(model, line, task) for line in lines]
@@ -246,9 +248,10 @@ def predictions(
         rows = [PlainRow(n, text, answer, turns) for n, ((text, turns), answer) in pairs]
         scorer = ServedScore(model.answering, metric, None if labels is None else tuple(labels))
         return scorer.score(rows, batch_size=batch_size)
-    count: Callable[[str, str], float] = METRICS[metric]
     found = model.answer([turns or text for text, turns in asked], batch_size=batch_size)
     return [
-        Prediction(n, answer, one.text, one.ended, count(one.text, answer), served=one.text, route=one.route.task)
-        for n, (one, answer) in enumerate(zip(found, answers, strict=True), start=1)
+        Prediction(
+            n, answer, one.text, one.ended, score_of(metric, one.text, [answer], text), served=one.text, route=one.route.task
+        )
+        for n, (one, answer, (text, _)) in enumerate(zip(found, answers, asked, strict=True), start=1)
     ]

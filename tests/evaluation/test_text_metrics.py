@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from amlora_dist.evaluation.text_metrics import (
     METRIC_NAMES,
     METRICS,
-    best_score,
+    NAMES,
     exact_match,
     label_match,
     longest_common_subsequence,
     normalise_answer,
     normalise_label,
     rouge_l,
+    score_of,
     token_f1,
 )
+from amlora_dist.tasks.task import Metric
 
 
 @pytest.mark.parametrize(
@@ -116,10 +120,14 @@ def test_fields_of_json_count_where_name_and_value_are_equal(output: str, score:
 
 
 def test_the_best_of_several_right_answers_counts() -> None:
-    assert best_score("exact_match", "two", ["one", "Two."]) == 1.0
-    assert best_score("rouge_l", "a b c", ["a b", "x"]) == rouge_l("a b c", "a b")
-    assert best_score("token_f1", "y", ["x"]) == 0.0
+    assert score_of("exact_match", "two", ["one", "Two."], "") == 1.0
+    assert score_of("rouge_l", "a b c", ["a b", "x"], "") == rouge_l("a b c", "a b")
+    assert score_of("token_f1", "y", ["x"], "") == 0.0
 
 
 def test_every_metric_has_a_name_for_people() -> None:
-    assert METRIC_NAMES.keys() == METRICS.keys()
+    assert METRIC_NAMES.keys() == set(NAMES)
+
+
+def test_a_task_may_name_every_metric() -> None:
+    assert set(get_args(Metric)) == set(NAMES)

@@ -125,13 +125,18 @@ def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Runnin
         turns.append({"role": "assistant", "content": wanted.text or "-"})
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def amlora(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs `amlora chat` with these lines as its input."""
     monkeypatch.setenv("AMLORA_HOME", str(place / "home"))
 
-    def call(lines: str, *options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    def call(lines: str, *options: str, terminal: bool = False) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", (_Terminal if terminal else io.StringIO)(lines))
         code = int(app(["chat", "models:/chat@current", "--device", "cpu", *options], standalone_mode=False) or 0)
         said = capsys.readouterr()
         return code, said.out, said.err
@@ -157,6 +162,30 @@ def test_in_a_pipe_answers_are_output_and_routes_are_not(amlora: Any, model: AML
     assert "[colours 1.00]" in err
     code, _, err = amlora("red wall\n", "--task", "nothing")
     assert code == 2 and "the bank's tasks are talk, colours" in err
+
+
+def test_lines_are_read_as_files_are(amlora: Any, model: AMLoRAModel) -> None:
+    code, out, err = amlora("\ufeffred wall\n\u200b\nred \udcfc\nnever\n")
+    assert out == model.chat([{"role": "user", "content": "red wall"}]).text + "\n", "the mark is no part of what was said"
+    assert code == 2 and "standard input, line 3: not UTF-8 text; write it as UTF-8" in err
+
+
+def test_on_a_terminal_a_turn_that_cannot_be_answered_is_told_and_the_conversation_goes_on(
+    amlora: Any, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = AMLoRAModel.chat
+
+    def picky(self: AMLoRAModel, turns: Any, **options: Any) -> Any:
+        if turns[-1]["content"] == "too much":
+            raise UserError("no room for it")
+        return chat(self, turns, **options)
+
+    monkeypatch.setattr(AMLoRAModel, "chat", picky)
+    code, out, err = amlora("too much\nred wall\n/quit\n", "--json", terminal=True)
+    assert code == 0 and json.loads(out)["answer"] == model.chat([{"role": "user", "content": "red wall"}]).text
+    assert "no room for it (not said)" in err
+    code, out, err = amlora("too much\nred wall\n")
+    assert code == 2 and not out and "no room for it" in err
 
 
 def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Running, model: AMLoRAModel) -> None:

@@ -309,12 +309,13 @@ def test_csv_output_comes_back_as_it_went_out(told: Told) -> None:
 
 
 def test_spreadsheet_keeps_cells_from_being_formulas(told: Told) -> None:
-    cells = ["=1+1", "+1 now", "-a", "@SUM(1)", "\t=1", " =1", "\uff1d1", "-5", "+3.5e1", "a=b", "a", ""]
+    unseen = ["\u200b=1", "\ufeff=1", "\0=1"]
+    cells = ["=1+1", "+1 now", "-a", "@SUM(1)", "\t=1", " =1", "\uff1d1", *unseen, "-5", "+3.5e1", "\u200bok", "a=b", ""]
     Path("in.jsonl").write_text("".join(json.dumps({"text": "a", "=cell": cell}) + "\n" for cell in cells))
     assert amlora("in.jsonl", "-o", "out.csv", "--spreadsheet", command="generate").exit_code == 0
     with Path("out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    quoted = ["'=1+1", "'+1 now", "'-a", "'@SUM(1)", "'\t=1", "' =1", "'\uff1d1", "-5", "+3.5e1", "a=b", "a", ""]
+    quoted = [*(f"'{cell}" for cell in cells[:10]), "-5", "+3.5e1", "\u200bok", "a=b", ""]
     assert [row["'=cell"] for row in rows] == quoted
     assert {row["answer"] for row in rows} == {"'=red"}
     assert amlora("in.jsonl", "-o", "plain.csv", command="generate").exit_code == 0

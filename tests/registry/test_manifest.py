@@ -164,3 +164,12 @@ def test_an_accepted_path_stays_below_its_root(path: str) -> None:
 def test_scores_must_fit_their_tasks() -> None:
     with pytest.raises(ValueError, match="one for each task"):
         AccuracyMatrix(tasks=["a"], accuracy=[[0.1, 0.2]])
+
+
+def test_a_key_that_stands_twice_is_refused_whatever_its_values(manifest: Manifest) -> None:
+    """The digest is of the last value; another reader of JSON may take the first."""
+    text = manifest.to_json()
+    for doubled in (text.replace("{", '{"method": "other",', 1), text.replace('"rank"', '"rank": 99, "rank"', 1)):
+        assert doubled != text
+        with pytest.raises(BankError, match=r"not JSON \(the key '(method|rank)' stands twice\)"):
+            parse_manifest(doubled)

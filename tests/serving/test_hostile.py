@@ -147,6 +147,8 @@ USUAL: list[tuple[str, dict[str, Any]]] = [
         {"function_call": "none"}, {"store": False}, {"store": None}, {"metadata": {}}, {"metadata": None},
         {"modalities": ["text"]}, {"logprobs": False}, {"top_logprobs": 0}, {"service_tier": "auto"}, {"audio": None},
         {"logprobs": None, "top_logprobs": None}, {"reasoning_effort": None},
+        {"verbosity": None}, {"verbosity": "medium"}, {"web_search_options": None}, {"prompt_cache_retention": "24h"},
+        {"moderation": None},
         {"prediction": None}, {"safety_identifier": "a"}, {"prompt_cache_key": "b"}, {"max_completion_tokens": None},
     )),
     *(("/v1/chat/completions", {"messages": [*SAID, turn]}) for turn in (
