@@ -217,7 +217,7 @@ def resolve_tasks(
             faults[path] = Fault(dotted(path), shown(ref), "a task", str(error))
             continue
         for n, one in enumerate(template_faults(spec)):
-            where = f"{dotted(path)} ({spec.name}): {one.where}"
+            where = f"{dotted(path)}, {spec.origin}: {one.where}"
             at: KeyPath = (*path, "templates", n)
             faults[at] = Fault(where, one.found, one.expected, one.hint)
         if spec.name in [other.name for other in specs]:

@@ -175,7 +175,7 @@ def _compile_fault(source: str) -> tuple[str, str, str] | None:
     try:
         compile_template(source, where="")
     except UserError as error:
-        return _short(source), "Jinja", str(error).partition("expected Jinja ")[2]
+        return _short(source), "Jinja", str(error).partition("expected Jinja (")[2].removesuffix("); fix it")
     return None
 
 

@@ -283,7 +283,9 @@ CASES: dict[str, tuple[Damage, Told]] = {
         Told("tasks/colours,", "tasks[0] (colours)", "found {folder}/tasks/colours, a folder that", "name its files"),
     ),
     "a template that never ends": (
-        of_task({"prompt": {"template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"}}),
+        of_task(
+            {"prompt": {"template": "{{ text }}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"}}
+        ),
         Told("prompt template of colours", "template", "too many steps", "make the template simpler"),
     ),
     "unknown key of a task": (
@@ -291,7 +293,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a prompt that is no Jinja": (
         of_task({"prompt": {"template": "{{ text"}}),
-        Told("tasks/colours.yaml", "prompt template", "'{{{{ text'", "fix it"),
+        Told("tasks/colours.yaml", "prompt.template:", "'{{{{ text'", "expected Jinja"),
     ),
     # -- models
     "missing model folder": (
@@ -308,7 +310,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "weights that are cut off": (
         with_model(lambda own: os.truncate(own / "model.safetensors", 5000)),
-        Told("run.yaml", "model.source:", "{folder}/model-own/model.safetensors: found 5000 bytes", "fetch the model again"),
+        Told("run.yaml", "model.source:", "{folder}/model-own/model.safetensors: 5000 bytes", "fetch the model again"),
     ),
     "a kind of model that nobody knows": (
         with_model(lambda own: (own / "config.json").write_text('{"model_type": "nonsense"}', encoding="utf-8")),
