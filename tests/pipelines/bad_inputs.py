@@ -284,7 +284,7 @@ CASES: dict[str, tuple[Damage, Told]] = {
     ),
     "a template that never ends": (
         of_task(
-            {"prompt": {"template": "{{ text }}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"}}
+            {"prompt": {"template": "{{text}}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"}}
         ),
         Told("prompt template of colours", "template", "too many steps", "make the template simpler"),
     ),
