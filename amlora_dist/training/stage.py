@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,22 @@ def run_stage(
             run_rate_race(work, work.race, begun, writes=ranks.rank == 0)
             return
         with contextlib.nullcontext() if cache is None else cache.stage():
-            _Stage(work, distributed, report, device, kept).run()
+            stage = _Stage(work, distributed, report, device, kept)
+            is_trained = stage.agree()
+            if not stage.method.trains:
+                stage.score_base()
+            else:
+                stage.score(stage.restored() if is_trained else stage.train())
+            stage.end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """A bank in its model, with what its router is made of."""
+
+    mixture: Mixture
+    adapters: list[Adapter]
+    statistics: list[TaskStatistics]
 
 
 class _Stage:
@@ -123,31 +138,7 @@ class _Stage:
         self._release: Callable[[], None] | None = None
         """Lets go of the model that the stage has used, after its last pass."""
 
-    def run(self) -> None:
-        self._run()
-        self._end()
-
-    def _run(self) -> None:
-        trained = self._agree()
-        if not self.method.trains:
-            self._scoring(self._ready(self._load_base()), None, [], None).run()
-            return
-        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
-        for parent, result in zip(self.work.parents, parents, strict=True):
-            if result.adapter.digest() != parent.digest:
-                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
-        model = self._load_base()
-        if trained:
-            parents.append(read_result(self.work.trained))
-            adapters, statistics = [p.adapter for p in parents], [p.statistics for p in parents]
-            mixture = self._inject(model, adapters, new=None)
-            mixture.model = self._ready(model)
-        else:
-            mixture, adapters, statistics = self._train(model, parents)
-        mixture.set_router(self.method.router(statistics))
-        self._scoring(mixture.model, mixture, adapters, self._trunk(mixture, decodes=True)).run()
-
-    def _agree(self) -> bool:
+    def agree(self) -> bool:
         """Whether the stage is trained, by rank 0's word; and bring what this node lacks, where nodes share no folder.
 
         Raises:
@@ -167,6 +158,37 @@ class _Stage:
         if trained:
             copies.fetch(work.trained, partial(is_whole, work.trained))
         return trained
+
+    def restored(self) -> _Bank:
+        """The bank of a stage that is trained, from its folders."""
+        results = [*self._parents(), read_result(self.work.trained)]
+        model = self._load_base()
+        adapters = [result.adapter for result in results]
+        mixture = self._inject(model, adapters, new=None)
+        mixture.model = self._ready(model)
+        return _Bank(mixture, adapters, [result.statistics for result in results])
+
+    def score(self, bank: _Bank) -> None:
+        """Score the cells, as the finished bank answers."""
+        mixture = bank.mixture
+        mixture.set_router(self.method.router(bank.statistics))
+        self._scoring(mixture.model, mixture, bank.adapters, self._trunk(mixture, decodes=True)).run()
+
+    def score_base(self) -> None:
+        """Score the cells of a method that trains nothing."""
+        self._scoring(self._ready(self._load_base()), None, [], None).run()
+
+    def _parents(self) -> list[Result]:
+        """What the stages below have left.
+
+        Raises:
+            TrainingError: one of them is not what was meant.
+        """
+        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
+        for parent, result in zip(self.work.parents, parents, strict=True):
+            if result.adapter.digest() != parent.digest:
+                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
+        return parents
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
         return Scoring(
@@ -194,9 +216,10 @@ class _Stage:
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def _train(self, model: Any, parents: list[Result]) -> tuple[Mixture, list[Adapter], list[TaskStatistics]]:
-        """The model with the bank in it, the bank's adapters, and the statistics of its tasks."""
-        work, settings = self.work, self.settings
+    def train(self) -> _Bank:
+        """Train the new adapter, and leave the stage's result in its folder."""
+        work, settings, parents = self.work, self.settings, self._parents()
+        model = self._load_base()
         adapters = [parent.adapter for parent in parents]
         mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
         engine = self._engine(mixture)
@@ -251,7 +274,7 @@ class _Stage:
             if work.copies is not None:
                 work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
-        return mixture, [*adapters, adapter], statistics
+        return _Bank(mixture, [*adapters, adapter], statistics)
 
     def begin(self, steps: int) -> float:
         """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
@@ -271,10 +294,11 @@ class _Stage:
             raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
         learner.run(learner.resume() or Progress(fingerprint=self.work.fingerprint, step=0), until=steps)
         lost = held_loss()
-        self._end()
+        self.end()
         return lost
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Let go of the model."""
         if self._release is not None:
             self._release()
         self.ranks.gather(None)  # a stage has ended when it has on every rank

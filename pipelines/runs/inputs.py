@@ -43,10 +43,17 @@ class RunInputs:
     """The tasks of the sequence, in order, and after them the test sets that are only scored."""
     data: dict[str, TaskData]
     dtype: str
+    run_id: str = ""
+    """Of the run; empty where rows and model are looked at without one."""
     parameters: int = 0
     """Of the base model."""
     trainable: int = 0
     """Of the adapter that a stage trains."""
+
+    @property
+    def model(self) -> str:
+        """The registered model of its versions."""
+        return self.config.registered_model or self.run_id
 
     @property
     def tasks(self) -> list[str]:
@@ -270,12 +277,13 @@ class RunInputs:
         }
 
 
-def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -> RunInputs:
+def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: bool | None = None) -> RunInputs:
     """Read and check everything that can be checked before a process is started.
 
     Args:
         config: of the run.
         place: ``AMLORA_HOME``.
+        run_id: of the run, if there is one; names its registered model where the configuration does not.
         gpus: whether stages run on GPUs, which decides what ``auto`` means; None: as this process would.
 
     The configuration of what it returns has ``auto`` of ``dtype`` and ``model.attention`` replaced by what it means, and the
@@ -286,6 +294,7 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
     """
     attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
     config = replace(config, dtype=_dtype(config.dtype, gpus), model=replace(config.model, attention=attention))
+    config = replace(config, registered_model=config.registered_model or run_id or None)
     if method_class(config.method).keys_alone:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
@@ -316,7 +325,7 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     if config.training.packing:
         check_packing(base)
-    inputs = RunInputs(config, base, specs, data, config.dtype)
+    inputs = RunInputs(config, base, specs, data, config.dtype, run_id)
     method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
     inputs.parameters, inputs.trainable, depths = check_model(method, base, tasks)

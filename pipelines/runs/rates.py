@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from pipelines.runs.plan import stage_work, training_rows
 
 if TYPE_CHECKING:
     from amlora_dist.training.stage_spec import StageWork
-    from pipelines.runs.attempts import Attempts
     from pipelines.runs.journal import RunJournal
     from pipelines.runs.plan import BankState
     from pipelines.runs.progress import Progress
@@ -40,15 +39,16 @@ FILE = "race.json"
 SCHEMA = 1
 DEADLINE_S = 24 * 3600.0
 """How long a run waits for another one that races the same."""
+RunStage = Callable[["StageWork"], None]
 
 
-def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progress: Progress) -> dict[str, Any] | None:
+def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: Progress) -> dict[str, Any] | None:
     """Put a number in the place of ``training.learning_rate: auto`` in all that a run reads and stores.
 
     Args:
         journal: of the run.
         bank: on which it begins.
-        attempts: run the race, if there is one.
+        run: runs the race, if there is one.
         progress: hears of it.
 
     Returns:
@@ -63,7 +63,7 @@ def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progre
         stored: dict[str, Any] = journal.store.load_json(journal.run, results.INPUTS) or {}
         facts: dict[str, Any] | None = stored.get("rate")
         return facts
-    search = RateSearch(journal, attempts, progress)
+    search = RateSearch(journal, run, progress)
     if (version := journal.version_of(bank)) is not None:
         manifest = journal.versions.manifest_of(version)
         chosen = search.of_bank(manifest.training_configuration, version.uri)
@@ -88,12 +88,12 @@ class RateSearch:
 
     Args:
         journal: of the run.
-        attempts: run the race.
+        run: runs the race.
         progress: hears of it.
     """
 
     journal: RunJournal
-    attempts: Attempts
+    run: RunStage
     progress: Progress
 
     def of_bank(self, configuration: Mapping[str, Any], uri: str) -> Chosen:
@@ -134,7 +134,7 @@ class RateSearch:
         fingerprint = value_digest(
             {"schema": SCHEMA, "stages": race.fingerprints, "steps": steps, "near_tie": near_tie}
         )
-        label = f"learning rates of run {self.journal.run_id!r}"
+        label = f"learning rates of run {self.journal.inputs.run_id!r}"
         with contextlib.ExitStack() as stack:
             while (entry := self._entry(fingerprint)) is None:
                 claim = store.claim_stage(fingerprint, label=label, deadline_s=DEADLINE_S)
@@ -159,7 +159,7 @@ class RateSearch:
         self.progress.note(f"learning rate auto: {', '.join(race.fingerprints)} race over {race.steps} steps each")
         racing.fetch()
         if not racing.race_file.is_file():
-            self.attempts.run(racing)
+            self.run(racing)
         found: dict[str, Any] = json.loads(racing.race_file.read_text(encoding="utf-8"))
         rate = best_rate({float(name): loss for name, loss in found["losses"].items()}, racing.settings.training.near_tie)
         # The winner's steps are the stage's first ones, unless somebody has that stage already.

@@ -29,7 +29,6 @@ def show_stage(
     record: StageRecord,
     *,
     parent_run: str,
-    run_id: str,
     mapping: dict[str, Any],
     manifest: Manifest | None,
 ) -> None:
@@ -41,7 +40,6 @@ def show_stage(
         inputs: of the run.
         record: of the stage.
         parent_run: MLflow's id of the run above.
-        run_id: of the run, for trackers.
         mapping: its public configuration, for trackers.
         manifest: of the version, where it is at hand.
     """
@@ -71,7 +69,7 @@ def show_stage(
     log_data(store, parent_run, read)
     scores = {key: value for key, value, *_ in above}
     shown = StageFigures(record.index, record.task, record.training.get("losses", []), scores)
-    write_stage(inputs.config.tracking, store, record.run, run_id, home(), mapping, shown)
+    write_stage(inputs.config.tracking, store, record.run, home(), mapping, shown)
     store.end_run(record.run, "FINISHED")
 
 

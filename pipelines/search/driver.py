@@ -86,7 +86,7 @@ def run_search(
     changed = refuse_other_data(
         store, [wanted, of_a_trial], facts, results.INPUTS, name, allow=allow_changed_data, again="run all trials again"
     )
-    key = leases.run_key(f"search.{search_id}")
+    key = f"{leases.RUN_KEY}search.{search_id}"
     with leases.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
         champion = f"{search_id}-champion"
