@@ -137,9 +137,9 @@ def _dealt(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
 def pick_tokens(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Goes before the output layer: hands it the tokens alone that a packed call asks for, as one sequence."""
     call = active_call()
-    if call is None or call.logits_at is None:
+    if call is None or call.options.logits_at is None:
         return None
-    return (args[0].flatten(0, 1)[call.logits_at][None], *args[1:])
+    return (args[0].flatten(0, 1)[call.options.logits_at][None], *args[1:])
 
 
 def try_packing(mixture: Mixture) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 from amlora_dist.methods.base import Method
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.gate_context import Selection
     from amlora_dist.training.micro_batch import MicroBatch
 
 

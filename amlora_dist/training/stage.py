@@ -55,6 +55,7 @@ from amlora_dist.training.rate_race import run_rate_race
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
+from amlora_dist.training.stage_facts import trainable_facts, trained_with
 from amlora_dist.training.stage_rows import StageRows
 from amlora_dist.training.stage_spec import StageWork
 from amlora_dist.training.stage_statistics import StageStatistics
@@ -224,7 +225,7 @@ class _Stage:
         mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
         engine = self._engine(mixture)
         self._release = engine.destroy
-        self._announce(mixture)
+        self.report(trainable_facts(mixture))
         before = self._checksums(mixture)
 
         every, replayed = self.rows.training()
@@ -248,7 +249,7 @@ class _Stage:
             if self.method.learns_recipe(work.index) and adapters:
                 start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
                 progress = start.begin(progress)
-        progress.trained_with = self._trained_with()
+        progress.trained_with = trained_with(settings, self.ranks.world, self.device, self.config)
         if self.method.learns:
             progress = learner.run(progress)
         reach("training_ended")
@@ -283,7 +284,7 @@ class _Stage:
         mixture = self._inject(model, [], new=self._new_adapter([]))
         engine = self._engine(mixture)
         self._release = engine.destroy
-        self._announce(mixture)
+        self.report(trainable_facts(mixture))
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         own, unseen = self._divided(self._statistics(engine), every)
@@ -407,20 +408,6 @@ class _Stage:
             )
         return DeepSpeedEngine(mixture.model, trainable, groups, config=self.config, betas=betas)
 
-    def _announce(self, mixture: Mixture) -> None:
-        """Say exactly what will train, and refuse to train anything else."""
-        named = mixture.trainable()
-        wanted = {id(parameter) for parameter in named.values()}
-        stray = [n for n, p in mixture.model.named_parameters() if p.requires_grad and id(p) not in wanted]
-        if stray or not wanted:
-            raise TrainingError(f"parameters outside the new adapter would train: {stray}")
-        kinds: dict[str, int] = {}
-        for name, parameter in named.items():
-            kind = name.split(".", 1)[0]
-            kinds[kind] = kinds.get(kind, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
-        modules = sorted({name.split(".", 1)[1] for name in named if name.startswith("a.")})
-        self.report({"kind": "trainable", "parameters": kinds, "modules": modules})
-
     def _label_count(self) -> int:
         """Labels of the stage's task, where the statistics are of its rows alone; else 0."""
         spec = self.work.spec(self.work.task) if self.work.task in self.work.tasks else None
@@ -505,18 +492,3 @@ class _Stage:
             world=self.ranks.world,
             clip=self.settings.training.clip,
         )
-
-    def _trained_with(self) -> dict[str, Any]:
-        """Recorded beside the fingerprint, not part of it."""
-        import transformers
-
-        stage = self.config["zero_optimization"]["stage"] if self.config else None
-        return {
-            "workers": self.ranks.world if self.distributed else 0,
-            "zero_stage": stage,
-            "threads": torch.get_num_threads(),
-            "device": self.device.type,
-            "cache_trunk": self.settings.training.cache_trunk,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
