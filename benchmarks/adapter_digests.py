@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -56,8 +57,8 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def digests(folder: Path, kind: str, more: dict[str, Any]) -> dict[str, Any]:
-    """Of one run in ``folder``."""
+def digests(folder: Path, kind: str, more: dict[str, Any], empty: Path) -> dict[str, Any]:
+    """Of one run in ``folder``, whose home begins as a copy of ``empty``."""
     import yaml
 
     from amlora_dist.digests import tensors_digest
@@ -66,9 +67,11 @@ def digests(folder: Path, kind: str, more: dict[str, Any]) -> dict[str, Any]:
     from tests.tiny_config import write_config
 
     os.environ["AMLORA_HOME"] = str(folder / "home")
+    shutil.copytree(empty, folder / "home")
     file = write_config(folder, kind)
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     config["training"] = TRAINING
+    config["evaluation"] = config["evaluation"] | {"oracle": False, "untrained": False}
     for key, value in more.items():
         config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -95,16 +98,21 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else []
     found: dict[str, Any] = {}
+    from amlora_dist.registry.store import Store
+
+    empty = Path(tempfile.mkdtemp(prefix="digests-")) / "empty"
+    Store.open(empty)
     for name, (kind, more) in cases().items():
         if wanted and name not in wanted:
             continue
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="digests-") as folder:
             try:
-                found[name] = digests(Path(folder), kind, more)
+                found[name] = digests(Path(folder), kind, more, empty)
             except Exception as error:  # noqa: BLE001 (the others are of interest all the same)
                 found[name] = {"error": str(error).replace(folder, "")}
         print(f"{name}: {found[name].get('error', 'trained')} in {time.monotonic() - began:.1f} s", flush=True)
+    shutil.rmtree(empty.parent)
     options.file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if options.against is None:
         return
