@@ -55,9 +55,7 @@ class Method:
     trains: ClassVar[bool] = True
     """Whether there is anything to train and to publish."""
     learns: ClassVar[bool] = True
-    """Whether a stage takes optimizer steps; otherwise its adapter stays zero."""
-    keys_alone: ClassVar[bool] = False
-    """Whether the keys' evidence is the only one: then ``answer.evidence`` is ``keys``."""
+    """Whether a stage takes optimizer steps; otherwise its adapter stays zero, and ``answer.evidence`` is ``keys``."""
     routed: ClassVar[bool] = True
     """Whether scores depend on the settings of ``router.gate``."""
     told_task: ClassVar[bool] = False

@@ -20,7 +20,6 @@ from amlora_dist.planning.work import Machine, Recipe, TaskShape
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import at_hand
 from amlora_dist.training.batching import Layout as BatchLayout
-from amlora_dist.training.settings import StageSettings
 from pipelines.cli.tables import console_for
 
 if TYPE_CHECKING:
@@ -82,11 +81,7 @@ def plan_of(
         UserError, FaultsError: the configuration, the model or a task is wrong, or rows are not known.
     """
     config, specs = _configuration(config_file, overrides)
-    settings = StageSettings(
-        method=config.method, seed=config.seed, dtype="bf16", attention=config.model.attention, adapters=config.adapters,
-        router=config.router, training=config.training, method_settings=config.method_settings, recipe=config.recipe,
-    )  # fmt: skip
-    method = method_for(settings)
+    method = method_for(replace(config, dtype="bf16").stage_settings())
     if not method.trains:
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
     if method.prompt_slots:

@@ -20,6 +20,7 @@ from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.errors import TrainingError, UserError
 from amlora_dist.methods import METHODS, method_class
 from amlora_dist.registry import tags
+from amlora_dist.registry.runs import RESULT
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
@@ -196,13 +197,6 @@ def run_comparison(
     return comparison
 
 
-def load_comparison(store: Store, comparison_id: str) -> dict[str, Any] | None:
-    """The stored result of a comparison as far as it has come; None where there is none of this id."""
-    found = store.find_runs({tags.KIND: KIND, tags.RUN_ID: comparison_id})
-    stored: dict[str, Any] | None = store.load_json(found[-1].run, FILE) if found else None
-    return stored
-
-
 @dataclass(slots=True)
 class _Driver:
     plan: Plan
@@ -308,7 +302,7 @@ class _Driver:
         found = self.store.find_runs(wanted, registered_model=run_id)
         if found and found[-1].status == "FINISHED" and not again:
             refuse_other_configuration(self.store, wanted, to_mapping(config), f"run id {run_id!r}")
-            result: dict[str, Any] | None = self.store.load_json(found[-1].run, results.FILE)
+            result: dict[str, Any] | None = self.store.load_json(found[-1].run, RESULT)
             if result is not None and result["tasks"] == self.plan.names[order]:
                 return result
         made = run_sequence(

@@ -92,25 +92,12 @@ class RunInputs:
 
     def stage_settings(self) -> StageSettings:
         """The part of the configuration that stages read."""
-        c = self.config
-        return StageSettings(
-            method=c.method,
-            seed=c.seed,
-            dtype="bf16" if self.dtype == "bf16" else "fp32",
-            attention=c.model.attention,
-            adapters=c.adapters,
-            router=c.router,
-            training=c.training,
-            method_settings=c.method_settings,
-            recipe=c.recipe,
-            prompt_format=self.prompt_format,
-            answer=c.answer,
-        )
+        return self.config.stage_settings()
 
     @property
     def prompt_format(self) -> PromptFormat:
         """How prompts become ids."""
-        return PromptFormat(self.config.prompt_format, self.config.router.max_text_tokens or DEFAULT_TEXT_TOKENS)
+        return self.stage_settings().prompt_format
 
     def demand(self, gpu_share: float = 1.0) -> Demand:
         """What the run needs at least."""
@@ -295,7 +282,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
     attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
     config = replace(config, dtype=_dtype(config.dtype, gpus), model=replace(config.model, attention=attention))
     config = replace(config, registered_model=config.registered_model or run_id or None)
-    if method_class(config.method).keys_alone:
+    if not method_class(config.method).learns:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}

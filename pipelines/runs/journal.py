@@ -23,6 +23,7 @@ from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.records import describe_run
+from amlora_dist.registry.runs import RESULT
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.stage_spec import Parent
 from pipelines.runs import results
@@ -278,7 +279,7 @@ class RunJournal:
         """The result so far, stored, with the place where it is."""
         result = results.result(self.inputs, self.stages)
         self.lease.check()
-        self.store.log_json(self.run, results.FILE, result)
+        self.store.log_json(self.run, RESULT, result)
         self._so_far = result | results.kept_at(self.store, self.run)
         return self._so_far
 

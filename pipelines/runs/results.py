@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import home
-from amlora_dist.errors import UserError
 from amlora_dist.evaluation import metrics
-from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.training.stage_spec import WITHOUT
 
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from pipelines.runs.inputs import RunInputs
     from pipelines.runs.stage_record import StageRecord
 
-FILE = "result.json"
-"""Artifact of the sequence's MLflow run: the result so far."""
 INPUTS = "materials.json"
 """Artifact of the sequence's MLflow run: what it is made of (``RunInputs.facts``)."""
 STAGE_FILE = "stage.json"
@@ -123,14 +119,8 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
         UserError: no run of this id.
     """
     store = Store.open(home(), tracking_uri, reads=True)
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
-    result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
-    if result is None:
-        raise UserError(f"run {run_id!r} has not finished a stage yet")
-    return result | kept_at(store, found[-1].run)
+    run, result = store.result_of(run_id)
+    return result | kept_at(store, run)
 
 
 def kept_at(store: Store, run: str) -> dict[str, Any]:
