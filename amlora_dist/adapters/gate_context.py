@@ -59,7 +59,7 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 @dataclass(slots=True, eq=False)
 class CachedGate:
     """A gate (B, T) that stays from call to call, and what each mixture layer has made of it: which part of the bank it
-    reaches and with which weights need not be found out again for every token. Copies begin anew."""
+    reaches and with which weights need not be found out again for every token. Copies begin empty."""
 
     task_gate: Tensor
     layers: dict[object, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class LayerOptions:
     """What a call asks of the layers.
 
     ``bypass`` makes mixture layers plain linear layers; ``select`` lets the layers' own selectors gate them, with the task
-    gate, if there is one, as prior; ``on_select`` hears what they chose. ``dropout``: the new adapter's layers drop parts of
+    gate, if there is one, as prior; ``on_select`` gets what they chose. ``dropout``: the new adapter's layers drop parts of
     their inputs. ``packed``: sequences hold several rows each (B rows then, and the mask (B, L) of each by itself);
     ``logits_at`` the tokens among all of them that the output layer reads.
     """
@@ -266,7 +266,7 @@ class GateCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.utils.checkpoint.checkpoint``."""
         call = _CALL.get()
-        # Layers choose again when they are recomputed, but the collector has heard of it.
+        # Layers choose again when they are recomputed, but the collector has it already.
         again = None if call is None else call.recomputed()
 
         def contexts() -> tuple[Any, Any]:
@@ -291,7 +291,7 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     later_BL = mask_BL & (place > skip_tokens)
     long_enough = place[:, -1:] > skip_tokens
     use_BL = torch.where(long_enough, later_BL, mask_BL)
-    # Filled, not multiplied by 0: what stands at padding may be infinite.
+    # Filled, not multiplied by 0: what is at padding may be infinite.
     total_BD = hidden_BLD.float().masked_fill(~use_BL[..., None], 0.0).sum(dim=1)
     return total_BD / use_BL.sum(dim=1, keepdim=True).clamp(min=1)
 

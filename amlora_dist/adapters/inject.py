@@ -107,7 +107,7 @@ class Mixture:
         self.routing.select = use
 
     def disable_adapter(self, adapter: int | None) -> None:
-        """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: all are heard. Between calls."""
+        """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: none is disabled. Between calls."""
         self.silent = adapter
         for module in self.modules.values():
             module.silent = adapter
@@ -294,13 +294,13 @@ def inject(
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
         depths: of earlier layers that features take in too, each below k.
         skip_tokens: first prompt tokens that features leave out.
-        prompt_slots: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
+        prompt_slots: where prompts are, if the adapters are pools of prompts (the one target is then the input embedding).
 
     Raises:
         UserError: if an adapter does not fit the targets, or the model has a mixture already.
     """
     if getattr(model, "_amlora_mixture", None) is not None:
-        raise UserError("this model has a mixture already; remove() it first, or load the model anew")
+        raise UserError("this model has a mixture already; remove() it first, or load the model again")
     if not adapters and new is None:
         raise UserError("nothing to inject: the bank is empty and no adapter is to be learned")
     k = default_router_layer(model) if router_layer is None else router_layer

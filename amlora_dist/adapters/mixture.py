@@ -151,7 +151,7 @@ class MixtureLinear(nn.Module):
         return weight
 
     def more_trainable(self) -> dict[str, nn.Parameter]:
-        """What a stage learns in this layer beside A, B and the recipe, by name."""
+        """What a stage learns in this layer besides A, B and the recipe, by name."""
         return {}
 
     def more_tensors(self, gather: Gather | None = None) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A pool of prompts in the input embedding, chosen for each input by keys: what the method ``l2p`` trains.
 
 A prompt is one learned vector with one key. Every input has ``PromptSlots.tokens`` tokens in front that mean nothing (the
-tokenizer's end token): the positions where its chosen prompts stand. So lengths, positions, attention masks and the KV
+tokenizer's end token): the positions where its chosen prompts are. So lengths, positions, attention masks and the KV
 cache need to know nothing of prompts. In a bank the pool is the adapter of one layer, the embedding, in the shapes of
 any adapter: the keys are A (M, D), the prompts are the columns of B (D, M), M the size of the pool.
 

@@ -98,7 +98,7 @@ class TaskStatistics:
     """Mean features (d,) of generic texts by their part, where they were computed (``tasks.background``)."""
 
     def with_held(self) -> TaskStatistics:
-        """The statistics of all of the task's rows, the held-out ones counted too; these stay beside them."""
+        """The statistics of all of the task's rows, the held-out ones counted too; these are kept apart."""
         held = self.held
         if held is None or not len(held.labels):
             return self
@@ -167,7 +167,7 @@ class TaskStatistics:
         return replace(self, holdout_nll=nll, holdout_count=len(rows), holdout_factor=thin_factor(rows - self.mean))
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file of its own; the task's name goes beside it."""
+        """For a safetensors file of its own; the task's name is kept elsewhere."""
         held = {} if self.holdout_factor is None else {"holdout_factor": self.holdout_factor.contiguous()}
         if self.by_label is not None:
             held |= {"label_counts": self.by_label.counts, "label_means": self.by_label.means.contiguous()}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class AMLoRA(Method):
-    """Each task trains its own adapter at weight 1 beside a recipe of the earlier ones; none of them moves again.
+    """Each task trains its own adapter at weight 1 with a recipe of the earlier ones; none of them moves again.
 
     With ``router.kind: literal`` the layers' own selectors weigh the adapters, in training and afterwards, as the
     paper has it; every other kind of router works on frozen features and has no part in the training.

@@ -155,7 +155,7 @@ class Method:
 
     @property
     def prompt_slots(self) -> int:
-        """Tokens in front of every input where learned prompts stand (``adapters.prompts``)."""
+        """Tokens in front of every input where learned prompts are (``adapters.prompts``)."""
         return 0
 
     @property
@@ -164,7 +164,7 @@ class Method:
         return False
 
     def learns_recipe(self, stage: int) -> bool:
-        """Whether the new adapter learns beside weights on the earlier ones."""
+        """Whether the new adapter learns weights on the earlier ones, too."""
         return False
 
     def constant_recipe(self, earlier: int) -> Tensor | None:
@@ -205,7 +205,7 @@ class Method:
         return adapter
 
     def method_state(self, trained: Trained) -> dict[str, Tensor]:
-        """Tensors that later stages need beside the adapter; they are published with the stage's statistics."""
+        """Tensors that later stages need besides the adapter; they are published with the stage's statistics."""
         return {}
 
     # -- serving --------------------------------------------------------------------------------------------------

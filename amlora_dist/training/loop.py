@@ -169,7 +169,7 @@ class Learner:
         return [self.examples[i].row for i in self.schedule.rows(step)] if step < self.schedule.steps else []
 
     def _step(self, progress: Progress, number: int) -> bool:
-        """One optimizer step, noted in ``progress``; whether any rank was told to stop.
+        """One optimizer step, noted in ``progress``; whether any rank has to stop.
 
         The loss that is noted (nats per target token of the global batch) is the rows' cross-entropy, smoothed if so
         configured, without what the method adds. No step is taken where any part of it is not finite.

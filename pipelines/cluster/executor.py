@@ -46,7 +46,7 @@ class ClusterExecutor:
         self._over = True
         self._cluster.wait_for_begin()  # it may be about to begin a group
         group, self._group = self._group, None
-        if group is not None and not group.stages:  # idle workers end when they are told to
+        if group is not None and not group.stages:  # idle workers end when they are asked to
             error = (None,)
         if group is not None and error[0] is None:
             group.end()

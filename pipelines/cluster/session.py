@@ -103,7 +103,7 @@ class RayCluster:
     def _begin(self, then: Callable[[], None] | None) -> None:
         try:
             self._start()
-        except BaseException as error:  # noqa: BLE001 (told by the thread that waits)
+        except BaseException as error:  # noqa: BLE001 (raised by the thread that waits)
             self._failed = error
         else:
             try:

@@ -14,7 +14,7 @@ from amlora_dist.crash_points import reach
 from amlora_dist.errors import AmloraError
 from pipelines.cluster.event_channel import WorkerEnd
 from pipelines.cluster.library_output import quiet_libraries
-from pipelines.cluster.worker_errors import said_by
+from pipelines.cluster.worker_errors import error_event
 
 ERROR_EVENT, DONE_EVENT = "error", "done"
 
@@ -50,13 +50,13 @@ def run_stages(config: dict[str, Any]) -> None:
             work.path.mkdir(parents=True, exist_ok=True)
         report(about)
         reach("workers_started")
-        # The driver puts its stop file into the folder of the stage: where that is this node's own, it has to be told.
+        # The driver puts its stop file into the folder of the stage: where that is this node's own, it needs a message.
         stops = channel.stops_in(work.path / STOP_FILE) if rank == 0 and work.apart else contextlib.nullcontext()
         try:
             with stops:
                 run_stage(work, distributed=True, report=report, device=get_device(), cache=cache)
         except AmloraError as error:
-            channel.tell(said_by(error, rank) | {"kind": ERROR_EVENT}, wait=True)
+            channel.tell(error_event(error, rank) | {"kind": ERROR_EVENT}, wait=True)
             raise
         del work
         channel.tell({"kind": DONE_EVENT, "rank": rank, "resident": process.memory_info().rss})

@@ -328,12 +328,12 @@ def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
     made = plan.to_json()
     if stored is None:
         return made | {"tuning": {}, "failed": [], "runs": [], "methods": {}}
-    told = [differences(stored["config"], made["config"])]
-    told += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
-    if any(told):
+    differing = [differences(stored["config"], made["config"])]
+    differing += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
+    if any(differing):
         raise UserError(
-            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, told))}); methods,"
-            " seeds and orders may be added to it, the rest needs another --run-id"
+            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, differing))});"
+            " methods, seeds and orders may be added to it, the rest needs another --run-id"
         )
     changed = [name for name, tasks in made["orders"].items() if stored["orders"].get(name, tasks) != tasks]
     if changed:
@@ -397,18 +397,18 @@ def _orders(names: Sequence[str], file: Path, base: RunConfig) -> dict[str, list
             if path is None:
                 raise UserError(
                     f"--orders: found {name!r}, expected a configuration whose tasks are taken (a path, or the name of one"
-                    f" beside {file}), places such as 2-1-3, or {GIVEN}"
+                    f" next to {file}), places such as 2-1-3, or {GIVEN}"
                 )
             key, tasks = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem), list(read_document(path).data.get("tasks") or [])
         if key in found:
-            raise UserError(f"--orders: {name!r} stands twice")
+            raise UserError(f"--orders: {name!r} is given twice")
         found[key] = tasks
     return found
 
 
 def _distinct(option: str, values: list[Any]) -> list[Any]:
     if twice := [value for n, value in enumerate(values) if value in values[:n]]:
-        raise UserError(f"{option}: {twice[0]} stands twice")
+        raise UserError(f"{option}: {twice[0]} is given twice")
     return values
 
 

@@ -62,7 +62,7 @@ class Executor(Protocol):
 
         Raises:
             WorkersLostError: processes or nodes died; it is safe to repeat.
-            UserError, TrainingError, StoppedError: what the stage itself said.
+            UserError, TrainingError, StoppedError: of the stage itself.
         """
 
     def release(self) -> None:

@@ -123,7 +123,7 @@ class RunInputs:
         return values | self.prompt_format.values() | labels
 
     def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
-        """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
+        """How many rows of the next task are among a stage's own, by task (``boundary_mix``)."""
         share, later = self.config.boundary_mix, sequence[sequence.index(stage) + 1 :]
         if not share or stage not in self.data or not later:
             return {}
@@ -175,8 +175,8 @@ class RunInputs:
                 router |= {"background": background.digest()}
             free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
             router |= {f"answer of {name}": self.specs[name].max_answer_tokens for name in free if name != task}
-        anew = {} if self.config.evaluation.reuse else {"reuse": False}
-        return self._scoring(bank, mode, router | anew, task)
+        reuse = {} if self.config.evaluation.reuse else {"reuse": False}
+        return self._scoring(bank, mode, router | reuse, task)
 
     def cell(
         self, method: Method, storage: Path, mode: Mode, task: str, bank: list[str], before: str | None = None
@@ -348,7 +348,7 @@ def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
 
 
 def _first_rows(data: TaskData) -> list[Row]:
-    """One row of each split: what their prompts have beside the text is alike in all."""
+    """One row of each split: what their prompts have besides the text is alike in all."""
     return [row for rows in data.rows.values() for row in rows[:1]]
 
 

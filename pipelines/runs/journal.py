@@ -108,7 +108,7 @@ class RunJournal:
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
-            raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
+            raise UserError(f"tasks: {', '.join(both)} are in the parent bank {version.uri} already; rename or leave out")
         bank = BankState(
             tuple(parents),
             tuple(entry.training_fingerprint for entry in manifest.adapters),
@@ -181,7 +181,7 @@ class RunJournal:
         Args:
             plan: of the stage.
             record: of the stage, with its claim, which is held until the version is there.
-            progress: hears of the version.
+            progress: shows the version.
 
         Returns:
             The bank with the stage, at once; ``settle`` says whether it is published.

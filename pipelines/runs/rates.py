@@ -49,7 +49,7 @@ def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: P
         journal: of the run.
         bank: on which it begins.
         run: runs the race, if there is one.
-        progress: hears of it.
+        progress: shows it.
 
     Returns:
         What a report says of how it was found; None of one that was given.
@@ -89,7 +89,7 @@ class RateSearch:
     Args:
         journal: of the run.
         run: runs the race.
-        progress: hears of it.
+        progress: shows it.
     """
 
     journal: RunJournal

@@ -71,7 +71,7 @@ LAST = {
 
 
 def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, Row]:
-    """What is known of the last bank's answers to plain texts beside their accuracy, one score a task; what was not scored
+    """What is known of the last bank's answers to plain texts besides their accuracy, one score a task; what was not scored
     is left out."""
     found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
     return {name: row for name, row in found.items() if any(value is not None for value in row)}

@@ -106,7 +106,7 @@ def run_sequence(
                 bank = journal.publish(plan, record, progress)
             plans.append(plan)
             if within is not None and within.on_stage is not None:
-                within.on_stage(journal.settle())  # what a search hears of is published
+                within.on_stage(journal.settle())  # what a search gets is published
         journal.settle()
         result = journal.finish()
         if within is None and (now_served := journal.crown(bank)):
@@ -126,7 +126,7 @@ class Attempts:
         executor: where they run.
         placement: what they need there, of a cluster.
         lease: of the run, which ends training that no longer counts.
-        progress: hears of steps and scores.
+        progress: shows steps and scores.
     """
 
     def __init__(self, executor: Executor, placement: Placement, lease: Lease, progress: Progress) -> None:
@@ -136,7 +136,7 @@ class Attempts:
         """Train (if need be) and score.
 
         Raises:
-            UserError, HeldError, StoppedError: as the stage said.
+            UserError, HeldError, StoppedError: of the stage itself.
             TrainingError: it failed for good.
         """
         failures: list[Failure] = []

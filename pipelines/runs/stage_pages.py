@@ -1,4 +1,4 @@
-"""What MLflow's pages, and the trackers beside it, show of a finished stage."""
+"""What MLflow's pages, and the trackers, show of a finished stage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def show_stage(
 def run_description(result: Mapping[str, Any], base: str) -> str:
     """Markdown for the page of a run: what it learned, what it lost of that, where its versions are and how one is loaded.
 
-    MLflow shows three lines until it is asked for more: what people come for stands there.
+    MLflow shows three lines until it is asked for more: what people come for is there.
 
     Args:
         result: of the run so far, as ``results.result`` makes it.

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside MLflow: what a finished stage has to show, through their own libraries.
+"""TensorBoard and Weights & Biases as well as MLflow: what a finished stage has to show, through their own libraries.
 
 MLflow stays the journal; nothing is read back from here. A stage is written once it is published, and a tag of its run says
 to whom, so that a start that goes on writes what an earlier one did not come to. A tracker that fails is warned about, and
