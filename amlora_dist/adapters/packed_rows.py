@@ -1,8 +1,8 @@
 """Several short rows in one sequence: what the model is given so that each is as if it were alone.
 
 Attention is block-diagonal, by an explicit mask: a token sees the tokens of its own row up to itself. Each row's positions
-begin at 0, features are pooled row by row, a token is weighed by its own row's gate, and dropout knows it by its place in its
-row. So packing changes how many padding tokens are computed, and nothing else but the order of sums.
+begin at 0, features are pooled row by row, a token is weighed by its own row's gate, and dropout knows it by its place in
+its row. So packing changes how many padding tokens are computed, and nothing else but the order of sums.
 
 Shapes in names: P sequences of S tokens hold B rows, the longest of L tokens; X = P x S; R ranks; N tokens that are asked.
 """
