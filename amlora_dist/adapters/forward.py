@@ -25,13 +25,13 @@ from transformers.utils import ModelOutput
 from amlora_dist.adapters.gate_context import (
     CachedGate,
     CacheState,
+    FeatureReader,
     FeaturesReady,
     ForwardContext,
     GateCheckpoint,
     LayerOptions,
     OnRoute,
     OnSelect,
-    Reader,
     TrunkStates,
     active_call,
     attach,
@@ -166,7 +166,7 @@ class RoutedForward:
         elif task_gate is None and not routing.select:
             raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
         if gates_of is not None or on_route is not None or routing.prompted:
-            call.reader = Reader(routing.depths, routing.skip_tokens, gates_of, on_route)
+            call.reader = FeatureReader(routing.depths, routing.skip_tokens, gates_of, on_route)
             if routing.partial_pass:
                 call.receive(self.features(kwargs, mask, stop=not routing.whole_passes, packed=packed))
         return call
@@ -189,7 +189,7 @@ class RoutedForward:
             inputs["logits_to_keep"] = 1
         routing = self.routing
         call = ForwardContext(
-            routing, mask=mask, reader=Reader(routing.depths, routing.skip_tokens, stop=stop),
+            routing, mask=mask, reader=FeatureReader(routing.depths, routing.skip_tokens, stop=stop),
             options=LayerOptions(bypass=True, packed=packed),
         )  # fmt: skip
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):

@@ -94,7 +94,7 @@ class CacheState:
 
 
 @dataclass(slots=True, eq=False)
-class Reader:
+class FeatureReader:
     """How a call finds its features, and by them its gate, while its pass goes on.
 
     ``depths``: features are the pooled states that enter these layers, side by side, (B, F). ``stop`` ends the pass at the
@@ -148,7 +148,7 @@ class ForwardContext:
     owner: object
     task_gate: Tensor | None = None
     mask: Tensor | None = None
-    reader: Reader | None = None
+    reader: FeatureReader | None = None
     trunk: TrunkStates | None = None
     options: LayerOptions = field(default_factory=LayerOptions)
     carried: CacheState = field(default_factory=lambda: CacheState(None, {}))

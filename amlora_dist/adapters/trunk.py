@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from amlora_dist.adapters.gate_context import (
+    FeatureReader,
     FeaturesReady,
     ForwardContext,
     LayerOptions,
-    Reader,
     TrunkStates,
     active_call,
     entered,
@@ -129,7 +129,7 @@ class Trunk:
         """
         routing = self._mixture.routing
         call = self._capturing()
-        call.mask, call.reader = text_mask_BL, Reader(routing.depths, routing.skip_tokens)
+        call.mask, call.reader = text_mask_BL, FeatureReader(routing.depths, routing.skip_tokens)
         cache = DynamicCache(config=self._model.config)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):

@@ -13,10 +13,10 @@ from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.methods import method_for
-from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, Layout
+from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, MemoryLayout
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
-from amlora_dist.planning.work import Machine, Recipe, TaskShape
+from amlora_dist.planning.work import Machine, TaskShape, TrainingPlan
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import at_hand
 from amlora_dist.training.batching import Layout as BatchLayout
@@ -90,11 +90,11 @@ def plan_of(
     if isinstance(cluster, CpuCluster):
         cluster = replace(cluster, workers=max(1, config.workers))
     share = BatchLayout.of(config.training.batch_size, cluster.ranks, config.training.micro_batch_size)
-    layout = Layout.of(
+    layout = MemoryLayout.of(
         config.deepspeed, zero=config.zero_stage, ranks=cluster.ranks, micro_batch=share.micro,
         checkpointing=config.training.gradient_checkpointing,
     )  # fmt: skip
-    recipe = Recipe(
+    recipe = TrainingPlan(
         batch_size=config.training.batch_size,
         epochs=config.training.epochs,
         rank=config.adapters.rank,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from amlora_dist.training.stage_spec import StageWork
-    from pipelines.cluster.session import Placement
+    from pipelines.cluster.session import WorkerPlacement
     from pipelines.runs.executor import Event, OnEvent
 
 EVENTS = "progress.jsonl"
@@ -40,7 +40,7 @@ class WorkerGroup:
         gpus: whether each has one.
     """
 
-    def __init__(self, placement: Placement, workers: int, *, gpus: bool) -> None:
+    def __init__(self, placement: WorkerPlacement, workers: int, *, gpus: bool) -> None:
         self.workers, self.stages = workers, 0
         self.grown = 0
         """Bytes by which the memory of one worker has grown since its first stage, the most of any."""
@@ -174,7 +174,7 @@ def fit(trainer: TorchTrainer, failed: list[BaseException]) -> None:
         failed.append(error)
 
 
-def _trainer(placement: Placement, workers: int, gpus: bool, config: dict[str, Any]) -> TorchTrainer:
+def _trainer(placement: WorkerPlacement, workers: int, gpus: bool, config: dict[str, Any]) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 

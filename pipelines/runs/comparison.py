@@ -62,7 +62,7 @@ VARIANTS = {
 
 
 @dataclass(slots=True)
-class Plan:
+class ComparisonPlan:
     """What is compared, all of it checked."""
 
     comparison_id: str
@@ -121,7 +121,7 @@ def plan_comparison(
     orders: Sequence[str],
     learning_rates: Sequence[float],
     comparison_id: str,
-) -> Plan:
+) -> ComparisonPlan:
     """Read and check everything before the first run starts.
 
     Args:
@@ -138,7 +138,7 @@ def plan_comparison(
         key = "registered_model" if base.registered_model is not None else "parent"
         raise UserError(f"{file}: {key} cannot be shared by the runs of a comparison; leave it out")
     ordered = _orders(orders, file, base)
-    plan = Plan(
+    plan = ComparisonPlan(
         comparison_id=comparison_id,
         file=file,
         overrides=list(overrides),
@@ -170,7 +170,7 @@ def plan_comparison(
 
 
 def run_comparison(
-    plan: Plan, *, command: str, progress: Progress, verbose: bool = False, allow_changed_data: bool = False
+    plan: ComparisonPlan, *, command: str, progress: Progress, verbose: bool = False, allow_changed_data: bool = False
 ) -> dict[str, Any]:
     """Run what is not done yet, and return the result as ``amlora compare --json`` prints it.
 
@@ -199,7 +199,7 @@ def run_comparison(
 
 @dataclass(slots=True)
 class _Driver:
-    plan: Plan
+    plan: ComparisonPlan
     store: Store
     journal: str
     progress: Progress
@@ -319,7 +319,7 @@ class _Driver:
         self.store.log_json(self.journal, FILE, self.comparison)
 
 
-def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
+def _resumed(plan: ComparisonPlan, stored: dict[str, Any] | None) -> dict[str, Any]:
     """The stored comparison with this plan put in, or a new one.
 
     Raises:

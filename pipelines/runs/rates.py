@@ -75,7 +75,7 @@ def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: P
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenRate:
     """A rate, and what a report says of how it was found."""
 
     rate: float
@@ -96,7 +96,7 @@ class RateSearch:
     run: RunStage
     progress: Progress
 
-    def of_bank(self, configuration: Mapping[str, Any], uri: str) -> Chosen:
+    def of_bank(self, configuration: Mapping[str, Any], uri: str) -> ChosenRate:
         """A run on a published bank keeps the bank's rate.
 
         Args:
@@ -108,9 +108,9 @@ class RateSearch:
         known = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
         rate = float(found) if known else DEFAULT_RATE  # type: ignore[arg-type]
         self.progress.note(f"learning rate {rate:g}: {'that of' if known else 'the default, unknown of'} {uri}")
-        return Chosen(rate, {"chosen": rate, "how": "parent" if known else "default"})
+        return ChosenRate(rate, {"chosen": rate, "how": "parent" if known else "default"})
 
-    def raced(self, bank: BankState, task: str) -> Chosen:
+    def raced(self, bank: BankState, task: str) -> ChosenRate:
         """The rate that the first stage's rows decide for.
 
         Args:
@@ -128,7 +128,7 @@ class RateSearch:
             self.progress.note(
                 f"learning rate {DEFAULT_RATE:g}: the default, no race (few steps, no rows held out, or nothing to learn)"
             )
-            return Chosen(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
+            return ChosenRate(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
         race = RateRace({f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}, steps)
         near_tie = inputs.config.training.near_tie
         fingerprint = value_digest(
@@ -152,7 +152,7 @@ class RateSearch:
         rate = float(entry["chosen"])
         losses = ", ".join(f"{name} {'diverged' if one is None else f'{one:.3f}'}" for name, one in entry["losses"].items())
         self.progress.note(f"learning rate {rate:g} won over {entry['steps']} steps (held-out losses: {losses})")
-        return Chosen(rate, entry | {"how": "race", "fingerprint": fingerprint})
+        return ChosenRate(rate, entry | {"how": "race", "fingerprint": fingerprint})
 
     def _race(self, fingerprint: str, racing: StageWork, race: RateRace) -> dict[str, Any]:
         store, storage = self.journal.store, self.journal.inputs.storage

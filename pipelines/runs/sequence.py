@@ -25,7 +25,7 @@ from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.remote_storage import RemoteStorage
 from pipelines.cluster import resources
 from pipelines.cluster.resources import Demand
-from pipelines.cluster.session import Placement
+from pipelines.cluster.session import WorkerPlacement
 from pipelines.runs import results
 from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
@@ -129,7 +129,7 @@ class Attempts:
         progress: shows steps and scores.
     """
 
-    def __init__(self, executor: Executor, placement: Placement, lease: Lease, progress: Progress) -> None:
+    def __init__(self, executor: Executor, placement: WorkerPlacement, lease: Lease, progress: Progress) -> None:
         self._executor, self._placement, self._lease, self._progress = executor, placement, lease, progress
 
     def run(self, work: StageWork) -> None:
@@ -242,16 +242,16 @@ def _check_places(inputs: RunInputs, within: SearchContext | None) -> None:
         RemoteStorage(inputs.url, inputs.storage).check()
 
 
-def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) -> Placement:
+def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) -> WorkerPlacement:
     """What stages need of a cluster."""
     storage, url = storage_of(config)
-    return Placement(
+    return WorkerPlacement(
         config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
         config.placement, None if url is None else f"{url}/ray",
     )  # fmt: skip
 
 
-def _expected(config: RunConfig) -> Placement | None:
+def _expected(config: RunConfig) -> WorkerPlacement | None:
     """What stages will need, before the model and the rows are known; None where nobody can say how many workers, or
     whether this machine can hold them."""
     if not 0 < config.workers <= (os.cpu_count() or 1) or config.min_workers not in (None, config.workers):

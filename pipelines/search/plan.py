@@ -18,7 +18,7 @@ TRIES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SearchPlan:
     """A checked search."""
 
     base: RunConfig
@@ -67,7 +67,7 @@ class Plan:
         return made
 
 
-def plan_search(config: RunConfig, file: str) -> Plan:
+def plan_search(config: RunConfig, file: str) -> SearchPlan:
     """Draw the trials and check them, all together.
 
     Args:
@@ -100,7 +100,7 @@ def plan_search(config: RunConfig, file: str) -> Plan:
         for number, values in enumerate(listed, start=1):
             _check_point(config, values, number, file)
         order = _apart(config, listed)
-    return Plan(config, settings, found, listed, order)
+    return SearchPlan(config, settings, found, listed, order)
 
 
 def decides(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.report import report
 from pipelines.runs import comparison as comparison_module
-from pipelines.runs.comparison import Plan, plan_comparison, run_comparison
+from pipelines.runs.comparison import ComparisonPlan, plan_comparison, run_comparison
 from pipelines.runs.progress import Silent
 from tests.tiny_config import write_config
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path, tasks=("colours", "shapes"), **SMALL)
 
 
-def plan(config: Path, **more: Any) -> Plan:
+def plan(config: Path, **more: Any) -> ComparisonPlan:
     options = {
         "methods": ["am_lora", "seq_lora"], "seeds": [0], "orders": [], "learning_rates": [], "comparison_id": "c",
     }  # fmt: skip

@@ -18,7 +18,7 @@ from pipelines.cluster import event_channel
 from pipelines.cluster.event_channel import EventChannel
 from pipelines.cluster.executor import ClusterExecutor, has_outgrown
 from pipelines.cluster.resources import Demand, Supply
-from pipelines.cluster.session import Placement, RayCluster
+from pipelines.cluster.session import RayCluster, WorkerPlacement
 from pipelines.runs import sequence
 from pipelines.runs.executor import InProcess, executor_of
 from tests.tiny_config import write_config
@@ -111,7 +111,7 @@ def test_workers_start_as_soon_as_a_cluster_of_ones_own_has(own: bool, monkeypat
     monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
     monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
     monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
-    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    placement = WorkerPlacement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
     executor._cluster.wait_for_begin()
@@ -134,7 +134,7 @@ def test_workers_that_cannot_be_started_ahead_of_time_are_started_in_time(monkey
     monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
     monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
     monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", failing)
-    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    placement = WorkerPlacement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
     executor._cluster.wait_for_begin()
