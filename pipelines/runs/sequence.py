@@ -199,15 +199,10 @@ def _opened(
     if config.workers and os.environ.get("RAY_ADDRESS"):
         resources.check_ray_address()
     with disk_watched(), executor_of(config, within.cache if within else None, verbose=verbose) as executor:
-        expected = _expected(config) if within is None else None
-        if expected is not None and _has_finished(run_id, config.mlflow.tracking_uri):
-            expected = None  # as many stages as it has are there
-        executor.prepare(expected)
+        executor.prepare(_expected(config, run_id) if within is None else None)
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
-        # A cluster's head may have no GPU, so the cluster is asked, where something is to follow it.
-        gpus = executor.gpus() if "auto" in (config.dtype, config.model.attention) else None
-        inputs = gather_inputs(config, home(), run_id=run_id, gpus=gpus)
+        inputs = gather_inputs(config, home(), run_id=run_id, gpus=_gpus(config, executor))
         _check_places(inputs, within)
         for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
             progress.note(remark)
@@ -232,6 +227,11 @@ def _opened(
         reach("run_closed")
 
 
+def _gpus(config: RunConfig, executor: Executor) -> bool | None:
+    """Whether stages run on GPUs, asked where something is to follow it (``auto``); a cluster's head may have none."""
+    return executor.gpus() if "auto" in (config.dtype, config.model.attention) else None
+
+
 def _check_places(inputs: RunInputs, within: SearchContext | None) -> None:
     """Room, memory and processors for the run, and the URL that it copies to."""
     resources.check_folder(inputs.storage, "storage")
@@ -251,11 +251,13 @@ def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) 
     )  # fmt: skip
 
 
-def _expected(config: RunConfig) -> WorkerPlacement | None:
-    """What stages will need, before the model and the rows are known; None where nobody can say how many workers, or
-    whether this machine can hold them."""
+def _expected(config: RunConfig, run_id: str) -> WorkerPlacement | None:
+    """What stages will need, before the model and the rows are known; None where workers may not be needed at all, or
+    nobody can say how many, or whether this machine can hold them."""
     if not 0 < config.workers <= (os.cpu_count() or 1) or config.min_workers not in (None, config.workers):
         return None
+    if _has_finished(run_id, config.mlflow.tracking_uri):
+        return None  # as many stages as it has are there
     return _placement(config, Demand(config.workers, 0, 0, len(config.tasks), "fp32", config.zero_stage), None)
 
 

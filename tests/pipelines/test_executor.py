@@ -21,6 +21,7 @@ from pipelines.cluster.resources import Demand, Supply
 from pipelines.cluster.session import RayCluster, WorkerPlacement
 from pipelines.runs import sequence
 from pipelines.runs.executor import InProcess, executor_of
+from pipelines.runs.inputs import gather_inputs
 from tests.tiny_config import write_config
 
 
@@ -154,7 +155,7 @@ def test_auto_follows_the_gpus_of_a_cluster_that_is_joined_and_not_those_of_its_
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": gpus})
     config = load_config(write_config(tmp_path, tasks=("colours",), workers=2), ["dtype=auto", "model.attention=auto"])
     with executor_of(config) as executor:
-        inputs = sequence._checked_inputs(config, "one", None, sequence._gpus(config, executor))
+        inputs = gather_inputs(config, tmp_path / "home", run_id="one", gpus=sequence._gpus(config, executor))
         assert (inputs.dtype, inputs.config.model.attention) == (dtype, attention)
         named = load_config(tmp_path / "run.yaml", ["dtype=fp32", "model.attention=sdpa"])
         assert sequence._gpus(named, executor) is None, "nobody waits for a cluster that decides nothing"
