@@ -119,19 +119,19 @@ def compare(model: Path, dtype: str, zeros: list[int], ranks: int) -> Iterable[d
     """Measured, beside planned."""
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
     from amlora_dist.base_model import ModelSettings
-    from amlora_dist.planning.memory import Layout, Trained, memory_of
+    from amlora_dist.planning.memory import MemoryLayout, TrainedShare, memory_of
     from amlora_dist.planning.shapes import shape_of
 
     shape = shape_of(ModelSettings(source=str(model)), AdapterSettings(rank=RANK), RouterSettings())
     old = RANK * shape.adapter_width
-    trained = Trained(new=old + len(shape.targets), old=old)
+    trained = TrainedShare(new=old + len(shape.targets), old=old)
     size = 2 if dtype == "bf16" else 4
     began = time.monotonic()
     told = processes(model, dtype, zeros, ranks)
     seconds = round((time.monotonic() - began) / len(zeros), 1)
     for place, zero in enumerate(zeros):
         planned = memory_of(
-            shape, trained, Layout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False
+            shape, trained, MemoryLayout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False
         )  # fmt: skip
         worst = {key: max(rank[place][key] for rank in told) for key in told[0][place]}
         line: dict[str, Any] = {"dtype": dtype, "zero": zero, "ranks": ranks, "parameters": shape.parameters}

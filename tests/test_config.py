@@ -103,7 +103,7 @@ ONE_FAULT = {
     "two ZeRO stages": (
         "deepspeed: {zero_stage: 1, zero_optimization: {stage: 2}}",
         "deepspeed.zero_stage",
-        "1 beside zero_optimization.stage 2",
+        "1 next to zero_optimization.stage 2",
         "both equal",
         "",
     ),

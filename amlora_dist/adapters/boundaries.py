@@ -18,7 +18,7 @@ import torch
 from amlora_dist.adapters.statistics import TaskStatistics
 
 APART = 3.0
-"""Standard deviations between two tasks from which on mixing can be told from likeness."""
+"""Standard deviations between two tasks from which on mixing can be distinguished from likeness."""
 
 
 def mixed_shares(statistics: Sequence[TaskStatistics]) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,14 @@ from transformers.utils import ModelOutput
 from amlora_dist.adapters.gate_context import (
     CachedGate,
     CacheState,
+    FeatureReader,
     FeaturesReady,
     ForwardContext,
     GateCheckpoint,
+    LayerOptions,
     OnRoute,
     OnSelect,
+    TrunkStates,
     active_call,
     attach,
     cache_state_of,
@@ -120,9 +124,10 @@ class RoutedForward:
         call = active_call()
         if self.encoder and call is not None and call.owner is self.routing:
             return self._with_cache_state(self.inner(**kwargs), call)
-        call = self._open(kwargs, prompt_mask, task_gate, on_route, packed_rows)
-        call.on_select, call.trunk, call.dropout = on_select, trunk_states, dropout_keys
-        call.logits_at = logits_at
+        options = LayerOptions(False, self.routing.select, on_select, dropout_keys, packed_rows, logits_at)
+        call = self._open(kwargs, prompt_mask, task_gate, on_route, options)
+        if trunk_states is not None:
+            call.trunk = TrunkStates(trunk_states)
         for module in self.routing.checkpointed:
             _let_cache_state_travel(module)
         with entered(call):
@@ -131,9 +136,9 @@ class RoutedForward:
 
     def _open(
         self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None,
-        packed: PackedRows | None,
+        options: LayerOptions,
     ) -> ForwardContext:  # fmt: skip
-        routing, router = self.routing, self.routing.router
+        routing, router, packed = self.routing, self.routing.router, options.packed
         batch = _batch(kwargs) if packed is None else packed.count
         if task_gate is not None:
             task_gate = self._checked(task_gate, batch)
@@ -142,26 +147,28 @@ class RoutedForward:
         mask = self.prompt_mask(kwargs, prompt_mask)
         if mask is None and packed is not None:
             mask = packed.mask_BL
-        call = ForwardContext(routing, routing.depths, task_gate, mask=mask, select=routing.select, packed=packed)
-        call.skip_tokens = routing.skip_tokens
+        call = ForwardContext(routing, task_gate, mask, options=options)
         cache_state = None if self.encoder else self._cache_state_of(kwargs, required=task_gate is None)
         if cache_state is not None:
-            call.carried_pooled = cache_state.pooled
-            call.task_gate = cache_state.task_gate if task_gate is None else task_gate
-            if task_gate is None and cache_state.task_gate is not None:
-                call.kept = cache_state.kept or CachedGate(cache_state.task_gate)
+            kept = None
+            if task_gate is None:
+                call.task_gate = cache_state.task_gate
+                if cache_state.task_gate is not None:
+                    kept = cache_state.kept or CachedGate(cache_state.task_gate)
+            call.carried = CacheState(call.task_gate, cache_state.pooled, kept)
             return call
-        call.on_route = on_route
+        gates_of = None
         if task_gate is None and router is not None:
             if router.needs_features:
-                call.gates_of = lambda features: router.gates(features, features.shape[0])
+                gates_of = partial(_gates_of, router)
             else:
                 call.task_gate = router.gates(None, batch)
         elif task_gate is None and not routing.select:
             raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
-        call.want_features = call.gates_of is not None or on_route is not None or routing.prompted
-        if call.want_features and routing.partial_pass:
-            call.receive(self.features(kwargs, call.mask, stop=not routing.whole_passes, packed=packed))
+        if gates_of is not None or on_route is not None or routing.prompted:
+            call.reader = FeatureReader(routing.depths, routing.skip_tokens, gates_of, on_route)
+            if routing.partial_pass:
+                call.receive(self.features(kwargs, mask, stop=not routing.whole_passes, packed=packed))
         return call
 
     def _checked(self, task_gate: Tensor, batch: int) -> Tensor:
@@ -182,9 +189,9 @@ class RoutedForward:
             inputs["logits_to_keep"] = 1
         routing = self.routing
         call = ForwardContext(
-            routing, routing.depths, mask=mask, skip_tokens=routing.skip_tokens, bypass=True, stop=stop, packed=packed
-        )
-        call.want_features = True
+            routing, mask=mask, reader=FeatureReader(routing.depths, routing.skip_tokens, stop=stop),
+            options=LayerOptions(bypass=True, packed=packed),
+        )  # fmt: skip
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             trunk.inner(**inputs)
         if call.features is None:
@@ -221,7 +228,7 @@ class RoutedForward:
             if call.task_gate is not None and isinstance(output, ModelOutput):
                 output[GATE_KEY] = call.task_gate
             return output
-        cache_state = CacheState(call.task_gate, call.carried_pooled | call.pooled, call.kept)
+        cache_state = CacheState(call.task_gate, call.carried.pooled | call.left, call.kept)
         entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for item in (cache, *entries):
             if isinstance(item, Cache):
@@ -268,6 +275,10 @@ class RoutedGenerate:
         config = kwargs.get("generation_config")
         chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
         return chunk is not None and self.forward.routing.needs_features and kwargs.get("past_key_values") is None
+
+
+def _gates_of(router: Router, features_BD: Tensor) -> Tensor | None:
+    return router.gates(features_BD, len(features_BD))
 
 
 def _batch(kwargs: dict[str, Any]) -> int:

@@ -26,12 +26,30 @@ from amlora_dist.errors import UserError
 if TYPE_CHECKING:
     from amlora_dist.adapters.dropout import DropoutKeys
     from amlora_dist.adapters.packed_rows import PackedRows
-    from amlora_dist.adapters.selector_layer import Selection
 
 OnSelect = Callable[[str, "Selection"], None]
 """Receives the path of a mixture layer and what its selector chose, once per layer and call."""
 OnRoute = Callable[[Tensor | None, Tensor | None], None]
 """Receives features (B, D) and task gate (B, T) of a call, once per routing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a selector says of one call; S is 1 where the gate is one for the whole sequence.
+
+    Args:
+        gates: (B, S, N + 1), fp32, zero adapter in slot 0: what the penalties read.
+        weights: (B, S, N), what the adapters' outputs are multiplied with: the gates without slot 0, and with 1 added
+            to the current adapter's while it is learned if ``residual`` is set.
+        scores: (B, S, N + 1), a_i after phi and before any prior: what the penalty ``logits`` reads.
+        pooled: (B, N), w_i . u_i averaged over the prompt's tokens, for sequence-level gates, else ``None``. A KV cache
+            must carry it (and reorder, repeat, select it with its rows) and hand it to the next call.
+    """
+
+    gates: Tensor
+    weights: Tensor
+    scores: Tensor
+    pooled: Tensor | None
 
 
 class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pass early, not an error)
@@ -41,7 +59,7 @@ class FeaturesReady(Exception):  # noqa: N818  (a signal that ends a forward pas
 @dataclass(slots=True, eq=False)
 class CachedGate:
     """A gate (B, T) that stays from call to call, and what each mixture layer has made of it: which part of the bank it
-    reaches and with which weights need not be found out again for every token. Copies begin anew."""
+    reaches and with which weights need not be found out again for every token. Copies begin empty."""
 
     task_gate: Tensor
     layers: dict[object, Any] = field(default_factory=dict)
@@ -60,42 +78,91 @@ class CachedGate:
         return self._tasks
 
 
+@dataclass(slots=True)
+class CacheState:
+    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N); ``kept``
+    once the gate was used for more than its prompt."""
+
+    task_gate: Tensor | None
+    pooled: dict[str, Tensor]
+    kept: CachedGate | None = None
+
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
+        """The same for other rows."""
+        gate = None if self.task_gate is None else pick(self.task_gate)
+        return CacheState(gate, {path: pick(tensor) for path, tensor in self.pooled.items()})
+
+
+@dataclass(slots=True, eq=False)
+class FeatureReader:
+    """How a call finds its features, and by them its gate, while its pass goes on.
+
+    ``depths``: features are the pooled states that enter these layers, side by side, (B, F). ``stop`` ends the pass at the
+    last of them, the routing layer.
+    """
+
+    depths: tuple[int, ...]
+    skip_tokens: int
+    gates_of: Callable[[Tensor], Tensor | None] | None = None
+    on_route: OnRoute | None = None
+    stop: bool = False
+    at_depth: dict[int, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class TrunkStates:
+    """``states`` (B, L, D): what the layers below the first adapted one need not compute again. With ``captures`` the pass
+    ends where they end, and leaves it there (``adapters.trunk``)."""
+
+    states: Tensor | None = None
+    captures: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerOptions:
+    """What a call asks of the layers.
+
+    ``bypass`` makes mixture layers plain linear layers; ``select`` lets the layers' own selectors gate them, with the task
+    gate, if there is one, as prior; ``on_select`` gets what they chose. ``dropout``: the new adapter's layers drop parts of
+    their inputs. ``packed``: sequences hold several rows each (B rows then, and the mask (B, L) of each by itself);
+    ``logits_at`` the tokens among all of them that the output layer reads.
+    """
+
+    bypass: bool = False
+    select: bool = False
+    on_select: OnSelect | None = None
+    dropout: DropoutKeys | None = None
+    packed: PackedRows | None = None
+    logits_at: Tensor | None = None
+
+
 @dataclass(slots=True, eq=False)
 class ForwardContext:
     """One call of the model: the gate, or what it takes to compute it when the routing layer is reached.
 
-    ``bypass`` makes mixture layers plain linear layers; ``stop`` ends the pass at the routing layer; ``select`` lets
-    the layers' own selectors gate them, with the task gate, if there is one, as prior. ``pooled`` is what
-    sequence-level selectors made of this call's prompt, by module path, ``carried_pooled`` what an earlier call left.
-    ``trunk`` (B, L, D) is what the layers below the first adapted one need not compute again; with ``captures`` the
-    pass ends where they end, and leaves it there (``adapters.trunk``). ``kept``: the gate came with a KV cache, which will
-    bring it again. ``depths``: features are the pooled states that enter these layers, side by side, (B, F).
-    ``dropout``: the new adapter's layers drop parts of their inputs. ``packed``: sequences hold several rows each (B rows
-    then, and ``mask`` (B, L) of each by itself); ``logits_at`` the tokens among all of them that the output layer reads.
+    ``owner``: whose call it is. ``mask`` (B, L): the prompt's tokens. ``carried`` is what the KV cache brought; ``left``
+    what layers leave for the calls that go on from this one, by module path: it travels with the cache.
     """
 
     owner: object
-    depths: tuple[int, ...] = ()
     task_gate: Tensor | None = None
-    gates_of: Callable[[Tensor], Tensor | None] | None = None
     mask: Tensor | None = None
-    skip_tokens: int = 2
-    on_route: OnRoute | None = None
-    features: Tensor | None = None
-    at_depth: dict[int, Tensor] = field(default_factory=dict)
-    want_features: bool = False
-    bypass: bool = False
-    stop: bool = False
-    select: bool = False
-    on_select: OnSelect | None = None
-    trunk: Tensor | None = None
-    captures: bool = False
-    pooled: dict[str, Tensor] = field(default_factory=dict)
-    carried_pooled: dict[str, Tensor] = field(default_factory=dict)
-    kept: CachedGate | None = None
-    dropout: DropoutKeys | None = None
-    packed: PackedRows | None = None
-    logits_at: Tensor | None = None
+    reader: FeatureReader | None = None
+    trunk: TrunkStates | None = None
+    options: LayerOptions = field(default_factory=LayerOptions)
+    carried: CacheState = field(default_factory=lambda: CacheState(None, {}))
+    left: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def features(self) -> Tensor | None:
+        """(B, F), once they are known."""
+        return None if self.reader is None else self.reader.features
+
+    @property
+    def kept(self) -> CachedGate | None:
+        """The gate came with a KV cache, which will bring it again."""
+        return self.carried.kept
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -110,21 +177,38 @@ class ForwardContext:
     def see(self, depth: int, hidden_BLD: Tensor) -> None:
         """Called with the hidden states that enter one of the layers that are read: pools the features and, at the last
         of them, computes the gate."""
-        if not self.want_features or self.features is not None:
+        reader = self.reader
+        if reader is None or reader.features is not None:
             return
-        if self.trunk is not None and not self.captures and len(self.depths) > 1:
+        if self.trunk is not None and not self.trunk.captures and len(reader.depths) > 1:
             raise UserError("a pass that brings the states of the lower layers cannot be routed: give it task_gate")
         with torch.no_grad():
-            if self.packed is not None:
-                hidden_BLD = self.packed.unpack(hidden_BLD)
-            self.at_depth[depth] = pool_features(hidden_BLD, self.mask, self.skip_tokens)
-            if depth != self.depths[-1]:
+            if self.options.packed is not None:
+                hidden_BLD = self.options.packed.unpack(hidden_BLD)
+            reader.at_depth[depth] = pool_features(hidden_BLD, self.mask, reader.skip_tokens)
+            if depth != reader.depths[-1]:
                 return
-            features = torch.cat([self.at_depth[one] for one in self.depths], dim=-1)
-        if self.stop:
-            self.features = features
+            features = torch.cat([reader.at_depth[one] for one in reader.depths], dim=-1)
+        if reader.stop:
+            reader.features = features
             raise FeaturesReady
         self.receive(features)
+
+    def receive(self, features_BD: Tensor) -> None:
+        """Take the features and compute the gate from them, unless the call brought one."""
+        reader = self.reader
+        assert reader is not None, "who wants no features gets none"
+        reader.features = features_BD
+        with torch.no_grad():
+            if self.task_gate is None and reader.gates_of is not None:
+                self.task_gate = reader.gates_of(features_BD)
+        if reader.on_route is not None:
+            reader.on_route(features_BD, self.task_gate)
+
+    def recomputed(self) -> ForwardContext:
+        """The same, as it is now, for layers that are computed a second time."""
+        reader = None if self.reader is None else replace(self.reader)
+        return replace(self, reader=reader, options=replace(self.options, on_select=None))
 
     def pooling_mask(self, x_BSI: Tensor, *, start: bool) -> Tensor:
         """The tokens that a sequence-level selector averages over, (B, S) bool: the prompt, or the first alone."""
@@ -134,22 +218,6 @@ class ForwardContext:
         if self.mask is None:
             return torch.ones(batch, length, dtype=torch.bool, device=x_BSI.device)
         return _fit_mask(self.mask, x_BSI)
-
-    def selected(self, path: str, selection: Selection) -> None:
-        """Called by a mixture layer with its selector's choice."""
-        if selection.pooled is not None:
-            self.pooled[path] = selection.pooled
-        if self.on_select is not None:
-            self.on_select(path, selection)
-
-    def receive(self, features_BD: Tensor) -> None:
-        """Take the features and compute the gate from them, unless the call brought one."""
-        self.features = features_BD
-        with torch.no_grad():
-            if self.task_gate is None and self.gates_of is not None:
-                self.task_gate = self.gates_of(features_BD)
-        if self.on_route is not None:
-            self.on_route(features_BD, self.task_gate)
 
 
 _CALL: ContextVar[ForwardContext | None] = ContextVar("amlora_call", default=None)
@@ -198,8 +266,8 @@ class GateCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.utils.checkpoint.checkpoint``."""
         call = _CALL.get()
-        # Layers choose again when they are recomputed, but the collector has heard of it.
-        again = None if call is None else replace(call, on_select=None)
+        # Layers choose again when they are recomputed, but the collector has it already.
+        again = None if call is None else call.recomputed()
 
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), entered(again)
@@ -223,7 +291,7 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     later_BL = mask_BL & (place > skip_tokens)
     long_enough = place[:, -1:] > skip_tokens
     use_BL = torch.where(long_enough, later_BL, mask_BL)
-    # Filled, not multiplied by 0: what stands at padding may be infinite.
+    # Filled, not multiplied by 0: what is at padding may be infinite.
     total_BD = hidden_BLD.float().masked_fill(~use_BL[..., None], 0.0).sum(dim=1)
     return total_BD / use_BL.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -237,21 +305,6 @@ def _fit_mask(mask_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         )
     mask_BL = mask_BL.to(device=hidden_BLD.device, dtype=torch.bool)
     return F.pad(mask_BL, (0, length - mask_BL.shape[1])) if mask_BL.shape[1] < length else mask_BL
-
-
-@dataclass(slots=True)
-class CacheState:
-    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N); ``kept``
-    once the gate was used for more than its prompt."""
-
-    task_gate: Tensor | None
-    pooled: dict[str, Tensor]
-    kept: CachedGate | None = None
-
-    def rows(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
-        """The same for other rows."""
-        gate = None if self.task_gate is None else pick(self.task_gate)
-        return CacheState(gate, {path: pick(tensor) for path, tensor in self.pooled.items()})
 
 
 class GateCarrier:

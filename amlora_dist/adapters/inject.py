@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
 from amlora_dist.adapters.gate_context import active_call
-from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
+from amlora_dist.adapters.mixture import Gather, MixtureLinear, NewWeights
 from amlora_dist.adapters.prompt_pool import PromptEmbedding, PromptSlots
-from amlora_dist.adapters.selector_layer import LiteralSelector
+from amlora_dist.adapters.selector_layer import SelectorLinear
 from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, routing_stack
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import UserError
@@ -35,9 +34,6 @@ KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
 FLAT_INPUTS = {"opt": ("fc1", "fc2")}
 """Layers, by ``config.model_type``, whose input has lost its batch axis."""
-
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-
 
 @dataclass(kw_only=True, slots=True)
 class NewAdapter:
@@ -106,12 +102,12 @@ class Mixture:
 
     def use_selectors(self, use: bool) -> None:
         """Let the literal router's selectors gate the layers, or task gates as for other routers. Between calls."""
-        if use and any(module.selector is None for module in self.modules.values()):
+        if use and not all(isinstance(module, SelectorLinear) for module in self.modules.values()):
             raise UserError("this mixture was injected without selectors")
         self.routing.select = use
 
     def disable_adapter(self, adapter: int | None) -> None:
-        """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: all are heard. Between calls."""
+        """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: none is disabled. Between calls."""
         self.silent = adapter
         for module in self.modules.values():
             module.silent = adapter
@@ -162,10 +158,7 @@ class Mixture:
                 if parameter is not None:
                     named[f"{kind}.{path}"] = parameter
         for path, module in self.modules.items():
-            if module.selector is not None:
-                for name, parameter in module.selector.named_parameters():
-                    if parameter.requires_grad:
-                        named[f"selector.{path}.{name}"] = parameter
+            named |= {f"selector.{path}.{name}": parameter for name, parameter in module.more_trainable().items()}
         return named
 
     def frozen(self) -> dict[str, nn.Parameter]:
@@ -197,9 +190,7 @@ class Mixture:
                 adapter.recipe[path] = copy(module.recipe).float()
             elif self.new.recipe_init is not None and not self.new.learn_recipe:
                 adapter.recipe[path] = self.new.recipe_init[path].detach().to("cpu", torch.float32, copy=True)
-            if module.selector is not None:
-                whole = module.selector.tensors(gather)
-                adapter.selector |= {f"{path}.{name}": tensor for name, tensor in whole.items()}
+            adapter.selector |= {f"{path}.{name}": tensor for name, tensor in module.more_tensors(gather).items()}
         return adapter
 
     def routing_features(
@@ -314,13 +305,13 @@ def inject(
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
         depths: of earlier layers that features take in too, each below k.
         skip_tokens: first prompt tokens that features leave out.
-        prompt_slots: where prompts stand, if the adapters are pools of prompts (the one target is then the input embedding).
+        prompt_slots: where prompts are, if the adapters are pools of prompts (the one target is then the input embedding).
 
     Raises:
         UserError: if an adapter does not fit the targets, or the model has a mixture already.
     """
     if getattr(model, "_amlora_mixture", None) is not None:
-        raise UserError("this model has a mixture already; remove() it first, or load the model anew")
+        raise UserError("this model has a mixture already; remove() it first, or load the model again")
     if not adapters and new is None:
         raise UserError("nothing to inject: the bank is empty and no adapter is to be learned")
     k = default_router_layer(model) if router_layer is None else router_layer
@@ -334,17 +325,13 @@ def inject(
     for target in targets:
         base = model.get_submodule(target.path)
         learned = _new_weights(new, target, len(adapters)) if new is not None else None
+        kind: Callable[..., MixtureLinear] = MixtureLinear
         if prompt_slots is not None:
-            modules[target.path] = PromptEmbedding(base, target.path, adapters, learned, prompt_slots=prompt_slots)
-            continue
-        modules[target.path] = MixtureLinear(
-            base,
-            target.path,
-            adapters,
-            learned,
-            selector=None if literal is None else _selector(literal, target, adapters, new, base),
-            pools_start=_reads_answer(model, target),
-        )
+            kind = partial(PromptEmbedding, prompt_slots=prompt_slots)
+        elif literal is not None:
+            seed, start = 0 if new is None else new.seed, _reads_answer(model, target)
+            kind = partial(SelectorLinear, settings=literal, pools_start=start, seed=seed)
+        modules[target.path] = kind(base, target.path, adapters, learned)
         modules[target.path].dropout = 0.0 if new is None else new.dropout
         modules[target.path].flat_input = target.path.rpartition(".")[2] in FLAT_INPUTS.get(model.config.model_type, ())
     first_part = routing_stack(model).part
@@ -392,28 +379,6 @@ def _new_weights(new: NewAdapter, target: Target, earlier: int) -> NewWeights:
         start = (new.recipe_init or {}).get(target.path)
         recipe = torch.zeros(earlier) if start is None else start.detach().clone().float()
     return NewWeights(a, b, new.alpha / new.rank, recipe, new.learn_recipe)
-
-
-def _selector(
-    settings: LiteralSettings, target: Target, adapters: list[Adapter], new: NewAdapter | None, base: nn.Module
-) -> LiteralSelector:
-    state = None
-    if adapters:
-        # A stage may retrain the dense layers of earlier tasks: the last adapter's selector is the bank's.
-        selector = adapters[-1].selector
-        missing = [name for name in ("weight", "bias") if f"{target.path}.{name}" not in selector]
-        if missing:
-            raise UserError(f"adapter {adapters[-1].task!r} has no selector for {target.path}: not a `literal` bank")
-        state = {name: selector[f"{target.path}.{name}"] for name in ("weight", "bias")}
-    generator = None if new is None else torch.Generator().manual_seed(named_seed(new.seed, "selector", target.path))
-    return LiteralSelector(
-        target.out_features,
-        settings,
-        state=state,
-        new=new is not None,
-        generator=generator,
-        device=next(base.parameters()).device,
-    )
 
 
 def _reads_answer(model: PreTrainedModel, target: Target) -> bool:

@@ -8,7 +8,7 @@ routes some banks better; the router takes the geometric mean of both posteriors
 each at the temperature that held-out rows prefer (a product of experts, Hinton 2002, at half weight each).
 
 A text that belongs to no task goes to the base model. Distances alone find few such texts; Gaussians of generic texts
-beside the bank's find most: the text is foreign where
+next to the bank's find most: the text is foreign where
 
     log sum_k exp(s_k / T) / K - log sum_j exp(s_j / T + log prior_j)
 
@@ -65,13 +65,13 @@ class KeyedRouter:
         labels: how many labels each task has; 0 for free text.
         keys: of the bank.
         temperature: fitted; ``gate.temperature`` overrides it if it is a number.
-        beta: weight of the keys' evidence for a label beside the language model's, fitted over all tasks.
+        beta: weight of the keys' evidence for a label next to the language model's, fitted over all tasks.
         betas: the same for each task, by its own held-out rows and those of all.
         gate: thresholds.
         background: weights (K, d) and bias (K,) of the background's keys; None for none.
         whole: keys for whole tasks, whose posterior is weighed in; None where the keys are such keys already.
         whole_temperature: of these.
-        unseen: the bank's keys beside which the background stands: those that have not seen the held-out rows.
+        unseen: the bank's keys that the background is compared with: those that have not seen the held-out rows.
         parts: their names.
         foreign_above: by share of own rows lost, the score from which on a text is foreign.
     """
@@ -172,7 +172,7 @@ class KeyedRouter:
         return replace(self, keys=self.keys.to(device), background=background, whole=whole, unseen=unseen)
 
     def tensors(self) -> dict[str, Tensor]:
-        """``weights``, ``bias``, ``log_prior`` and, with a background, its own and those that it stands beside."""
+        """``weights``, ``bias``, ``log_prior`` and, with a background, its own and those that it is compared with."""
         named = {"weights": self.keys.weights, "bias": self.keys.bias, "log_prior": self.keys.log_prior}
         if self.background is not None:
             named |= {"background.weights": self.background[0], "background.bias": self.background[1]}
@@ -217,7 +217,7 @@ def keyed_router(
         rule: whether labels have keys.
         shrinkage: of the covariance; None: held-out rows choose.
         gate: thresholds.
-        depths: of the trunk whose states stand side by side in the features; held-out rows choose among them.
+        depths: of the trunk whose states lie side by side in the features; held-out rows choose among them.
         background: mean features (d,) of each part of a background; None for none.
     """
     shrinkages = SHRINKAGES if shrinkage is None else (shrinkage,)

@@ -6,7 +6,7 @@ w_j = Sigma^-1 mu_j, b_j = -1/2 mu_j . w_j (linear discriminant analysis). At te
     p(j | f) = softmax_j((w_j . f + b_j) / T + log prior_j)
 
 where every task has the prior 1/T_tasks, spread evenly over its labels. A task's posterior is the sum of its keys'. Keys
-are made anew at every version from sums over rows, so that a bank grows by adding a task's statistics to the others'.
+are made again at every version from sums over rows, so that a bank grows by adding a task's statistics to the others'.
 
 Shapes: J keys, T tasks, n rows, d features.
 """
@@ -30,7 +30,7 @@ KEYS_RULE = 3
 """Raised when the same statistics would make another router than before: scores of served answers are then computed again,
 and no adapter is trained again."""
 BETAS: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Grid of the weight of the keys' evidence beside the language model's."""
+"""Grid of the weight of the keys' evidence next to the language model's."""
 PRIOR_BETA = 0.25
 """Of banks with too few held-out rows to fit one, for keys at ``PRIOR_TEMPERATURE``: flatter keys weigh more."""
 PRIOR_TEMPERATURE = 3.0
@@ -142,7 +142,7 @@ def keys_under(covariance: Covariance, statistics: Sequence[TaskStatistics], rul
 
 
 def covariance_of(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Covariance:
-    """Of the keys of a bank, and of what stands beside them."""
+    """Of the keys of a bank, and of what is next to them."""
     return Covariance(statistics, shrinkage, within_labels=rule == "label", by_feature=True)
 
 

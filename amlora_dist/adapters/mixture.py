@@ -11,7 +11,10 @@ features exists. Exact, because a gate is one number per adapter.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +22,14 @@ from torch import Tensor, nn
 
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.adapters.dropout import DropoutKeys, dropped, layer_key
-from amlora_dist.adapters.gate_context import CachedGate, ForwardContext, current_call
-from amlora_dist.adapters.gated_linear import GatedLinear, concat, gated_linear
+from amlora_dist.adapters.gate_context import CachedGate, current_call
+from amlora_dist.adapters.gated_linear import GatedLinear, gated_linear
 from amlora_dist.adapters.packed_rows import PackedRows
-from amlora_dist.adapters.selector_layer import LiteralSelector
 from amlora_dist.adapters.targets import linear_sizes
 from amlora_dist.errors import UserError
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes parameters whole, inside."""
 
 
 @dataclass(slots=True)
@@ -61,8 +66,6 @@ class MixtureLinear(nn.Module):
         path: path of ``base`` in the model; names its rows of the bank, and itself in errors.
         adapters: the bank, in the order of its tasks; all have weights for ``path``.
         new: what the stage in progress learns; None outside of training.
-        selector: the literal router's dense layers for this layer, which gate it per token or sequence.
-        pools_start: sequence-level selectors pool the first token alone (a decoder behind an encoder reads answers).
     """
 
     spread_bits: Tensor
@@ -74,9 +77,6 @@ class MixtureLinear(nn.Module):
         path: str,
         adapters: list[Adapter],
         new: NewWeights | None = None,
-        *,
-        selector: LiteralSelector | None = None,
-        pools_start: bool = False,
     ) -> None:
         super().__init__()
         sizes = self.sizes(base)
@@ -85,8 +85,6 @@ class MixtureLinear(nn.Module):
         self.in_features, self.out_features = sizes
         self.base = base
         self.path = path
-        self.selector = selector
-        self.pools_start = pools_start
         self.dropout = 0.0
         """Share of the new adapter's input that is dropped where a call says so."""
         self._dropout_key = layer_key(path)
@@ -160,6 +158,14 @@ class MixtureLinear(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def more_trainable(self) -> dict[str, nn.Parameter]:
+        """What a stage learns in this layer besides A, B and the recipe, by name."""
+        return {}
+
+    def more_tensors(self, gather: Gather | None = None) -> dict[str, Tensor]:
+        """What of it goes into the adapter, CPU copies; ``gather`` makes parameters whole (ZeRO-3), one by one."""
+        return {}
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"adapters={self.spread_bits.shape[0]}, ranks={self.spread_bits.shape[1]}, path={self.path!r}"
@@ -195,15 +201,11 @@ class MixtureLinear(nn.Module):
         call = None
         if task_gate is None:
             call = current_call(self.path)
-            if call.bypass:
+            if call.options.bypass:
                 return self._base(x)
-        if self.selector is not None and (call is None or call.select):
-            return self._selected(x, self.selector, call, task_gate)
-        if call is not None:
             task_gate = call.gate()
-        assert task_gate is not None
-        if call is not None and call.packed is not None and task_gate.shape[0] > 1:
-            return self._packed(x, call.packed, task_gate, call.dropout)
+            if call.options.packed is not None and task_gate.shape[0] > 1:
+                return self._packed(x, call.options.packed, task_gate, call.options.dropout)
         if flat := self.flat_input and x.dim() == 2 and task_gate.shape[0] > 1:
             x = x.view(task_gate.shape[0], -1, self.in_features)
         if task_gate.shape[0] not in (1, x.shape[0]):
@@ -214,7 +216,7 @@ class MixtureLinear(nn.Module):
         if call is not None and call.kept is not None and self._can_keep(x):
             y = self._kept(x, call.kept)
         else:
-            keys = call.dropout if call is not None and self.dropout else None
+            keys = call.options.dropout if call is not None and self.dropout else None
             gate_BR = self.rank_gates(task_gate)
             y = self._fused(x, gate_BR) if keys is None and self._can_fuse(x) else self._unfused(x, gate_BR, keys)
         return y.flatten(0, 1) if flat else y
@@ -308,28 +310,3 @@ class MixtureLinear(nn.Module):
     def _read_by(self, a_RI: Tensor, x: Tensor, keys: DropoutKeys | None) -> Tensor:
         """What old or new adapters read of ``x``."""
         return x if keys is None or a_RI is not self.new_a else dropped(x, keys, self._dropout_key, self.dropout)
-
-    def _selected(
-        self, x: Tensor, selector: LiteralSelector, call: ForwardContext | None, prior_BN: Tensor | None
-    ) -> Tensor:
-        """With gates from this layer's own selector; ``prior_BN`` or the call's gate are prior probabilities."""
-        x_BSI = x.reshape(x.shape[0], -1, self.in_features)
-        keys = call.dropout if call is not None and self.dropout else None
-        if keys is None:
-            z_BSR = F.linear(x_BSI, concat(self.old_a, self.new_a, 0).to(x.dtype))
-        else:
-            parts = [a for a in (self.old_a, self.new_a) if a is not None]
-            z_BSR = torch.cat([F.linear(self._read_by(a, x_BSI, keys), a.to(x.dtype)) for a in parts], dim=-1)
-        b_OR = concat(self.old_b, self.new_b, 1).to(x.dtype)
-        mask_BS = pooled_BN = None
-        if call is not None:
-            prior_BN = call.task_gate
-            if selector.settings.granularity == "sequence":
-                pooled_BN = call.carried_pooled.get(self.path)
-                mask_BS = call.pooling_mask(x_BSI, start=self.pools_start) if pooled_BN is None else None
-        selection = selector(z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN)
-        if call is not None:
-            call.selected(self.path, selection)
-        gate_BSR = self._masked(selection.weights @ self.spread)
-        y = self._base(x)
-        return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)

@@ -1,7 +1,7 @@
-"""Several short rows in one sequence: what the model is told so that each is as if it were alone.
+"""Several short rows in one sequence: what the model is given so that each is as if it were alone.
 
-Attention is block-diagonal, by an explicit mask: a token sees the tokens of its own row up to itself. Positions start anew
-with each row, features are pooled row by row, a token is weighed by its own row's gate, and dropout knows it by its place in
+Attention is block-diagonal, by an explicit mask: a token sees the tokens of its own row up to itself. Each row's positions
+begin at 0, features are pooled row by row, a token is weighed by its own row's gate, and dropout knows it by its place in
 its row. So packing changes how many padding tokens are computed, and nothing else but the order of sums.
 
 Shapes in names: P sequences of S tokens hold B rows, the longest of L tokens; X = P x S; R ranks; N tokens that are asked.
@@ -137,9 +137,9 @@ def _dealt(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
 def pick_tokens(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Goes before the output layer: hands it the tokens alone that a packed call asks for, as one sequence."""
     call = active_call()
-    if call is None or call.logits_at is None:
+    if call is None or call.options.logits_at is None:
         return None
-    return (args[0].flatten(0, 1)[call.logits_at][None], *args[1:])
+    return (args[0].flatten(0, 1)[call.options.logits_at][None], *args[1:])
 
 
 def try_packing(mixture: Mixture) -> nn.Module:

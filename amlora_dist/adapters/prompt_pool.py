@@ -1,7 +1,7 @@
 """A pool of prompts in the input embedding, chosen for each input by keys: what the method ``l2p`` trains.
 
 A prompt is one learned vector with one key. Every input has ``PromptSlots.tokens`` tokens in front that mean nothing (the
-tokenizer's end token): the positions where its chosen prompts stand. So lengths, positions, attention masks and the KV
+tokenizer's end token): the positions where its chosen prompts are. So lengths, positions, attention masks and the KV
 cache need to know nothing of prompts. In a bank the pool is the adapter of one layer, the embedding, in the shapes of
 any adapter: the keys are A (M, D), the prompts are the columns of B (D, M), M the size of the pool.
 
@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amlora_dist.adapters.gate_context import active_call
+from amlora_dist.adapters.gate_context import Selection, active_call
 from amlora_dist.adapters.gated_linear import concat
 from amlora_dist.adapters.mixture import MixtureLinear, NewWeights
-from amlora_dist.adapters.selector_layer import Selection
 from amlora_dist.adapters.targets import Target, routing_stack
 from amlora_dist.errors import UserError
 
@@ -78,16 +77,16 @@ class PromptEmbedding(MixtureLinear):
         """
         y_BLD = self._base(x)
         call = active_call()
-        if call is None or call.bypass or call.features is None:
+        if call is None or call.options.bypass or call.features is None:
             return y_BLD
         gate_BR = self.rank_gates(call.gate() if task_gate is None else task_gate)
         keys_RD = concat(self.old_a, self.new_a, 0).float()
         match_BR = F.normalize(call.features, dim=1) @ F.normalize(keys_RD, dim=1).T
         chosen_BN = self._chosen(match_BR.detach(), gate_BR)
-        if call.on_select is not None:
+        if call.options.on_select is not None:
             match_B1N = match_BR.gather(1, chosen_BN)[:, None]
             pooled = match_B1N[:, 0].detach()  # one choice for the whole row: there are no positions to weigh
-            call.on_select(self.path, Selection(match_B1N, torch.ones_like(match_B1N), match_B1N, pooled))
+            call.options.on_select(self.path, Selection(match_B1N, torch.ones_like(match_B1N), match_B1N, pooled))
         prompts_RD = concat(self.old_b, self.new_b, 1).float().T
         added_BND = prompts_RD[chosen_BN] * gate_BR.gather(1, chosen_BN)[..., None]
         mask_BL = call.pooling_mask(x, start=False)

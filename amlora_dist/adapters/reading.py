@@ -5,7 +5,7 @@ below the first adapted one, gives the router its features; the keys, values and
 task's question is appended, and no token goes through those layers twice.
 
 Where that cannot be (encoder-decoders look both ways; ZeRO-3 cannot end a pass early; adapters that begin below the
-routing layer; caches that do not simply grow), the text is read for its features alone, and its prompt is read anew.
+routing layer; caches that do not simply grow), the text is read for its features alone, and its prompt is read again.
 
 Shapes in names: B texts, L their tokens, D hidden size, F features.
 """
@@ -44,7 +44,7 @@ class Reading:
     """Padded on the left (of an encoder-decoder: on the right)."""
     mask_BL: Tensor
     kept: Kept | None
-    """None where the prompt must be read anew."""
+    """None where the prompt must be read again."""
 
 
 def keeping_trunk(mixture: Mixture) -> Trunk | None:

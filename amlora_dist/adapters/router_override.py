@@ -21,7 +21,23 @@ if TYPE_CHECKING:
 _CHOSEN: ContextVar[Router | None] = ContextVar("amlora_router", default=None)
 
 
-class SubsetRouter:
+class _Wrapping:
+    """Another router, of which only the gates differ: what they were given is not stored."""
+
+    def __init__(self, inner: Router) -> None:
+        self.inner = inner
+        self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the inner router."""
+        return self.inner.tensors()
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the inner router."""
+        return self.inner.settings()
+
+
+class SubsetRouter(_Wrapping):
     """Another router's gates, as if the bank held the chosen tasks alone; the other columns are exactly 0.
 
     The posterior is taken over the chosen tasks, before threshold and abstention. Routers without a posterior keep the
@@ -33,8 +49,8 @@ class SubsetRouter:
     """
 
     def __init__(self, inner: Router, chosen: Sequence[int]) -> None:
-        self.inner, self.chosen = inner, tuple(chosen)
-        self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
+        super().__init__(inner)
+        self.chosen = tuple(chosen)
         self._few = inner.only(self.chosen) if isinstance(inner, PosteriorRouter) else None
         device = inner.weights.device if isinstance(inner, PosteriorRouter) else None
         self._place_KT = torch.eye(len(inner.tasks), device=device)[list(self.chosen)]
@@ -52,16 +68,8 @@ class SubsetRouter:
         """See ``Router``."""
         return SubsetRouter(self.inner.to(device), self.chosen)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the inner router: a choice is not stored."""
-        return self.inner.tensors()
 
-    def settings(self) -> dict[str, Any]:
-        """Those of the inner router."""
-        return self.inner.settings()
-
-
-class PartlyGivenRouter:
+class PartlyGivenRouter(_Wrapping):
     """Another router's gates, but for the inputs that bring their own, so that both kinds share a pass.
 
     Args:
@@ -70,8 +78,8 @@ class PartlyGivenRouter:
     """
 
     def __init__(self, inner: Router, given: Sequence[Tensor | None]) -> None:
-        self.inner, self.given = inner, tuple(given)
-        self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
+        super().__init__(inner)
+        self.given = tuple(given)
 
     def gates(self, features_BD: Tensor | None, batch: int) -> Tensor:
         """See ``Router``."""
@@ -83,24 +91,12 @@ class PartlyGivenRouter:
         """See ``Router``."""
         return PartlyGivenRouter(self.inner.to(device), self.given)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the inner router: what a pass was given is not stored."""
-        return self.inner.tensors()
 
-    def settings(self) -> dict[str, Any]:
-        """Those of the inner router."""
-        return self.inner.settings()
-
-
-class OverridableRouter:
+class OverridableRouter(_Wrapping):
     """The bank's router, unless the current context (``routed_by``) names another one.
 
     It lets callers in several threads route over different tasks through one model.
     """
-
-    def __init__(self, inner: Router) -> None:
-        self.inner = inner
-        self.kind, self.tasks, self.needs_features = inner.kind, inner.tasks, inner.needs_features
 
     def gates(self, features_BD: Tensor | None, batch: int) -> Tensor:
         """See ``Router``."""
@@ -109,14 +105,6 @@ class OverridableRouter:
     def to(self, device: torch.device | str) -> OverridableRouter:
         """See ``Router``."""
         return OverridableRouter(self.inner.to(device))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the bank's router."""
-        return self.inner.tensors()
-
-    def settings(self) -> dict[str, Any]:
-        """Those of the bank's router."""
-        return self.inner.settings()
 
 
 @contextlib.contextmanager

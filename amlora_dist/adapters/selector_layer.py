@@ -13,41 +13,28 @@ Shapes: B inputs, S tokens, N adapters, R sum of their ranks, O d_out; slots are
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amlora_dist.adapters.gate_context import Selection, current_call
+from amlora_dist.adapters.gated_linear import concat
+from amlora_dist.adapters.mixture import MixtureLinear
 from amlora_dist.adapters.sparsity import UNNORMALISED, gate_map
-from amlora_dist.errors import BankError
+from amlora_dist.digests import named_seed
+from amlora_dist.errors import BankError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from amlora_dist.adapters.adapter import Adapter
+    from amlora_dist.adapters.mixture import Gather, NewWeights
     from amlora_dist.adapters.settings import LiteralSettings
 
 PRIOR_FLOOR = 1e-12
 """Exact zeros of a prior are raised to this, so that the sorting maps see finite scores."""
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What a selector says of one call; S is 1 where the gate is one for the whole sequence.
-
-    Args:
-        gates: (B, S, N + 1), fp32, zero adapter in slot 0: what the penalties read.
-        weights: (B, S, N), what the adapters' outputs are multiplied with: the gates without slot 0, and with 1 added
-            to the current adapter's while it is learned if ``residual`` is set.
-        scores: (B, S, N + 1), a_i after phi and before any prior: what the penalty ``logits`` reads.
-        pooled: (B, N), w_i . u_i averaged over the prompt's tokens, for sequence-level gates, else ``None``. A KV cache
-            must carry it (and reorder, repeat, select it with its rows) and hand it to the next call.
-    """
-
-    gates: Tensor
-    weights: Tensor
-    scores: Tensor
-    pooled: Tensor | None
 
 
 class LiteralSelector(nn.Module):
@@ -171,7 +158,7 @@ class LiteralSelector(nn.Module):
         return self._map(torch.cat([scores[..., :1], scores[..., 1:] + ratio], dim=-1))
 
     def tensors(
-        self, gather: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]] | None = None
+        self, gather: Gather | None = None
     ) -> dict[str, Tensor]:
         """``weight`` (N, O) and ``bias`` (N + 1,) of the whole bank, CPU copies in fp32: ``state`` of the next stage.
 
@@ -189,6 +176,82 @@ class LiteralSelector(nn.Module):
         weights = [copy(w) for w in (self.old_weight, self.new_weight) if w is not None]
         biases = [copy(b) for b in (self.zero_bias, self.old_bias, self.new_bias) if b is not None]
         return {"weight": torch.cat(weights), "bias": torch.cat(biases)}
+
+
+class SelectorLinear(MixtureLinear):
+    """A mixture layer that makes its own gates, per token or sequence, by a ``LiteralSelector``.
+
+    Args:
+        settings: of the selector.
+        pools_start: sequence-level gates pool the first token alone (a decoder behind an encoder reads answers).
+        seed: draws the dense layer of an adapter in progress.
+
+    Raises:
+        UserError: the bank's last adapter has no selector for this layer.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        path: str,
+        adapters: list[Adapter],
+        new: NewWeights | None = None,
+        *,
+        settings: LiteralSettings,
+        pools_start: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(base, path, adapters, new)
+        state = None
+        if adapters:
+            # A stage may retrain the dense layers of earlier tasks: the last adapter's selector is the bank's.
+            known = adapters[-1].selector
+            if any(f"{path}.{name}" not in known for name in ("weight", "bias")):
+                raise UserError(f"adapter {adapters[-1].task!r} has no selector for {path}: not a `literal` bank")
+            state = {name: known[f"{path}.{name}"] for name in ("weight", "bias")}
+        generator = None if new is None else torch.Generator().manual_seed(named_seed(seed, "selector", path))
+        device = next(base.parameters()).device
+        self.pools_start = pools_start
+        self.selector = LiteralSelector(
+            self.out_features, settings, state=state, new=new is not None, generator=generator, device=device
+        )
+
+    def more_trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.selector.named_parameters() if parameter.requires_grad}
+
+    def more_tensors(self, gather: Gather | None = None) -> dict[str, Tensor]:
+        return self.selector.tensors(gather)
+
+    def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
+        """With gates from the selector, where the call says so; ``task_gate`` or the call's are prior probabilities."""
+        call = current_call(self.path) if task_gate is None else None
+        if call is not None and (call.options.bypass or not call.options.select):
+            return super().forward(x)
+        x_BSI = x.reshape(x.shape[0], -1, self.in_features)
+        keys = call.options.dropout if call is not None and self.dropout else None
+        if keys is None:
+            z_BSR = F.linear(x_BSI, concat(self.old_a, self.new_a, 0).to(x.dtype))
+        else:
+            parts = [a for a in (self.old_a, self.new_a) if a is not None]
+            z_BSR = torch.cat([F.linear(self._read_by(a, x_BSI, keys), a.to(x.dtype)) for a in parts], dim=-1)
+        b_OR = concat(self.old_b, self.new_b, 1).to(x.dtype)
+        prior_BN, mask_BS, pooled_BN = task_gate, None, None
+        if call is not None:
+            prior_BN = call.task_gate
+            if self.selector.settings.granularity == "sequence":
+                pooled_BN = call.carried.pooled.get(self.path)
+                mask_BS = call.pooling_mask(x_BSI, start=self.pools_start) if pooled_BN is None else None
+        selection = self.selector(
+            z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN
+        )
+        if call is not None:
+            if selection.pooled is not None:
+                call.left[self.path] = selection.pooled
+            if call.options.on_select is not None:
+                call.options.on_select(self.path, selection)
+        gate_BSR = self._masked(selection.weights @ self.spread)
+        y = self._base(x)
+        return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)
 
 
 def mean_over_prompt(values_BSN: Tensor, mask_BS: Tensor) -> Tensor:

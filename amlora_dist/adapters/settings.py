@@ -56,7 +56,7 @@ class LiteralSettings:
     top_k: int = Field(default=1, ge=1)
     granularity: Literal["token", "sequence"] = "token"
     residual: bool = False
-    """Give the current adapter weight 1 while it is learned, beside its gate."""
+    """Give the current adapter weight 1 while it is learned, next to its gate."""
     freeze_old: bool = False
     """Keep the dense layers of earlier tasks as they were; otherwise they are retrained."""
     training: Literal["joint", "two_stage"] = "joint"

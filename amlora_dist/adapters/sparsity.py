@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -128,11 +128,6 @@ def absolute_threshold(shares: Tensor, threshold: float) -> Tensor:
     return torch.relu(shares - threshold)
 
 
-def soft_threshold(values: Tensor, amount: float | Tensor) -> Tensor:
-    """Proximal operator of ``amount x ||.||_1``: sign(x) max(|x| - amount, 0), elementwise, exact zeros."""
-    return values.sign() * torch.relu(values.abs() - amount)
-
-
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
@@ -195,13 +190,3 @@ def penalty(name: str, gates: Tensor, scores: Tensor, mask: Tensor | None = None
     if name not in PENALTIES:
         raise ValueError(f"no L1 penalty {name!r} on gates; there are none, {', '.join(PENALTIES)}")
     return _mean(PENALTIES[name](gates, scores), mask)
-
-
-def recipe_l1(recipes: Iterable[Tensor]) -> Tensor:
-    """Mean over modules of sum_i |c_i|: truly sparse. For reports; training takes it as a proximal step instead.
-
-    Args:
-        recipes: one ``(earlier adapters,)`` tensor per adapted module.
-    """
-    sums = [weights.abs().sum() for weights in recipes]
-    return torch.stack(sums).mean() if sums else torch.zeros(())

@@ -98,7 +98,7 @@ class TaskStatistics:
     """Mean features (d,) of generic texts by their part, where they were computed (``tasks.background``)."""
 
     def with_held(self) -> TaskStatistics:
-        """The statistics of all of the task's rows, the held-out ones counted too; these stay beside them."""
+        """The statistics of all of the task's rows, the held-out ones counted too; these are kept apart."""
         held = self.held
         if held is None or not len(held.labels):
             return self
@@ -167,7 +167,7 @@ class TaskStatistics:
         return replace(self, holdout_nll=nll, holdout_count=len(rows), holdout_factor=thin_factor(rows - self.mean))
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file of its own; the task's name goes beside it."""
+        """For a safetensors file of its own; the task's name is kept elsewhere."""
         held = {} if self.holdout_factor is None else {"holdout_factor": self.holdout_factor.contiguous()}
         if self.by_label is not None:
             held |= {"label_counts": self.by_label.counts, "label_means": self.by_label.means.contiguous()}
@@ -449,28 +449,3 @@ def calibrate(statistics: Sequence[TaskStatistics]) -> float:
     if len(statistics) < 2 or not any(s.holdout_count for s in statistics):
         return 1.0
     return TEMPERATURES[min(range(len(TEMPERATURES)), key=total.tolist().__getitem__)]
-
-
-def key_drift(
-    old: tuple[Tensor, Tensor, float], new: tuple[Tensor, Tensor, float], features: Tensor
-) -> tuple[float, float]:
-    """How far routing among the old tasks moved when later tasks changed the keys.
-
-    Args:
-        old: W (T, d), b (T,) and temperature before.
-        new: the same after, for T or more tasks of which the first T are the old ones.
-        features: ``(n, d)`` rows to route, such as the old tasks' test rows.
-
-    Returns:
-        Mean total variation between the two posteriors over the old tasks, and the share of rows whose first choice
-        among them is another one. Both 0 for no rows.
-    """
-    tasks = len(old[1])
-    if len(new[1]) < tasks:
-        raise ValueError(f"keys of {len(new[1])} tasks cannot follow keys of {tasks}")
-    if not len(features):
-        return 0.0, 0.0
-    before = posterior(features, *old)
-    after = posterior(features, new[0][:tasks], new[1][:tasks], new[2])
-    moved = 0.5 * (before - after).abs().sum(dim=-1).mean()
-    return moved.item(), (before.argmax(dim=-1) != after.argmax(dim=-1)).double().mean().item()

@@ -129,7 +129,7 @@ def routing_stack(model: PreTrainedModel) -> LayerStack:
 
 
 def default_depths(layer: int) -> list[int]:
-    """Layers whose states are features beside those of the routing layer: those at each quarter of its depth."""
+    """Layers whose states are features besides those of the routing layer: those at each quarter of its depth."""
     return sorted({layer * quarter // 4 for quarter in (1, 2, 3)} - {0, layer})
 
 
@@ -154,7 +154,7 @@ def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer
     ``layers: above_router`` takes the layers with index >= ``router_layer`` (their input is the hidden state after
     ``router_layer`` layers or a later one), and of an encoder-decoder model also the whole decoder; ``last:K`` takes
     the last K layers of each part. Experts of a mixture of experts are left alone: each sees only some of the tokens.
-    A word (``GROUPS``) means layers by where they stand: attention's, the others' (mlp), or all but the output head.
+    A word (``GROUPS``) means layers by where they are: attention's, the others' (mlp), or all but the output head.
 
     Raises:
         UserError: if nothing matches, or one of the named targets does not; the message lists what could.

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from amlora_dist.adapters.gate_context import FeaturesReady, ForwardContext, active_call, entered
+from amlora_dist.adapters.gate_context import (
+    FeatureReader,
+    FeaturesReady,
+    ForwardContext,
+    LayerOptions,
+    TrunkStates,
+    active_call,
+    entered,
+)
 from amlora_dist.adapters.targets import routing_stack
 from amlora_dist.errors import UserError
 
@@ -82,21 +90,19 @@ class Trunk:
             mask_BL: 1 but for padding.
             positions: ``position_ids``, if the model takes them.
         """
-        call = ForwardContext(self._mixture.routing, bypass=True, captures=True)
+        call = self._capturing()
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             self._plain_forward(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **positions)
-        assert call.trunk is not None, "a model reaches all of its layers"
-        return call.trunk
+        return _captured(call)
 
     def _run(self, tokens: tuple[int, ...]) -> tuple[Tensor, DynamicCache]:
         """A pass over the trunk: states (L, D), and the cache that it filled."""
-        call = ForwardContext(self._mixture.routing, self._mixture.routing.depths, bypass=True, captures=True)
+        call = self._capturing()
         row_1L = torch.tensor([tokens], device=self._mixture.device)
         cache = DynamicCache(config=self._model.config)
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             self._plain_forward(input_ids=row_1L, past_key_values=cache, use_cache=True)
-        assert call.trunk is not None, "a model reaches all of its layers"
-        return call.trunk[0], cache
+        return _captured(call)[0], cache
 
     def kept(self, tokens: tuple[int, ...]) -> Tensor:
         """States, and keys and values of every layer of the trunk, for this row: (L, W) in the states' dtype."""
@@ -136,14 +142,14 @@ class Trunk:
             features (B, F) fp32, states (B, L, D), and the KV cache of the layers that were run.
         """
         routing = self._mixture.routing
-        call = ForwardContext(routing, routing.depths, mask=text_mask_BL, skip_tokens=routing.skip_tokens, bypass=True,
-                           captures=True, want_features=True)  # fmt: skip
+        call = self._capturing()
+        call.mask, call.reader = text_mask_BL, FeatureReader(routing.depths, routing.skip_tokens)
         cache = DynamicCache(config=self._model.config)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             self._plain_forward(**inputs, **positions)
-        assert call.trunk is not None and call.features is not None, "adapted layers lie at or above the routing layer"
-        return call.features, call.trunk, cache
+        assert call.features is not None, "adapted layers lie at or above the routing layer"
+        return call.features, _captured(call), cache
 
     def extend(self, cache: DynamicCache, ids_BR: Tensor, mask_BL: Tensor, positions: dict[str, Tensor]) -> Tensor:
         """What the trunk makes of tokens behind those in ``cache``, which grows by them.
@@ -157,12 +163,11 @@ class Trunk:
         Returns:
             states (B, R, D).
         """
-        call = ForwardContext(self._mixture.routing, bypass=True, captures=True)
+        call = self._capturing()
         inputs = {"input_ids": ids_BR, "attention_mask": mask_BL, "past_key_values": cache, "use_cache": True}
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
             self._plain_forward(**inputs, **positions)
-        assert call.trunk is not None, "a model reaches all of its layers"
-        return call.trunk
+        return _captured(call)
 
     def hand_over(self, cache: Any, read: DynamicCache) -> None:
         """Put the trunk's keys and values, as ``read`` and ``extend`` left them, into the cache of a pass that brought
@@ -170,6 +175,10 @@ class Trunk:
         for number in range(self.layer):
             layer = read.layers[number]
             cache.update(layer.keys, layer.values, number)
+
+    def _capturing(self) -> ForwardContext:
+        """A call of the plain model that ends where the trunk ends."""
+        return ForwardContext(self._mixture.routing, trunk=TrunkStates(captures=True), options=LayerOptions(bypass=True))
 
     def _try(self) -> None:
         tokens = tuple(range(1, 1 + min(TRIED_TOKENS, self._model.config.vocab_size - 1)))
@@ -196,17 +205,22 @@ class _Passable:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = active_call()
-        if call is None or call.trunk is None or call.captures:
+        if call is None or call.trunk is None or call.trunk.states is None:
             out = self.inner(*args, **kwargs)
             self._in_tuple = isinstance(out, tuple)
             return out
         hidden = args[0] if args else kwargs["hidden_states"]
-        states = call.trunk.to(hidden.dtype) if self.last else hidden
+        states = call.trunk.states.to(hidden.dtype) if self.last else hidden
         return (states,) if self._in_tuple else states
+
+
+def _captured(call: ForwardContext) -> Tensor:
+    assert call.trunk is not None and call.trunk.states is not None, "a model reaches all of its layers"
+    return call.trunk.states
 
 
 def _capture(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call = active_call()
-    if call is not None and call.captures:
-        call.trunk = args[0] if args else kwargs["hidden_states"]
+    if call is not None and call.trunk is not None and call.trunk.captures:
+        call.trunk.states = args[0] if args else kwargs["hidden_states"]
         raise FeaturesReady

@@ -29,9 +29,10 @@ from amlora_dist.config.strict_yaml import KeyPath, dotted, parse_value, read_do
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.evaluation.settings import AnswerSettings, EvaluationSettings
 from amlora_dist.methods.settings import MethodSettings
+from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec
 from amlora_dist.training import deepspeed_config
-from amlora_dist.training.settings import DeepSpeedSection, RecipeSettings, TrainingSettings
+from amlora_dist.training.settings import DeepSpeedSection, RecipeSettings, StageSettings, TrainingSettings
 
 _WHOLE = "configuration"
 """What messages call a configuration whose file is not known where they are made."""
@@ -106,6 +107,22 @@ class RunConfig:
     def zero_stage(self) -> int:
         """ZeRO stage of the training, 0 to 3."""
         return deepspeed_config.zero_stage(self.deepspeed)
+
+    def stage_settings(self) -> StageSettings:
+        """The part that stages read."""
+        return StageSettings(
+            method=self.method,
+            seed=self.seed,
+            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            attention=self.model.attention,
+            adapters=self.adapters,
+            router=self.router,
+            training=self.training,
+            method_settings=self.method_settings,
+            recipe=self.recipe,
+            prompt_format=PromptFormat(self.prompt_format, self.router.max_text_tokens or DEFAULT_TEXT_TOKENS),
+            answer=self.answer,
+        )
 
 
 def home() -> Path:

@@ -330,27 +330,6 @@ class Answering:
         """The label that is served, and the share of each."""
         return weighed.decided(self.kind)
 
-    def answered(
-        self,
-        requests: Sequence[Request],
-        *,
-        batch_size: int,
-        new_tokens: int | None = None,
-        router: KeyedRouter | None = None,
-        write: bool = True,
-        write_all: bool = False,
-        shares: bool = True,
-        all_done: Callable[[bool], bool] = bool,
-        on_batch: Callable[[Begun], None] | None = None,
-    ) -> list[Answered]:
-        """From texts to answers, in their order: see ``answering``."""
-        return finished(
-            self.answering(
-                requests, batch_size=batch_size, new_tokens=new_tokens, router=router, write=write, write_all=write_all,
-                shares=shares, all_done=all_done, on_batch=on_batch,
-            )
-        )  # fmt: skip
-
     @torch.no_grad()
     def answering(
         self,

@@ -28,7 +28,7 @@ from amlora_dist.evaluation.text_metrics import METRICS, NAMES, score_of
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.gate_context import Selection
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.evaluation.answering import Answered, Answering, Begun, EvidenceKind, Weighed
+from amlora_dist.evaluation.ranking import finished
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.evaluation.scoring import Prediction, deal_lengths
 from amlora_dist.evaluation.text_metrics import score_of
@@ -84,9 +85,10 @@ class ServedScore:
                 begun.append(one)
                 ranked |= self._of_true_labels(one)
 
-            found = self.answering.answered(
+            work = self.answering.answering(
                 batch, batch_size=len(batch), write_all=True, all_done=all_done, on_batch=on_batch
             )
+            found = finished(work)
             if not counts:
                 continue
             row_of = {id(request): row for row, request in enumerate(begun[0].requests)}

@@ -304,10 +304,10 @@ class AMLoRAModel:
         if self.answering is not None:
             for request in requests:
                 request.free = free
-            found = self.answering.answered(
+            work = self.answering.answering(
                 requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed, shares=False
             )
-            return [Answer(one.text, one.ended, one.route) for one in found]
+            return [Answer(one.text, one.ended, one.route) for one in finished(work)]
         return self.former.answered(requests, batch_size, max_new_tokens, self._router)
 
     def chat(
@@ -336,7 +336,8 @@ class AMLoRAModel:
         requests[0].free = free
         if self.answering is None:
             return self.former.answered(requests, 1, max_new_tokens, self._router)[0]
-        (found,) = self.answering.answered(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
+        work = self.answering.answering(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
+        (found,) = finished(work)
         return Answer(found.text, found.ended, found.route)
 
     def predict(self, texts: str | Sequence[Said], **options: Any) -> list[str]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from amlora_dist.methods.base import Method
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.gate_context import Selection
     from amlora_dist.training.micro_batch import MicroBatch
 
 
 class AMLoRA(Method):
-    """Each task trains its own adapter at weight 1 beside a recipe of the earlier ones; none of them moves again.
+    """Each task trains its own adapter at weight 1 with a recipe of the earlier ones; none of them moves again.
 
     With ``router.kind: literal`` the layers' own selectors weigh the adapters, in training and afterwards, as the
     paper has it; every other kind of router works on frozen features and has no part in the training.

@@ -55,9 +55,7 @@ class Method:
     trains: ClassVar[bool] = True
     """Whether there is anything to train and to publish."""
     learns: ClassVar[bool] = True
-    """Whether a stage takes optimizer steps; otherwise its adapter stays zero."""
-    keys_alone: ClassVar[bool] = False
-    """Whether the keys' evidence is the only one: then ``answer.evidence`` is ``keys``."""
+    """Whether a stage takes optimizer steps; otherwise its adapter stays zero, and ``answer.evidence`` is ``keys``."""
     routed: ClassVar[bool] = True
     """Whether scores depend on the settings of ``router.gate``."""
     told_task: ClassVar[bool] = False
@@ -163,7 +161,7 @@ class Method:
 
     @property
     def prompt_slots(self) -> int:
-        """Tokens in front of every input where learned prompts stand (``adapters.prompts``)."""
+        """Tokens in front of every input where learned prompts are (``adapters.prompts``)."""
         return 0
 
     @property
@@ -172,7 +170,7 @@ class Method:
         return False
 
     def learns_recipe(self, stage: int) -> bool:
-        """Whether the new adapter learns beside weights on the earlier ones."""
+        """Whether the new adapter learns weights on the earlier ones, too."""
         return False
 
     def constant_recipe(self, earlier: int) -> Tensor | None:
@@ -213,7 +211,7 @@ class Method:
         return adapter
 
     def method_state(self, trained: Trained) -> dict[str, Tensor]:
-        """Tensors that later stages need beside the adapter; they are published with the stage's statistics."""
+        """Tensors that later stages need besides the adapter; they are published with the stage's statistics."""
         return {}
 
     # -- serving --------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ class Keys(Method):
 
     name = "keys"
     learns = False
-    keys_alone = True
 
     def reads(self, stage: int) -> dict[str, Any]:
         adapters = self.settings.adapters

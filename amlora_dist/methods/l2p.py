@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from amlora_dist.adapters.adapter import Adapter
-    from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.gate_context import Selection
     from amlora_dist.adapters.targets import Target
     from amlora_dist.training.micro_batch import MicroBatch
 

@@ -16,7 +16,7 @@ class SeqLoRA(Baseline):
     """One LoRA trained on, task after task: theta_t starts at theta_{t-1}, and the newest answers everything.
 
     Every stage keeps its own copy, so the bank holds the LoRA as it was after each task; gates are (0, ..., 0, 1).
-    The optimizer starts anew with each task.
+    The optimizer starts again with each task.
     """
 
     name = "seq_lora"

@@ -1,4 +1,4 @@
-"""SLAO: one LoRA for all tasks, merged anew after each, whose next task starts from an orthogonal basis of the last."""
+"""SLAO: one LoRA for all tasks, merged after each, whose next task starts from an orthogonal basis of the last."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class SLAO(SeqLoRA):
         A_ft(0) = Q^T with Q R = QR(A_ft,t-1^T)       B_ft(0) = B_ft,t-1
         A_merge,t = A_ft,t                            B_merge,t = B_merge,t-1 + (B_ft,t - B_merge,t-1) / sqrt(t)
 
-    The bank holds the merges; a fine-tuned B is read off the last two of them. So nothing is kept beside the LoRA of each
+    The bank holds the merges; a fine-tuned B is read off the last two of them. So nothing is kept next to the LoRA of each
     stage, of which the newest alone is needed to serve.
 
     Source: Qiao and Mahdavi 2025 (SLAO, arXiv 2512.23017). The initialisation is known from a summary of the paper; the
     merge (A taken over, B averaged with the time-aware weight 1/sqrt(t)) from memory of it. Not known: whether the signs of
     Q are fixed (here R has a positive diagonal, so that Q depends on the rows alone), its learning rates, and whether its
-    optimizer goes on from task to task (here it starts anew).
+    optimizer goes on from task to task (here it starts again).
     """
 
     name = "slao"

@@ -50,7 +50,7 @@ weights to the node's NVMe disk (ZeRO-3)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MemoryLayout:
     """How a stage is spread and cut: what a user can change to make it fit."""
 
     zero: int
@@ -68,7 +68,7 @@ class Layout:
     @classmethod
     def of(
         cls, section: Mapping[str, Any], *, zero: int, ranks: int, micro_batch: int, checkpointing: bool
-    ) -> Layout:
+    ) -> MemoryLayout:
         """From a run's ``deepspeed:`` section."""
         given = section.get("zero_optimization", {})
 
@@ -93,7 +93,7 @@ class Layout:
             persistent=number("param_persistence_threshold", PERSISTENT),
         )
 
-    def with_zero(self, zero: int, offload: Offload = "none") -> Layout:
+    def with_zero(self, zero: int, offload: Offload = "none") -> MemoryLayout:
         return replace(self, zero=zero, offload=offload)
 
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedShare:
     """What stage n trains on and what it stands on. Counts are elements."""
 
     new: int
@@ -146,7 +146,7 @@ class Trained:
 
 
 def memory_of(
-    shape: Shape, trained: Trained, layout: Layout, *, size: int, length: int, targets: int, eager: bool
+    shape: Shape, trained: TrainedShare, layout: MemoryLayout, *, size: int, length: int, targets: int, eager: bool
 ) -> Memory:
     """What one rank holds at its worst moment of a training step.
 
@@ -223,7 +223,7 @@ OUTPUT = re.compile(r"attn.*\.(o_proj|out_proj|c_proj|dense)$|attention.*\.(o|de
 
 
 def activations(
-    shape: Shape, layout: Layout, *, size: int, length: int, targets: int, eager: bool, ranks: int = 0
+    shape: Shape, layout: MemoryLayout, *, size: int, length: int, targets: int, eager: bool, ranks: int = 0
 ) -> int:
     """Bytes that autograd keeps from forward to backward, for one micro-batch.
 
@@ -257,7 +257,7 @@ def activations(
 
 
 def activation_table(
-    shape: Shape, layout: Layout, *, size: int, lengths: Sequence[int], targets: int, eager: bool, ranks: int = 0
+    shape: Shape, layout: MemoryLayout, *, size: int, lengths: Sequence[int], targets: int, eager: bool, ranks: int = 0
 ) -> list[dict[str, int]]:
     """Bytes of activations by rows of a micro-batch and tokens of a row, without and with checkpointing."""
     micros = sorted({1, 2, 4, 8, layout.micro_batch})

@@ -6,8 +6,8 @@ import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.planning.memory import GIB, Layout, Memory, Offload, Trained, activation_table, memory_of
-from amlora_dist.planning.work import Machine, Recipe, StageWork, TaskShape, stages
+from amlora_dist.planning.memory import GIB, Memory, MemoryLayout, Offload, TrainedShare, activation_table, memory_of
+from amlora_dist.planning.work import Machine, PlannedWork, TaskShape, TrainingPlan, stages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,11 +40,11 @@ class Cluster:
     def ranks_per_node(self) -> int:
         return self.gpus_per_node
 
-    def row(self, layout: Layout, memory: Memory) -> Row:
+    def row(self, layout: MemoryLayout, memory: Memory) -> PlanRow:
         """Whether a layout fits."""
         host = self.gpus_per_node * max(memory.host, memory.loading) + memory.reader
         fits = memory.gpu <= self.gpu_memory and (self.host_memory is None or host <= self.host_memory)
-        return Row(layout, memory, memory.gpu, fits, host)
+        return PlanRow(layout, memory, memory.gpu, fits, host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,18 @@ class CpuCluster:
         """On the node that has most."""
         return -(-self.workers // self.nodes)
 
-    def row(self, layout: Layout, memory: Memory) -> Row:
+    def row(self, layout: MemoryLayout, memory: Memory) -> PlanRow:
         """Whether a layout fits: a CPU for each worker, and the workers of a node in its memory."""
         node = self.ranks_per_node * memory.worker
         fits = self.ranks_per_node <= self.cpus_per_node and node <= self.memory_per_node
-        return Row(layout, memory, memory.worker, fits, node)
+        return PlanRow(layout, memory, memory.worker, fits, node)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlanRow:
     """Memory under one ZeRO stage and offload, at the last stage of the sequence, where the bank is largest."""
 
-    layout: Layout
+    layout: MemoryLayout
     memory: Memory
     total: int
     """Bytes of one GPU, or of one worker on CPUs."""
@@ -93,10 +93,10 @@ class Plan:
     shape: Shape
     cluster: Cluster | CpuCluster
     machine: Machine
-    recipe: Recipe
-    configured: Row
-    rows: list[Row]
-    stages: list[StageWork]
+    recipe: TrainingPlan
+    configured: PlanRow
+    rows: list[PlanRow]
+    stages: list[PlannedWork]
     fix: dict[str, Any] | None
     remarks: list[str]
     activations: list[dict[str, int]]
@@ -141,7 +141,7 @@ class Plan:
         }
 
 
-def _row_json(row: Row, unit: str) -> dict[str, Any]:
+def _row_json(row: PlanRow, unit: str) -> dict[str, Any]:
     memory = asdict(row.memory) | {unit: row.total}
     return {
         "zero": row.layout.zero,
@@ -156,7 +156,7 @@ def _row_json(row: Row, unit: str) -> dict[str, Any]:
 
 
 def make_plan(
-    shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, cluster: Cluster | CpuCluster,
+    shape: Shape, tasks: Sequence[TaskShape], recipe: TrainingPlan, layout: MemoryLayout, cluster: Cluster | CpuCluster,
     machine: Machine, *, eager: bool = False, whole_parameters: bool = False,
 ) -> Plan:  # fmt: skip
     """Work everything out.
@@ -173,7 +173,7 @@ def make_plan(
     """
     work = stages(shape, tasks, recipe, layout, machine)
     last = work[-1]
-    trained = Trained(new=last.adapter, old=last.bank - last.adapter)
+    trained = TrainedShare(new=last.adapter, old=last.bank - last.adapter)
     longest = max(task.length + task.answer for task in tasks)
     targets = max(task.answer for task in tasks)
     on_cpus = isinstance(cluster, CpuCluster)
@@ -183,12 +183,12 @@ def make_plan(
     if on_cpus:  # host and worker are one memory; of a bucket only the pages that gradients reach are ever held
         layout = replace(layout, offload="none", bucket=min(layout.bucket, trained.new))
 
-    def row(candidate: Layout, on: Cluster | CpuCluster = cluster) -> Row:
+    def row(candidate: MemoryLayout, on: Cluster | CpuCluster = cluster) -> PlanRow:
         candidate = replace(candidate, ranks=on.ranks)
         memory = memory_of(shape, trained, candidate, size=recipe.size, length=longest, targets=targets, eager=eager)
         return on.row(candidate, memory)
 
-    def rows_on(on: Cluster | CpuCluster) -> Iterator[Row]:
+    def rows_on(on: Cluster | CpuCluster) -> Iterator[PlanRow]:
         """Every way to lay the stage out, fewest changes first."""
         shares = sorted({layout.micro_batch, max(1, layout.micro_batch // 2), 1}, reverse=True)
         ways = itertools.product(
@@ -221,7 +221,7 @@ def make_plan(
     return Plan(shape, cluster, machine, recipe, configured, rows, work, fix, remarks, table)
 
 
-def _distance(before: Layout, after: Layout) -> tuple[int, int, bool, int, int]:
+def _distance(before: MemoryLayout, after: MemoryLayout) -> tuple[int, int, bool, int, int]:
     """How much a change asks for: first how many keys change, then the kind that costs least time."""
     return (
         len(_changes(before, after, 0, 0)),
@@ -232,7 +232,7 @@ def _distance(before: Layout, after: Layout) -> tuple[int, int, bool, int, int]:
     )
 
 
-def _changes(before: Layout, after: Layout, nodes: int, needed: int) -> dict[str, Any]:
+def _changes(before: MemoryLayout, after: MemoryLayout, nodes: int, needed: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if needed != nodes:
         out["--nodes"] = needed
@@ -253,7 +253,7 @@ def _changes(before: Layout, after: Layout, nodes: int, needed: int) -> dict[str
     return out
 
 
-def _devices(layout: Layout) -> dict[str, str]:
+def _devices(layout: MemoryLayout) -> dict[str, str]:
     """DeepSpeed's keys for where the optimizer's state and the weights are."""
     parameters = {"parameters": "cpu", "both": "cpu", "nvme": "nvme"}.get(layout.offload, "none")
     return {
@@ -261,7 +261,9 @@ def _devices(layout: Layout) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _remarks(shape: Shape, recipe: Recipe, layout: Layout, configured: Row, cluster: Cluster | CpuCluster) -> list[str]:
+def _remarks(
+    shape: Shape, recipe: TrainingPlan, layout: MemoryLayout, configured: PlanRow, cluster: Cluster | CpuCluster
+) -> list[str]:
     out: list[str] = []
     kind = "workers" if isinstance(cluster, CpuCluster) else "GPUs"
     if isinstance(cluster, CpuCluster) and cluster.ranks_per_node > cluster.cpus_per_node:

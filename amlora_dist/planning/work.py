@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from amlora_dist.planning.memory import Layout
+    from amlora_dist.planning.memory import MemoryLayout
     from amlora_dist.planning.shapes import Shape
 
 STATISTICS_BATCH = 16
@@ -46,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TrainingPlan:
     """The numbers of a run that decide its cost."""
 
     batch_size: int
@@ -65,7 +65,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class StageWork:
+class PlannedWork:
     """One stage. Bytes, FLOPs of all GPUs together, hours."""
 
     index: int
@@ -89,9 +89,11 @@ class StageWork:
     scoring_hours: float
 
 
-def stages(shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, machine: Machine) -> list[StageWork]:
+def stages(
+    shape: Shape, tasks: Sequence[TaskShape], recipe: TrainingPlan, layout: MemoryLayout, machine: Machine
+) -> list[PlannedWork]:
     """The cost of every stage, in order."""
-    out: list[StageWork] = []
+    out: list[PlannedWork] = []
     bank = 0
     for index, task in enumerate(tasks, start=1):
         new = recipe.rank * shape.adapter_width + (index - 1) * len(shape.targets) * recipe.learns_recipe
@@ -104,7 +106,7 @@ def stages(shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Lay
         held = round(recipe.holdout * task.train_rows)
         factors = min(task.train_rows - held, shape.hidden) + min(held, shape.hidden)
         out.append(
-            StageWork(
+            PlannedWork(
                 index=index,
                 task=task.name,
                 adapter=new,
@@ -144,7 +146,7 @@ def forward_flops(shape: Shape, *, length: int, ranks: int, top: bool = False) -
 
 
 def _training(
-    shape: Shape, task: TaskShape, recipe: Recipe, layout: Layout, index: int, steps: int
+    shape: Shape, task: TaskShape, recipe: TrainingPlan, layout: MemoryLayout, index: int, steps: int
 ) -> tuple[float, float]:
     """FLOPs of all GPUs, and bytes gathered by each."""
     row, wide = task.length + task.answer, index * recipe.rank
@@ -170,7 +172,7 @@ def _training(
 
 
 def _scoring(
-    shape: Shape, tasks: Sequence[TaskShape], recipe: Recipe, layout: Layout, index: int
+    shape: Shape, tasks: Sequence[TaskShape], recipe: TrainingPlan, layout: MemoryLayout, index: int
 ) -> tuple[float, float]:
     """Prompts read once and answers decoded token by token, for the cells that ``evaluation`` asks for."""
     last = index == len(tasks)
@@ -197,7 +199,7 @@ def _batches(rows: int, batch: int, ranks: int) -> int:
     return math.ceil(math.ceil(rows / ranks) / batch)
 
 
-def _gathered(shape: Shape, size: int, layout: Layout) -> float:
+def _gathered(shape: Shape, size: int, layout: MemoryLayout) -> float:
     """Bytes that come into a GPU in one pass over the whole model."""
     if layout.zero < 3:
         return 0.0

@@ -140,7 +140,7 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
         users = sorted(uri for uri, parts in references.items() if uri not in leaving and parts(version))
         one.reasons += [f"{uri} keeps parts there" for uri in users]
         one.reasons += [] if one.damage else unknown  # else two damaged versions would keep each other for ever
-        if (state := leases.read_state(store.lease_entries, leases.run_key(version.run_id))) and not state.released:
+        if (state := leases.read_state(store.lease_entries, leases.RUN_KEY + version.run_id)) and not state.released:
             one.reasons.append(f"run {version.run_id!r} is held by a driver (or died without letting go: run it again)")
         found.append(one)
     return found

@@ -104,9 +104,8 @@ class LeaseState:
         )
 
 
-def run_key(run_id: str) -> str:
-    """Key of the lease on a run id."""
-    return f"run.{run_id}"
+RUN_KEY = "run."
+"""A run id behind it is the key of the lease on it."""
 
 
 def stage_key(fingerprint: str) -> str:
@@ -227,7 +226,7 @@ def acquire(
 
     Args:
         entries: the store.
-        key: ``run_key(...)`` or ``stage_key(...)``.
+        key: ``RUN_KEY`` and a run id, or ``stage_key(...)``.
         label: what a person should read in messages.
         count: gives the numbers of the versions that count under the state that is replaced.
         timing: seconds.

@@ -20,6 +20,8 @@ _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
 UI = "http://127.0.0.1:5000"
 """Where ``mlflow ui`` serves, unless it is told otherwise."""
+RESULT = "result.json"
+"""Artifact of the run of a sequence: its result so far."""
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 """Tag of an experiment by which MLflow's page opens with its training runs, and not with traces of a chat program."""
 
@@ -124,6 +126,21 @@ class Runs:
         """The MLflow run of something above runs, such as a ``comparison``: found again by kind and name, or created."""
         wanted = {tags.KIND: kind, tags.RUN_ID: name}
         return self._find_or_create(self._experiment(f"amlora {kind}s"), name, wanted)
+
+    def result_of(self, run_id: str) -> tuple[str, dict[str, Any]]:
+        """MLflow's id of the run of a sequence, and its result as far as it has come.
+
+        Raises:
+            UserError: no such run, or it has none.
+        """
+        found = self.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+        if not found:
+            known = sorted({run.tags.get(tags.RUN_ID, "?") for run in self.find_runs({tags.KIND: "sequence"})})
+            raise UserError(f"no run {run_id!r} at {self.connection.shown}; there are: {', '.join(known) or 'none'}")
+        result: dict[str, Any] | None = self.load_json(found[-1].run, RESULT)
+        if not result:
+            raise UserError(f"run {run_id!r} has not finished a stage yet: there is nothing to show")
+        return found[-1].run, result
 
     def find_runs(self, wanted: Mapping[str, str], *, registered_model: str | None = None) -> list[RunInfo]:
         """Runs that carry all of these tags, the oldest first; of one registered model's experiment or of all."""

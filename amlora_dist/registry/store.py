@@ -253,7 +253,7 @@ class Store(Runs):
         """
         return leases.acquire(
             self.lease_entries,
-            leases.run_key(run_id),
+            leases.RUN_KEY + run_id,
             label=f"run {run_id!r}",
             count=lambda state: [version.number for version in counted(self.versions(registered_model), state)],
             timing=timing,
@@ -282,7 +282,7 @@ class Store(Runs):
     def _counted(self, versions: list[Version]) -> list[Version]:
         good: list[Version] = []
         for run_id in {version.run_id for version in versions}:
-            state = leases.read_state(self.lease_entries, leases.run_key(run_id))
+            state = leases.read_state(self.lease_entries, leases.RUN_KEY + run_id)
             good += counted([version for version in versions if version.run_id == run_id], state)
         return sorted(good, key=lambda version: version.number)
 

@@ -16,7 +16,7 @@ from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
-RESULT, STAGE, CONFIG, MATERIALS = "result.json", "stage.json", "config.json", "materials.json"
+STAGE, CONFIG, MATERIALS = "stage.json", "config.json", "materials.json"
 
 
 @dataclass(slots=True)
@@ -125,13 +125,8 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
     Raises:
         UserError: no such run, or none of its stages is finished.
     """
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = sorted({run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})})
-        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
-    run = found[-1].run
-    result = store.load_json(run, RESULT)
-    if not result or not result["stages"]:
+    run, result = store.result_of(run_id)
+    if not result["stages"]:
         raise UserError(f"run {run_id!r} has not finished a stage yet: there is nothing to report")
     facts = RunFacts(
         run_id=run_id,

@@ -95,11 +95,6 @@ class TextPrompts:
         self._by_row = "fields" in template.source
         self._fixed = None if self._by_row else self._around(None)
 
-    @property
-    def text_first(self) -> bool:
-        """Whether nothing but the tokenizer's own special tokens stands before the text."""
-        return self._fixed is not None and self._fixed.before == self._ends.before
-
     def prompt(
         self, ids: tuple[int, ...], max_length: int, *, text: str, fields: Mapping[str, str] | None = None
     ) -> TextPrompt:

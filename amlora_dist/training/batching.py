@@ -18,7 +18,7 @@ from amlora_dist.tasks.batches import IGNORED, Example, collate, collate_seq2seq
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.dropout import DropoutKeys
-    from amlora_dist.adapters.selector_layer import Selection
+    from amlora_dist.adapters.gate_context import Selection
     from amlora_dist.adapters.trunk import Trunk
 
     Chosen = list[tuple[Selection, Tensor | None]]

@@ -64,7 +64,7 @@ class BestKeeper:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the current state: ``best.master.<name>``."""
+        """What a checkpoint keeps besides the current state: ``best.master.<name>``."""
         return self._best
 
     def take_up(self, state: Mapping[str, Tensor]) -> None:

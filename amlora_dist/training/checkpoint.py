@@ -36,7 +36,7 @@ KEEP = 2
 
 @dataclass(slots=True)
 class Progress:
-    """Where a stage stands after ``step`` optimizer steps."""
+    """How far a stage is after ``step`` optimizer steps."""
 
     fingerprint: str
     step: int

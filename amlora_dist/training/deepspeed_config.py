@@ -107,7 +107,7 @@ def _stage_faults(section: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...],
         yield ("zero_optimization",), Fault("zero_optimization", shown(zero), "a section (keys with values)")
         zero = {}
     if "zero_stage" in section and "stage" in zero and zero["stage"] != section["zero_stage"]:
-        found = f"{shown(section['zero_stage'])} beside zero_optimization.stage {shown(zero['stage'])}"
+        found = f"{shown(section['zero_stage'])} next to zero_optimization.stage {shown(zero['stage'])}"
         yield ("zero_stage",), Fault("zero_stage", found, "one of the two, or both equal")
     for path, given in ((("zero_stage",), section), (("zero_optimization", "stage"), zero)):
         stage = given.get(path[-1], DEFAULT_STAGE)

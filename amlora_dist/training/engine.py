@@ -107,7 +107,7 @@ def _state_shapes(trainable: Mapping[str, nn.Parameter]) -> dict[str, tuple[int,
 
 
 class PlainEngine:
-    """One process without DeepSpeed: fp32 master weights beside a model of any dtype."""
+    """One process without DeepSpeed: fp32 master weights next to a model of any dtype."""
 
     whole_forward = False
 

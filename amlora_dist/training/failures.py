@@ -44,8 +44,8 @@ LESS_MEMORY = (
 
 def batch_text(step: int, rows: Sequence[int]) -> str:
     """``step 8 (rows 3, 17, 20 of the training split)``; long batches are cut."""
-    told = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
-    return f"step {step} (rows {told} of the training split)"
+    listed = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    return f"step {step} (rows {listed} of the training split)"
 
 
 @contextlib.contextmanager

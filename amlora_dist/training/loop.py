@@ -117,7 +117,7 @@ class Learner:
         for step in range(progress.step, end):
             if self._ended(progress):
                 break
-            stop = self._advance(progress, step)
+            stop = self._step(progress, step)
             looked = self.keeper is not None and self.keeper.look(progress.step, progress.held_losses)
             progress.seconds = before + time.monotonic() - began
             self.report(
@@ -151,7 +151,7 @@ class Learner:
         """Take the first ``steps`` steps without checkpoints: one start of several (``race``). Errors as in ``run``."""
         began = time.monotonic()
         for step in range(steps):
-            if self._advance(progress, step):
+            if self._step(progress, step):
                 raise StoppedError(f"stage {self.stage!r} stopped while its starts raced; the race begins again")
         progress.seconds += time.monotonic() - began
         return progress
@@ -164,58 +164,51 @@ class Learner:
         """Whether held-out rows say that it gets no better."""
         return self.keeper is not None and exhausted(progress.held_losses, self.settings)
 
-    def _advance(self, progress: Progress, step: int) -> bool:
-        """One optimizer step, noted in ``progress``; whether any rank was told to stop."""
-        place = batch_text(step + 1, self._rows(step))
-        with memory_watched(place, LESS_MEMORY, step + 1):
-            loss, stop = self._step(step)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
-                " those rows",
-                step + 1,
-            )
-        progress.step = step + 1
-        progress.losses.append(loss)
-        progress.tokens += all_tokens([self.examples[i] for i in self.schedule.rows(step)])
-        return stop
-
     def _rows(self, step: int) -> list[int]:
         """Row numbers of a step's global batch, as the source counts them; none after the last step."""
         return [self.examples[i].row for i in self.schedule.rows(step)] if step < self.schedule.steps else []
 
-    def _step(self, step: int) -> tuple[float, bool]:
-        """One optimizer step; the global batch's loss (nats per target token) and whether any rank was told to stop.
+    def _step(self, progress: Progress, number: int) -> bool:
+        """One optimizer step, noted in ``progress``; whether any rank has to stop.
 
-        The loss is the rows' cross-entropy (smoothed, if so configured), without what the method adds; it is NaN where that
-        is not finite.
+        The loss that is noted (nats per target token of the global batch) is the rows' cross-entropy, smoothed if so
+        configured, without what the method adds. No step is taken where any part of it is not finite.
+
+        Raises:
+            NonFiniteLossError, DeviceMemoryError: name the step and its rows.
         """
-        ranks = self.engine.ranks
-        batch = [self.examples[i] for i in self.schedule.rows(step)]
-        tokens = target_tokens(batch)
-        places = {id(row): place for place, row in enumerate(batch)}
-        begun = step
-        phase, step, steps = self._phase(step)
-        total = torch.zeros(3, device=self.engine.device)
-        for part, counts in micro_batches(batch, ranks.rank, self.layout):
-            keys = self._dropout_keys(begun, [places[id(row)] for row in part]) if self.dropout else None
-            rows = MicroBatch(
-                self.loss, self.engine, self.mixture, part, counts=counts, tokens=tokens, share=len(part) / len(batch),
-                parts=ranks.world * self.layout.accumulation, smoothing=self.settings.label_smoothing, phase=phase,
-                dropout_keys=keys,
-            )  # fmt: skip
-            loss = self.objective(rows)
-            total[0] += rows.reported
-            total[2] += loss.detach()
-            self.engine.backward(loss)
-        if ranks.rank == 0 and self.stop_file.exists():
-            total[1] = 1.0
-        loss_sum, stop, whole_sum = ranks.sum(total).tolist()
-        if math.isfinite(loss_sum) and not math.isfinite(whole_sum):
-            return math.nan, stop > 0
-        if math.isfinite(loss_sum):
-            self.engine.step(rate_factor(step, steps, self.settings), phase, refit=begun >= self._refit_from)
-        return loss_sum, stop > 0
+        ranks, place = self.engine.ranks, batch_text(number + 1, self._rows(number))
+        batch = [self.examples[i] for i in self.schedule.rows(number)]
+        tokens, places = target_tokens(batch), {id(row): at for at, row in enumerate(batch)}
+        with memory_watched(place, LESS_MEMORY, number + 1):
+            phase, step, steps = self._phase(number)
+            total = torch.zeros(3, device=self.engine.device)
+            for part, counts in micro_batches(batch, ranks.rank, self.layout):
+                keys = self._dropout_keys(number, [places[id(row)] for row in part]) if self.dropout else None
+                rows = MicroBatch(
+                    self.loss, self.engine, self.mixture, part, counts=counts, tokens=tokens, share=len(part) / len(batch),
+                    parts=ranks.world * self.layout.accumulation, smoothing=self.settings.label_smoothing, phase=phase,
+                    dropout_keys=keys,
+                )  # fmt: skip
+                loss = self.objective(rows)
+                total[0] += rows.reported
+                total[2] += loss.detach()
+                self.engine.backward(loss)
+            if ranks.rank == 0 and self.stop_file.exists():
+                total[1] = 1.0
+            reported, stop, whole = ranks.sum(total).tolist()
+            if math.isfinite(reported) and math.isfinite(whole):
+                self.engine.step(rate_factor(step, steps, self.settings), phase, refit=number >= self._refit_from)
+        if not (math.isfinite(reported) and math.isfinite(whole)):
+            raise NonFiniteLossError(
+                f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
+                " those rows",
+                number + 1,
+            )
+        progress.step = number + 1
+        progress.losses.append(reported)
+        progress.tokens += all_tokens(batch)
+        return bool(stop > 0)
 
     def _phase(self, step: int) -> tuple[int, int, int]:
         """Phase of a step, which of the phase's steps it is, and how many these are."""

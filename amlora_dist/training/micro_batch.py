@@ -1,6 +1,6 @@
 """One micro-batch as a method's loss sees it (``Method.loss``).
 
-Every term that it gives stands on the scale of the step's loss: the cross-entropy of the global batch divided by its target
+Every term that it gives is on the scale of the step's loss: the cross-entropy of the global batch divided by its target
 tokens. What must not be forgotten is done here: rows that only fill up a rank's share count for nothing, but stay in the
 graph, since a gradient on some ranks only would hang a collective; and what is no sum over rows is counted once for all
 ranks and micro-batches.

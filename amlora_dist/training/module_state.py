@@ -1,6 +1,6 @@
 """A model as it was when it was loaded: what adapters, hooks and DeepSpeed have put into its modules since can be undone.
 
-Weights are left alone: that they have not changed is told by a checksum (``checksum``).
+Weights are left alone: a checksum shows that they have not changed (``checksum``).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ PAUSES_S = (1.0, 4.0, 15.0)
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, which always looks anew, and the path in it."""
+    """fsspec's file system of a URL, which always looks again, and the path in it."""
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(url, use_listings_cache=False)

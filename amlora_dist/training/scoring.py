@@ -88,7 +88,7 @@ class Scoring:
     device: torch.device
     report: Report
     prompt_slots: PromptSlots | None = None
-    """Where learned prompts stand, if the adapters are pools of them."""
+    """Where learned prompts are, if the adapters are pools of them."""
 
     def run(self) -> None:
         """Score them all; which are open is rank 0's word."""
@@ -187,7 +187,7 @@ class Scoring:
         )
 
     def _plain(self, cell: Cell) -> bool:
-        """Whether a cell of a method without keys is scored by plain texts: behind the bank's prompt, nothing told."""
+        """Whether a cell of a method without keys is scored by plain texts: behind the bank's prompt, nothing named."""
         return (
             self.work.plain_texts
             and self.mixture is not None
@@ -310,13 +310,13 @@ class Scoring:
         if features is None or mixture is None:
             return []
         router = scorer.answering.router
-        told = scorer.task is not None
+        named = scorer.task is not None
         gates = router.to("cpu").gates(features, len(numbers))
         if scorer.task is not None:
             gates = mixture.one_hot(mixture.task_names.index(scorer.task), len(numbers)).cpu()
         changed = [] if mixture.silent is None else tasks_using(self.adapters, mixture.silent)
         before = [Path(folder) for folder in cell.before]
-        found = unchanged(before, numbers, gates, noted=not told, changed=changed)
+        found = unchanged(before, numbers, gates, noted=not named, changed=changed)
         return rescored(
             scorer, found, dict(zip(numbers, features, strict=True)), {row.number: row.text for row in rows}
         )

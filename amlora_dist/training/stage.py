@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
+from amlora_dist.training.stage_facts import trainable_facts, trained_with
 from amlora_dist.training.stage_rows import StageRows
 from amlora_dist.training.stage_spec import StageWork
 from amlora_dist.training.stage_statistics import StageStatistics
@@ -100,7 +101,22 @@ def run_stage(
             run_rate_race(work, work.race, begun, writes=ranks.rank == 0)
             return
         with contextlib.nullcontext() if cache is None else cache.stage():
-            _Stage(work, distributed, report, device, kept).run()
+            stage = _Stage(work, distributed, report, device, kept)
+            is_trained = stage.agree()
+            if not stage.method.trains:
+                stage.score_base()
+            else:
+                stage.score(stage.restored() if is_trained else stage.train())
+            stage.end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """A bank in its model, with what its router is made of."""
+
+    mixture: Mixture
+    adapters: list[Adapter]
+    statistics: list[TaskStatistics]
 
 
 class _Stage:
@@ -124,31 +140,7 @@ class _Stage:
         self._release: Callable[[], None] | None = None
         """Lets go of the model that the stage has used, after its last pass."""
 
-    def run(self) -> None:
-        self._run()
-        self._end()
-
-    def _run(self) -> None:
-        trained = self._agree()
-        if not self.method.trains:
-            self._scoring(self._ready(self._load_base()), None, [], None).run()
-            return
-        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
-        for parent, result in zip(self.work.parents, parents, strict=True):
-            if result.adapter.digest() != parent.digest:
-                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
-        model = self._load_base()
-        if trained:
-            parents.append(read_result(self.work.trained))
-            adapters, statistics = [p.adapter for p in parents], [p.statistics for p in parents]
-            mixture = self._inject(model, adapters, new=None)
-            mixture.model = self._ready(model)
-        else:
-            mixture, adapters, statistics = self._train(model, parents)
-        mixture.set_router(self.method.router(statistics))
-        self._scoring(mixture.model, mixture, adapters, self._trunk(mixture, decodes=True)).run()
-
-    def _agree(self) -> bool:
+    def agree(self) -> bool:
         """Whether the stage is trained, by rank 0's word; and bring what this node lacks, where nodes share no folder.
 
         Raises:
@@ -168,6 +160,37 @@ class _Stage:
         if trained:
             copies.fetch(work.trained, partial(is_whole, work.trained))
         return trained
+
+    def restored(self) -> _Bank:
+        """The bank of a stage that is trained, from its folders."""
+        results = [*self._parents(), read_result(self.work.trained)]
+        model = self._load_base()
+        adapters = [result.adapter for result in results]
+        mixture = self._inject(model, adapters, new=None)
+        mixture.model = self._ready(model)
+        return _Bank(mixture, adapters, [result.statistics for result in results])
+
+    def score(self, bank: _Bank) -> None:
+        """Score the cells, as the finished bank answers."""
+        mixture = bank.mixture
+        mixture.set_router(self.method.router(bank.statistics))
+        self._scoring(mixture.model, mixture, bank.adapters, self._trunk(mixture, decodes=True)).run()
+
+    def score_base(self) -> None:
+        """Score the cells of a method that trains nothing."""
+        self._scoring(self._ready(self._load_base()), None, [], None).run()
+
+    def _parents(self) -> list[Result]:
+        """What the stages below have left.
+
+        Raises:
+            TrainingError: one of them is not what was meant.
+        """
+        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
+        for parent, result in zip(self.work.parents, parents, strict=True):
+            if result.adapter.digest() != parent.digest:
+                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
+        return parents
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
         return Scoring(
@@ -195,14 +218,15 @@ class _Stage:
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def _train(self, model: Any, parents: list[Result]) -> tuple[Mixture, list[Adapter], list[TaskStatistics]]:
-        """The model with the bank in it, the bank's adapters, and the statistics of its tasks."""
-        work, settings = self.work, self.settings
+    def train(self) -> _Bank:
+        """Train the new adapter, and leave the stage's result in its folder."""
+        work, settings, parents = self.work, self.settings, self._parents()
+        model = self._load_base()
         adapters = [parent.adapter for parent in parents]
         mixture = self._inject(model, adapters, new=self._new_adapter(adapters))
         engine = self._engine(mixture)
         self._release = engine.destroy
-        self._announce(mixture)
+        self.report(trainable_facts(mixture))
         before = self._checksums(mixture)
 
         every, replayed = self.rows.training()
@@ -222,7 +246,7 @@ class _Stage:
             if self.method.learns_recipe(work.index) and adapters:
                 start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
                 progress = start.begin(progress)
-        progress.trained_with = self._trained_with()
+        progress.trained_with = trained_with(settings, self.ranks.world, self.device, self.config)
         if self.method.learns:
             progress = learner.run(progress)
         reach("training_ended")
@@ -251,7 +275,7 @@ class _Stage:
             if work.copies is not None:
                 work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
-        return mixture, [*adapters, adapter], statistics
+        return _Bank(mixture, [*adapters, adapter], statistics)
 
     def begin(self, steps: int) -> float:
         """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
@@ -260,7 +284,7 @@ class _Stage:
         mixture = self._inject(model, [], new=self._new_adapter([]))
         engine = self._engine(mixture)
         self._release = engine.destroy
-        self._announce(mixture)
+        self.report(trainable_facts(mixture))
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         own, unseen = self._divided(self._statistics(engine), every)
@@ -271,10 +295,11 @@ class _Stage:
             raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
         learner.run(learner.resume() or Progress(fingerprint=self.work.fingerprint, step=0), until=steps)
         lost = held_loss()
-        self._end()
+        self.end()
         return lost
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Let go of the model."""
         if self._release is not None:
             self._release()
         self.ranks.gather(None)  # a stage has ended when it has on every rank
@@ -369,6 +394,7 @@ class _Stage:
         """Of the bank's tasks, the newest last, with those of generic texts, by which texts of no task are told. They
         are of the plain model, so that training changes nothing about them."""
         router, earlier = self.settings.router, [parent.statistics for parent in parents]
+        self.report({"kind": "reading", "rows": len(every)})
         newest = makes.of(mixture, every, earlier, trunk, self._label_count())
         wanted = router.background and self.method.routed and newest.held is not None
         if wanted and router.kind in ("posterior", "permuted"):
@@ -387,20 +413,6 @@ class _Stage:
                 mixture.model, trainable, groups, betas=betas, clip=self.settings.training.clip, device=self.device
             )
         return DeepSpeedEngine(mixture.model, trainable, groups, config=self.config, betas=betas)
-
-    def _announce(self, mixture: Mixture) -> None:
-        """Say exactly what will train, and refuse to train anything else."""
-        named = mixture.trainable()
-        wanted = {id(parameter) for parameter in named.values()}
-        stray = [n for n, p in mixture.model.named_parameters() if p.requires_grad and id(p) not in wanted]
-        if stray or not wanted:
-            raise TrainingError(f"parameters outside the new adapter would train: {stray}")
-        kinds: dict[str, int] = {}
-        for name, parameter in named.items():
-            kind = name.split(".", 1)[0]
-            kinds[kind] = kinds.get(kind, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
-        modules = sorted({name.split(".", 1)[1] for name in named if name.startswith("a.")})
-        self.report({"kind": "trainable", "parameters": kinds, "modules": modules})
 
     def _label_count(self) -> int:
         """Labels of the stage's task, where the statistics are of its rows alone; else 0."""
@@ -485,18 +497,3 @@ class _Stage:
             world=self.ranks.world,
             clip=self.settings.training.clip,
         )
-
-    def _trained_with(self) -> dict[str, Any]:
-        """Recorded beside the fingerprint, not part of it."""
-        import transformers
-
-        stage = self.config["zero_optimization"]["stage"] if self.config else None
-        return {
-            "workers": self.ranks.world if self.distributed else 0,
-            "zero_stage": stage,
-            "threads": torch.get_num_threads(),
-            "device": self.device.type,
-            "cache_trunk": self.settings.training.cache_trunk,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }

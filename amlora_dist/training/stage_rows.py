@@ -35,7 +35,7 @@ class StageRows:
         cache: what this process keeps.
         base: whose tokens they become.
         tokenizer: of the base model.
-        prompt_slots: where learned prompts stand, if the adapters are pools of them.
+        prompt_slots: where learned prompts are, if the adapters are pools of them.
         memory_rows: of ``Method``: with some, rows of earlier tasks are that memory, and not trained on.
     """
 
@@ -116,7 +116,7 @@ class StageRows:
         return [examples[i] for i in sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())]
 
     def _key(self, kind: str, task: str, split: str, *more: Hashable) -> Hashable | None:
-        """All that decides the rows of a split; None where nobody has said what their digest must be."""
+        """All that decides the rows of a split; None where nobody knows what their digest must be."""
         work = self.work
         expected = work.data_digests.get(f"{task}/{split}")
         if expected is None:

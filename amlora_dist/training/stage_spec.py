@@ -1,4 +1,4 @@
-"""What a stage is told to do, as plain data: it travels to the workers and lies beside the stage's results."""
+"""What a stage is to do, as plain data: it travels to the workers and lies next to the stage's results."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class StageWork:
     rows: dict[str, int | None] = field(default_factory=dict)
     """Tasks whose training rows the stage learns from, and how many of each at most; default: its own, all of them."""
     mixed: dict[str, int] = field(default_factory=dict)
-    """Other tasks of which so many training rows stand among the stage's own, which nobody told it (``boundary_mix``)."""
+    """Other tasks of which so many training rows are among the stage's own, unknown to it (``boundary_mix``)."""
     data_digests: dict[str, str] = field(default_factory=dict)
     """``<task>/<split>`` -> digest of the rows as the driver saw them; a node with other data is refused."""
     plain_texts: bool = False

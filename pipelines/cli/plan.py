@@ -13,14 +13,13 @@ from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.methods import method_for
-from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, Layout
+from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, MemoryLayout
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
-from amlora_dist.planning.work import Machine, Recipe, TaskShape
+from amlora_dist.planning.work import Machine, TaskShape, TrainingPlan
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import at_hand
 from amlora_dist.training.batching import Layout as BatchLayout
-from amlora_dist.training.settings import StageSettings
 from pipelines.cli.tables import console_for
 
 if TYPE_CHECKING:
@@ -82,11 +81,7 @@ def plan_of(
         UserError, FaultsError: the configuration, the model or a task is wrong, or rows are not known.
     """
     config, specs = _configuration(config_file, overrides)
-    settings = StageSettings(
-        method=config.method, seed=config.seed, dtype="bf16", attention=config.model.attention, adapters=config.adapters,
-        router=config.router, training=config.training, method_settings=config.method_settings, recipe=config.recipe,
-    )  # fmt: skip
-    method = method_for(settings)
+    method = method_for(replace(config, dtype="bf16").stage_settings())
     if not method.trains:
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
     if method.prompt_slots:
@@ -95,11 +90,11 @@ def plan_of(
     if isinstance(cluster, CpuCluster):
         cluster = replace(cluster, workers=max(1, config.workers))
     share = BatchLayout.of(config.training.batch_size, cluster.ranks, config.training.micro_batch_size)
-    layout = Layout.of(
+    layout = MemoryLayout.of(
         config.deepspeed, zero=config.zero_stage, ranks=cluster.ranks, micro_batch=share.micro,
         checkpointing=config.training.gradient_checkpointing,
     )  # fmt: skip
-    recipe = Recipe(
+    recipe = TrainingPlan(
         batch_size=config.training.batch_size,
         epochs=config.training.epochs,
         rank=config.adapters.rank,

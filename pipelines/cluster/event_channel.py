@@ -41,7 +41,7 @@ class EventChannel:
         await self._notify()
 
     async def take(self) -> list[Event]:
-        """The driver's question: what was said since the last one."""
+        """The driver's question: what came since the last one."""
         await self._until(lambda: bool(self._events))
         events, self._events = self._events, []
         return events
@@ -114,7 +114,7 @@ class DriverEnd:
 
         self._ended.set()
         with contextlib.suppress(RayError):
-            self._ask(self.handle.tell.remote({"kind": CLOSING}))  # behind all that was said
+            self._ask(self.handle.tell.remote({"kind": CLOSING}))  # behind all events
             self._thread.join(timeout=DEADLINE_S)
         ray.kill(self.handle)
 
@@ -179,9 +179,9 @@ class WorkerEnd:
         from ray.exceptions import RayError
 
         with contextlib.suppress(RayError):  # the driver is gone: nobody listens
-            said = self._handle.tell.remote(event | {"time": time.time(), "number": self._number})
+            sent = self._handle.tell.remote(event | {"time": time.time(), "number": self._number})
             if wait:
-                ray.get(said, timeout=DEADLINE_S)
+                ray.get(sent, timeout=DEADLINE_S)
 
     @contextlib.contextmanager
     def stops_in(self, file: Path) -> Iterator[None]:

@@ -12,7 +12,7 @@ from pipelines.cluster.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
     from amlora_dist.training.stage_spec import StageWork
-    from pipelines.cluster.session import Placement
+    from pipelines.cluster.session import WorkerPlacement
     from pipelines.runs.executor import OnEvent
 
 GROWTH_SHARE = 0.1
@@ -46,7 +46,7 @@ class ClusterExecutor:
         self._over = True
         self._cluster.wait_for_begin()  # it may be about to begin a group
         group, self._group = self._group, None
-        if group is not None and not group.stages:  # idle workers end when they are told to
+        if group is not None and not group.stages:  # idle workers end when they are asked to
             error = (None,)
         if group is not None and error[0] is None:
             group.end()
@@ -55,12 +55,12 @@ class ClusterExecutor:
         # Ray ends a process of which a thread still asks it something after it was shut down.
         self._cluster.leave(shut_down=not any(one.lives for one in self._left))
 
-    def prepare(self, placement: Placement | None = None) -> None:
+    def prepare(self, placement: WorkerPlacement | None = None) -> None:
         """Start or join the cluster in the background, and in one of our own the workers: they import what they need
         while the driver is at its rows. In a cluster that is joined, others may need what idle workers would hold."""
         self._cluster.begin(None if placement is None else partial(self._begin_group, placement))
 
-    def _begin_group(self, placement: Placement) -> None:
+    def _begin_group(self, placement: WorkerPlacement) -> None:
         if self._cluster.own and not self._over:
             self._group = WorkerGroup(placement, placement.workers, gpus=self._cluster.use_gpus())
 
@@ -68,7 +68,7 @@ class ClusterExecutor:
         """Whether the cluster that is joined has GPUs, of which this process may have none; None where none is joined."""
         return self._cluster.joined_gpus()
 
-    def ready(self, placement: Placement, *, again: bool) -> None:
+    def ready(self, placement: WorkerPlacement, *, again: bool) -> None:
         """Join the cluster, see that the workers fit in it, and have them started."""
         group = self._group
         lost = group is not None and not group.lives  # while it had nothing to do: nodes may be on their way back

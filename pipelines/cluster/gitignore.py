@@ -34,7 +34,7 @@ class Rules:
     """The lines of one file, last first."""
 
     below: str
-    """The folder that the file stands in, with a slash behind it, or nothing for the root."""
+    """The folder that the file is in, with a slash behind it, or nothing for the root."""
     rules: tuple[Rule, ...]
 
     @classmethod
@@ -58,9 +58,9 @@ class Rules:
 def excluded(path: str, folder: bool, files: list[Rules]) -> bool:
     """``files`` from the root down: the innermost one that speaks of the entry is right."""
     for rules in reversed(files):
-        said = rules.excludes(path, folder)
-        if said is not None:
-            return said
+        excluded = rules.excludes(path, folder)
+        if excluded is not None:
+            return excluded
     return False
 
 

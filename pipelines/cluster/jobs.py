@@ -134,7 +134,7 @@ class Jobs:
         return found
 
     def get(self, job_id: str) -> Job:
-        """One job as it stands."""
+        """One job as it is."""
         with self._answering():
             return _job(self._client.get_job_info(job_id))
 

@@ -35,7 +35,7 @@ ENOUGH_FILES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor's: what was looked at, what stands there, and how to fix it."""
+    """One line of the doctor's: what was looked at, what is there, and how to fix it."""
 
     name: str
     state: Literal["ok", "warn", "bad"]
@@ -57,11 +57,11 @@ def count_of(checks: Sequence[Check]) -> str:
 
 def first_of(checks: Sequence[Check]) -> str:
     """What to do first: the first bad one (later checks rest on earlier ones), else the first warning."""
-    for state, told in (("bad", "to fix"), ("warn", "to look at")):
+    for state, to_do in (("bad", "to fix"), ("warn", "to look at")):
         met = [check for check in checks if check.state == state]
         if met:
             first = met[0]
-            return f"{len(met)} thing{'s' * (len(met) > 1)} {told}; first {first.name}: {first.fix or first.found}"
+            return f"{len(met)} thing{'s' * (len(met) > 1)} {to_do}; first {first.name}: {first.fix or first.found}"
     return "fit: nothing to fix"
 
 

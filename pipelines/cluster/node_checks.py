@@ -59,7 +59,7 @@ class Probe:
         }
 
     def write(self, storage: str, name: str, text: str) -> str | None:
-        """Write a file as checkpoints are written, tmp and then renamed, and append to it, as progress is told; at a
+        """Write a file as checkpoints are written, tmp and then renamed, and append to it, as progress is reported; at a
         URL in one piece. What went wrong, or None."""
         if "://" in storage:
             return _written(f"{storage}/{name}", text)
@@ -125,7 +125,7 @@ class Probe:
         import requests
         from mlflow.utils.credentials import read_mlflow_creds
 
-        # Not /health: a server answers that to anybody, and refuses the rest to a host name it was not told.
+        # Not /health: a server answers that to anybody, and refuses the rest to a host name it does not know.
         known = read_mlflow_creds()  # as MLflow's client: ~/.mlflow/credentials, or variables
         try:
             answer = requests.get(
@@ -133,8 +133,8 @@ class Probe:
                 timeout=CONNECT_S, auth=(known.username, known.password or "") if known.username else None,
             )  # fmt: skip
         except requests.RequestException as error:
-            told = str(error).splitlines()[0]
-            return (told.partition("Caused by ")[2] or told)[:200]
+            message = str(error).splitlines()[0]
+            return (message.partition("Caused by ")[2] or message)[:200]
         return None if answer.ok else f"{answer.status_code} {answer.reason}: {answer.text[:100].strip()}"
 
 
@@ -186,9 +186,9 @@ def examine_nodes(storage: str, tracking_uri: str | None) -> Iterator[Check]:
             yield Check(f"{names[node]} MLflow", "bad" if fault else "ok", fault or tracking_uri, fix)
     addresses = ask("listen")
     for node, unreachable in ask("reaches", addresses).items():
-        told = "; ".join(f"{names[other]}: {why}" for other, why in unreachable.items())
+        message = "; ".join(f"{names[other]}: {why}" for other, why in unreachable.items())
         fix = "open all TCP ports between the nodes: gloo and NCCL choose them freely" if unreachable else ""
-        yield Check(f"{names[node]} ports", "bad" if unreachable else "ok", told or "reaches every node", fix)
+        yield Check(f"{names[node]} ports", "bad" if unreachable else "ok", message or "reaches every node", fix)
     for node, reason in silent.items():
         fix = "see whether it lives (`ray list nodes`) and runs the same image, start it again"
         yield Check(f"{names[node]} node", "bad", f"gave no answer: {reason}", fix)
@@ -225,11 +225,11 @@ def _machine(name: str, found: dict[str, Any]) -> Iterator[Check]:
 def _graphics(name: str, found: list[str], offered: float) -> Check:
     """``found``: names of the GPUs that torch sees; ``offered``: how many Ray counts."""
     counted = Counter(found)
-    told = ", ".join(f"{count} x {kind}" for kind, count in counted.items()) or "none"
+    message = ", ".join(f"{count} x {kind}" for kind, count in counted.items()) or "none"
     if offered > len(found):
         fix = "take the image with CUDA, start its container with the GPUs (--gpus=all), look at the driver's version"
-        return Check(f"{name} GPUs", "bad", f"Ray counts {offered:g}, torch sees {told}", fix)
-    return Check(f"{name} GPUs", "ok", told + (f"; Ray offers {offered:g}" if offered < len(found) else ""))
+        return Check(f"{name} GPUs", "bad", f"Ray counts {offered:g}, torch sees {message}", fix)
+    return Check(f"{name} GPUs", "ok", message + (f"; Ray offers {offered:g}" if offered < len(found) else ""))
 
 
 def _hub(storage: str, facts: dict[str, Any], names: dict[str, str]) -> Iterator[Check]:
@@ -238,9 +238,9 @@ def _hub(storage: str, facts: dict[str, Any], names: dict[str, str]) -> Iterator
     if len(set(places.values())) == 1 and None not in places.values():
         yield Check("HF_HOME", "ok", str(next(iter(places.values()))))
         return
-    told = "; ".join(f"{names[node]}: {place or 'not set'}" for node, place in places.items())
+    message = "; ".join(f"{names[node]}: {place or 'not set'}" for node, place in places.items())
     fix = f"for base models from the Hub set it on every node to one shared folder, such as {Path(storage) / 'huggingface'}"
-    yield Check("HF_HOME", "warn", told, fix)
+    yield Check("HF_HOME", "warn", message, fix)
 
 
 def _storage(storage: str, nodes: list[str], names: dict[str, str], ask: Ask) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""What stands in Ray Serve's proxy, the process that takes connections: the door, deadlines, errors in OpenAI's form.
+"""What runs in Ray Serve's proxy, the process that takes connections: the door, deadlines, errors in OpenAI's form.
 
 Ray Serve calls ``middlewares`` there, because ``pipelines.cluster.serve`` names it in the environment before Ray starts.
 """

@@ -44,7 +44,7 @@ class Demand:
     gpu_share: float = 1.0
     """Of a GPU, for each worker."""
     keeps_best: bool = False
-    """Whether a checkpoint holds the best adapter beside the current one."""
+    """Whether a checkpoint holds the best adapter besides the current one."""
     quantisation: str = "none"
     """Of the base model."""
 

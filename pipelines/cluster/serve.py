@@ -1,7 +1,7 @@
 """``amlora serve``: the app of ``amlora_dist.serving`` as a Ray Serve deployment.
 
 A replica holds the model, batches what reaches it and follows the alias by itself; Ray Serve starts replicas, spreads
-requests over them, restarts one whose health check fails, and lets running requests finish when it is told to stop.
+requests over them, restarts one whose health check fails, and lets running requests finish when it is asked to stop.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Place:
     threads: int | None
     """CPU threads of a replica; None: this machine's, shared among the replicas."""
     names: tuple[str, ...] = ()
-    """That clients may call it by, beside ``host``; ``*`` for any."""
+    """That clients may call it by, besides ``host``; ``*`` for any."""
 
     @property
     def hosts(self) -> tuple[str, ...] | None:
@@ -95,7 +95,7 @@ def serve_bank(
         place: where.
         settings: limits of each replica.
         options: ``base``, ``device``, ``dtype``, ``tracking_uri`` of ``AMLoRAModel.from_bank``, and what it demands.
-        say: told what a person who started it wants to know.
+        say: is called with what a person who started it wants to know.
         vllm: what computes; None: this project's own engine.
         verbose: show Ray's own log lines.
 

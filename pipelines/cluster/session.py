@@ -30,7 +30,7 @@ PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_", "HF_HUB_", "
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class WorkerPlacement:
     """What a stage needs of the cluster."""
 
     workers: int
@@ -103,7 +103,7 @@ class RayCluster:
     def _begin(self, then: Callable[[], None] | None) -> None:
         try:
             self._start()
-        except BaseException as error:  # noqa: BLE001 (told by the thread that waits)
+        except BaseException as error:  # noqa: BLE001 (raised by the thread that waits)
             self._failed = error
         else:
             try:
@@ -119,7 +119,7 @@ class RayCluster:
         if self._beginning is not None:
             self._begun.wait()
 
-    def ready(self, placement: Placement, *, again: bool) -> None:
+    def ready(self, placement: WorkerPlacement, *, again: bool) -> None:
         """Join the cluster, and see that the workers fit in it; called in the main thread, before each attempt.
 
         Args:
@@ -197,7 +197,7 @@ class RayCluster:
                 ) from error
         self._started = True
 
-    def workers(self, wanted: Placement) -> int:
+    def workers(self, wanted: WorkerPlacement) -> int:
         """How many workers the next stage takes of those that are there.
 
         Raises:

@@ -113,9 +113,9 @@ def _check_fit(jobs: Jobs, demand: Demand) -> None:
 def _attached(job: Job, config: RunConfig, search: bool) -> Submission:
     """The job that runs, if it runs what is asked for."""
     free = IRRELEVANT if search else FREE_IN_RUN
-    if job.configuration is not None and (told := differences(job.configuration, to_mapping(config), free=free)):
+    if job.configuration is not None and (differing := differences(job.configuration, to_mapping(config), free=free)):
         raise UserError(
-            f"job {job.id} runs with another configuration: {told}. Use another id, undo that, or end it first with:"
+            f"job {job.id} runs with another configuration: {differing}. Use another id, undo that, or end it first with:"
             f" amlora stop {job.id}"
         )
     return Submission(job, attached=True)
@@ -167,7 +167,7 @@ def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
             )
         if url:
             raise UserError(
-                f"--env: found no AMLORA_HOME beside storage={config.storage}, expected --env AMLORA_HOME=FOLDER, of any"
+                f"--env: found no AMLORA_HOME next to storage={config.storage}, expected --env AMLORA_HOME=FOLDER, of any"
                 " node its own: models and checkpoints in work lie there"
             )
         variables["AMLORA_HOME"] = str(Path(config.storage) / HOME)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 START_S = 900.0
 """For a child to load the base model and answer."""
 END_S = 20.0
-"""For a child to end when it is told to; then it is killed."""
+"""For a child to end when it is asked to; then it is killed."""
 FOUND_S = 120.0
 """For its Python to say whether vLLM is installed."""
 LAST_LINES = 12
@@ -72,7 +72,7 @@ def vllm_for(
         name: what clients call it.
         version: of the bank.
         options: ``base``, ``device`` and ``dtype`` of the server's.
-        say: told what a person who started it wants to know.
+        say: is called with what a person who started it wants to know.
 
     Raises:
         UserError: no vLLM there, or it does not take a row.
@@ -168,8 +168,8 @@ def _until_ready(started: Vllm) -> None:
     deadline = time.monotonic() + START_S
     while True:
         if started.child is not None and (code := started.child.poll()) is not None:
-            said = f"its log is {started.log_file}{_tail(started.log_file)}"
-            raise UserError(f"vLLM ended with exit code {code} before it answered; {said}")
+            hint = f"its log is {started.log_file}{_tail(started.log_file)}"
+            raise UserError(f"vLLM ended with exit code {code} before it answered; {hint}")
         try:
             with urllib.request.urlopen(f"{started.url}/health", timeout=5):
                 return

@@ -1,4 +1,4 @@
-"""Why a stage on workers ended without a result: what a worker said, as the class it was, or why its process was lost."""
+"""Why a stage on workers has no result: what a worker reported, as the class it was, or why its process was lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WorkersLostError(AmloraError):
     exit_code = 4
 
 
-def said_by(error: AmloraError, rank: int) -> Event:
+def error_event(error: AmloraError, rank: int) -> Event:
     """What a worker says of an error, so that ``error_of`` makes it again elsewhere."""
     return {
         "class": type(error).__name__, "message": str(error), "exit_code": error.exit_code, "rank": rank,
@@ -24,24 +24,24 @@ def said_by(error: AmloraError, rank: int) -> Event:
     }  # fmt: skip
 
 
-def error_of(said: Event | None, error: Exception, last: Mapping[str, Any]) -> AmloraError:
-    """What a worker said before it failed, as the class it was; else why its processes were lost.
+def error_of(event: Event | None, error: Exception, last: Mapping[str, Any]) -> AmloraError:
+    """What a worker reported before it failed, as the class it was; else why its processes were lost.
 
     Args:
-        said: of ``said_by``; None if no worker said anything.
+        event: of ``error_event``; None if no worker reported anything.
         error: Ray's.
         last: the last event about a step; empty if there was none.
     """
     from amlora_dist.training import failures
 
-    if said is None:
+    if event is None:
         return _lost(error, last)
     known: dict[str, Callable[..., AmloraError]] = {
         kind.__name__: kind for kind in (UserError, TrainingError, failures.StoppedError)
     }
     known |= {kind.__name__: kind for kind in (failures.NonFiniteLossError, failures.DeviceMemoryError)}
-    kind = known.get(said["class"], UserError if said["exit_code"] == UserError.exit_code else TrainingError)
-    return kind(said["message"], said["step"]) if said.get("step") is not None else kind(said["message"])
+    kind = known.get(event["class"], UserError if event["exit_code"] == UserError.exit_code else TrainingError)
+    return kind(event["message"], event["step"]) if event.get("step") is not None else kind(event["message"])
 
 
 LOW_MEMORY = ("low on memory", "OutOfMemoryError", "out of memory")
@@ -64,9 +64,9 @@ def _lost(error: Exception, last: Mapping[str, Any]) -> AmloraError:
             f"a worker ({who}) was killed because its node ran out of memory{where}; use fewer workers on a node or larger"
             f" nodes, {LESS_MEMORY}"
         )
-    told = "; ".join(f"rank {rank}: {_plain(str(cause))}" for rank, cause in causes.items())
+    reasons = "; ".join(f"rank {rank}: {_plain(str(cause))}" for rank, cause in causes.items())
     cause = getattr(error, "controller_failure", error)
-    return WorkersLostError(f"{told or str(cause).strip().splitlines()[0]}{where}")
+    return WorkersLostError(f"{reasons or str(cause).strip().splitlines()[0]}{where}")
 
 
 _CAUSES = {
@@ -78,7 +78,7 @@ _CAUSES = {
 """In plain words, what Ray and the network libraries (gloo, NCCL) say at length of a worker; ``-v`` shows it all."""
 
 
-def _plain(said: str) -> str:
+def _plain(cause: str) -> str:
     """Why a worker was lost, on one line."""
-    known = (plain for plain, words in _CAUSES.items() if any(word in said for word in words))
-    return next(known, (said.strip().splitlines() or ["no reason is known"])[-1][:300])
+    known = (plain for plain, words in _CAUSES.items() if any(word in cause for word in words))
+    return next(known, (cause.strip().splitlines() or ["no reason is known"])[-1][:300])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from amlora_dist.training.stage_spec import StageWork
-    from pipelines.cluster.session import Placement
+    from pipelines.cluster.session import WorkerPlacement
     from pipelines.runs.executor import Event, OnEvent
 
 EVENTS = "progress.jsonl"
@@ -40,7 +40,7 @@ class WorkerGroup:
         gpus: whether each has one.
     """
 
-    def __init__(self, placement: Placement, workers: int, *, gpus: bool) -> None:
+    def __init__(self, placement: WorkerPlacement, workers: int, *, gpus: bool) -> None:
         self.workers, self.stages = workers, 0
         self.grown = 0
         """Bytes by which the memory of one worker has grown since its first stage, the most of any."""
@@ -64,7 +64,7 @@ class WorkerGroup:
 
         Raises:
             WorkersLostError: a worker or node died; the group is no more.
-            UserError, TrainingError, StoppedError: what the stage itself said; the group is no more.
+            UserError, TrainingError, StoppedError: of the stage itself; the group is no more.
         """
         from amlora_dist.training.loop import STOP_FILE
 
@@ -117,24 +117,24 @@ class WorkerGroup:
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         cause = self._failed[0] if self._failed else None
-        if cause is None and stage.said is None:
+        if cause is None and stage.error_event is None:
             return WorkersLostError("the workers ended without a word")
         if cause is not None and not isinstance(cause, (RayError, TrainingFailedError)):
             return cause
-        error = error_of(stage.said, cause if isinstance(cause, Exception) else RuntimeError("no reason"), stage.last)
+        error = error_of(stage.error_event, cause if isinstance(cause, Exception) else RuntimeError("no reason"), stage.last)
         error.__cause__ = cause
         return error
 
 
 class _Stage:
-    """What is heard of one stage."""
+    """What is known of one stage."""
 
     def __init__(self, number: int, workers: int, on_event: OnEvent, work: StageWork) -> None:
         self.number, self._workers, self._on_event = number, workers, on_event
         self.done = threading.Event()
-        self.said: Event | None = None
+        self.error_event: Event | None = None
         self.broken: Exception | None = None
-        """What ``on_event`` raised, in the thread that hears; the one that waits raises it again."""
+        """What ``on_event`` raised, in the channel's thread; the one that waits raises it again."""
         self.last: Event = {}
         self.residents: dict[int, int] = {}
         """Bytes of memory of each rank at the stage's end."""
@@ -144,7 +144,7 @@ class _Stage:
         """Take note of an event; called in the channel's thread, which must not end by it."""
         try:
             self._hear(event)
-        except Exception as error:  # noqa: BLE001 (told by the thread that waits)
+        except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
             self.broken = error
 
     def _hear(self, event: Event) -> None:
@@ -154,7 +154,7 @@ class _Stage:
             if len(self.residents) == self._workers:
                 self.done.set()
         elif kind == ERROR_EVENT:
-            self.said = self.said or event
+            self.error_event = self.error_event or event
         else:
             if kind in ("step", "resumed"):
                 self.last.update(event)
@@ -174,7 +174,7 @@ def fit(trainer: TorchTrainer, failed: list[BaseException]) -> None:
         failed.append(error)
 
 
-def _trainer(placement: Placement, workers: int, gpus: bool, config: dict[str, Any]) -> TorchTrainer:
+def _trainer(placement: WorkerPlacement, workers: int, gpus: bool, config: dict[str, Any]) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 

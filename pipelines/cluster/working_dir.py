@@ -54,11 +54,11 @@ def collect(folder: Path) -> Shipment:
     shipment = Shipment(folder, dict(sorted(files.items())))
     if shipment.size > MOST_BYTES:
         largest = sorted(files.items(), key=lambda item: -item[1])[:NAMED]
-        told = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in largest)
+        listed = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in largest)
         raise UserError(
             f"--working-dir: {folder} has {shipment.size / 1e6:,.0f} MB in {len(files)} files, at most"
-            f" {MOST_BYTES / 1e6:.0f} MB are shipped; the largest are {told}. Name in .gitignore what the job does not need,"
-            " and put data on shared storage"
+            f" {MOST_BYTES / 1e6:.0f} MB are shipped; the largest are {listed}. Name in .gitignore what the job does not"
+            " need, and put data on shared storage"
         )
     return shipment
 

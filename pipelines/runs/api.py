@@ -186,7 +186,7 @@ class Sequence:
         """Learn the sequence to its end, from wherever it is.
 
         Args:
-            progress: hears everything; default: a bar on a terminal, lines elsewhere, on standard error.
+            progress: shows everything; default: a bar on a terminal, lines elsewhere, on standard error.
             on_step: called at every optimizer step.
             on_stage: called with the result so far when a stage is published, in the thread that publishes it: the next one
                 trains meanwhile.
@@ -205,12 +205,12 @@ class Sequence:
         from pipelines.runs.sequence import run_sequence
 
         place = contextlib.nullcontext() if self._file is None else named_file(self._file, self._overrides)
-        heard = _Calling(progress or progress_for(), on_step, on_stage, on_score)
-        with contextlib.closing(heard), place:
+        shown = _Calling(progress or progress_for(), on_step, on_stage, on_score)
+        with contextlib.closing(shown), place:
             config = going_on(self.config, named=self._named, run_id=self.run_id)
             return RunResult(
                 run_sequence(
-                    config, run_id=self.run_id, progress=heard, verbose=verbose, allow_changed_data=allow_changed_data
+                    config, run_id=self.run_id, progress=shown, verbose=verbose, allow_changed_data=allow_changed_data
                 )
             )
 

@@ -20,6 +20,7 @@ from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.errors import TrainingError, UserError
 from amlora_dist.methods import METHODS, method_class
 from amlora_dist.registry import tags
+from amlora_dist.registry.runs import RESULT
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
@@ -61,7 +62,7 @@ VARIANTS = {
 
 
 @dataclass(slots=True)
-class Plan:
+class ComparisonPlan:
     """What is compared, all of it checked."""
 
     comparison_id: str
@@ -120,7 +121,7 @@ def plan_comparison(
     orders: Sequence[str],
     learning_rates: Sequence[float],
     comparison_id: str,
-) -> Plan:
+) -> ComparisonPlan:
     """Read and check everything before the first run starts.
 
     Args:
@@ -137,7 +138,7 @@ def plan_comparison(
         key = "registered_model" if base.registered_model is not None else "parent"
         raise UserError(f"{file}: {key} cannot be shared by the runs of a comparison; leave it out")
     ordered = _orders(orders, file, base)
-    plan = Plan(
+    plan = ComparisonPlan(
         comparison_id=comparison_id,
         file=file,
         overrides=list(overrides),
@@ -169,7 +170,7 @@ def plan_comparison(
 
 
 def run_comparison(
-    plan: Plan, *, command: str, progress: Progress, verbose: bool = False, allow_changed_data: bool = False
+    plan: ComparisonPlan, *, command: str, progress: Progress, verbose: bool = False, allow_changed_data: bool = False
 ) -> dict[str, Any]:
     """Run what is not done yet, and return the result as ``amlora compare --json`` prints it.
 
@@ -196,16 +197,9 @@ def run_comparison(
     return comparison
 
 
-def load_comparison(store: Store, comparison_id: str) -> dict[str, Any] | None:
-    """The stored result of a comparison as far as it has come; None where there is none of this id."""
-    found = store.find_runs({tags.KIND: KIND, tags.RUN_ID: comparison_id})
-    stored: dict[str, Any] | None = store.load_json(found[-1].run, FILE) if found else None
-    return stored
-
-
 @dataclass(slots=True)
 class _Driver:
-    plan: Plan
+    plan: ComparisonPlan
     store: Store
     journal: str
     progress: Progress
@@ -308,7 +302,7 @@ class _Driver:
         found = self.store.find_runs(wanted, registered_model=run_id)
         if found and found[-1].status == "FINISHED" and not again:
             refuse_other_configuration(self.store, wanted, to_mapping(config), f"run id {run_id!r}")
-            result: dict[str, Any] | None = self.store.load_json(found[-1].run, results.FILE)
+            result: dict[str, Any] | None = self.store.load_json(found[-1].run, RESULT)
             if result is not None and result["tasks"] == self.plan.names[order]:
                 return result
         made = run_sequence(
@@ -325,7 +319,7 @@ class _Driver:
         self.store.log_json(self.journal, FILE, self.comparison)
 
 
-def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
+def _resumed(plan: ComparisonPlan, stored: dict[str, Any] | None) -> dict[str, Any]:
     """The stored comparison with this plan put in, or a new one.
 
     Raises:
@@ -334,12 +328,12 @@ def _resumed(plan: Plan, stored: dict[str, Any] | None) -> dict[str, Any]:
     made = plan.to_json()
     if stored is None:
         return made | {"tuning": {}, "failed": [], "runs": [], "methods": {}}
-    told = [differences(stored["config"], made["config"])]
-    told += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
-    if any(told):
+    differing = [differences(stored["config"], made["config"])]
+    differing += [_differing(key, stored[key], made[key]) for key in ("learning_rates", "tuned_on")]
+    if any(differing):
         raise UserError(
-            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, told))}); methods,"
-            " seeds and orders may be added to it, the rest needs another --run-id"
+            f"--run-id: comparison {plan.comparison_id!r} was started otherwise ({'; '.join(filter(None, differing))});"
+            " methods, seeds and orders may be added to it, the rest needs another --run-id"
         )
     changed = [name for name, tasks in made["orders"].items() if stored["orders"].get(name, tasks) != tasks]
     if changed:
@@ -403,18 +397,18 @@ def _orders(names: Sequence[str], file: Path, base: RunConfig) -> dict[str, list
             if path is None:
                 raise UserError(
                     f"--orders: found {name!r}, expected a configuration whose tasks are taken (a path, or the name of one"
-                    f" beside {file}), places such as 2-1-3, or {GIVEN}"
+                    f" next to {file}), places such as 2-1-3, or {GIVEN}"
                 )
             key, tasks = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem), list(read_document(path).data.get("tasks") or [])
         if key in found:
-            raise UserError(f"--orders: {name!r} stands twice")
+            raise UserError(f"--orders: {name!r} is given twice")
         found[key] = tasks
     return found
 
 
 def _distinct(option: str, values: list[Any]) -> list[Any]:
     if twice := [value for n, value in enumerate(values) if value in values[:n]]:
-        raise UserError(f"{option}: {twice[0]} stands twice")
+        raise UserError(f"{option}: {twice[0]} is given twice")
     return values
 
 

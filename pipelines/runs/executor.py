@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from amlora_dist.config.loading import RunConfig
     from amlora_dist.training.stage_spec import StageWork
     from amlora_dist.training.worker_cache import WorkerCache
-    from pipelines.cluster.session import Placement
+    from pipelines.cluster.session import WorkerPlacement
 
 Event = dict[str, Any]
 """What a stage tells while it goes on: JSON-able, ``kind`` says what it is."""
@@ -27,7 +27,7 @@ class Executor(Protocol):
     def __enter__(self) -> Executor: ...
     def __exit__(self, *error: object) -> None: ...
 
-    def prepare(self, placement: Placement | None = None) -> None:
+    def prepare(self, placement: WorkerPlacement | None = None) -> None:
         """A stage will be run soon: begin what takes long, and return at once.
 
         Args:
@@ -41,7 +41,7 @@ class Executor(Protocol):
             UserError: a cluster is to be joined, and is not there.
         """
 
-    def ready(self, placement: Placement, *, again: bool) -> None:
+    def ready(self, placement: WorkerPlacement, *, again: bool) -> None:
         """Have all that a stage needs; called in the main thread, before each attempt.
 
         Args:
@@ -62,7 +62,7 @@ class Executor(Protocol):
 
         Raises:
             WorkersLostError: processes or nodes died; it is safe to repeat.
-            UserError, TrainingError, StoppedError: what the stage itself said.
+            UserError, TrainingError, StoppedError: of the stage itself.
         """
 
     def release(self) -> None:
@@ -113,13 +113,13 @@ class InProcess:
         if self._frozen:
             gc.unfreeze()
 
-    def prepare(self, placement: Placement | None = None) -> None:
+    def prepare(self, placement: WorkerPlacement | None = None) -> None:
         """Nothing takes long."""
 
     def gpus(self) -> None:
         """As this process."""
 
-    def ready(self, placement: Placement, *, again: bool) -> None:
+    def ready(self, placement: WorkerPlacement, *, again: bool) -> None:
         """All is here."""
 
     def run(self, work: StageWork, on_event: OnEvent, watch: Callable[[], None]) -> None:

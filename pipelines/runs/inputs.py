@@ -43,10 +43,17 @@ class RunInputs:
     """The tasks of the sequence, in order, and after them the test sets that are only scored."""
     data: dict[str, TaskData]
     dtype: str
+    run_id: str = ""
+    """Of the run; empty where rows and model are looked at without one."""
     parameters: int = 0
     """Of the base model."""
     trainable: int = 0
     """Of the adapter that a stage trains."""
+
+    @property
+    def model(self) -> str:
+        """The registered model of its versions."""
+        return self.config.registered_model or self.run_id
 
     @property
     def tasks(self) -> list[str]:
@@ -85,25 +92,12 @@ class RunInputs:
 
     def stage_settings(self) -> StageSettings:
         """The part of the configuration that stages read."""
-        c = self.config
-        return StageSettings(
-            method=c.method,
-            seed=c.seed,
-            dtype="bf16" if self.dtype == "bf16" else "fp32",
-            attention=c.model.attention,
-            adapters=c.adapters,
-            router=c.router,
-            training=c.training,
-            method_settings=c.method_settings,
-            recipe=c.recipe,
-            prompt_format=self.prompt_format,
-            answer=c.answer,
-        )
+        return self.config.stage_settings()
 
     @property
     def prompt_format(self) -> PromptFormat:
         """How prompts become ids."""
-        return PromptFormat(self.config.prompt_format, self.config.router.max_text_tokens or DEFAULT_TEXT_TOKENS)
+        return self.stage_settings().prompt_format
 
     def demand(self, gpu_share: float = 1.0) -> Demand:
         """What the run needs at least."""
@@ -129,7 +123,7 @@ class RunInputs:
         return values | self.prompt_format.values() | labels
 
     def mixed_rows(self, stage: str, sequence: list[str]) -> dict[str, int]:
-        """How many rows of the next task stand among a stage's own, by task (``boundary_mix``)."""
+        """How many rows of the next task are among a stage's own, by task (``boundary_mix``)."""
         share, later = self.config.boundary_mix, sequence[sequence.index(stage) + 1 :]
         if not share or stage not in self.data or not later:
             return {}
@@ -181,8 +175,8 @@ class RunInputs:
                 router |= {"background": background.digest()}
             free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
             router |= {f"answer of {name}": self.specs[name].max_answer_tokens for name in free if name != task}
-        anew = {} if self.config.evaluation.reuse else {"reuse": False}
-        return self._scoring(bank, mode, router | anew, task)
+        reuse = {} if self.config.evaluation.reuse else {"reuse": False}
+        return self._scoring(bank, mode, router | reuse, task)
 
     def cell(
         self, method: Method, storage: Path, mode: Mode, task: str, bank: list[str], before: str | None = None
@@ -270,12 +264,13 @@ class RunInputs:
         }
 
 
-def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -> RunInputs:
+def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: bool | None = None) -> RunInputs:
     """Read and check everything that can be checked before a process is started.
 
     Args:
         config: of the run.
         place: ``AMLORA_HOME``.
+        run_id: of the run, if there is one; names its registered model where the configuration does not.
         gpus: whether stages run on GPUs, which decides what ``auto`` means; None: as this process would.
 
     The configuration of what it returns has ``auto`` of ``dtype`` and ``model.attention`` replaced by what it means, and the
@@ -286,7 +281,8 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
     """
     attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
     config = replace(config, dtype=_dtype(config.dtype, gpus), model=replace(config.model, attention=attention))
-    if method_class(config.method).keys_alone:
+    config = replace(config, registered_model=config.registered_model or run_id or None)
+    if not method_class(config.method).learns:
         config = replace(config, answer=replace(config.answer, evidence="keys"))
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
@@ -316,7 +312,7 @@ def gather_inputs(config: RunConfig, place: Path, *, gpus: bool | None = None) -
         raise UserError("training.cache_trunk: found true with an encoder-decoder model, expected false: decoders only")
     if config.training.packing:
         check_packing(base)
-    inputs = RunInputs(config, base, specs, data, config.dtype)
+    inputs = RunInputs(config, base, specs, data, config.dtype, run_id)
     method = method_for(inputs.stage_settings())
     tasks = [(spec, _first_rows(data[name])) for name, spec in specs.items()]
     inputs.parameters, inputs.trainable, depths = check_model(method, base, tasks)
@@ -352,7 +348,7 @@ def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
 
 
 def _first_rows(data: TaskData) -> list[Row]:
-    """One row of each split: what their prompts have beside the text is alike in all."""
+    """One row of each split: what their prompts have besides the text is alike in all."""
     return [row for rows in data.rows.values() for row in rows[:1]]
 
 

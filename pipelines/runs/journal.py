@@ -23,6 +23,7 @@ from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.records import describe_run
+from amlora_dist.registry.runs import RESULT
 from amlora_dist.training.result import Result, read_result, write_result
 from amlora_dist.training.stage_spec import Parent
 from pipelines.runs import results
@@ -58,8 +59,6 @@ class RunJournal:
         store: MLflow.
         lease: of the run; checked before every write that counts.
         inputs: of the run.
-        run_id: of the run.
-        model: the registered model of its versions.
         below: MLflow's id of the run above this one, of a search.
         share: take over stages that other runs have published, or are about to.
     """
@@ -70,15 +69,12 @@ class RunJournal:
         lease: Lease,
         inputs: RunInputs,
         *,
-        run_id: str,
-        model: str,
         below: str | None = None,
         share: bool = True,
     ) -> None:
-        self.store, self.lease, self.inputs = store, lease, inputs
-        self.run_id, self.model, self._share = run_id, model, share
+        self.store, self.lease, self.inputs, self._share = store, lease, inputs, share
         self.mapping = public_configuration(to_mapping(inputs.config))
-        self.run = store.parent_run(model, run_id, self.mapping, below=below)
+        self.run = store.parent_run(inputs.model, inputs.run_id, self.mapping, below=below)
         """MLflow's id of the run."""
         self.versions = BankVersions(store, inputs.storage)
         self.stages: list[StageRecord] = []
@@ -112,7 +108,7 @@ class RunJournal:
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
-            raise UserError(f"tasks: {', '.join(both)} stand in the parent bank {version.uri} already; rename or leave out")
+            raise UserError(f"tasks: {', '.join(both)} are in the parent bank {version.uri} already; rename or leave out")
         bank = BankState(
             tuple(parents),
             tuple(entry.training_fingerprint for entry in manifest.adapters),
@@ -185,7 +181,7 @@ class RunJournal:
         Args:
             plan: of the stage.
             record: of the stage, with its claim, which is held until the version is there.
-            progress: hears of the version.
+            progress: shows the version.
 
         Returns:
             The bank with the stage, at once; ``settle`` says whether it is published.
@@ -202,7 +198,7 @@ class RunJournal:
             record.scores += [score | {"mode": "router"} for score in record.scores]
         self.stages.append(record)
         if plan.trains and record.published is None:
-            folder = self.inputs.storage / "publishing" / f"{self.run_id}-{record.index}-{self.lease.epoch}"
+            folder = self.inputs.storage / "publishing" / f"{self.inputs.run_id}-{record.index}-{self.lease.epoch}"
             manifest = self._written(folder, bank, record, self.version_of(plan.bank))
         record.end()
         claim, record.claim = record.claim, None
@@ -245,14 +241,12 @@ class RunJournal:
         """Show a published stage on MLflow's pages, and tell of it."""
         self.lease.check()
         manifest = self.versions.at_hand(record.published)
-        show_stage(
-            self.store, self.inputs, record, parent_run=self.run, run_id=self.run_id, mapping=self.mapping, manifest=manifest
-        )
+        show_stage(self.store, self.inputs, record, parent_run=self.run, mapping=self.mapping, manifest=manifest)
         result = self.write_result()
         describe_run(self.store, self.run, run_description(result, public_name(self.inputs.base.source)))
         if record.published is not None:
             how = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
-            progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.model}")
+            progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.inputs.model}")
         progress.stage_done(result)
 
     # -- after the last one -------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ class RunJournal:
         if version is None or len(bank.parents) < len(self.inputs.stage_names):
             return None
         number = crown_first(self.store, version, self.lease.check)
-        name, own = self.model, version.number
+        name, own = self.inputs.model, version.number
         if number == own:
             return f"models:/{name}@{tags.CHAMPION} is version {own}"
         stays = f"stays at version {number}" if number else "was deleted by somebody and is not set again"
@@ -283,18 +277,9 @@ class RunJournal:
 
     def write_result(self) -> dict[str, Any]:
         """The result so far, stored, with the place where it is."""
-        result = results.result(
-            run_id=self.run_id,
-            registered_model=self.model,
-            method=self.inputs.config.method,
-            seed=self.inputs.config.seed,
-            tasks=self.inputs.tasks,
-            stages=self.stages,
-            in_sequence=self.inputs.stage_names == self.inputs.tasks,
-            task_metrics={task: str(self.inputs.specs[task].metric) for task in self.inputs.tasks},
-        )
+        result = results.result(self.inputs, self.stages)
         self.lease.check()
-        self.store.log_json(self.run, results.FILE, result)
+        self.store.log_json(self.run, RESULT, result)
         self._so_far = result | results.kept_at(self.store, self.run)
         return self._so_far
 
@@ -302,8 +287,9 @@ class RunJournal:
 
     def _own(self, plan: StagePlan) -> Version | None:
         """This run's version of the stage, of an earlier start."""
-        counted = [version for version in self.store.counted_versions(self.model) if version.run_id == self.run_id]
-        own = [version for version in counted if version.training_fingerprint == plan.fingerprint]
+        run_id, fingerprint = self.inputs.run_id, plan.fingerprint
+        counted = self.store.counted_versions(self.inputs.model)
+        own = [one for one in counted if one.run_id == run_id and one.training_fingerprint == fingerprint]
         return first_there(self.store, own, self.inputs.storage)
 
     def _find_or_claim(
@@ -326,7 +312,7 @@ class RunJournal:
 
     def _label(self, plan: StagePlan) -> str:
         """What others read of a claim of this run."""
-        return f"stage {plan.task!r} of run {self.run_id!r}"
+        return f"stage {plan.task!r} of run {self.inputs.run_id!r}"
 
     def _known_scores(self, stage_run: str) -> dict[str, dict[str, Any]]:
         """Scores that a stage has in MLflow, by scoring fingerprint."""
@@ -343,15 +329,15 @@ class RunJournal:
             record,
             original=record.original,
             below=below,
-            placement=self.store.placement(self.model, record.run, epoch),
+            placement=self.store.placement(self.inputs.model, record.run, epoch),
             matrices=results.matrices(self.inputs.tasks, self.stages),
-            about={"run_id": self.run_id, "epoch": epoch, "training_configuration": self.mapping},
+            about={"run_id": self.inputs.run_id, "epoch": epoch, "training_configuration": self.mapping},
         )
 
     def _registered(self, folder: Path, manifest: Manifest, record: StageRecord) -> Version:
         """Register a written folder as a version of the run's model."""
         values = {
-            tags.RUN_ID: self.run_id,
+            tags.RUN_ID: self.inputs.run_id,
             tags.TASK: record.task,
             tags.STAGE: str(record.index),
             tags.TRAINING_FINGERPRINT: record.fingerprint,
@@ -360,9 +346,9 @@ class RunJournal:
             "stage_run": record.run, "tags": values, "epoch": self.lease.epoch, "guard": self.lease.check,
         }  # fmt: skip
         if record.original is None:
-            version = self.store.publish(self.model, folder, **common)
+            version = self.store.publish(self.inputs.model, folder, **common)
         else:
-            version = self.store.reuse(self.model, record.original, folder, **common)
+            version = self.store.reuse(self.inputs.model, record.original, folder, **common)
         self.versions.keep(version, manifest)
         shutil.rmtree(folder, ignore_errors=True)
         return version
@@ -370,7 +356,7 @@ class RunJournal:
     def _upload_scores(self, plan: StagePlan, record: StageRecord) -> None:
         """Scores, and the predictions behind each, as artifacts of the stage's run."""
         self.lease.check()
-        tmp = self.inputs.storage / "publishing" / f"scores-{self.run_id}-{record.index}-{self.lease.epoch}"
+        tmp = self.inputs.storage / "publishing" / f"scores-{self.inputs.run_id}-{record.index}-{self.lease.epoch}"
         shutil.rmtree(tmp, ignore_errors=True)
         for cell in plan.cells:
             file = Path(cell.folder) / "predictions.jsonl"

@@ -68,7 +68,7 @@ class StagePlan:
         return (*self.bank.fingerprints, self.fingerprint)
 
     def work(self, inputs: RunInputs) -> StageWork:
-        """What workers are told, all cells among it."""
+        """What workers get, all cells among it."""
         work = stage_work(inputs, self.bank, self.task, dict(self.rows), self.fingerprint)
         return replace(work, cells=list(self.cells))
 
@@ -110,7 +110,7 @@ def training_rows(inputs: RunInputs, bank: BankState, task: str) -> dict[str, in
     rows = inputs.method.rows(task, [parent.task for parent in bank.parents], inputs.tasks)
     if missing := sorted(set(rows) - set(inputs.tasks)):
         raise UserError(
-            f"tasks: method {inputs.config.method!r} trains on rows of {', '.join(missing)} too, which stand in the"
+            f"tasks: method {inputs.config.method!r} trains on rows of {', '.join(missing)} too, which are in the"
             " parent bank and not in this run's tasks"
         )
     return rows
@@ -124,7 +124,7 @@ def stage_work(
     fingerprint: str,
     folder: Path | None = None,
 ) -> StageWork:
-    """What workers are told of a stage, without cells to score.
+    """What workers get of a stage, without cells to score.
 
     Args:
         inputs: of the run.

@@ -150,7 +150,7 @@ class _Lines:
         self.note(f"  {score}")
 
     def stage_done(self, result: Mapping[str, Any]) -> None:
-        """A note has told it."""
+        """A note has shown it."""
 
     def note(self, text: str) -> None:
         with self._lock:
@@ -236,7 +236,7 @@ class _Bar:
         self.note(f"  {score}")
 
     def stage_done(self, result: Mapping[str, Any]) -> None:
-        """A note has told it."""
+        """A note has shown it."""
 
     def note(self, text: str) -> None:
         with self._lock:

@@ -53,7 +53,7 @@ class Publisher:
             raise publication.error
 
     def leave(self) -> None:
-        """The run ends for another reason: wait a little; that it failed has been said."""
+        """The run ends for another reason: wait a little; its failure has been reported."""
         if (publication := self._at_work) is None:
             return
         self._at_work = None
@@ -68,7 +68,7 @@ class _Publication:
     def __init__(self, what: str, work: Callable[[], object]) -> None:
         self.what, self._work = what, work
         self.error: BaseException | None = None
-        # A daemon: a store that hangs must not keep a process that was told to end.
+        # A daemon: a store that hangs must not keep a process that has to end.
         self.thread = threading.Thread(target=self._run, name=f"publishing {what}", daemon=True)
         self.thread.start()
 

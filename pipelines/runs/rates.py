@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from pipelines.runs.plan import stage_work, training_rows
 
 if TYPE_CHECKING:
     from amlora_dist.training.stage_spec import StageWork
-    from pipelines.runs.attempts import Attempts
     from pipelines.runs.journal import RunJournal
     from pipelines.runs.plan import BankState
     from pipelines.runs.progress import Progress
@@ -40,16 +39,17 @@ FILE = "race.json"
 SCHEMA = 1
 DEADLINE_S = 24 * 3600.0
 """How long a run waits for another one that races the same."""
+RunStage = Callable[["StageWork"], None]
 
 
-def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progress: Progress) -> dict[str, Any] | None:
+def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: Progress) -> dict[str, Any] | None:
     """Put a number in the place of ``training.learning_rate: auto`` in all that a run reads and stores.
 
     Args:
         journal: of the run.
         bank: on which it begins.
-        attempts: run the race, if there is one.
-        progress: hears of it.
+        run: runs the race, if there is one.
+        progress: shows it.
 
     Returns:
         What a report says of how it was found; None of one that was given.
@@ -63,7 +63,7 @@ def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progre
         stored: dict[str, Any] = journal.store.load_json(journal.run, results.INPUTS) or {}
         facts: dict[str, Any] | None = stored.get("rate")
         return facts
-    search = RateSearch(journal, attempts, progress)
+    search = RateSearch(journal, run, progress)
     if (version := journal.version_of(bank)) is not None:
         manifest = journal.versions.manifest_of(version)
         chosen = search.of_bank(manifest.training_configuration, version.uri)
@@ -75,7 +75,7 @@ def settle_rate(journal: RunJournal, bank: BankState, attempts: Attempts, progre
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenRate:
     """A rate, and what a report says of how it was found."""
 
     rate: float
@@ -88,15 +88,15 @@ class RateSearch:
 
     Args:
         journal: of the run.
-        attempts: run the race.
-        progress: hears of it.
+        run: runs the race.
+        progress: shows it.
     """
 
     journal: RunJournal
-    attempts: Attempts
+    run: RunStage
     progress: Progress
 
-    def of_bank(self, configuration: Mapping[str, Any], uri: str) -> Chosen:
+    def of_bank(self, configuration: Mapping[str, Any], uri: str) -> ChosenRate:
         """A run on a published bank keeps the bank's rate.
 
         Args:
@@ -108,9 +108,9 @@ class RateSearch:
         known = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found < math.inf
         rate = float(found) if known else DEFAULT_RATE  # type: ignore[arg-type]
         self.progress.note(f"learning rate {rate:g}: {'that of' if known else 'the default, unknown of'} {uri}")
-        return Chosen(rate, {"chosen": rate, "how": "parent" if known else "default"})
+        return ChosenRate(rate, {"chosen": rate, "how": "parent" if known else "default"})
 
-    def raced(self, bank: BankState, task: str) -> Chosen:
+    def raced(self, bank: BankState, task: str) -> ChosenRate:
         """The rate that the first stage's rows decide for.
 
         Args:
@@ -128,13 +128,13 @@ class RateSearch:
             self.progress.note(
                 f"learning rate {DEFAULT_RATE:g}: the default, no race (few steps, no rows held out, or nothing to learn)"
             )
-            return Chosen(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
+            return ChosenRate(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
         race = RateRace({f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}, steps)
         near_tie = inputs.config.training.near_tie
         fingerprint = value_digest(
             {"schema": SCHEMA, "stages": race.fingerprints, "steps": steps, "near_tie": near_tie}
         )
-        label = f"learning rates of run {self.journal.run_id!r}"
+        label = f"learning rates of run {self.journal.inputs.run_id!r}"
         with contextlib.ExitStack() as stack:
             while (entry := self._entry(fingerprint)) is None:
                 claim = store.claim_stage(fingerprint, label=label, deadline_s=DEADLINE_S)
@@ -152,14 +152,14 @@ class RateSearch:
         rate = float(entry["chosen"])
         losses = ", ".join(f"{name} {'diverged' if one is None else f'{one:.3f}'}" for name, one in entry["losses"].items())
         self.progress.note(f"learning rate {rate:g} won over {entry['steps']} steps (held-out losses: {losses})")
-        return Chosen(rate, entry | {"how": "race", "fingerprint": fingerprint})
+        return ChosenRate(rate, entry | {"how": "race", "fingerprint": fingerprint})
 
     def _race(self, fingerprint: str, racing: StageWork, race: RateRace) -> dict[str, Any]:
         store, storage = self.journal.store, self.journal.inputs.storage
         self.progress.note(f"learning rate auto: {', '.join(race.fingerprints)} race over {race.steps} steps each")
         racing.fetch()
         if not racing.race_file.is_file():
-            self.attempts.run(racing)
+            self.run(racing)
         found: dict[str, Any] = json.loads(racing.race_file.read_text(encoding="utf-8"))
         rate = best_rate({float(name): loss for name, loss in found["losses"].items()}, racing.settings.training.near_tie)
         # The winner's steps are the stage's first ones, unless somebody has that stage already.

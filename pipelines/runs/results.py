@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import home
-from amlora_dist.errors import UserError
 from amlora_dist.evaluation import metrics
-from amlora_dist.registry import tags
-from amlora_dist.registry.connection import VARIABLE
-from amlora_dist.registry.places import DATABASE
 from amlora_dist.registry.store import Store
 from amlora_dist.training.stage_spec import WITHOUT
 
 if TYPE_CHECKING:
+    from pipelines.runs.inputs import RunInputs
     from pipelines.runs.stage_record import StageRecord
 
-FILE = "result.json"
-"""Artifact of the sequence's MLflow run: the result so far."""
 INPUTS = "materials.json"
 """Artifact of the sequence's MLflow run: what it is made of (``RunInputs.facts``)."""
 STAGE_FILE = "stage.json"
@@ -77,7 +71,7 @@ LAST = {
 
 
 def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, Row]:
-    """What is known of the last bank's answers to plain texts beside their accuracy, one score a task; what was not scored
+    """What is known of the last bank's answers to plain texts besides their accuracy, one score a task; what was not scored
     is left out."""
     found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
     return {name: row for name, row in found.items() if any(value is not None for value in row)}
@@ -88,42 +82,31 @@ def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, scor
     return [found.get(task) for task in tasks]
 
 
-def result(
-    *,
-    run_id: str,
-    registered_model: str,
-    method: str,
-    seed: int,
-    tasks: Sequence[str],
-    stages: Sequence[StageRecord],
-    in_sequence: bool = True,
-    task_metrics: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def result(inputs: RunInputs, stages: Sequence[StageRecord]) -> dict[str, Any]:
     """The result object; what is undefined is None. Where it is kept is not in it: it may be shown to anybody.
 
-    Args:
-        task_metrics: what the scores of each task are.
-        in_sequence: otherwise the one stage is about all tasks, and the only metric is the mean of its row.
+    Where the one stage is about all tasks, the only metric is the mean of its row.
     """
+    tasks, in_sequence = inputs.tasks, inputs.stage_names == inputs.tasks
     found = matrices(tasks, stages)
     complete = metrics.summary(found.accuracy) if stages and in_sequence else {}
     if stages and not in_sequence:
         complete = {"average_performance": metrics.mean(found.accuracy[-1])}
-    untrained = found.accuracy[0]
+    untrained, scores = found.accuracy[0], stages[-1].scores if stages else []
     return {
-        "run_id": run_id,
-        "registered_model": registered_model,
-        "method": method,
-        "seed": seed,
-        "tasks": list(tasks),
-        "task_metrics": dict(task_metrics or {}),
+        "run_id": inputs.run_id,
+        "registered_model": inputs.model,
+        "method": inputs.config.method,
+        "seed": inputs.config.seed,
+        "tasks": tasks,
+        "task_metrics": {task: str(inputs.specs[task].metric) for task in tasks},
         "accuracy_matrix": found.accuracy[1:],
         "ranked_accuracy_matrix": found.ranked_accuracy[1:],
         "untrained": untrained if any(value is not None for value in untrained) else None,
         "oracle": found.oracle,
-        "last": last_rows(tasks, stages[-1].scores if stages else []),
-        "knockout": _knockout(tasks, stages[-1].scores if stages else []),
-        "also": _also(tasks, stages[-1].scores if stages else []),
+        "last": last_rows(tasks, scores),
+        "knockout": _knockout(tasks, scores),
+        "also": _also(tasks, scores),
         "metrics": {name: complete.get(name) for name in METRICS},
         "stages": [stage.public() for stage in stages],
     }
@@ -136,26 +119,8 @@ def load_result(run_id: str, tracking_uri: str | None = None) -> dict[str, Any]:
         UserError: no run of this id.
     """
     store = Store.open(home(), tracking_uri, reads=True)
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    if not found:
-        known = [run.tags.get(tags.RUN_ID, "?") for run in store.find_runs({tags.KIND: "sequence"})]
-        raise UserError(f"no run {run_id!r} at {store.connection.shown}; there are: {', '.join(known) or 'none'}")
-    result: dict[str, Any] | None = store.load_json(found[-1].run, FILE)
-    if result is None:
-        raise UserError(f"run {run_id!r} has not finished a stage yet")
-    return result | kept_at(store, found[-1].run)
-
-
-def has_finished(run_id: str, tracking_uri: str | None = None) -> bool:
-    """Whether a run of this id has come to its end before; asked before anything is opened to write.
-
-    Raises:
-        UserError: the store is none, or does not answer.
-    """
-    if not (tracking_uri or os.environ.get(VARIABLE)) and not (home() / DATABASE).is_file():
-        return False
-    found = Store.open(home(), tracking_uri, reads=True).find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
-    return bool(found) and found[-1].status == "FINISHED"
+    run, result = store.result_of(run_id)
+    return result | kept_at(store, run)
 
 
 def kept_at(store: Store, run: str) -> dict[str, Any]:

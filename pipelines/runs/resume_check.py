@@ -87,7 +87,7 @@ def taken_up(
     try:
         former = flat(to_mapping(from_mapping(dict(stored))))
     except FaultsError:
-        return config  # it no longer fits this code; what differs is told by who compares
+        return config  # it no longer fits this code; who compares says what differs
     made = to_mapping(config)
     asked = {key for key in named if not (key in RESOLVED and flat(made)[key] == "auto")}
     for key in flat(made):
@@ -129,8 +129,8 @@ def refuse_other_configuration(
     """
     found = store.find_runs(wanted)
     stored = store.load_json(found[-1].run, "config.json") if found else None
-    if stored is not None and (told := differences(stored, mapping, free=free, grows=grows)):
-        raise UserError(f"{name} exists with another configuration: {told}. Use another id, or undo that")
+    if stored is not None and (differing := differences(stored, mapping, free=free, grows=grows)):
+        raise UserError(f"{name} exists with another configuration: {differing}. Use another id, or undo that")
 
 
 def differences(
@@ -167,9 +167,9 @@ def differences(
 
 def refuse_other_data(
     store: Store, places: Sequence[dict[str, str]], facts: dict[str, Any], file: str, name: str, *, allow: bool,
-    again: str = "train what has changed again",
+    again: str = "train again what has changed",
 ) -> bool:
-    """The same id goes on with the same rows, prompts and base model: others would train its stages anew, one after the
+    """The same id goes on with the same rows, prompts and base model: others would train its stages again, one after the
     other, as if nothing were there.
 
     Args:
@@ -187,42 +187,42 @@ def refuse_other_data(
     Raises:
         UserError: something differs; names each with both digests.
     """
-    told = []
+    changed: list[str] = []
     for wanted in places:
         found = store.find_runs(wanted)
         stored = store.load_json(found[-1].run, file) if found else None
         if isinstance(stored, dict):
-            told = _other_data(stored, facts)
+            changed = _other_data(stored, facts)
             break
-    if told and not allow:
+    if changed and not allow:
         raise UserError(
-            f"{name} was begun with other data: {'; '.join(told)}. Undo that, use another id, or {again} with"
+            f"{name} was begun with other data: {'; '.join(changed)}. Undo that, use another id, or {again} with"
             " --allow-changed-data (until a run's last stage is there, its `current` stays at the bank of then)"
         )
-    return bool(told)
+    return bool(changed)
 
 
 def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """What differs, in words; of what only one of the two has noted nothing is known."""
-    told = []
+    found = []
     base = [one.get("base", {}).get("digest") for one in (stored, facts)]
     if None not in base and base[0] != base[1]:
-        told.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
+        found.append(f"model.source: digest {_short(base[0])} then, {_short(base[1])} now")
     dtype = [one.get("dtype") for one in (stored, facts)]
     if None not in dtype and dtype[0] != dtype[1]:
-        told.append(f"dtype: {dtype[0]} then, {dtype[1]} now (name it: dtype={dtype[0]})")
+        found.append(f"dtype: {dtype[0]} then, {dtype[1]} now (name it: dtype={dtype[0]})")
     then, now = stored.get("tasks", {}), facts["tasks"]
     for task in [task for task in now if task in then]:
         rows = [one[task].get("digests", {}) for one in (then, now)]
         counts = [one[task].get("rows", {}) for one in (then, now)]
         for split in [split for split in rows[1] if rows[0].get(split) not in (None, rows[1][split])]:
             each = [f"{count.get(split, '?')} rows, digest {_short(row[split])}" for count, row in zip(counts, rows)]  # noqa: B905
-            told.append(f"task {task!r}, split {split}: {each[0]} then; {each[1]} now")
+            found.append(f"task {task!r}, split {split}: {each[0]} then; {each[1]} now")
         for key, called in (("prompt", "prompt"), ("labels", "labels"), ("metric", "metric")):
             before, after = then[task].get(key), now[task].get(key)
             if key in then[task] and key in now[task] and before != after:
-                told.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
-    return told
+                found.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
+    return found
 
 
 def _short(value: Any) -> str:

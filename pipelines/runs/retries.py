@@ -29,7 +29,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: AmloraError, progress: object) -> Failure:
-        """``progress``: what the stage had finished. An error that knows its step stands there instead."""
+        """``progress``: what the stage had finished. An error that knows its step is there instead."""
         step = getattr(error, "step", None)
         return cls(error, progress if step is None else f"step {step}")
 

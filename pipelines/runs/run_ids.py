@@ -13,17 +13,15 @@ def checked_run_id(run_id: str) -> str:
     Raises:
         UserError: it cannot.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run_id):
-        raise UserError(f"--run-id: found {run_id!r}, expected at most 100 letters, digits and _ . -")
-    return run_id
+    return _checked("--run-id", run_id, 100)
 
 
 def checked_search_id(search_id: str) -> str:
-    """``search_id`` if it can name a search; its trials' run ids have some characters more.
+    """The same of a search; its trials' run ids have some characters more."""
+    return _checked("--search-id", search_id, 80)
 
-    Raises:
-        UserError: it cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", search_id):
-        raise UserError(f"--search-id: found {search_id!r}, expected at most 80 letters, digits and _ . -")
-    return search_id
+
+def _checked(option: str, name: str, most: int) -> str:
+    if len(name) > most or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UserError(f"{option}: found {name!r}, expected at most {most} letters, digits and _ . -")
+    return name

@@ -10,35 +10,41 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import RunConfig, home, storage_of, to_mapping
 from amlora_dist.crash_points import reach
-from amlora_dist.errors import AmloraError
+from amlora_dist.errors import AmloraError, HeldError, TrainingError, UserError
 from amlora_dist.privacy import public_configuration
 from amlora_dist.registry import tags
+from amlora_dist.registry.connection import VARIABLE
+from amlora_dist.registry.places import DATABASE
 from amlora_dist.registry.store import Store
 from amlora_dist.training.failures import disk_watched
 from amlora_dist.training.remote_storage import RemoteStorage
 from pipelines.cluster import resources
 from pipelines.cluster.resources import Demand
-from pipelines.cluster.session import Placement
+from pipelines.cluster.session import WorkerPlacement
 from pipelines.runs import results
-from pipelines.runs.attempts import Attempts
 from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
+from pipelines.runs.interrupts import stops_handled
 from pipelines.runs.journal import RunJournal
 from pipelines.runs.outlook import stage_sizes
 from pipelines.runs.plan import StagePlan, plan_stage
+from pipelines.runs.progress import Score
 from pipelines.runs.rates import settle_rate
 from pipelines.runs.resume_check import refuse_other_configuration, refuse_other_data
+from pipelines.runs.retries import Failure, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from amlora_dist.registry.leases import Lease
+    from amlora_dist.training.stage_spec import StageWork
     from amlora_dist.training.worker_cache import WorkerCache
-    from pipelines.runs.executor import Executor
+    from pipelines.runs.executor import Event, Executor
     from pipelines.runs.progress import Progress
 
 
@@ -84,6 +90,119 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     began = time.monotonic()
+    with _opened(config, run_id, progress, within, verbose=verbose, alone=alone, changed=allow_changed_data) as opened:
+        journal, attempts = opened
+        inputs, bank, plans = journal.inputs, journal.starting_bank(), list[StagePlan]()
+        if (start := journal.version_of(bank)) is not None:
+            progress.note(f"starting from {start.uri}: {', '.join(parent.task for parent in bank.parents)}")
+        journal.note_inputs(bank, settle_rate(journal, bank, attempts.run, progress))
+        progress.outline(stage_sizes(inputs, bank))
+        for number, task in enumerate(inputs.stage_names, start=1):
+            progress.stage(task, number, len(inputs.stage_names))
+            plan = plan_stage(inputs, bank, task, plans)
+            with journal.claimed(plan, attempts.release) as record:
+                work = journal.open_work(plan, record)
+                if work is not None:
+                    attempts.run(work)
+                progress.phase("publishing")
+                journal.settle()  # the stage before was published while this one trained
+                bank = journal.publish(plan, record, progress)
+            plans.append(plan)
+            if within is not None and within.on_stage is not None:
+                within.on_stage(journal.settle())  # what a search gets is published
+        journal.settle()
+        result = journal.finish()
+        if within is None and (now_served := journal.crown(bank)):
+            progress.note(now_served)
+    progress.note(f"done in {time.monotonic() - began:.0f} s")
+    return result
+
+
+FINAL = (UserError.exit_code, HeldError.exit_code, 130, 143)
+"""Exit codes of errors that are passed on as they are: nothing failed in training."""
+
+
+class Attempts:
+    """Runs stages until each is done or has failed for good.
+
+    Args:
+        executor: where they run.
+        placement: what they need there, of a cluster.
+        lease: of the run, which ends training that no longer counts.
+        progress: shows steps and scores.
+    """
+
+    def __init__(self, executor: Executor, placement: WorkerPlacement, lease: Lease, progress: Progress) -> None:
+        self._executor, self._placement, self._lease, self._progress = executor, placement, lease, progress
+
+    def run(self, work: StageWork) -> None:
+        """Train (if need be) and score.
+
+        Raises:
+            UserError, HeldError, StoppedError: of the stage itself.
+            TrainingError: it failed for good.
+        """
+        failures: list[Failure] = []
+        while True:
+            self._lease.check()
+            work.path.mkdir(parents=True, exist_ok=True)
+            self._executor.ready(self._placement, again=bool(failures))
+            work.upload()
+            try:
+                with stops_handled(work.path):
+                    self._executor.run(work, self._on_event, self._still_ours)
+                work.fetch()
+                return
+            except AmloraError as error:
+                with contextlib.suppress(UserError):  # what the attempt ended with is what to say
+                    work.fetch()
+                failures.append(Failure.of(error, work.progress()))
+                verdict = decide(failures)
+                if not verdict.retry:
+                    if error.exit_code in FINAL:
+                        raise
+                    raise TrainingError(f"stage {work.task!r}: {verdict.reason}") from error
+                self._progress.note(f"stage {work.task!r}: {verdict.reason}")
+
+    def release(self) -> None:
+        """Nothing will be run for a while: let go of what others may need."""
+        self._executor.release()
+
+    def _still_ours(self) -> None:
+        """End training that no longer counts: this driver was paused, and another one took the run."""
+        if self._lease.lost:
+            self._lease.check()
+
+    def _on_event(self, event: Event) -> None:
+        kind = event.get("kind")
+        if kind == "step":
+            rate = event["tokens"] / event["seconds"] if event["seconds"] else None
+            self._progress.step(event["step"], event["steps"], event["loss"], rate)
+        elif kind == "trainable":
+            total = sum(event["parameters"].values())
+            parts = ", ".join(f"{name} {count:,}" for name, count in event["parameters"].items())
+            self._progress.note(f"  trains {total:,} parameters in {len(event['modules'])} layers ({parts})")
+            self._progress.phase("training")
+        elif kind == "reading":
+            self._progress.phase("reading texts for the router")
+        elif kind == "resumed":
+            self._progress.note(f"  resumed after step {event['step']}")
+        elif kind == "scoring":
+            self._progress.rows(event["task"], event["mode"], event.get("done", 0), event["rows"])
+        elif kind == "scored":
+            self._progress.score(
+                Score(
+                    event["task"], event["mode"], event["metric"], event["accuracy"], event["rows"], event.get("kept") or 0
+                )
+            )
+
+
+@contextlib.contextmanager
+def _opened(
+    config: RunConfig, run_id: str, progress: Progress, within: SearchContext | None, *, verbose: bool, alone: bool,
+    changed: bool,
+) -> Iterator[tuple[RunJournal, Attempts]]:  # fmt: skip
+    """Everything checked that can be, the run id taken, and at the end the run closed in MLflow and let go."""
     resources.check_folder(home())
     if config.workers and os.environ.get("RAY_ADDRESS"):
         resources.check_ray_address()
@@ -92,65 +211,30 @@ def run_sequence(
         from amlora_dist.inference.loading import remember_base  # imports what takes seconds, while Ray starts
 
         progress.phase("reading the rows and the model")
-        inputs = _checked_inputs(config, run_id, within, _gpus(config, executor))
+        inputs = gather_inputs(config, home(), run_id=run_id, gpus=_gpus(config, executor))
+        _check_places(inputs, within)
         for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
             progress.note(remark)
         progress.phase("opening MLflow")
         store = Store.open(home(), config.mlflow.tracking_uri)
         own, name = {tags.KIND: "sequence", tags.RUN_ID: run_id}, f"run id {run_id!r}"
         refuse_other_configuration(store, own, public_configuration(to_mapping(inputs.config)), name)
-        if refuse_other_data(store, [own], inputs.facts(), results.INPUTS, name, allow=allow_changed_data):
+        if refuse_other_data(store, [own], inputs.facts(), results.INPUTS, name, allow=changed):
             progress.note("the data has changed since this run began: stages that read it are trained again")
         remember_base(inputs.base)
-        model = str(inputs.config.registered_model)
-        with store.hold_run(run_id, model) as lease:
+        with store.hold_run(run_id, inputs.model) as lease:
             if alone and within is None:
                 if not config.workers and (remark := threads_remark()):
                     progress.note(remark)
                 progress.note(f"run id {run_id}; after an interruption go on with: --run-id {run_id}")
-            store.ensure_current(model, lease.check)  # a version may have been registered just before a crash
+            store.ensure_current(inputs.model, lease.check)  # a version may have been registered just before a crash
             journal = RunJournal(
-                store, lease, inputs, run_id=run_id, model=model,
-                below=within.run if within else None, share=within is None or within.share,
-            )  # fmt: skip
+                store, lease, inputs, below=within.run if within else None, share=within is None or within.share
+            )
             placement = _placement(inputs.config, inputs.demand(within.gpus if within else 1.0), within)
             with _closed_at_the_end(journal):
-                attempts = Attempts(executor, placement, lease, progress)
-                result = run_stages(journal, attempts, progress, within)
+                yield journal, Attempts(executor, placement, lease, progress)
         reach("run_closed")
-    progress.note(f"done in {time.monotonic() - began:.0f} s")
-    return result
-
-
-def run_stages(
-    journal: RunJournal, attempts: Attempts, progress: Progress, within: SearchContext | None = None
-) -> dict[str, Any]:
-    """The whole story of a run: plan, execute, publish, stage after stage; each is published while the next one trains."""
-    inputs = journal.inputs
-    bank = journal.starting_bank()
-    if (start := journal.version_of(bank)) is not None:
-        progress.note(f"starting from {start.uri}: {', '.join(parent.task for parent in bank.parents)}")
-    journal.note_inputs(bank, settle_rate(journal, bank, attempts, progress))
-    progress.outline(stage_sizes(inputs, bank))
-    plans: list[StagePlan] = []
-    for number, task in enumerate(inputs.stage_names, start=1):
-        progress.stage(task, number, len(inputs.stage_names))
-        plan = plan_stage(inputs, bank, task, plans)
-        with journal.claimed(plan, attempts.release) as record:
-            work = journal.open_work(plan, record)
-            if work is not None:
-                attempts.run(work)
-            progress.phase("publishing")
-            journal.settle()
-            bank = journal.publish(plan, record, progress)
-        plans.append(plan)
-        if within is not None and within.on_stage is not None:
-            within.on_stage(journal.settle())  # what a search hears of is published
-    journal.settle()
-    result = journal.finish()
-    if within is None and (now_served := journal.crown(bank)):
-        progress.note(now_served)
-    return result
 
 
 def _gpus(config: RunConfig, executor: Executor) -> bool | None:
@@ -158,36 +242,45 @@ def _gpus(config: RunConfig, executor: Executor) -> bool | None:
     return executor.gpus() if "auto" in (config.dtype, config.model.attention) else None
 
 
-def _checked_inputs(config: RunConfig, run_id: str, within: SearchContext | None, gpus: bool | None) -> RunInputs:
-    """All that a run is made of, with everything checked that can be before a process is started."""
-    inputs = gather_inputs(config, home(), gpus=gpus)
-    inputs.config = replace(inputs.config, registered_model=config.registered_model or run_id)
+def _check_places(inputs: RunInputs, within: SearchContext | None) -> None:
+    """Room, memory and processors for the run, and the URL that it copies to."""
     resources.check_folder(inputs.storage, "storage")
-    alone = not (config.workers and os.environ.get("RAY_ADDRESS"))
+    alone = not (inputs.config.workers and os.environ.get("RAY_ADDRESS"))
     demand = inputs.demand(within.gpus if within else 1.0)
     resources.require(resources.shortfalls(demand, resources.local_supply(inputs.storage, alone=alone)))
     if inputs.url:
         RemoteStorage(inputs.url, inputs.storage).check()
-    return inputs
 
 
-def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) -> Placement:
+def _placement(config: RunConfig, demand: Demand, within: SearchContext | None) -> WorkerPlacement:
     """What stages need of a cluster."""
     storage, url = storage_of(config)
-    return Placement(
+    return WorkerPlacement(
         config.workers, storage / "ray", demand, within.threads if within else None, config.training.batch_size,
         config.placement, None if url is None else f"{url}/ray",
     )  # fmt: skip
 
 
-def _expected(config: RunConfig, run_id: str) -> Placement | None:
+def _expected(config: RunConfig, run_id: str) -> WorkerPlacement | None:
     """What stages will need, before the model and the rows are known; None where workers may not be needed at all, or
     nobody can say how many, or whether this machine can hold them."""
     if not 0 < config.workers <= (os.cpu_count() or 1) or config.min_workers not in (None, config.workers):
         return None
-    if results.has_finished(run_id, config.mlflow.tracking_uri):
+    if _has_finished(run_id, config.mlflow.tracking_uri):
         return None  # as many stages as it has are there
     return _placement(config, Demand(config.workers, 0, 0, len(config.tasks), "fp32", config.zero_stage), None)
+
+
+def _has_finished(run_id: str, tracking_uri: str | None) -> bool:
+    """Whether a run of this id has come to its end before; asked before anything is opened to write.
+
+    Raises:
+        UserError: the store is none, or does not answer.
+    """
+    if not (tracking_uri or os.environ.get(VARIABLE)) and not (home() / DATABASE).is_file():
+        return False
+    found = Store.open(home(), tracking_uri, reads=True).find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id})
+    return bool(found) and found[-1].status == "FINISHED"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What MLflow's pages, and the trackers beside it, show of a finished stage."""
+"""What MLflow's pages, and the trackers, show of a finished stage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def show_stage(
     record: StageRecord,
     *,
     parent_run: str,
-    run_id: str,
     mapping: dict[str, Any],
     manifest: Manifest | None,
 ) -> None:
@@ -41,7 +40,6 @@ def show_stage(
         inputs: of the run.
         record: of the stage.
         parent_run: MLflow's id of the run above.
-        run_id: of the run, for trackers.
         mapping: its public configuration, for trackers.
         manifest: of the version, where it is at hand.
     """
@@ -71,14 +69,14 @@ def show_stage(
     log_data(store, parent_run, read)
     scores = {key: value for key, value, *_ in above}
     shown = StageFigures(record.index, record.task, record.training.get("losses", []), scores)
-    write_stage(inputs.config.tracking, store, record.run, run_id, home(), mapping, shown)
+    write_stage(inputs.config.tracking, store, record.run, home(), mapping, shown)
     store.end_run(record.run, "FINISHED")
 
 
 def run_description(result: Mapping[str, Any], base: str) -> str:
     """Markdown for the page of a run: what it learned, what it lost of that, where its versions are and how one is loaded.
 
-    MLflow shows three lines until it is asked for more: what people come for stands there.
+    MLflow shows three lines until it is asked for more: what people come for is there.
 
     Args:
         result: of the run so far, as ``results.result`` makes it.

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside MLflow: what a finished stage has to show, through their own libraries.
+"""TensorBoard and Weights & Biases as well as MLflow: what a finished stage has to show, through their own libraries.
 
 MLflow stays the journal; nothing is read back from here. A stage is written once it is published, and a tag of its run says
 to whom, so that a start that goes on writes what an earlier one did not come to. A tracker that fails is warned about, and
@@ -51,23 +51,22 @@ class _Sink(Protocol):
 
 
 def write_stage(
-    names: Sequence[str], store: Store, stage_run: str, run_id: str, home: Path, config: Mapping[str, Any],
-    figures: StageFigures,
-) -> None:  # fmt: skip
+    names: Sequence[str], store: Store, stage_run: str, home: Path, config: Mapping[str, Any], figures: StageFigures
+) -> None:
     """Write a stage to the trackers that do not have it yet.
 
     Args:
         names: of the trackers.
         store: with the stage's run.
-        stage_run: MLflow's id of it.
-        run_id: what the trackers call the run.
+        stage_run: MLflow's id of it; its tag says what the trackers call the run.
         home: ``AMLORA_HOME``.
         config: of the run, as it may be seen.
         figures: of the stage.
     """
     if not names:
         return
-    done = store.run_tags(stage_run).get(tags.TRACKED, "").split(",")
+    stage = store.run_tags(stage_run)
+    run_id, done = stage[tags.RUN_ID], stage.get(tags.TRACKED, "").split(",")
     for name in names:
         if name in done:
             continue

@@ -24,7 +24,7 @@ from amlora_dist.registry import leases, tags
 from amlora_dist.registry.housekeeping import aliases
 from amlora_dist.registry.store import Store
 from pipelines.cluster import resources
-from pipelines.cluster.session import Placement, RayCluster
+from pipelines.cluster.session import RayCluster, WorkerPlacement
 from pipelines.runs import results
 from pipelines.runs.inputs import gather_inputs
 from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, refuse_other_data
@@ -32,7 +32,7 @@ from pipelines.runs.sequence import SearchContext, run_sequence
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
-from pipelines.search.plan import Plan, plan_search
+from pipelines.search.plan import SearchPlan, plan_search
 from pipelines.search.proposals import Proposals, proposals_for
 from pipelines.search.schedulers import OPEN, Halving, Rounds, Stopping
 
@@ -86,7 +86,7 @@ def run_search(
     changed = refuse_other_data(
         store, [wanted, of_a_trial], facts, results.INPUTS, name, allow=allow_changed_data, again="run all trials again"
     )
-    key = leases.run_key(f"search.{search_id}")
+    key = f"{leases.RUN_KEY}search.{search_id}"
     with leases.acquire(store.lease_entries, key, label=f"search {search_id!r}") as lease:
         progress.note(f"search id {search_id}; after an interruption go on with: --search-id {search_id}")
         champion = f"{search_id}-champion"
@@ -122,7 +122,7 @@ def run_search(
 
 
 def _score_winner(
-    plan: Plan,
+    plan: SearchPlan,
     result: dict[str, Any],
     run_id: str,
     model: str,
@@ -166,7 +166,7 @@ def trial_run_id(search_id: str, number: int) -> str:
 
 
 @dataclass(slots=True)
-class Timing:
+class SearchTiming:
     """Of this start of a search."""
 
     began_at: float
@@ -184,7 +184,7 @@ class _Search:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SearchPlan,
         search_id: str,
         journal: Journal,
         progress: Progress,
@@ -217,14 +217,14 @@ class _Search:
         self.broken: AmloraError | None = None
         """Why the search itself cannot go on."""
 
-    def run(self, began: float) -> Timing:
+    def run(self, began: float) -> SearchTiming:
         """Run what is left of the trials."""
         began_at, started, concurrent = time.time(), time.monotonic(), 0
         done = [trial for trial in self.journal.trials.values() if trial.outcome]
         if done:
             self.progress.note(f"{len(done)} of {self.plan.trials} trials have ended in an earlier start")
         if len(done) < self.plan.trials:
-            placement = Placement(self.plan.base.workers, self.storage / "ray", self.demand)
+            placement = WorkerPlacement(self.plan.base.workers, self.storage / "ray", self.demand)
             with RayCluster(placement.workers, verbose=self.verbose) as cluster:
                 cluster.ready(placement, again=False)
                 concurrent = self.room(cluster.use_gpus())
@@ -238,7 +238,7 @@ class _Search:
             if left := sorted(number for number, trial in self.journal.trials.items() if not trial.outcome):
                 raise TrainingError(f"trials {left} have not ended; start the same command again to go on with them")
         first = None if self.first_step is None else self.first_step - began
-        return Timing(began_at, time.monotonic() - started, first, concurrent)
+        return SearchTiming(began_at, time.monotonic() - started, first, concurrent)
 
     def room(self, gpus: bool) -> int:
         """Trials that the cluster has room for at once.

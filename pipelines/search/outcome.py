@@ -10,14 +10,14 @@ from amlora_dist.errors import TrainingError
 
 if TYPE_CHECKING:
     from pipelines.search.journal import Trial
-    from pipelines.search.plan import Plan
+    from pipelines.search.plan import SearchPlan
 
 FILE = "search.json"
 """Artifact of the search's MLflow run: its result."""
 
 
 def search_result(
-    plan: Plan, search_id: str, registered_model: str, trials: Sequence[Trial], tracking_uri: str
+    plan: SearchPlan, search_id: str, registered_model: str, trials: Sequence[Trial], tracking_uri: str
 ) -> dict[str, Any]:
     """The result object without its ``winner.test`` and its seconds.
 
@@ -52,19 +52,19 @@ def search_result(
     }
 
 
-def best_first(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
+def best_first(plan: SearchPlan, trials: Sequence[Trial]) -> list[Trial]:
     """The finished trials by the first objective, then the second, then forgetting, then their number."""
     finished = [t for t in trials if t.outcome == "finished" and (t.report["objectives"] or [None])[0] is not None]
     return sorted(finished, key=lambda t: (_costs(plan, t), t.report["metrics"].get("forgetting") or 0.0, t.number))
 
 
-def _costs(plan: Plan, trial: Trial) -> list[float]:
+def _costs(plan: SearchPlan, trial: Trial) -> list[float]:
     """The objectives, smaller being better; what is undefined comes last."""
     pairs = zip(plan.settings.objectives, trial.report["objectives"], strict=True)
     return [float("inf") if v is None else -v if DIRECTIONS[name] == "max" else v for name, v in pairs]
 
 
-def _front(plan: Plan, ranked: Sequence[Trial]) -> list[Trial]:
+def _front(plan: SearchPlan, ranked: Sequence[Trial]) -> list[Trial]:
     """The trials that no other is at least as good as in everything and better in something."""
     costs = {trial.number: _costs(plan, trial) for trial in ranked}
 
@@ -96,7 +96,7 @@ def _short(trial: Trial, search_id: str) -> dict[str, Any]:
     return {key: entry[key] for key in ("number", "run_id", "values", "metrics")}
 
 
-def _cost(plan: Plan, trials: Sequence[Trial]) -> dict[str, Any]:
+def _cost(plan: SearchPlan, trials: Sequence[Trial]) -> dict[str, Any]:
     """Stages by what became of them, and the seconds that went into them.
 
     A stage was trained by the trial whose version does not refer to another run's; counted so, a search that was

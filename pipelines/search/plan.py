@@ -12,15 +12,13 @@ from amlora_dist.config.search_space import Dimension, SearchSettings, described
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import method_for
-from amlora_dist.tasks.prompt_format import PromptFormat
-from amlora_dist.training.settings import StageSettings
 
 TRIES = 32
 """Places of the space at which a path is tried before it is said to change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SearchPlan:
     """A checked search."""
 
     base: RunConfig
@@ -69,7 +67,7 @@ class Plan:
         return made
 
 
-def plan_search(config: RunConfig, file: str) -> Plan:
+def plan_search(config: RunConfig, file: str) -> SearchPlan:
     """Draw the trials and check them, all together.
 
     Args:
@@ -86,7 +84,7 @@ def plan_search(config: RunConfig, file: str) -> Plan:
             f"{file}: no `search` section, so there is nothing to tune; configs/search.yaml shows one, `amlora run`"
             " runs the configuration as it is"
         )
-    if not method_for(_stage_settings(config)).trains:
+    if not method_for(config.stage_settings()).trains:
         raise UserError(f"{file}: method {config.method!r} trains nothing, so there is nothing to tune")
     found, _ = dimensions(settings.space)
     for dimension in (d for d in found if d.path in ("tasks", "method")):
@@ -102,7 +100,7 @@ def plan_search(config: RunConfig, file: str) -> Plan:
         for number, values in enumerate(listed, start=1):
             _check_point(config, values, number, file)
         order = _apart(config, listed)
-    return Plan(config, settings, found, listed, order)
+    return SearchPlan(config, settings, found, listed, order)
 
 
 def decides(config: RunConfig) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
     ``first`` decides the first stage; ``later`` what comes on top of it in all others and in scoring. Both are made
     of the same declarations as the fingerprints (``Method.reads``).
     """
-    settings = _stage_settings(config)
+    settings = config.stage_settings()
     method = method_for(settings)
     defaults = {key: value for key, value in asdict(config.task_defaults).items() if key != "max_test"}
     first = {
@@ -125,23 +123,8 @@ def decides(config: RunConfig) -> dict[str, Any]:
     return {"first": first, "later": {"reads": method.reads(2) if several else {}, "gate": gate if several else {}}}
 
 
-def _stage_settings(config: RunConfig) -> StageSettings:
-    return StageSettings(
-        method=config.method,
-        seed=config.seed,
-        dtype="bf16" if config.dtype == "bf16" else "fp32",
-        attention=config.model.attention,
-        adapters=config.adapters,
-        router=config.router,
-        training=config.training,
-        method_settings=config.method_settings,
-        recipe=config.recipe,
-        prompt_format=PromptFormat(config.prompt_format),
-    )
-
-
 def _stages(config: RunConfig) -> int:
-    return len(method_for(_stage_settings(config)).stages([str(n) for n in range(len(config.tasks))]))
+    return len(method_for(config.stage_settings()).stages([str(n) for n in range(len(config.tasks))]))
 
 
 def _is_idle(config: RunConfig, dimension: Dimension, others: Sequence[Dimension]) -> bool:

@@ -12,7 +12,7 @@ from amlora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.search.journal import Outcome, Trial
-    from pipelines.search.plan import Plan
+    from pipelines.search.plan import SearchPlan
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Proposals(Protocol):
         """A trial has ended, with its objectives (of the last stage that was scored)."""
 
 
-def proposals_for(plan: Plan, events: Sequence[tuple[Trial, bool]]) -> Proposals:
+def proposals_for(plan: SearchPlan, events: Sequence[tuple[Trial, bool]]) -> Proposals:
     """The plan's algorithm as it was after these events; trials that have started and not ended come first."""
     unfinished = [trial for trial, ended in events if not ended and trial.outcome is None]
     if plan.listed is not None:
@@ -55,7 +55,7 @@ class _Optuna:
     same state, so nothing of Optuna's own needs to be stored.
     """
 
-    def __init__(self, plan: Plan, events: Sequence[tuple[Trial, bool]], unfinished: Sequence[Trial]) -> None:
+    def __init__(self, plan: SearchPlan, events: Sequence[tuple[Trial, bool]], unfinished: Sequence[Trial]) -> None:
         try:
             import optuna
         except ImportError as error:

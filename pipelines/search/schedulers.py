@@ -26,9 +26,17 @@ OPEN = 0
 
 
 class Stopping:
-    """A scheduler of trials, which is told of their values, larger being better; this one lets all go on."""
+    """A scheduler of trials, which hears their values, larger being better.
 
-    def __init__(self) -> None:
+    Args:
+        stages: of a whole trial; nothing is decided after the last one.
+        order: numbers of the trials as they start.
+        grace: stages before the first rung.
+        reduction: one of so many goes on.
+    """
+
+    def __init__(self, stages: int, order: Sequence[int], *, grace: int, reduction: float) -> None:
+        self._stages, self._reduction, self._order = stages, reduction, list(order)
         self._values: dict[int, dict[int, float | None]] = {}
         self._ended: set[int] = set()
 
@@ -54,18 +62,10 @@ class Stopping:
 
 
 class Halving(Stopping):
-    """Rungs, and the values recorded at them; larger is better.
-
-    Args:
-        stages: of a whole trial; nothing is decided after the last one.
-        order: numbers of the trials as they start.
-        grace: stages before the first rung.
-        reduction: one of so many goes on.
-    """
+    """Rungs, and the values recorded at them."""
 
     def __init__(self, stages: int, order: Sequence[int], *, grace: int, reduction: float) -> None:
-        super().__init__()
-        self.reduction, self._order = reduction, order
+        super().__init__(stages, order, grace=grace, reduction=reduction)
         self.rungs: list[int] = []
         """After how many stages it decides."""
         at = float(grace)
@@ -77,7 +77,7 @@ class Halving(Stopping):
     def verdict(self, trial: int) -> int | None:
         """See `Stopping`."""
         reached = self._values.get(trial, {})
-        candidates = list(self._order)
+        candidates = self._order
         for rung in self.rungs:
             if rung not in reached:
                 return None
@@ -105,7 +105,7 @@ class Halving(Stopping):
         if value is None:
             return True
         bisect.insort(seen, value)
-        return value >= seen[-math.ceil(len(seen) / self.reduction)]
+        return value >= seen[-math.ceil(len(seen) / self._reduction)]
 
 
 class Rounds(Stopping):
@@ -113,19 +113,12 @@ class Rounds(Stopping):
 
     All trials come to a rung and wait there; the best ``ceil(n / reduction)`` of the n that came go on; ties go on. Which
     trials are stopped depends on nothing but their values.
-
-    Args:
-        stages: of a whole trial; nothing is decided after the last one.
-        order: numbers of the trials as they start.
-        grace: stages before the first rung.
-        reduction: one of so many goes on.
     """
 
     def __init__(self, stages: int, order: Sequence[int], *, grace: int, reduction: float) -> None:
-        super().__init__()
+        super().__init__(stages, order, grace=grace, reduction=reduction)
         self.rung = min(grace, stages)
         """Where the trials that are not stopped are to come to."""
-        self._stages, self._reduction = stages, reduction
         self._going = list(order)
         self._stopped: dict[int, int] = {}
 

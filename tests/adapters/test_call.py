@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from amlora_dist.adapters.gate_context import active_call, cache_state_of, pool_features
+from amlora_dist.adapters.gate_context import ForwardContext, active_call, cache_state_of, pool_features
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
@@ -319,3 +320,7 @@ def test_selections_reach_the_collector_once_even_when_recomputed() -> None:
     trainable = mixture.trainable()
     assert any(name.startswith("selector.") for name in trainable)
     assert all(parameter.grad is not None for parameter in trainable.values())
+
+
+def test_a_call_says_what_it_is_in_eight_fields() -> None:
+    assert len(fields(ForwardContext)) <= 8

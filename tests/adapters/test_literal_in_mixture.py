@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter
-from amlora_dist.adapters.gate_context import ForwardContext, entered
+from amlora_dist.adapters.gate_context import ForwardContext, LayerOptions, Selection, entered
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.mixture import MixtureLinear
-from amlora_dist.adapters.selector_layer import LiteralSelector, Selection
+from amlora_dist.adapters.selector_layer import SelectorLinear
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.adapters.sparsity import gate_map, penalty
 from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
@@ -50,11 +49,10 @@ def test_a_mixture_layer_with_a_selector_equals_the_papers_formula_token_by_toke
     adapters = literal_bank(model)
     state = {name: adapters[-1].selector[f"{target.path}.{name}"] for name in ("weight", "bias")}
     settings = LiteralSettings(map=map_name, top_k=2)  # type: ignore[arg-type]
-    selector = LiteralSelector(target.out_features, settings, state=state)
     base = model.get_submodule(target.path)
-    layer = MixtureLinear(base, target.path, adapters, selector=selector)
+    layer = SelectorLinear(base, target.path, adapters, settings=settings)
     x = torch.randn(2, 3, target.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), entered(ForwardContext(object(), select=True)):
+    with torch.no_grad(), entered(ForwardContext(object(), options=LayerOptions(select=True))):
         got = layer(x)
     for row in range(2):
         for token in range(3):

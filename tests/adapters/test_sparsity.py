@@ -101,15 +101,6 @@ def test_absolute_threshold_leaves_the_rest_to_the_zero_adapter() -> None:
     torch.testing.assert_close(gates, torch.tensor([[0.85, 0.0, 0.0]]))
 
 
-def test_soft_threshold_minimises_its_proximal_problem() -> None:
-    values, amount = scores(30), 0.7
-    solved = sparsity.soft_threshold(values, amount)
-    grid = torch.linspace(-8, 8, 160001, dtype=torch.float64)
-    cost = 0.5 * (grid[None] - values[:, None]).square() + amount * grid.abs()[None]
-    torch.testing.assert_close(solved, grid[cost.argmin(dim=1)], atol=2e-4, rtol=0)
-    assert ((solved == 0) == (values.abs() <= amount)).all()
-
-
 def gradients(name: str, map_name: str = "softmax") -> tuple[Tensor, Tensor]:
     """Gradient to the scores of the L1 term and of a loss on the mixture's output."""
     z = scores(4, 6, 4).requires_grad_()
@@ -170,11 +161,6 @@ def test_penalty_is_a_mean_over_real_positions_only() -> None:
     assert sparsity.penalty("none", gates, z, mask) == 0
     with pytest.raises(ValueError, match="'l2'"):
         sparsity.penalty("l2", gates, z)
-
-
-def test_recipe_l1_is_the_mean_over_modules_of_absolute_sums() -> None:
-    assert sparsity.recipe_l1([torch.tensor([1.0, -2.0]), torch.tensor([0.0, 0.5])]) == pytest.approx(1.75)
-    assert sparsity.recipe_l1([]) == 0
 
 
 def test_unnormalised_penalty_on_a_map_that_sums_to_one_is_refused() -> None:

@@ -236,16 +236,3 @@ def test_held_out_likelihood_is_the_formula() -> None:
     nll = st.holdout_nll(x, 1, weights, bias)
     at = TEMPERATURES.index(3.0)
     torch.testing.assert_close(nll[at], -st.posterior(x, weights, bias, 3.0)[:, 1].log().sum())
-
-
-def test_key_drift_is_zero_for_equal_keys_and_sees_a_look_alike_arrive() -> None:
-    stats = bank(3)
-    x = torch.cat([features(t, 30, spread=2.0) for t in range(3)])
-    old = (*st.keys(stats, 0.1), 1.0)
-    assert st.key_drift(old, old, x) == (0.0, 0.0)
-    wide = TaskStatistics.from_features("wide", features(3, 60, spread=6.0))
-    moved, changed = st.key_drift(old, (*st.keys([*stats, wide], 0.1), 1.0), x)
-    assert 0 < moved < 0.5 and 0 <= changed < 0.2
-    assert st.key_drift(old, old, x[:0]) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="cannot follow"):
-        st.key_drift(old, (old[0][:2], old[1][:2], 1.0), x)

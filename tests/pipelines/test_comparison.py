@@ -17,7 +17,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.report import report
 from pipelines.runs import comparison as comparison_module
-from pipelines.runs.comparison import Plan, plan_comparison, run_comparison
+from pipelines.runs.comparison import ComparisonPlan, plan_comparison, run_comparison
 from pipelines.runs.progress import Silent
 from tests.tiny_config import write_config
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path, tasks=("colours", "shapes"), **SMALL)
 
 
-def plan(config: Path, **more: Any) -> Plan:
+def plan(config: Path, **more: Any) -> ComparisonPlan:
     options = {
         "methods": ["am_lora", "seq_lora"], "seeds": [0], "orders": [], "learning_rates": [], "comparison_id": "c",
     }  # fmt: skip
@@ -67,9 +67,9 @@ def test_contenders_may_be_variants_and_carry_overrides(config: Path) -> None:
         ({"methods": []}, "--methods: found nothing"),
         ({"methods": ["ewc:weight"]}, "has no ="),
         ({"methods": ["ewc:method_settings.ewc_weigth=3"]}, "ewc_weigth"),
-        ({"methods": ["ewc", "ewc"]}, "--methods: ewc stands twice"),
+        ({"methods": ["ewc", "ewc"]}, "--methods: ewc is given twice"),
         ({"methods": ["ewc:training.batch_size=6", "ewc:evaluation.batch_size=6"]}, "the same name in the table"),
-        ({"seeds": [1, 1]}, "--seeds: 1 stands twice"),
+        ({"seeds": [1, 1]}, "--seeds: 1 is given twice"),
         ({"orders": ["1-2-3"]}, "each of the places 1 to 2 once, such as 2-1"),
         ({"orders": ["no-such"]}, "found 'no-such', expected a configuration"),
         ({"learning_rates": [0.0]}, "--learning-rates: found 0"),

@@ -18,9 +18,10 @@ from pipelines.cluster import event_channel
 from pipelines.cluster.event_channel import EventChannel
 from pipelines.cluster.executor import ClusterExecutor, has_outgrown
 from pipelines.cluster.resources import Demand, Supply
-from pipelines.cluster.session import Placement, RayCluster
+from pipelines.cluster.session import RayCluster, WorkerPlacement
 from pipelines.runs import sequence
 from pipelines.runs.executor import InProcess, executor_of
+from pipelines.runs.inputs import gather_inputs
 from tests.tiny_config import write_config
 
 
@@ -111,7 +112,7 @@ def test_workers_start_as_soon_as_a_cluster_of_ones_own_has(own: bool, monkeypat
     monkeypatch.setattr(RayCluster, "use_gpus", lambda self: False)
     monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
     monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
-    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    placement = WorkerPlacement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
     executor._cluster.wait_for_begin()
@@ -134,7 +135,7 @@ def test_workers_that_cannot_be_started_ahead_of_time_are_started_in_time(monkey
     monkeypatch.setattr(RayCluster, "workers", lambda self, placement: placement.workers)
     monkeypatch.setattr("pipelines.cluster.session.resources.in_cluster", Supply)
     monkeypatch.setattr("pipelines.cluster.executor.WorkerGroup", failing)
-    placement = Placement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
+    placement = WorkerPlacement(2, Path("/nowhere"), Demand(2, 0, 0, 1, "fp32", 0))
     executor = ClusterExecutor(2)
     executor.prepare(placement)
     executor._cluster.wait_for_begin()
@@ -154,7 +155,7 @@ def test_auto_follows_the_gpus_of_a_cluster_that_is_joined_and_not_those_of_its_
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": gpus})
     config = load_config(write_config(tmp_path, tasks=("colours",), workers=2), ["dtype=auto", "model.attention=auto"])
     with executor_of(config) as executor:
-        inputs = sequence._checked_inputs(config, "one", None, sequence._gpus(config, executor))
+        inputs = gather_inputs(config, tmp_path / "home", run_id="one", gpus=sequence._gpus(config, executor))
         assert (inputs.dtype, inputs.config.model.attention) == (dtype, attention)
         named = load_config(tmp_path / "run.yaml", ["dtype=fp32", "model.attention=sdpa"])
         assert sequence._gpus(named, executor) is None, "nobody waits for a cluster that decides nothing"

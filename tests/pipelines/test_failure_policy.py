@@ -17,7 +17,7 @@ from amlora_dist.training.failures import (
     StoppedError,
     memory_watched,
 )
-from pipelines.cluster.worker_errors import WorkersLostError, error_of, said_by
+from pipelines.cluster.worker_errors import WorkersLostError, error_event, error_of
 from pipelines.runs.retries import RETRIES, Failure, decide
 
 LOST = WorkersLostError("rank 1 died")
@@ -164,7 +164,7 @@ def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers()
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_what_a_worker_said_comes_back_as_what_it_was(said: AmloraError) -> None:
-    told = json.loads(json.dumps(said_by(said, rank=0)))
+    told = json.loads(json.dumps(error_event(said, rank=0)))
     error = error_of(told, Group({}), LAST)
     assert (str(error), error.exit_code) == (str(said), said.exit_code)
     assert isinstance(error, UserError if isinstance(said, BankError) else type(said))

@@ -14,14 +14,14 @@ from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.training.stage_spec import StageWork
 from pipelines.cluster import resources
 from pipelines.cluster.resources import Demand
-from pipelines.cluster.session import Placement, RayCluster, _passed_on
+from pipelines.cluster.session import RayCluster, WorkerPlacement, _passed_on
 from tests.tiny_config import write_config
 
 
-def placement_of(config: Path, fewest: int) -> Placement:
+def placement_of(config: Path, fewest: int) -> WorkerPlacement:
     demand = Demand(workers=fewest, parameters=1, trainable=1, stages=1, dtype="fp32", zero_stage=2)
     settings = load_config(config)
-    return Placement(
+    return WorkerPlacement(
         settings.workers, config.parent, demand, batch_size=settings.training.batch_size, strategy=settings.placement
     )
 

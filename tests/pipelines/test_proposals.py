@@ -12,13 +12,13 @@ import yaml
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from pipelines.search.journal import Trial
-from pipelines.search.plan import Plan, plan_search
+from pipelines.search.plan import SearchPlan, plan_search
 from pipelines.search.proposals import proposals_for
 
 pytest.importorskip("optuna")
 
 
-def plan(folder: Path, **search: Any) -> Plan:
+def plan(folder: Path, **search: Any) -> SearchPlan:
     space = {
         "training.l1": {"uniform": [0.0, 1.0]}, "adapters.rank": {"choice": [2, 4, 8]},
         "training.epochs": {"randint": [1, 9]}, "training.learning_rate": {"loguniform": [1e-4, 1e-1]},
@@ -36,7 +36,7 @@ def plan(folder: Path, **search: Any) -> Plan:
 class Bench:
     """Runs trials two at a time with a made-up objective; its memory is what a journal keeps."""
 
-    def __init__(self, made: Plan) -> None:
+    def __init__(self, made: SearchPlan) -> None:
         self.plan = made
         self.trials: dict[int, Trial] = {}
         self.count = 0

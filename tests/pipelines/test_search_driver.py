@@ -29,7 +29,7 @@ from pipelines.runs.sequence import run_sequence
 from pipelines.search.driver import _Search
 from pipelines.search.journal import Journal
 from pipelines.search.outcome import search_result
-from pipelines.search.plan import Plan, plan_search
+from pipelines.search.plan import SearchPlan, plan_search
 from pipelines.search.schedulers import OPEN, Halving, Rounds
 from pipelines.search.trial import Order, is_outage, run_trial
 from tests.tiny_config import write_config
@@ -146,7 +146,7 @@ class Memory:
 
 
 @pytest.fixture(params=["asha"])
-def plan(tmp_path: Path, request: pytest.FixtureRequest) -> Plan:
+def plan(tmp_path: Path, request: pytest.FixtureRequest) -> SearchPlan:
     space = {"adapters.rank": {"grid": [2, 4, 8]}, "training.l1": {"grid": [0.0, 0.1, 0.2, 0.3]}}
     data = {
         "name": "x", "workers": 0, "model": {"source": "owner/model"},
@@ -158,7 +158,7 @@ def plan(tmp_path: Path, request: pytest.FixtureRequest) -> Plan:
     return plan_search(load_config(file), str(file))
 
 
-def open_search(plan: Plan, store: Memory) -> _Search:
+def open_search(plan: SearchPlan, store: Memory) -> _Search:
     journal = Journal(store, "above", "s", lambda: None)  # type: ignore[arg-type]
     demand = Demand(0, 1, 1, STAGES, "fp32", 0)
     return _Search(plan, "s", journal, Silent(), Path("home"), Path("storage"), demand, False)
@@ -176,7 +176,7 @@ def report(number: int, stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(plan: Plan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
+def run(plan: SearchPlan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
     """A search whose trials report in any order, which is killed so many times, and of which trial 5 fails."""
     draw, store = random.Random(seed), Memory()
     for start in range(kills + 1):
@@ -211,7 +211,7 @@ def run(plan: Plan, *, at_once: int, kills: int, seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("plan", ["asha", "halving"], indirect=True)
-def test_the_same_trials_are_pruned_whoever_is_faster_and_whatever_was_killed(plan: Plan) -> None:
+def test_the_same_trials_are_pruned_whoever_is_faster_and_whatever_was_killed(plan: SearchPlan) -> None:
     alone = run(plan, at_once=1, kills=0, seed=0)
     outcomes = [outcome for _, outcome, *_ in alone["trials"]]
     waits = plan.settings.scheduler == "halving"
@@ -221,7 +221,7 @@ def test_the_same_trials_are_pruned_whoever_is_faster_and_whatever_was_killed(pl
         assert run(plan, at_once=1 + seed % 4, kills=seed % 5, seed=seed) == alone, seed
 
 
-def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: Plan) -> None:
+def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: SearchPlan) -> None:
     store = Memory()
     search = open_search(plan, store)
     found = search.next()
@@ -232,7 +232,7 @@ def test_what_ends_a_search_is_kept_and_not_taken_for_a_trial_that_failed(plan: 
     assert search.broken is store.broken
 
 
-def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
+def test_a_trial_that_ends_too_early_has_failed(plan: SearchPlan) -> None:
     search = open_search(plan, Memory())
     found = search.next()
     assert found is not None and found != "later"
@@ -242,7 +242,7 @@ def test_a_trial_that_ends_too_early_has_failed(plan: Plan) -> None:
     assert search.journal.trials[1].report["error"] == "it ended after stage 1 of 4"
 
 
-def test_a_full_disk_ends_the_search_and_not_the_trial(plan: Plan) -> None:
+def test_a_full_disk_ends_the_search_and_not_the_trial(plan: SearchPlan) -> None:
     full = UserError("cannot write a checkpoint under x: No space left on device; make room")
     assert is_outage(full) and is_outage(StoreAwayError("MLflow does not answer"))
     assert not is_outage(UserError("adapters.targets: matches nothing")) and not is_outage(TrainingError("not finite"))
@@ -267,7 +267,7 @@ def test_a_full_disk_ends_the_search_and_not_the_trial(plan: Plan) -> None:
     ],
 )
 def test_as_many_trials_work_at_once_as_fit(
-    workers: int, fewest: int, supply: Supply, share: float, at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    workers: int, fewest: int, supply: Supply, share: float, at_once: int, plan: SearchPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = open_search(plan, Memory())
     search.plan = replace(plan, base=replace(plan.base, workers=workers), listed=[{}] * 100)
@@ -276,7 +276,7 @@ def test_as_many_trials_work_at_once_as_fit(
     assert search.room(bool(supply.gpus)) == at_once
 
 
-def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_never_fits_is_refused_with_what_it_needs(plan: SearchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     search = open_search(plan, Memory())
     search.plan = replace(plan, base=replace(plan.base, workers=4))
     search.demand = Demand(4, 1, 1, STAGES, "fp32", 0)
@@ -292,7 +292,7 @@ def order_of(search: _Search) -> Order:
     return Order(**json.loads(_Proposer(search, gpus=False).suggest("any")["order"]))
 
 
-def test_what_breaks_a_search_comes_out_of_ray_tune_as_it_was(plan: Plan) -> None:
+def test_what_breaks_a_search_comes_out_of_ray_tune_as_it_was(plan: SearchPlan) -> None:
     from pipelines.search.tuning import _Proposer, _Watch
 
     search = open_search(plan, Memory())

@@ -16,7 +16,7 @@ from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.adapters.targets import find_targets
 from amlora_dist.base_model import ModelSettings
-from amlora_dist.planning.memory import Layout, Trained, activation_table, activations, memory_of
+from amlora_dist.planning.memory import MemoryLayout, TrainedShare, activation_table, activations, memory_of
 from amlora_dist.planning.shapes import Shape, shape_of
 from amlora_dist.planning.work import forward_flops
 
@@ -30,8 +30,8 @@ def eight_b() -> Shape:
 
 def of(zero: int, **more: Any) -> Any:
     t = 8 * 212_992
-    layout = Layout(zero=zero, ranks=8, micro_batch=2, **more)
-    return memory_of(eight_b(), Trained(new=t, old=3 * t), layout, size=2, length=520, targets=8, eager=False)
+    layout = MemoryLayout(zero=zero, ranks=8, micro_batch=2, **more)
+    return memory_of(eight_b(), TrainedShare(new=t, old=3 * t), layout, size=2, length=520, targets=8, eager=False)
 
 
 def test_llama_3_8b_on_eight_gpus_by_hand() -> None:
@@ -79,12 +79,12 @@ def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
         "stage": 3, "reduce_bucket_size": 7, "stage3_max_live_parameters": 8, "offload_param": {"device": "cpu"},
         "stage3_param_persistence_threshold": 9, "overlap_comm": False,
     }}  # fmt: skip
-    made = Layout.of(section, zero=3, ranks=4, micro_batch=1, checkpointing=True)
-    assert made == Layout(3, 4, "parameters", True, 1, 7, 8, False, 9)
+    made = MemoryLayout.of(section, zero=3, ranks=4, micro_batch=1, checkpointing=True)
+    assert made == MemoryLayout(3, 4, "parameters", True, 1, 7, 8, False, 9)
 
     def offload(zero: int, **devices: str) -> str:
         given = {"zero_optimization": {name: {"device": device} for name, device in devices.items()}}
-        return Layout.of(given, zero=zero, ranks=4, micro_batch=1, checkpointing=False).offload
+        return MemoryLayout.of(given, zero=zero, ranks=4, micro_batch=1, checkpointing=False).offload
 
     assert offload(3, offload_param="cpu", offload_optimizer="cpu") == "both"
     assert offload(3, offload_param="nvme") == "nvme"
@@ -93,7 +93,7 @@ def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
 
 
 def test_activations_are_told_by_rows_and_tokens_with_and_without_checkpointing() -> None:
-    layout = Layout(zero=3, ranks=8, micro_batch=3)
+    layout = MemoryLayout(zero=3, ranks=8, micro_batch=3)
     table = activation_table(eight_b(), layout, size=2, lengths=[130, 520], targets=8, eager=False, ranks=32)
     assert [(e["micro_batch"], e["length"]) for e in table] == [(b, n) for b in (1, 2, 3, 4, 8) for n in (130, 520)]
     by = {(e["micro_batch"], e["length"]): e for e in table}
@@ -131,7 +131,7 @@ def test_weights_and_gradients_are_what_a_model_really_holds(tmp_path: Path, dty
     old = RANK * shape.adapter_width
     size = dtype.itemsize
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    planned = memory_of(shape, Trained(new, old), Layout(0, 1), size=size, length=32, targets=1, eager=False)
+    planned = memory_of(shape, TrainedShare(new, old), MemoryLayout(0, 1), size=size, length=32, targets=1, eager=False)
     assert held == planned.weights
 
 
@@ -160,7 +160,7 @@ def test_activations_are_what_autograd_really_keeps(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(input_ids=ids, task_gate=gate, use_cache=False, logits_to_keep=1).logits
     assert out.requires_grad
-    layout = Layout(0, 1, micro_batch=batch)
+    layout = MemoryLayout(0, 1, micro_batch=batch)
     planned = activations(
         shape, layout, size=dtype.itemsize, length=length, targets=0, eager=attention == "eager", ranks=2 * RANK
     )

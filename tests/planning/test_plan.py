@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.base_model import ModelSettings
 from amlora_dist.errors import UserError
-from amlora_dist.planning.memory import GIB, Layout
+from amlora_dist.planning.memory import GIB, MemoryLayout
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
-from amlora_dist.planning.work import Machine, Recipe, TaskShape, stages
+from amlora_dist.planning.work import Machine, TaskShape, TrainingPlan, stages
 from pipelines.cli.main import app
 from pipelines.cli.plan import bytes_of
 
 SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
 TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
-RECIPE = Recipe(
+RECIPE = TrainingPlan(
     batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, evaluation_batch=16,
     cells="seen+next", untrained=True, oracle=True, knockout=False, size=2,
 )  # fmt: skip
@@ -32,7 +32,7 @@ MACHINE = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=300)
 
 
 def planned(zero: int = 2, memory: float = 80, **more: Any) -> Plan:
-    layout = Layout(zero=zero, ranks=8, micro_batch=4, **more)
+    layout = MemoryLayout(zero=zero, ranks=8, micro_batch=4, **more)
     return make_plan(SHAPE, TASKS, RECIPE, layout, Cluster(1, 8, int(memory * GIB)), MACHINE)
 
 
@@ -52,14 +52,14 @@ def test_the_smallest_change_is_named_and_is_enough() -> None:
         "deepspeed.zero_stage": "zero", "training.gradient_checkpointing": "checkpointing",
         "training.micro_batch_size": "micro_batch",
     }  # fmt: skip
-    layout = Layout(**{"zero": 2, "ranks": 8, "micro_batch": 4, changes[key]: value})
+    layout = MemoryLayout(**{"zero": 2, "ranks": 8, "micro_batch": 4, changes[key]: value})
     again = make_plan(SHAPE, TASKS, RECIPE, layout, Cluster(1, 8, 20 * GIB), MACHINE)
     assert again.configured.fits
 
 
 def test_weights_go_to_the_host_by_one_key_and_to_disk_where_the_host_is_small() -> None:
     big = shape_of(ModelSettings(source="llama-3.1-405b"), AdapterSettings(targets="auto"), RouterSettings())
-    layout = Layout(zero=3, ranks=8, micro_batch=1, checkpointing=True, bucket=10_000_000, live=10_000_000)
+    layout = MemoryLayout(zero=3, ranks=8, micro_batch=1, checkpointing=True, bucket=10_000_000, live=10_000_000)
     plan = make_plan(big, TASKS, RECIPE, layout, Cluster(1, 8, 24 * GIB), MACHINE)
     assert plan.fix == {"deepspeed.zero_optimization.offload_param.device": "cpu"}
     small = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
@@ -70,7 +70,7 @@ def test_weights_go_to_the_host_by_one_key_and_to_disk_where_the_host_is_small()
 def test_scored_tasks_are_those_of_the_run() -> None:
     def flops(cells: str) -> list[float]:
         recipe = replace(RECIPE, cells=cells, untrained=False, oracle=False)
-        return [s.scoring_flops for s in stages(SHAPE, TASKS, recipe, Layout(zero=2, ranks=8, micro_batch=4), MACHINE)]
+        return [s.scoring_flops for s in stages(SHAPE, TASKS, recipe, MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)]
 
     one = flops("seen")[0]
     assert flops("seen+next")[0] == 2 * one and flops("all")[0] == 3 * one
@@ -80,14 +80,14 @@ def test_scored_tasks_are_those_of_the_run() -> None:
 def test_what_no_layout_makes_fit_asks_for_nodes_or_gives_up() -> None:
     assert planned(memory=2.5).fix == {}
     seventy = shape_of(ModelSettings(source="llama-3-70b"), AdapterSettings(targets="auto"), RouterSettings())
-    layout = Layout(zero=3, ranks=1, micro_batch=1, checkpointing=True, bucket=10_000_000)
+    layout = MemoryLayout(zero=3, ranks=1, micro_batch=1, checkpointing=True, bucket=10_000_000)
     host = Cluster(1, 1, 24 * GIB, host_memory=100 * GIB)
     plan = make_plan(seventy, TASKS, RECIPE, layout, host, MACHINE)
     assert plan.fix and plan.fix["--nodes"] > 1
 
 
 def test_a_cluster_without_gpus_holds_its_workers_by_hand() -> None:
-    layout = Layout(zero=2, ranks=4, micro_batch=1)
+    layout = MemoryLayout(zero=2, ranks=4, micro_batch=1)
     plan = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(2, 4, 40 * GIB, workers=4), MACHINE)
     m = plan.configured.memory
     held = m.weights + m.gradients + m.optimizer + m.activations + m.buffers
@@ -101,7 +101,7 @@ def test_a_cluster_without_gpus_holds_its_workers_by_hand() -> None:
 
 
 def test_too_few_cpus_or_too_little_memory_ask_for_zero_3_or_nodes() -> None:
-    layout = Layout(zero=2, ranks=4, micro_batch=1)
+    layout = MemoryLayout(zero=2, ranks=4, micro_batch=1)
     small = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(1, 8, 60 * GIB, workers=4), MACHINE)
     assert not small.configured.fits and small.fix == {"deepspeed.zero_stage": 3}
     few = make_plan(SHAPE, TASKS, RECIPE, layout, CpuCluster(1, 2, 400 * GIB, workers=4), MACHINE)
@@ -129,7 +129,7 @@ def test_the_demo_is_planned_on_cpus_and_its_packaged_model_is_not_converted(
 
 
 def test_stages_by_hand() -> None:
-    first, second, third = stages(SHAPE, TASKS, RECIPE, Layout(zero=2, ranks=8, micro_batch=4), MACHINE)
+    first, second, third = stages(SHAPE, TASKS, RECIPE, MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)
     assert first.adapter == 8 * 212_992 and second.adapter == first.adapter + 32, "and a recipe: a weight a layer"
     assert third.bank == first.adapter + second.adapter + third.adapter
     assert first.steps == 2 * 32 and first.tokens == 1000 * 2 * 520
@@ -148,7 +148,7 @@ def test_stages_by_hand() -> None:
 
 def test_under_zero_3_the_network_may_be_the_time() -> None:
     slow = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=1)
-    first = stages(SHAPE, TASKS, RECIPE, Layout(zero=3, ranks=8, micro_batch=4), slow)[0]
+    first = stages(SHAPE, TASKS, RECIPE, MemoryLayout(zero=3, ranks=8, micro_batch=4), slow)[0]
     once = 2 * SHAPE.parameters * 7 / 8
     upper = 16 * 218_112_000 / SHAPE.parameters
     training = 64 * (1 + upper) + 8  # micro-batches there and back; 1000 rows in batches of 16 on 8 ranks

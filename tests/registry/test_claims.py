@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from amlora_dist.errors import AmloraError, HeldError, LeaseLostError
 from amlora_dist.registry import tags
 from amlora_dist.registry.leases import (
+    RUN_KEY,
     Lease,
     Timing,
     acquire,
@@ -25,11 +26,10 @@ from amlora_dist.registry.leases import (
     format_numbers,
     parse_numbers,
     read_state,
-    run_key,
     stage_key,
 )
 
-KEY = run_key("run-1")
+KEY = f"{RUN_KEY}run-1"
 QUICK = Timing(heartbeat_s=0.01, dead_after_s=0.1, poll_s=0.005)
 """For holders that are dead."""
 STEADY = Timing(heartbeat_s=0.01, dead_after_s=20, poll_s=0.005)
@@ -277,9 +277,9 @@ def test_a_heartbeat_survives_a_store_that_is_away_for_a_while(memory: Memory, s
 
 
 def test_run_ids_that_start_alike_do_not_mix(memory: Memory) -> None:
-    with acquire(memory, run_key("a"), timing=QUICK), acquire(memory, run_key("a.1"), timing=QUICK) as other:
+    with acquire(memory, f"{RUN_KEY}a", timing=QUICK), acquire(memory, f"{RUN_KEY}a.1", timing=QUICK) as other:
         assert other.epoch == 1
-        assert read_state(memory, run_key("a")) != read_state(memory, run_key("a.1"))
+        assert read_state(memory, f"{RUN_KEY}a") != read_state(memory, f"{RUN_KEY}a.1")
 
 
 def test_without_a_lease_every_version_counts() -> None:

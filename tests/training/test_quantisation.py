@@ -18,7 +18,7 @@ from amlora_dist.base_model import ModelSettings, load_model, resolve_base
 from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.inference.model import AMLoRAModel
-from amlora_dist.planning.memory import Layout, Trained, memory_of
+from amlora_dist.planning.memory import MemoryLayout, TrainedShare, memory_of
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.quantisation import QUANTISATIONS, package_fault, scales
 from amlora_dist.registry.manifest import parse_manifest, read_manifest
@@ -179,8 +179,8 @@ def test_a_plan_counts_the_base_at_its_quantisation() -> None:
         shape = shape_of(
             ModelSettings(source="llama-3-8b", quantisation=quantisation), AdapterSettings(targets="auto"), RouterSettings()
         )
-        layout = Layout(zero=2, ranks=2)
-        return shape, memory_of(shape, Trained(10, 0), layout, size=2, length=64, targets=4, eager=False)
+        layout = MemoryLayout(zero=2, ranks=2)
+        return shape, memory_of(shape, TrainedShare(10, 0), layout, size=2, length=64, targets=4, eager=False)
 
     shape, plain = planned("none")
     linear = 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
