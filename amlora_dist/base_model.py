@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,15 +106,24 @@ def resolve_base(settings: ModelSettings, home: Path) -> BaseModel:
         raise UserError(f"model.source: no folder {source!r}; give an existing folder, a Hub id or package:NAME")
     else:
         path = _from_hub(source, settings.revision)
-    config = _read_config(path, source)
+    return replace(described_base(settings, path), digest=folder_digest(path, home))
+
+
+def described_base(settings: ModelSettings, path: Path) -> BaseModel:
+    """The base model in a folder, by its small files: without a digest.
+
+    Raises:
+        UserError: as ``resolve_base`` of a folder.
+    """
+    config = _read_config(path, settings.source)
     _check_tokenizer(path)
     for fault in folder_faults(path, config):
         raise UserError(str(fault))
     return BaseModel(
-        source=source,
+        source=settings.source,
         revision=settings.revision,
         path=path,
-        digest=folder_digest(path, home),
+        digest="",
         encoder_decoder=bool(config.get("is_encoder_decoder", False)),
         model_type=str(config.get("model_type") or ""),
         quantisation=settings.quantisation,

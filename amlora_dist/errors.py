@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -63,6 +64,21 @@ class Fault:
     def __str__(self) -> str:
         text = f"{self.where}: found {self.found}, expected {self.expected}"
         return f"{text} ({self.hint})" if self.hint else text
+
+
+class FoundFault(Fault):
+    """A fault in the words of the check that found it: ``found`` is all that its message says behind the key."""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.found}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+    @classmethod
+    def of(cls, error: UserError, where: str) -> FoundFault:
+        """Of an error whose message may begin with its key; without one it is about ``where``."""
+        key, colon, rest = str(error).partition(": ")
+        known = bool(colon) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key) is not None
+        return cls(key if known else where, rest if known else str(error).removeprefix(f"{where}: "), "")
 
 
 MOST_TOLD = 200

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,10 +151,19 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
     return config
 
 
-def validate_config(path: Path | str, overrides: list[str] | None = None) -> tuple[RunConfig, list[TaskSpec]]:
+def validate_config(
+    path: Path | str,
+    overrides: list[str] | None = None,
+    also: Callable[[RunConfig, list[TaskSpec]], dict[KeyPath, Fault]] | None = None,
+) -> tuple[RunConfig, list[TaskSpec]]:
     """``load_config``, and beyond the file itself: the tasks, their data files and the model's folder exist.
 
     Reads no rows and no weights.
+
+    Args:
+        path: of the YAML.
+        overrides: ``key.path=value``.
+        also: finds what else is wrong with a configuration whose model's small files are right.
 
     Raises:
         FaultsError: every fault at once.
@@ -168,6 +177,8 @@ def validate_config(path: Path | str, overrides: list[str] | None = None) -> tup
             faults |= checks.model_faults(config.model)
             if config.training.packing and ("training", "packing") not in faults:
                 faults |= checks.packed_model_faults(config.model)
+        if also is not None and not any(key[0] == "model" for key in faults):
+            faults = also(config, specs) | faults
     if config is None or faults:
         raise _error(path, faults, places)
     return config, specs

@@ -205,20 +205,12 @@ def _first_line(reason: str) -> str:
     return reason.strip().partition("\n")[0][:200]
 
 
-def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Connection:
-    """Open MLflow.
-
-    Args:
-        home: ``AMLORA_HOME``; the embedded store is ``home/mlflow.db`` with artifacts below ``home/artifacts``.
-        tracking_uri: a server (``http://...``) or a database URI; None: what MLflow's own variable
-            ``MLFLOW_TRACKING_URI`` says, or else the embedded store.
-        reads: for a command that only looks: MLflow itself is imported where it must be (``reading``).
+def store_uri(home: Path, tracking_uri: str | None) -> tuple[str, str]:
+    """What says where MLflow is, and its URI; see ``connect``.
 
     Raises:
-        UserError: the URI's scheme is one that cannot work, or the server does not answer.
-        StoreError: another process has prepared the SQLite file for longer than the deadline.
+        UserError: a URI that cannot work.
     """
-    home = _resolved(home, "AMLORA_HOME")
     where = KEY if tracking_uri else VARIABLE if os.environ.get(VARIABLE) else "AMLORA_HOME"
     tracking_uri = tracking_uri or os.environ.get(VARIABLE)
     uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
@@ -237,6 +229,24 @@ def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Con
             f"{where}: found {privacy.shown(uri)!r}, a store in memory that ends with this process, expected"
             " sqlite:////ABSOLUTE/FILE.db; or leave it out for the embedded store"
         )
+    return where, uri
+
+
+def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Connection:
+    """Open MLflow.
+
+    Args:
+        home: ``AMLORA_HOME``; the embedded store is ``home/mlflow.db`` with artifacts below ``home/artifacts``.
+        tracking_uri: a server (``http://...``) or a database URI; None: what MLflow's own variable
+            ``MLFLOW_TRACKING_URI`` says, or else the embedded store.
+        reads: for a command that only looks: MLflow itself is imported where it must be (``reading``).
+
+    Raises:
+        UserError: the URI's scheme is one that cannot work, or the server does not answer.
+        StoreError: another process has prepared the SQLite file for longer than the deadline.
+    """
+    home = _resolved(home, "AMLORA_HOME")
+    where, uri = store_uri(home, tracking_uri)
     _quiet()
     if uri.startswith("sqlite:///"):  # every path handed on is absolute: a worker has another working directory
         path, sign, options = uri.removeprefix("sqlite:///").partition("?")

@@ -94,8 +94,9 @@ def validate(
     """List every fault of CONFIG at once, without loading a model; --json prints it resolved."""
     with _answered(verbose=verbose):
         from amlora_dist.config.loading import to_mapping, validate_config
+        from pipelines.runs.validation import place_faults
 
-        settings, specs = validate_config(config, overrides)
+        settings, specs = validate_config(config, overrides, place_faults)
         read: list[TaskRows] = []
         if rows:
             from pipelines.cli.output import stdout_to_stderr

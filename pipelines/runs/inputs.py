@@ -298,7 +298,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
             raise UserError(f"{spec.origin}: {error}") from error
         if spec.open_format or spec.chat:
             base = resolve_base(config.model, place) if base is None else base
-            spec = specs[spec.name] = _settled(spec, base, config.prompt_format)
+            spec = specs[spec.name] = settled_format(spec, base, config.prompt_format)
         splits = ("train", config.evaluation.split) if number < len(config.tasks) else (config.evaluation.split,)
         data[spec.name] = load_task(
             spec, seed=config.seed, data_dir=config.data_dir, splits=splits, sealed=config.evaluation.sealed
@@ -327,7 +327,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
     return inputs
 
 
-def _settled(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskSpec:
+def settled_format(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskSpec:
     """The task with the format of its prompts decided by the model's tokenizer."""
     if prompt_format != 2:
         if spec.chat:

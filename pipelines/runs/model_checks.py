@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
+    from amlora_dist.training.settings import StageSettings
 
 
 def check_model(
@@ -38,13 +39,13 @@ def check_model(
         UserError: the first thing that does not fit; lists what could.
     """
     model = meta_model(base)
-    sizes = _check_targets(method, model)
+    sizes = check_targets(method, model)
     check_weights(base, model)
     tokenizer = load_tokenizer(base.path)
     embedding = model.get_input_embeddings()
     check_tokenizer(base, tokenizer, int(embedding.weight.shape[0]))
     for spec, rows in tasks:
-        _check_task(spec, rows, tokenizer, base.encoder_decoder)
+        check_task(spec, rows, tokenizer, base.encoder_decoder)
     return sizes
 
 
@@ -60,11 +61,19 @@ def check_packing(base: BaseModel) -> None:
         raise UserError(str(packing_fault(reason)))
 
 
-def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
-    from amlora_dist.adapters.targets import check_router_layer, default_depths, default_router_layer
+def router_layer(settings: StageSettings, model: PreTrainedModel) -> int:
+    """The routing layer that the settings ask for, or the model's default."""
+    from amlora_dist.adapters.targets import default_router_layer
 
-    asked = method.settings.router.layer
-    layer = default_router_layer(model) if asked is None else asked
+    asked = settings.router.layer
+    return default_router_layer(model) if asked is None else asked
+
+
+def check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
+    """Parameters of the model, and of an adapter, and the default depths; errors as ``check_model``."""
+    from amlora_dist.adapters.targets import check_router_layer, default_depths
+
+    layer = router_layer(method.settings, model)
     check_router_layer(model, layer)
     rank, _ = method.rank_and_alpha
     trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
@@ -74,7 +83,7 @@ def _check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, li
     return sum(parameter.numel() for parameter in model.parameters()), trainable, default_depths(layer)
 
 
-def _check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:
+def check_task(spec: TaskSpec, rows: list[Row], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> None:
     """Labels that differ for the model, and prompts that leave room for a text."""
     from amlora_dist.tasks.batches import encode, prompt_tokens
     from amlora_dist.tasks.label_checks import check_labels

@@ -1,0 +1,82 @@
+"""What is wrong with the places that a configuration names, found without a row, a weight or a process: for ``validate``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amlora_dist.config.loading import home, storage_of
+from amlora_dist.errors import Fault, FoundFault, UserError
+from amlora_dist.registry.connection import store_uri
+from pipelines.cluster import resources
+
+if TYPE_CHECKING:
+    from amlora_dist.config.loading import RunConfig
+    from amlora_dist.config.strict_yaml import KeyPath
+    from amlora_dist.tasks.task import TaskSpec
+
+
+def place_faults(config: RunConfig, specs: list[TaskSpec]) -> dict[KeyPath, Fault]:
+    """Every fault of the storage, of MLflow's address, and of a base model in a local folder: its architecture, the layers
+    to adapt, its weights' names and shapes, its tokenizer, and what that makes of the tasks' labels and templates.
+
+    A model of a package or of the Hub is looked at when a run starts.
+
+    Args:
+        config: sound in itself.
+        specs: of its tasks.
+    """
+    found: dict[KeyPath, Fault] = {}
+
+    def noted(key: KeyPath, check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except UserError as error:
+            found[key] = FoundFault.of(error, ".".join(map(str, key)))
+            return False
+        return True
+
+    noted(("storage",), lambda: resources.check_folder(storage_of(config)[0], "storage"))
+    if config.mlflow.tracking_uri:
+        noted(("mlflow", "tracking_uri"), lambda: store_uri(home(), config.mlflow.tracking_uri))
+    if os.path.isdir(config.model.source):
+        _model_faults(config, specs, noted)
+    return found
+
+
+def _model_faults(config: RunConfig, specs: list[TaskSpec], noted: Callable[[KeyPath, Callable[[], object]], bool]) -> None:
+    from amlora_dist.adapters.targets import check_router_layer
+    from amlora_dist.base_model import check_tokenizer, check_weights, described_base, load_tokenizer, meta_model
+    from amlora_dist.methods import method_for
+    from pipelines.runs.inputs import settled_format
+    from pipelines.runs.model_checks import check_targets, check_task, router_layer
+
+    source, path = ("model", "source"), Path(config.model.source).resolve()
+    if not noted(source, lambda: described_base(config.model, path)):
+        return
+    base, size = described_base(config.model, path), None
+    if noted((*source, "architecture"), lambda: meta_model(base)):
+        model = meta_model(base)
+        settings = config.stage_settings()
+        if not noted(("router", "layer"), lambda: check_router_layer(model, router_layer(settings, model))):
+            settings = replace(settings, router=replace(settings.router, layer=None))
+        noted(("adapters", "targets"), lambda: check_targets(method_for(settings), model))
+        noted((*source, "weights"), lambda: check_weights(base, model))
+        size = int(model.get_input_embeddings().weight.shape[0])
+    if not noted((*source, "tokenizer"), lambda: load_tokenizer(base.path)):
+        return
+    tokenizer = load_tokenizer(base.path)
+    if size is not None:
+        noted((*source, "tokens"), lambda: check_tokenizer(base, tokenizer, size))
+    for number, spec in enumerate(specs):
+
+        def of_task(spec: TaskSpec = spec) -> None:
+            if spec.open_format or spec.chat:
+                spec = settled_format(spec, base, config.prompt_format)
+            if spec.label_texts or spec.chat:
+                check_task(spec, [], tokenizer, base.encoder_decoder)
+
+        noted(("tasks", number), of_task)
