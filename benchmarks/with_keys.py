@@ -6,7 +6,8 @@ scored by the adapters alone, by the keys alone, and by both; the weight of the 
 the same dev rows, as a bank fits it on held-out rows. So all methods get the same route and the same second opinion,
 and what is left between them is what their adapters know.
 
-    python benchmarks/with_keys.py --keys models:/KEYS/4 --rows am_lora=models:/A/4 per_task=models:/P/4 \\
+    python benchmarks/with_keys.py --keys models:/KEYS/4 --rows am_lora=models:/A/4 \\
+        per_task=models:/P/1+models:/P/2+models:/P/3+models:/P/4 \\
         --newest joint=models:/J/1 replay=models:/R/4 --tasks dbpedia amazon yahoo agnews --data-dir ROWS
     python benchmarks/with_keys.py --quick                 # tiny random banks: shows that it runs, no figure
 """
@@ -59,7 +60,9 @@ class Asked:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keys", help="bank whose keys route and weigh, of labelled tasks")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME=BANK", help="methods with a row for each task")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="NAME=BANK", help="methods with a row for each task; BANK+BANK: of several"
+    )
     parser.add_argument("--newest", nargs="+", default=[], metavar="NAME=BANK", help="methods whose newest adapter answers")
     parser.add_argument("--tasks", nargs="+", default=[], help="the bank's, in its order, as a run names them")
     parser.add_argument("--data-dir", type=Path, help="rows as <task>/<split>.jsonl; default: packaged tasks and the Hub")
@@ -101,9 +104,11 @@ def _rows(args: argparse.Namespace, split: str) -> list[tuple[int, str, str]]:
     return rows_of(argparse.Namespace(**{**vars(args), "split": split, "rows": limit}))
 
 
-def _bank(uri: str) -> Bank:
-    folder = pulled(uri, None)[1] if uri.startswith("models:") else Path(uri).expanduser()
-    return read_bank(folder, statistics=False)
+def _bank(uris: str) -> Bank:
+    """A bank, or the adapters of several with a plus between, one for each task, as ``per_task`` leaves them."""
+    folders = [pulled(uri, None)[1] if uri.startswith("models:") else Path(uri).expanduser() for uri in uris.split("+")]
+    banks = [read_bank(folder, statistics=False) for folder in folders]
+    return replace(banks[0], adapters=[adapter for bank in banks for adapter in bank.adapters])
 
 
 def measure(
