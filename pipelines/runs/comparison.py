@@ -26,7 +26,7 @@ from amlora_dist.reporting.comparing import UNIFORM, Entry, compare
 from amlora_dist.reporting.facts import read_run
 from amlora_dist.training.rate_race import RATES
 from pipelines.runs import results
-from pipelines.runs.inputs import gather_inputs
+from pipelines.runs.inputs import gather_inputs, with_evidence
 from pipelines.runs.resume_check import differences, refuse_other_configuration, refuse_other_data, taken_up
 from pipelines.runs.sequence import run_sequence
 
@@ -301,7 +301,7 @@ class _Driver:
         wanted = {tags.KIND: "sequence", tags.RUN_ID: run_id}
         found = self.store.find_runs(wanted, registered_model=run_id)
         if found and found[-1].status == "FINISHED" and not again:
-            refuse_other_configuration(self.store, wanted, to_mapping(config), f"run id {run_id!r}")
+            refuse_other_configuration(self.store, wanted, to_mapping(with_evidence(config)), f"run id {run_id!r}")
             result: dict[str, Any] | None = self.store.load_json(found[-1].run, RESULT)
             if result is not None and result["tasks"] == self.plan.names[order]:
                 return result

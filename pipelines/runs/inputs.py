@@ -282,8 +282,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
     attention = settled_attention(config.model.attention, gpu=_gpu() if gpus is None else gpus)
     config = replace(config, dtype=_dtype(config.dtype, gpus), model=replace(config.model, attention=attention))
     config = replace(config, registered_model=config.registered_model or run_id or None)
-    if not method_class(config.method).learns:
-        config = replace(config, answer=replace(config.answer, evidence="keys"))
+    config = with_evidence(config)
     specs: dict[str, TaskSpec] = {}
     data: dict[str, TaskData] = {}
     base: BaseModel | None = None
@@ -325,6 +324,13 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
         )
         inputs.config = replace(inputs.config, router=router)
     return inputs
+
+
+def with_evidence(config: RunConfig) -> RunConfig:
+    """The configuration with the evidence that its method has: one of keys alone answers by them, whatever is asked."""
+    if method_class(config.method).learns:
+        return config
+    return replace(config, answer=replace(config.answer, evidence="keys"))
 
 
 def settled_format(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskSpec:

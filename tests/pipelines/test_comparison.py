@@ -177,6 +177,17 @@ def test_the_same_command_again_runs_nothing_and_says_the_same(
 
 @pytest.mark.integration
 @pytest.mark.slow
+def test_keys_alone_are_taken_up_again_though_their_evidence_is_not_what_the_file_says(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_comparison(plan(config, methods=["keys"]), command="", progress=Silent())
+    monkeypatch.setattr(comparison_module, "run_sequence", lambda *a, **k: pytest.fail("a finished run was started again"))
+    again = run_comparison(plan(config, methods=["keys"]), command="", progress=Silent())
+    assert again == found and list(found["methods"]) == ["keys"]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
 def test_methods_may_be_added_and_other_changes_are_refused(again: Path, compared: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="was started otherwise"):
         run_comparison(plan(again, learning_rates=[0.5]), command="", progress=Silent())
