@@ -70,6 +70,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedulin
     return ByGroup(config, log)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """``AMLORA_HOME`` of fixtures that several tests share, which are made before a test has its own.
+
+    Without it they would write ``.amlora`` into the working folder, and the next session of tests would find it there.
+    """
+    folder = tmp_path_factory.mktemp("shared-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMLORA_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True, scope="module")
 def default_store() -> None:
     """Fixtures of a module are made before those of its tests: an earlier module's store is not for them either."""
