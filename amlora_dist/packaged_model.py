@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from amlora_dist.digests import file_digest
-from amlora_dist.errors import UserError, no_room
+from amlora_dist.errors import UserError, no_room, plain_reason
 from amlora_dist.model_folder import short
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def folder_of_package(name: str, home: Path) -> Path:
         with FileLock(f"{target}.lock", timeout=600):
             if not _is_whole(target):
                 log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
+                shutil.rmtree(target, ignore_errors=True)
                 _convert(folder / file, target)
     except Timeout as error:
         raise UserError(f"waited 600 s for another process to convert package:{name} ({target}.lock)") from error
@@ -69,23 +70,30 @@ def convert_gguf(file: Path, target: Path) -> int:
         The number of parameters.
 
     Raises:
-        UserError: no such file, no GGUF, one that transformers does not read, a target that is there.
+        UserError: no such file, no GGUF, one that transformers does not read or that lacks weights, a target that is there
+            or cannot be made.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a GGUF file")
-    if target.exists():
-        raise UserError(f"{target} exists; give the name of a folder that is not there yet")
+    there = f"{target} exists; give the name of a folder that is not there yet"
+    if target.exists() or target.is_symlink():
+        raise UserError(there)
     with file.open("rb") as opened:
         if (found := opened.read(4)) != b"GGUF":
             raise UserError(f"{file}: found {found!r} at its beginning, expected b'GGUF'; give a GGUF file")
     if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", file.name):
         raise UserError(f"{file}: found part {int(part[1])} of {int(part[2])}; join them first: llama-gguf-split --merge")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: {plain_reason(error)}; give the name of a folder that can be made") from error
     try:
         return _convert(file.absolute(), target)
     except Exception as error:  # transformers and gguf raise nothing narrower
-        if isinstance(error, MemoryError) or no_room(error) is not None:
+        if isinstance(error, UserError | MemoryError) or no_room(error) is not None:
             raise
+        if isinstance(error, OSError) and target.exists():  # made by somebody else meanwhile
+            raise UserError(there) from error
         raise UserError(
             f"{file}: transformers cannot make a model of it ({type(error).__name__}: {short(error)}); get the model as a"
             " transformers folder instead"
@@ -106,7 +114,11 @@ def _is_whole(target: Path) -> bool:
 
 
 def _convert(file: Path, target: Path) -> int:
-    """GGUF -> safetensors, under another name until it is whole; the number of parameters."""
+    """GGUF -> safetensors, under another name until it is whole; the number of parameters.
+
+    Raises:
+        UserError: the file lacks weights of its model: transformers would draw them at random.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,7 +126,14 @@ def _convert(file: Path, target: Path) -> int:
     options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     with _read_once():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **options
+        )
+    if lacking := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"{file}: found no weights for {len(lacking)} of the {len(model.state_dict())} tensors of"
+            f" {type(model).__name__}, first {lacking[0]}; get the whole file, or the model as a transformers folder"
+        )
     tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         tokenizer.save_pretrained(tmp)
@@ -128,7 +147,6 @@ def _convert(file: Path, target: Path) -> int:
         save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
         mark = {"from": file.name, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
         (tmp / "CONVERTED").write_text(json.dumps(mark))
-        shutil.rmtree(target, ignore_errors=True)
         tmp.chmod(0o755)
         tmp.replace(target)
     except BaseException:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -47,4 +49,49 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path: Path) -> 
     code, told = amlora("convert", tmp_path / "short.gguf", tmp_path / "out")
     assert code == 2 and "transformers cannot make a model of it" in told
     assert not (tmp_path / "out").exists()
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_weights_that_a_file_lacks_are_not_drawn_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(ModelSettings(source=str(write_model(tmp_path / "tiny", "llama"))), tmp_path)
+    add = gguf.GGUFWriter.add_tensor
+
+    def all_but_one(writer: gguf.GGUFWriter, name: str, *rest: object) -> None:
+        if name != "blk.0.ffn_down.weight":
+            add(writer, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", all_but_one)
+        write_base_gguf(tmp_path / "lacking.gguf", base)
+    code, told = amlora("convert", tmp_path / "lacking.gguf", tmp_path / "out")
+    assert code == 2, told
+    said = " ".join(told.split())
+    assert "lacking.gguf: found no weights for 1 of the" in said and "first model.layers.0.mlp.down_proj.weight;" in said
+    assert not (tmp_path / "out").exists() and not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amlora_dist.packaged_model._convert", lambda *_: pytest.fail("the model was read"))
+    (tmp_path / "own.gguf").write_bytes(b"GGUF")
+    (tmp_path / "file").touch()
+    code, told = amlora("convert", tmp_path / "own.gguf", tmp_path / "file" / "out")
+    assert code == 2 and "give the name of a folder that can be made" in " ".join(told.split())
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    code, told = amlora("convert", tmp_path / "own.gguf", tmp_path / "link")
+    assert code == 2 and "exists" in told
+
+
+def test_a_folder_that_somebody_else_makes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(ModelSettings(source=str(write_model(tmp_path / "tiny", "llama"))), tmp_path)
+    write_base_gguf(tmp_path / "own.gguf", base)
+
+    def digest(file: Path) -> str:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes").touch()
+        return ""
+
+    monkeypatch.setattr("amlora_dist.packaged_model.file_digest", digest)
+    code, told = amlora("convert", tmp_path / "own.gguf", tmp_path / "out")
+    assert code == 2 and "out exists; give the name" in " ".join(told.split())
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["notes"]
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
