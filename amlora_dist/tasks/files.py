@@ -33,7 +33,7 @@ _MAGIC = {
     b"\xff\xfe\0\0": "UTF-32 text", b"\0\0\xfe\xff": "UTF-32 text", b"\xfd7zXZ": "an xz archive",
     b"7z\xbc\xaf": "a 7z archive", b"\xd0\xcf\x11\xe0": "a spreadsheet or document of old",
     b"%PDF": "a PDF", b"ARROW1": "an Arrow file",
-    b"Obj\x01": "an Avro file", b"ORC": "an ORC file", b"SQLite format 3": "an SQLite database",
+    b"Obj\x01": "an Avro file", b"ORC": "an ORC file", b"SQLite format 3\0": "an SQLite database",
     b"PAR1": "Parquet", b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "a zstd archive", b"BZh": "a bzip2 archive",
 }  # fmt: skip
@@ -66,6 +66,8 @@ class Fixes:
     """About a file that is of another form."""
 
 
+_WORDS = {b"ARROW1", b"ORC", b"PAR1", b"BZh"}
+"""Those of them that a text may begin with, as with ORCHID: a file of that kind has other bytes right behind it."""
 _NAME = re.compile(r"[^\W\d][\w-]*( [\w-]+){0,2}")
 """What may be the name of a column: up to three words, as no text has them behind a comma without a space."""
 
@@ -201,7 +203,7 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
             raw = raw[len(_MARK) :]
         if number == 1:
             for magic, what in _MAGIC.items():
-                if raw.startswith(magic):
+                if raw.startswith(magic) and not (magic in _WORDS and _is_text(raw)):
                     raise UserError(f"{name}: not UTF-8 text but {what}; write it as UTF-8, or unpack it first")
         if len(raw) > LONGEST_LINE:
             raise UserError(f"{name}, line {number}: longer than {LONGEST_LINE >> 20} MiB; end each row with a newline")
@@ -216,6 +218,13 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
             raise UserError(
                 f"{name}: not UTF-8 text (line {number}, byte {error.start + 1} of it: {error.reason}); write it as UTF-8"
             ) from None
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        return line.decode("utf-8").strip().replace("\t", " ").isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | None) -> Iterator[RawRow]:

@@ -19,6 +19,8 @@ AGAIN = "the header again"
 BATCH_ROWS = 1024
 NAMED = 20
 """Columns that a message lists; a table may have thousands."""
+_JSON = re.compile(r"\{\s*(\"|\}|$)|\[\s*([\"{\[\]]|$)")
+"""How a line of JSON begins; the name of a column may stand in brackets."""
 
 
 Needed = str | tuple[str, ...]
@@ -90,14 +92,14 @@ def csv_rows(
             break
         except csv.Error as error:
             if header is None:
-                _refuse_header("".join(text for _, text in record), f"{name}, line {record[0][0]}", needed)
+                _refuse_header(record[0][1], (), f"{name}, line {record[0][0]}", needed)
             raise UserError(_csv_fault(error, record, name)) from None
         if not cells:
             continue
         if header is None:
             header = cells
             where = f"{name}, line {record[0][0]}"
-            _refuse_header("".join(text for _, text in record), where, needed)
+            _refuse_header("".join(text for _, text in record), cells, where, needed)
             check_once(header, where)
             check_columns(needed, header, name, fix)
             continue
@@ -110,14 +112,23 @@ def csv_rows(
         raise UserError(f"{name}: found no header, expected a first line with the names of the columns; {fix}")
 
 
-def _refuse_header(line: str, where: str, needed: Sequence[Needed]) -> None:
-    """Raises UserError where a first line is no header of a CSV: it is written otherwise, or is something else."""
+def _refuse_header(line: str, cells: Sequence[str], where: str, needed: Sequence[Needed]) -> None:
+    """Raises UserError where a first line is no header of a CSV: it is written otherwise, or is something else.
+
+    Args:
+        line: as it stands in the file.
+        cells: of it; none where it cannot be read as CSV.
+        where: file and line.
+        needed: columns, one of which a header has.
+    """
     if line.startswith("sep=") and len(line.strip()) == 5:
         raise UserError(f"{where}: found {line.strip()!r}, expected the names of the columns; take the line away")
-    if line.startswith(("{", "[")):
-        raise UserError(f"{where}: found JSON, expected the names of the columns; name the file .jsonl, or give its format")
     wanted = {name for one in needed for name in ((one,) if isinstance(one, str) else one)}
-    if not wanted & set(next(csv.reader([line]), ())) and (signs := between(line.strip(), needed)):
+    if wanted & set(cells):
+        return
+    if _JSON.match(line):
+        raise UserError(f"{where}: found JSON, expected the names of the columns; name the file .jsonl, or give its format")
+    if signs := between(line.strip(), needed):
         raise UserError(f"{where}: found cells between {signs}, expected commas; write it with commas")
 
 

@@ -128,7 +128,7 @@ def test_stdin_bom_is_no_part_of_the_first_row(told: Told) -> None:
         ('["a wall", "red"]', "line 1: found '[\"a wall\", \"red\"]', a JSON array of something else than objects"),
         ('["the wall is red",\n', "a JSON array of something else than objects"),
         ("[1, 2]", "or give --format text"),
-        (b"PAR1....", "not UTF-8 text but Parquet"),
+        (b"PAR1\x15\x04\x15", "not UTF-8 text but Parquet"),
         (b"\xff\xfea\x00", "not UTF-8 text but UTF-16 text"),
     ],
 )

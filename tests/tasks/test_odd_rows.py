@@ -14,6 +14,8 @@ import yaml
 from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.tasks import tables
+from amlora_dist.tasks.files import lines_of
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
 from pipelines.cli.row_input import opened
@@ -23,6 +25,27 @@ from tests.tiny_config import write_config
 def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
     with opened(source, "text") as rows:
         return [(line.text, line.fields) for line in rows.lines()]
+
+
+@pytest.mark.parametrize(
+    "header", ["[id],text", "{id},text", '"[""id""]",text', "text,a;b", "[text],text"],
+    ids=["list", "set", "json", "signs", "own"],
+)
+def test_a_columns_name_may_begin_as_other_files_do(tmp_path: Path, header: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"{header}\na,a\n")
+    assert [text for text, _ in _rows(str(tmp_path / "rows.csv"))] == ["a"]
+
+
+@pytest.mark.parametrize("first", ["ORCHIDS need light", "PAR1 is a station", "BZh\tis no word", "SQLite format 3 is old"])
+def test_a_text_may_begin_as_other_files_do(first: str) -> None:
+    assert [line for _, line in lines_of(io.BytesIO(f"{first}\nb\n".encode()), "rows")] == [f"{first}\n", "b\n"]
+
+
+def test_a_headers_open_quote_is_told_in_a_file_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CELL_BYTES", 50)
+    (tmp_path / "rows.csv").write_text('"text,label\n' + "the wall,red\n" * 20)
+    with pytest.raises(UserError, match=r"rows\.csv, line 1: found a quote that is never closed"):
+        _rows(str(tmp_path / "rows.csv"))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +60,9 @@ def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
         ("old.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0", "not UTF-8 text but a spreadsheet or document of old"),
         ("paper.csv", b"%PDF-1.4\n", "not UTF-8 text but a PDF"),
         ("packed.jsonl", b"\xfd7zXZ\0\0", "not UTF-8 text but an xz archive"),
+        ("table.jsonl", b"ORC\x11\x08\0\0", "not UTF-8 text but an ORC file"),
+        ("packed.csv", b"BZh91AY&SY\xa3\x1c\x02\xe6", "not UTF-8 text but a bzip2 archive"),
+        ("base.csv", b"SQLite format 3\0\x10", "not UTF-8 text but an SQLite database"),
     ],
 )
 def test_a_file_that_is_something_else_is_told(tmp_path: Path, name: str, content: bytes, message: str) -> None:
