@@ -90,19 +90,17 @@ class Outlook:
     """1-based; 0 before the first stage."""
     _trained: float = 0.0
     """Rows of this stage."""
-    _scored: float = 0.0
-    _cell: tuple[str, str] | None = None
-    _cell_done: int = 0
+    _cells: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Rows of each of its scores, by task and mode: one that begins again after a restart counts once."""
     _rates: dict[Work, _Rate] = field(default_factory=lambda: {"train": _Rate(), "score": _Rate(), "other": _Rate()})
     _work: Work = "other"
     _since: float | None = None
     _last_share: float = 0.0
 
     def outline(self, stages: Sequence[StageSize]) -> None:
-        """A run of these stages begins; what earlier ones took is still known."""
+        """A run of these stages begins (none: it is not known yet which); what earlier ones took is still known."""
         self._stages, self._index, self._last_share = list(stages), 0, 0.0
-        self._trained = self._scored = 0.0
-        self._cell = None
+        self._trained, self._cells = 0.0, {}
 
     def stage(self, index: int) -> None:
         """Stage ``index`` (from 1) begins: those before it are done."""
@@ -111,7 +109,7 @@ class Outlook:
             self._rates["other"].count += 1
         if index == 1:
             self._since = None  # what comes now, until something is heard of the stage, comes once: workers start
-        self._index, self._trained, self._scored, self._cell = index, 0.0, 0.0, None
+        self._index, self._trained, self._cells = index, 0.0, {}
 
     def other(self) -> None:
         """Something between training and scoring begins."""
@@ -134,19 +132,12 @@ class Outlook:
         """``done`` of ``total`` rows of one score are done."""
         self._spend("score" if self._work == "score" else "other")
         self._work = "score"
-        if self._cell != (task, mode):
-            self._cell, self._cell_done = (task, mode), 0
-        self._rates["score"].count += max(0, done - self._cell_done)
-        self._scored += max(0, done - self._cell_done)
-        self._cell_done = done
+        self._count(task, mode, done)
 
     def scored(self, task: str, mode: str, rows: int) -> None:
         """All ``rows`` of a score are done, those among them that were answered before too."""
         self._spend("score" if self._work == "score" else "other")
-        before = self._cell_done if self._cell == (task, mode) else 0
-        self._scored += max(0, rows - before)
-        self._rates["score"].count += max(0, rows - before)
-        self._cell = None
+        self._count(task, mode, rows)
 
     @property
     def share(self) -> float | None:
@@ -178,8 +169,18 @@ class Outlook:
         return trained * row_trained + scored * row_scored + len(later) * (beside or 0.0)
 
     @property
+    def _scored(self) -> int:
+        """Rows of this stage."""
+        return sum(self._cells.values())
+
+    @property
     def _size(self) -> StageSize | None:
         return self._stages[self._index - 1] if 0 < self._index <= len(self._stages) else None
+
+    def _count(self, task: str, mode: str, done: int) -> None:
+        before = self._cells.get((task, mode), 0)
+        self._cells[task, mode] = max(before, done)
+        self._rates["score"].count += max(0, done - before)
 
     def _spend(self, work: Work) -> None:
         """The time since the last call went into ``work``."""

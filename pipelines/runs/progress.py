@@ -45,7 +45,7 @@ class Progress(Protocol):
     """What a run tells about itself while it goes on. Calls may come from several threads."""
 
     def outline(self, stages: Sequence[StageSize]) -> None:
-        """A run of these stages begins."""
+        """A run of these stages begins; none of them where it is not known yet which."""
 
     def stage(self, name: str, index: int, total: int) -> None:
         """A stage (or another piece of work) begins: ``index`` of ``total``, from 1."""
@@ -188,7 +188,7 @@ class _Bar:
 
         self._lock = threading.Lock()
         self._outlook = Outlook()
-        self._stage, self._figures = "starting", ""
+        self._stage = "starting"
         narrow = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._bar: RichProgress = RichProgress(
             TextColumn("[bold]{task.fields[stage]}", table_column=narrow),
@@ -206,6 +206,8 @@ class _Bar:
     def outline(self, stages: Sequence[StageSize]) -> None:
         with self._lock:
             self._outlook.outline(stages)
+            self._stage = "starting"
+            self._show("preparing")
 
     def stage(self, name: str, index: int, total: int) -> None:
         with self._lock:

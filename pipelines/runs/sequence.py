@@ -90,6 +90,7 @@ def run_sequence(
         StoppedError: stopped by a signal, after a checkpoint.
     """
     began = time.monotonic()
+    progress.outline(())  # of a comparison, another run may have ended just now
     with _opened(config, run_id, progress, within, verbose=verbose, alone=alone, changed=allow_changed_data) as opened:
         journal, attempts = opened
         inputs, bank, plans = journal.inputs, journal.starting_bank(), list[StagePlan]()

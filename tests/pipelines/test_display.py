@@ -163,6 +163,48 @@ def test_the_share_that_is_done_is_of_the_whole_run_and_never_less_than_before()
     assert outlook.share == 0.99, "it is whole when the run has ended, and not before"
 
 
+def test_rows_that_are_scored_again_after_a_restart_count_once():
+    now = [0.0]
+    outlook = Outlook(lambda: now[0])
+    outlook.outline([StageSize("chat", 0, 100), StageSize("email", 0, 100)])
+    outlook.stage(1)
+    for attempt in range(3):  # workers die in the middle of the second score, and begin with the first one again
+        outlook.rows("chat", "router", 0, 40)
+        now[0] += 40
+        outlook.scored("chat", "router", 40)
+        outlook.rows("email", "router", 0, 60)
+        now[0] += 20
+        outlook.rows("email", "router", 20, 60)
+        assert outlook.share == 60 / 200, attempt
+    assert outlook.left_s == 140 * 3, "a row takes three times as long"
+
+
+def test_a_run_begins_without_the_stages_of_the_one_before(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    bar = progress_for(stream)
+    bar.outline([StageSize("email", 60, 40)])
+    bar.stage("email", 1, 1)
+    bar.step(60, 60, 0.5, 200.0)
+    time.sleep(0.2)
+    assert "60%" in stream.getvalue()
+    begun = len(stream.getvalue())
+    bar.outline(())
+    time.sleep(0.2)
+    bar.step(1, 20, 0.5, 200.0)  # of a race of learning rates, before the first stage
+    time.sleep(0.2)
+    bar.close()
+    said = stream.getvalue()[begun:].partition("starting: preparing")
+    assert said[1], stream.getvalue()
+    assert "starting: training 1/20" in said[2] and "email" not in said[2] and "%" not in said[2]
+
+
 def test_a_run_knows_how_many_rows_each_stage_trains_and_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
     config = load_config(write_config(tmp_path, rows=32))
