@@ -111,7 +111,7 @@ def _task(folder: Path, **more: Any) -> Path:
 TEMPLATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": {"template": "hello\nAnswer:"}}, "prompt.template: found no text of a row in .*expected {{ text }}"),
     ({"prompt": {"template": "{{ txet }} {{ text }}"}}, "prompt.template: found the variable 'txet'.*did you mean 'text'"),
-    ({"prompt": {"template": "{{ text"}}, "prompt.template: found '{{ text', expected Jinja"),
+    ({"prompt": {"template": "{{ text"}}, r"prompt.template: found '{{ text', expected Jinja \([^()]*\)$"),
     ({"columns": {"text": {"value": "text ~ day"}, "label": "label"}},
      r"columns.text\[0\].value: found 'text ~ day', expected a template that reads a column \(put .* {{ text ~ day }}"),
     ({"columns": {"text": {"value": "{{ text | urlize }}"}, "label": "label"}}, r"\.value: .*expected Jinja"),
