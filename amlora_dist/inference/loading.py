@@ -189,7 +189,7 @@ def resolve_bank_base(entry: BaseEntry, base: str | Path | None, quantisation: Q
 
 
 def _bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
-    if base is None and (known := _remembered(entry.digest)) is not None:
+    if base is None and (known := remembered_base(entry.digest)) is not None:
         return known
     source = entry.source if base is None else str(base)
     revision = entry.revision if base is None else None
@@ -219,7 +219,7 @@ def remember_base(base: BaseModel) -> None:
             write_bytes(file, str(base.path).encode())
 
 
-def _remembered(digest: str) -> BaseModel | None:
+def remembered_base(digest: str) -> BaseModel | None:
     """The base model of this digest, if it still lies where it was when it was last used here."""
     file = home() / "bases" / f"{digest}.txt"
     if not file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,17 +148,19 @@ def _for_server(
 
 def _base_of_peft(entry: BaseEntry, options: dict[str, Any]) -> tuple[str | None, list[str]]:
     """What PEFT's ``AutoPeftModelForCausalLM`` finds the base model by, and what to say where that is nothing: a Hub id as
-    it is (None), of a packaged or local model its folder on this machine."""
-    from amlora_dist.inference.loading import resolve_bank_base
+    it is (None), of a packaged or local model its folder on this machine. A bank names a local one by its last part."""
+    from amlora_dist.inference.loading import remembered_base, resolve_bank_base
 
-    local = entry.source.startswith(("package:", "/", ".", "~")) or Path(entry.source).exists()
-    if not local and not options.get("base"):
+    base, of_owner = options.get("base"), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", entry.source) is not None
+    if base is None and of_owner and not Path(entry.source).exists() and remembered_base(entry.digest) is None:
         return None, []
     try:
         with stdout_to_stderr():
-            return str(resolve_bank_base(entry, options.get("base")).path.absolute()), []
+            found = resolve_bank_base(entry, base)
     except UserError as error:
         return None, [f"warning: the adapters name {entry.source!r} as their base model, where PEFT finds none: {error}"]
+    local = base is not None or found.source.startswith("package:") or Path(found.source).expanduser().exists()
+    return str(found.path.absolute()) if local else None, []
 
 
 def _unlike(gap: dict[str, float], form: str) -> Iterator[str]:

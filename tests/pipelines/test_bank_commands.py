@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,10 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from amlora_dist.adapters.router import FixedRouter
+from amlora_dist.base_model import ModelSettings, resolve_base
+from amlora_dist.inference.loading import remember_base
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.exports import gap_between
+from amlora_dist.registry.manifest import BaseEntry
 from amlora_dist.registry.runs import Runs
 from amlora_dist.registry.store import Store
 from pipelines.cli.bank_output import difference
@@ -148,6 +152,20 @@ def test_adapters_of_an_export_are_loaded_with_their_base_model_by_peft(bank: Pa
     for folder in sorted((tmp_path / "peft").glob("*-*")):
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
         assert Path(loaded.peft_config["default"].base_model_name_or_path).is_absolute(), "of a local base its folder"
+
+
+def test_a_base_model_that_the_bank_names_without_its_folder_is_found_by_peft_too(bank: Path, tmp_path: Path) -> None:
+    base = resolve_base(ModelSettings(source=read_bank(bank).manifest.base.source), tmp_path)
+    named = BaseEntry.of(base)
+    assert named.source == "base", "as a run on a folder names it"
+    shutil.copytree(bank, tmp_path / "bank")
+    rewrite(tmp_path / "bank", base=named)
+    told = good("export", tmp_path / "bank", tmp_path / "away")
+    assert "warning: the adapters name 'base' as their base model, where PEFT finds none" in told
+    remember_base(base)
+    assert "warning" not in good("export", tmp_path / "bank", tmp_path / "peft")
+    configs = sorted((tmp_path / "peft").glob("*-*/adapter_config.json"))
+    assert {json.loads(one.read_text())["base_model_name_or_path"] for one in configs} == {str(base.path)}
 
 
 def test_export_prints_and_stores_the_gap_to_the_mixture(bank: Path, tmp_path: Path) -> None:
