@@ -32,7 +32,11 @@ def shown(text: str, *secrets: str) -> str:
     """A text without the users, passwords and queries of the addresses in it, nor any of these ``secrets``."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+    if "://" not in text:
+        return text
+    if "@" in text:
+        text = _USER.sub(r"\1", text)
+    return _QUERY.sub(r"\1", text) if "?" in text or "#" in text else text
 
 
 def secrets_of(uri: str) -> list[str]:
