@@ -73,10 +73,8 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.workers and config.method in READ_PARAMETERS and _zero_stage(config) == 3:
         found = f"3 with method: {config.method}, which reads the parameters that ZeRO-3 partitions"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
-    refits = config.method == "am_lora" and not faulty(("method_settings",)) and config.method_settings.memory_rows
-    if config.workers and refits and _zero_stage(config) == 3:
-        found = "3 with method_settings.memory_rows, whose refit reads the parameters that ZeRO-3 partitions"
-        faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
+    if config.method == "am_lora" and not faulty(("method_settings",)) and not faulty(("router",)):
+        faults |= _memory_faults(config)
     if config.workers and config.model.quantisation != "none" and _zero_stage(config) == 3:
         found = f"3 with model.quantisation: {config.model.quantisation}, whose weights ZeRO-3 cannot share out"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2", "or take the other away")
@@ -304,6 +302,20 @@ def _batch_faults(config: RunConfig, share: int, uneven: int, micro: int) -> dic
         found = f"{micro}, with {share} examples per worker and step"
         return {("training", "micro_batch_size"): Fault(where, found, f"a divisor of {share}: {fitting}")}
     return {}
+
+
+def _memory_faults(config: RunConfig) -> dict[KeyPath, Fault]:
+    """What the refit of earlier rows on a memory cannot do."""
+    faults: dict[KeyPath, Fault] = {}
+    if not config.method_settings.memory_rows or not config.router.recipes or config.router.kind == "literal":
+        return faults  # nothing is refitted
+    if config.workers and _zero_stage(config) == 3:
+        found = "3 with method_settings.memory_rows, whose refit reads the parameters that ZeRO-3 partitions"
+        faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
+    if config.boundary_mix:
+        found = f"{config.boundary_mix:g} with method_settings.memory_rows, which wants rows that no stage has trained on"
+        faults[("boundary_mix",)] = Fault("boundary_mix", found, "0", "or method_settings.memory_rows: 0")
+    return faults
 
 
 def _trunk_faults(config: RunConfig) -> dict[KeyPath, Fault]:

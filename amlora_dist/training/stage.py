@@ -240,6 +240,7 @@ class _Stage:
             mixture.set_router(self.method.router(statistics))
         self.method.prepare(mixture, parents)
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
+        self.report({"kind": "rows", "rows": len(own) + len(replayed)})
         progress = learner.resume()
         if progress is None:
             progress = Progress(fingerprint=work.fingerprint, step=0)
@@ -259,7 +260,7 @@ class _Stage:
         adapter = mixture.extract_new(gather=engine.whole)
         if (final := self.method.finished(adapter, adapters)) is not adapter:
             mixture.set_new(adapter := final)
-        if self.method.learns and self._label_count():
+        if self.method.learns and self.rows.label_count:
             labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
             eos_id = int(self.tokenizer.eos_token_id)
             statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
@@ -395,7 +396,7 @@ class _Stage:
         are of the plain model, so that training changes nothing about them."""
         router, earlier = self.settings.router, [parent.statistics for parent in parents]
         self.report({"kind": "reading", "rows": len(every)})
-        newest = makes.of(mixture, every, earlier, trunk, self._label_count())
+        newest = makes.of(mixture, every, earlier, trunk, self.rows.label_count)
         wanted = router.background and self.method.routed and newest.held is not None
         if wanted and router.kind in ("posterior", "permuted"):
             read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
@@ -413,11 +414,6 @@ class _Stage:
                 mixture.model, trainable, groups, betas=betas, clip=self.settings.training.clip, device=self.device
             )
         return DeepSpeedEngine(mixture.model, trainable, groups, config=self.config, betas=betas)
-
-    def _label_count(self) -> int:
-        """Labels of the stage's task, where the statistics are of its rows alone; else 0."""
-        spec = self.work.spec(self.work.task) if self.work.task in self.work.tasks else None
-        return len(spec.label_texts) if spec is not None and self.rows.alone else 0
 
     # -- what both need -----------------------------------------------------------------------------------------
 

@@ -85,6 +85,12 @@ class StageRows:
         learned = {task: limit for task, limit in named if limit is None or not self.memory_rows}
         return learned == {self.work.task: None} and not self.work.mixed
 
+    @property
+    def label_count(self) -> int:
+        """Labels of the stage's task, where statistics are of its rows alone; else 0."""
+        spec = self.work.spec(self.work.task) if self.work.task in self.work.tasks else None
+        return len(spec.label_texts) if spec is not None and self.alone else 0
+
     def memory(self) -> dict[str, list[Example]]:
         """By earlier task, rows that nobody has trained on, at most so many; of all its rows where none were held out."""
         found, settings = {}, self.work.settings

@@ -46,7 +46,9 @@ class ClusterExecutor:
         self._over = True
         self._cluster.wait_for_begin()  # it may be about to begin a group
         group, self._group = self._group, None
-        if group is not None and not group.stages:  # idle workers end when they are asked to
+        cause = error[1] if len(error) > 1 else None
+        at_once = cause is not None and not isinstance(cause, Exception)  # a signal: who is starting is not waited for
+        if group is not None and not group.stages and not at_once:  # idle workers end when they are asked to
             error = (None,)
         if group is not None and error[0] is None:
             group.end()

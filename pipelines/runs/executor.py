@@ -136,8 +136,8 @@ class InProcess:
             self._frozen = True
 
         def report(event: Event) -> None:
+            on_event(event)  # first: what has begun is known to who watches
             watch()
-            on_event(event)
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reach("workers_started")

@@ -58,7 +58,8 @@ def stage_sizes(inputs: RunInputs, bank: BankState) -> list[StageSize]:
         if plan.trains:
             bank = plan.bank.grown(Parent(task, plan.fingerprint, ""), plan.fingerprint, "")
             if inputs.method.learns:
-                counts = [(len(inputs.data[name].rows["train"]), limit) for name, limit in plan.rows.items()]
+                learned = {n: limit for n, limit in plan.rows.items() if limit is None or not inputs.method.memory_rows}
+                counts = [(len(inputs.data[name].rows["train"]), limit) for name, limit in learned.items()]
                 trained = sum(min(count, count if limit is None else limit) for count, limit in counts) * training.epochs
         sizes.append(StageSize(task, trained, sum(len(inputs.data[cell.task].rows[split]) for cell in cells)))
     return sizes

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import RunConfig, home, storage_of, to_mapping
@@ -29,7 +30,7 @@ from pipelines.cluster.session import WorkerPlacement
 from pipelines.runs import results
 from pipelines.runs.executor import executor_of, threads_remark
 from pipelines.runs.inputs import RunInputs, gather_inputs
-from pipelines.runs.interrupts import stops_handled
+from pipelines.runs.interrupts import Stops, stops_handled
 from pipelines.runs.journal import RunJournal
 from pipelines.runs.outlook import stage_sizes
 from pipelines.runs.plan import StagePlan, plan_stage
@@ -121,6 +122,8 @@ def run_sequence(
 
 FINAL = (UserError.exit_code, HeldError.exit_code, 130, 143)
 """Exit codes of errors that are passed on as they are: nothing failed in training."""
+BEGUN = ("step", "scoring", "scored")
+"""Events of work that a stage which is told to stop may finish and keep."""
 
 
 class Attempts:
@@ -150,8 +153,8 @@ class Attempts:
             self._executor.ready(self._placement, again=bool(failures))
             work.upload()
             try:
-                with stops_handled(work.path):
-                    self._executor.run(work, self._on_event, self._still_ours)
+                with stops_handled(work.path) as stops:
+                    self._executor.run(work, partial(self._on_event, stops), partial(self._watch, stops))
                 work.fetch()
                 return
             except AmloraError as error:
@@ -169,13 +172,16 @@ class Attempts:
         """Nothing will be run for a while: let go of what others may need."""
         self._executor.release()
 
-    def _still_ours(self) -> None:
-        """End training that no longer counts: this driver was paused, and another one took the run."""
+    def _watch(self, stops: Stops) -> None:
+        """End what no longer counts, because this driver was paused and another one took the run, and what was told to stop
+        before it had begun."""
         if self._lease.lost:
             self._lease.check()
+        stops.end_what_has_not_begun()
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, stops: Stops, event: Event) -> None:
         kind = event.get("kind")
+        stops.begun = stops.begun or kind in BEGUN
         if kind == "step":
             rate = event["tokens"] / event["seconds"] if event["seconds"] else None
             self._progress.step(event["step"], event["steps"], event["loss"], rate)

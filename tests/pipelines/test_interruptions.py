@@ -79,6 +79,24 @@ def test_a_signal_lets_the_step_end_writes_a_checkpoint_and_the_run_goes_on_from
     assert outcome_of(runs.home, again.stdout) == undisturbed
 
 
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["workers_started", "step_done"])
+def test_a_signal_before_a_step_is_not_answered_by_a_step(point: str, runs: Runs, undisturbed: Outcome) -> None:
+    begun = point == "step_done"
+    first = runs.start(AMLORA_CRASH=f"{point}:stop")
+    first.wait_paused()
+    first.send(signal.SIGTERM)
+    first.send(signal.SIGCONT)
+    assert first.wait() == 143, first.stderr
+    assert len(runs.checkpoints()) == begun, first.stderr
+    assert ("checkpoint after this step" in first.stderr) == begun
+    assert ("stopped before a step was done" in first.stderr) != begun
+    again = runs.start()
+    assert again.wait() == 0, again.stderr
+    assert outcome_of(runs.home, again.stdout) == undisturbed
+
+
 def test_the_first_signal_asks_and_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt), stops_handled(tmp_path):

@@ -92,16 +92,26 @@ def test_a_signal_in_the_first_stage_writes_a_checkpoint_before_the_run_ends(
     assert "stopped after step" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_a_second_sigint_ends_at_once(config: Path, home: Path, tmp_path: Path) -> None:
+def test_a_signal_while_workers_start_waits_for_none_of_them(config: Path, home: Path, tmp_path: Path) -> None:
     process = start(tmp_path / "start", config, home)
     wait_until(lambda: any(home.glob("storage/stages/*/progress.jsonl")), process, "workers on their way")
-    process.send(signal.SIGINT)  # no worker is there to see it
-    time.sleep(0.5)
+    began = time.monotonic()
+    process.send(signal.SIGTERM)
+    assert process.wait(60) == 143, process.stderr
+    assert time.monotonic() - began < 20
+    assert "stopped before a step was done" in process.stderr and "checkpoint after this step" not in process.stderr
+    assert checkpoints(home) == 0
+
+
+def test_a_second_sigint_ends_at_once(config: Path, home: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "start", config, home, "training.epochs=300")
+    events = "storage/stages/*/progress.jsonl"
+    wait_until(lambda: any('"loss"' in file.read_text() for file in home.glob(events)), process, "a step")
+    process.send(signal.SIGINT)
     began = time.monotonic()
     process.send(signal.SIGINT)
     assert process.wait(60) == 130, process.stderr
     assert time.monotonic() - began < 20
-    assert checkpoints(home) == 0
 
 
 def test_a_node_that_is_lost_in_mid_stage_is_waited_for_and_the_stage_goes_on(

@@ -23,6 +23,9 @@ from amlora_dist.registry.tensor_files import read_tensors, write_tensors
 from amlora_dist.training.stage_rows import StageRows
 from amlora_dist.training.stage_spec import StageWork
 from amlora_dist.training.worker_cache import WorkerCache
+from pipelines.runs.inputs import gather_inputs
+from pipelines.runs.outlook import stage_sizes
+from pipelines.runs.plan import BankState
 from tests import tiny_config
 from tests.bank_with_base import write_working_bank
 from tests.methods.stages import Stage, in_this_process, stages
@@ -162,6 +165,19 @@ def test_refitted_rows_are_kept_with_the_adapter_whose_stage_made_them(tmp_path:
     write_tensors(file, damaged)
     with pytest.raises(BankError, match="a row for each earlier task"):
         read_bank(tmp_path / "refit")
+
+
+def test_a_memory_is_refused_where_stages_train_on_rows_of_the_next_task(config_file: Path) -> None:
+    with pytest.raises(FaultsError, match=r"boundary_mix.*memory_rows"):
+        load_config(config_file, [MEMORY, "boundary_mix=0.3"])
+    load_config(config_file, [MEMORY, "boundary_mix=0.3", "router.recipes=false"])  # nothing is refitted
+
+
+def test_memory_rows_are_not_counted_as_rows_that_are_trained(config_file: Path, tmp_path: Path) -> None:
+    plain, refit = (
+        stage_sizes(gather_inputs(load_config(config_file, more), tmp_path), BankState()) for more in ([], [MEMORY])
+    )
+    assert [size.trained for size in refit] == [size.trained for size in plain]
 
 
 def test_a_memory_is_refused_under_zero_3_before_anything_starts(config_file: Path) -> None:
