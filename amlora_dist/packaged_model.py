@@ -16,7 +16,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError, no_room, plain_reason
@@ -123,11 +122,10 @@ def _convert(file: Path, target: Path) -> int:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     with _read_once():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **options
+            file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
     if lacking := sorted(loaded["missing_keys"]):
         raise UserError(

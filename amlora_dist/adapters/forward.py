@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from amlora_dist.adapters.gate_context import (
@@ -128,11 +129,35 @@ class RoutedForward:
         call = self._open(kwargs, prompt_mask, task_gate, on_route, options)
         if trunk_states is not None:
             call.trunk = TrunkStates(trunk_states)
-        for module in self.routing.checkpointed:
-            _let_cache_state_travel(module)
-        with entered(call):
+        with entered(call), self._checkpointing(kwargs):
             output = self.inner(**kwargs)
         return self._with_cache_state(output, call, kwargs.get("past_key_values"))
+
+    @contextlib.contextmanager
+    def _checkpointing(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Where the model turned on gradient checkpointing, layers do so in a pass with gradient, and recomputation sees
+        its call.
+
+        transformers asks a layer whether it is in training mode. Ours are not: the base model is frozen, and has no
+        dropout. So a layer says that it is until its own pass begins.
+        """
+        awake = []
+        for module in self.routing.checkpointed:
+            if not module.gradient_checkpointing:
+                continue
+            if not isinstance(module._gradient_checkpointing_func, GateCheckpoint):
+                module._gradient_checkpointing_func = GateCheckpoint(module._gradient_checkpointing_func)
+            learns = torch.is_grad_enabled() and kwargs.get("past_key_values") is None
+            if learns and not module.training and isinstance(module, GradientCheckpointingLayer):
+                module.training, module._gradient_checkpointing_func.awake = True, module
+                awake.append(module)
+        if awake and "use_cache" in self._names:
+            kwargs["use_cache"] = False  # a layer that runs twice would write it twice
+        try:
+            yield
+        finally:
+            for module in awake:
+                module.training, module._gradient_checkpointing_func.awake = False, None
 
     def _open(
         self, kwargs: dict[str, Any], prompt_mask: Tensor | None, task_gate: Tensor | None, on_route: OnRoute | None,
@@ -234,12 +259,6 @@ class RoutedForward:
             if isinstance(item, Cache):
                 attach(item, cache_state)
         return output
-
-
-def _let_cache_state_travel(module: Any) -> None:
-    """Where the model turned on gradient checkpointing since the last call, let recomputation see its call."""
-    if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, GateCheckpoint):
-        module._gradient_checkpointing_func = GateCheckpoint(module._gradient_checkpointing_func)
 
 
 class RoutedGenerate:

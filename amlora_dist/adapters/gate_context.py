@@ -262,10 +262,14 @@ class GateCheckpoint:
 
     def __init__(self, inner: Callable[..., Any]) -> None:
         self.inner = inner
+        self.awake: Any = None
+        """The layer, where it is in training mode only so that it is checkpointed: it runs as in evaluation."""
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As ``torch.utils.checkpoint.checkpoint``."""
         call = _CALL.get()
+        if self.awake is not None:
+            self.awake.training, self.awake = False, None
         # Layers choose again when they are recomputed, but the collector has it already.
         again = None if call is None else call.recomputed()
 

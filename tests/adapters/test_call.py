@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from amlora_dist.adapters.gate_context import ForwardContext, active_call, cache_state_of, pool_features
 from amlora_dist.adapters.inject import NewAdapter, inject
@@ -264,6 +265,52 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, before: bool) -> 
         model(input_ids=ids, labels=ids, task_gate=mixture.one_hot(3, 2)).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in mixture.trainable().items()})
     # An encoder-decoder adds up the encoder's gradients in another order.
+    tolerance = 0.0 if kind == "decoder" else 1e-5
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_model_in_evaluation_mode_is_checkpointed_where_it_learns_and_stays_without_dropout(kind: str) -> None:
+    """As stages train: the base model is frozen and never in training mode, which transformers asks for."""
+
+    def own_pass(layer: Any, inner: Any) -> Any:
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            modes.append(layer.training)
+            return inner(*args, **kwargs)
+
+        return passed
+
+    modes: list[bool] = []  # of a layer, while its own pass runs
+    gradients, passes = [], []
+    for checkpointing in (False, True):
+        model = (tiny_llama() if kind == "decoder" else tiny_t5()).eval()
+        targets = targets_of(model)
+        mixture = inject(
+            model, targets, random_adapters(targets, RANKS), new=NewAdapter(task="new", rank=2, alpha=4.0)
+        )
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for parameter in mixture.trainable().values():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+        mlps = [module for name, module in model.named_modules() if name.endswith(("mlp", "DenseReluDense"))]
+        counted: list[bool] = []
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):  # what a layer of Bart or OPT asks about its dropout
+                first = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+                first.forward = own_pass(layer, first.forward)
+        for mlp in mlps:
+            mlp.register_forward_pre_hook(lambda *_, to=counted: to.append(True))
+        ids = prompts(2, 6)
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids, task_gate=mixture.one_hot(3, 2))
+        assert len(counted) == len(mlps), "nothing is computed twice where nothing is learned"
+        model(input_ids=ids, labels=ids, task_gate=mixture.one_hot(3, 2)).loss.backward()
+        passes.append(len(counted) - len(mlps))
+        gradients.append({name: parameter.grad for name, parameter in mixture.trainable().items()})
+        assert not any(m.training for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    assert passes[0] == len(mlps) < passes[1], "layers behind the first adapted one are computed again in backward"
+    assert modes and not any(modes)
     tolerance = 0.0 if kind == "decoder" else 1e-5
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=tolerance, rtol=tolerance)

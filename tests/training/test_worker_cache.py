@@ -152,7 +152,7 @@ def test_stages_on_ranks_that_stay_equal_stages_that_load_the_base_each_time(
             assert_equal_and_nothing_stays(found)
 
 
-@pytest.mark.slow
+@pytest.mark.crash
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"base"}))
