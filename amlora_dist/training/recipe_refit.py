@@ -23,6 +23,7 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import rows as rows_of
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.training.batching import target_tokens
+from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.held_loss import beats
 from amlora_dist.training.optimizer import ProximalAdamW
 
@@ -93,7 +94,8 @@ class RecipeRefit:
             if len(examples) < FEWEST_ROWS:
                 continue
             place = self.mixture.task_names.index(task)
-            one = self.row(place, {path: own[place] for path, own in rows.items()}, examples)
+            with memory_watched(f"refitting the row of task {task!r}", "lower method_settings.memory_rows"):
+                one = self.row(place, {path: own[place] for path, own in rows.items()}, examples)
             found[task] = {"rows": len(examples), "before": one.before, "after": one.after, "refitted": one.wins}
             report({"kind": "refit", "task": task, **found[task]})
             if one.wins:

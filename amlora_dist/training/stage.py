@@ -47,7 +47,7 @@ from amlora_dist.training.engine import (
     inference_model,
     join_process_group,
 )
-from amlora_dist.training.failures import StoppedError, disk_watched
+from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
 from amlora_dist.training.held_loss import HeldLoss
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.optimizer import parameter_groups
@@ -396,12 +396,13 @@ class _Stage:
         are of the plain model, so that training changes nothing about them."""
         router, earlier = self.settings.router, [parent.statistics for parent in parents]
         self.report({"kind": "reading", "rows": len(every)})
-        newest = makes.of(mixture, every, earlier, trunk, self.rows.label_count)
-        wanted = router.background and self.method.routed and newest.held is not None
-        if wanted and router.kind in ("posterior", "permuted"):
-            read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
-            decided_by = {"base": self.base.identity, "dtype": self.settings.dtype} | read
-            newest = replace(newest, background=makes.background(mixture, Path(self.work.cache), decided_by))
+        with memory_watched(f"reading the texts of task {self.work.task!r}", "lower router.max_text_tokens"):
+            newest = makes.of(mixture, every, earlier, trunk, self.rows.label_count)
+            wanted = router.background and self.method.routed and newest.held is not None
+            if wanted and router.kind in ("posterior", "permuted"):
+                read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
+                decided_by = {"base": self.base.identity, "dtype": self.settings.dtype} | read
+                newest = replace(newest, background=makes.background(mixture, Path(self.work.cache), decided_by))
         self.report({"kind": "statistics", "rows": newest.count, "held_out": len(makes.held_out(len(every)))})
         return [*earlier, newest]
 
