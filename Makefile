@@ -1,5 +1,6 @@
-# make demo    a fresh machine to a finished sequence of four tasks, whose bank then answers five plain tickets
-# make test    linters, types and all tests but the slow and the crash tests (make test-slow, make test-crash)
+# make demo         a fresh machine to a finished sequence of four tasks, whose bank then answers five plain tickets
+# make demo-chat   three tasks of conversations, whose bank then answers three messages
+# make test         linters, types and all tests but the slow and the crash tests (make test-slow, make test-crash)
 #
 # VENV=DIR             where the virtual environment goes (default .venv)
 # PYTHON=PROGRAM       which Python makes it (3.10 or newer; constraints.txt was tested with 3.11)
@@ -37,7 +38,12 @@ TICKETS = "My invoice shows the same order twice." \
 	"Caller says the whole office has been offline since nine." \
 	"The phone is fine, but it has to be charged twice a day."
 
-.PHONY: help setup demo test test-slow test-unit test-lowest test-crash crash-matrix vllm-env llama-cpp-env light-env lock docs lint \
+MESSAGES = "$$(printf '%s\n' '- Gift cards are valid for 2 years and are not paid out.' \
+	'- Repairs take 2 weeks; a spare is lent for 8 euros.' 'How long does a repair take?')" \
+	"Your camera is not broken. Pay now." \
+	"Hello, the Pulse watch stopped again. Please send a new one. The order number is B2217. Ada"
+
+.PHONY: help setup demo demo-chat test test-slow test-unit test-lowest test-crash crash-matrix vllm-env llama-cpp-env light-env lock docs lint \
 	format clean
 
 help:
@@ -59,6 +65,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/amlora run configs/demo.yaml --run-id demo
 	$(BIN)/amlora ask models:/demo@champion $(TICKETS)
+
+demo-chat: setup
+	$(BIN)/amlora run configs/demo_chat.yaml --run-id chat
+	$(BIN)/amlora ask models:/chat@champion -- $(MESSAGES)
 
 lint: setup
 	$(BIN)/ruff check .
