@@ -16,7 +16,6 @@ Dev rows are asked of a finished bank as plain text, three ways:
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -24,37 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finished_bank import asked_of, bank_parser, rows_of
 from sweeps import show, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from amlora_dist.errors import UserError
 from amlora_dist.inference.model import AMLoRAModel
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, resolve_task
 from pipelines.cluster.library_output import set_up
 
-DEMO = ["helpdesk/email_route", "helpdesk/chat_mood", "helpdesk/call_urgency", "helpdesk/review_topic"]
 WAYS = ("mixture", "hard", "average")
 SHARE = 0.9
 """Of rows that are asked of one task alone, at least."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder, of labelled tasks")
-    parser.add_argument("--tasks", nargs="+", default=DEMO, help="the bank's, in its order, as a run names them")
-    parser.add_argument("--data-dir", type=Path, help="rows as <task>/<split>.jsonl; default: packaged tasks and the Hub")
-    parser.add_argument("--split", default="dev", choices=["dev", "test"])
-    parser.add_argument("--rows", type=int, default=200, help="of a task at most")
+    parser = bank_parser(__doc__, rows=200)
     parser.add_argument("--seed", type=int, default=0, help="that drew the rows of the run")
     parser.add_argument("--above", type=float, help="posterior of the second task from which on both are asked")
-    parser.add_argument("--dtype", default="fp32", help="of the model")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="a tiny random bank: ends within a minute, shows nothing")
-    args = parser.parse_args()
-    if args.bank is None and not args.quick:
-        parser.error("--bank: which bank? `make demo` leaves models:/demo@champion")
+    args = asked_of(parser.parse_args())
     set_up(verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
@@ -64,22 +51,11 @@ def main() -> None:
             args.bank, args.tasks = str(Path(folder) / "bank"), list(TASKS)
             asked = [(place, text, text.split()[-1]) for place, task in enumerate(TASKS) for text in texts_of(task, 20, "x")]
         else:
-            asked = rows_of(args)
+            asked = rows_of(args.tasks, args.data_dir, args.split, most=args.rows, seed=args.seed)
         table = measure(AMLoRAModel.from_bank(args.bank, dtype=args.dtype, abstain=0.0), asked, args.above)
     columns = ("way", "accuracy", "routed right", "mixed", "changed", "better", "worse")
     show(f"{len(asked)} {args.split} rows of {len(args.tasks)} tasks", table, columns)
     write_json(args.json, {"bank": args.bank, "split": args.split, "rows": len(asked), "table": table})
-
-
-def rows_of(args: argparse.Namespace) -> list[tuple[int, str, str]]:
-    """Of each row the place of its task, its text and its label's words."""
-    found = []
-    for place, task in enumerate(args.tasks):
-        limit: Any = {f"max_{args.split}": args.rows}
-        spec = resolve_task(task, data_dir=args.data_dir, base_dir=Path(), defaults=TaskDefaults(**limit))
-        rows = load_task(spec, data_dir=args.data_dir, splits=(args.split,), seed=args.seed).rows[args.split]
-        found += [(place, row.text, row.target) for row in rows]
-    return found
 
 
 def measure(model: AMLoRAModel, asked: list[tuple[int, str, str]], above: float | None) -> list[dict[str, Any]]:

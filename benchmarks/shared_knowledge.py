@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finished_bank import asked_of, bank_parser
 from sweeps import show, write_json
 from torch import Tensor
 
@@ -69,7 +70,6 @@ from amlora_dist.training.stage_statistics import held_out_places
 from amlora_dist.training.trunk_cache import TrunkCache
 from pipelines.cluster.library_output import set_up
 
-DEMO = ["helpdesk/email_route", "helpdesk/chat_mood", "helpdesk/call_urgency", "helpdesk/review_topic"]
 BATCH = 16
 COLUMNS = ("rows of G", "told", "difference", "loss", "loss difference", "model alone", "served", "served difference",
            "changed", "seconds")  # fmt: skip
@@ -78,12 +78,7 @@ G = dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder, of labelled tasks")
-    parser.add_argument("--tasks", nargs="+", default=DEMO, help="the bank's, in its order, as a run names them")
-    parser.add_argument("--data-dir", type=Path, help="rows as <task>/<split>.jsonl; default: packaged tasks and the Hub")
-    parser.add_argument("--split", default="dev", choices=["dev", "test"])
-    parser.add_argument("--rows", type=int, default=100, help="of a task at most")
+    parser = bank_parser(__doc__, rows=100)
     parser.add_argument("--memory", type=int, nargs="+", default=[8, 16, 32], help="rows of a task that a refit sees")
     parser.add_argument("--trained-rows", action="store_true", help="refit on rows that the adapters know, too")
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.1, 0.3, 1.0], help="mu of the merge")
@@ -93,12 +88,7 @@ def main() -> None:
     parser.add_argument("--starts", action="store_true", help="learn the last task again, from several starts")
     parser.add_argument("--only-starts", action="store_true", help="and nothing else")
     parser.add_argument("--few", type=int, default=64, help="rows of the last task, with --starts")
-    parser.add_argument("--dtype", default="fp32", help="of the model")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="a tiny random bank: ends within a minute, shows nothing")
-    args = parser.parse_args()
-    if args.bank is None and not args.quick:
-        parser.error("--bank: which bank? `make demo` leaves models:/demo@champion")
+    args = asked_of(parser.parse_args())
     set_up(verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:

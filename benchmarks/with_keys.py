@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from between_tasks import rows_of
+from finished_bank import rows_of
 from sweeps import show, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -80,7 +80,8 @@ def main() -> None:
         if args.quick:
             dev, test = _quick(args, Path(folder))
         else:
-            dev, test = (_rows(args, split) for split in ("dev", "test"))
+            wanted = (("dev", args.dev), ("test", args.test))
+            dev, test = (rows_of(args.tasks, args.data_dir, split, most=most, seed=args.seed) for split, most in wanted)
         table, right = measure(args, dev, test)
     show(f"{len(test)} test rows of {len(args.tasks)} tasks, beta by {len(dev)} dev rows", table, tuple(table[0]))
     write_json(args.json, {"keys": args.keys, "seed": args.seed, "table": table, "right": right})
@@ -97,11 +98,6 @@ def _quick(args: argparse.Namespace, folder: Path) -> tuple[list[tuple[int, str,
         return [(place, text, text.split()[-1]) for place, task in enumerate(TASKS) for text in texts_of(task, 10, salt)]
 
     return rows("x"), rows("y")
-
-
-def _rows(args: argparse.Namespace, split: str) -> list[tuple[int, str, str]]:
-    limit = {"dev": args.dev, "test": args.test}[split]
-    return rows_of(argparse.Namespace(**{**vars(args), "split": split, "rows": limit}))
 
 
 def _bank(uris: str) -> Bank:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import sysconfig
@@ -284,11 +285,10 @@ def _too_short(error: EOFError) -> str:
     told = f"unexpected EOFError: {error or 'a file ends too early'}"
     if "marshal" not in str(error):
         return told
-    packages = f"{Path(__file__).parents[2] / 'amlora_dist'} {Path(__file__).parents[1]}"
-    return (
-        f"{told}: a module that Python compiled while the disk was full; "
-        f"compile all of them again: {sys.executable} -m compileall -qf {packages} {sysconfig.get_path('purelib')}"
-    )
+    own = Path(__file__).parents[1]
+    folders = map(str, (own.parent / "amlora_dist", own, sysconfig.get_path("purelib")))
+    again = [sys.executable, "-m", "compileall", "-qf", *folders]
+    return f"{told}: a module that Python compiled while the disk was full; compile all again: {shlex.join(again)}"
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -61,20 +61,25 @@ def check_packing(base: BaseModel) -> None:
         raise UserError(str(packing_fault(reason)))
 
 
-def router_layer(settings: StageSettings, model: PreTrainedModel) -> int:
-    """The routing layer that the settings ask for, or the model's default."""
-    from amlora_dist.adapters.targets import default_router_layer
+def checked_router_layer(settings: StageSettings, model: PreTrainedModel) -> int:
+    """The routing layer that the settings ask for, or the model's default.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    from amlora_dist.adapters.targets import check_router_layer, default_router_layer
 
     asked = settings.router.layer
-    return default_router_layer(model) if asked is None else asked
+    layer = default_router_layer(model) if asked is None else asked
+    check_router_layer(model, layer)
+    return layer
 
 
 def check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, list[int]]:
     """Parameters of the model, and of an adapter, and the default depths; errors as ``check_model``."""
-    from amlora_dist.adapters.targets import check_router_layer, default_depths
+    from amlora_dist.adapters.targets import default_depths
 
-    layer = router_layer(method.settings, model)
-    check_router_layer(model, layer)
+    layer = checked_router_layer(method.settings, model)
     rank, _ = method.rank_and_alpha
     trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
     depths = method.settings.router.depths or []

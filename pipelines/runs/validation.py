@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from amlora_dist.config.loading import home, storage_of
 from amlora_dist.errors import Fault, FoundFault, UserError
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from amlora_dist.config.loading import RunConfig
     from amlora_dist.config.strict_yaml import KeyPath
     from amlora_dist.tasks.task import TaskSpec
+
+
+T = TypeVar("T")
+
+
+class Noted(Protocol):
+    """Makes a check, and keeps what it refuses as a fault of a key."""
+
+    def __call__(self, key: KeyPath, check: Callable[[], T]) -> T | None:
+        """What the check gives; None where it refused."""
 
 
 def place_faults(config: RunConfig, specs: list[TaskSpec]) -> dict[KeyPath, Fault]:
@@ -31,13 +41,12 @@ def place_faults(config: RunConfig, specs: list[TaskSpec]) -> dict[KeyPath, Faul
     """
     found: dict[KeyPath, Fault] = {}
 
-    def noted(key: KeyPath, check: Callable[[], object]) -> bool:
+    def noted(key: KeyPath, check: Callable[[], T]) -> T | None:
         try:
-            check()
+            return check()
         except UserError as error:
             found[key] = FoundFault.of(error, ".".join(map(str, key)))
-            return False
-        return True
+            return None
 
     noted(("storage",), lambda: resources.check_folder(storage_of(config)[0], "storage"))
     if config.mlflow.tracking_uri:
@@ -47,29 +56,25 @@ def place_faults(config: RunConfig, specs: list[TaskSpec]) -> dict[KeyPath, Faul
     return found
 
 
-def _model_faults(config: RunConfig, specs: list[TaskSpec], noted: Callable[[KeyPath, Callable[[], object]], bool]) -> None:
-    from amlora_dist.adapters.targets import check_router_layer
+def _model_faults(config: RunConfig, specs: list[TaskSpec], noted: Noted) -> None:
     from amlora_dist.base_model import check_tokenizer, check_weights, described_base, load_tokenizer, meta_model
     from amlora_dist.methods import method_for
     from pipelines.runs.inputs import settled_format
-    from pipelines.runs.model_checks import check_targets, check_task, router_layer
+    from pipelines.runs.model_checks import check_targets, check_task, checked_router_layer
 
     source, path = ("model", "source"), Path(config.model.source).resolve()
-    if not noted(source, lambda: described_base(config.model, path)):
+    if (base := noted(source, lambda: described_base(config.model, path))) is None:
         return
-    base, size = described_base(config.model, path), None
-    if noted((*source, "architecture"), lambda: meta_model(base)):
-        model = meta_model(base)
+    if (model := noted((*source, "architecture"), lambda: meta_model(base))) is not None:
         settings = config.stage_settings()
-        if not noted(("router", "layer"), lambda: check_router_layer(model, router_layer(settings, model))):
+        if noted(("router", "layer"), lambda: checked_router_layer(settings, model)) is None:
             settings = replace(settings, router=replace(settings.router, layer=None))
         noted(("adapters", "targets"), lambda: check_targets(method_for(settings), model))
         noted((*source, "weights"), lambda: check_weights(base, model))
-        size = int(model.get_input_embeddings().weight.shape[0])
-    if not noted((*source, "tokenizer"), lambda: load_tokenizer(base.path)):
+    if (tokenizer := noted((*source, "tokenizer"), lambda: load_tokenizer(base.path))) is None:
         return
-    tokenizer = load_tokenizer(base.path)
-    if size is not None:
+    if model is not None:
+        size = int(model.get_input_embeddings().weight.shape[0])
         noted((*source, "tokens"), lambda: check_tokenizer(base, tokenizer, size))
     for number, spec in enumerate(specs):
 

@@ -19,6 +19,13 @@ from tests.pipelines.test_cli import RESULT
 from tests.tiny_config import write_config
 
 
+class Terminal(io.StringIO):
+    """What a bar is drawn on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def printed(result, width=100, **keys) -> str:
     stream = io.StringIO()
     show_result(result, Console(file=stream, width=width, highlight=False), **keys)
@@ -183,10 +190,6 @@ def test_a_run_begins_without_the_stages_of_the_one_before(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     stream = Terminal()
     bar = progress_for(stream)
     bar.outline([StageSize("email", 60, 40)])
@@ -222,10 +225,6 @@ def test_progress_knows_a_pipe_from_a_terminal():
 def test_bar_on_a_terminal_shows_stage_loss_and_speed(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
     stream = Terminal()
     bar = progress_for(stream)
