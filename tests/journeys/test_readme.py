@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = tiny_config.write_model(place / "model", "llama")
         shrink("demo.yaml", place, model, workers=0)
         shrink("standard_cl_order1.yaml", place, model, tasks=["amazon", "agnews"])
-        (made,) = re.findall(r"^\t\$\(BIN\)/(amlora run .*)$", MAKEFILE, re.MULTILINE)
+        (made,) = re.findall(r"^\t\$\(BIN\)/(amlora run configs/demo\.yaml .*)$", MAKEFILE, re.MULTILINE)
         typed(made)
     return place
 
