@@ -54,15 +54,15 @@ class RecipeStart:
             return fresh
         if how == "always":
             return self._from(self._best(), fresh)
-        losses, nothing = self._probe()
-        order = sorted(range(len(losses)), key=losses.__getitem__)
         if how == "race" and self.held is not None:
-            for others in (order[:2], order[:1]):
-                candidates = [Candidate(None, {}), *(self._candidate(place) for place in others)]
-                steps = race_steps(self.learner.schedule.steps, len(candidates), self.settings.recipe.race_steps)
+            for rivals in (min(len(self.adapters), 2), 1):
+                steps = race_steps(self.learner.schedule.steps, rivals + 1, self.settings.recipe.race_steps)
                 if steps:
+                    candidates = [Candidate(None, {}), *map(self._candidate, self._likeliest(rivals))]
                     return self._race(self.held, candidates, steps, fresh)
-        return fresh if losses[order[0]] >= nothing else self._from(order[0], fresh)
+        losses, nothing = self._probe()
+        best = losses.index(min(losses))
+        return fresh if losses[best] >= nothing else self._from(best, fresh)
 
     def _from(self, place: int, fresh: Progress) -> Progress:
         """Put an old row into the engine."""
@@ -70,6 +70,13 @@ class RecipeStart:
         engine.import_state(engine.export_state() | dict(start.state), 0)
         fresh.recipe_from = start.name
         return fresh
+
+    def _likeliest(self, count: int) -> list[int]:
+        """The old rows under which some training rows are likeliest, best first; where they are all, no pass says so."""
+        if count == len(self.adapters) == 1:
+            return [0]
+        losses, _ = self._probe()
+        return sorted(range(len(losses)), key=losses.__getitem__)[:count]
 
     def _best(self) -> int:
         """The old row under which some training rows are likeliest; the only one needs no pass."""

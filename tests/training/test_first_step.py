@@ -122,6 +122,18 @@ def test_the_probe_of_many_adapters_runs_the_layers_below_them_once(
     assert len(batches) == len(shared) == 2 and [len(losses) for losses, _ in shared] == [1, 2]
 
 
+def test_a_race_with_the_only_old_row_needs_no_probe_to_choose_it(tmp_path: Path) -> None:
+    training = {"epochs": 8, "batch_size": 6, "learning_rate": 2e-2, "warmup_steps": 0, "probe_rows": 8, "keep": "best"}
+    config = load_config(
+        write_config(tmp_path, rows=24, tasks=("colours", "shapes", "sizes"), training=training), ["recipe.start=race"]
+    )
+    ((losses, base),) = probes(tmp_path, config)
+    assert set(losses) == {"colours", "shapes"} and base is not None, "of the third stage, which has two to choose from"
+    races = [read_result(tmp_path / "stages" / task / "trained").training["race"] for task in ("shapes", "sizes")]
+    assert races[0]["losses"].keys() == {"none", "colours"}
+    assert races[1]["losses"].keys() <= {"none", "colours", "shapes"} and len(races[1]["losses"]) > 1
+
+
 def test_a_start_that_is_always_an_old_row_is_looked_for_among_these_alone(tmp_path: Path) -> None:
     tasks = ("colours", "shapes", "sizes")
     config = load_config(write_config(tmp_path, tasks=tasks), ["training.epochs=1", "recipe.start=always"])
