@@ -59,9 +59,14 @@ class Nodes:
         self._wait("the dashboard", lambda: self._asked("/api/version").status == 200)
 
     def worker(self, name: str, cpus: int, address: str, **environment: str) -> None:
-        """Start a worker node with a loopback address of its own, such as 127.0.0.2, and more in its environment."""
+        """Start a worker node with a loopback address of its own, such as 127.0.0.2, and more in its environment.
+
+        Its temporary folder is its own as well, as on another machine: a node unpacks a job's working directory there, and
+        in a shared one it would pull the folder away from under whoever runs in it.
+        """
         self._start(
             name, f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={cpus}", f"--node-ip-address={address}",
+            f"--temp-dir={self.folder / name}",
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}", **environment,
         )  # fmt: skip
 
