@@ -211,6 +211,11 @@ def main() -> None:
     sys.excepthook = _unexpected
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        typer.echo("error: the folder that this was started in is gone; cd to one that exists and run it again", err=True)
+        sys.exit(2)
+    try:
         typer.main.get_command(app)(prog_name="amlora")
     except SystemExit as leaving:
         session = sys.modules.get("pipelines.cluster.session")

@@ -199,6 +199,13 @@ def test_standard_output_that_goes_away_is_no_traceback(repository):
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_that_is_gone_is_said_and_nothing_else(repository, tmp_path):
+    command = f"mkdir gone && cd gone && rmdir ../gone && PYTHONPATH={repository} {sys.executable} -m pipelines.cli versions"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: the folder that this was started in is gone") and done.stderr.count("\n") == 1
+
+
 def test_tasks_lists_the_built_in_ones(amlora):
     done = amlora("tasks")
     assert done.returncode == 0, done.stderr
