@@ -172,13 +172,12 @@ class Bench:
         order = sorted(range(len(self.texts)), key=lambda n: len(self.texts[n][1]))
         self.batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
         pad = int(model.tokenizer.pad_token_id)
-        self.trunk = TrunkCache(
+        cache = TrunkCache(
             self.mixture.trunk(), folder / "trunk", limit=1 << 32, dtype=next(model.transformer.parameters()).dtype,
             decided_by={},
         )  # fmt: skip
-        self.loss = LossComputer(
-            model.transformer, pad_id=pad, encoder_decoder=False, device=model.device, trunk=self.trunk.states
-        )
+        cache.attach(model.transformer)
+        self.loss = LossComputer(model.transformer, pad_id=pad, encoder_decoder=False, device=model.device)
         self.tasks = len(data)
         self.readings: dict[tuple[int, ...], Any] = {}
 

@@ -12,6 +12,7 @@ relative to the loss: in fp32 neighbouring numbers are 6e-8 to 1.2e-7 of their s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import platform
 import statistics
@@ -72,25 +73,24 @@ def measure(base: Any, layers: str, dtype: str, tokens: int, args: argparse.Name
         cache.states([e.prompt + e.target for e in examples])
         fill = (time.perf_counter() - began) / len(batches)
         stored = sum(file.stat().st_size for file in Path(folder).glob("*/*/*"))
-        sides = {
-            name: LossComputer(
-                model, pad_id=0, encoder_decoder=False, device=device, trunk=cache.states if name == "cached" else None
-            )
-            for name in ("plain", "cached")
-        }
-        gate = torch.ones(1)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        computer, gate = LossComputer(model, pad_id=0, encoder_decoder=False, device=device), torch.ones(1)
+
+        def loss(name: str, batch: list[Example]) -> torch.Tensor:
+            with cache.attach(model) if name == "cached" else contextlib.nullcontext():
+                return computer(engine.forward, batch, gate) / target_tokens(batch)
+
+        seconds: dict[str, list[float]] = {"plain": [], "cached": []}
         apart = relative = 0.0
         for round_ in range(args.rounds + 1):
             for batch in batches:
                 if not round_:
                     with torch.no_grad():
-                        both = [float(side(model, batch, gate)) / target_tokens(batch) for side in sides.values()]
+                        both = [float(loss(name, batch)) for name in seconds]
                     apart = max(apart, abs(both[0] - both[1]))
                     relative = max(relative, abs(both[0] - both[1]) / both[0])
-                for name, side in sides.items():
+                for name in seconds:
                     began = time.perf_counter()
-                    engine.backward(side(engine.forward, batch, gate) / target_tokens(batch))
+                    engine.backward(loss(name, batch))
                     engine.step(1e-3)
                     if round_:  # the first round warms up
                         seconds[name].append(time.perf_counter() - began)

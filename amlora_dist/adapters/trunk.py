@@ -77,6 +77,11 @@ class Trunk:
         undo.append(hook.remove)
         self._try()
 
+    @property
+    def can_route(self) -> bool:
+        """Whether a pass that brings the states can find its own gate: not by features of several depths."""
+        return len(self._mixture.routing.depths) == 1
+
     def states(self, tokens: tuple[int, ...]) -> Tensor:
         """What enters the first adapted layer for this row, (L, D), on the model's device."""
         return self._run(tokens)[0]

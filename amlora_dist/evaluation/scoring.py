@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,6 @@ if TYPE_CHECKING:
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""
-
-
-class KeptTrunk(Protocol):
-    """Files of what the frozen layers make of prompts (``training.trunk_cache``)."""
-
-    def kept(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """All that is kept of these rows, (B, L, W), padded on the left."""
-
-    def states_in(self, kept_BLW: Tensor) -> Tensor:
-        """The hidden states among it, (B, L, D)."""
-
-    def fill(self, cache: Any, kept_BLW: Tensor) -> None:
-        """Put the keys and values among it into the KV cache of the pass that was given the states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +105,6 @@ def score_task(
     device: torch.device | str = "cpu",
     forward: Forward | None = None,
     all_done: Callable[[bool], bool] | None = None,
-    trunk: KeptTrunk | None = None,
     on_features: Callable[[int, Tensor], None] | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
@@ -132,10 +118,9 @@ def score_task(
         task_gate_row: give every prompt the row of this task (the oracle), or `ZERO_ROW`, instead of the router's gate.
         tasks: rows of the bank; 0 means a plain transformer, which gets no routing arguments.
         selectors: the layers weigh the adapters themselves (the literal router): note what they chose.
-        forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine).
+        forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine, or what keeps states).
         all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
             soon as its rows have ended, and several processes decode a fixed number of tokens.
-        trunk: what is kept of prompts, so that they need not pass through the frozen layers below the adapters.
         on_features: called with the number of each row of this rank's share and the features (d,) that the router read.
         on_rows: called after each batch with the number of its rows.
 
@@ -171,7 +156,6 @@ def score_task(
                     routing=_Routing(tasks, task_gate_row, selectors),
                     device=device,
                     all_done=all_done,
-                    trunk=trunk,
                 )
                 if counts:
                     predictions += _predictions(batch, scored, tokenizer, metric)
@@ -339,19 +323,12 @@ def _score_batch(
     routing: _Routing,
     device: torch.device | str,
     all_done: Callable[[bool], bool] | None,
-    trunk: KeptTrunk | None,
 ) -> _Scored:
     # Causal answers follow the last column; encoders with absolute positions count from the first.
     side: Side = "right" if decoder.encoder_decoder else "left"
     tensors = {k: t.to(device) for k, t in collate_prompts(batch, pad_id=decoder.pad_id, side=side).items()}
-    kept = None if trunk is None else trunk.kept([example.prompt for example in batch]).to(device)
-    more: dict[str, Any] = {} if trunk is None or kept is None else {"trunk_states": trunk.states_in(kept)}
-    state = decoder.prefill(
-        tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"]), **more
-    )
+    state = decoder.prefill(tensors["input_ids"], tensors["attention_mask"], **routing.arguments(tensors["prompt_mask"]))
     gates, zeros = routing.answers()
-    if trunk is not None and kept is not None:
-        trunk.fill(state.cache, kept)
     scores = None
     if plan is not None:
         scores = label_scores(decoder, state, plan, room).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -90,13 +90,11 @@ class LossComputer:
         pad_id: int,
         encoder_decoder: bool,
         device: torch.device,
-        trunk: Callable[[Sequence[tuple[int, ...]]], Tensor] | None = None,
         packing_width: int = 0,
     ) -> None:
-        """``trunk`` gives the frozen layers' states of rows, (B, L, D), left-padded; None: the model computes them.
-        ``packing_width``: rows share sequences that are filled up to so many tokens (``Mixture.packing_width``); 0: each has
-        its own."""
-        self._trunk, self._width = trunk, packing_width
+        """``packing_width``: rows share sequences that are filled up to so many tokens (``Mixture.packing_width``); 0: each
+        has its own."""
+        self._width = packing_width
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._model, self._pad, self.encoder_decoder, self._device = model, pad_id, encoder_decoder, device
 
@@ -109,8 +107,8 @@ class LossComputer:
 
     def lower_states(self, trunk: Trunk | None, examples: Sequence[Example]) -> Tensor | None:
         """What the frozen layers below the adapters make of these rows, (B, L, D), for several passes of them that differ in
-        their gates: the same bits as in a pass without. None where such a pass computes them, or a cache has them."""
-        if trunk is None or self._trunk is not None or self._width or self.encoder_decoder:
+        their gates: the same bits as in a pass without. None where such a pass computes them."""
+        if trunk is None or self._width or self.encoder_decoder:
             return None
         batch = {k: t.to(self._device) for k, t in collate(examples, pad_id=self._pad, side="left").items()}
         mask_BL = batch["attention_mask"]
@@ -180,9 +178,6 @@ class LossComputer:
             inputs |= prompt_positions(self._model, batch["attention_mask"], encoder_decoder=False)
             if states_BLD is not None:
                 inputs["trunk_states"] = states_BLD
-            elif self._trunk is not None:
-                rows = [example.prompt + example.target for example in examples]
-                inputs["trunk_states"] = self._trunk(rows).to(self._device)
             if self._keeps_logits:
                 inputs["logits_to_keep"] = keep
             logits = forward(**inputs).logits[:, -keep:-1]
@@ -192,8 +187,8 @@ class LossComputer:
     def _packed_logits(
         self, forward: Any, examples: Sequence[Example], gate_T: Tensor | None, dropout_keys: DropoutKeys | None
     ) -> tuple[Tensor, Tensor]:
-        rows = [example.prompt + example.target for example in examples]
-        packed = PackedRows.of([len(row) for row in rows], self._width, self._device)
+        lengths = [len(example.prompt) + len(example.target) for example in examples]
+        packed = PackedRows.of(lengths, self._width, self._device)
         batch = {k: t.to(self._device) for k, t in collate(examples, pad_id=self._pad, side="left").items()}
         labels_BL = batch["labels"][:, 1:]
         target_BL = labels_BL != IGNORED
@@ -204,8 +199,6 @@ class LossComputer:
             inputs["dropout_keys"] = packed.dropout_keys(dropout_keys)
         if gate_T is not None:
             inputs["task_gate"] = gate_T.to(self._device)[None]
-        if self._trunk is not None:
-            inputs["trunk_states"] = packed.pack(self._trunk(rows))
         return forward(**inputs).logits, labels_BL[target_BL][None]
 
     def _note(self, chosen: Chosen, tokens_BL: Tensor, answer_BL: Tensor, path: str, selection: Selection) -> None:

@@ -37,6 +37,8 @@ class RecipeStart:
         examples: what the stage trains on, its own rows first.
         held: the loss on rows that it does not train on; None where there are none.
         report: takes events.
+        shares_lower: passes that differ in their gates run the layers below the adapters once; not where something in front
+            of the model has kept what these layers make of a row.
     """
 
     settings: StageSettings
@@ -46,6 +48,7 @@ class RecipeStart:
     examples: Sequence[Example]
     held: HeldLoss | None
     report: Callable[[dict[str, Any]], None]
+    shares_lower: bool = True
 
     def begin(self, fresh: Progress) -> Progress:
         """Put the start into the engine; the stage's progress: at step 0, or, after a race, where its winner is."""
@@ -116,7 +119,8 @@ class RecipeStart:
 
     def _mean_losses(self, gates: Sequence[Tensor]) -> list[float]:
         """Under each of the gates. What lies below the adapters is computed once for all of them."""
-        engine, trunk = self.learner.engine, keeping_trunk(self.learner.mixture)
+        engine = self.learner.engine
+        trunk = keeping_trunk(self.learner.mixture) if self.shares_lower else None
         probe = self.examples[: self.settings.training.probe_rows]
         ranks, totals = engine.ranks, torch.zeros(len(gates), device=engine.device)
         most = min(BATCH, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank

@@ -15,7 +15,7 @@ from amlora_dist.adapters.adapter import tasks_using
 from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.crash_points import reach
 from amlora_dist.evaluation.answering import Answering
-from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.decoding import Decoder, Forward
 from amlora_dist.evaluation.requests import Prompter, mean_rows
 from amlora_dist.evaluation.scoring import (
     ZERO_ROW,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.task_entry import TaskEntry
     from amlora_dist.training.engine import Ranks
     from amlora_dist.training.remote_storage import RemoteStorage
-    from amlora_dist.training.trunk_cache import TrunkCache
 
 TELL_EVERY_S = 1.0
 """Seconds between two events about the rows of one score."""
@@ -78,7 +77,8 @@ class Scoring:
     model: Any
     mixture: Mixture | None
     adapters: list[Adapter]
-    trunk: TrunkCache | None
+    forward_for: Callable[[Sequence[Example]], Forward]
+    """What passes over these rows call in place of ``model``, with the same arguments: it, or what stands in front of it."""
     examples: Examples
     plain_rows: Callable[[str, str], list[Row]]
     """Rows of a task's split, as they are in the data."""
@@ -368,9 +368,7 @@ class Scoring:
 
         ``labels``: to rank, in place of the task's own.
         """
-        spec, trunk = self.work.spec(cell.task), self.trunk
-        if row is None and self.mixture is not None and len(self.mixture.routing.depths) > 1:
-            trunk = None  # what is kept of a row is one depth: several cannot be read off it, and the gate is made of them
+        spec = self.work.spec(cell.task)
         with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
             return score_task(
                 self.model,
@@ -389,8 +387,8 @@ class Scoring:
                 rank=self.ranks.rank,
                 world=self.ranks.world,
                 device=self.device,
+                forward=self.forward_for(examples),
                 all_done=self._all_done,
-                trunk=trunk if trunk is not None and trunk.holds(example.prompt for example in examples) else None,
                 on_features=None if features is None else features.__setitem__,
                 on_rows=on_rows,
             )

@@ -174,7 +174,7 @@ class _Stage:
         """Score the cells, as the finished bank answers."""
         mixture = bank.mixture
         mixture.set_router(self.method.router(bank.statistics))
-        self._scoring(mixture.model, mixture, bank.adapters, self._trunk(mixture, decodes=True)).run()
+        self._scoring(mixture.model, mixture, bank.adapters, self._trunk_cache(mixture, decodes=True)).run()
 
     def score_base(self) -> None:
         """Score the cells of a method that trains nothing."""
@@ -192,14 +192,14 @@ class _Stage:
                 raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
         return parents
 
-    def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], trunk: TrunkCache | None) -> Scoring:
+    def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], cache: TrunkCache | None) -> Scoring:
         return Scoring(
             self.work,
             self.method,
             model,
             mixture,
             adapters,
-            trunk,
+            (lambda _: model) if cache is None else partial(cache.forward_for, model),
             examples=self.rows.examples,
             plain_rows=self.rows.plain,
             tokenizer=self.tokenizer,
@@ -231,10 +231,10 @@ class _Stage:
 
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
-        trunk, makes = self._trunk(mixture), self._statistics(engine)
-        make_statistics = partial(self._all_statistics, makes, mixture, every, parents, trunk)
+        cache, makes = self._trunk_cache(mixture), self._statistics(engine)
+        make_statistics = partial(self._all_statistics, makes, mixture, every, parents, cache)
         own, unseen = self._divided(makes, every)
-        loss = self._loss(mixture, trunk)
+        loss = self._loss(mixture, cache)
         # Selectors may have a prior of them; else no step waits for the reading of texts.
         if statistics := make_statistics() if self.method.uses_selectors and settings.router.literal.prior else []:
             mixture.set_router(self.method.router(statistics))
@@ -245,7 +245,7 @@ class _Stage:
         if progress is None:
             progress = Progress(fingerprint=work.fingerprint, step=0)
             if self.method.learns_recipe(work.index) and adapters:
-                start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report)
+                start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report, cache is None)
                 progress = start.begin(progress)
         progress.trained_with = trained_with(settings, self.ranks.world, self.device, self.config)
         if self.method.learns:
@@ -289,7 +289,7 @@ class _Stage:
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
         own, unseen = self._divided(self._statistics(engine), every)
-        loss = self._loss(mixture, self._trunk(mixture))
+        loss = self._loss(mixture, self._trunk_cache(mixture))
         self.method.prepare(mixture, [])
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
         if held_loss is None:
@@ -313,15 +313,18 @@ class _Stage:
         kept = [example for place, example in enumerate(every) if place not in left_out]
         return kept, [example for place, example in enumerate(every) if place in left_out]
 
-    def _loss(self, mixture: Mixture, trunk: TrunkCache | None) -> LossComputer:
-        return LossComputer(
+    def _loss(self, mixture: Mixture, cache: TrunkCache | None) -> LossComputer:
+        """The loss of the model, which begins above the trunk where there is a cache of it."""
+        loss = LossComputer(
             mixture.model,
             pad_id=self.tokenizer.pad_token_id,
             encoder_decoder=self.base.encoder_decoder,
             device=self.device,
-            trunk=None if trunk is None else trunk.states,
             packing_width=mixture.packing_width() if self.settings.training.packing else 0,
         )
+        if cache is not None:
+            cache.attach(mixture.model)
+        return loss
 
     def _learner(
         self, mixture: Mixture, engine: Engine, loss: LossComputer, own: list[Example], replayed: list[Example],
@@ -390,14 +393,17 @@ class _Stage:
         )  # fmt: skip
 
     def _all_statistics(
-        self, makes: StageStatistics, mixture: Mixture, every: list[Example], parents: list[Result], trunk: TrunkCache | None
+        self, makes: StageStatistics, mixture: Mixture, every: list[Example], parents: list[Result], cache: TrunkCache | None
     ) -> list[TaskStatistics]:
         """Of the bank's tasks, the newest last, with those of generic texts, by which texts of no task are told. They
         are of the plain model, so that training changes nothing about them."""
         router, earlier = self.settings.router, [parent.statistics for parent in parents]
+        features_of = None
+        if cache is not None and cache.trunk.layer == mixture.router_layer:
+            features_of = partial(cache.features, skip_tokens=router.skip_tokens)
         self.report({"kind": "reading", "rows": len(every)})
         with memory_watched(f"reading the texts of task {self.work.task!r}", "lower router.max_text_tokens"):
-            newest = makes.of(mixture, every, earlier, trunk, self.rows.label_count)
+            newest = makes.of(mixture, every, earlier, features_of, self.rows.label_count)
             wanted = router.background and self.method.routed and newest.held is not None
             if wanted and router.kind in ("posterior", "permuted"):
                 read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
@@ -464,14 +470,12 @@ class _Stage:
         chosen = self.settings.router.depths
         return default_depths(layer) if chosen is None else chosen
 
-    def _trunk(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
-        """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes.
-
-        Under ZeRO-3 there is none: its passes gather every layer on every rank, cached or not. For prompts
-        (``decodes``) also only if the trunk ends at the routing layer, where the features are read."""
+    def _trunk_cache(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
+        """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes; not under
+        ZeRO-3, whose passes gather every layer on every rank, cached or not. For prompts (``decodes``) only if the trunk ends
+        at the routing layer, where the features are read."""
         settings = self.settings
-        gathers = self._partitioned
-        if not settings.training.cache_trunk or self.method.alters_inputs or gathers:
+        if not settings.training.cache_trunk or self.method.alters_inputs or self._partitioned:
             return None
         trunk = mixture.trunk()
         if decodes and (trunk.layer != mixture.router_layer or self.method.uses_selectors):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.settings import RouterSettings
     from amlora_dist.training.engine import Ranks
-    from amlora_dist.training.trunk_cache import TrunkCache
     from amlora_dist.training.worker_cache import WorkerCache
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class StageStatistics:
         mixture: Mixture,
         examples: Sequence[Example],
         earlier: Sequence[TaskStatistics],
-        trunk: TrunkCache | None,
+        prompt_features: Callable[[Sequence[Example]], Tensor] | None,
         label_count: int,
     ) -> TaskStatistics:
         """Statistics of all rows but the held-out ones, which go beside them.
@@ -102,7 +101,7 @@ class StageStatistics:
             mixture: of the model.
             examples: the stage's own rows, the held-out ones among them.
             earlier: statistics of the tasks before (format 1).
-            trunk: what is kept of whole prompts, if it ends at the routing layer (format 1).
+            prompt_features: of whole prompts (format 1), (rows, D) fp32; None: by a pass of the model.
             label_count: labels of the task; 0 where rows have none or are of several tasks.
         """
         held = self.held_out(len(examples))
@@ -110,9 +109,10 @@ class StageStatistics:
         kept = [example for place, example in enumerate(examples) if place not in left_out]
         chosen = [examples[place] for place in held]
         if not self.text_alone:
-            own = merge(self.ranks.gather(TaskStatistics.from_features(self.task, self._prompts(mixture, kept, trunk))))
+            features_of = prompt_features or partial(self._prompt_features, mixture)
+            own = merge(self.ranks.gather(TaskStatistics.from_features(self.task, self._prompts(features_of, kept))))
             if held:
-                features = self._prompts(mixture, chosen, trunk)
+                features = self._prompts(features_of, chosen)
                 parts = own.with_holdout(features, earlier, self.router.fixed_shrinkage)
                 own = merge_holdouts(self.ranks.gather(parts))
             return own
@@ -241,27 +241,21 @@ class StageStatistics:
             out.append(reading.features_BF.cpu() if counts else reading.features_BF[:0].cpu())
         return torch.cat(out)
 
-    def _prompts(self, mixture: Mixture, examples: Sequence[Example], trunk: TrunkCache | None) -> Tensor:
+    def _prompts(self, features_of: Callable[[Sequence[Example]], Tensor], examples: Sequence[Example]) -> Tensor:
         """Features of this rank's share of whole prompts, (rows, D) fp32 on the CPU (format 1)."""
-        dealt = deal(examples, BATCH, self.ranks.rank, self.ranks.world)
-        if trunk is not None and trunk.trunk.layer == mixture.router_layer:
-            shares = [[examples[i] for i in indices] for indices, counts in dealt if counts]
-            parts = [trunk.features(batch, self.router.skip_tokens) for batch in shares]
-            return torch.cat(parts) if parts else torch.empty(0, trunk.trunk.width)
         out: list[Tensor] = []
         with torch.no_grad():
-            for indices, counts in dealt:
-                batch = collate_prompts(
-                    [examples[i] for i in indices], pad_id=int(self.tokenizer.pad_token_id), side=self._side
-                )
-                batch |= prompt_positions(
-                    mixture.model, batch["attention_mask"], encoder_decoder=self.encoder_decoder
-                )
-                features = mixture.routing_features(
-                    full_forward=self.whole, **{name: tensor.to(self.device) for name, tensor in batch.items()}
-                )
+            for indices, counts in deal(examples, BATCH, self.ranks.rank, self.ranks.world):
+                features = features_of([examples[i] for i in indices])
                 out.append(features.cpu() if counts else features[:0].cpu())
         return torch.cat(out)
+
+    def _prompt_features(self, mixture: Mixture, examples: Sequence[Example]) -> Tensor:
+        """Of the plain model, (rows, D)."""
+        batch = collate_prompts(examples, pad_id=int(self.tokenizer.pad_token_id), side=self._side)
+        batch |= prompt_positions(mixture.model, batch["attention_mask"], encoder_decoder=self.encoder_decoder)
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return mixture.routing_features(full_forward=self.whole, **inputs)
 
 
 def held_out_places(count: int, share: float, *, seed: int, task: str) -> list[int]:

@@ -5,30 +5,36 @@ base model, layer, dtype, attention implementation, device, processor, library v
 unpadded, so that a hit and a miss give the same bits, whoever wrote the file. Files appear when they are whole, and end
 with a checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When
 the files of all folders together pass the limit, those that were used longest ago go.
+
+The cache stands in front of a model (``TrunkCache.attach`` for training, ``TrunkCache.forward_for`` for prompts): whoever
+calls the model knows nothing of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from amlora_dist.adapters.gate_context import pool_features
 from amlora_dist.digests import value_digest
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.trunk import Trunk
+    from amlora_dist.evaluation.decoding import Forward
     from amlora_dist.tasks.batches import Example
 
 log = logging.getLogger(__name__)
@@ -76,6 +82,24 @@ class TrunkCache:
         self._written = self._limit  # so that the first write looks at what others have left
         self.hits = self.misses = 0
 
+    def attach(self, model: nn.Module) -> RemovableHandle:
+        """Stand in front of ``model``: passes over whole rows that leave nothing for later ones (``use_cache=False``:
+        training) begin above the trunk. Until the handle is removed, or the model is given back as it was loaded."""
+        return model.register_forward_pre_hook(self._bring, with_kwargs=True)
+
+    def _bring(self, _model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if inputs.get("use_cache") is not False or inputs.get("trunk_states") is not None:
+            return None
+        states_BLD, packed = self.states(_rows_of(inputs)), inputs.get("packed_rows")
+        states_BLD = states_BLD.to(inputs["input_ids"].device) if packed is None else packed.pack(states_BLD)
+        return args, inputs | {"trunk_states": states_BLD}
+
+    def forward_for(self, model: Forward, examples: Sequence[Example]) -> Forward:
+        """What passes over these prompts call in place of ``model``: it, where they have no room together. Else they would
+        push each other out, and each would be written for nothing."""
+        size = sum(len(example.prompt) for example in examples) * self.width * self._dtype.itemsize
+        return CachedForward(model, self) if size <= self._limit / ROOM else model
+
     def states(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """States of these rows, (B, L, D), padded on the left with zeros, on the CPU."""
         return self.states_in(self.kept(rows))
@@ -104,11 +128,6 @@ class TrunkCache:
         start_B1 = end_B1 - torch.tensor([[len(example.prompt)] for example in examples])
         place_L = torch.arange(states_BLD.shape[1])
         return pool_features(states_BLD, (place_L >= start_B1) & (place_L < end_B1), skip_tokens)
-
-    def holds(self, rows: Iterable[tuple[int, ...]]) -> bool:
-        """Whether these rows together take no more than their share of the limit: else they would push each other out,
-        and each would be written for nothing."""
-        return sum(map(len, rows)) * self.width * self._dtype.itemsize <= self._limit / ROOM
 
     def _row(self, tokens: tuple[int, ...]) -> Tensor:
         """(L, W)"""
@@ -160,6 +179,38 @@ class TrunkCache:
         if self._written * LOOKS >= self._limit:
             self._written = 0
             make_room(self._root, self._limit)
+
+
+class CachedForward:
+    """A model whose first pass over prompts begins above the trunk; to its caller it is the model.
+
+    Args:
+        model: whose trunk it is; called with keyword arguments.
+        cache: made with ``decodes``.
+    """
+
+    def __init__(self, model: Forward, cache: TrunkCache) -> None:
+        self._model, self._cache = model, cache
+
+    def __call__(self, **inputs: Any) -> Any:
+        """As the model; what comes after the prompts, and a gate that features of several depths decide, is its alone."""
+        if inputs.get("past_key_values") is not None:
+            return self._model(**inputs)
+        if inputs.get("task_gate") is None and not self._cache.trunk.can_route:
+            return self._model(**inputs)
+        kept_BLW = self._cache.kept(_rows_of(inputs)).to(inputs["input_ids"].device)
+        output = self._model(**inputs, trunk_states=self._cache.states_in(kept_BLW))
+        self._cache.fill(output.past_key_values, kept_BLW)
+        return output
+
+
+def _rows_of(inputs: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The tokens of each row of a call, without padding."""
+    ids, mask, packed = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("packed_rows")
+    if packed is not None:
+        ids, mask = packed.unpack(ids), packed.mask_BL
+    mask = torch.ones_like(ids) if mask is None else mask
+    return [tuple(itertools.compress(*row)) for row in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
 def make_room(folder: Path, limit: int) -> None:

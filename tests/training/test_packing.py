@@ -81,10 +81,10 @@ def mixture(kind: str = "llama", layers: str = "above_router", *, router: bool =
     return made
 
 
-def computer(made: Mixture, packs: bool, **options: Any) -> LossComputer:
+def computer(made: Mixture, packs: bool) -> LossComputer:
     return LossComputer(
         made.model, pad_id=0, encoder_decoder=False, device=torch.device("cpu"),
-        packing_width=made.packing_width() if packs else 0, **options,
+        packing_width=made.packing_width() if packs else 0,
     )  # fmt: skip
 
 
@@ -239,7 +239,9 @@ def test_with_gradient_checkpointing_the_gradients_are_the_same() -> None:
 def test_the_trunk_s_cache_goes_with_packed_rows(tmp_path: Path) -> None:
     made, gate = mixture(), torch.tensor([0.3, 0.0, 1.0])
     cache = TrunkCache(made.trunk(), tmp_path, limit=10**9, dtype=EXACT, decided_by={})
-    found = computer(made, True, trunk=cache.states)(made.model, rows(), gate)
+    packing = computer(made, True)
+    with cache.attach(made.model):
+        found = packing(made.model, rows(), gate)
     assert float(found.detach()) == pytest.approx(float(loss_of_each(made, False, gate).detach().sum()), rel=1e-6)
     assert cache.misses == len(LENGTHS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -58,11 +60,10 @@ def examples(count: int = 6) -> list[Example]:
     return rows
 
 
-def loss_and_gradients(made: Mixture, rows: list[Example], trunk: TrunkCache | None) -> tuple[float, dict[str, Tensor]]:
-    computer = LossComputer(
-        made.model, pad_id=0, encoder_decoder=False, device=torch.device("cpu"), trunk=trunk and trunk.states
-    )
-    loss = computer(made.model, rows, torch.ones(1))
+def loss_and_gradients(made: Mixture, rows: list[Example], cache: TrunkCache | None) -> tuple[float, dict[str, Tensor]]:
+    computer = LossComputer(made.model, pad_id=0, encoder_decoder=False, device=torch.device("cpu"))
+    with contextlib.nullcontext() if cache is None else cache.attach(made.model):
+        loss = computer(made.model, rows, torch.ones(1))
     for parameter in made.trainable().values():
         parameter.grad = None
     loss.backward()
@@ -108,8 +109,9 @@ def test_scores_are_those_without_a_cache_and_decoding_goes_on_from_kept_keys(
     kept = TrunkCache(made.trunk(), tmp_path, limit=10**9, dtype=torch.float32, decided_by={}, decodes=True)
     ran: list[int] = []
     made.model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[1]))
+    forward = kept.forward_for(made.model, examples())
     for _ in range(2):
-        scored = score_task(made.model, examples(), **options, trunk=kept)
+        scored = score_task(made.model, examples(), **options, forward=forward)
         assert [p.output for p in scored] == [p.output for p in plain]
         for one, other in zip(scored, plain, strict=True):
             assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-5)
@@ -118,7 +120,8 @@ def test_scores_are_those_without_a_cache_and_decoding_goes_on_from_kept_keys(
         ran.clear()
     assert (kept.misses, kept.hits) == (6, 6)
     assert kept.width == 32 + 2 * 2 * 2 * 8, "states, and keys and values of two layers with two heads of 8"
-    assert kept.holds([(1,) * 100]) and not kept.holds([(1,) * 10**7])
+    long = Example(row=0, prompt=(1,) * 10**7, target=(), label=0, answer="")
+    assert kept.forward_for(made.model, [long]) is made.model, "what does not fit is not cached"
 
 
 def test_features_of_prompts_are_those_of_a_pass_up_to_the_routing_layer(folder: Path, tmp_path: Path) -> None:
@@ -272,6 +275,32 @@ def test_several_workers_share_a_folder_while_files_come_and_go(tmp_path: Path) 
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert not [file for file in tmp_path.glob("*/*/.*") if file.name != ".room"]
+
+
+def test_nobody_but_the_stage_knows_of_the_cache() -> None:
+    """Training, statistics, scoring and the layers call a model; whether a cache is in front of it is not theirs to know."""
+    library = Path(__file__).resolve().parents[2] / "amlora_dist"
+
+    def imports(file: Path) -> bool:
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        return any(isinstance(node, ast.ImportFrom) and node.module == "amlora_dist.training.trunk_cache" for node in nodes)
+
+    assert [file.name for file in library.rglob("*.py") if imports(file)] == ["stage.py"]
+
+
+def test_passes_that_keep_something_or_bring_their_states_are_the_models_own(folder: Path, tmp_path: Path) -> None:
+    made = mixture(folder)
+    cache = cache_for(made, tmp_path)
+    row, gate = torch.tensor([[3, 4, 5]]), torch.ones(1, 1)
+    inputs: dict[str, Any] = {"input_ids": row, "attention_mask": torch.ones_like(row), "task_gate": gate}
+    expected = made.model(**inputs, use_cache=True).logits
+    with cache.attach(made.model):
+        assert torch.equal(made.model(**inputs, use_cache=True).logits, expected)
+        made.model(**inputs, use_cache=False, trunk_states=made.trunk().states((3, 4, 5))[None])
+        assert cache.misses == 0
+        made.model(**inputs, use_cache=False)
+    made.model(**inputs, use_cache=False)
+    assert (cache.misses, cache.hits) == (1, 0), "taken away, it is asked no more"
 
 
 def test_methods_that_alter_inputs_and_models_without_a_decoder_stay_without(tmp_path: Path) -> None:
