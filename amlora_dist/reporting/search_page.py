@@ -292,7 +292,7 @@ def _summary(result: Result) -> str:
         value = fraction(runner_up["metrics"]["average_performance"])
         text += f" The runner-up ({described(runner_up['values'])}) has {value} on the dev rows."
     cost = result["cost"]
-    saved = cost["stages_reused"] + cost["stages_pruned"] - cost.get("stages_surplus", 0)
+    saved = cost["stages_reused"] + cost["stages_pruned"] - cost.get("stages_surplus", 0)  # of the former scheduler asha
     return text + f" {cost['stages_trained']} stages were trained; {saved} were shared or never needed."
 
 

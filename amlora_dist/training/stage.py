@@ -472,8 +472,8 @@ class _Stage:
 
     def _trunk_cache(self, mixture: Mixture, *, decodes: bool = False) -> TrunkCache | None:
         """The cache of what lies below the first adapted layer, where it is wanted and what is read never changes; not under
-        ZeRO-3, whose passes gather every layer on every rank, cached or not. For prompts (``decodes``) only if the trunk ends
-        at the routing layer, where the features are read."""
+        ZeRO-3, whose passes gather every layer on every rank, cached or not. For prompts (``decodes``) only if the trunk
+        ends at the routing layer, where the features are read."""
         settings = self.settings
         if not settings.training.cache_trunk or self.method.alters_inputs or self._partitioned:
             return None

@@ -32,8 +32,7 @@ def _parts(result: dict[str, Any]) -> list[Any]:
         f"test     {_metrics(winner['test']['metrics'])}",
         f"model    models:/{result['registered_model']}@champion ({winner['version']})",
         f"stages   {cost['stages_trained']} trained, {cost['stages_reused']} reused, {cost['stages_pruned']} pruned"
-        f" of {cost['stages_total']}"
-        + (f"; of those pruned {cost['stages_surplus']} were trained in vain" if cost["stages_surplus"] else ""),
+        f" of {cost['stages_total']}",
         f"MLflow   {result['tracking_uri']}",
     ]
     if result["front"]:

@@ -34,7 +34,7 @@ from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
 from pipelines.search.plan import SearchPlan, plan_search
 from pipelines.search.proposals import Proposals, proposals_for
-from pipelines.search.schedulers import OPEN, Halving, Rounds, Stopping
+from pipelines.search.schedulers import OPEN, Halving
 
 if TYPE_CHECKING:
     from amlora_dist.config.loading import RunConfig
@@ -198,12 +198,10 @@ class _Search:
         self.objective = plan.settings.objectives[0]
         self.sign = 1.0 if DIRECTIONS[self.objective] == "max" else -1.0
         self.proposals: Proposals = proposals_for(plan, journal.events())
-        self.halving: Stopping | None = None
-        if plan.settings.scheduler != "none":
+        self.halving: Halving | None = None
+        if plan.settings.scheduler == "halving":
             settings = plan.settings
-            kind = Rounds if settings.scheduler == "halving" else Halving
-            order = plan.order or range(1, plan.trials + 1)
-            self.halving = kind(plan.stages, order, grace=settings.grace_stages, reduction=settings.reduction)
+            self.halving = Halving(plan.stages, plan.order, grace=settings.grace_stages, reduction=settings.reduction)
             for trial in journal.trials.values():
                 if trial.outcome:
                     self._relive(self.halving, trial)
@@ -359,8 +357,8 @@ class _Search:
                 self._close(number, report, stop)
 
     def _close(self, number: int, report: dict[str, Any], stop: int | None) -> None:
-        if stop is not None:  # it counts as it was then, whatever it did until its rivals were there
-            report = self._reports[number][stop] | {"surplus": report["records"][stop:]}
+        if stop is not None:  # it counts as it was then, whatever became of it while it waited
+            report = self._reports[number][stop]
         elif "error" not in report and report["stage"] < self.plan.stages:
             report = report | {"error": f"it ended after stage {report['stage']} of {self.plan.stages}"}
         outcome: Any = "pruned" if stop is not None else "failed" if "error" in report else "finished"
@@ -370,7 +368,7 @@ class _Search:
             told = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
             self.progress.note(f"  trial {number} {outcome}: {told}")
 
-    def _relive(self, halving: Stopping, trial: Trial) -> None:
+    def _relive(self, halving: Halving, trial: Trial) -> None:
         """Let the scheduler know what an ended trial reported, stage by stage."""
         for stage, metrics in enumerate(trial.report.get("curve") or [], start=1):
             value = metrics.get(self.objective)

@@ -100,21 +100,17 @@ def _cost(plan: SearchPlan, trials: Sequence[Trial]) -> dict[str, Any]:
     """Stages by what became of them, and the seconds that went into them.
 
     A stage was trained by the trial whose version does not refer to another run's; counted so, a search that was
-    killed and one that was not come to the same numbers. Surplus is what pruned trials trained past their rung, until
-    those that they are compared with were there too; of the pruned stages these were not saved.
+    killed and one that was not come to the same numbers.
     """
     records = [record for trial in trials for record in trial.report.get("records", [])]
     trained = [record for record in records if record["reused_from"] is None]
     pruned = sum(plan.stages - len(t.report.get("records", [])) for t in trials if t.outcome == "pruned")
-    surplus = [record for trial in trials for record in trial.report.get("surplus", [])]
-    worked = [*records, *surplus]
     return {
         "stages_total": plan.stages * len(trials),
         "stages_trained": len(trained),
         "stages_reused": len(records) - len(trained),
         "stages_pruned": pruned,
-        "stages_surplus": sum(record["reused_from"] is None for record in surplus),
-        "train_seconds": sum(record["train_seconds"] for record in worked if record["reused_from"] is None),
-        "score_seconds": sum(record["score_seconds"] for record in worked),
-        "other_seconds": sum(record["other_seconds"] for record in worked),
+        "train_seconds": sum(record["train_seconds"] for record in trained),
+        "score_seconds": sum(record["score_seconds"] for record in records),
+        "other_seconds": sum(record["other_seconds"] for record in records),
     }

@@ -118,6 +118,19 @@ def test_keys_that_are_new_stand_in_an_old_run_at_what_was_done_then(config: Pat
     assert completed(today) == today, "in what this version stored nothing is missing"
 
 
+@pytest.mark.parametrize(("algorithm", "now"), [("random", "halving"), ("optuna", "none")])
+def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_stands_in_its_place(
+    algorithm: str, now: str, tmp_path: Path
+) -> None:
+    search = {"space": {"training.l1": {"choice": [0.0, 0.5]}}, "algorithm": algorithm, "num_samples": 2, "scheduler": now}
+    file = write_config(tmp_path, search=search)
+    mapping = to_mapping(load_config(file))
+    stored = mapping | {"seed": 3, "search": mapping["search"] | {"scheduler": "asha"}}
+    made = taken_up(load_config(file), stored, named_keys(file))
+    assert made.seed == 3 and made.search is not None and made.search.scheduler == now
+    assert differences(stored, to_mapping(made), free=()) == ""
+
+
 @pytest.mark.parametrize(
     ("asked", "cpu", "gpu"), [("auto", "eager", "sdpa"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")]
 )

@@ -39,8 +39,9 @@ def result() -> dict[str, Any]:
     ranking = [2, 4, 1, 3, 5]
     short = {n: {key: trials[n - 1][key] for key in ("number", "run_id", "values", "metrics")} for n in (2, 4)}
     return {
-        "search_id": "s", "registered_model": "s", "method": "am_lora", "seed": 0, "algorithm": "grid", "scheduler": "asha",
-        "objectives": {"average_performance": "max"}, "split": "dev", "space": SPACE, "stages": 2, "tasks": ["a", "b"],
+        "search_id": "s", "registered_model": "s", "method": "am_lora", "seed": 0, "algorithm": "grid",
+        "scheduler": "halving", "objectives": {"average_performance": "max"}, "split": "dev", "space": SPACE, "stages": 2,
+        "tasks": ["a", "b"],
         "trials": trials, "ranking": ranking, "winner": short[2] | {"test": {"metrics": {"average_performance": 0.45}}},
         "runner_up": short[4], "front": None, "tracking_uri": "sqlite:///x",
         "cost": {"stages_total": 12, "stages_trained": 6, "stages_reused": 5, "stages_pruned": 1, "train_seconds": 18.0},
