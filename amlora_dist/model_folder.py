@@ -32,7 +32,7 @@ _COUNTED = re.compile(r"(layers?|blocks|experts|codebooks|labels?|label2id|layer
 MOST_PARTS = 10_000
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a safetensors file."""
 
     shape: tuple[int, ...]
@@ -278,21 +278,21 @@ def _whole_size(file: Path) -> int | None:
         return None
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a model's weights by name, from the headers of its files."""
     named = _read(folder / INDEX).get("weight_map")
     files = sorted(set(named.values())) if isinstance(named, dict) else ["model.safetensors"]
     return {tensor: stored for name in files for tensor, stored in _tensors_in(folder / name).items()}
 
 
-def _tensors_in(file: Path) -> dict[str, Stored]:
+def _tensors_in(file: Path) -> dict[str, StoredTensor]:
     """Of a safetensors file's header; empty where it has none that can be read."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length)) if length <= file.stat().st_size else {}
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in tensors.items()}
+        return {name: StoredTensor(tuple(entry["shape"]), entry["dtype"]) for name, entry in tensors.items()}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return {}
 

@@ -42,7 +42,7 @@ from sweeps import show, write_json
 from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import SHRINKAGES, keyed_router
-from amlora_dist.adapters.keys import KeyRule, Keys, fit_temperature, keys_under
+from amlora_dist.adapters.keys import KeyRule, RouterKeys, fit_temperature, keys_under
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import TEMPERATURES, Covariance, HeldOut, TaskStatistics
 from amlora_dist.adapters.targets import default_depths
@@ -256,7 +256,7 @@ def gaussian(data: Data, rule: KeyRule, layers: list[int], *, by_feature: bool, 
     """Linear discriminants, as ``amlora_dist.adapters.keys`` makes them."""
     own = statistics_of(data, layers)
 
-    def keys_of(counted: list[TaskStatistics], shrinkage: float) -> Keys:
+    def keys_of(counted: list[TaskStatistics], shrinkage: float) -> RouterKeys:
         covariance = Covariance(counted, shrinkage, within_labels=rule == "label", by_feature=by_feature)
         return keys_under(covariance, counted, rule)
 

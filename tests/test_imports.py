@@ -161,7 +161,20 @@ def test_the_model_is_imported_from_the_package():
     assert done.returncode == 0 and done.stdout.split() == ["amlora_dist.inference.model", "False"], done.stderr
 
 
+def source_files() -> list[Path]:
+    return [file for package in ("amlora_dist", "pipelines") for file in sorted((REPOSITORY / package).rglob("*.py"))]
+
+
+def test_a_class_name_means_one_thing():
+    where: dict[str, list[str]] = {}
+    for file in source_files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(str(file.relative_to(REPOSITORY)))
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}
+
+
 def test_every_module_is_short_enough_to_be_one_idea():
-    files = [file for package in ("amlora_dist", "pipelines") for file in (REPOSITORY / package).rglob("*.py")]
+    files = source_files()
     long = {file.name: n for file in files if (n := len(file.read_text(encoding="utf-8").splitlines())) > 500}
     assert long == {}

@@ -17,7 +17,7 @@ from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.privacy import public_configuration, public_name, secrets_of, shown
 from amlora_dist.registry.connection import connect
 from amlora_dist.registry.store import Store
-from pipelines.cluster.jobs import Job
+from pipelines.cluster.jobs import ClusterJob
 from pipelines.cluster.resources import Supply
 from pipelines.cluster.submit import PRIVATE, submit_run
 from pipelines.runs.progress import Silent
@@ -130,14 +130,14 @@ class Cluster:
 
     entrypoint, metadata, overrides = "", "", ""
 
-    def of_run(self, run_id: str) -> list[Job]:
+    def of_run(self, run_id: str) -> list[ClusterJob]:
         return []
 
     def supply(self) -> Supply:
         return Supply()
 
-    def get(self, job_id: str) -> Job:
-        return Job(job_id, "RUNNING", "r", 1, None, None, None, "")
+    def get(self, job_id: str) -> ClusterJob:
+        return ClusterJob(job_id, "RUNNING", "r", 1, None, None, None, "")
 
     def submit(self, job_id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> bool:
         self.entrypoint, self.metadata = entrypoint, json.dumps(metadata)

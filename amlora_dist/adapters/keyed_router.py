@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.keys import Fitted, Keys, covariance_of, depth_choices, fit
+from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.errors import BankError
@@ -51,7 +51,7 @@ class Evidence:
     posterior_BT: Tensor
     """p(t | text) before thresholds, fp64."""
     scores_BJ: Tensor
-    """Of every key, fp64: ``Keys.scores``."""
+    """Of every key, fp64: ``RouterKeys.scores``."""
     foreign_B: Tensor
     """log of the background's mass over the bank's, fp64; minus infinity without a background."""
 
@@ -78,14 +78,14 @@ class KeyedRouter:
 
     tasks: list[str]
     labels: tuple[int, ...]
-    keys: Keys
+    keys: RouterKeys
     temperature: float
     beta: float
     gate: GateSettings
     background: tuple[Tensor, Tensor] | None = None
-    whole: Keys | None = None
+    whole: RouterKeys | None = None
     whole_temperature: float = 1.0
-    unseen: Keys | None = None
+    unseen: RouterKeys | None = None
     betas: tuple[float, ...] = ()
     parts: tuple[str, ...] = ()
     foreign_above: tuple[tuple[float, float], ...] = ()
@@ -262,12 +262,12 @@ def with_background(
     return replace(router, background=own, unseen=fitted.unseen, parts=parts, foreign_above=above)
 
 
-def _mass(rows: Tensor, keys: Keys, temperature: float) -> Tensor:
+def _mass(rows: Tensor, keys: RouterKeys, temperature: float) -> Tensor:
     """log sum_j exp(s_j / T + log prior_j), (B,)"""
     return (keys.scores(rows, temperature) + keys.log_prior).logsumexp(dim=-1)
 
 
-def _foreign(rows: Tensor, keys: Keys, weights: Tensor, bias: Tensor, temperature: float) -> Tensor:
+def _foreign(rows: Tensor, keys: RouterKeys, weights: Tensor, bias: Tensor, temperature: float) -> Tensor:
     scores = (rows @ weights.T + bias) / temperature
     return scores.logsumexp(dim=-1) - torch.tensor(float(len(bias))).log() - _mass(rows, keys, temperature)
 
@@ -299,9 +299,9 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
     )  # fmt: skip
 
 
-def _keys_from(tensors: Mapping[str, Tensor], whose: Mapping[str, Any]) -> Keys:
+def _keys_from(tensors: Mapping[str, Tensor], whose: Mapping[str, Any]) -> RouterKeys:
     """Keys of their tensors and of the tasks and labels to which they belong."""
-    keys = Keys(tensors["weights"], tensors["bias"], tuple(whose["task"]), tuple(whose["label"]), tensors["log_prior"])
+    keys = RouterKeys(tensors["weights"], tensors["bias"], tuple(whose["task"]), tuple(whose["label"]), tensors["log_prior"])
     if not len(keys.task) == len(keys.label) == len(keys.bias) == len(keys.log_prior):
         raise BankError(f"router: {len(keys.task)} keys, {len(keys.bias)} biases")
     return keys

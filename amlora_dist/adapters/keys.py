@@ -44,7 +44,7 @@ POOLED_ROWS = 16.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Keys:
+class RouterKeys:
     """Keys and whose they are."""
 
     weights: Tensor
@@ -91,20 +91,20 @@ class Keys:
         place = torch.tensor(self.task, device=scores_nJ.device)
         return place[(scores_nJ + self.log_prior).argmax(dim=-1)]
 
-    def to(self, device: torch.device | str) -> Keys:
+    def to(self, device: torch.device | str) -> RouterKeys:
         """The same on another device."""
-        return Keys(
+        return RouterKeys(
             self.weights.to(device), self.bias.to(device), self.task, self.label, self.log_prior.to(device)
         )
 
-    def only(self, tasks: Sequence[int]) -> Keys:
+    def only(self, tasks: Sequence[int]) -> RouterKeys:
         """The same keys, as if the bank held these tasks alone: the others have no prior."""
         own = torch.tensor([task in set(tasks) for task in self.task], device=self.log_prior.device)
         prior = self.log_prior.masked_fill(~own, -torch.inf)
         return replace(self, log_prior=prior - prior.logsumexp(dim=0))
 
 
-def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Keys:
+def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> RouterKeys:
     """Keys of a bank.
 
     Args:
@@ -118,7 +118,7 @@ def make_keys(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: fl
     return keys_under(covariance_of(statistics, rule, shrinkage), statistics, rule)
 
 
-def keys_under(covariance: Covariance, statistics: Sequence[TaskStatistics], rule: KeyRule) -> Keys:
+def keys_under(covariance: Covariance, statistics: Sequence[TaskStatistics], rule: KeyRule) -> RouterKeys:
     """The same under a covariance that is given."""
     means: list[Tensor] = []
     task: list[int] = []
@@ -138,7 +138,7 @@ def keys_under(covariance: Covariance, statistics: Sequence[TaskStatistics], rul
     means_JD = torch.stack(means)
     weights = covariance.solve(means_JD)
     prior = torch.tensor(log_prior, dtype=torch.float64)
-    return Keys(weights, -0.5 * (means_JD * weights).sum(dim=1), tuple(task), tuple(label), prior)
+    return RouterKeys(weights, -0.5 * (means_JD * weights).sum(dim=1), tuple(task), tuple(label), prior)
 
 
 def covariance_of(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage: float) -> Covariance:
@@ -150,9 +150,9 @@ def covariance_of(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage
 class Fitted:
     """Keys with the settings that held-out rows prefer."""
 
-    keys: Keys
+    keys: RouterKeys
     """Of all rows, the held-out ones among them."""
-    unseen: Keys
+    unseen: RouterKeys
     """Of all but the held-out rows: what these are judged by."""
     shrinkage: float
     columns: Tensor
@@ -206,12 +206,12 @@ def depth_choices(width: int, depths: int) -> list[Tensor]:
     return [every, torch.cat([every[at * size : (at + 1) * size] for at in range(depths - 1, -1, -2)][::-1])]
 
 
-def widened(keys: Keys, columns: Tensor, width: int) -> Keys:
+def widened(keys: RouterKeys, columns: Tensor, width: int) -> RouterKeys:
     """Keys over some features as keys over all: 0 at the others."""
     return replace(keys, weights=keys.weights.new_zeros(len(keys.weights), width).index_copy(1, columns, keys.weights))
 
 
-def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[float, float]:
+def fit_temperature(statistics: Sequence[TaskStatistics], keys: RouterKeys) -> tuple[float, float]:
     """The temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
     task where labels have no keys).
 
@@ -234,7 +234,7 @@ def fit_temperature(statistics: Sequence[TaskStatistics], keys: Keys) -> tuple[f
     return best
 
 
-def fit_betas(statistics: Sequence[TaskStatistics], keys: Keys, temperature: float) -> tuple[float, tuple[float, ...]]:
+def fit_betas(statistics: Sequence[TaskStatistics], keys: RouterKeys, temperature: float) -> tuple[float, tuple[float, ...]]:
     """The weight of the grid at which held-out rows find their own label likeliest, under their own task's row, at the best
     of ``SCALES``: over all tasks, and for each.
 

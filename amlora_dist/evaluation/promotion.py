@@ -57,7 +57,7 @@ class Requirement:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class PromotionCheck:
     """One thing that was looked at."""
 
     what: str
@@ -102,7 +102,9 @@ def check_covered(requirements: Sequence[Requirement], sample: Sequence[str], re
         )
 
 
-def judge(requirements: Sequence[Requirement], margin: float, scores: Scores, replaced: Scores | None) -> list[Check]:
+def judge(
+    requirements: Sequence[Requirement], margin: float, scores: Scores, replaced: Scores | None
+) -> list[PromotionCheck]:
     """Every check of a promotion.
 
     Args:
@@ -118,11 +120,11 @@ def judge(requirements: Sequence[Requirement], margin: float, scores: Scores, re
     for one in requirements:
         value = _value(scores, one)
         passed = value > one.bound if one.strict else value >= one.bound - _ROUNDING
-        found.append(Check(str(one), value, one.bound, None, passed))
+        found.append(PromotionCheck(str(one), value, one.bound, None, passed))
     for task, before in (replaced or {}).items():
         earlier, now = before["accuracy"] or 0.0, scores[task]["accuracy"] or 0.0
         bound = max(0.0, earlier - margin)
-        found.append(Check(f"accuracy[{task}] >= {bound:.3f}", now, bound, earlier, now >= bound - _ROUNDING))
+        found.append(PromotionCheck(f"accuracy[{task}] >= {bound:.3f}", now, bound, earlier, now >= bound - _ROUNDING))
     return found
 
 

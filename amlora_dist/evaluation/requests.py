@@ -134,7 +134,7 @@ RouteBy = Literal["turn", "conversation"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Query:
     """A conversation as a bank is asked it."""
 
     text: str
@@ -220,7 +220,7 @@ class Prompter:
             raise UserError(f"task {task!r} has free-text answers, no labels: give labels, or use answer()")
         return found
 
-    def asked(self, turns: Sequence[Turn], route_by: RouteBy = "turn") -> Asked:
+    def asked(self, turns: Sequence[Turn], route_by: RouteBy = "turn") -> Query:
         """A conversation as this bank is asked it: in turns where any of its tasks is; where none is, what user and
         assistant said is the text, each below the other, and what the system said is the question.
 
@@ -231,16 +231,16 @@ class Prompter:
         if self.converses:
             check_open(said)
             users = [turn.text for turn in said if turn.role == "user"]
-            return Asked(users[-1] if route_by == "turn" else users[0], None, tuple(said))
+            return Query(users[-1] if route_by == "turn" else users[0], None, tuple(said))
         words = [turn for turn in said if turn.role != "system"]
         if not words:
             raise UserError("messages: found no words of role user, expected a text to answer")
-        return Asked(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
+        return Query(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
 
-    def heard(self, said: Said, route_by: RouteBy = "turn") -> Asked:
+    def heard(self, said: Said, route_by: RouteBy = "turn") -> Query:
         """A plain text, or a conversation, as this bank is asked it. Raises UserError as ``asked`` and ``messages_of``."""
         if isinstance(said, str) or not is_conversation(said):
-            return Asked(said)  # type: ignore[arg-type]  # what is no text is refused where it is read
+            return Query(said)  # type: ignore[arg-type]  # what is no text is refused where it is read
         return self.asked(messages_of(said), route_by)
 
     def template(self, task: str | None, question: str | None) -> PromptTemplate:

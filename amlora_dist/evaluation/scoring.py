@@ -153,7 +153,7 @@ def score_task(
                     plan,
                     steps=steps,
                     room=Room(longest, batch_size),
-                    routing=_Routing(tasks, task_gate_row, selectors),
+                    routing=_RoutingArguments(tasks, task_gate_row, selectors),
                     device=device,
                     all_done=all_done,
                 )
@@ -262,7 +262,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 @dataclass(slots=True)
-class _Routing:
+class _RoutingArguments:
     """The routing arguments of a forward call, and what the router answered."""
 
     tasks: int
@@ -320,7 +320,7 @@ def _score_batch(
     *,
     steps: int,
     room: Room,
-    routing: _Routing,
+    routing: _RoutingArguments,
     device: torch.device | str,
     all_done: Callable[[bool], bool] | None,
 ) -> _Scored:

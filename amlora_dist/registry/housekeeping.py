@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Candidate:
+class RemovalCandidate:
     """A version that may be removed, and what speaks against it."""
 
     version: Version
@@ -106,7 +106,7 @@ def crown_first(store: Store, version: Version, guard: Callable[[], None]) -> in
     return int(there)
 
 
-def candidates(store: Store, registered_model: str, numbers: Sequence[int] | None = None) -> list[Candidate]:
+def candidates(store: Store, registered_model: str, numbers: Sequence[int] | None = None) -> list[RemovalCandidate]:
     """Versions to remove with what speaks against each: an alias, another version that refers to its storage or whose
     manifest cannot be read (nobody knows what it refers to, until it is deleted itself), a run at work.
 
@@ -135,7 +135,7 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
     found = []
     for version in wanted:
         own = [alias for alias, number in named.items() if number == version.number]
-        one = Candidate(version, version.number in counted, _damage(store, version))
+        one = RemovalCandidate(version, version.number in counted, _damage(store, version))
         one.reasons += [f"alias {alias!r} points at it" for alias in own if alias != tags.CURRENT or not one.damage]
         users = sorted(uri for uri, parts in references.items() if uri not in leaving and parts(version))
         one.reasons += [f"{uri} keeps parts there" for uri in users]
@@ -146,7 +146,7 @@ def candidates(store: Store, registered_model: str, numbers: Sequence[int] | Non
     return found
 
 
-def remove(store: Store, chosen: Sequence[Candidate]) -> None:
+def remove(store: Store, chosen: Sequence[RemovalCandidate]) -> None:
     """Delete versions and what they store; first the versions, so that nobody finds half of one.
 
     Raises:

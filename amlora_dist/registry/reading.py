@@ -41,7 +41,7 @@ class Experiment:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
+class StoredRunInfo:
     run_id: str
     run_name: str
     experiment_id: str
@@ -58,7 +58,7 @@ class RunValues:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    info: RunFacts
+    info: StoredRunInfo
     data: RunValues
 
 
@@ -88,7 +88,7 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArtifactEntry:
     """A file or folder among the artifacts of a run."""
 
     path: str
@@ -96,7 +96,7 @@ class Entry:
     file_size: int | None
 
 
-class Page(list[Any]):
+class ResultPage(list[Any]):
     """Results, and the token of those that follow; None: there are none."""
 
     def __init__(self, found: Iterable[Any] = (), token: str | None = None) -> None:
@@ -110,7 +110,7 @@ class Page(list[Any]):
 class Reader(Protocol):
     """Answers, or raises ``UnknownError`` (or what its storage raises) where MLflow is to be asked."""
 
-    def search_experiments(self) -> Page: ...
+    def search_experiments(self) -> ResultPage: ...
 
     def get_experiment_by_name(self, name: str) -> Experiment: ...
 
@@ -118,13 +118,15 @@ class Reader(Protocol):
 
     def search_runs(
         self, experiment_ids: Sequence[str], filter_string: str, *, order_by: Sequence[str], page_token: str | None
-    ) -> Page: ...
+    ) -> ResultPage: ...
 
     def search_registered_models(
         self, filter_string: str | None, *, max_results: int, page_token: str | None
-    ) -> Page: ...
+    ) -> ResultPage: ...
 
-    def search_model_versions(self, filter_string: str | None, *, max_results: int, page_token: str | None) -> Page: ...
+    def search_model_versions(
+        self, filter_string: str | None, *, max_results: int, page_token: str | None
+    ) -> ResultPage: ...
 
     def get_registered_model(self, name: str) -> RegisteredModel: ...
 
@@ -136,7 +138,7 @@ class Reader(Protocol):
 class Artifacts(Protocol):
     """The artifacts of one run."""
 
-    def list_artifacts(self, path: str | None = None) -> list[Entry]: ...
+    def list_artifacts(self, path: str | None = None) -> list[ArtifactEntry]: ...
 
     def download_artifacts(self, artifact_path: str, dst_path: str) -> str: ...
 
@@ -297,8 +299,8 @@ class SqliteReader:
                 if self._rows(others):
                     raise UnknownError(f"{table}: workspaces")
 
-    def search_experiments(self) -> Page:
-        return Page(self._experiments("lifecycle_stage = ?", ACTIVE))
+    def search_experiments(self) -> ResultPage:
+        return ResultPage(self._experiments("lifecycle_stage = ?", ACTIVE))
 
     def get_experiment_by_name(self, name: str) -> Experiment:
         found = self._experiments("name = ?", name)
@@ -315,7 +317,7 @@ class SqliteReader:
     def search_runs(
         self, experiment_ids: Sequence[str], filter_string: str, *, order_by: Sequence[str],
         page_token: str | None = None,
-    ) -> Page:  # fmt: skip
+    ) -> ResultPage:  # fmt: skip
         wanted = parsed_filter(filter_string)
         if list(order_by) != ["attributes.start_time ASC"] or page_token or wanted.name or wanted.prefix:
             raise UnknownError(filter_string)
@@ -324,11 +326,11 @@ class SqliteReader:
         for key, value in wanted.tags.items():
             where += " AND run_uuid IN (SELECT run_uuid FROM tags WHERE key = ? AND value = ?)"
             values += [key, value]
-        return Page(self._runs(where, values))
+        return ResultPage(self._runs(where, values))
 
     def search_registered_models(
         self, filter_string: str | None = None, *, max_results: int, page_token: str | None = None
-    ) -> Page:
+    ) -> ResultPage:
         wanted = parsed_filter(filter_string)
         if page_token or wanted.tags:
             raise UnknownError(filter_string)
@@ -337,11 +339,11 @@ class SqliteReader:
             where, values = "name = ?", [wanted.name]
         if wanted.prefix is not None:
             where, values = "substr(name, 1, ?) = ?", [len(wanted.prefix), wanted.prefix]
-        return Page(model for model in self._models(where, values) if PROMPT not in model.tags)
+        return ResultPage(model for model in self._models(where, values) if PROMPT not in model.tags)
 
     def search_model_versions(
         self, filter_string: str | None = None, *, max_results: int, page_token: str | None = None
-    ) -> Page:
+    ) -> ResultPage:
         wanted = parsed_filter(filter_string)
         if page_token or wanted.prefix is not None:
             raise UnknownError(filter_string)
@@ -358,7 +360,7 @@ class SqliteReader:
             f"SELECT name, version, run_id, source, description FROM model_versions WHERE {where} ORDER BY name, version",
             values,
         )
-        return Page(
+        return ResultPage(
             ModelVersion(name, str(number), run or None, source, description, self._tags_of(name, number))
             for name, number, run, source, description in found
         )
@@ -386,7 +388,7 @@ class SqliteReader:
         columns = "run_uuid, name, experiment_id, status, artifact_uri, lifecycle_stage"
         found = self._rows(f"SELECT {columns} FROM runs WHERE {where} ORDER BY start_time, run_uuid", values)
         return [
-            Run(RunFacts(run, name or "", str(experiment), status, uri or "", stage), RunValues(self._run_tags(run),
+            Run(StoredRunInfo(run, name or "", str(experiment), status, uri or "", stage), RunValues(self._run_tags(run),
                 self._metrics(run)))
             for run, name, experiment, status, uri, stage in found
         ]  # fmt: skip
@@ -430,13 +432,13 @@ class LocalArtifacts:
             raise UnknownError(artifact_uri)
         self._root = Path(place)
 
-    def list_artifacts(self, path: str | None = None) -> list[Entry]:
+    def list_artifacts(self, path: str | None = None) -> list[ArtifactEntry]:
         folder = self._root / checked_path(path) if path else self._root
         if not folder.is_dir():
             return []
         found = sorted(folder.iterdir())
         return [
-            Entry(one.relative_to(self._root).as_posix(), one.is_dir(), None if one.is_dir() else one.stat().st_size)
+            ArtifactEntry(one.relative_to(self._root).as_posix(), one.is_dir(), None if one.is_dir() else one.stat().st_size)
             for one in found
         ]
 

@@ -18,16 +18,16 @@ from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 
 from amlora_dist.registry.reading import (
-    Entry,
+    ArtifactEntry,
     Experiment,
     LocalArtifacts,
     MetricValue,
     ModelVersion,
-    Page,
     RegisteredModel,
+    ResultPage,
     Run,
-    RunFacts,
     RunValues,
+    StoredRunInfo,
     UnknownError,
     checked_path,
 )
@@ -70,9 +70,9 @@ class HttpReader:
         elif token:
             self._login = f"Bearer {token}"
 
-    def search_experiments(self) -> Page:
+    def search_experiments(self) -> ResultPage:
         found = self._post("experiments/search", {"max_results": MOST_EXPERIMENTS, "view_type": "ACTIVE_ONLY"})
-        return Page((_experiment(one) for one in found.get("experiments", [])), found.get("next_page_token") or None)
+        return ResultPage((_experiment(one) for one in found.get("experiments", [])), found.get("next_page_token") or None)
 
     def get_experiment_by_name(self, name: str) -> Experiment:
         return _experiment(self._get("experiments/get-by-name", experiment_name=name)["experiment"])
@@ -83,7 +83,7 @@ class HttpReader:
     def search_runs(
         self, experiment_ids: Sequence[str], filter_string: str, *, order_by: Sequence[str],
         page_token: str | None = None,
-    ) -> Page:  # fmt: skip
+    ) -> ResultPage:  # fmt: skip
         found = self._post(
             "runs/search",
             {
@@ -91,23 +91,23 @@ class HttpReader:
                 "max_results": MOST_RUNS, "order_by": list(order_by), **_token(page_token),
             },
         )  # fmt: skip
-        return Page((_run(one) for one in found.get("runs", [])), found.get("next_page_token") or None)
+        return ResultPage((_run(one) for one in found.get("runs", [])), found.get("next_page_token") or None)
 
     def search_registered_models(
         self, filter_string: str | None = None, *, max_results: int, page_token: str | None = None
-    ) -> Page:
+    ) -> ResultPage:
         found = self._get(
             "registered-models/search", max_results=max_results, **_filter(filter_string), **_token(page_token)
         )
-        return Page(map(_model, found.get("registered_models", [])), found.get("next_page_token") or None)
+        return ResultPage(map(_model, found.get("registered_models", [])), found.get("next_page_token") or None)
 
     def search_model_versions(
         self, filter_string: str | None = None, *, max_results: int, page_token: str | None = None
-    ) -> Page:
+    ) -> ResultPage:
         found = self._get(
             "model-versions/search", max_results=max_results, **_filter(filter_string), **_token(page_token)
         )
-        return Page(map(_version, found.get("model_versions", [])), found.get("next_page_token") or None)
+        return ResultPage(map(_version, found.get("model_versions", [])), found.get("next_page_token") or None)
 
     def get_registered_model(self, name: str) -> RegisteredModel:
         return _model(self._get("registered-models/get", name=name)["registered_model"])
@@ -154,7 +154,7 @@ class ServedArtifacts:
     def __init__(self, reader: HttpReader, root: str) -> None:
         self._reader, self._root = reader, root
 
-    def list_artifacts(self, path: str | None = None) -> list[Entry]:
+    def list_artifacts(self, path: str | None = None) -> list[ArtifactEntry]:
         place = posixpath.join(self._root, checked_path(path)) if path else self._root
         with self._reader.asked(f"mlflow-artifacts/artifacts?{urlencode({'path': place})}") as answer:
             files = _mapping(json.load(answer)).get("files", [])
@@ -163,7 +163,7 @@ class ServedArtifacts:
             name = checked_path(str(one["path"]))
             size = one.get("file_size")
             whole = posixpath.join(path, name) if path else name
-            found.append(Entry(whole, bool(one.get("is_dir")), None if size is None else int(size)))
+            found.append(ArtifactEntry(whole, bool(one.get("is_dir")), None if size is None else int(size)))
         # A server lists a file as the only thing in itself.
         if path and len(found) == 1 and not found[0].is_dir and found[0].path == f"{path}/{posixpath.basename(path)}":
             return []
@@ -209,7 +209,7 @@ def _experiment(one: Mapping[str, Any]) -> Experiment:
 def _run(one: Mapping[str, Any]) -> Run:
     info, data = one["info"], one.get("data", {})
     return Run(
-        RunFacts(
+        StoredRunInfo(
             info["run_id"], info.get("run_name", ""), str(info["experiment_id"]), info["status"],
             info.get("artifact_uri", ""), info.get("lifecycle_stage", ""),
         ),

@@ -1,4 +1,4 @@
-"""What is wrong with a run, from its numbers alone: pure rules, each a function of ``Evidence``.
+"""What is wrong with a run, from its numbers alone: pure rules, each a function of ``RunFigures``.
 
 An **alarm** says that the result should not be believed or used before its cause is known. A **note** is worth knowing
 and may be as it should be. Thresholds were chosen so that healthy runs of the shipped configurations raise no alarm and
@@ -49,7 +49,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class RunFigures:
     """The numbers of one run. Lists are in the order of ``tasks``; what is not known is None or empty."""
 
     tasks: list[str]
@@ -100,7 +100,7 @@ class Evidence:
         return self.chosen[place] if place < len(self.chosen) else None
 
 
-def diagnose(evidence: Evidence) -> list[Finding]:
+def diagnose(evidence: RunFigures) -> list[Finding]:
     """All findings, alarms first."""
     found = [finding for rule in RULES for finding in rule(evidence)]
     return sorted(found, key=lambda finding: finding.level != "alarm")
@@ -109,7 +109,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
 # -- routing ----------------------------------------------------------------------------------------------------
 
 
-def collapsed(e: Evidence) -> Iterator[Finding]:
+def collapsed(e: RunFigures) -> Iterator[Finding]:
     """One adapter is chosen for most inputs of most other tasks."""
     for j, adapter in enumerate(e.adapters if e.routed and len(e.adapters) > 1 else []):
         others = [e._chosen(task) for task in e.tasks if task in e.adapters and task != adapter]
@@ -125,7 +125,7 @@ def collapsed(e: Evidence) -> Iterator[Finding]:
             )
 
 
-def blind(e: Evidence) -> Iterator[Finding]:
+def blind(e: RunFigures) -> Iterator[Finding]:
     """Attention is spread over all adapters and hardly depends on the input."""
     count = len(e.adapters)
     lines = [line for task, line in zip(e.tasks, e.mass, strict=False) if line is not None and task in e.adapters]
@@ -143,7 +143,7 @@ def blind(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def exchanged(e: Evidence) -> Iterator[Finding]:
+def exchanged(e: RunFigures) -> Iterator[Finding]:
     """Tasks whose inputs go to each other's adapters, all around a circle."""
     for circle in _swaps(e):
         shares = [share for task in circle if (to := e.goes_to(task)) for share in (to[1],)]
@@ -156,7 +156,7 @@ def exchanged(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def misrouted(e: Evidence) -> Iterator[Finding]:
+def misrouted(e: RunFigures) -> Iterator[Finding]:
     """A task that loses inputs to another adapter; an alarm if it costs much."""
     if not e.routed or len(e.adapters) < 2 or any(True for _ in collapsed(e)) or any(True for _ in blind(e)):
         return
@@ -181,7 +181,7 @@ def misrouted(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def look_alikes(e: Evidence) -> Iterator[Finding]:
+def look_alikes(e: RunFigures) -> Iterator[Finding]:
     """Two tasks that lose inputs to each other."""
     if not e.routed or any(True for _ in collapsed(e)) or any(True for _ in blind(e)):
         return
@@ -203,7 +203,7 @@ def look_alikes(e: Evidence) -> Iterator[Finding]:
                 )
 
 
-def zero_adapter(e: Evidence) -> Iterator[Finding]:
+def zero_adapter(e: RunFigures) -> Iterator[Finding]:
     """Most of the attention goes to the adapter that adds nothing."""
     known = [
         share for task, share in zip(e.tasks, e.zero_mass, strict=False) if share is not None and task in e.adapters
@@ -221,7 +221,7 @@ def zero_adapter(e: Evidence) -> Iterator[Finding]:
 # -- what was learned ---------------------------------------------------------------------------------------------
 
 
-def erased_recipes(e: Evidence) -> Iterator[Finding]:
+def erased_recipes(e: RunFigures) -> Iterator[Finding]:
     """The L1 coefficient is so large that no stage kept a weight, though earlier adapters would have helped."""
     helped = [recipe for recipe in e.recipes if recipe.started_from is not None]
     if not helped or any(recipe.zeros < 1.0 for recipe in helped):
@@ -237,7 +237,7 @@ def erased_recipes(e: Evidence) -> Iterator[Finding]:
     )
 
 
-def mixed_boundaries(e: Evidence) -> Iterator[Finding]:
+def mixed_boundaries(e: RunFigures) -> Iterator[Finding]:
     """A stage's training rows hold rows of another task."""
     for task, other, share in e.mixed:
         if share >= MIXED_ROWS:
@@ -251,7 +251,7 @@ def mixed_boundaries(e: Evidence) -> Iterator[Finding]:
             )
 
 
-def forgotten(e: Evidence) -> Iterator[Finding]:
+def forgotten(e: RunFigures) -> Iterator[Finding]:
     """A task that lost much of what its own stage had reached."""
     last = len(e.matrix) - 1
     lost = []
@@ -271,7 +271,7 @@ def forgotten(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def not_learned(e: Evidence) -> Iterator[Finding]:
+def not_learned(e: RunFigures) -> Iterator[Finding]:
     """A stage that did not lift its own task above what it scores without learning.
 
     That is the highest of the untrained model, the most frequent label, and a label drawn evenly.
@@ -297,7 +297,7 @@ def not_learned(e: Evidence) -> Iterator[Finding]:
             )
 
 
-def diverged(e: Evidence) -> Iterator[Finding]:
+def diverged(e: RunFigures) -> Iterator[Finding]:
     """A stage whose loss ended where it began, or higher.
 
     One that began from an earlier task's row may have begun where there was nothing left to gain: as long as its loss
@@ -329,7 +329,7 @@ def diverged(e: Evidence) -> Iterator[Finding]:
             )
 
 
-def told_away(e: Evidence) -> Iterator[Finding]:
+def told_away(e: RunFigures) -> Iterator[Finding]:
     """Prompts that name the task."""
     kinds = sorted({leak for leaks in e.leaks.values() for leak in leaks})
     if kinds:
@@ -342,7 +342,7 @@ def told_away(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def skipped_rows(e: Evidence) -> Iterator[Finding]:
+def skipped_rows(e: RunFigures) -> Iterator[Finding]:
     """Rows that could not be used."""
     if e.bad_rows:
         told = ", ".join(f"{task} {count}" for task, count in e.bad_rows.items())
@@ -350,14 +350,14 @@ def skipped_rows(e: Evidence) -> Iterator[Finding]:
         yield Finding("note", "rows_skipped", "Bad rows were skipped", detail, "Fix the data files.")
 
 
-Rule = Callable[[Evidence], Iterator[Finding]]
+Rule = Callable[[RunFigures], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     collapsed, blind, exchanged, misrouted, look_alikes, zero_adapter, erased_recipes, mixed_boundaries, forgotten,
     not_learned, diverged, told_away, skipped_rows,
 )  # fmt: skip
 
 
-def _swaps(e: Evidence) -> list[list[str]]:
+def _swaps(e: RunFigures) -> list[list[str]]:
     """Circles of two or more tasks in which most inputs of each choose the next one's adapter."""
     if not e.routed:
         return []

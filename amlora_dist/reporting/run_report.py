@@ -21,7 +21,7 @@ from amlora_dist.evaluation.metrics import Metric
 from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselines
-from amlora_dist.reporting.diagnosis import Evidence, Finding, Recipe, diagnose
+from amlora_dist.reporting.diagnosis import Finding, Recipe, RunFigures, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
 from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction, signed
@@ -102,7 +102,7 @@ def run_page(facts: RunFacts) -> Page:
     )
 
 
-def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselines) -> Evidence:
+def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselines) -> RunFigures:
     """What the diagnosis looks at."""
     last = routing[-1] if routing and routing[-1].stage == len(facts.stages) else None
     place = {task: n for n, task in enumerate(last.statistics.tasks)} if last else {}
@@ -119,7 +119,7 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselin
         if (recipe := stage.training.get("recipe")) is not None:
             recipes.append(Recipe(stage.task, stage.training.get("recipe_from"), recipe["weights"], recipe["zeros"]))
     training = facts.config.get("training", {})
-    return Evidence(
+    return RunFigures(
         tasks=facts.tasks,
         routed=last is not None,
         matrix=facts.matrix if facts.in_sequence else [],

@@ -177,7 +177,7 @@ class Writer:
             "system_fingerprint": self.bank.version,
         }  # fmt: skip
 
-    def routing(self, route: Route | None) -> wire.Routing | None:
+    def routing(self, route: Route | None) -> wire.RoutingWeights | None:
         """A route, where the request asks for it."""
         return None if route is None or not self.asked.routing else routing(route)
 
@@ -195,12 +195,12 @@ async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.
         ]
 
     exchange = service.submit(bank, await asyncio.to_thread(prepared), None)
-    made: dict[int, wire.Label] = {}
+    made: dict[int, wire.ClassificationData] = {}
     async for index, event in exchange.events():
         if isinstance(event, Classified):
             found = event.found
             service.meters.routed(found.route)
-            made[index] = wire.Label(
+            made[index] = wire.ClassificationData(
                 index=index, label=found.label, task=found.task, scores=found.scores,
                 routing=routing(found.route) if asked.routing else None,
             )  # fmt: skip
@@ -240,9 +240,9 @@ def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str
     return [*cast("list[str | list[int]]", given)]
 
 
-def routing(route: Route) -> wire.Routing:
+def routing(route: Route) -> wire.RoutingWeights:
     """A route on the wire."""
-    return wire.Routing(**route.to_mapping())
+    return wire.RoutingWeights(**route.to_mapping())
 
 
 def counted(read: int, written: int) -> wire.Usage:

@@ -29,7 +29,7 @@ from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.sampling import drawn
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.token_scores import scored
-from amlora_dist.serving.writing import Row
+from amlora_dist.serving.writing import AnswerRow
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Group:
     bank: ServedBank
     key: Hashable
     state: Prefilled
-    rows: list[Row] = field(default_factory=list)
+    rows: list[AnswerRow] = field(default_factory=list)
 
 
 class Engine:
@@ -265,7 +265,7 @@ class Engine:
                     generator.seed()
                 else:
                     generator.manual_seed(job.sampling.seed)
-            row = Row.of(job)
+            row = AnswerRow.of(job)
             row.generator = generator
             rows.append(row)
         if not going:

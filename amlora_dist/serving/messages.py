@@ -80,7 +80,7 @@ Unheard = Annotated[str, Field(max_length=4096)]
 """What clients may say and nothing hangs on."""
 
 
-class _Asked(BaseModel):
+class _RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
@@ -96,14 +96,14 @@ class _Asked(BaseModel):
         return value
 
 
-class _Said(BaseModel):
+class _ResponseModel(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 # ---- asked ----------------------------------------------------------------------------------------------------
 
 
-class StreamOptions(_Asked):
+class StreamOptions(_RequestModel):
     """As OpenAI's."""
 
     include_usage: bool = False
@@ -112,7 +112,7 @@ class StreamOptions(_Asked):
     """Has no effect."""
 
 
-class Writing(_Asked):
+class Writing(_RequestModel):
     """How answers are written; what both kinds of completion share."""
 
     model: str | None = None
@@ -167,14 +167,14 @@ class CompletionRequest(Writing):
     """Only empty."""
 
 
-class TextPart(_Asked):
+class TextPart(_RequestModel):
     """A part of a message; texts are joined."""
 
     type: Literal["text"]
     text: Words
 
 
-class ChatMessage(_Asked):
+class ChatMessage(_RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -205,7 +205,7 @@ class ChatMessage(_Asked):
         return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
-class TextFormat(_Asked):
+class TextFormat(_RequestModel):
     """The usual form of an answer."""
 
     type: Literal["text"] = "text"
@@ -270,7 +270,7 @@ class ChatRequest(Writing):
         return self
 
 
-class ClassificationRequest(_Asked):
+class ClassificationRequest(_RequestModel):
     """Texts to label."""
 
     model: str | None = None
@@ -287,10 +287,10 @@ class ClassificationRequest(_Asked):
     """Whether each result carries which tasks and adapters it was routed to."""
 
 
-# ---- said -----------------------------------------------------------------------------------------------------
+# ---- responses ------------------------------------------------------------------------------------------------
 
 
-class Routing(_Said):
+class RoutingWeights(_ResponseModel):
     """How a text was weighed."""
 
     task: str | None
@@ -303,7 +303,7 @@ class Routing(_Said):
     """What the tasks lack to 1: the share of the zero adapter."""
 
 
-class Usage(_Said):
+class Usage(_ResponseModel):
     """Counts of tokens."""
 
     prompt_tokens: int
@@ -314,7 +314,7 @@ class Usage(_Said):
 Reason = Literal["stop", "length"]
 
 
-class _Answered(_Said):
+class _AnswerModel(_ResponseModel):
     id: str
     created: int
     model: str
@@ -323,7 +323,7 @@ class _Answered(_Said):
     usage: Usage | None = None
 
 
-class CompletionLogprobs(_Said):
+class CompletionLogprobs(_ResponseModel):
     """What the model thought of the tokens of a text."""
 
     tokens: list[str]
@@ -335,24 +335,24 @@ class CompletionLogprobs(_Said):
     """Characters in front of each token."""
 
 
-class CompletionChoice(_Said):
+class CompletionChoice(_ResponseModel):
     """An answer, or in a stream a piece of it."""
 
     index: int
     text: str
     finish_reason: Reason | None
     logprobs: CompletionLogprobs | None = None
-    routing: Routing | None = None
+    routing: RoutingWeights | None = None
 
 
-class Completion(_Answered):
+class Completion(_AnswerModel):
     """Answers to the texts of a request; in a stream a chunk of them."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
 
 
-class ChatTopToken(_Said):
+class ChatTopToken(_ResponseModel):
     """A token that might have stood in another's place."""
 
     token: str
@@ -367,14 +367,14 @@ class ChatToken(ChatTopToken):
     top_logprobs: list[ChatTopToken]
 
 
-class ChatLogprobs(_Said):
+class ChatLogprobs(_ResponseModel):
     """What the model thought of the answer's tokens."""
 
     content: list[ChatToken]
     refusal: None = None
 
 
-class SaidMessage(_Said):
+class SaidMessage(_ResponseModel):
     """The answer's turn."""
 
     role: Literal["assistant"] = "assistant"
@@ -382,48 +382,48 @@ class SaidMessage(_Said):
     refusal: None = None
 
 
-class ChatChoice(_Said):
+class ChatChoice(_ResponseModel):
     """The answer."""
 
     index: int
     message: SaidMessage
     finish_reason: Reason
     logprobs: ChatLogprobs | None = None
-    routing: Routing | None = None
+    routing: RoutingWeights | None = None
 
 
-class ChatCompletion(_Answered):
+class ChatCompletion(_AnswerModel):
     """The answer to a conversation."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
 
 
-class Delta(_Said):
+class Delta(_ResponseModel):
     """What a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatChunkChoice(_Said):
+class ChatChunkChoice(_ResponseModel):
     """A piece of the answer."""
 
     index: int
     delta: Delta
     finish_reason: Reason | None = None
     logprobs: ChatLogprobs | None = None
-    routing: Routing | None = None
+    routing: RoutingWeights | None = None
 
 
-class ChatChunk(_Answered):
+class ChatChunk(_AnswerModel):
     """One event of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
 
 
-class Label(_Said):
+class ClassificationData(_ResponseModel):
     """The label of one text."""
 
     index: int
@@ -433,17 +433,17 @@ class Label(_Said):
     """Whose labels and prompt were used; null where the caller named the labels and no task."""
     scores: dict[str, float]
     """Share of each label: softmax over the labels' log-likelihoods."""
-    routing: Routing | None = None
+    routing: RoutingWeights | None = None
 
 
-class Classifications(_Answered):
+class Classifications(_AnswerModel):
     """Labels of the texts of a request."""
 
     object: Literal["list"] = "list"
-    data: list[Label]
+    data: list[ClassificationData]
 
 
-class ModelCard(_Said):
+class ModelCard(_ResponseModel):
     """The bank, or one of its tasks."""
 
     id: str
@@ -458,14 +458,14 @@ class ModelCard(_Said):
     """Of a task; null where its answers are free text."""
 
 
-class ModelList(_Said):
+class ModelList(_ResponseModel):
     """The bank and its tasks."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class Health(_Said):
+class Health(_ResponseModel):
     """Whether the server can answer, and with what."""
 
     status: Literal["ok", "stopping", "failed", "engine_away"]
@@ -473,7 +473,7 @@ class Health(_Said):
     version: str
 
 
-class ErrorDetail(_Said):
+class ErrorDetail(_ResponseModel):
     """What went wrong."""
 
     message: str
@@ -482,7 +482,7 @@ class ErrorDetail(_Said):
     code: str | None = None
 
 
-class ErrorBody(_Said):
+class ErrorBody(_ResponseModel):
     """OpenAI's form of an error."""
 
     error: ErrorDetail

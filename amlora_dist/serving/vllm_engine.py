@@ -45,7 +45,7 @@ from amlora_dist.serving.vllm_client import NotLoadedError, ServedModel, VllmCli
 from amlora_dist.serving.vllm_labels import label_scores
 from amlora_dist.serving.vllm_rows import RowSet, write_rows
 from amlora_dist.serving.vllm_start import check_base, connected
-from amlora_dist.serving.writing import Row
+from amlora_dist.serving.writing import AnswerRow
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -316,7 +316,7 @@ class VllmEngine:
 
     async def _streamed(self, flight: Flight, asked: RowRequest, model: str) -> None:
         """Tell the answer as it comes."""
-        job, row = flight.job, Row.of(flight.job)
+        job, row = flight.job, AnswerRow.of(flight.job)
         assert job.sampling is not None
         chunks = self._client.write(
             model, asked.request.tokens, job.sampling, eos_id=job.bank.eos_id, top=asked.request.top

@@ -12,7 +12,7 @@ from amlora_dist.serving.token_scores import TokenScore
 
 
 @dataclass(eq=False, slots=True)
-class Row:
+class AnswerRow:
     """A job whose answer is being written."""
 
     job: Job
@@ -25,10 +25,10 @@ class Row:
     """How many of them went out with pieces."""
 
     @staticmethod
-    def of(job: Job) -> Row:
+    def of(job: Job) -> AnswerRow:
         """A row without a word yet."""
         assert job.sampling is not None
-        return Row(job, Detokenizer(job.bank.decode, job.sampling.stops, live=job.stream))
+        return AnswerRow(job, Detokenizer(job.bank.decode, job.sampling.stops, live=job.stream))
 
     def take(self, token: int) -> Event | None:
         """Its next token: tells the job of the text that it makes certain, and returns the job's last event, or None

@@ -35,7 +35,7 @@ KEEP = 2
 
 
 @dataclass(slots=True)
-class Progress:
+class StageProgress:
     """How far a stage is after ``step`` optimizer steps."""
 
     fingerprint: str
@@ -57,7 +57,7 @@ class Progress:
     race: dict[str, Any] | None = None
     """How the starts of the recipe raced: steps of each, held-out losses by name; None: there was no race."""
 
-    def copied(self) -> Progress:
+    def copied(self) -> StageProgress:
         """One that can go on by itself."""
         return replace(
             self, losses=list(self.losses), trained_with=dict(self.trained_with), held_losses=list(self.held_losses)
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error}; make room or fix the permissions, then run again") from error
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progress) -> Path:
+def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: StageProgress) -> Path:
     """Write one checkpoint under ``folder``, commit it, and drop all but the newest ``KEEP``.
 
     Raises:
@@ -115,7 +115,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: Progres
 
 def newest_checkpoint(
     folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]], *, at: int | None = None
-) -> tuple[dict[str, Tensor], Progress] | None:
+) -> tuple[dict[str, Tensor], StageProgress] | None:
     """The newest committed checkpoint of this fingerprint with tensors of these names and shapes (the one ``at`` a step), or
     None. Says why it passes over the others."""
     for candidate in sorted(folder.glob("step-*" if at is None else checkpoint_name(at)), reverse=True):
@@ -131,8 +131,8 @@ def newest_checkpoint(
 
 def _read(
     folder: Path, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Tensor], Progress]:
-    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+) -> tuple[dict[str, Tensor], StageProgress]:
+    progress = StageProgress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     if progress.fingerprint != fingerprint:
         raise ValueError(f"it belongs to fingerprint {str(progress.fingerprint)[:12]}")
     if folder.name != checkpoint_name(progress.step) or len(progress.losses) != progress.step:

@@ -54,7 +54,7 @@ class Alone:
         return [value]
 
 
-class Group:
+class DistributedRanks:
     """The default process group of torch.distributed, which Ray Train (or torchrun) has made."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Group:
         return out
 
 
-class Engine(Protocol):
+class TrainingEngine(Protocol):
     """One rank's view of a model in training."""
 
     model: nn.Module
@@ -225,7 +225,7 @@ class DeepSpeedEngine:
         self._optimizer = self._engine.optimizer
         self._stage = int(config["zero_optimization"]["stage"])
         self.model: nn.Module = self._engine.module
-        self.ranks: Ranks = Group()
+        self.ranks: Ranks = DistributedRanks()
         self.device = torch.device(self._engine.device)
         self.whole_forward = self._stage == 3
         self._accumulation = int(config["gradient_accumulation_steps"])

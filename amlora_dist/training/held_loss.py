@@ -11,7 +11,7 @@ from torch import Tensor
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer, target_tokens
-from amlora_dist.training.engine import Engine
+from amlora_dist.training.engine import TrainingEngine
 
 BATCH = 16
 
@@ -23,7 +23,7 @@ class HeldLoss:
     The same number on every rank; every rank makes equally many passes.
     """
 
-    engine: Engine
+    engine: TrainingEngine
     loss: LossComputer
     rows: Sequence[Example]
     gate: Tensor | None

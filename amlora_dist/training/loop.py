@@ -17,8 +17,8 @@ from amlora_dist.errors import TrainingError
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_tokens, micro_batches, target_tokens
 from amlora_dist.training.best_checkpoint import BestKeeper, best_of, exhausted
-from amlora_dist.training.checkpoint import Progress, checkpoint_name, newest_checkpoint, save_checkpoint
-from amlora_dist.training.engine import Engine
+from amlora_dist.training.checkpoint import StageProgress, checkpoint_name, newest_checkpoint, save_checkpoint
+from amlora_dist.training.engine import TrainingEngine
 from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
 from amlora_dist.training.micro_batch import MicroBatch
 from amlora_dist.training.optimizer import rate_factor
@@ -37,7 +37,7 @@ class Learner:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainingEngine,
         loss: LossComputer,
         examples: Sequence[Example],
         settings: TrainingSettings,
@@ -74,7 +74,7 @@ class Learner:
         self._refit_from = self.schedule.steps - round(refit * self.schedule.steps)
         self.keeper = None if keeper is None else keeper(self.schedule.steps)
 
-    def resume(self) -> Progress | None:
+    def resume(self) -> StageProgress | None:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
         folder, ranks, shapes = self.folder / "checkpoints", self.engine.ranks, self.engine.state_shapes()
         if self.mirror is not None:
@@ -104,7 +104,7 @@ class Learner:
         self.report({"kind": "resumed", "step": progress.step})
         return progress
 
-    def run(self, progress: Progress, until: int | None = None) -> Progress:
+    def run(self, progress: StageProgress, until: int | None = None) -> StageProgress:
         """Train from ``progress`` to the end, or to a checkpoint after ``until`` steps.
 
         Raises:
@@ -147,7 +147,7 @@ class Learner:
                 self.keeper.restore(progress.step)
         return progress
 
-    def warm(self, progress: Progress, steps: int) -> Progress:
+    def warm(self, progress: StageProgress, steps: int) -> StageProgress:
         """Take the first ``steps`` steps without checkpoints: one start of several (``race``). Errors as in ``run``."""
         began = time.monotonic()
         for step in range(steps):
@@ -156,11 +156,11 @@ class Learner:
         progress.seconds += time.monotonic() - began
         return progress
 
-    def commit(self, progress: Progress) -> None:
+    def commit(self, progress: StageProgress) -> None:
         """Write a checkpoint of the present state."""
         self._checkpoint(progress)
 
-    def _ended(self, progress: Progress) -> bool:
+    def _ended(self, progress: StageProgress) -> bool:
         """Whether held-out rows say that it gets no better."""
         return self.keeper is not None and exhausted(progress.held_losses, self.settings)
 
@@ -168,7 +168,7 @@ class Learner:
         """Row numbers of a step's global batch, as the source counts them; none after the last step."""
         return [self.examples[i].row for i in self.schedule.rows(step)] if step < self.schedule.steps else []
 
-    def _step(self, progress: Progress, number: int) -> bool:
+    def _step(self, progress: StageProgress, number: int) -> bool:
         """One optimizer step, noted in ``progress``; whether any rank has to stop.
 
         The loss that is noted (nats per target token of the global batch) is the rows' cross-entropy, smoothed if so
@@ -224,7 +224,7 @@ class Learner:
             self.seed, self.stage, step, places, from_right=not self.loss.encoder_decoder, device=self.engine.device
         )
 
-    def _checkpoint(self, progress: Progress) -> None:
+    def _checkpoint(self, progress: StageProgress) -> None:
         state = self.engine.export_state()
         if self.keeper is not None:
             state |= self.keeper.state()

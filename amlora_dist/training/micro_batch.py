@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.tasks.batches import Example
     from amlora_dist.training.batching import Chosen, LossComputer
-    from amlora_dist.training.engine import Engine
+    from amlora_dist.training.engine import TrainingEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class MicroBatch:
     def __init__(
         self,
         computer: LossComputer,
-        engine: Engine,
+        engine: TrainingEngine,
         mixture: Mixture,
         rows: Sequence[Example],
         *,

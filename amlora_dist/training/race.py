@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amlora_dist.training.checkpoint import Progress
+from amlora_dist.training.checkpoint import StageProgress
 from amlora_dist.training.held_loss import HeldLoss, beats
 from amlora_dist.training.loop import Learner
 
@@ -28,7 +28,7 @@ SHARE_OF_LONG, SHARE_OF_SHORT = 0.15, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One start: its name, and tensors of ``Engine.export_state`` that differ from the fresh state."""
+    """One start: its name, and tensors of ``TrainingEngine.export_state`` that differ from the fresh state."""
 
     name: str | None
     state: Mapping[str, Tensor]
@@ -42,8 +42,8 @@ def race_steps(steps: int, candidates: int, most: int) -> int:
 
 
 def run_race(
-    learner: Learner, held: HeldLoss, candidates: Sequence[Candidate], steps: int, near_tie: float, fresh: Progress
-) -> tuple[Candidate, Progress, dict[str, float]]:
+    learner: Learner, held: HeldLoss, candidates: Sequence[Candidate], steps: int, near_tie: float, fresh: StageProgress
+) -> tuple[Candidate, StageProgress, dict[str, float]]:
     """Let every candidate take ``steps`` steps from the engine's present state.
 
     Args:
@@ -60,7 +60,7 @@ def run_race(
         NonFiniteLossError: a candidate's loss became NaN, as it would have in the stage itself.
     """
     start = learner.engine.export_state()
-    best: tuple[Candidate, Progress, float, dict[str, Tensor]] | None = None
+    best: tuple[Candidate, StageProgress, float, dict[str, Tensor]] | None = None
     losses: dict[str, float] = {}
     for candidate in candidates:
         learner.engine.import_state(start | dict(candidate.state), 0)

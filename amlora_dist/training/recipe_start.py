@@ -16,7 +16,7 @@ from amlora_dist.adapters.reading import keeping_trunk
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
-from amlora_dist.training.checkpoint import Progress
+from amlora_dist.training.checkpoint import StageProgress
 from amlora_dist.training.held_loss import HeldLoss
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.race import Candidate, race_steps, run_race
@@ -50,7 +50,7 @@ class RecipeStart:
     report: Callable[[dict[str, Any]], None]
     shares_lower: bool = True
 
-    def begin(self, fresh: Progress) -> Progress:
+    def begin(self, fresh: StageProgress) -> StageProgress:
         """Put the start into the engine; the stage's progress: at step 0, or, after a race, where its winner is."""
         how = self.settings.recipe.start
         if how == "never":
@@ -67,7 +67,7 @@ class RecipeStart:
         best = losses.index(min(losses))
         return fresh if losses[best] >= nothing else self._from(best, fresh)
 
-    def _from(self, place: int, fresh: Progress) -> Progress:
+    def _from(self, place: int, fresh: StageProgress) -> StageProgress:
         """Put an old row into the engine."""
         start, engine = self._candidate(place), self.learner.engine
         engine.import_state(engine.export_state() | dict(start.state), 0)
@@ -90,7 +90,7 @@ class RecipeStart:
         self._report_probe(losses, None)
         return losses.index(min(losses))
 
-    def _race(self, held: HeldLoss, candidates: list[Candidate], steps: int, fresh: Progress) -> Progress:
+    def _race(self, held: HeldLoss, candidates: list[Candidate], steps: int, fresh: StageProgress) -> StageProgress:
         began = time.monotonic()
         near_tie = self.settings.training.near_tie
         winner, progress, losses = run_race(self.learner, held, candidates, steps, near_tie, fresh)

@@ -34,15 +34,15 @@ from amlora_dist.methods.base import Trained
 from amlora_dist.tasks.batches import Example, label_tokens
 from amlora_dist.training.batching import Layout, LossComputer
 from amlora_dist.training.best_checkpoint import BestKeeper
-from amlora_dist.training.checkpoint import Progress
+from amlora_dist.training.checkpoint import StageProgress
 from amlora_dist.training.checksum import weights_checksum
 from amlora_dist.training.engine import (
     Alone,
     DeepSpeedEngine,
-    Engine,
-    Group,
+    DistributedRanks,
     PlainEngine,
     Ranks,
+    TrainingEngine,
     deepspeed_config,
     inference_model,
     join_process_group,
@@ -97,7 +97,7 @@ def run_stage(
 
     with disk_watched():
         if work.race is not None:
-            ranks: Ranks = Group() if distributed else Alone()
+            ranks: Ranks = DistributedRanks() if distributed else Alone()
             run_rate_race(work, work.race, begun, writes=ranks.rank == 0)
             return
         with contextlib.nullcontext() if cache is None else cache.stage():
@@ -125,7 +125,7 @@ class _Stage:
     ) -> None:
         self.work, self.distributed, self.device, self.cache = work, distributed, device, cache
         self.settings = work.settings
-        self.ranks: Ranks = Group() if distributed else Alone()
+        self.ranks: Ranks = DistributedRanks() if distributed else Alone()
         self._report = report
         self.base: BaseModel = work.base_model()
         self.tokenizer: Any = cache.tokenizer(self.base)
@@ -243,7 +243,7 @@ class _Stage:
         self.report({"kind": "rows", "rows": len(own) + len(replayed)})
         progress = learner.resume()
         if progress is None:
-            progress = Progress(fingerprint=work.fingerprint, step=0)
+            progress = StageProgress(fingerprint=work.fingerprint, step=0)
             if self.method.learns_recipe(work.index) and adapters:
                 start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report, cache is None)
                 progress = start.begin(progress)
@@ -294,7 +294,7 @@ class _Stage:
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
         if held_loss is None:
             raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
-        learner.run(learner.resume() or Progress(fingerprint=self.work.fingerprint, step=0), until=steps)
+        learner.run(learner.resume() or StageProgress(fingerprint=self.work.fingerprint, step=0), until=steps)
         lost = held_loss()
         self.end()
         return lost
@@ -327,7 +327,7 @@ class _Stage:
         return loss
 
     def _learner(
-        self, mixture: Mixture, engine: Engine, loss: LossComputer, own: list[Example], replayed: list[Example],
+        self, mixture: Mixture, engine: TrainingEngine, loss: LossComputer, own: list[Example], replayed: list[Example],
         unseen: list[Example],
     ) -> tuple[Learner, HeldLoss | None]:  # fmt: skip
         """The optimizer loop over the stage's rows, and the loss on those that it does not see."""
@@ -364,7 +364,7 @@ class _Stage:
         return [self.cache.base_checksum(), others]
 
     def _row_losses(
-        self, engine: Engine, loss: LossComputer, examples: Sequence[Example], gate: Tensor | None, count: int
+        self, engine: TrainingEngine, loss: LossComputer, examples: Sequence[Example], gate: Tensor | None, count: int
     ) -> Iterator[Tensor]:
         for (index,), counts in deal(examples[:count], 1, self.ranks.rank, self.ranks.world):
             one = loss(engine.model, [examples[index]], gate)
@@ -385,7 +385,7 @@ class _Stage:
             dropout=self.settings.adapters.dropout,
         )
 
-    def _statistics(self, engine: Engine) -> StageStatistics:
+    def _statistics(self, engine: TrainingEngine) -> StageStatistics:
         settings = self.settings
         return StageStatistics(
             self.work.task, settings.seed, settings.router, self.tokenizer, self.base.encoder_decoder, self.ranks,
@@ -412,7 +412,7 @@ class _Stage:
         self.report({"kind": "statistics", "rows": newest.count, "held_out": len(makes.held_out(len(every)))})
         return [*earlier, newest]
 
-    def _engine(self, mixture: Mixture) -> Engine:
+    def _engine(self, mixture: Mixture) -> TrainingEngine:
         trainable = mixture.trainable()
         groups = parameter_groups(trainable, self.settings.training, selectors_alone=self.method.selectors_alone)
         betas = self.settings.training.betas

@@ -27,7 +27,7 @@ SHOWN_TEXT = 70
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _SampleAnswers:
     """Some test rows of a task, and what the banks before and after answered."""
 
     spec: TaskSpec
@@ -80,7 +80,7 @@ def add_task(
     console.print(f"try it: amlora ask models:/{model}@champion {shlex.quote(short)}", markup=False, soft_wrap=True)
 
 
-def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str | None) -> list[_Asked]:
+def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str | None) -> list[_SampleAnswers]:
     """Answers of both banks to test rows of the bank's tasks, the new one's last."""
     specs = [*plan.known, plan.task]
     chosen: list[list[Row]] = []
@@ -101,12 +101,12 @@ def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str 
     made, start = [], 0
     for spec, rows in zip(kept, chosen, strict=True):
         here = slice(start, start + len(rows))
-        made.append(_Asked(spec, rows, answers[0][here], answers[1][here]))
+        made.append(_SampleAnswers(spec, rows, answers[0][here], answers[1][here]))
         start += len(rows)
     return made
 
 
-def _table(asked: Sequence[_Asked], new: str) -> Table:
+def _table(asked: Sequence[_SampleAnswers], new: str) -> Table:
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("task", "rows", "score", "before", "after", "answers changed"):
         table.add_column(name, justify="left" if name in ("task", "score") else "right", no_wrap=True)
@@ -120,7 +120,7 @@ def _table(asked: Sequence[_Asked], new: str) -> Table:
     return table
 
 
-def _print_changes(asked: Sequence[_Asked]) -> None:
+def _print_changes(asked: Sequence[_SampleAnswers]) -> None:
     """The first answers of earlier tasks that changed, as ``amlora diff --sample`` tells them."""
     changed = [(one.spec.name, *change) for one in asked for change in one.changed]
     total = sum(len(one.rows) for one in asked)

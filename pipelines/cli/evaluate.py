@@ -25,7 +25,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class HarnessOptions:
     """What the harness is to run: its tasks by name, a folder with tasks of one's own, and how."""
 
     tasks: Sequence[str]
@@ -37,7 +37,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MetricComparison:
     """One metric of one task, of the bank and of its base model; errors are standard errors, None where there is none."""
 
     task: str
@@ -68,12 +68,12 @@ def evaluate(
 ) -> None:
     """Run lm-evaluation-harness on a bank as served and on its base model: what was kept of general ability."""
     names = [name for given in tasks for name in given.split(",") if name]
-    asked = Asked(names, tasks_folder, limit, few_shot, as_chat, batch_size)
+    asked = HarnessOptions(names, tasks_folder, limit, few_shot, as_chat, batch_size)
     options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation, "tracking_uri": tracking_uri}
     evaluate_bank(bank, asked, output, options, as_json=as_json)
 
 
-def evaluate_bank(bank: str, asked: Asked, output: Path | None, options: dict[str, Any], *, as_json: bool) -> None:
+def evaluate_bank(bank: str, asked: HarnessOptions, output: Path | None, options: dict[str, Any], *, as_json: bool) -> None:
     """``amlora evaluate``.
 
     Raises:
@@ -108,7 +108,7 @@ def evaluate_bank(bank: str, asked: Asked, output: Path | None, options: dict[st
     console.print(table)
 
 
-def task_manager(asked: Asked) -> Any:
+def task_manager(asked: HarnessOptions) -> Any:
     """The harness's index of tasks. Raises UserError for a task or folder that is not there."""
     from lm_eval.tasks import TaskManager
 
@@ -126,7 +126,7 @@ def task_manager(asked: Asked) -> Any:
     return manager
 
 
-def scores(model: Any, asked: Asked, manager: Any) -> list[Line]:
+def scores(model: Any, asked: HarnessOptions, manager: Any) -> list[MetricComparison]:
     """Every metric of every task, of the bank and of its base model.
 
     Args:
@@ -153,7 +153,7 @@ def scores(model: Any, asked: Asked, manager: Any) -> list[Line]:
             results.append(found["results"])
     bank, base = results
     return [
-        Line(
+        MetricComparison(
             task, metric, kind, values[key], _error(values, metric, kind), base[task][key], _error(base[task], metric, kind)
         )
         for task, values in bank.items()

@@ -12,10 +12,10 @@ from pipelines.cli.tables import console_for
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.cluster.jobs import Job
+    from pipelines.cluster.jobs import ClusterJob
 
 
-def show_jobs(jobs: Sequence[Job]) -> None:
+def show_jobs(jobs: Sequence[ClusterJob]) -> None:
     """Print them, oldest first."""
     table = Table(box=None, pad_edge=False)
     for heading in ("job", "run", "attempt", "status", "started", "seconds", "exit"):

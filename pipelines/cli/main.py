@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
-    from pipelines.cli.row_check import TaskRows
+    from pipelines.cli.row_check import TaskRowCounts
     from pipelines.cluster.local_checks import Check
 
 app = typer.Typer(
@@ -98,7 +98,7 @@ def validate(
         from pipelines.runs.validation import place_faults
 
         settings, specs = validate_config(config, overrides, place_faults)
-        read: list[TaskRows] = []
+        read: list[TaskRowCounts] = []
         if rows:
             from pipelines.cli.output import stdout_to_stderr
             from pipelines.cli.row_check import check_rows

@@ -44,7 +44,7 @@ class Promotion:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scored:
+class _VersionScores:
     """One version on the sample."""
 
     scores: dict[str, dict[str, Any]]
@@ -149,7 +149,7 @@ def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[Line]]:
     return found
 
 
-def _scored(model: AMLoRAModel, lines: dict[str, list[Line]], asked: Promotion) -> _Scored:
+def _scored(model: AMLoRAModel, lines: dict[str, list[Line]], asked: Promotion) -> _VersionScores:
     from amlora_dist.evaluation.scoring import routing_accuracy, summarise
 
     scores: dict[str, dict[str, Any]] = {}
@@ -163,10 +163,12 @@ def _scored(model: AMLoRAModel, lines: dict[str, list[Line]], asked: Promotion) 
         scores[task] = {
             "rows": len(own), "metric": metric, "accuracy": summary["accuracy"], "routing_accuracy": routed,
         }  # fmt: skip
-    return _Scored(scores, rows)
+    return _VersionScores(scores, rows)
 
 
-def _changed(lines: dict[str, list[Line]], old: _Scored | None, new: _Scored) -> tuple[list[dict[str, Any]], int]:
+def _changed(
+    lines: dict[str, list[Line]], old: _VersionScores | None, new: _VersionScores
+) -> tuple[list[dict[str, Any]], int]:
     """Rows that were answered better before, by place and answers; and how many are answered better now."""
     worse, better = [], 0
     for task, before in ({} if old is None else old.rows).items():

@@ -21,7 +21,7 @@ SHOWN_LABELS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class TaskRows:
+class TaskRowCounts:
     """What a run would read of one task."""
 
     task: str
@@ -43,13 +43,13 @@ class TaskRows:
             yield f"  {self.left_out}"
 
 
-def check_rows(config: RunConfig, file: Path) -> list[TaskRows]:
+def check_rows(config: RunConfig, file: Path) -> list[TaskRowCounts]:
     """Read the rows of every task of a valid configuration as its run would; what the tokenizer decides is not looked at.
 
     Raises:
         FaultsError: the bad rows of all tasks at once, and tasks that cannot be read.
     """
-    found: list[TaskRows] = []
+    found: list[TaskRowCounts] = []
     faults: list[Fault] = []
     for number, ref in enumerate([*config.tasks, *config.evaluation.also]):
         spec = resolve_task(ref, data_dir=config.data_dir, base_dir=Path.cwd(), defaults=config.task_defaults)
@@ -71,10 +71,10 @@ def check_rows(config: RunConfig, file: Path) -> list[TaskRows]:
     return found
 
 
-def _counted(data: TaskData) -> TaskRows:
+def _counted(data: TaskData) -> TaskRowCounts:
     spec, labels = data.spec, {}
     if not spec.free_text:
         for split, rows in data.rows.items():
             counts = Counter(row.target for row in rows)
             labels[split] = {text: counts[text] for text in spec.label_texts}
-    return TaskRows(spec.name, {split: len(rows) for split, rows in data.rows.items()}, labels, data.remarks)
+    return TaskRowCounts(spec.name, {split: len(rows) for split, rows in data.rows.items()}, labels, data.remarks)

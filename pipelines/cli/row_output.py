@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OutputTarget:
     """Where rows go, found to be possible.
 
     Attributes:
@@ -58,7 +58,7 @@ class Place:
         return written
 
 
-def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False) -> Place:
+def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False) -> OutputTarget:
     """See that a file can be written, before anything is loaded or computed.
 
     Raises:
@@ -66,7 +66,7 @@ def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False
             is not written here.
     """
     if output is None or str(output) == "-":
-        return Place(None, None, spreadsheet=spreadsheet)
+        return OutputTarget(None, None, spreadsheet=spreadsheet)
     path = output.expanduser()
     if path.is_dir():
         raise UserError(f"--output: found the folder {path}, expected a file; name one in it, such as {path}/rows.jsonl")
@@ -81,11 +81,11 @@ def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False
         raise UserError(f"--output: found {path}, expected a file in a folder that is there; make {folder} first")
     if not os.access(path if device else folder, os.W_OK if device else os.W_OK | os.X_OK):
         raise UserError(f"--output: {path} cannot be written; name a file in a folder of yours")
-    return Place(path if device else path.resolve(), form, device, spreadsheet)
+    return OutputTarget(path if device else path.resolve(), form, device, spreadsheet)
 
 
 @contextmanager
-def writer(place: Place, written: Written) -> Iterator[Write]:
+def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
     """Writes rows in the form that ``place.of`` says.
 
     CSV that goes to a file has the columns of all rows; of CSV on standard output the first row says them.

@@ -39,7 +39,7 @@ class JobLostError(AmloraError):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ClusterJob:
     """One submission. ``run_id`` and ``attempt`` are None for jobs of others."""
 
     id: str
@@ -106,18 +106,18 @@ class Jobs:
                 " (ray[default], --dashboard-host), and its port open?"
             ) from error
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[ClusterJob]:
         """Every job that was submitted, oldest first."""
         with self._answering():
             listed = self._client.list_jobs()
         jobs = [_job(details) for details in listed if details.submission_id]
         return sorted(jobs, key=lambda job: job.started or 0.0)
 
-    def of_run(self, run_id: str) -> list[Job]:
+    def of_run(self, run_id: str) -> list[ClusterJob]:
         """The attempts at one run, in order."""
         return sorted((job for job in self.all() if job.run_id == run_id), key=lambda job: job.attempt or 0)
 
-    def find(self, name: str) -> Job:
+    def find(self, name: str) -> ClusterJob:
         """A job by its submission id, or the newest attempt at the run of that id.
 
         Raises:
@@ -133,7 +133,7 @@ class Jobs:
             raise UserError(f"no job or run {name!r} at {self.address}; the newest are: {known}")
         return found
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> ClusterJob:
         """One job as it is."""
         with self._answering():
             return _job(self._client.get_job_info(job_id))
@@ -172,7 +172,7 @@ class Jobs:
         with self._answering():
             return str(self._client.get_job_logs(job_id))
 
-    def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
+    def follow(self, job_id: str, write: Callable[[str], None]) -> ClusterJob:
         """Hand on what the job prints, from its start, until it ends; a lost connection is taken up again.
 
         Raises:
@@ -217,7 +217,7 @@ class Jobs:
         async for chunk in self._client.tail_job_logs(job_id):
             take(chunk)
 
-    def stop(self, job_id: str, deadline_s: float) -> Job:
+    def stop(self, job_id: str, deadline_s: float) -> ClusterJob:
         """Ask the driver to checkpoint and end, and wait for it.
 
         Raises:
@@ -255,12 +255,12 @@ def find_token() -> tuple[str | None, str | None]:
     return (token, str(file)) if token else (None, None)
 
 
-def _job(details: Any) -> Job:
+def _job(details: Any) -> ClusterJob:
     job_id = str(details.submission_id)
     metadata = details.metadata or {}
     run_id = metadata.get("amlora_run_id")
     attempt = job_id.removeprefix(f"{run_id}-") if run_id else ""
-    return Job(
+    return ClusterJob(
         id=job_id,
         status=str(getattr(details.status, "value", details.status)),
         run_id=run_id,

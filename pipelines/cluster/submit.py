@@ -15,7 +15,7 @@ from amlora_dist.config.loading import load_config, to_mapping
 from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.errors import FaultsError, TrainingError, UserError
 from amlora_dist.privacy import DROPPED, public_configuration, public_name
-from pipelines.cluster.jobs import STOP_WAIT_S, Job, Jobs
+from pipelines.cluster.jobs import STOP_WAIT_S, ClusterJob, Jobs
 from pipelines.cluster.resources import DEADLINE, Demand, deadline_s, least_demand, shortfalls
 from pipelines.cluster.working_dir import collect, pack
 from pipelines.runs.resume_check import FREE_IN_RUN, IRRELEVANT, differences
@@ -34,7 +34,7 @@ PRIVATE = ".amlora-overrides"
 class Submission:
     """What came of it. ``attached``: the job ran already."""
 
-    job: Job
+    job: ClusterJob
     attached: bool
 
 
@@ -110,7 +110,7 @@ def _check_fit(jobs: Jobs, demand: Demand) -> None:
         )
 
 
-def _attached(job: Job, config: RunConfig, search: bool) -> Submission:
+def _attached(job: ClusterJob, config: RunConfig, search: bool) -> Submission:
     """The job that runs, if it runs what is asked for."""
     free = IRRELEVANT if search else FREE_IN_RUN
     if job.configuration is not None and (differing := differences(job.configuration, to_mapping(config), free=free)):
@@ -121,7 +121,7 @@ def _attached(job: Job, config: RunConfig, search: bool) -> Submission:
     return Submission(job, attached=True)
 
 
-def exit_code_of(job: Job) -> int:
+def exit_code_of(job: ClusterJob) -> int:
     """The exit code of the command on the cluster.
 
     Raises:

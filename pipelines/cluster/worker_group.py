@@ -44,7 +44,7 @@ class WorkerGroup:
         self.workers, self.stages = workers, 0
         self.grown = 0
         """Bytes by which the memory of one worker has grown since its first stage, the most of any."""
-        self._stage: _Stage | None = None
+        self._stage: _RunningStage | None = None
         self._residents: dict[int, int] = {}
         self._channel = DriverEnd(workers, self._heard)
         threads = 0 if gpus else placement.threads or max(1, (os.cpu_count() or 1) // workers)
@@ -70,7 +70,7 @@ class WorkerGroup:
 
         self.stages += 1
         work.path.mkdir(parents=True, exist_ok=True)
-        stage = self._stage = _Stage(self.stages, self.workers, on_event, work)
+        stage = self._stage = _RunningStage(self.stages, self.workers, on_event, work)
         stop, stopping = work.path / STOP_FILE, False
         try:
             if self.lives:
@@ -111,7 +111,7 @@ class WorkerGroup:
         if stage is not None and event.pop("number", None) == stage.number:
             stage.hear(event)
 
-    def _error(self, stage: _Stage) -> BaseException:
+    def _error(self, stage: _RunningStage) -> BaseException:
         """Why the group is no more, while a stage was at work."""
         from ray.exceptions import RayError
         from ray.train.v2.api.exceptions import TrainingFailedError
@@ -126,7 +126,7 @@ class WorkerGroup:
         return error
 
 
-class _Stage:
+class _RunningStage:
     """What is known of one stage."""
 
     def __init__(self, number: int, workers: int, on_event: OnEvent, work: StageWork) -> None:

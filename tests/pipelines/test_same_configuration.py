@@ -13,7 +13,7 @@ from amlora_dist.base_model import Attention, settled_attention
 from amlora_dist.config.former_values import FORMER, completed
 from amlora_dist.config.loading import flat, from_mapping, load_config, named_keys, to_mapping
 from amlora_dist.errors import UserError
-from pipelines.cluster.jobs import Job
+from pipelines.cluster.jobs import ClusterJob
 from pipelines.cluster.submit import _attached
 from pipelines.runs.resume_check import IRRELEVANT, differences, refuse_other_configuration, taken_up
 from tests.tiny_config import write_config
@@ -153,7 +153,7 @@ def test_a_job_that_runs_is_attached_to_if_it_runs_what_is_asked_for(
 ) -> None:
     file = write_config(tmp_path, search={"space": {"training.l1": {"grid": [0.0, 0.1]}}})
     compared = {key: value for key, value in to_mapping(load_config(file)).items() if key not in IRRELEVANT}
-    job = Job("r-1", "RUNNING", "r", 1, None, None, None, "", compared)
+    job = ClusterJob("r-1", "RUNNING", "r", 1, None, None, None, "", compared)
     if told is None:
         assert _attached(job, load_config(file, [override]), search).attached
         return

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from amlora_dist.reporting.diagnosis import Evidence, Recipe, diagnose
+from amlora_dist.reporting.diagnosis import Recipe, RunFigures, diagnose
 
 TASKS = ["dbpedia", "amazon", "yahoo", "agnews"]
 ONE_HOT = [[1.0 if i == j else 0.0 for j in range(4)] for i in range(4)]
@@ -25,9 +25,9 @@ MATRIX = [
 ]
 
 
-def healthy() -> Evidence:
+def healthy() -> RunFigures:
     """What METHOD's order 1 looks like: nothing forgotten, 97% routed rightly, a recipe or two."""
-    return Evidence(
+    return RunFigures(
         tasks=TASKS,
         routed=True,
         matrix=MATRIX,
@@ -48,11 +48,11 @@ def healthy() -> Evidence:
     )
 
 
-def alarms(evidence: Evidence) -> list[str]:
+def alarms(evidence: RunFigures) -> list[str]:
     return [finding.rule for finding in diagnose(evidence) if finding.level == "alarm"]
 
 
-def with_routing(lines: list[list[float]], **more: object) -> Evidence:
+def with_routing(lines: list[list[float]], **more: object) -> RunFigures:
     return replace(healthy(), mass=lines, chosen=lines, **more)  # type: ignore[arg-type]
 
 
@@ -62,7 +62,7 @@ def test_a_healthy_run_raises_no_alarm_and_no_note() -> None:
 
 @pytest.mark.parametrize("method_without_router", [True, False])
 def test_a_run_of_one_task_raises_no_alarm(method_without_router: bool) -> None:
-    one = Evidence(
+    one = RunFigures(
         tasks=["a"], routed=not method_without_router, matrix=[[0.0], [0.8]], oracle=[0.8], rows=[100], adapters=["a"],
         mass=[[1.0]], zero_mass=[0.0], chosen=[[1.0]], effective=1.0,
     )  # fmt: skip

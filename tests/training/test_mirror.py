@@ -11,7 +11,7 @@ import torch
 
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
+from amlora_dist.training.checkpoint import StageProgress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.remote_storage import RemoteCheckpoints, RemoteStorage
 from pipelines.runs.sequence import run_sequence
 from tests.recording_progress import Watching
@@ -21,7 +21,7 @@ FINGERPRINT = "f" * 64
 
 
 def save(folder: Path, step: int) -> Path:
-    progress = Progress(fingerprint=FINGERPRINT, step=step, losses=[1.0] * step)
+    progress = StageProgress(fingerprint=FINGERPRINT, step=step, losses=[1.0] * step)
     return save_checkpoint(folder, {"master.a": torch.full((2, 3), float(step))}, progress)
 
 

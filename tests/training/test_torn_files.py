@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.training.checkpoint import Progress, newest_checkpoint, save_checkpoint
+from amlora_dist.training.checkpoint import StageProgress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
 from amlora_dist.training.stage_spec import Cell
 from tests.registry.tiny_banks import tiny_adapter
@@ -37,7 +37,7 @@ def state(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, step: int) -> None:
-    progress = Progress(fingerprint=FINGERPRINT, step=step, losses=[1.0 / (i + 1) for i in range(step)])
+    progress = StageProgress(fingerprint=FINGERPRINT, step=step, losses=[1.0 / (i + 1) for i in range(step)])
     save_checkpoint(folder, state(step), progress)
 
 

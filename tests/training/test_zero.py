@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amlora_dist.training.engine import DeepSpeedEngine, Engine, PlainEngine, deepspeed_config, join_process_group
+from amlora_dist.training.engine import DeepSpeedEngine, PlainEngine, TrainingEngine, deepspeed_config, join_process_group
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.settings import TrainingSettings
 from tests.training.ranks import on_ranks
@@ -41,7 +41,7 @@ OFFLOADS = {2: ("offload_optimizer",), 3: ("offload_optimizer", "offload_param")
 
 def _engine(
     stage: int | None, dtype: torch.dtype, micro: int, accumulation: int, offload: tuple[str, ...] = ()
-) -> tuple[Toy, Engine]:
+) -> tuple[Toy, TrainingEngine]:
     model = Toy(dtype)
     trainable = {"a.m": model.a, "b.m": model.b, "recipe.m": model.c}
     groups = parameter_groups(trainable, SETTINGS)
@@ -63,7 +63,7 @@ def _engine(
     return model, DeepSpeedEngine(model, trainable, groups, config=config, betas=SETTINGS.betas)
 
 
-def _steps(engine: Engine, dtype: torch.dtype, first: int, last: int, accumulation: int) -> list[float]:
+def _steps(engine: TrainingEngine, dtype: torch.dtype, first: int, last: int, accumulation: int) -> list[float]:
     losses = []
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
