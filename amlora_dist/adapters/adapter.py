@@ -28,7 +28,7 @@ class Adapter:
     b: dict[str, Tensor]
     recipe: dict[str, Tensor] = field(default_factory=dict)
     selector: dict[str, Tensor] = field(default_factory=dict)
-    """Dense layers of the literal router, by ``<module path>.weight`` and ``.bias``; empty for other routers."""
+    """Dense layers of the selectors, by ``<module path>.weight`` and ``.bias``; empty without them."""
     refitted: dict[str, Tensor] = field(default_factory=dict)
     """Rows of the earlier tasks as this adapter's stage left them (``training.recipe_refit``), fp32 of shape (earlier
     tasks, earlier adapters + 1): they may lean on adapters that came after them. Empty where the earlier rows stay."""

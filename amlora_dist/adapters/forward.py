@@ -59,8 +59,8 @@ class Routing:
     ``router`` None: every call brings its gate, or (``select``) the layers' own selectors make it. ``tasks``: length
     of a gate. ``partial_pass``: adapted layers lie below the routing layer. ``whole_passes``: never stop a pass early,
     for a model partitioned by ZeRO-3, where an aborted pass leaves parameters gathered. ``depths``: layers whose input
-    states, pooled, are the features; rising. ``prompted``: inputs have learned
-    prompts, which features choose, whatever gives the gate.
+    states, pooled, are the features; rising. ``layers_read``: adapted layers
+    read the features themselves, whatever gives the gate.
     """
 
     router: Router | None
@@ -70,7 +70,7 @@ class Routing:
     select: bool
     depths: tuple[int, ...]
     whole_passes: bool = False
-    prompted: bool = False
+    layers_read: bool = False
     checkpointed: list[Any] = field(default_factory=list)
 
     @property
@@ -190,7 +190,7 @@ class RoutedForward:
                 call.task_gate = router.gates(None, batch)
         elif task_gate is None and not routing.select:
             raise UserError("this model has no router: pass task_gate (batch, tasks) to the call")
-        if gates_of is not None or on_route is not None or routing.prompted:
+        if gates_of is not None or on_route is not None or routing.layers_read:
             call.reader = FeatureReader(routing.depths, routing.skip_tokens, gates_of, on_route)
             if routing.partial_pass:
                 call.receive(self.features(kwargs, mask, stop=not routing.whole_passes, packed=packed))

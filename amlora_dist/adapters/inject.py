@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amlora_dist.adapters.adapted_layers import AdaptedLayers
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.forward import RoutedForward, RoutedGenerate, Routing
 from amlora_dist.adapters.gate_context import active_call
 from amlora_dist.adapters.mixture import Gather, MixtureLinear, NewWeights
-from amlora_dist.adapters.prompt_pool import PromptEmbedding, PromptSlots
-from amlora_dist.adapters.selector_layer import SelectorLinear
 from amlora_dist.adapters.targets import Target, check_router_layer, default_router_layer, routing_stack
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import UserError
@@ -26,11 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from amlora_dist.adapters.router import Router
-    from amlora_dist.adapters.settings import LiteralSettings
     from amlora_dist.adapters.trunk import Trunk
-
-CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
-KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 
 FLAT_INPUTS = {"opt": ("fc1", "fc2")}
 """Layers, by ``config.model_type``, whose input has lost its batch axis."""
@@ -64,6 +59,7 @@ class Mixture:
         adapters: list[Adapter],
         new: NewAdapter | None,
         modules: dict[str, MixtureLinear],
+        layers: AdaptedLayers,
         routing: Routing,
         router_layer: int,
     ) -> None:
@@ -71,6 +67,7 @@ class Mixture:
         self.targets = targets
         self.new = new
         self.modules = modules
+        self.layers = layers
         self.routing = routing
         self.router_layer = router_layer
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
@@ -101,8 +98,8 @@ class Mixture:
         self.routing.whole_passes = whole
 
     def use_selectors(self, use: bool) -> None:
-        """Let the literal router's selectors gate the layers, or task gates as for other routers. Between calls."""
-        if use and not all(isinstance(module, SelectorLinear) for module in self.modules.values()):
+        """Let the layers' own selectors gate them, or task gates as elsewhere. Between calls."""
+        if use and not self.layers.selects:
             raise UserError("this mixture was injected without selectors")
         self.routing.select = use
 
@@ -286,11 +283,10 @@ def inject(
     *,
     new: NewAdapter | None = None,
     router: Router | None = None,
-    literal: LiteralSettings | None = None,
+    layers: AdaptedLayers | None = None,
     router_layer: int | None = None,
     depths: Sequence[int] = (),
     skip_tokens: int = 2,
-    prompt_slots: PromptSlots | None = None,
 ) -> Mixture:
     """Replace the ``targets`` of ``model`` by mixture layers and let the model's calls carry gates.
 
@@ -301,11 +297,10 @@ def inject(
         adapters: the bank, in the order of its tasks.
         new: the adapter that a stage learns on top; None for inference.
         router: gives calls their gate; None if each call brings ``task_gate``.
-        literal: let every mixture layer make its own gate with the paper's selector instead.
+        layers: what the layers are; None for plain ones.
         router_layer: k, features are hidden states after k layers; default: the middle of the depth.
         depths: of earlier layers that features take in too, each below k.
-        skip_tokens: first prompt tokens that features leave out.
-        prompt_slots: where prompts are, if the adapters are pools of prompts (the one target is then the input embedding).
+        skip_tokens: first prompt tokens that features leave out, behind the prefix of the layers.
 
     Raises:
         UserError: if an adapter does not fit the targets, or the model has a mixture already.
@@ -320,29 +315,22 @@ def inject(
         raise UserError(f"router.depths: found {list(depths)}, expected layers below the routing layer {k}")
     for adapter in adapters:
         _check_fit(adapter, targets)
+    layers = layers or AdaptedLayers()
     model.requires_grad_(False)
     modules: dict[str, MixtureLinear] = {}
     for target in targets:
-        base = model.get_submodule(target.path)
         learned = _new_weights(new, target, len(adapters)) if new is not None else None
-        kind: Callable[..., MixtureLinear] = MixtureLinear
-        if prompt_slots is not None:
-            kind = partial(PromptEmbedding, prompt_slots=prompt_slots)
-        elif literal is not None:
-            seed, start = 0 if new is None else new.seed, _reads_answer(model, target)
-            kind = partial(SelectorLinear, settings=literal, pools_start=start, seed=seed)
-        modules[target.path] = kind(base, target.path, adapters, learned)
+        modules[target.path] = layers.make(model, target, adapters, learned, 0 if new is None else new.seed)
         modules[target.path].dropout = 0.0 if new is None else new.dropout
         modules[target.path].flat_input = target.path.rpartition(".")[2] in FLAT_INPUTS.get(model.config.model_type, ())
     first_part = routing_stack(model).part
     below = any(target.part == first_part and target.layer < k for target in targets)
     tasks = len(adapters) + (new is not None)
-    skip = skip_tokens + (0 if prompt_slots is None else prompt_slots.tokens)
     routing = Routing(
-        None, tasks, skip, below, select=literal is not None, depths=(*sorted(set(depths)), k),
-        prompted=prompt_slots is not None,
-    )
-    mixture = Mixture(model, targets, adapters, new, modules, routing, k)
+        None, tasks, skip_tokens + layers.prefix.tokens, below, select=layers.selects, depths=(*sorted(set(depths)), k),
+        layers_read=layers.reads_features,
+    )  # fmt: skip
+    mixture = Mixture(model, targets, adapters, new, modules, layers, routing, k)
     mixture.set_router(router)
     return mixture
 
@@ -379,12 +367,3 @@ def _new_weights(new: NewAdapter, target: Target, earlier: int) -> NewWeights:
         start = (new.recipe_init or {}).get(target.path)
         recipe = torch.zeros(earlier) if start is None else start.detach().clone().float()
     return NewWeights(a, b, new.alpha / new.rank, recipe, new.learn_recipe)
-
-
-def _reads_answer(model: PreTrainedModel, target: Target) -> bool:
-    """Whether the layer reads the decoder's tokens although the prompt is the encoder's: all of such a decoder but
-    the keys and values of its cross-attention."""
-    if not model.config.is_encoder_decoder or target.part == "encoder":
-        return False
-    *_, owner, name = target.path.split(".")
-    return not (owner in CROSS_ATTENTION and name in KEYS_VALUES)

@@ -134,7 +134,7 @@ class KeyedRouter:
         return _foreign(rows, self.unseen, *self.background, self.chosen_temperature)
 
     def posterior(self, features_BD: Tensor) -> Tensor:
-        """p(t | text) before any threshold, (B, T), fp64: also the prior of ``literal + prior``."""
+        """p(t | text) before any threshold, (B, T), fp64: also the prior of selectors."""
         features = features_BD.detach()
         return self._weighed(features, self.keys.of_tasks(self.keys.scores(features, self.chosen_temperature)))
 

@@ -13,15 +13,18 @@ Shapes: B inputs, S tokens, N adapters, R sum of their ranks, O d_out; slots are
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amlora_dist.adapters.adapted_layers import AdaptedLayers
 from amlora_dist.adapters.gate_context import Selection, current_call
 from amlora_dist.adapters.gated_linear import concat
 from amlora_dist.adapters.mixture import MixtureLinear
+from amlora_dist.adapters.router import PRIOR_KEY
 from amlora_dist.adapters.sparsity import UNNORMALISED, gate_map
 from amlora_dist.digests import named_seed
 from amlora_dist.errors import BankError, UserError
@@ -29,10 +32,16 @@ from amlora_dist.errors import BankError, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from transformers import PreTrainedModel
+
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.mixture import Gather, NewWeights
+    from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.settings import LiteralSettings
+    from amlora_dist.adapters.targets import Target
 
+CROSS_ATTENTION = frozenset({"EncDecAttention", "encoder_attn"})
+KEYS_VALUES = frozenset({"k", "v", "k_proj", "v_proj"})
 PRIOR_FLOOR = 1e-12
 """Exact zeros of a prior are raised to this, so that the sorting maps see finite scores."""
 
@@ -252,6 +261,45 @@ class SelectorLinear(MixtureLinear):
         gate_BSR = self._masked(selection.weights @ self.spread)
         y = self._base(x)
         return y + F.linear((z_BSR * gate_BSR).to(x.dtype), b_OR).view(y.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selectors(AdaptedLayers):
+    """Linear layers with a selector each, ``SelectorLinear``."""
+
+    settings: LiteralSettings
+
+    selects: ClassVar[bool] = True
+    several_depths: ClassVar[bool] = False
+
+    @property
+    def selectors_alone(self) -> bool:
+        return self.settings.training == "two_stage"
+
+    @property
+    def has_prior(self) -> bool:
+        return self.settings.prior
+
+    def make(
+        self, model: PreTrainedModel, target: Target, adapters: list[Adapter], new: NewWeights | None, seed: int
+    ) -> MixtureLinear:
+        return SelectorLinear(
+            self._base(model, target), target.path, adapters, new,
+            settings=self.settings, pools_start=_reads_answer(model, target), seed=seed,
+        )  # fmt: skip
+
+    def described(self, router: Router | None) -> tuple[str, dict[str, Any]]:
+        prior = {} if router is None else {PRIOR_KEY: router.settings()}
+        return "literal", asdict(self.settings) | prior
+
+
+def _reads_answer(model: PreTrainedModel, target: Target) -> bool:
+    """Whether the layer reads the decoder's tokens although the prompt is the encoder's: all of such a decoder but
+    the keys and values of its cross-attention."""
+    if not model.config.is_encoder_decoder or target.part == "encoder":
+        return False
+    *_, owner, name = target.path.split(".")
+    return not (owner in CROSS_ATTENTION and name in KEYS_VALUES)
 
 
 def mean_over_prompt(values_BSN: Tensor, mask_BS: Tensor) -> Tensor:

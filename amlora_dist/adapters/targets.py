@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from amlora_dist.errors import UserError
+from amlora_dist.errors import BankError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,6 +186,28 @@ def find_targets(model: PreTrainedModel, settings: AdapterSettings, router_layer
         raise UserError(_no_match(model, settings, missing or names, linear))
     if experts:
         log.info("%s: the experts of its mixture-of-experts layers are left alone", model.config.model_type)
+    return found
+
+
+def bank_targets(model: PreTrainedModel, paths: Sequence[str]) -> list[Target]:
+    """The modules that a bank adapts, in the model's order.
+
+    Raises:
+        BankError: the model has no linear layer of that path.
+    """
+    wanted, found = set(paths), []
+    for stack in layer_stacks(model):
+        for index, layer in enumerate(stack.layers):
+            for inner, module in layer.named_modules():
+                path = f"{stack.path}.{index}.{inner}"
+                if path in wanted and (sizes := linear_sizes(module)) is not None:
+                    wanted.remove(path)
+                    found.append(Target(path, *sizes, index, stack.part))
+    if wanted:
+        raise BankError(
+            f"the bank adapts {min(wanted)}, which is no linear layer of {type(model).__name__}; "
+            "it belongs to another base model"
+        )
     return found
 
 

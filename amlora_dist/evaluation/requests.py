@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.adapters.adapter import rows
-from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
@@ -159,14 +159,14 @@ class Prompter:
         encoder_decoder: bool,
         positions: int | None,
         prompt_format: PromptFormat,
-        lead_tokens: int = 0,
+        prefix: Prefix = NO_PREFIX,
     ) -> None:
         self.entries = dict(entries)
         self.bank_template = bank_template
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
         self.format = prompt_format
-        self.prompt_slots = PromptSlots(lead_tokens, int(tokenizer.eos_token_id))
+        self.prefix = prefix
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
         described = [entry for entry in self.entries.values() if entry is not None]
@@ -330,12 +330,12 @@ class Prompter:
             plain = [request for request in requests if not request.raw]
             self.read(plain)
             for request in plain:
-                self.ask(request, new_tokens=new_tokens + self.prompt_slots.tokens, max_length=max_length)
-                request.tokens = self.prompt_slots.before(request.tokens)
+                self.ask(request, new_tokens=new_tokens + self.prefix.tokens, max_length=max_length)
+                request.tokens = self.prefix.before(request.tokens)
             requests = [request for request in requests if request.raw]
         for request in requests:
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
-        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.prompt_slots.tokens
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.prefix.tokens
         for (task, question, raw), group in groups.items():
             limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
             given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
@@ -346,7 +346,7 @@ class Prompter:
             )
             for request, tokens in zip(group, found, strict=True):
                 self._check_room(len(tokens), new_tokens)
-                request.tokens = self.prompt_slots.before(tokens)
+                request.tokens = self.prefix.before(tokens)
 
     def take(self, request: Request, tokens: Sequence[int], *, new_tokens: int) -> None:
         """Set ``tokens`` of a raw request to those that its caller brings.
@@ -358,10 +358,10 @@ class Prompter:
         if odd := [token for token in tokens if not 0 <= token < most]:
             raise UserError(f"prompt: found token {odd[0]}, expected 0 to {most - 1}, as the model's tokenizer has them")
         self._check_room(len(tokens), new_tokens)
-        request.tokens = self.prompt_slots.before(tuple(tokens))
+        request.tokens = self.prefix.before(tuple(tokens))
 
     def _check_room(self, length: int, new_tokens: int) -> None:
-        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.prompt_slots.tokens
+        room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.prefix.tokens
         if length > room:
             raise UserError(
                 f"the prompt has {length} tokens; with {new_tokens} new ones the model has room for {room}"

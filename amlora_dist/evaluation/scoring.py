@@ -54,8 +54,8 @@ class Prediction:
     loglikelihoods: list[float] | None = None
     """Summed log-likelihood of each label, nats."""
     gates: list[float] | None = None
-    """The router's weight of each task; None where the gate was given or there is no router. Of selectors (the literal
-    router) the mean weight over layers and the prompt's tokens."""
+    """The router's weight of each task; None where the gate was given or there is no router. Of
+    selectors the mean weight over layers and the prompt's tokens."""
     zeros: float | None = None
     """Of selectors: share of those weights that is exactly 0."""
     route: str | None = None
@@ -117,7 +117,7 @@ def score_task(
             label, so that every output that could be a label has room to end.
         task_gate_row: give every prompt the row of this task (the oracle), or `ZERO_ROW`, instead of the router's gate.
         tasks: rows of the bank; 0 means a plain transformer, which gets no routing arguments.
-        selectors: the layers weigh the adapters themselves (the literal router): note what they chose.
+        selectors: the layers weigh the adapters themselves: note what they chose.
         forward: called instead of ``model``, with the same keyword arguments (a DeepSpeed engine, or what keeps states).
         all_done: tells whether *all* ranks are done, given whether this one is. Without it a single process stops as
             soon as its rows have ended, and several processes decode a fixed number of tokens.

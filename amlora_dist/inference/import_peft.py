@@ -15,12 +15,13 @@ from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import build_router
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.adapters.statistics import TaskStatistics
+from amlora_dist.adapters.targets import bank_targets
 from amlora_dist.base_model import check_tokenizer, check_weights, load_model, load_tokenizer, meta_model
 from amlora_dist.config.former_values import completed
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Prompter, Request
-from amlora_dist.inference.loading import bank_format, bank_targets, remember_base
+from amlora_dist.inference.loading import bank_format, remember_base
 from amlora_dist.privacy import public_name
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import BaseEntry, Manifest, RouterEntry, TaskName, replace

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
+from amlora_dist.adapters.adapted_layers import AdaptedLayers
 from amlora_dist.adapters.inject import Mixture, inject
-from amlora_dist.adapters.prompt_pool import PromptSlots, embedding_target
 from amlora_dist.adapters.router import PRIOR_KEY, router_from
 from amlora_dist.adapters.router_override import OverridableRouter
-from amlora_dist.adapters.settings import LiteralSettings, RouterSettings
-from amlora_dist.adapters.targets import Target, layer_stacks, linear_sizes
+from amlora_dist.adapters.selector_layer import Selectors
+from amlora_dist.adapters.settings import AdapterSettings, LiteralSettings, RouterSettings
 from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
 from amlora_dist.config.former_values import completed
 from amlora_dist.config.loading import home
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.files import write_bytes
+from amlora_dist.methods import LORA, form_of, method_class
+from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.quantisation import QUANTISATIONS, Quantisation, check_package, package_fault, states
 from amlora_dist.tasks.prompt_format import DEFAULT_TEXT_TOKENS, PromptFormat
+from amlora_dist.training.settings import StageSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,24 +61,47 @@ def inject_bank(transformer: PreTrainedModel, bank: Bank, *, eos_id: int, abstai
         router_settings = RouterSettings(**completed(manifest.training_configuration).get("router", {}))
         own = described_router(bank, abstain)
         prior = own.pop(PRIOR_KEY, None)
-        literal = LiteralSettings(**own) if manifest.router.kind == "literal" else None
+        selectors = Selectors(settings=LiteralSettings(**own)) if manifest.router.by_layers else None
     except (ValidationError, TypeError) as error:
         raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
-    described = own if literal is None else prior
+    described = own if selectors is None else prior
     router = None if described is None else router_from(bank.router, described)
-    prompt_slots = PromptSlots(manifest.prompt_tokens, eos_id) if manifest.prompt_tokens else None
-    targets = [embedding_target(transformer)] if prompt_slots else bank_targets(transformer, manifest.targets)
+    layers = (selectors or bank_layers(manifest, router_settings)).marked(eos_id)
     return inject(
         transformer,
-        targets,
+        layers.bank_targets(transformer, manifest.targets),
         bank.adapters,
         router=None if router is None else OverridableRouter(router),
-        literal=literal,
+        layers=layers,
         router_layer=router_settings.layer,
-        depths=(router_settings.depths or ()) if prompt_slots is None and literal is None else (),
+        depths=(router_settings.depths or ()) if layers.several_depths else (),
         skip_tokens=router_settings.skip_tokens,
-        prompt_slots=prompt_slots,
     )
+
+
+def bank_layers(manifest: Manifest, router: RouterSettings) -> AdaptedLayers:
+    """The layers that a bank's adapters are in: plain ones, unless its method brings others, which say so of themselves.
+
+    Raises:
+        BankError: its configuration lacks what the method needs for them.
+    """
+    if form_of(manifest.method) == LORA:
+        return AdaptedLayers()
+    made_by = method_class(manifest.method)
+    section = manifest.training_configuration.get("method_settings")
+    known = section if isinstance(section, dict) else {}
+    if missing := [key for key in made_by.uses if key not in known]:
+        raise BankError(f"manifest.json: method_settings.{missing[0]}: missing, expected a value; fetch the bank again")
+    try:
+        own = MethodSettings(**{key: known[key] for key in made_by.uses})
+        adapters = AdapterSettings(**completed(manifest.training_configuration).get("adapters", {}))
+    except (ValidationError, TypeError) as error:
+        raise BankError(f"manifest: the settings of method {manifest.method!r} do not fit this version: {error}") from error
+    settings = StageSettings(
+        method=manifest.method, seed=0, dtype="fp32", attention="eager", adapters=adapters, router=router,
+        training=TrainingSettings(), method_settings=own,
+    )  # fmt: skip
+    return made_by(settings).layers
 
 
 def bank_format(manifest: Manifest) -> PromptFormat:
@@ -127,28 +152,6 @@ def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
         chosen = {"abstention": True, "lost": abstain} if abstain else {"abstention": False}
         described["gate"] = described["gate"] | chosen
     return described
-
-
-def bank_targets(transformer: PreTrainedModel, paths: Sequence[str]) -> list[Target]:
-    """The modules that a bank adapts, in the model's order.
-
-    Raises:
-        BankError: the model has no linear layer of that path.
-    """
-    wanted, found = set(paths), []
-    for stack in layer_stacks(transformer):
-        for index, layer in enumerate(stack.layers):
-            for inner, module in layer.named_modules():
-                path = f"{stack.path}.{index}.{inner}"
-                if path in wanted and (sizes := linear_sizes(module)) is not None:
-                    wanted.remove(path)
-                    found.append(Target(path, *sizes, index, stack.part))
-    if wanted:
-        raise BankError(
-            f"the bank adapts {min(wanted)}, which is no linear layer of {type(transformer).__name__}; "
-            "it belongs to another base model"
-        )
-    return found
 
 
 def check_quantisation(entry: BaseEntry, asked: str | None) -> None:

@@ -108,7 +108,7 @@ class AMLoRAModel:
             encoder_decoder=manifest.base.encoder_decoder,
             positions=positions,
             prompt_format=bank_format(manifest),
-            lead_tokens=manifest.prompt_tokens,
+            prefix=mixture.layers.prefix,
         )
         self.decoder = Decoder(
             transformer,
@@ -404,7 +404,8 @@ class AMLoRAModel:
             raise UserError(f"use_tasks: found {found}, expected some of {', '.join(self.tasks)}")
         router = self.mixture.router
         if not isinstance(router, OverridableRouter):
-            raise UserError("use_tasks: the layers of this bank weigh the adapters themselves (router kind literal)")
+            kind = self.bank.manifest.router.kind
+            raise UserError(f"use_tasks: the layers of this bank weigh the adapters themselves (router kind {kind})")
         other = copy.copy(self)
         chosen = sorted({self.tasks.index(task) for task in tasks})
         inner = router.inner

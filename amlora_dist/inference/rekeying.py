@@ -18,7 +18,7 @@ from amlora_dist.adapters.inject import inject
 from amlora_dist.adapters.keyed_router import keyed_router
 from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics
-from amlora_dist.adapters.targets import default_depths
+from amlora_dist.adapters.targets import bank_targets, default_depths
 from amlora_dist.base_model import load_model, load_tokenizer
 from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
@@ -26,7 +26,7 @@ from amlora_dist.evaluation.decoding import Decoder
 from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.inference.import_peft import sample_features
-from amlora_dist.inference.loading import bank_targets, resolve_bank_base
+from amlora_dist.inference.loading import resolve_bank_base
 from amlora_dist.registry.bank_folder import read_bank, statistics_entry, write_bank
 from amlora_dist.registry.manifest import RouterEntry
 from amlora_dist.registry.manifest import replace as with_changes

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
     from amlora_dist.training.settings import StageSettings
 
-METHODS = {
-    "am_lora": "amlora_dist.methods.am_lora:AMLoRA",
-    "seq_lora": "amlora_dist.methods.seq_lora:SeqLoRA",
-    "inc_lora": "amlora_dist.methods.inc_lora:IncLoRA",
-    "o_lora": "amlora_dist.methods.o_lora:OLoRA",
-    "replay": "amlora_dist.methods.replay:Replay",
-    "ewc": "amlora_dist.methods.ewc:EWC",
-    "lwf": "amlora_dist.methods.lwf:LwF",
-    "l2p": "amlora_dist.methods.l2p:L2P",
-    "keys": "amlora_dist.methods.keys:Keys",
-    "gainlora": "amlora_dist.methods.gainlora:GainLoRA",
-    "ella": "amlora_dist.methods.ella:ELLA",
-    "slao": "amlora_dist.methods.slao:SLAO",
-    "per_task": "amlora_dist.methods.per_task:PerTask",
-    "joint": "amlora_dist.methods.joint:Joint",
-    "base": "amlora_dist.methods.untrained:Untrained",
-}
-"""Name -> ``module:class``, so that naming the methods imports nothing heavy."""
-READ_PARAMETERS = frozenset({"o_lora", "ewc", "l2p", "ella", "slao"})
-"""Methods with ``reads_parameters``, which ZeRO-3 is refused for, for the same reason."""
+LORA = "LoRA"
+"""What the adapters of most methods are."""
 
-ROWS_APART = frozenset({"l2p"})
-"""Methods that put prompts in front of every row (``prompt_slots``), which rows that share a sequence cannot have."""
+Excluded = Literal["zero_3", "packing", "caches"]
+"""``zero_3``: the method reads or writes the new adapter's parameters outside of a pass of the model, or makes a second pass
+inside of one, and ZeRO-3 partitions them. ``packing``: every row has tokens in front, which rows that share a sequence
+cannot have. ``caches``: rows reach the model changed, or gates follow from the training pass itself, so that no part of a
+pass is kept for another one (the trunk cache, and features by which scores are taken over)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a method without importing anything heavy."""
+
+    path: str
+    """``module:class``."""
+    excludes: frozenset[Excluded] = frozenset()
+    """What cannot be had together with it."""
+    form: str = LORA
+    """What its adapters are; anything else is in layers that the method brings (``Method.layers``)."""
+
+
+ZERO_3: frozenset[Excluded] = frozenset({"zero_3"})
+CACHES: frozenset[Excluded] = frozenset({"caches"})
+
+METHODS = {
+    "am_lora": Entry("amlora_dist.methods.am_lora:AMLoRA"),
+    "seq_lora": Entry("amlora_dist.methods.seq_lora:SeqLoRA"),
+    "inc_lora": Entry("amlora_dist.methods.inc_lora:IncLoRA"),
+    "o_lora": Entry("amlora_dist.methods.o_lora:OLoRA", ZERO_3),
+    "replay": Entry("amlora_dist.methods.replay:Replay"),
+    "ewc": Entry("amlora_dist.methods.ewc:EWC", ZERO_3),
+    "lwf": Entry("amlora_dist.methods.lwf:LwF"),
+    "l2p": Entry("amlora_dist.methods.l2p:L2P", ZERO_3 | CACHES | {"packing"}, "prompts"),
+    "keys": Entry("amlora_dist.methods.keys:Keys"),
+    "gainlora": Entry("amlora_dist.methods.gainlora:GainLoRA", CACHES),
+    "ella": Entry("amlora_dist.methods.ella:ELLA", ZERO_3),
+    "slao": Entry("amlora_dist.methods.slao:SLAO", ZERO_3),
+    "per_task": Entry("amlora_dist.methods.per_task:PerTask"),
+    "joint": Entry("amlora_dist.methods.joint:Joint"),
+    "base": Entry("amlora_dist.methods.untrained:Untrained"),
+}
+
+
+def excluded(name: str) -> frozenset[Excluded]:
+    """What cannot be had together with the method of this name; nothing where there is none."""
+    return METHODS[name].excludes if name in METHODS else frozenset()
+
+
+def form_of(name: str) -> str:
+    """What the adapters of the method of this name are; LoRA of one that is not known here."""
+    return METHODS[name].form if name in METHODS else LORA
 
 
 def method_class(name: str) -> type[Method]:
     """The class of the method of this name."""
-    module, class_name = METHODS[name].split(":")
+    module, class_name = METHODS[name].path.split(":")
     found: type[Method] = getattr(import_module(module), class_name)
     return found
 

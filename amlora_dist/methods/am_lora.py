@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.methods.base import Method
+from amlora_dist.methods.base import Method, Recipe
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.adapted_layers import AdaptedLayers
     from amlora_dist.adapters.gate_context import Selection
     from amlora_dist.training.micro_batch import MicroBatch
 
@@ -23,38 +24,34 @@ class AMLoRA(Method):
     paper has it; every other kind of router works on frozen features and has no part in the training.
     """
 
-    name = "am_lora"
-
     def reads(self, stage: int) -> dict[str, Any]:
         values = super().reads(stage)
         if self._literal:
             values["literal"] = asdict(self.settings.router.literal) | {"l1_on_gates": self.settings.training.l1}
-        if stage > 1 and self.memory_rows:
-            values["method_settings"] = {"memory_rows": self.memory_rows, "near_tie": self.settings.training.near_tie}
+        if stage > 1 and self._memory_rows:
+            values["method_settings"] = {"memory_rows": self._memory_rows, "near_tie": self.settings.training.near_tie}
         return values
 
     def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
         """With a memory also some of each earlier task of this run; those of a parent bank keep their rows of G."""
-        memory = dict.fromkeys((task for task in earlier if task in sequence), self.memory_rows) if self.memory_rows else {}
-        return super().rows(stage, earlier, sequence) | memory
+        again = [task for task in earlier if task in sequence] if self._memory_rows else []
+        return super().rows(stage, earlier, sequence) | dict.fromkeys(again, self._memory_rows)
 
     @property
-    def memory_rows(self) -> int:
-        return 0 if self._literal or not self.settings.router.recipes else self.settings.method_settings.memory_rows
+    def layers(self) -> AdaptedLayers:
+        plain = super().layers
+        if not self._literal:
+            return plain
+        from amlora_dist.adapters.selector_layer import Selectors
 
-    @property
-    def uses_selectors(self) -> bool:
-        return self._literal
+        return Selectors(rank=plain.rank, alpha=plain.alpha, settings=self.settings.router.literal)
 
-    def learns_recipe(self, stage: int) -> bool:
-        return stage > 1 and self.settings.router.recipes and not self._literal
+    def recipe(self, earlier: int) -> Recipe:
+        learned = earlier > 0 and self.settings.router.recipes and not self._literal
+        return Recipe(learned=learned, memory_rows=self._memory_rows)
 
     def training_gate(self, tasks: int) -> Tensor | None:
-        return None if self._literal and not self.selectors_alone else super().training_gate(tasks)
-
-    @property
-    def selectors_alone(self) -> bool:
-        return self._literal and self.settings.router.literal.training == "two_stage"
+        return None if self._literal and not self.layers.selectors_alone else super().training_gate(tasks)
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """With the literal selectors: plus lambda x sum over layers of the reading of the L1 term that
@@ -68,6 +65,10 @@ class AMLoRA(Method):
         loss = batch.cross_entropy(batch.answers(self._gate(batch), chosen))
         terms = [penalty(name, one.gates, one.scores, mask) for one, mask in chosen]
         return loss + batch.mean_over_rows(l1 * torch.stack(terms).sum()) if terms else loss
+
+    @property
+    def _memory_rows(self) -> int:
+        return 0 if self._literal or not self.settings.router.recipes else self.settings.method_settings.memory_rows
 
     @property
     def _literal(self) -> bool:

@@ -17,24 +17,40 @@ import torch
 from torch import Tensor
 
 from amlora_dist.config.former_values import unlike_former
+from amlora_dist.methods.kinds import Stages, Trains
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from amlora_dist.adapters.adapted_layers import AdaptedLayers
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.router import Router
     from amlora_dist.adapters.statistics import TaskStatistics
-    from amlora_dist.adapters.targets import Target
     from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """A stage whose training has ended, as ``Method.method_state`` sees it; the same calls must be made on every rank."""
+class Recipe:
+    """How the new task's row weighs the earlier adapters, and what becomes of the rows before it."""
 
+    learned: bool = False
+    """Whether the new adapter learns weights on the earlier ones, too."""
+    constant: Tensor | None = None
+    """Weights of the earlier adapters, (earlier,), where none are learned; None: 0."""
+    memory_rows: int = 0
+    """Rows of each earlier task that ``Method.rows`` names for its row's refit after the stage, and for no training; 0:
+    none, what ``rows`` names is trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A stage whose training has ended, as ``Method.finished`` sees it; the same calls must be made on every rank."""
+
+    adapter: Adapter
+    """A copy of what was trained, on the CPU."""
+    earlier: Sequence[Adapter]
+    """Those that it was trained on top of."""
     mixture: Mixture
     rows: int
     """Training rows of the stage's own."""
@@ -49,33 +65,17 @@ class Trained:
 class Method:
     """Base of all methods; one instance serves one stage."""
 
-    name: ClassVar[str]
-    inherits: ClassVar[bool] = True
-    """Whether a stage sees the adapters of earlier stages."""
-    trains: ClassVar[bool] = True
-    """Whether there is anything to train and to publish."""
-    learns: ClassVar[bool] = True
-    """Whether a stage takes optimizer steps; otherwise its adapter stays zero, and ``answer.evidence`` is ``keys``."""
+    trains: ClassVar[Trains] = Trains.ADAPTER
+    """What a stage makes that is published."""
+    stages: ClassVar[Stages] = Stages.CHAINED
+    """What stages a sequence has, and what each sees of those before."""
     routed: ClassVar[bool] = True
     """Whether scores depend on the settings of ``router.gate``."""
-    told_task: ClassVar[bool] = False
-    """Whether every row is scored by the adapter of its own task: an upper bound, not a method to serve."""
-    alters_inputs: ClassVar[bool] = False
-    """Whether rows reach the model changed (prompts in front, other embeddings): then no trunk is cached for it."""
-    reads_parameters: ClassVar[bool] = False
-    """Whether the loss reads the new adapter's parameters outside of a pass of the model, or makes a second pass inside
-    of one: ZeRO-3, which partitions parameters, is refused."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Keys of ``method_settings`` that decide what stages from the second on train."""
 
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings
-
-    @property
-    def answers_plain_text(self) -> bool:
-        """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
-        plain = self.settings.prompt_format.text_alone and self.settings.router.kind == "posterior"
-        return plain and self.routed and not self.uses_selectors
 
     # -- what decides the result --------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Method:
         if s.training.keep == "best":
             keys = ("keep", "check_every", "patience", "near_tie")
             values["training"] |= {key: getattr(s.training, key) for key in keys}
-        if stage > 1 and self.learns_recipe(stage):
+        if stage > 1 and self.recipe(stage - 1).learned:
             values["recipe"] = {
                 key: getattr(s.training, key) for key in ("l1", "recipe_learning_rate", "probe_rows")
             } | unlike_former("recipe", {"start": s.recipe.start, "refit": s.recipe.refit})
@@ -119,11 +119,7 @@ class Method:
             return read | {"depths": router.depths}
         return read | {"shrinkage": router.fixed_shrinkage}
 
-    # -- which stages there are, and what they learn from ---------------------------------------------------------
-
-    def stages(self, tasks: Sequence[str]) -> list[str]:
-        """Names of the stages of a sequence, in order: one for each task."""
-        return list(tasks)
+    # -- what a stage learns from, and what its adapter is --------------------------------------------------------
 
     def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
         """Tasks whose training rows a stage learns from, and how many of each at most; None for all of them.
@@ -136,46 +132,20 @@ class Method:
             earlier: tasks of the bank below, in order.
             sequence: all tasks of the run.
         """
-        return {stage: None}
+        return dict.fromkeys(sequence) if self.stages is Stages.ONE else {stage: None}
 
     @property
-    def memory_rows(self) -> int:
-        """Rows of each earlier task that ``rows`` names for its row's refit after the stage, and for no training; 0: none,
-        what ``rows`` names is trained on."""
-        return 0
+    def layers(self) -> AdaptedLayers:
+        """The layers that are adapted, and how wide; a method that brings modules of its own gives them here."""
+        from amlora_dist.adapters.adapted_layers import AdaptedLayers
 
-    # -- the adapter ----------------------------------------------------------------------------------------------
-
-    def targets(self, model: PreTrainedModel, router_layer: int) -> list[Target]:
-        """The layers that are adapted."""
-        from amlora_dist.adapters.targets import find_targets
-
-        return find_targets(model, self.settings.adapters, router_layer)
-
-    @property
-    def rank_and_alpha(self) -> tuple[int, float]:
-        """Of the adapter that a stage trains; its scale is alpha / r."""
         rank, alpha = self.settings.adapters.rank, self.settings.adapters.alpha
         # Scales are alpha / r everywhere, as in a PEFT folder without ``use_rslora``: rsLoRA's is written into alpha.
-        return rank, alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha
+        return AdaptedLayers(rank=rank, alpha=alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha)
 
-    @property
-    def prompt_slots(self) -> int:
-        """Tokens in front of every input where learned prompts are (``adapters.prompts``)."""
-        return 0
-
-    @property
-    def uses_selectors(self) -> bool:
-        """Whether the layers weigh the adapters by dense layers of their own (the literal router)."""
-        return False
-
-    def learns_recipe(self, stage: int) -> bool:
-        """Whether the new adapter learns weights on the earlier ones, too."""
-        return False
-
-    def constant_recipe(self, earlier: int) -> Tensor | None:
-        """Weights of the ``earlier`` adapters in the new task's row, (earlier,), where none are learned; None: 0."""
-        return None
+    def recipe(self, earlier: int) -> Recipe:
+        """How the new task's row weighs the ``earlier`` adapters."""
+        return Recipe()
 
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         """Adapter whose values the new one starts from; None for a fresh one (A random, B zero)."""
@@ -200,19 +170,10 @@ class Method:
     def _gate(self, batch: MicroBatch) -> Tensor | None:
         return self.training_gate(batch.tasks) if batch.phase == 1 else None
 
-    @property
-    def selectors_alone(self) -> bool:
-        """Whether the layers' selectors learn after the adapter, each for half of the steps: the adapter under
-        ``Method.training_gate``, then the selectors, which weigh it as it is."""
-        return False
-
-    def finished(self, adapter: Adapter, earlier: Sequence[Adapter]) -> Adapter:
-        """The adapter that the bank gets, from the one that was trained on top of ``earlier``; it serves from then on."""
-        return adapter
-
-    def method_state(self, trained: Trained) -> dict[str, Tensor]:
-        """Tensors that later stages need besides the adapter; they are published with the stage's statistics."""
-        return {}
+    def finished(self, trained: Trained) -> tuple[Adapter, dict[str, Tensor]]:
+        """The adapter that the bank gets, which serves from then on, and tensors that later stages need besides it: they are
+        published with the stage's statistics (``Result.method_state``)."""
+        return trained.adapter, {}
 
     # -- serving --------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,6 @@ class ELLA(IncLoRA):
     the weight means the same at every scale of the past.
     """
 
-    name = "ella"
-    reads_parameters = True
     uses = ("ella_weight",)
 
     def __init__(self, settings: StageSettings) -> None:
@@ -51,10 +49,10 @@ class ELLA(IncLoRA):
         loss = super().loss(batch)
         if not self._energy:
             return loss
-        trainable, (rank, alpha) = batch.mixture.trainable(), self.rank_and_alpha
+        trainable, layers = batch.mixture.trainable(), self.layers
         terms = [
             (energy_OI * (trainable[f"b.{path}"].float() @ trainable[f"a.{path}"].float()).square()).sum()
             for path, energy_OI in self._energy.items()
         ]
-        penalty = self.settings.method_settings.ella_weight * (alpha / rank) ** 2 * torch.stack(terms).mean()
+        penalty = self.settings.method_settings.ella_weight * (layers.alpha / layers.rank) ** 2 * torch.stack(terms).mean()
         return loss + batch.once(penalty)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from amlora_dist.errors import UserError
-from amlora_dist.methods.base import Trained
 from amlora_dist.methods.seq_lora import SeqLoRA
 
 if TYPE_CHECKING:
+    from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.methods.base import Trained
     from amlora_dist.training.micro_batch import MicroBatch
     from amlora_dist.training.result import Result
     from amlora_dist.training.settings import StageSettings
@@ -33,8 +34,6 @@ class EWC(SeqLoRA):
     form (Schwarz et al. 2018, with gamma 1), which needs one anchor however many tasks there are.
     """
 
-    name = "ewc"
-    reads_parameters = True
     uses = ("ewc_weight",)
 
     def __init__(self, settings: StageSettings) -> None:
@@ -68,7 +67,7 @@ class EWC(SeqLoRA):
         ]
         return loss + batch.once(0.5 * self.settings.method_settings.ewc_weight * torch.stack(terms).sum())
 
-    def method_state(self, trained: Trained) -> dict[str, Tensor]:
+    def finished(self, trained: Trained) -> tuple[Adapter, dict[str, Tensor]]:
         named = trained.mixture.trainable()
         squares = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in named.values()]
         for loss in trained.row_losses(self.settings.method_settings.ewc_rows):
@@ -76,4 +75,5 @@ class EWC(SeqLoRA):
                 square += gradient.float().square()
         count = min(trained.rows, self.settings.method_settings.ewc_rows)
         own = {name: trained.add_up(square) / count for name, square in zip(named, squares, strict=True)}
-        return {f"fisher.{n}": (f + self._fisher[n] if self._fisher else f).cpu() for n, f in own.items()}
+        fisher = {n: f + self._fisher[n] if self._fisher else f for n, f in own.items()}
+        return trained.adapter, {f"fisher.{name}": f.cpu() for name, f in fisher.items()}

@@ -33,9 +33,7 @@ class GainLoRA(Method):
     have no constraint of their own, as in their variant on O-LoRA without its penalty.
     """
 
-    name = "gainlora"
     routed = False
-    alters_inputs = True  # gates follow from the features of the training pass itself: no part of it can be cached
     uses = ("gain_energy",)
 
     def prepare(self, mixture: Mixture, parents: Sequence[Result]) -> None:

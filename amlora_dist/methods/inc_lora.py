@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from amlora_dist.methods.base import Baseline
+from amlora_dist.methods.base import Baseline, Recipe
 
 
 class IncLoRA(Baseline):
@@ -17,7 +16,6 @@ class IncLoRA(Baseline):
     Source: Wang et al. 2023 (O-LoRA, arXiv 2310.14152), baseline "IncLoRA".
     """
 
-    name = "inc_lora"
 
-    def constant_recipe(self, earlier: int) -> Tensor:
-        return torch.ones(earlier)
+    def recipe(self, earlier: int) -> Recipe:
+        return Recipe(constant=torch.ones(earlier))

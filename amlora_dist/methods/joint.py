@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from amlora_dist.methods.base import Baseline
+from amlora_dist.methods.kinds import Stages
 
 
 class Joint(Baseline):
@@ -14,11 +13,4 @@ class Joint(Baseline):
     It makes as many steps as all stages of a sequence together.
     """
 
-    name = "joint"
-    inherits = False
-
-    def stages(self, tasks: Sequence[str]) -> list[str]:
-        return ["joint"]
-
-    def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:
-        return dict.fromkeys(sequence)
+    stages = Stages.ONE

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.methods.base import Method
+from amlora_dist.methods.kinds import Trains
+
+if TYPE_CHECKING:
+    from amlora_dist.adapters.adapted_layers import AdaptedLayers
 
 
 class Keys(Method):
@@ -20,8 +24,7 @@ class Keys(Method):
     method of its own here; Any-SSR (arXiv 2503.13575) and Latent-LoRA (2607.23837) route by such statistics.
     """
 
-    name = "keys"
-    learns = False
+    trains = Trains.STATISTICS
 
     def reads(self, stage: int) -> dict[str, Any]:
         adapters = self.settings.adapters
@@ -33,5 +36,7 @@ class Keys(Method):
         }
 
     @property
-    def rank_and_alpha(self) -> tuple[int, float]:
-        return 1, self.settings.adapters.alpha
+    def layers(self) -> AdaptedLayers:
+        from amlora_dist.adapters.adapted_layers import AdaptedLayers
+
+        return AdaptedLayers(rank=1, alpha=self.settings.adapters.alpha)

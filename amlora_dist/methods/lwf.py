@@ -26,7 +26,6 @@ class LwF(SeqLoRA):
     distribution over the vocabulary at the positions of the new targets.
     """
 
-    name = "lwf"
     uses = ("lwf_weight", "lwf_temperature")
 
     def loss(self, batch: MicroBatch) -> Tensor:

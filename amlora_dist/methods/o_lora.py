@@ -31,8 +31,6 @@ class OLoRA(IncLoRA):
     Source: Wang et al. 2023 (arXiv 2310.14152), equation 7; the normalisation is ours.
     """
 
-    name = "o_lora"
-    reads_parameters = True
     uses = ("ortho_weight",)
 
     def __init__(self, settings: StageSettings) -> None:

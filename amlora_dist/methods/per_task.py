@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from amlora_dist.methods.base import Baseline
+from amlora_dist.methods.kinds import Stages
 
 
 class PerTask(Baseline):
@@ -13,6 +14,4 @@ class PerTask(Baseline):
     adapter only. Its last row is ``single`` of ``forward_transfer_single``.
     """
 
-    name = "per_task"
-    inherits = False
-    told_task = True
+    stages = Stages.APART

@@ -17,7 +17,6 @@ class Replay(SeqLoRA):
     Source: Chaudhry et al. 2019 ("On tiny episodic memories in continual learning", arXiv 1902.10486).
     """
 
-    name = "replay"
     uses = ("replay_rows",)
 
     def rows(self, stage: str, earlier: Sequence[str], sequence: Sequence[str]) -> dict[str, int | None]:

@@ -19,13 +19,12 @@ class SeqLoRA(Baseline):
     The optimizer starts again with each task.
     """
 
-    name = "seq_lora"
 
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         if not parents:
             return None
-        last = parents[-1]
-        for key, now in zip(("rank", "alpha"), self.rank_and_alpha, strict=True):
+        last, layers = parents[-1], self.layers
+        for key, now in (("rank", layers.rank), ("alpha", layers.alpha)):
             if getattr(last, key) != now:
                 raise UserError(
                     f"adapters.{key}: found {now:g}, but method {self.settings.method!r} trains the adapter"

@@ -14,6 +14,7 @@ from amlora_dist.methods.seq_lora import SeqLoRA
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
+    from amlora_dist.methods.base import Trained
 
 
 class SLAO(SeqLoRA):
@@ -32,8 +33,6 @@ class SLAO(SeqLoRA):
     optimizer goes on from task to task (here it starts again).
     """
 
-    name = "slao"
-    reads_parameters = True  # the merge is written over the parameters, which ZeRO-3 holds in parts
 
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         last = super().start_from(parents)
@@ -43,14 +42,15 @@ class SLAO(SeqLoRA):
         tuned = {path: _fine_tuned(b, before.get(path), len(parents)) for path, b in last.b.items()}
         return replace(last, a={path: orthonormal_rows(a) for path, a in last.a.items()}, b=tuned)
 
-    def finished(self, adapter: Adapter, earlier: Sequence[Adapter]) -> Adapter:
+    def finished(self, trained: Trained) -> tuple[Adapter, dict[str, Tensor]]:
+        adapter, earlier = trained.adapter, trained.earlier
         if not earlier:
-            return adapter
+            return adapter, {}
         weight = 1.0 / math.sqrt(len(earlier) + 1)
         merged = {
             path: torch.lerp(earlier[-1].b[path].float(), b.float(), weight).to(b.dtype) for path, b in adapter.b.items()
         }
-        return replace(adapter, b=merged)
+        return replace(adapter, b=merged), {}
 
 
 def orthonormal_rows(a_RI: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import BankError
+from amlora_dist.methods import LORA
 from amlora_dist.registry.bank_files import ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_RECIPE
 from amlora_dist.registry.manifest import AdapterEntry, Manifest
 from amlora_dist.registry.tensor_files import read_tensors, write_tensors
@@ -56,9 +57,9 @@ def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapte
 
 
 def peft_config(manifest: Manifest, line: AdapterEntry) -> dict[str, Any]:
-    """PEFT's ``adapter_config.json`` of one adapter; of a pool of prompts one that PEFT refuses."""
+    """PEFT's ``adapter_config.json`` of one adapter; of what is no LoRA one that PEFT refuses."""
     return {
-        "peft_type": "AMLORA_PROMPTS" if manifest.prompt_tokens else "LORA",
+        "peft_type": "LORA" if manifest.form == LORA else f"AMLORA_{manifest.form.upper()}",
         "task_type": "SEQ_2_SEQ_LM" if manifest.base.encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": manifest.base.source,
         "revision": manifest.base.revision,
@@ -120,7 +121,7 @@ def _read_pairs(file: Path, line: AdapterEntry) -> tuple[dict[str, Tensor], dict
 
 
 def _read_rest(file: Path, line: AdapterEntry) -> dict[str, dict[str, Tensor]]:
-    """Recipe (index - 1,) and refitted rows of earlier tasks (index - 1, index) by module, and the literal router's dense
+    """Recipe (index - 1,) and refitted rows of earlier tasks (index - 1, index) by module, and the selectors' dense
     layers."""
     tensors = read_tensors(file)
     found: dict[str, dict[str, Tensor]] = {"recipe": {}, "refitted": {}, "selector": {}}

@@ -5,7 +5,7 @@
     manifest.json                              registry/manifest.py
     adapters/<k>-<task>/adapter_config.json    PEFT's
     adapters/<k>-<task>/adapter_model.safetensors
-    adapters/<k>-<task>/recipe.safetensors     weights of the earlier adapters, and the literal router's dense layers
+    adapters/<k>-<task>/recipe.safetensors     weights of the earlier adapters, and the selectors' dense layers
     router.safetensors                         what serving needs
     statistics/<k>-<task>.safetensors          what only continuation needs; may be absent
     MLmodel, input_example.json, README.md     for MLflow and for people

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from amlora_dist.methods import LORA
 from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
@@ -37,15 +38,6 @@ _CHAT_INPUTS = [
 ]
 """Of a bank that learned conversations: a row has one of the first three."""
 _PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
-
-_KINDS = {
-    False: (
-        "Each `adapters/<k>-<task>` is a plain PEFT adapter (`peft.PeftModel.from_pretrained`), without its recipe of",
-        "earlier adapters.",
-    ),
-    True: ("Each `adapters/<k>-<task>` is the pool of prompts as it was after that task: keys in A, prompts in B.",),
-}
-"""What the adapters are: LoRA, or pools of prompts."""
 
 
 def mlmodel(manifest: Manifest) -> str:
@@ -89,6 +81,17 @@ def input_example(manifest: Manifest) -> str:
 def _converses(manifest: Manifest) -> bool:
     """Whether a task of the bank is asked in the base model's chat template."""
     return any(line.task_spec is not None and line.task_spec.chat for line in manifest.adapters)
+
+
+def _adapters(manifest: Manifest) -> list[str]:
+    """What lies in the folder of each adapter."""
+    if manifest.form != LORA:
+        held = f"the {manifest.form} of method `{manifest.method}` as they were after that task"
+        return [f"Each `adapters/<k>-<task>` holds {held}, in the shapes of A and B."]
+    return [
+        "Each `adapters/<k>-<task>` is a plain PEFT adapter (`peft.PeftModel.from_pretrained`), without its recipe of",
+        "earlier adapters.",
+    ]
 
 
 def _memory(manifest: Manifest) -> list[str]:
@@ -138,7 +141,7 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
         *_chat_example(manifest),
         "```",
         "",
-        *_KINDS[manifest.prompt_tokens > 0],
+        *_adapters(manifest),
         "",
         "**In MLflow every adapter is stored once.** A version holds only the adapter of its own stage and refers to",
         "the earlier ones, so stock `mlflow.artifacts.download_artifacts` gives a version without its referred",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.errors import UserError
+from amlora_dist.methods import LORA
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
 from amlora_dist.registry.bank_files import README_FILE
 from amlora_dist.registry.bank_folder import Bank, adapter_entry
@@ -38,10 +39,11 @@ def row_adapter(bank: Bank, task: str) -> Adapter:
     """A task's row as one adapter without a recipe, in fp32.
 
     Raises:
-        UserError: no such task, or a bank of prompts.
+        UserError: no such task, or a bank whose adapters are no LoRA.
     """
-    if bank.manifest.prompt_tokens:
-        raise UserError("this bank holds prompts (method l2p), which other tools cannot choose by input: no form for them")
+    if bank.manifest.form != LORA:
+        held = f"{bank.manifest.form} (method {bank.manifest.method})"
+        raise UserError(f"this bank holds {held}, which other tools cannot choose by input: no form for them")
     if task not in bank.manifest.tasks:
         raise UserError(f"task: found {task!r}, the bank's tasks are {', '.join(bank.manifest.tasks)}")
     place = bank.manifest.tasks.index(task)

@@ -22,6 +22,7 @@ from amlora_dist.base_model import identity
 from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
+from amlora_dist.methods import form_of
 from amlora_dist.privacy import public_name
 from amlora_dist.quantisation import Quantisation
 from amlora_dist.tasks.task_entry import TaskEntry
@@ -169,6 +170,11 @@ class RouterEntry:
     digest: Digest
     file: Annotated[str, Field(pattern=rf"^{re.escape(ROUTER_FILE)}$")] = ROUTER_FILE
 
+    @property
+    def by_layers(self) -> bool:
+        """Whether the adapted layers weigh the adapters themselves, by selectors whose settings these are."""
+        return self.kind == "literal"
+
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class StatisticsEntry:
@@ -262,19 +268,9 @@ class Manifest:
         return sorted({module for targets in different.values() for module in targets})
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens in front of every input where prompts stand, if the adapters are pools of them (method ``l2p``); else 0.
-
-        Raises:
-            BankError: the configuration does not say how many.
-        """
-        if self.method != "l2p":
-            return 0
-        section = self.training_configuration.get("method_settings")
-        found = section.get("prompt_tokens") if isinstance(section, dict) else None
-        if type(found) is not int or not 0 < found <= min((line.rank for line in self.adapters), default=1):
-            raise BankError(f"{FILE}: method_settings.prompt_tokens: found {_short(found)}, expected 1 to the pool's size")
-        return found
+    def form(self) -> str:
+        """What the adapters are: ``LORA``, or what the method's own layers hold."""
+        return form_of(self.method)
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values, without the digest; target modules that all adapters share are written once."""

@@ -180,7 +180,7 @@ class ServedBank:
 
     def _echo(self, requests: Sequence[Request], scores: list[list[TokenScore]], logits_BSV: Tensor) -> None:
         """What the model thought of the prompts' own tokens, but for places that it learned."""
-        learned = self.model.prompter.prompt_slots.tokens
+        learned = self.model.prompter.prefix.tokens
         for row, request in enumerate(requests):
             if request.echo:
                 tokens = request.tokens[learned:]

@@ -51,10 +51,10 @@ def write_rows(bank: Bank, name: str, version: str, home: Path, limit: int) -> R
     manifest = bank.manifest
     if manifest.base.encoder_decoder:
         raise UserError("--engine vllm: this bank's base model is an encoder-decoder, which vLLM has no LoRA for")
-    if manifest.router.kind == "literal":
+    if manifest.router.by_layers:
         raise UserError(
-            "--engine vllm: the layers of this bank weigh the adapters themselves (router kind literal), token by token, "
-            "which vLLM cannot; serve it with the own engine"
+            f"--engine vllm: the layers of this bank weigh the adapters themselves (router kind {manifest.router.kind}), "
+            "token by token, which vLLM cannot; serve it with the own engine"
         )
     digest = manifest.digest()
     number = version.rpartition("/")[2] if version.startswith("models:") else digest[:12]

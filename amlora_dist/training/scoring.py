@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.adapters.adapter import tasks_using
 from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.crash_points import reach
@@ -29,6 +30,7 @@ from amlora_dist.evaluation.scoring import (
 )
 from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescored
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
+from amlora_dist.methods.kinds import Stages
 from amlora_dist.tasks.batches import Example, answer_tokens, label_tokens
 from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate
 from amlora_dist.tasks.conversations import Turn, joined
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
     from amlora_dist.adapters.adapter import Adapter
     from amlora_dist.adapters.inject import Mixture
-    from amlora_dist.adapters.prompt_pool import PromptSlots
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
     from amlora_dist.tasks.task import TaskSpec
@@ -60,7 +61,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Examples(Protocol):
-    """Rows of a task's split as the model reads them; ``plain``: without the places of learned prompts."""
+    """Rows of a task's split as the model reads them; ``plain``: without anything in front."""
 
     def __call__(self, task: str, split: str, *, plain: bool = False) -> list[Example]: ...
 
@@ -87,8 +88,8 @@ class Scoring:
     ranks: Ranks
     device: torch.device
     report: Report
-    prompt_slots: PromptSlots | None = None
-    """Where learned prompts are, if the adapters are pools of them."""
+    prefix: Prefix = NO_PREFIX
+    """What every input has in front."""
 
     def run(self) -> None:
         """Score them all; which are open is rank 0's word."""
@@ -182,7 +183,7 @@ class Scoring:
             self.work.plain_texts
             and self.mixture is not None
             and isinstance(self.mixture.router, KeyedRouter)
-            and not self.method.uses_selectors
+            and not self.method.layers.selects
             and cell.mode != "untrained"
         )
 
@@ -191,7 +192,7 @@ class Scoring:
         return (
             self.work.plain_texts
             and self.mixture is not None
-            and not self.method.told_task
+            and self.method.stages is not Stages.APART
             and (cell.mode == "router" or cell.mode.startswith(WITHOUT))
         )
 
@@ -216,8 +217,8 @@ class Scoring:
                     references=row.references, source=row.text,
                 )
             )
-        if self.prompt_slots is not None:
-            examples = [replace(one, prompt=self.prompt_slots.before(one.prompt), span=None) for one in examples]
+        if self.prefix.tokens:
+            examples = [replace(one, prompt=self.prefix.before(one.prompt), span=None) for one in examples]
         on_rows = self._telling(cell, len(rows))
         share = self._answers(cell, examples, None, None, on_rows, labels)
         found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
@@ -340,7 +341,7 @@ class Scoring:
             return
         out = cell.mode.removeprefix(WITHOUT)
         self.mixture.disable_adapter(None if out == cell.mode else int(out) - 1)
-        if self.method.uses_selectors:
+        if self.method.layers.selects:
             self.mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
 
     def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
@@ -382,7 +383,7 @@ class Scoring:
                 max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
                 task_gate_row=row,
                 tasks=0 if self.mixture is None else len(self.mixture.task_names),
-                selectors=self.method.uses_selectors,
+                selectors=self.method.layers.selects,
                 encoder_decoder=self.encoder_decoder,
                 rank=self.ranks.rank,
                 world=self.ranks.world,

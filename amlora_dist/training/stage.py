@@ -20,7 +20,6 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import Adapter, recipe_summary
 from amlora_dist.adapters.boundaries import mixed_shares
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.prompt_pool import PromptSlots
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.adapters.targets import default_depths, default_router_layer
 from amlora_dist.base_model import BaseModel
@@ -29,8 +28,9 @@ from amlora_dist.digests import named_seed
 from amlora_dist.errors import TrainingError
 from amlora_dist.evaluation.decoding import check_room
 from amlora_dist.evaluation.scoring import deal
-from amlora_dist.methods import method_for
+from amlora_dist.methods import excluded, method_for
 from amlora_dist.methods.base import Trained
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.tasks.batches import Example, label_tokens
 from amlora_dist.training.batching import Layout, LossComputer
 from amlora_dist.training.best_checkpoint import BestKeeper
@@ -103,7 +103,7 @@ def run_stage(
         with contextlib.nullcontext() if cache is None else cache.stage():
             stage = _Stage(work, distributed, report, device, kept)
             is_trained = stage.agree()
-            if not stage.method.trains:
+            if stage.method.trains is Trains.NOTHING:
                 stage.score_base()
             else:
                 stage.score(stage.restored() if is_trained else stage.train())
@@ -133,9 +133,9 @@ class _Stage:
         self.layout = Layout.of(
             self.settings.training.batch_size, self.ranks.world, self.settings.training.micro_batch_size
         )
-        slots, eos_id = self.method.prompt_slots, int(self.tokenizer.eos_token_id)
-        self.prompt_slots = PromptSlots(slots, eos_id) if slots else None
-        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.prompt_slots, self.method.memory_rows)
+        self.layers = self.method.layers.marked(int(self.tokenizer.eos_token_id))
+        self.recipe = self.method.recipe(work.index - 1)
+        self.rows = StageRows(work, cache, self.base, self.tokenizer, self.layers.prefix, self.recipe.memory_rows)
         self.config = self._deepspeed_config() if distributed else None
         self._release: Callable[[], None] | None = None
         """Lets go of the model that the stage has used, after its last pass."""
@@ -207,7 +207,7 @@ class _Stage:
             ranks=self.ranks,
             device=self.device,
             report=self.report,
-            prompt_slots=self.prompt_slots,
+            prefix=self.layers.prefix,
         )
 
     def _ready(self, model: Any) -> Any:
@@ -236,7 +236,7 @@ class _Stage:
         own, unseen = self._divided(makes, every)
         loss = self._loss(mixture, cache)
         # Selectors may have a prior of them; else no step waits for the reading of texts.
-        if statistics := make_statistics() if self.method.uses_selectors and settings.router.literal.prior else []:
+        if statistics := make_statistics() if self.layers.has_prior else []:
             mixture.set_router(self.method.router(statistics))
         self.method.prepare(mixture, parents)
         learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
@@ -244,11 +244,12 @@ class _Stage:
         progress = learner.resume()
         if progress is None:
             progress = StageProgress(fingerprint=work.fingerprint, step=0)
-            if self.method.learns_recipe(work.index) and adapters:
+            if self.recipe.learned:
                 start = RecipeStart(settings, adapters, learner, loss, own, held_loss, self.report, cache is None)
                 progress = start.begin(progress)
         progress.trained_with = trained_with(settings, self.ranks.world, self.device, self.config)
-        if self.method.learns:
+        learns = self.method.trains is Trains.ADAPTER
+        if learns:
             progress = learner.run(progress)
         reach("training_ended")
         if self._checksums(mixture) != before:
@@ -256,11 +257,11 @@ class _Stage:
         statistics = statistics or make_statistics()
         gate = self.method.training_gate(len(mixture.task_names))
         row_losses = partial(self._row_losses, engine, loss, own, gate)
-        state = self.method.method_state(Trained(mixture, len(own), row_losses, self.ranks.sum))
-        adapter = mixture.extract_new(gather=engine.whole)
-        if (final := self.method.finished(adapter, adapters)) is not adapter:
-            mixture.set_new(adapter := final)
-        if self.method.learns and self.rows.label_count:
+        made = mixture.extract_new(gather=engine.whole)
+        adapter, state = self.method.finished(Trained(made, adapters, mixture, len(own), row_losses, self.ranks.sum))
+        if adapter is not made:
+            mixture.set_new(adapter)
+        if learns and self.rows.label_count:
             labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
             eos_id = int(self.tokenizer.eos_token_id)
             statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
@@ -334,7 +335,7 @@ class _Stage:
         work, settings = self.work, self.settings
         gate = self.method.training_gate(len(mixture.task_names))
         held_loss = HeldLoss(engine, loss, unseen, gate) if unseen else None
-        keeps = held_loss is not None and settings.training.keep == "best" and not self.method.selectors_alone
+        keeps = held_loss is not None and settings.training.keep == "best" and not self.layers.selectors_alone
         learner = Learner(
             engine,
             loss,
@@ -348,7 +349,7 @@ class _Stage:
             mixture=mixture,
             objective=self.method.loss,
             dropout=settings.adapters.dropout > 0,
-            two_phases=self.method.selectors_alone,
+            two_phases=self.layers.selectors_alone,
             report=self.report,
             mirror=work.mirror,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
@@ -372,16 +373,15 @@ class _Stage:
 
     def _new_adapter(self, adapters: list[Adapter]) -> NewAdapter:
         start = self.method.start_from(adapters)
-        recipe = self.method.constant_recipe(len(adapters)) if adapters else None
-        rank, alpha = self.method.rank_and_alpha
+        constant = self.recipe.constant if adapters else None
         return NewAdapter(
             task=self.work.task,
-            rank=rank,
-            alpha=alpha,
+            rank=self.layers.rank,
+            alpha=self.layers.alpha,
             seed=named_seed(self.settings.seed, "adapter", self.work.task),
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
-            recipe_init=None if recipe is None else dict.fromkeys(adapters[0].a, recipe),
-            learn_recipe=self.method.learns_recipe(self.work.index),
+            recipe_init=None if constant is None else dict.fromkeys(adapters[0].a, constant),
+            learn_recipe=self.recipe.learned,
             dropout=self.settings.adapters.dropout,
         )
 
@@ -414,7 +414,7 @@ class _Stage:
 
     def _engine(self, mixture: Mixture) -> TrainingEngine:
         trainable = mixture.trainable()
-        groups = parameter_groups(trainable, self.settings.training, selectors_alone=self.method.selectors_alone)
+        groups = parameter_groups(trainable, self.settings.training, selectors_alone=self.layers.selectors_alone)
         betas = self.settings.training.betas
         if self.config is None:
             return PlainEngine(
@@ -441,19 +441,16 @@ class _Stage:
     def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
         layer = self.settings.router.layer
         layer = default_router_layer(model) if layer is None else layer
-        targets = self.method.targets(model, layer)
-        literal = self.settings.router.literal if self.method.uses_selectors else None
         mixture = inject(
             model,
-            targets,
+            self.layers.targets(model, self.settings.adapters, layer),
             adapters,
             new=new,
             router=None,
             router_layer=layer,
             depths=self._depths(layer),
             skip_tokens=self.settings.router.skip_tokens,
-            literal=literal,
-            prompt_slots=self.prompt_slots,
+            layers=self.layers,
         )
         mixture.run_whole_passes(self._partitioned)  # a pass that ends early leaves parameters gathered
         return mixture
@@ -465,7 +462,7 @@ class _Stage:
 
     def _depths(self, layer: int) -> list[int]:
         """Layers below the routing layer that features take in too: of texts that are read alone."""
-        if not self.settings.prompt_format.text_alone or self.prompt_slots is not None or self.method.uses_selectors:
+        if not self.settings.prompt_format.text_alone or not self.layers.several_depths:
             return []
         chosen = self.settings.router.depths
         return default_depths(layer) if chosen is None else chosen
@@ -475,10 +472,10 @@ class _Stage:
         ZeRO-3, whose passes gather every layer on every rank, cached or not. For prompts (``decodes``) only if the trunk
         ends at the routing layer, where the features are read."""
         settings = self.settings
-        if not settings.training.cache_trunk or self.method.alters_inputs or self._partitioned:
+        if not settings.training.cache_trunk or "caches" in excluded(settings.method) or self._partitioned:
             return None
         trunk = mixture.trunk()
-        if decodes and (trunk.layer != mixture.router_layer or self.method.uses_selectors):
+        if decodes and (trunk.layer != mixture.router_layer or self.layers.selects):
             return None
         return TrunkCache(
             trunk,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.tasks.batches import Example, encode
 from amlora_dist.tasks.prompts import template_for
@@ -16,7 +17,6 @@ from amlora_dist.training.batching import all_tokens
 from amlora_dist.training.stage_statistics import held_out_places
 
 if TYPE_CHECKING:
-    from amlora_dist.adapters.prompt_pool import PromptSlots
     from amlora_dist.base_model import BaseModel
     from amlora_dist.tasks.sources import Row
     from amlora_dist.training.stage_spec import StageWork
@@ -35,15 +35,15 @@ class StageRows:
         cache: what this process keeps.
         base: whose tokens they become.
         tokenizer: of the base model.
-        prompt_slots: where learned prompts are, if the adapters are pools of them.
-        memory_rows: of ``Method``: with some, rows of earlier tasks are that memory, and not trained on.
+        prefix: what every input has in front.
+        memory_rows: of ``Method.recipe``: with some, rows of earlier tasks are that memory, and not trained on.
     """
 
     work: StageWork
     cache: WorkerCache
     base: BaseModel
     tokenizer: Any
-    prompt_slots: PromptSlots | None
+    prefix: Prefix
     memory_rows: int = 0
 
     def plain(self, task: str, split: str) -> list[Row]:
@@ -55,11 +55,11 @@ class StageRows:
         )
 
     def examples(self, task: str, split: str, *, plain: bool = False) -> list[Example]:
-        """The same as the model reads them; ``plain``: without the places of learned prompts."""
-        prompt_slots = None if plain else self.prompt_slots
+        """The same as the model reads them; ``plain``: without anything in front."""
+        prefix = NO_PREFIX if plain else self.prefix
         form = repr(self.work.settings.prompt_format)
-        key = self._key("examples", task, split, self.base.digest, str(self.base.path), form, prompt_slots)
-        return self.cache.rows(key, partial(self._encoded, task, split, prompt_slots), all_tokens)
+        key = self._key("examples", task, split, self.base.digest, str(self.base.path), form, prefix)
+        return self.cache.rows(key, partial(self._encoded, task, split, prefix), all_tokens)
 
     def training(self) -> tuple[list[Example], list[Example]]:
         """The rows that the stage is about, and those of earlier tasks that the method lets it see again.
@@ -102,7 +102,7 @@ class StageRows:
                 found[task] = self._sample(unseen or examples, limit, "memory", task)
         return found
 
-    def _encoded(self, task: str, split: str, prompt_slots: PromptSlots | None) -> list[Example]:
+    def _encoded(self, task: str, split: str, prefix: Prefix) -> list[Example]:
         spec = self.work.spec(task)
         examples = encode(
             self.plain(task, split),
@@ -113,9 +113,9 @@ class StageRows:
             encoder_decoder=self.base.encoder_decoder,
             prompt_format=self.work.settings.prompt_format,
         )
-        if prompt_slots is None:
+        if not prefix.tokens:
             return examples
-        return [replace(example, prompt=prompt_slots.before(example.prompt), span=None) for example in examples]
+        return [replace(example, prompt=prefix.before(example.prompt), span=None) for example in examples]
 
     def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
         generator = torch.Generator().manual_seed(named_seed(self.work.settings.seed, purpose, name))

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Request
+from amlora_dist.methods import LORA
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.jobs import Began, Ended, Event, Failed, Job, Sampling
@@ -50,12 +51,14 @@ def harness_models(bank: ServedBank, batch_size: int) -> Iterator[tuple[HarnessM
         batch_size: prompts of one pass.
 
     Raises:
-        UserError: an encoder-decoder, or adapters that are prompts: neither can be asked what a prompt is worth.
+        UserError: an encoder-decoder, or adapters that are no LoRA: neither can be asked what a prompt is worth.
     """
     if bank.model.base.encoder_decoder:
         raise UserError("evaluate: found an encoder-decoder, expected a causal model: it says nothing of its prompt")
-    if bank.model.bank.manifest.prompt_tokens:
-        raise UserError("evaluate: found a bank of method l2p, expected one of adapters that a gate of zeros turns off")
+    if (manifest := bank.model.bank.manifest).form != LORA:
+        raise UserError(
+            f"evaluate: found a bank of method {manifest.method}, expected one of adapters that a gate of zeros turns off"
+        )
     engine = Engine(ServeSettings(batch_rows=batch_size, max_concurrency=SERVED))
     engine.start()
     try:

@@ -12,7 +12,8 @@ from rich.table import Table
 from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.methods import method_for
+from amlora_dist.methods import LORA, excluded, form_of, method_for
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, MemoryLayout
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
@@ -82,10 +83,10 @@ def plan_of(
     """
     config, specs = _configuration(config_file, overrides)
     method = method_for(replace(config, dtype="bf16").stage_settings())
-    if not method.trains:
+    if method.trains is Trains.NOTHING:
         raise UserError(f"method: {config.method!r} trains nothing; there is nothing to plan")
-    if method.prompt_slots:
-        raise UserError(f"method: {config.method!r} trains prompts; only methods that train LoRA can be planned")
+    if (form := form_of(config.method)) != LORA:
+        raise UserError(f"method: {config.method!r} trains {form}; only methods that train {LORA} can be planned")
     on_cpus = isinstance(cluster, CpuCluster)
     if isinstance(cluster, CpuCluster):
         cluster = replace(cluster, workers=max(1, config.workers))
@@ -99,7 +100,7 @@ def plan_of(
         epochs=config.training.epochs,
         rank=config.adapters.rank,
         probe_rows=config.training.probe_rows,
-        learns_recipe=bool(method.learns_recipe(2)),
+        learns_recipe=method.recipe(1).learned,
         holdout=config.router.holdout,
         evaluation_batch=config.evaluation.batch_size,
         cells=config.evaluation.cells,
@@ -117,7 +118,7 @@ def plan_of(
         [_task_shape(config, spec, rows) for spec in specs],
         recipe, layout, cluster, machine,
         eager=config.model.attention == "eager",
-        whole_parameters=method.reads_parameters or config.model.quantisation != "none",
+        whole_parameters="zero_3" in excluded(config.method) or config.model.quantisation != "none",
     )  # fmt: skip
     if config.workers != cluster.ranks and not on_cpus:
         count = cluster.ranks

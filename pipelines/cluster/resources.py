@@ -126,10 +126,12 @@ def least_demand(config: RunConfig, *, gpu_share: float = 1.0) -> Demand:
     """What a configuration needs at least, as far as this machine can tell: neither rows nor weights are read, nothing is
     fetched, and a model of which no ``config.json`` is at hand counts as nothing."""
     from amlora_dist.methods import method_class
+    from amlora_dist.methods.kinds import Trains
     from amlora_dist.planning.shapes import shape_at_hand
 
     shape = shape_at_hand(config.model, config.adapters, config.router)
-    width = shape.adapter_width if shape is not None and method_class(config.method).trains else 0
+    trains = method_class(config.method).trains is not Trains.NOTHING
+    width = shape.adapter_width if shape is not None and trains else 0
     return Demand(
         config.workers if config.min_workers is None else config.min_workers,
         0 if shape is None else shape.parameters,

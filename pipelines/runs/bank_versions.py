@@ -6,12 +6,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import amlora_dist
-from amlora_dist.adapters.router import PRIOR_KEY
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
@@ -157,13 +155,7 @@ class BankVersions:
         method = inputs.method
         router = method.router([*(self._statistics_of(parent) for parent in parents[:-1]), newest.statistics])
         tensors = {} if router is None else router.tensors()
-        settings = {} if router is None else router.settings()
-        if method.uses_selectors:
-            kind: str = inputs.config.router.kind
-            settings = asdict(inputs.config.router.literal) | ({} if router is None else {PRIOR_KEY: settings})
-        else:
-            assert router is not None, "without selectors something else weighs the adapters"
-            kind = router.kind
+        kind, settings = method.layers.described(router)
         return tensors, RouterEntry(kind=kind, settings=settings, digest="0" * 64)
 
     def _statistics_of(self, parent: Parent) -> TaskStatistics:

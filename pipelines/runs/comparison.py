@@ -19,6 +19,7 @@ from amlora_dist.config.schema import did_you_mean
 from amlora_dist.config.strict_yaml import read_document
 from amlora_dist.errors import TrainingError, UserError
 from amlora_dist.methods import METHODS, method_class
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RESULT
 from amlora_dist.registry.store import Store
@@ -234,7 +235,7 @@ class _Driver:
         plan, tuning = self.plan, self.comparison["tuning"]
         order, seed = next(iter(plan.orders)), plan.seeds[0]
         for contender in plan.contenders:
-            if not plan.learning_rates or not method_class(contender.method).trains:
+            if not plan.learning_rates or method_class(contender.method).trains is Trains.NOTHING:
                 tuning[contender.name] = {"chosen": None, "scores": {}}
                 continue
             if contender.tuned_as in (other.name for other in plan.contenders):

@@ -15,7 +15,8 @@ from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
-from amlora_dist.methods import method_class, method_for
+from amlora_dist.methods import excluded, method_class, method_for
+from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.privacy import public_name
 from amlora_dist.tasks import background
 from amlora_dist.tasks.chat import settled
@@ -73,7 +74,7 @@ class RunInputs:
     @property
     def stage_names(self) -> list[str]:
         """Names of the stages: the tasks, for most methods."""
-        return self.method.stages(self.tasks)
+        return self.method.stages.names(self.tasks, self.config.method)
 
     @property
     def storage(self) -> Path:
@@ -231,7 +232,8 @@ class RunInputs:
 
     def features_fingerprint(self, method: Method, task: str) -> str | None:
         """Of what the router reads of a task's rows; None where no score of them can hold for a later bank too."""
-        if not self.config.evaluation.reuse or not method.inherits or method.alters_inputs or method.uses_selectors:
+        changing = method.layers.selects or "caches" in excluded(self.config.method)
+        if not self.config.evaluation.reuse or method.stages is not Stages.CHAINED or changing:
             return None
         router = self.config.router
         read: dict[str, Any] = {"layer": router.layer, "skip_tokens": router.skip_tokens}
@@ -328,7 +330,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
 
 def with_evidence(config: RunConfig) -> RunConfig:
     """The configuration with the evidence that its method has: one of keys alone answers by them, whatever is asked."""
-    if method_class(config.method).learns:
+    if method_class(config.method).trains is not Trains.STATISTICS:
         return config
     return replace(config, answer=replace(config.answer, evidence="keys"))
 

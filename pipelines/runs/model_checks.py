@@ -80,8 +80,9 @@ def check_targets(method: Method, model: PreTrainedModel) -> tuple[int, int, lis
     from amlora_dist.adapters.targets import default_depths
 
     layer = checked_router_layer(method.settings, model)
-    rank, _ = method.rank_and_alpha
-    trainable = sum(rank * (target.in_features + target.out_features) for target in method.targets(model, layer))
+    layers = method.layers
+    targets = layers.targets(model, method.settings.adapters, layer)
+    trainable = sum(layers.rank * (target.in_features + target.out_features) for target in targets)
     depths = method.settings.router.depths or []
     if any(depth >= layer for depth in depths):
         raise UserError(f"router.depths: found {depths}, expected layers below the routing layer {layer}")

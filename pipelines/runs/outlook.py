@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.training.stage_spec import Parent
 from pipelines.runs.plan import StagePlan, plan_stage
 
@@ -57,8 +58,9 @@ def stage_sizes(inputs: RunInputs, bank: BankState) -> list[StageSize]:
         trained = 0
         if plan.trains:
             bank = plan.bank.grown(Parent(task, plan.fingerprint, ""), plan.fingerprint, "")
-            if inputs.method.learns:
-                learned = {n: limit for n, limit in plan.rows.items() if limit is None or not inputs.method.memory_rows}
+            if inputs.method.trains is Trains.ADAPTER:
+                memory = inputs.method.recipe(len(plan.bank.parents)).memory_rows
+                learned = {n: limit for n, limit in plan.rows.items() if limit is None or not memory}
                 counts = [(len(inputs.data[name].rows["train"]), limit) for name, limit in learned.items()]
                 trained = sum(min(count, count if limit is None else limit) for count, limit in counts) * training.epochs
         sizes.append(StageSize(task, trained, sum(len(inputs.data[cell.task].rows[split]) for cell in cells)))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amlora_dist.errors import UserError
+from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode, Parent, StageWork
 
 if TYPE_CHECKING:
+    from amlora_dist.methods.base import Method
     from amlora_dist.tasks.task_entry import TaskEntry
     from pipelines.runs.inputs import RunInputs
 
@@ -86,11 +88,11 @@ def plan_stage(inputs: RunInputs, bank: BankState, task: str, earlier: Sequence[
         UserError: the method needs rows of a task that the run does not have.
     """
     method = inputs.method
-    if not method.trains:
+    if method.trains is Trains.NOTHING:
         fingerprint = inputs.training_fingerprint(method, 1, task, [], [], {})
         cells = [_cell(inputs, "untrained", one, ()) for one in (*inputs.tasks, *inputs.also)]
         return StagePlan(1, task, fingerprint, BankState(), {}, tuple(cells), trains=False)
-    if not method.inherits:
+    if method.stages is not Stages.CHAINED:
         bank = bank.emptied()
     rows = training_rows(inputs, bank, task)
     fingerprint = inputs.training_fingerprint(
@@ -169,7 +171,7 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
     """What is scored after a stage: the configured cells, what is untrained, and at the end the oracle."""
     evaluation, method, tasks = inputs.config.evaluation, inputs.method, inputs.tasks
     bank, last = plan.fingerprints, plan.index == len(inputs.stage_names)
-    if method.told_task:
+    if method.stages is Stages.APART:
         done = [*(one.fingerprint for one in earlier), plan.fingerprint]
         cells = [_cell(inputs, "router", task, (own,)) for task, own in zip(tasks, done, strict=False)]
     else:
@@ -177,22 +179,30 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
         upto = wanted.get(evaluation.cells, plan.index + 1)
         upto = upto if inputs.stage_names == tasks else len(tasks)
         # A refit may move any earlier task's row, so that no answer of before is known to hold.
-        before = earlier[-1].cells if earlier and method.inherits and not method.memory_rows else ()
+        holds = method.stages is Stages.CHAINED and not method.recipe(len(plan.bank.parents)).memory_rows
+        before = earlier[-1].cells if earlier and holds else ()
         known = {cell.task: cell.fingerprint for cell in before if cell.mode == "router"}
         cells = [_cell(inputs, "router", task, bank, known.get(task)) for task in tasks[:upto]]
     routed = {cell.task: cell.fingerprint for cell in cells}
-    if last and not method.told_task:
+    if last and method.stages is not Stages.APART:
         cells += [_cell(inputs, "router", task, bank) for task in inputs.also]
-    if last and inputs.plain_texts and not (method.told_task or method.answers_plain_text):
+    if last and inputs.plain_texts and method.stages is not Stages.APART and not _answers_plain_text(method):
         cells += [_cell(inputs, "own", task, bank) for task in tasks]
     if evaluation.untrained and (plan.index == 1 or last):
         cells += [_cell(inputs, "untrained", task, bank) for task in tasks]
-    if evaluation.oracle and last and method.inherits:
+    if evaluation.oracle and last and method.stages is Stages.CHAINED:
         cells += [_cell(inputs, "oracle", task, bank, routed[task]) for task in tasks]
-    if evaluation.knockout and last and method.inherits:
+    if evaluation.knockout and last and method.stages is Stages.CHAINED:
         silent = [f"{WITHOUT}{n}" for n in range(1, len(bank) + 1)]
         cells += [_cell(inputs, mode, task, bank, routed[task]) for mode in silent for task in tasks]
     return cells
+
+
+def _answers_plain_text(method: Method) -> bool:
+    """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
+    settings = method.settings
+    plain = settings.prompt_format.text_alone and settings.router.kind == "posterior"
+    return plain and method.routed and not method.layers.selects
 
 
 def _cell(inputs: RunInputs, mode: Mode, task: str, bank: Sequence[str], before: str | None = None) -> Cell:

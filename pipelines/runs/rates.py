@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.digests import value_digest
 from amlora_dist.methods import method_for
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.registry import tags
 from amlora_dist.training.rate_race import DEFAULT_RATE, RATES, best_rate, candidate_folder, steps_of_race
 from amlora_dist.training.stage_spec import RateRace
@@ -192,7 +193,7 @@ class RateSearch:
         """Of each candidate; 0: no race."""
         config, data = self.journal.inputs.config, self.journal.inputs.data
         method = method_for(self.journal.inputs.stage_settings())
-        if config.prompt_format == 1 or method.selectors_alone or not (method.trains and method.learns):
+        if config.prompt_format == 1 or method.layers.selectors_alone or method.trains is not Trains.ADAPTER:
             return 0
         sizes = {name: len(data[name].rows["train"]) for name in rows}
         own = sum(sizes[name] for name, limit in rows.items() if limit is None) + sum(mixed.values())

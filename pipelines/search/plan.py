@@ -11,7 +11,8 @@ from amlora_dist.config.loading import RunConfig, with_values
 from amlora_dist.config.search_space import Dimension, SearchSettings, described, dimensions, points
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.methods import method_for
+from amlora_dist.methods import method_class, method_for
+from amlora_dist.methods.kinds import Trains
 
 TRIES = 32
 """Places of the space at which a path is tried before it is said to change nothing."""
@@ -84,7 +85,7 @@ def plan_search(config: RunConfig, file: str) -> SearchPlan:
             f"{file}: no `search` section, so there is nothing to tune; configs/search.yaml shows one, `amlora run`"
             " runs the configuration as it is"
         )
-    if not method_for(config.stage_settings()).trains:
+    if method_class(config.method).trains is Trains.NOTHING:
         raise UserError(f"{file}: method {config.method!r} trains nothing, so there is nothing to tune")
     found, _ = dimensions(settings.space)
     for dimension in (d for d in found if d.path in ("tasks", "method")):
@@ -124,7 +125,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
 
 
 def _stages(config: RunConfig) -> int:
-    return len(method_for(config.stage_settings()).stages([str(n) for n in range(len(config.tasks))]))
+    return len(method_class(config.method).stages.names([str(n) for n in range(len(config.tasks))], config.method))
 
 
 def _is_idle(config: RunConfig, dimension: Dimension, others: Sequence[Dimension]) -> bool:

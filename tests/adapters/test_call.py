@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from amlora_dist.adapters.gate_context import ForwardContext, active_call, cache_state_of, pool_features
 from amlora_dist.adapters.inject import NewAdapter, inject
+from amlora_dist.adapters.selector_layer import Selectors
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
 from tests.adapters.banks import (
@@ -350,7 +351,8 @@ def test_recomputation_in_another_thread_and_another_call_sees_its_own_gate() ->
 def test_selections_reach_the_collector_once_even_when_recomputed() -> None:
     model = tiny_llama()
     targets = targets_of(model)
-    mixture = inject(model, targets, [], new=NewAdapter(task="new", rank=2, alpha=4.0), literal=LiteralSettings())
+    layers = Selectors(settings=LiteralSettings())
+    mixture = inject(model, targets, [], new=NewAdapter(task="new", rank=2, alpha=4.0), layers=layers)
     model.gradient_checkpointing_enable()
     model.train()
     seen: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from amlora_dist.adapters.gate_context import CacheState, attach, cache_state_of
 from amlora_dist.adapters.inject import Mixture, inject
+from amlora_dist.adapters.selector_layer import Selectors
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.errors import UserError
 from tests.adapters.banks import (
@@ -318,7 +319,7 @@ def selecting(model: PreTrainedModel, granularity: str) -> Mixture:
         adapters[-1].selector[f"{target.path}.weight"] = torch.randn(3, target.out_features, generator=generator)
         adapters[-1].selector[f"{target.path}.bias"] = torch.randn(4, generator=generator)
     literal = LiteralSettings(granularity=granularity)  # type: ignore[arg-type]
-    return inject(model, targets, adapters, literal=literal)
+    return inject(model, targets, adapters, layers=Selectors(settings=literal))
 
 
 @pytest.mark.parametrize("granularity", ["token", "sequence"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import NewAdapter, inject
 from amlora_dist.adapters.mixture import MixtureLinear
+from amlora_dist.adapters.selector_layer import Selectors
 from amlora_dist.adapters.settings import AdapterSettings, LiteralSettings
 from amlora_dist.adapters.targets import DEFAULT_TARGETS, default_router_layer, find_targets
 from amlora_dist.errors import UserError
@@ -311,10 +312,10 @@ def test_a_recipe_can_be_set_while_it_is_learned() -> None:
 def test_selectors_survive_extraction() -> None:
     model = tiny_llama()
     targets = targets_of(model)
-    literal = LiteralSettings()
-    first = inject(model, targets, [], new=NewAdapter(task="a", rank=2, alpha=4.0), literal=literal).extract_new()
+    literal = Selectors(settings=LiteralSettings())
+    first = inject(model, targets, [], new=NewAdapter(task="a", rank=2, alpha=4.0), layers=literal).extract_new()
     model = tiny_llama()
-    second = inject(model, targets, [first], new=NewAdapter(task="b", rank=2, alpha=4.0), literal=literal).extract_new()
+    second = inject(model, targets, [first], new=NewAdapter(task="b", rank=2, alpha=4.0), layers=literal).extract_new()
     path = targets[0].path
     assert second.selector[f"{path}.weight"].shape == (2, targets[0].out_features)
     assert torch.equal(second.selector[f"{path}.weight"][:1], first.selector[f"{path}.weight"])
@@ -324,13 +325,14 @@ def test_a_bank_without_selectors_is_refused_by_the_literal_router() -> None:
     model = tiny_llama()
     targets = targets_of(model)
     with pytest.raises(UserError, match="has no selector"):
-        inject(model, targets, random_adapters(targets, [2]), literal=LiteralSettings())
+        inject(model, targets, random_adapters(targets, [2]), layers=Selectors(settings=LiteralSettings()))
 
 
 def test_selectors_can_be_switched_off_for_two_stage_training() -> None:
     model = tiny_llama()
     targets = targets_of(model)
-    mixture = inject(model, targets, [], new=NewAdapter(task="a", rank=2, alpha=4.0), literal=LiteralSettings())
+    layers = Selectors(settings=LiteralSettings())
+    mixture = inject(model, targets, [], new=NewAdapter(task="a", rank=2, alpha=4.0), layers=layers)
     for name, parameter in mixture.trainable().items():
         if name.startswith("b."):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))

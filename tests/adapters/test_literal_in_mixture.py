@@ -11,7 +11,7 @@ from torch import Tensor
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.gate_context import ForwardContext, LayerOptions, Selection, entered
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.selector_layer import SelectorLinear
+from amlora_dist.adapters.selector_layer import SelectorLinear, Selectors
 from amlora_dist.adapters.settings import LiteralSettings
 from amlora_dist.adapters.sparsity import gate_map, penalty
 from tests.adapters.banks import LinearRouter, prompts, random_adapters, targets_of, tiny_llama, tiny_t5
@@ -33,13 +33,14 @@ def literal_bank(model: Any, ranks: tuple[int, ...] = RANKS) -> list[Adapter]:
 
 
 def served(model: Any, **settings: Any) -> Mixture:
-    return inject(model, targets_of(model), literal_bank(model), literal=LiteralSettings(**settings))
+    return inject(model, targets_of(model), literal_bank(model), layers=Selectors(settings=LiteralSettings(**settings)))
 
 
 def learning(model: Any, *, router: Any = None, adapters: list[Adapter] | None = None, **settings: Any) -> Mixture:
     new = NewAdapter(task="new", rank=2, alpha=8.0, seed=3, learn_recipe=False)
     bank = literal_bank(model) if adapters is None else adapters
-    return inject(model, targets_of(model), bank, new=new, router=router, literal=LiteralSettings(**settings))
+    layers = Selectors(settings=LiteralSettings(**settings))
+    return inject(model, targets_of(model), bank, new=new, router=router, layers=layers)
 
 
 @pytest.mark.parametrize("map_name", ["softmax", "entmax15", "sparsemax", "relu", "abs_sigmoid", "top_k"])
@@ -191,7 +192,7 @@ def test_a_stage_trains_and_stores_the_selectors_that_the_next_one_starts_from(f
     assert torch.equal(weight[:3], old) is freeze_old
 
     fresh = tiny_llama()
-    inject(fresh, targets_of(fresh), [*before, adapter], literal=LiteralSettings())
+    inject(fresh, targets_of(fresh), [*before, adapter], layers=Selectors(settings=LiteralSettings()))
     with torch.no_grad():
         torch.testing.assert_close(fresh(input_ids=ids).logits, trained, atol=1e-5, rtol=1e-5)
     following = tiny_llama()
@@ -204,7 +205,8 @@ def test_the_router_of_literal_with_prior_tilts_the_gates() -> None:
     model = tiny_llama()
     adapters = literal_bank(model)
     router = LinearRouter.random([a.task for a in adapters], 32)
-    mixture = inject(model, targets_of(model), adapters, router=router, literal=LiteralSettings(prior=True))
+    layers = Selectors(settings=LiteralSettings(prior=True))
+    mixture = inject(model, targets_of(model), adapters, router=router, layers=layers)
     routed: list[Tensor] = []
     chosen: dict[str, Selection] = {}
     with torch.no_grad():

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from amlora_dist.adapters.adapted_layers import Prefix
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.adapters.inject import Mixture, NewAdapter, inject
-from amlora_dist.adapters.prompt_pool import PromptSlots, embedding_target
 from amlora_dist.adapters.router import FixedRouter
+from amlora_dist.methods.l2p import PromptPool, embedding_target
 from tests.adapters.banks import padded, prompts, tiny_llama, tiny_t5
 
-LEAD = PromptSlots(tokens=3, marker=1)
+LEAD = Prefix(tokens=3, marker=1)
 POOL = 8
 WIDTH = 32
 
@@ -34,7 +35,8 @@ def pools(model: PreTrainedModel, count: int = 2) -> list[Adapter]:
 def prompted(model: PreTrainedModel, adapters: list[Adapter], **more: Any) -> Mixture:
     names = [adapter.task for adapter in adapters]
     router = FixedRouter.newest(names) if "new" not in more else None
-    return inject(model, [embedding_target(model)], adapters, router=router, prompt_slots=LEAD, **more)
+    layers = PromptPool(rank=POOL, prefix=LEAD)
+    return inject(model, [embedding_target(model)], adapters, router=router, layers=layers, **more)
 
 
 def led(ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from amlora_dist.config.loading import RunConfig
 from amlora_dist.digests import tensors_digest
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.methods import method_for
+from amlora_dist.methods.kinds import Stages
 from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import Cell, Parent, StageWork
@@ -52,9 +53,9 @@ def _stages(config: RunConfig, folder: Path, run: Callable[[StageWork], None], s
     tasks = list(inputs.specs)
     parents: list[Parent] = []
     statistics: list[str] = []
-    for name in method_for(settings).stages(tasks):
+    for name in method_for(settings).stages.names(tasks, settings.method):
         method = method_for(settings)
-        if not method.inherits:
+        if method.stages is not Stages.CHAINED:
             parents, statistics = [], []
         rows = method.rows(name, [parent.task for parent in parents], tasks)
         index = len(parents) + 1

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amlora_dist.adapters.settings import RouterSettings
 from amlora_dist.config.loading import load_config
-from amlora_dist.errors import FaultsError, UserError
+from amlora_dist.errors import BankError, FaultsError, UserError
 from amlora_dist.evaluation.scoring import read_predictions
 from amlora_dist.methods import method_for
 from tests.methods.stages import Stage, stages
@@ -56,8 +57,10 @@ def test_more_prompts_for_an_input_than_the_pool_has_are_refused(tmp_path: Path)
 def test_a_published_pool_answers_as_it_was_scored_and_has_no_other_form(
     kind: str, tmp_path: Path, amlora_home: Path
 ) -> None:
+    from amlora_dist.inference.loading import bank_layers
     from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.exports import export_peft
+    from amlora_dist.registry.manifest import replace
     from pipelines.runs.progress import Silent
     from pipelines.runs.sequence import run_sequence
 
@@ -73,3 +76,10 @@ def test_a_published_pool_answers_as_it_was_scored_and_has_no_other_form(
         export_peft(tmp_path / "out", model.bank)
     with pytest.raises(UserError, match="this bank holds prompts"):
         model.to_peft("colours")
+    manifest = model.bank.manifest
+    assert {"layers", "form"}.isdisjoint(manifest.to_mapping()), "the method's name says what is loaded"
+    about = manifest.training_configuration
+    for section, fault in (({"prompt_pool": 6}, "prompt_tokens: missing"), ({"prompt_pool": 6, "prompt_tokens": 0}, "fit")):
+        damaged = replace(manifest, training_configuration=about | {"method_settings": section})
+        with pytest.raises(BankError, match=fault):
+            bank_layers(damaged, RouterSettings())

@@ -15,7 +15,8 @@ from torch import nn
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.methods import METHODS, READ_PARAMETERS, method_class, method_for
+from amlora_dist.methods import METHODS, excluded, method_for
+from amlora_dist.methods.base import Method
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
@@ -61,9 +62,11 @@ def test_every_method_has_its_row_here() -> None:
     assert list(DECLARED) == list(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_found_by_the_name_it_has(name: str) -> None:
-    assert method_for(settings_for(name)).name == name
+def test_a_method_has_at_most_fifteen_knobs() -> None:
+    """Flags, hooks and attributes; ``loss`` is the only one that most methods need."""
+    public = {*vars(Method), *Method.__annotations__, *vars(Method(settings_for("am_lora")))}
+    knobs = sorted(name for name in public if not name.startswith("_"))
+    assert len(knobs) <= 15, knobs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -239,17 +242,13 @@ def test_distillation_is_zero_where_nothing_changed_and_the_scaled_divergence_el
     assert float(method.distillation(new, old)) == pytest.approx(float(0.5 * 4 * (p * (p / q).log()).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(READ_PARAMETERS))
+@pytest.mark.parametrize("name", [name for name in METHODS if "zero_3" in excluded(name)])
 def test_what_zero_3_cannot_do_for_a_method_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     file = write_config(tmp_path, tasks=("colours",), method=name)
     with pytest.raises(UserError, match=f"zero_stage: found 3 with method: {name}, which reads the parameters"):
         load_config(file, ["workers=2", "deepspeed.zero_stage=3"])
     load_config(file, ["workers=2", "deepspeed.zero_stage=2"])
     load_config(file, ["workers=0", "deepspeed.zero_stage=3"])
-
-
-def test_what_zero_3_cannot_do_is_listed_without_importing_the_methods() -> None:
-    assert {name for name in METHODS if method_class(name).reads_parameters} == READ_PARAMETERS
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------

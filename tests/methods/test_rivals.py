@@ -13,6 +13,7 @@ from amlora_dist.adapters.subspace_router import SubspaceRouter, basis, second_m
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError
 from amlora_dist.methods import method_for
+from amlora_dist.methods.base import Trained
 from amlora_dist.methods.slao import orthonormal_rows
 from amlora_dist.training.settings import StageSettings
 from tests.methods.stages import stages
@@ -37,7 +38,8 @@ def test_slao_starts_at_an_orthonormal_basis_of_the_last_and_serves_the_merge(tm
     torch.testing.assert_close(span @ a.T, a.T, atol=1e-4, rtol=0)
     tuned = first.b[path] + (second.b[path] - first.b[path]) * 2**0.5
     torch.testing.assert_close(start.b[path], tuned)
-    merged = method.finished(start, [first, second]).b[path]
+    with_them = Trained(start, [first, second], *[None] * 4)  # type: ignore[arg-type]
+    merged = method.finished(with_them)[0].b[path]
     torch.testing.assert_close(merged, second.b[path] + (tuned - second.b[path]) / 3**0.5)
     assert all(not torch.equal(second.b[p], third.b[p]) for p in first.b)
 

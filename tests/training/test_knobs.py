@@ -18,6 +18,7 @@ from amlora_dist.config.former_values import FORMER
 from amlora_dist.config.loading import load_config
 from amlora_dist.methods import METHODS, method_for
 from amlora_dist.methods.base import Method
+from amlora_dist.methods.kinds import Trains
 from amlora_dist.registry.adapter_folder import peft_config
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import LossComputer
@@ -63,7 +64,7 @@ def test_a_knob_is_in_the_fingerprint_only_where_it_is_not_at_its_former_value(n
     def reads(*overrides: str) -> dict[str, Any]:
         return made(*overrides).reads(2)
 
-    plain, learns = reads(), made().trains and made().learns
+    plain, learns = reads(), made().trains is Trains.ADAPTER
     assert not {"use_rslora", "dropout", "lora_plus", "label_smoothing"} & (
         plain.get("adapters", {}).keys() | plain.get("training", {}).keys()
     )

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from amlora_dist.adapters.packed_rows import PackedRows
 from amlora_dist.config.loading import load_config, validate_config
 from amlora_dist.errors import FaultsError, UserError
-from amlora_dist.methods import METHODS, ROWS_APART, method_class, method_for
+from amlora_dist.methods import METHODS, excluded, method_class, method_for
 from amlora_dist.model_folder import unpackable
 from amlora_dist.training.settings import StageSettings
 from pipelines.runs.inputs import gather_inputs
@@ -122,7 +122,7 @@ def test_two_ranks_have_the_losses_of_one_process_without_packing(tmp_path: Path
 
 def test_packing_is_in_the_training_fingerprint_only_where_it_is_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",))
-    for name in sorted(set(METHODS) - ROWS_APART - {"keys", "base"}):
+    for name in (one for one in METHODS if "packing" not in excluded(one) and one not in ("keys", "base")):
         def reads(*overrides: str, name: str = name) -> dict[str, Any]:
             c = load_config(config, [f"method={name}", *overrides])
             settings = StageSettings(
@@ -142,7 +142,7 @@ def test_what_puts_something_in_front_of_rows_is_listed_without_importing_the_me
             method=name, seed=0, dtype="fp32", attention="eager", adapters=config.adapters, router=config.router,
             training=config.training,
         )  # fmt: skip
-        assert bool(method_class(name)(settings).prompt_slots) == (name in ROWS_APART)
+        assert (method_class(name)(settings).layers.prefix.tokens > 0) == ("packing" in excluded(name))
 
 
 @pytest.mark.parametrize(

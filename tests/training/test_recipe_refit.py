@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import amlora_dist.training.stage as stage_module
+from amlora_dist.adapters.adapted_layers import NO_PREFIX
 from amlora_dist.adapters.adapter import Adapter, rows, tasks_using
 from amlora_dist.adapters.inject import inject
 from amlora_dist.adapters.settings import AdapterSettings
@@ -137,13 +138,13 @@ def test_a_stage_that_died_after_its_refit_ends_equal(
 def test_a_memory_holds_rows_that_nobody_trains_on(config_file: Path, tmp_path: Path) -> None:
     _, second, _ = run(config_file, tmp_path / "m", MEMORY)
     base = second.work.base_model()
-    reader = StageRows(second.work, WorkerCache(), base, WorkerCache().tokenizer(base), None, memory_rows=6)
+    reader = StageRows(second.work, WorkerCache(), base, WorkerCache().tokenizer(base), NO_PREFIX, memory_rows=6)
     own, replayed = reader.training()
     assert replayed == [] and len(own) == 32 and reader.alone
     (memory,) = reader.memory().values()
     assert reader.memory() == {"colours": memory} and len(memory) == 6
     larger = replace(second.work, rows={"paints": None, "colours": 100})
-    everything = StageRows(larger, WorkerCache(), base, WorkerCache().tokenizer(base), None, memory_rows=100)
+    everything = StageRows(larger, WorkerCache(), base, WorkerCache().tokenizer(base), NO_PREFIX, memory_rows=100)
     assert len(everything.memory()["colours"]) == 8, "all that were held out, and no row that an adapter has seen"
 
 

@@ -303,10 +303,7 @@ def test_passes_that_keep_something_or_bring_their_states_are_the_models_own(fol
     assert (cache.misses, cache.hits) == (1, 0), "taken away, it is asked no more"
 
 
-def test_methods_that_alter_inputs_and_models_without_a_decoder_stay_without(tmp_path: Path) -> None:
-    from amlora_dist.methods.base import Method
-
-    assert Method.alters_inputs is False
+def test_models_without_a_decoder_stay_without(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "t5", "t5")
     model = load_model(base(folder, "t5"), dtype=torch.float32)
     targets = find_targets(model, AdapterSettings(rank=4, targets=["q", "v"]), 2)
