@@ -21,7 +21,7 @@ pass is kept for another one (the trunk cache, and features by which scores are 
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MethodEntry:
     """What is known of a method without importing anything heavy."""
 
     path: str
@@ -36,21 +36,21 @@ ZERO_3: frozenset[Excluded] = frozenset({"zero_3"})
 CACHES: frozenset[Excluded] = frozenset({"caches"})
 
 METHODS = {
-    "am_lora": Entry("amlora_dist.methods.am_lora:AMLoRA"),
-    "seq_lora": Entry("amlora_dist.methods.seq_lora:SeqLoRA"),
-    "inc_lora": Entry("amlora_dist.methods.inc_lora:IncLoRA"),
-    "o_lora": Entry("amlora_dist.methods.o_lora:OLoRA", ZERO_3),
-    "replay": Entry("amlora_dist.methods.replay:Replay"),
-    "ewc": Entry("amlora_dist.methods.ewc:EWC", ZERO_3),
-    "lwf": Entry("amlora_dist.methods.lwf:LwF"),
-    "l2p": Entry("amlora_dist.methods.l2p:L2P", ZERO_3 | CACHES | {"packing"}, "prompts"),
-    "keys": Entry("amlora_dist.methods.keys:Keys"),
-    "gainlora": Entry("amlora_dist.methods.gainlora:GainLoRA", CACHES),
-    "ella": Entry("amlora_dist.methods.ella:ELLA", ZERO_3),
-    "slao": Entry("amlora_dist.methods.slao:SLAO", ZERO_3),
-    "per_task": Entry("amlora_dist.methods.per_task:PerTask"),
-    "joint": Entry("amlora_dist.methods.joint:Joint"),
-    "base": Entry("amlora_dist.methods.untrained:Untrained"),
+    "am_lora": MethodEntry("amlora_dist.methods.am_lora:AMLoRA"),
+    "seq_lora": MethodEntry("amlora_dist.methods.seq_lora:SeqLoRA"),
+    "inc_lora": MethodEntry("amlora_dist.methods.inc_lora:IncLoRA"),
+    "o_lora": MethodEntry("amlora_dist.methods.o_lora:OLoRA", ZERO_3),
+    "replay": MethodEntry("amlora_dist.methods.replay:Replay"),
+    "ewc": MethodEntry("amlora_dist.methods.ewc:EWC", ZERO_3),
+    "lwf": MethodEntry("amlora_dist.methods.lwf:LwF"),
+    "l2p": MethodEntry("amlora_dist.methods.l2p:L2P", ZERO_3 | CACHES | {"packing"}, "prompts"),
+    "keys": MethodEntry("amlora_dist.methods.keys:Keys"),
+    "gainlora": MethodEntry("amlora_dist.methods.gainlora:GainLoRA", CACHES),
+    "ella": MethodEntry("amlora_dist.methods.ella:ELLA", ZERO_3),
+    "slao": MethodEntry("amlora_dist.methods.slao:SLAO", ZERO_3),
+    "per_task": MethodEntry("amlora_dist.methods.per_task:PerTask"),
+    "joint": MethodEntry("amlora_dist.methods.joint:Joint"),
+    "base": MethodEntry("amlora_dist.methods.untrained:Untrained"),
 }
 
 

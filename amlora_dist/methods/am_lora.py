@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.methods.base import Method, Recipe
+from amlora_dist.methods.base import Method, StageRecipe
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.adapted_layers import AdaptedLayers
@@ -46,9 +46,9 @@ class AMLoRA(Method):
 
         return Selectors(rank=plain.rank, alpha=plain.alpha, settings=self.settings.router.literal)
 
-    def recipe(self, earlier: int) -> Recipe:
+    def recipe(self, earlier: int) -> StageRecipe:
         learned = earlier > 0 and self.settings.router.recipes and not self._literal
-        return Recipe(learned=learned, memory_rows=self._memory_rows)
+        return StageRecipe(learned=learned, memory_rows=self._memory_rows)
 
     def training_gate(self, tasks: int) -> Tensor | None:
         return None if self._literal and not self.layers.selectors_alone else super().training_gate(tasks)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class StageRecipe:
     """How the new task's row weighs the earlier adapters, and what becomes of the rows before it."""
 
     learned: bool = False
@@ -143,9 +143,9 @@ class Method:
         # Scales are alpha / r everywhere, as in a PEFT folder without ``use_rslora``: rsLoRA's is written into alpha.
         return AdaptedLayers(rank=rank, alpha=alpha * math.sqrt(rank) if self.settings.adapters.use_rslora else alpha)
 
-    def recipe(self, earlier: int) -> Recipe:
+    def recipe(self, earlier: int) -> StageRecipe:
         """How the new task's row weighs the ``earlier`` adapters."""
-        return Recipe()
+        return StageRecipe()
 
     def start_from(self, parents: Sequence[Adapter]) -> Adapter | None:
         """Adapter whose values the new one starts from; None for a fresh one (A random, B zero)."""

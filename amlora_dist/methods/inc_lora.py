@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from amlora_dist.methods.base import Baseline, Recipe
+from amlora_dist.methods.base import Baseline, StageRecipe
 
 
 class IncLoRA(Baseline):
@@ -17,5 +17,5 @@ class IncLoRA(Baseline):
     """
 
 
-    def recipe(self, earlier: int) -> Recipe:
-        return Recipe(constant=torch.ones(earlier))
+    def recipe(self, earlier: int) -> StageRecipe:
+        return StageRecipe(constant=torch.ones(earlier))

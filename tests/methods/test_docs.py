@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.config.loading import load_config
-from amlora_dist.methods import METHODS, ZERO_3, Entry
+from amlora_dist.methods import METHODS, ZERO_3, MethodEntry
 from amlora_dist.methods.settings import MethodSettings
 from tests.methods.stages import stages
 from tests.tiny_config import write_config
@@ -23,11 +23,11 @@ def page(repository: Path) -> str:
 def example(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The example, added as the page says, but to a folder of its own; its name."""
     (code,) = re.findall(r"```python\n# amlora_dist/methods/warm_lora\.py\n(.*?)```", page, flags=re.DOTALL)
-    (line,) = re.findall(r'```python\n    "(\w+)": Entry\("amlora_dist\.methods\.([\w.:]+)", ZERO_3\),\n```', page)
+    (line,) = re.findall(r'```python\n    "(\w+)": MethodEntry\("amlora_dist\.methods\.([\w.:]+)", ZERO_3\),\n```', page)
     (tmp_path / "added").mkdir()
     (tmp_path / "added" / "warm_lora.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path / "added"))
-    monkeypatch.setitem(METHODS, line[0], Entry(line[1], ZERO_3))
+    monkeypatch.setitem(METHODS, line[0], MethodEntry(line[1], ZERO_3))
     return str(line[0])
 
 
