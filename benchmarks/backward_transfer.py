@@ -158,7 +158,7 @@ def _show_texts(changes: list[StageChange], tasks: list[str], texts: dict[tuple[
     for stage in range(2, len(tasks) + 1) if most else ():
         answers = [one for change in changes if change.stage == stage and change.task for one in change.answers or ()]
         answers.sort(key=lambda one: (not one.worse, not one.better))
-        print(f"\nstage {stage}, {tasks[stage - 1]}: {len(answers)} answers changed")
+        print(f"\nstage {stage}, {tasks[stage - 1]}; answers changed: {len(answers)}")
         for one in answers[:most]:
             verdict = "worse" if one.worse else "better" if one.better else "wrong before and after"
             route = f"{one.before.route} -> {one.after.route}" if one.rerouted else f"{one.after.route} as before"

@@ -24,4 +24,4 @@ def test_every_version_is_asked_and_each_stage_has_a_line_for_each_task_before_i
         [True, False, False], [True, True, False], [True, True, True],
     ]  # fmt: skip
     assert len(found["changed"]) == sum(line["changed"] for line in found["table"] if not line["task"].startswith("all"))
-    assert done.stdout.count("answers changed") == 2 and "text" not in json.dumps(found["changed"])
+    assert done.stdout.count("answers changed:") == 2 and "text" not in json.dumps(found["changed"])

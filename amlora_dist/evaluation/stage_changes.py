@@ -61,15 +61,14 @@ class StageChange:
     """Whether a router chose a task for the rows."""
 
     def counts(self) -> dict[str, int | None]:
-        """Answers that changed, became worse, became better; and how many of each go with another route. None: not
-        known, or nothing routes."""
+        """Answers that changed, became worse, became better; and of each how many go to another task than before. None:
+        not known, or nothing routes."""
         found: dict[str, int | None] = {}
         kept = self.answers
-        for name, kind in (("changed", None), ("worse", "worse"), ("better", "better")):
-            chosen = None if kept is None else [one for one in kept if kind is None or getattr(one, kind)]
+        for name, other in (("changed", "rerouted"), ("worse", "worse, rerouted"), ("better", "better, rerouted")):
+            chosen = None if kept is None else [one for one in kept if name == "changed" or getattr(one, name)]
             found[name] = None if chosen is None else len(chosen)
-            known = chosen if self.routed else None
-            found[f"{name}, rerouted"] = None if known is None else sum(one.rerouted for one in known)
+            found[other] = None if chosen is None or not self.routed else sum(one.rerouted for one in chosen)
         return found
 
 

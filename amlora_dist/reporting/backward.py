@@ -46,8 +46,8 @@ def _table(changes: list[StageChange], *, served: bool) -> TableBlock:
     caption = (
         "A task's line compares with the stage before; that of all earlier tasks is the backward transfer (BWT) of the"
         " sequence so far: each task against its own stage. Intervals are paired over rows. Changed: answers in other words;"
-        " worse: right before and wrong after (of free text, a lower score); rerouted: of these, rows that go to another"
-        " task than before."
+        " worse: right before and wrong after (of free text, a lower score); rerouted: of these, the answers to rows that"
+        " go to another task than before."
     )
     more = " The CSV has the lines of every task." if many else ""
     columns = list(lines[0])
