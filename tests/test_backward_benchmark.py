@@ -15,7 +15,7 @@ import pytest
 def test_every_version_is_asked_and_each_stage_has_a_line_for_each_task_before_it(repository: Path, tmp_path: Path) -> None:
     file = tmp_path / "backward.json"
     command = [sys.executable, str(repository / "benchmarks" / "backward_transfer.py"), "--quick", "--texts", "2"]
-    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = [(line["stage"], line["task"].partition(" ")[0]) for line in found["table"]]
