@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from amlora_dist.tasks.sources import load_task
+from amlora_dist.tasks.sources import Row, load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
 
 DEMO = ["helpdesk/email_route", "helpdesk/chat_mood", "helpdesk/call_urgency", "helpdesk/review_topic"]
@@ -33,10 +33,10 @@ def asked_of(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def rows_of(
+def task_rows(
     tasks: list[str], data_dir: Path | None, split: str, *, most: int, seed: int
-) -> list[tuple[int, str, str]]:
-    """Of each row the place of its task, its text and its label's words.
+) -> list[tuple[str, list[Row]]]:
+    """Of each task its name and its rows.
 
     Args:
         tasks: as a run names them.
@@ -46,9 +46,16 @@ def rows_of(
         seed: that drew the rows of the run.
     """
     found = []
-    for place, task in enumerate(tasks):
+    for task in tasks:
         limit: Any = {f"max_{split}": most}
         spec = resolve_task(task, data_dir=data_dir, base_dir=Path(), defaults=TaskDefaults(**limit))
-        rows = load_task(spec, data_dir=data_dir, splits=(split,), seed=seed).rows[split]
-        found += [(place, row.text, row.target) for row in rows]
+        found.append((spec.name, load_task(spec, data_dir=data_dir, splits=(split,), seed=seed).rows[split]))
     return found
+
+
+def rows_of(
+    tasks: list[str], data_dir: Path | None, split: str, *, most: int, seed: int
+) -> list[tuple[int, str, str]]:
+    """Of each row the place of its task, its text and its label's words; arguments as ``task_rows``."""
+    rows = enumerate(own for _, own in task_rows(tasks, data_dir, split, most=most, seed=seed))
+    return [(place, row.text, row.target) for place, own in rows for row in own]

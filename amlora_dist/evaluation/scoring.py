@@ -84,6 +84,11 @@ class Prediction:
         """All right answers."""
         return (self.answer, *(self.references or ()))
 
+    @property
+    def given(self) -> str:
+        """The answer that counts: the served one where the text was asked plainly, else the greedy output."""
+        return self.output if self.served is None else self.served
+
 
 def score_task(
     model: nn.Module,

@@ -40,7 +40,7 @@ def confusions(facts: RunFacts, task: str) -> Counts | None:
     counts: Counts = {label: Counter() for label in labels}
     for p in found:
         right = known.get(normalise_label(p.answer), p.answer)
-        counts.setdefault(right, Counter())[known.get(normalise_label(_given(p)), OTHER)] += 1
+        counts.setdefault(right, Counter())[known.get(normalise_label(p.given), OTHER)] += 1
     return counts
 
 
@@ -101,7 +101,7 @@ def answer_blocks(facts: RunFacts) -> list[Block]:
             continue
         whole = [_line(facts, task, p) for task, p in chosen]
         columns = ["task", "row", "right answer", "given answer", "score", "routed to", "its gate"]
-        shown = [[_short(value) for value in line] for line in whole]
+        shown = [[shortened(value) for value in line] for line in whole]
         caption = (
             "The first ones of each task in turn. Row: its number in the data; its text is not in the predictions."
             " Free text counts as right from a score of 0.5 on."
@@ -123,7 +123,7 @@ def _in_turn(facts: RunFacts, right: bool) -> list[tuple[str, Prediction]]:
 
 def _line(facts: RunFacts, task: str, p: Prediction) -> list[Value]:
     route, gate = _route(p, [*facts.materials.get("parent_tasks", []), *(stage.task for stage in facts.stages)])
-    return [task, p.row, p.answer, _given(p), p.correct, route, gate]
+    return [task, p.row, p.answer, p.given, p.correct, route, gate]
 
 
 def _route(p: Prediction, adapters: Sequence[str]) -> tuple[str | None, float | None]:
@@ -135,11 +135,8 @@ def _route(p: Prediction, adapters: Sequence[str]) -> tuple[str | None, float | 
     return (best, gates[best]) if gates[best] > 0 or p.route else ("zero adapter", 0.0)
 
 
-def _given(p: Prediction) -> str:
-    return p.output if p.served is None else p.served
-
-
-def _short(value: Value) -> Value:
+def shortened(value: Value) -> Value:
+    """A text on one line, as long as a table has room for; anything else as it is."""
     if not isinstance(value, str):
         return value
     text = " ".join(value.split())

@@ -20,6 +20,7 @@ from amlora_dist.evaluation.intervals import (
 from amlora_dist.evaluation.metrics import Metric
 from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
+from amlora_dist.reporting.backward import backward_blocks
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselines
 from amlora_dist.reporting.diagnosis import Finding, Recipe, RunFigures, diagnose
 from amlora_dist.reporting.facts import RunFacts
@@ -306,6 +307,7 @@ def _learned(
     return [
         *run_charts.accuracy_charts(facts, floor),
         TableBlock("tasks", "Task by task", Table(columns, rows), ranks),
+        *backward_blocks(facts),
         *([further] if also else []),
         *_by_evidence(facts),
         TableBlock("metrics", "Metrics", Table(["metric", "value", "low", "high", "formula"], lines), "– is undefined."),

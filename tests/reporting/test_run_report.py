@@ -11,6 +11,7 @@ import pytest
 
 from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.answers import OTHER, answer_blocks, confusion_blocks, confusions
+from amlora_dist.reporting.backward import ALL, backward_blocks
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, baselines
 from amlora_dist.reporting.facts import RunFacts, StageFacts
 from amlora_dist.reporting.figures import WIDE, WIDTH
@@ -134,6 +135,25 @@ def test_at_most_ten_answers_of_either_kind_and_each_task_has_its_turn() -> None
     assert [line[0] for line in wrong.table.rows] == ["mood"] * 5 + ["route"] * 5
     assert wrong.table.rows[0][-2:] == ["route", 0.75] and wrong.table.rows[0][3] == "x" * 200
     assert str(wrong.shown.rows[0][3]) == "x" * 79 + "…"
+
+
+def test_a_drop_that_a_new_task_causes_is_a_line_and_its_rows_are_named(facts: RunFacts) -> None:
+    """Row 2 of mood goes to the task that was learned after it."""
+    before = [replace(p, route="mood") for p in predictions("mood", ["happy", "happy", "happy", "happy"])]
+    after = [*before[:1], replace(before[1], served="billing", correct=0.0, route="route"), *before[2:]]
+    facts.predictions |= {"mood-1": before, "mood-2": after}
+    facts.stages[0].scores = [{"mode": "router", "task": "mood", "fingerprint": "mood-1"}]
+    facts.stages[1].scores = [{"mode": "router", "task": "mood", "fingerprint": "mood-2"}]
+    facts.result["accuracy_matrix"] = [[0.75, None, None], [0.5, 0.5, None]]
+    facts.stages = facts.stages[:2]
+    table, worse = backward_blocks(facts)
+    assert isinstance(table, TableBlock) and isinstance(worse, TableBlock)
+    lines = [dict(zip(table.table.columns, line, strict=True)) for line in table.table.rows]
+    assert [(line["stage"], line["task"], line["change"]) for line in lines] == [(2, "mood", -0.25), (2, ALL, -0.25)]
+    assert lines[0]["worse, rerouted"] == lines[0]["changed"] == 1 and lines[0]["better"] == 0
+    assert worse.table.rows == [[2, "route", "mood", 2, "happy", "happy", "billing", "mood", "route"]]
+    facts.result["accuracy_matrix"][1] = [None] * 3
+    assert backward_blocks(facts) == [], "earlier tasks were not scored at that stage"
 
 
 @pytest.mark.integration
