@@ -20,6 +20,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FILE = "backup.json"
 FORMAT = 1
+LOCKED_DEADLINE_S = 60.0
 FOLDERS = (ARTIFACTS, "bases", "storage")
 """What a backup holds beside the database: no other folder of a home is taken from one (its caches are believed)."""
 OF_THE_DISK = ("lost+found",)
@@ -161,12 +163,14 @@ def _copy_database(source: Path, target: Path) -> None:
     address = f"file:{quote(str(source))}?mode=ro" + ("&immutable=1" if still else "")
     try:
         with (
-            contextlib.closing(sqlite3.connect(address, uri=True, timeout=60)) as live,
+            contextlib.closing(sqlite3.connect(address, uri=True, timeout=1)) as live,
             contextlib.closing(sqlite3.connect(target)) as copy,
         ):
-            live.backup(copy)  # one moment, whoever writes meanwhile
+            live.backup(copy, progress=_Patience())  # one moment, whoever writes meanwhile
             copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
     except sqlite3.Error as error:
+        if not isinstance(error, sqlite3.OperationalError):
+            raise UserError(f"{source}: damaged ({error}); restore an earlier backup") from error
         fix = "end the programs that hold it, and try again"
         if is_full(error):
             fix = NO_ROOM
@@ -174,6 +178,17 @@ def _copy_database(source: Path, target: Path) -> None:
             fix = "SQLite cannot read it where it cannot write: copy the whole home (cp -a), and back up the copy"
         raise UserError(f"{source}: cannot be copied ({error}); {fix}") from error
     _check_database(target, source)
+
+
+class _Patience:
+    """Ends a copy that waits for somebody who holds the database; SQLite's own would wait for ever."""
+
+    def __init__(self) -> None:
+        self._until = time.monotonic() + LOCKED_DEADLINE_S
+
+    def __call__(self, status: int, left: int, pages: int) -> None:
+        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > self._until:
+            raise sqlite3.OperationalError(f"locked by another program for {LOCKED_DEADLINE_S:.0f} s")
 
 
 def _writable(folder: Path) -> bool:
