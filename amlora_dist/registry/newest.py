@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def newest(versions: Sequence[Version]) -> Version | None:
-    """Of the highest stage the version with the highest number, unless another was taken up since; None of none."""
+    """Of the highest stage the version with the highest number, unless another was taken up since; None if none is."""
     return max(versions, key=_order(versions), default=None)
 
 
 def take_up(store: Store, version: Version, epoch: int, guard: Callable[[], None]) -> None:
-    """Have a version count as the newest of its stage again: its run goes on from it, in this epoch, and not from later ones.
+    """Have a version count as the newest of its stage again: its run goes on from it, in this epoch, not from later ones.
 
     Args:
         store: which has it.
