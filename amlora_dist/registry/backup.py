@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 FILE = "backup.json"
 FORMAT = 1
 LOCKED_DEADLINE_S = 60.0
+_HELD = (5, 6)
+"""SQLITE_BUSY and SQLITE_LOCKED, which Python names since 3.11."""
 FOLDERS = (ARTIFACTS, "bases", "storage")
 """What a backup holds beside the database: no other folder of a home is taken from one (its caches are believed)."""
 OF_THE_DISK = ("lost+found",)
@@ -187,7 +189,7 @@ class _Patience:
         self._until = time.monotonic() + LOCKED_DEADLINE_S
 
     def __call__(self, status: int, left: int, pages: int) -> None:
-        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > self._until:
+        if status in _HELD and time.monotonic() > self._until:
             raise sqlite3.OperationalError(f"locked by another program for {LOCKED_DEADLINE_S:.0f} s")
 
 
