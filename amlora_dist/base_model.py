@@ -8,7 +8,6 @@ the functions that need them.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from amlora_dist.digests import file_digest, value_digest
 from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.files import write_bytes
 from amlora_dist.model_folder import AGAIN, folder_faults, read_object, short, size_faults, small_file_faults, stored_tensors
 from amlora_dist.packaged_model import folder_of_package
 from amlora_dist.quantisation import Quantisation, loading_options, settle
@@ -358,10 +358,7 @@ def folder_digest(path: Path, home: Path) -> str:
     for file in files:
         _check_whole(file)
     digest = value_digest([(f.name, file_digest(f)) for f in files])
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    tmp = memory.with_name(f"{memory.name}.{os.getpid()}")
-    tmp.write_text(digest)
-    tmp.replace(memory)
+    write_bytes(memory, digest.encode())
     return digest
 
 

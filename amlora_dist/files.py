@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from pathlib import Path
 def write_bytes(file: Path, content: bytes) -> None:
     """Write bytes under another name, then rename: a reader sees the old file or the new one, never half of one, also
     after a loss of power."""
-    new = _new_folders(file.parent)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    make_folders(file.parent)
+    part = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")  # pods all have the same few process ids
     try:
         with part.open("wb") as opened:
             opened.write(content)
@@ -29,8 +29,19 @@ def write_bytes(file: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    for folder in [file.parent, *(above.parent for above in new)]:
-        sync_folder(folder)
+    sync_folder(file.parent)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, as far as they are not there, and keep their names over a loss of power."""
+    missing = []
+    above = folder
+    while not above.exists():
+        missing.append(above)
+        above = above.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync_folder(one.parent)
 
 
 def rename_synced(source: Path, target: Path) -> None:
@@ -70,15 +81,6 @@ def sync_folder(folder: Path) -> None:
     """Sync the names in a folder; where a system knows no such thing (Windows, some network disks) nothing happens."""
     with contextlib.suppress(OSError):
         _sync(folder)
-
-
-def _new_folders(folder: Path) -> list[Path]:
-    """The folders that are not there yet, the innermost first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    return missing
 
 
 def _sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError, no_room, plain_reason
+from amlora_dist.files import rename_synced
 from amlora_dist.model_folder import short
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def _convert(file: Path, target: Path) -> int:
         mark = {"from": file.name, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
         (tmp / "CONVERTED").write_text(json.dumps(mark))
         tmp.chmod(0o755)
-        tmp.replace(target)
+        rename_synced(tmp, target)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise

@@ -56,7 +56,7 @@ from amlora_dist.inference.loading import (
 )
 from amlora_dist.inference.prompt_answering import PromptAnswering
 from amlora_dist.quantisation import Quantisation
-from amlora_dist.registry.bank_folder import Bank, read_bank
+from amlora_dist.registry.bank_folder import Bank
 from amlora_dist.registry.signing import Trust
 from amlora_dist.tasks.conversations import Turn, messages_of
 
@@ -179,8 +179,7 @@ class AMLoRAModel:
             uri, folder = pulled(str(bank), tracking_uri, trust)
         else:
             folder = Path(bank).expanduser()
-            trust.check(folder)
-        loaded = read_bank(folder, statistics=False)
+        loaded = trust.read(folder, statistics=False)
         described_router(loaded, abstain)  # says what is wrong before a weight is read
         check_quantisation(loaded.manifest.base, quantisation)
         found = resolve_bank_base(loaded.manifest.base, base, quantisation)

@@ -17,6 +17,7 @@ The adapter as PEFT loads it leaves the recipe out; a task's whole row is what `
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.digests import tensors_digest
-from amlora_dist.errors import BankError
-from amlora_dist.files import rename_synced
+from amlora_dist.errors import BankError, UserError
+from amlora_dist.files import make_folders, rename_synced
 from amlora_dist.registry import card
 from amlora_dist.registry.adapter_folder import (
     CONFIG_FILE,
@@ -174,7 +175,7 @@ def _write(
     entry = dataclasses.replace(manifest.router, digest=router_digest(router, manifest.router.kind, settings))
     manifest = replace(manifest, router=entry)
     lines = {line.task: line for line in manifest.adapters}
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(folder.parent)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write_frame(tmp, manifest, [lines[adapter.task] for adapter in adapters])
@@ -339,8 +340,19 @@ def swap_in(tmp: Path, folder: Path) -> None:
         rename_synced(tmp, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.replace(old / folder.name)
-    rename_synced(tmp, folder)
+    try:
+        folder.replace(old / folder.name)
+    except OSError as error:
+        old.rmdir()
+        if error.errno == errno.EBUSY:
+            raise UserError(f"{folder}: something is mounted there, expected a folder to rename; name another") from error
+        raise
+    try:
+        rename_synced(tmp, folder)
+    except BaseException:
+        (old / folder.name).replace(folder)
+        old.rmdir()
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -84,6 +84,9 @@ class Connection:
     secrets: tuple[str, ...] = ()
     """What no message may hold of ``uri``."""
 
+    home: Path | None = None
+    """Whose embedded store it is: all artifacts lie in it."""
+
     away: bool = False
     """A call gave up on the server; until one is answered again, others try once only, so that the run can end."""
 
@@ -148,6 +151,8 @@ class Connection:
     def repository(self, artifact_uri: str) -> Any:
         """What reads and writes the artifacts of a run. MLflow's client keeps one for each run's id and the whole process,
         which would be another home's where one was copied."""
+        if self.home is not None:
+            artifact_uri = places.own_place(artifact_uri, self.home)
 
         def whole() -> Any:
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -214,10 +219,8 @@ def store_uri(home: Path, tracking_uri: str | None) -> tuple[str, str]:
     where = KEY if tracking_uri else VARIABLE if os.environ.get(VARIABLE) else "AMLORA_HOME"
     tracking_uri = tracking_uri or os.environ.get(VARIABLE)
     uri = tracking_uri or f"sqlite:///{home / 'mlflow.db'}"
-    if not tracking_uri and any(sign in str(home) for sign in "?#%"):
-        raise UserError(
-            f"AMLORA_HOME: {home} holds one of ? # %, which a database URI cannot carry; use another folder"
-        )
+    if not tracking_uri:
+        check_home(home)
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise UserError(
             f"{where}: found {privacy.shown(uri)!r}, expected http(s)://HOST:PORT or sqlite:////ABSOLUTE/FILE.db (MLflow"
@@ -230,6 +233,14 @@ def store_uri(home: Path, tracking_uri: str | None) -> tuple[str, str]:
             " sqlite:////ABSOLUTE/FILE.db; or leave it out for the embedded store"
         )
     return where, uri
+
+
+def check_home(home: Path) -> None:
+    """Refuse a home that the embedded store cannot lie in. Raises UserError."""
+    if any(sign in str(home) for sign in "?#%"):
+        raise UserError(
+            f"AMLORA_HOME: {home} holds one of ? # %, which a database URI cannot carry; use another folder"
+        )
 
 
 def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Connection:
@@ -261,7 +272,8 @@ def connect(home: Path, tracking_uri: str | None, *, reads: bool = False) -> Con
     secrets = tuple(privacy.secrets_of(uri))
     if uri.startswith(("http:", "https:", "databricks")):
         return Connection(client, uri, None, secrets)
-    return Connection(client, uri, str(home / places.ARTIFACTS), secrets)
+    embedded = uri.startswith("sqlite:///") and _sqlite_file(uri) == home / places.DATABASE
+    return Connection(client, uri, str(home / places.ARTIFACTS), secrets, home if embedded else None)
 
 
 _PACKAGES = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter, rows
 from amlora_dist.errors import UserError
+from amlora_dist.files import make_folders, sync_tree
 from amlora_dist.methods import LORA
 from amlora_dist.registry.adapter_folder import CONFIG_FILE, MODEL_FILE, peft_config
 from amlora_dist.registry.bank_files import README_FILE
@@ -131,6 +132,7 @@ def export_merged(
                 weight += (delta.T if bank.manifest.fan_in_fan_out else delta).to(weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    sync_tree(folder)
     write_index(folder, bank.manifest, "merged", weights=dict(weights), **more)
     return folder
 
@@ -155,7 +157,7 @@ def vacant(folder: Path) -> None:
 def new_folder(folder: Path) -> None:
     """Make a folder where nothing is, or an empty one."""
     vacant(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
 
 
 def discard(folder: Path) -> None:

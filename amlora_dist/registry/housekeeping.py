@@ -59,7 +59,7 @@ def check_alias(alias: str) -> None:
     Raises:
         UserError: says which.
     """
-    if alias in (tags.CURRENT, tags.LATEST):
+    if alias.lower() in (tags.CURRENT, tags.LATEST):  # some databases do not tell cases apart
         raise UserError(f"alias: {alias!r} follows the newest version by itself; take another name, such as champion")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", alias) or re.fullmatch(r"[vV][0-9]+", alias):
         raise UserError(f"alias: found {alias!r}, expected letters, digits, _ and -, and not a version number (v3)")

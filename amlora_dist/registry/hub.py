@@ -20,7 +20,7 @@ from amlora_dist.registry import card
 from amlora_dist.registry.bank_files import README_FILE, SIGNATURE_FILE, bank_files, is_allowed, refuse_unknown
 from amlora_dist.registry.bank_folder import check_list, check_publishable, read_bank
 from amlora_dist.registry.manifest import FILE, MAX_BYTES, Manifest, Stored, read_manifest
-from amlora_dist.registry.transfer import Progress, assemble
+from amlora_dist.registry.transfer import Progress, assemble, pull_place
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -124,10 +124,9 @@ def pull_from_hub(
         HubError: the Hub does not answer, or does not show it to this token.
     """
     repository, revision = parse_hub_uri(uri)
-    dest = dest.absolute()
+    dest = pull_place(dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest}: is there already; give a new folder, or remove it first")
-    dest.parent.mkdir(parents=True, exist_ok=True)
     with hub_errors(repository, "read"):
         info = _api().model_info(repository, revision=revision)
         commit = str(info.sha)  # one commit throughout, whoever pushes meanwhile

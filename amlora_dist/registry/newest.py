@@ -2,7 +2,8 @@
 
 MLflow's numbers say when a version was registered, not how far the run had come: a stage that is published again, because
 its version was deleted or its rows changed, gets the highest number although its bank has the fewest tasks. Newest is
-therefore the run's last stage; of two versions of one stage the later one.
+therefore the run's last stage; of two versions of one stage the later one, or the one that the run has taken up again since
+(``take_up``: rows had changed, and came back).
 
 ``current`` goes that way only forwards. This project notes on the registered model where it left the alias
 (``tags.POINTED``); an alias that stands somewhere else was set by a person, and is left alone until they delete it.
@@ -19,14 +20,31 @@ from amlora_dist.registry.connection import is_code
 
 if TYPE_CHECKING:
     from amlora_dist.registry.connection import Connection
+    from amlora_dist.registry.store import Store
     from amlora_dist.registry.versions import Version
 
 log = logging.getLogger(__name__)
 
 
 def newest(versions: Sequence[Version]) -> Version | None:
-    """The version of the highest stage, of several the one with the highest number; None where there is none."""
-    return max(versions, key=_place, default=None)
+    """Of the highest stage the version with the highest number, unless another was taken up since; None if none is."""
+    return max(versions, key=_order(versions), default=None)
+
+
+def take_up(store: Store, version: Version, epoch: int, guard: Callable[[], None]) -> None:
+    """Have a version count as the newest of its stage again: its run goes on from it, in this epoch, not from later ones.
+
+    Args:
+        store: which has it.
+        version: that the run takes up.
+        epoch: of the run's lease.
+        guard: called right before each write.
+    """
+    of_stage = [one for one in store.counted_versions(version.registered_model) if one.stage == version.stage]
+    last = newest(of_stage)
+    if last is not None and last.number != version.number:
+        store.tag_version(version, {tags.TAKEN: str(epoch)}, guard)
+        store.ensure_current(version.registered_model, guard)
 
 
 def ensure_current(
@@ -61,7 +79,8 @@ def ensure_current(
                 registered_model, tags.CURRENT, number, wanted.number,
             )  # fmt: skip
         return
-    if not backwards and _place(wanted) < ((there.stage, there.number) if there else (stage, 0)):
+    order = _order(good)
+    if not backwards and order(wanted) < (order(there) if there else (stage, 0, 0)):
         return
     if there is not None and there.number == wanted.number and noted == [wanted.number]:
         return
@@ -83,8 +102,10 @@ def ensure_current(
     note(_text([wanted.number], wanted.stage))
 
 
-def _place(version: Version) -> tuple[int, int]:
-    return version.stage, version.number
+def _order(versions: Sequence[Version]) -> Callable[[Version], tuple[int, int, int]]:
+    """How new each of some versions is. Epochs count only where one was taken up: who deletes a lease begins them anew."""
+    again = any(tags.TAKEN in version.tags for version in versions)
+    return lambda version: (version.stage, version.taken if again else 0, version.number)
 
 
 def _text(numbers: list[int], stage: int) -> str:

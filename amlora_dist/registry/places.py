@@ -14,6 +14,8 @@ import sqlite3
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
+from amlora_dist.registry import tags
+
 log = logging.getLogger(__name__)
 
 DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
@@ -52,8 +54,11 @@ def settle(file: Path, home: Path) -> list[str]:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "experiments" not in tables:
             return []
-        found = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        old = sorted({root for name, place in found if (root := _other_root(name, place, home)) is not None})
+        found = connection.execute("SELECT name, artifact_location, experiment_id FROM experiments").fetchall()
+        runs = "SELECT DISTINCT experiment_id FROM runs JOIN tags USING (run_uuid) WHERE substr(key, 1, ?) = ?"
+        ours = {number for (number,) in connection.execute(runs, (len(tags.PREFIX), tags.PREFIX))}
+        roots = {_other_root(name, place, home, number in ours) for name, place, number in found}
+        old = sorted(root for root in roots if root is not None)
         if not old:
             return []
         connection.execute("BEGIN IMMEDIATE")
@@ -73,14 +78,24 @@ def settle(file: Path, home: Path) -> list[str]:
     return old
 
 
-def _other_root(name: str, place: str | None, home: Path) -> str | None:
-    """The artifact root that an experiment of this project names, if it is not this home's; as it is written."""
+def own_place(place: str, home: Path) -> str:
+    """Where artifacts of a run of this project lie in ``home``, whatever its store says: who opens the same folder by
+    another path (a container's mount) sets the places of all to that, while somebody writes by this one."""
+    parts = PurePath(_path(place)).parts
+    if len(parts) > 4 and parts[-4] == ARTIFACTS and parts[-1] == "artifacts":
+        return str(home.joinpath(ARTIFACTS, *parts[-3:]))
+    return place
+
+
+def _other_root(name: str, place: str | None, home: Path, ours: bool) -> str | None:
+    """The artifact root that an experiment of this project names, if it is not this home's; as it is written. One that has
+    none of this project's runs, and lies where it says, is somebody's own."""
     root, slash, last = (place or "").rpartition("/")
     here = str(home / ARTIFACTS)
     if not slash or PurePath(_path(root)).name != ARTIFACTS or root == here:
         return None
-    ours = last == name.replace(" ", "_") or (home / ARTIFACTS / last).is_dir()
-    return root if ours else None
+    named = last == name.replace(" ", "_") and not Path(_path(place or "")).is_dir()
+    return root if ours or named or (home / ARTIFACTS / last).is_dir() else None
 
 
 def _path(place: str) -> str:

@@ -15,6 +15,7 @@ from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES
 from amlora_dist.registry.manifest import FILE, Manifest, read_manifest
+from amlora_dist.registry.transfer import pull_place
 
 if TYPE_CHECKING:
     from amlora_dist.registry.signing import Trust
@@ -46,7 +47,7 @@ def pull_bank(
         statistics: fetch what only the continuation of the bank needs, too; a signature is over them.
         trust: what is demanded of the bank.
     """
-    dest = dest.absolute()
+    dest = pull_place(dest)
     if not dest.exists() and version.artifact_path:
         _seed(dest.with_name(f".{dest.name}.part"), manifest_of(store, version), [dest.parent, *nearby])
     statistics = statistics or (trust is not None and trust.key is not None)

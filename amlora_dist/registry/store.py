@@ -239,8 +239,18 @@ class Store(Runs):
         if not version.artifact_path:
             raise BankError(f"{version.uri}: was not published by amlora-dist (no tag {_ARTIFACT_PATH})")
         expected = version.tags.get(_MANIFEST_DIGEST)
+
+        def named(folder: Path) -> None:
+            try:
+                if check is not None:
+                    check(folder)
+            except BankError as error:  # a folder that is being made is nobody's
+                if folder == dest.resolve():
+                    raise
+                raise BankError(str(error).replace(str(folder), version.uri)) from error
+
         return transfer.pull(
-            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress, check=check
+            self, version.run, version.artifact_path, expected, dest, statistics=statistics, progress=progress, check=named
         )
 
     # ---- leases -----------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ ARTIFACT_PATH = "amlora.artifact_path"
 MANIFEST_DIGEST = "amlora.manifest_digest"
 POINTED = "amlora.pointed"
 """Of a registered model: the version at which this project has left the alias ``current``, and its stage."""
+TAKEN = "amlora.taken"
+"""Of a version: epoch of the start that took it up again after a later version of its stage, whose data had come back."""
 REUSED_FROM = "amlora.reused_from"
 """``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
+from amlora_dist.files import make_folders, sync_files, write_bytes
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES, CONFIG_FILE, read_adapter
 from amlora_dist.registry.bank_files import (
     README_FILE,
@@ -217,8 +218,7 @@ def pull(
         progress: called before each part.
         check: as in ``assemble``.
     """
-    dest = dest.absolute()
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    dest = pull_place(dest)
     part = dest.with_name(f".{dest.name}.part")
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
@@ -229,25 +229,42 @@ def pull(
                 here = Stored(version_of="bank", run=run, artifact_path=f"{root}/{path}")
                 fetch_file(runs, path, stored or here, target, (manifest.files or {}).get(path))
 
-            if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-                _already(dest, manifest, fetch, statistics=statistics)
-                if signed:
-                    _fetch_signature(runs, run, root, dest)
-                if check is not None:
-                    check(dest)
-                return dest
-
             def checked(folder: Path) -> None:
                 if signed:
                     _fetch_signature(runs, run, root, folder)
                 if check is not None:
                     check(folder)
 
+            if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+                _already(dest, manifest, fetch, statistics=statistics)
+                file = dest / SIGNATURE_FILE
+                before = file.read_bytes() if file.is_file() else None
+                try:
+                    checked(dest)
+                except BankError:
+                    if before is not None:
+                        write_bytes(file, before)  # the one that lay here stays
+                    raise
+                return dest
+
             return assemble(
                 manifest, part, dest, fetch, statistics=statistics, progress=progress, check=checked
             )
     except Timeout as error:
         raise UserError(f"waited {PULL_DEADLINE_S:.0f} s for another process that pulls to {dest}") from error
+
+
+def pull_place(dest: Path) -> Path:
+    """Where a bank is pulled to, with a folder above it: what a link points at, so that the link stays.
+
+    Raises:
+        UserError: a disk is mounted there, over which nothing can be renamed.
+    """
+    dest = dest.resolve()
+    if dest.is_mount() and not any(dest.iterdir()):
+        raise UserError(f"{dest}: a disk is mounted there, expected a folder that can be made; give {dest / 'bank'}, say")
+    make_folders(dest.parent)
+    return dest
 
 
 def assemble(
@@ -332,6 +349,7 @@ def _fetch_signature(runs: Runs, run: str, root: str, folder: Path) -> None:
         file = runs.download(run, f"{root}/{SIGNATURE_FILE}", Path(tmp), most=MAX_BYTES)
         if file is not None:
             file.replace(folder / SIGNATURE_FILE)
+            sync_files(folder, [SIGNATURE_FILE])
 
 
 def fetch_file(runs: Runs, path: str, stored: Stored, target: Path, entry: FileEntry | None = None) -> None:
@@ -365,6 +383,7 @@ def _already(dest: Path, manifest: Manifest, fetch: Fetch, *, statistics: bool) 
         for entry in manifest.statistics if statistics else []:
             if not (dest / entry.file).exists():
                 fetch(entry.file, entry.stored, dest / entry.file)
+                sync_files(dest, [entry.file])
         read_bank(dest)
     except BankError as error:
         raise BankError(f"{error}\n{dest} was pulled before and is damaged: remove it and pull again") from error

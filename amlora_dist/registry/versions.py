@@ -43,6 +43,12 @@ class Version:
         return int(stage) if stage.isdecimal() else 0
 
     @property
+    def taken(self) -> int:
+        """The epoch in which its run last took it up or wrote it."""
+        taken = self.tags.get(tags.TAKEN, "")
+        return max(self.epoch, int(taken) if taken.isdecimal() else 0)
+
+    @property
     def training_fingerprint(self) -> str:
         """Of the stage that made it."""
         return self.tags.get(tags.TRAINING_FINGERPRINT, "")

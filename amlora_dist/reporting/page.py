@@ -6,8 +6,6 @@ The page is made of sections of blocks; ``templates/page.html.j2`` lays them out
 from __future__ import annotations
 
 import base64
-import contextlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from amlora_dist.errors import UserError
+from amlora_dist.files import write_bytes
 from amlora_dist.reporting.diagnosis import Finding
 from amlora_dist.reporting.figures import Chart, Table, Value
 
@@ -112,16 +111,11 @@ class Page:
 
 
 def write_page(page: Page, file: Path) -> Path:
-    """Write under a temporary name, rename. Raises UserError where the place cannot be written."""
+    """Write under a temporary name, sync, rename. Raises UserError where the place cannot be written."""
     text = page.html()
-    tmp = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(text, encoding="utf-8")
-        tmp.replace(file)
+        write_bytes(file, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
         raise UserError(f"cannot write {file}: {error}; give another --output") from error
     return file
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError
-from amlora_dist.files import rename_synced, sync_folder
+from amlora_dist.files import make_folders, rename_synced, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: StagePr
     tmp = folder / f".{target.name}.{os.getpid()}"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        make_folders(folder)
+        tmp.mkdir()
         save_file(dict(state), tmp / "state.safetensors")
         write_text(tmp / "progress.json", json.dumps(asdict(progress)))
     except (OSError, SafetensorError, UserError) as error:

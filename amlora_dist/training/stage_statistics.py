@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from amlora_dist.evaluation.decoding import Decoder
 from amlora_dist.evaluation.label_plan import plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.scoring import deal
+from amlora_dist.files import write_bytes
 from amlora_dist.tasks import background
 from amlora_dist.tasks.batches import Example, collate_prompts, padded
 from amlora_dist.tasks.prompt_format import special_ends, text_ids
@@ -300,9 +300,6 @@ def _write_means(file: Path, means: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        tmp.write_bytes(save(means))
-        tmp.replace(file)
+        write_bytes(file, save(means))
     except OSError as error:
         log.warning("%s: the background's features cannot be kept (%s); they are computed again next time", file, error)

@@ -20,6 +20,7 @@ from amlora_dist.registry.bank_folder import check_list, check_publishable, read
 from amlora_dist.registry.housekeeping import aliases, candidates, point_alias, remove
 from amlora_dist.registry.hub import SCHEME, check_repository, parse_hub_uri, pull_from_hub, push_bank
 from amlora_dist.registry.manifest import Manifest, read_manifest
+from amlora_dist.registry.newest import newest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
 from amlora_dist.registry.store import Store
 from pipelines.cli.output import stdout_to_stderr
@@ -47,10 +48,10 @@ def show_models(tracking_uri: str | None, *, as_json: bool) -> None:
     listed: list[dict[str, Any]] = []
     with stdout_to_stderr():
         for name in store.registered_models():
-            if good := store.counted_versions(name):
-                newest = good[-1]
+            good = store.counted_versions(name)
+            if (last := newest(good)) is not None:
                 listed.append({
-                    "name": name, "versions": len(good), "newest": newest.number, "task": newest.tags.get(tags.TASK, ""),
+                    "name": name, "versions": len(good), "newest": last.number, "task": last.tags.get(tags.TASK, ""),
                     "aliases": dict(aliases(store, name)),
                 })  # fmt: skip
     if as_json:
@@ -181,13 +182,23 @@ def point(name: str, number: int, alias: str, tracking_uri: str | None, trust: T
     """Move an alias, if the version is what is demanded; says from where."""
     store = open_store(tracking_uri)
     with stdout_to_stderr():
-        if trust is not None and trust.any:
-            with _fetched(store, store.resolve(f"models:/{name}/{number}"), trust):
-                pass
+        if trust is not None:
+            check_stored(store, store.resolve(f"models:/{name}/{number}"), trust)
         before = aliases(store, name).get(alias)
         version = point_alias(store, name, number, alias)
     moved = f" (before: version {before})" if before not in (None, number) else ""
     return f"models:/{name}@{alias} is {version.uri}{moved}"
+
+
+def check_stored(store: Store, version: Version, trust: Trust) -> None:
+    """See that a version, as the store has it, is what is demanded.
+
+    Raises:
+        BankError: it is not.
+    """
+    if trust.any:
+        with _fetched(store, version, trust):
+            pass
 
 
 def verify_bank(bank: str, tracking_uri: str | None) -> str:
@@ -215,7 +226,7 @@ def sign_bank(bank: str, key: Path, tracking_uri: str | None) -> str:
 
     if not bank.startswith("models:"):
         folder = Path(bank).expanduser()
-        read_bank(folder)
+        check_list(folder, read_bank(folder).manifest, whole=True)
         return f"{sign(folder, key)} signs {folder}"
     store = open_store(tracking_uri)
     with stdout_to_stderr():

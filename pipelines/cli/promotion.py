@@ -66,13 +66,17 @@ def promote(asked: Promotion, options: dict[str, Any], *, as_json: bool) -> None
     """
     from amlora_dist.config.loading import home
     from amlora_dist.registry.housekeeping import aliases, check_alias
+    from amlora_dist.registry.signing import Trust
     from amlora_dist.registry.store import Store
+    from pipelines.cli.bank_output import check_stored
 
+    trust = Trust.of(options.get("require_signature"), options.get("expect_digest"))
     requirements, margin = [Requirement.parse(text) for text in asked.require], check_margin(asked.margin)
     check_alias(asked.alias)
     with stdout_to_stderr():
         store = Store.open(home(), options.get("tracking_uri"))
         version = store.resolve(f"models:/{asked.name}/{asked.number}")
+        check_stored(store, version, trust)  # what lies here may have been signed for this machine alone
         before = aliases(store, asked.name).get(asked.alias)
         replaced = None if before in (None, asked.number) else store.resolve(f"models:/{asked.name}/{before}")
         result = _examined(store, version, replaced, asked, requirements, margin, options)

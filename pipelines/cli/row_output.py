@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.files import rename_synced
 from amlora_dist.tasks.files import Form
 from amlora_dist.tasks.texts import HALF, is_blank, kind_of, lone_surrogate
 
@@ -114,7 +115,7 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
         with _told(place.path):
             if written == "csv":
                 _as_table(rows, tmp, spreadsheet=place.spreadsheet)
-            tmp.replace(place.path)
+            rename_synced(tmp, place.path)
     finally:
         tmp.unlink(missing_ok=True)
         rows.unlink(missing_ok=True)

@@ -264,7 +264,6 @@ def _check_installed() -> None:
 def _checked(bank: str, options: dict[str, Any]) -> tuple[str, Bank]:
     """The version to serve and its bank, after all that can be looked at before Ray starts."""
     from amlora_dist.inference.loading import check_quantisation, described_router, pulled, resolve_bank_base
-    from amlora_dist.registry.bank_folder import read_bank
     from amlora_dist.registry.signing import Trust
 
     trust = Trust.of(options.get("require_signature"), options.get("expect_digest"))
@@ -272,8 +271,7 @@ def _checked(bank: str, options: dict[str, Any]) -> tuple[str, Bank]:
         version, folder = pulled(bank, options["tracking_uri"], trust)
     else:
         version, folder = bank, Path(bank)
-        trust.check(folder)
-    read = read_bank(folder, statistics=False)
+    read = trust.read(folder, statistics=False)
     described_router(read, options.get("abstain"))
     check_quantisation(read.manifest.base, options.get("quantisation"))
     resolve_bank_base(read.manifest.base, options["base"])

@@ -36,6 +36,12 @@ class ServedBankArgs(BaseModel):
     dtype: str = "auto"
     quantisation: Quantisation | None = None
     """Of the base model; None: the bank's own."""
+    abstain: float | None = None
+    """Share of own rows that may be lost by giving texts of no task to the base model; None: as the bank was published."""
+    require_signature: str | None = None
+    """PEM of the public key that must have signed the bank, where every node sees it."""
+    expect_digest: str | None = None
+    """The manifest's, as ``amlora verify`` prints it."""
     engine_url: str | None = None
     """Of a vLLM that every replica reaches; None: this project's own engine."""
     engine_rank: int = Field(default=32, ge=1)
@@ -56,6 +62,7 @@ def application(args: ServedBankArgs) -> Any:
     bank = args.bank if args.bank.startswith("models:") else str(Path(args.bank).expanduser().resolve())
     options = {
         "base": args.base, "device": args.device, "dtype": args.dtype, "quantisation": args.quantisation,
+        "abstain": args.abstain, "require_signature": args.require_signature, "expect_digest": args.expect_digest,
         "tracking_uri": os.environ.get(VARIABLE),
     }  # fmt: skip
     vllm = None if args.engine_url is None else (args.engine_url, args.engine_rank)

@@ -124,6 +124,8 @@ class BankVersions:
         )
         statistics = statistics_entry(index, record.task, newest.continuation(), stored_statistics)
         tensors, router = self._router(inputs, parents, newest)
+        known = {} if before is None else dict(before.files or {})
+        known |= {} if original is None else self.manifest_of(original).files or {}
         manifest = Manifest(
             base=BaseEntry.of(inputs.base),
             bank_template=BANK_TEMPLATE,
@@ -139,6 +141,7 @@ class BankVersions:
                 parent=None if below is None else below.uri, reused_from=None if original is None else original.uri
             ),
             library_versions=library_versions(),
+            files={path: one for path, one in known.items() if path.endswith(".safetensors")},  # that lie elsewhere
             stage=record.index,
             **about,
         )

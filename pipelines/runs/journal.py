@@ -22,6 +22,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.housekeeping import crown_first
+from amlora_dist.registry.newest import take_up
 from amlora_dist.registry.records import describe_run
 from amlora_dist.registry.runs import RESULT
 from amlora_dist.training.result import Result, read_result, write_result
@@ -155,6 +156,7 @@ class RunJournal:
         try:
             if own is not None:
                 self.store.drop_claim(plan.fingerprint, label=self._label(plan))
+                take_up(self.store, own, self.lease.epoch, self.lease.check)
                 record.original, record.published, record.resumed = own, own, True
             elif plan.trains and self._share:
                 record.original = self._find_or_claim(plan, record, on_wait)

@@ -221,7 +221,8 @@ def _other_data(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         for key, called in (("prompt", "prompt"), ("labels", "labels"), ("metric", "metric")):
             before, after = then[task].get(key), now[task].get(key)
             if key in then[task] and key in now[task] and before != after:
-                found.append(f"task {task!r}: other {called} ({_short(before)} then, {_short(after)} now)")
+                words = f" ({_short(before)} then, {_short(after)} now)" if _short(before) != _short(after) else ""
+                found.append(f"task {task!r}: other {called}{words}")
     return found
 
 

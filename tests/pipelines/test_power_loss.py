@@ -22,8 +22,10 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.crash_points import POINTS
+from amlora_dist.registry.store import Store
 from tests.fork_server import Server
 from tests.pipelines.crash_cases import DIES_AT, RUN_ID, Crashed, Outcome, faults, matrix_config, outcome_of, spawned
+from tests.registry.tiny_banks import TASKS, publish_sequence
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 
@@ -199,3 +201,55 @@ def _whole_versions(home: Path, folder: Path, forking: Server) -> int:
         seen = forking.start(folder / str(number), "verify", f"models:/{RUN_ID}/{number}", AMLORA_HOME=str(home))
         assert seen.wait(120) == 0, seen.stderr
     return len(found)
+
+
+@pytest.fixture
+def published(empty_home: Path, tmp_path: Path) -> Path:
+    """A folder with a home that has a version of a bank, which is signed, and a key."""
+    folder = tmp_path / "world"
+    shutil.copytree(empty_home, folder / "home")
+    (tmp_path / "work").mkdir()
+    publish_sequence(Store.open(folder / "home"), "banks", tmp_path / "work", tasks=TASKS[:1])
+    pytest.importorskip("model_signing", reason="the extra `sign` is not installed")
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "bank.key").write_bytes(key)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "command", "made"),
+    [
+        ((), ("pull", "models:/banks/1", "W/new/deep/bank", "--statistics"), "new/deep/bank"),
+        (("pull", "models:/banks/1", "W/bank"), ("pull", "models:/banks/1", "W/bank", "--statistics"), "bank"),
+        (("pull", "models:/banks/1", "W/bank"), ("sign", "W/bank", "--key", "W/bank.key"), "bank"),
+        ((), ("sign", "models:/banks/1", "--key", "W/bank.key"), "home/artifacts"),
+        ((), ("export", "models:/banks/1", "W/new/deep/export"), "new/deep/export"),
+        ((), ("backup", "W/new/deep/backup"), "new/deep/backup"),
+        (("backup", "W/backup"), ("restore", "W/backup"), "new/home"),
+    ],
+    ids=["pull", "pull-statistics", "sign", "sign-a-version", "export", "backup", "restore"],
+)
+def test_what_a_command_says_it_has_made_is_there_after_a_loss_of_power(
+    before: tuple[str, ...], command: tuple[str, ...], made: str, library: Path, published: Path, tmp_path: Path,
+    forking: Server,
+) -> None:  # fmt: skip
+    def told(arguments: tuple[str, ...]) -> list[str]:
+        return [one.replace("W/", f"{published}/") for one in arguments]
+
+    if before:
+        first = forking.start(tmp_path / "first", *told(before), AMLORA_HOME=str(published / "home"))
+        assert first.wait() == 0, first.stderr
+    disk = Disk(published, tmp_path / "notes")
+    home = published / ("new/home" if command[0] == "restore" else "home")
+    forgetful = {"LD_PRELOAD": str(library), "FORGETFUL": str(disk.notes)}
+    run = spawned(tmp_path / "run", *told(command), AMLORA_HOME=str(home), **forgetful)
+    assert run.wait() == 0, run.stderr
+    disk.without_power(tmp_path / "left")
+    files = [path for path in (published / made).rglob("*") if path.is_file() and not path.name.startswith("mlflow.db-")]
+    assert files
+    for path in files:
+        left = tmp_path / "left" / path.relative_to(published)
+        assert left.is_file() and left.read_bytes() == path.read_bytes(), path.relative_to(published)

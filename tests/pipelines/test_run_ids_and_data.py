@@ -128,6 +128,27 @@ def test_data_changed(tmp_path: Path, home: Path) -> None:
     assert run(config, "three")["stages"][2]["version"] == 6, "the data of now are those of the run"
 
 
+def test_data_that_came_back_bring_their_bank_back(tmp_path: Path, home: Path) -> None:
+    """What the data of now have taught is the run's newest bank, whatever was trained on others in between."""
+    config = write_config(tmp_path, tasks=("colours", "shapes"))
+    run(config, "two")
+    store = Store.open(home)
+    rows = tmp_path / "tasks" / "colours" / "train.jsonl"
+    kept = rows.read_text(encoding="utf-8")
+    for expected in (4, 2, 4, 2):
+        if expected == 4:
+            take_away(tmp_path, "colours", "train")
+        else:
+            rows.write_text(kept, encoding="utf-8")
+        result = run(config, "two", allow_changed_data=True)
+        assert result["stages"][-1]["version"] == expected
+        for uri in ("models:/two@current", "models:/two/latest"):
+            assert store.resolve(uri).number == expected, uri
+    longer = load_config(write_config(tmp_path, tasks=("colours", "shapes", "sizes"))).tasks
+    run(config, "two", f"tasks={json.dumps(longer)}")
+    assert store.resolve("models:/two@current").number == 5
+
+
 def test_test_rows_prompts_labels_and_the_model_are_data_too(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",))
     run(config, "one")

@@ -144,7 +144,11 @@ def test_another_run_with_the_same_prefix_trains_only_what_differs(tmp_path: Pat
     pulled = store.pull_version(store.resolve("models:/second/2"), home / "second")
     from amlora_dist.registry.bank_folder import read_bank
 
-    assert [entry.task for entry in read_bank(pulled).manifest.adapters] == ["colours", "shapes"]
+    manifest = read_bank(pulled).manifest
+    assert [entry.task for entry in manifest.adapters] == ["colours", "shapes"]
+    listed = {path for path in manifest.files or {} if path.endswith(".safetensors")}
+    parts = {path.relative_to(pulled).as_posix() for path in pulled.rglob("*.safetensors")}
+    assert listed == parts and len(parts) == 7, "with those that other versions and runs keep"
 
 
 def test_a_run_goes_on_from_a_published_bank(tmp_path: Path, home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -9,11 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from amlora_dist.errors import UserError
 from amlora_dist.registry.backup import FILE, backup, restore
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.store import Store
+from pipelines.cli.main import app
+from tests.fork_server import Server
 from tests.registry.tiny_banks import TASKS, publish_sequence
 
 pytestmark = pytest.mark.integration
@@ -92,8 +96,8 @@ def test_a_damaged_backup_makes_no_home(home: Path, tmp_path: Path) -> None:
         ({"files": {"../../x": {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
         ({"files": {"../backup/backup.json": {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
         ({"files": {str(tmp_path / "backup" / FILE): {"size": 1, "sha256": ""}}}, "expected files of this folder alone"),
-        ({"files": {"a\0b": {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
-        ({"files": {"n" * 300: {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
+        ({"files": {"artifacts/a\0b": {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
+        ({"files": {f"artifacts/{'n' * 300}": {"size": 1, "sha256": ""}}}, "missing; the backup is damaged"),
         ({"files": {"mlflow.db": {"size": float("inf"), "sha256": ""}}}, "not what"),
         ({"files": []}, r"not listed|not what"),
         ({"files": {"mlflow.db": {}}}, "not what"),
@@ -103,6 +107,91 @@ def test_a_damaged_backup_makes_no_home(home: Path, tmp_path: Path) -> None:
             restore(tmp_path / "backup", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_that_is_there_and_empty_is_filled_where_it_is(home: Path, tmp_path: Path) -> None:
+    """A disk that is mounted there can be neither removed nor renamed over: a volume of a cluster, say, with what every new
+    disk holds."""
+    for name in ("backup", "home"):
+        (tmp_path / name / "lost+found").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    number = {name: (tmp_path / name).stat().st_ino for name in ("backup", "home")}
+    backup(home, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "home")
+    restore(tmp_path / "backup", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    for name in ("home", "link"):
+        assert len(digests(tmp_path / name, tmp_path / f"pulled-{name}")) == 1
+    assert number == {name: (tmp_path / name).stat().st_ino for name in ("backup", "home")}
+    assert {path.name for path in (tmp_path / "backup").iterdir()} == {"lost+found", "mlflow.db", "artifacts", "backup.json"}
+
+
+def test_what_was_moved_to_another_disk_behind_a_link_is_in_the_backup(home: Path, tmp_path: Path) -> None:
+    for name in ("artifacts/banks", "artifacts"):
+        away = tmp_path / f"disk-{name.replace('/', '-')}"
+        shutil.move(home / name, away)
+        (home / name).symlink_to(away)
+    (home / "artifacts" / "circle").symlink_to(home / "artifacts")
+    (home / "artifacts" / "nothing").symlink_to(tmp_path / "nothing")
+    backup(home, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "new")
+    assert len(digests(tmp_path / "new", tmp_path / "pulled")) == 1
+    assert not any(path.is_symlink() for path in (tmp_path / "new").rglob("*"))
+
+
+def test_a_backup_that_lists_what_no_backup_holds_makes_no_home(home: Path, tmp_path: Path) -> None:
+    """Caches of a home are believed: a digest that stands there would be taken for a model's."""
+    backup(home, tmp_path / "backup")
+    listed = json.loads((tmp_path / "backup" / FILE).read_text(encoding="utf-8"))
+
+    def given(name: str, content: bytes) -> None:
+        file = tmp_path / "backup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        entry = {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        (tmp_path / "backup" / FILE).write_text(json.dumps(listed | {"files": listed["files"] | entry}), encoding="utf-8")
+
+    for name in ("cache/model-digests/x.txt", "banks/a/manifest.json", "mlflow.db-wal", "bases"):
+        given(name, b"x")
+        with pytest.raises(UserError, match=rf"found '{name}', expected mlflow\.db and files in artifacts, bases, storage"):
+            restore(tmp_path / "backup", tmp_path / "new")
+    listed["files"] = {name: one for name, one in listed["files"].items() if name == "mlflow.db"}
+    for content in (b"no database", b""):
+        given("mlflow.db", content)
+        with pytest.raises(UserError, match=r"mlflow\.db: damaged"):
+            restore(tmp_path / "backup", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_home_in_which_no_store_can_lie_is_not_made(home: Path, tmp_path: Path) -> None:
+    backup(home, tmp_path / "backup")
+    with pytest.raises(UserError, match=r"AMLORA_HOME: .*50% holds one of"):
+        restore(tmp_path / "backup", tmp_path / "50%")
+    assert not (tmp_path / "50%").exists()
+
+
+def test_a_full_disk_is_called_so_and_nothing_is_left_on_it(
+    home: Path, tmp_path: Path, forking: Server
+) -> None:
+    backup(home, tmp_path / "backup")
+    for where, arguments in (("dest", ["backup", str(tmp_path / "dest")]), ("new", ["restore", str(tmp_path / "backup")])):
+        place = home if where == "dest" else tmp_path / where
+        found = forking.start(tmp_path / f"told-{where}", *arguments, AMLORA_HOME=str(place), max_file=100_000)
+        assert found.wait() == 2, found.stderr
+        assert "make room" in found.stderr and len(found.stderr.splitlines()) == 1, found.stderr
+        assert not (tmp_path / where).exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_store_that_commands_use_is_not_taken_for_another(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMLORA_HOME", str(home))
+    for uri, fine in (("http://me:secret@host:5000", False), (f"sqlite:///{home / 'mlflow.db'}", True)):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        done = CliRunner().invoke(app, ["backup", str(tmp_path / "backup")])
+        assert (done.exit_code == 0) == fine and (tmp_path / "backup").exists() == fine, done.stderr
+        assert fine or ("MLFLOW_TRACKING_URI: found http" in done.stderr and "secret" not in done.stderr)
 
 
 def test_places_that_hold_something_are_left_as_they_are(home: Path, tmp_path: Path) -> None:

@@ -107,3 +107,26 @@ def test_places_of_others_in_the_same_store_stay_as_they_are(home: Path) -> None
         rows = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id > 70").fetchall()
     assert rows == [("s3://bucket/artifacts/99",), (f"{home}/artifacts/old",)]
     assert os.path.isabs(rows[1][0])
+
+
+def test_an_experiment_of_somebody_in_a_folder_of_that_name_stays_where_it_is(home: Path, tmp_path: Path) -> None:
+    own = tmp_path / "nas" / "artifacts" / "mine"
+    own.mkdir(parents=True)
+    with sqlite3.connect(home / "mlflow.db") as connection:
+        columns = "experiment_id, name, artifact_location, lifecycle_stage"
+        connection.execute(f"INSERT INTO experiments ({columns}) VALUES (77, 'mine', ?, 'active')", (str(own),))
+    assert settle(home / "mlflow.db", home) == []
+
+
+def test_who_opens_a_home_by_another_path_moves_nothing_of_who_writes_by_this_one(home: Path, tmp_path: Path) -> None:
+    """A container that has it mounted elsewhere sets the places in the store to its own; a run goes on meanwhile."""
+    store = Store.open(home)
+    with sqlite3.connect(home / "mlflow.db") as connection:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            connection.execute(
+                f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (f"{home}/", f"{tmp_path / 'mounted'}/")
+            )
+    publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS[:2])
+    assert len(read_bank(store.pull("models:/banks@current", tmp_path / "pulled")).adapters) == 2
+    assert not (tmp_path / "mounted").exists(), "nothing is written outside"
+    assert len(read_bank(Store.open(home).pull("models:/banks@current", tmp_path / "again")).adapters) == 2

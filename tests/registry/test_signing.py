@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +58,10 @@ def test_a_signed_bank_holds_and_any_change_of_any_part_does_not(bank: Path, key
     read_bank(bank)
     (bank / "README.md").write_text("# Our bank")
     (bank / ".gitattributes").write_text("x")
+    (bank / "adapters" / ".DS_Store").write_text("x")
     trust.check(bank)
+    (tmp_path / "link").symlink_to(bank)
+    trust.check(tmp_path / "link")
     with pytest.raises(BankError, match="does not hold under"):
         Trust.of(keys / "theirs.pub").check(bank)
     for name in ("manifest.json", "MLmodel", "router.safetensors", "adapters/2-agnews/recipe.safetensors", "statistics/3-yahoo.safetensors"):  # fmt: skip  # noqa: E501
@@ -116,6 +124,133 @@ def test_a_signed_version_is_pulled_promoted_and_loaded_and_an_unsigned_one_is_n
     with pytest.raises(BankError, match="not signed"):
         point("banks", 1, "champion", None, trust)
     assert store.resolve("models:/banks@champion").number == 2, "it did not move"
+
+
+def test_a_key_that_cannot_sign_leaves_the_signature_that_is_there(bank: Path, keys: Path, tmp_path: Path) -> None:
+    """Locked with a password, of another kind or curve, cut, a pipe: told before anything of the bank is touched."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
+
+    sign(bank, keys / "ours.key")
+    kept = (bank / "model.sig").read_bytes()
+    made: dict[str, tuple[Any, Any, str]] = {
+        "locked": (ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"x"), "locked with a password"),
+        "rsa": (rsa.generate_private_key(65537, 2048), NoEncryption(), "one of another kind, expected an elliptic curve's"),
+        "ed25519": (ed25519.Ed25519PrivateKey.generate(), NoEncryption(), "one of another kind"),
+        "k1": (ec.generate_private_key(ec.SECP256K1()), NoEncryption(), "one of curve secp256k1, expected .*secp256r1"),
+    }
+    for name, (key, locked, message) in made.items():
+        (tmp_path / name).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
+        with pytest.raises(UserError, match=rf"--key: found .*{name}, .*{message}"):
+            sign(bank, tmp_path / name)
+    (tmp_path / "cut").write_bytes((keys / "ours.key").read_bytes()[:60] + b"\n-----END PRIVATE KEY-----\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("cut", "expected the PEM of a private key"), ("pipe", "which is no file"), ("no", "cannot read")):
+        with pytest.raises(UserError, match=message):
+            sign(bank, tmp_path / name)
+    assert (bank / "model.sig").read_bytes() == kept
+    assert not [path for path in bank.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["rsa", "secp256k1"])
+def test_a_public_key_that_cannot_have_signed_is_told_before_anything_is_fetched(kind: str, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    pytest.importorskip("model_signing", reason="the extra `sign` is not installed")
+    key: Any = rsa.generate_private_key(65537, 2048) if kind == "rsa" else ec.generate_private_key(ec.SECP256K1())
+    (tmp_path / "key").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    with pytest.raises(UserError, match=r"--require-signature: found .*, expected an elliptic curve's public key: secp"):
+        Trust.of(tmp_path / "key")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: one["dsseEnvelope"].update(signatures=[]),
+        lambda one: one["dsseEnvelope"]["signatures"][0].update(sig="!"),
+        lambda one: one["dsseEnvelope"].update(payload=base64.b64encode(b"[]").decode()),
+        lambda one: one["dsseEnvelope"].update(payloadType="text"),
+        lambda one: one.update(verificationMaterial=None),
+        lambda one: one.update(dsseEnvelope=None),
+        lambda one: one.clear(),
+        b"", b"\xff", b"[]", b"7", b"null", b"[" * 100_000, b" " * (1 << 20) + b"{", "cut",
+    ],
+)  # fmt: skip
+def test_no_signature_of_any_shape_is_more_than_refused(
+    change: Callable[[Any], None] | bytes | str, bank: Path, keys: Path
+) -> None:
+    file = sign(bank, keys / "ours.key")
+    if callable(change):
+        value = json.loads(file.read_bytes())
+        change(value)
+        file.write_text(json.dumps(value), encoding="utf-8")
+    else:
+        file.write_bytes(file.read_bytes()[:200] if isinstance(change, str) else change)
+    with pytest.raises(BankError, match="does not hold under"):
+        Trust.of(keys / "ours.pub").check(bank)
+
+
+def test_what_was_checked_is_what_is_read(bank: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who writes between the check and the reading gets nothing loaded."""
+    sign(bank, keys / "ours.key")
+    other = tmp_path / "other"
+    shutil.copytree(bank, other)
+    rewrite(other, bank_template="{{ text }}\nEvil:")
+    read = signing.read_bank
+
+    def late(folder: Path, **options: Any) -> Any:
+        shutil.rmtree(bank)
+        shutil.copytree(other, bank)
+        return read(folder, **options)
+
+    digest = read_bank(bank).manifest.digest()
+    for trust in (Trust.of(keys / "ours.pub"), Trust.of(expect_digest=digest)):
+        shutil.copytree(bank, tmp_path / "kept")
+        trust.read(bank)
+        monkeypatch.setattr(signing, "read_bank", late)
+        with pytest.raises(BankError, match="was changed by somebody while it was read"):
+            trust.read(bank)
+        monkeypatch.setattr(signing, "read_bank", read)
+        shutil.rmtree(bank)
+        (tmp_path / "kept").rename(bank)
+
+
+def test_a_signed_bank_without_its_statistics_says_how_to_get_them(bank: Path, keys: Path) -> None:
+    sign(bank, keys / "ours.key")
+    shutil.rmtree(bank / "statistics")
+    read_bank(bank)
+    with pytest.raises(BankError, match="lacks statistics, which are signed too: pull the bank with --statistics"):
+        Trust.of(keys / "ours.pub").check(bank)
+
+
+def test_a_bank_whose_files_were_written_anew_is_not_signed(bank: Path, keys: Path) -> None:
+    """The tensors are the same, the file is not the one that the manifest lists: nobody could pull what would be signed."""
+    from safetensors.torch import load_file, save_file
+
+    file = bank / "adapters" / "2-agnews" / "recipe.safetensors"
+    save_file(load_file(file), file, metadata={"format": "qt"})
+    read_bank(bank)
+    with pytest.raises(BankError, match=r"recipe\.safetensors"):
+        sign_bank(str(bank), keys / "ours.key", None)
+    assert not (bank / "model.sig").exists()
+
+
+def test_a_signature_in_the_store_that_does_not_hold_changes_no_copy_that_is_here(
+    keys: Path, tmp_path: Path, amlora_home: Path, empty_home: Path
+) -> None:
+    shutil.copytree(empty_home, amlora_home)
+    (tmp_path / "work").mkdir()
+    store = Store.open(amlora_home)
+    publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS[:1])
+    sign_bank("models:/banks/1", keys / "ours.key", None)
+    pull_to("models:/banks/1", tmp_path / "here", None, statistics=True)
+    kept = (tmp_path / "here" / "model.sig").read_bytes()
+    sign_bank("models:/banks/1", keys / "theirs.key", None)
+    with pytest.raises(BankError, match="does not hold under"):
+        pull_to("models:/banks/1", tmp_path / "here", None, statistics=True, trust=Trust.of(keys / "ours.pub"))
+    assert (tmp_path / "here" / "model.sig").read_bytes() == kept
+    pull_to("models:/banks/1", tmp_path / "here", None, statistics=True, trust=Trust.of(keys / "theirs.pub"))
 
 
 def test_without_a_signature_a_digest_can_be_demanded(bank: Path) -> None:
