@@ -1,10 +1,10 @@
 """From a text to the token ids of its prompt, in the two formats that there have been.
 
-**Format 1** (0.1) renders the whole prompt and tokenises it at once: what stands around the text may change the text's own
+**Format 1** (0.1) renders the whole prompt and tokenises it at once: what is around the text may change the text's own
 tokens, a special token that a user typed is one, and the router pooled over question and options too.
 
 **Format 2** tokenises the text by itself, with special tokens split into plain pieces, and cuts it to ``text_tokens``;
-the prompt's ids are those of what stands before, of the text, and of what stands after. So the text has the same ids
+the prompt's ids are those of what is before the text, of the text, and of what is after it. So the text has the same ids
 behind every question, and what a causal model makes of it is known before anybody knows the question: the router reads
 the text alone, and its keys and values are kept while the routed task's question is appended.
 """
@@ -55,7 +55,7 @@ class TextPrompt:
 
     ids: tuple[int, ...]
     span: tuple[int, int] | None
-    """Where the first tokens of the text stand; None: the text was tokenised with the rest."""
+    """Where the first tokens of the text are; None: the text was tokenised with the rest."""
 
 
 def text_ids(texts: Sequence[str], tokenizer: Any, limit: int) -> list[tuple[int, ...]]:
@@ -79,7 +79,7 @@ def special_ends(tokenizer: Any, encoder_decoder: bool) -> Around:
 class TextPrompts:
     """Prompts of one template in format 2.
 
-    A template that shows the text changed, or more than once, has no place where the text's own ids could stand: its
+    A template that shows the text changed, or more than once, has no place where the text's own ids could go: its
     prompts are tokenised whole, and nothing that was made of the text can be kept for them.
 
     Args:

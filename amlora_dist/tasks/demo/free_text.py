@@ -30,7 +30,7 @@ SUBJECTS = (
 
 
 def rows(task: str) -> dict[str, list[dict[str, str]]]:
-    """Rows by split; no text stands twice, in any split."""
+    """Rows by split; no text is there twice, in any split."""
     grammar, make = Grammar("email_route"), _gist if task == "mail_gist" else _facts
     found: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
     seen: set[str] = set()
