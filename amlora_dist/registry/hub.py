@@ -70,7 +70,7 @@ def push_bank(
 
     Raises:
         BankError: the bank is damaged or was never trained.
-        UserError: the repository holds something else, or is public and ``public`` was not said.
+        UserError: the repository holds something else, or is public and ``public`` was not given.
         HubError: the Hub does not answer, refuses the token, or the repository is somebody else's.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

@@ -5,7 +5,7 @@ its version was deleted or its rows changed, gets the highest number although it
 therefore the run's last stage; of two versions of one stage the later one.
 
 ``current`` goes that way only forwards. This project notes on the registered model where it left the alias
-(``tags.POINTED``); an alias that stands somewhere else was set by a person, and is left alone until they delete it.
+(``tags.POINTED``); an alias that points somewhere else was set by a person, and is left alone until they delete it.
 """
 
 from __future__ import annotations
