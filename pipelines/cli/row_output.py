@@ -107,11 +107,11 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
             write = _Objects(file)
 
             def guarded(given: list[dict[str, Any]]) -> None:
-                with _told(place.path):
+                with _as_user_error(place.path):
                     write(given)
 
             yield guarded
-        with _told(place.path):
+        with _as_user_error(place.path):
             if written == "csv":
                 _as_table(rows, tmp, spreadsheet=place.spreadsheet)
             tmp.replace(place.path)
@@ -121,7 +121,7 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
 
 
 @contextmanager
-def _told(path: Path | None) -> Iterator[None]:
+def _as_user_error(path: Path | None) -> Iterator[None]:
     """A full disk in one message."""
     try:
         yield

@@ -14,7 +14,7 @@ from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import method_for
 
 TRIES = 32
-"""Places of the space at which a path is tried before it is said to change nothing."""
+"""Places of the space at which a path is tried before it is reported to change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
