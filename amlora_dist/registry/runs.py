@@ -19,7 +19,7 @@ _METRICS_PER_CALL = 500
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
 UI = "http://127.0.0.1:5000"
-"""Where ``mlflow ui`` serves, unless it is told otherwise."""
+"""Where ``mlflow ui`` serves, unless configured otherwise."""
 RESULT = "result.json"
 """Artifact of the run of a sequence: its result so far."""
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}

@@ -353,7 +353,7 @@ class Completion(_AnswerModel):
 
 
 class ChatTopToken(_ResponseModel):
-    """A token that might have stood in another's place."""
+    """An alternative to a token."""
 
     token: str
     logprob: float

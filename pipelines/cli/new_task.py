@@ -133,7 +133,7 @@ def draft_task(asked: Draft) -> Drafted:
 def _split(
     found: _Found, guess: Guess, usable: Sequence[dict[str, Any]], asked: Draft
 ) -> tuple[dict[str, bytes], int]:
-    """Files of the splits of one file, and how many rows were left out because their text stood before."""
+    """Files of the splits of one file, and how many rows were left out because their text was there before."""
     pairs = [(_shown(row, guess), value_of(row.get(guess.label)) if guess.label else "") for row in usable]
     places, twice = split_by_content(pairs, asked.source, seed=asked.seed)
     files = {}
