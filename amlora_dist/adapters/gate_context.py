@@ -288,8 +288,8 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     """
     if mask_BL is None:
         length = hidden_BLD.shape[1]
-        kept = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
-        return kept.float().mean(dim=1)
+        read_BLD = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
+        return read_BLD.float().mean(dim=1)
     mask_BL = _fit_mask(mask_BL, hidden_BLD)
     place = mask_BL.cumsum(dim=1)
     later_BL = mask_BL & (place > skip_tokens)

@@ -215,8 +215,8 @@ def _api() -> HfApi:
 def _sent(folder: Path, manifest: Manifest, statistics: bool) -> list[str]:
     """Paths of what is pushed, but for the card."""
     signed = (folder / SIGNATURE_FILE).is_file()
-    kept = [file for file in bank_files(manifest) if statistics or signed or file.kind != "statistics"]
-    own = [FILE, *(file.path for file in kept), *([SIGNATURE_FILE] if signed else [])]
+    included = [file for file in bank_files(manifest) if statistics or signed or file.kind != "statistics"]
+    own = [FILE, *(file.path for file in included), *([SIGNATURE_FILE] if signed else [])]
     if missing := [path for path in own if not (folder / path).is_file() and not path.startswith("statistics/")]:
         raise BankError(f"{folder / missing[0]}: missing; fetch the bank again")
     absent = [path for path in own if not (folder / path).is_file()]

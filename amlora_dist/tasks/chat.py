@@ -244,19 +244,19 @@ class ChatPrompts:
         Raises:
             UserError: no room for a word of the user's, or a template that refuses the turns.
         """
-        kept = list(turns)
-        if self._system is not None and not any(turn.role == "system" for turn in kept):
-            kept.insert(0, Turn("system", self._system))
-        text = kept[last_user(kept)].text
+        remaining = list(turns)
+        if self._system is not None and not any(turn.role == "system" for turn in remaining):
+            remaining.insert(0, Turn("system", self._system))
+        text = remaining[last_user(remaining)].text
         user_text = text
         while True:
-            asked = self._asked(kept, user_text, fields)
+            asked = self._asked(remaining, user_text, fields)
             found = self._chat.render(asked)
             if len(found.ids) <= max_length:
                 return TextPrompt(found.ids, found.tokens_of(user_text.strip())), asked
-            shorter = _without_earliest(kept)
-            if len(shorter) < len(kept):
-                kept = shorter
+            shorter = _without_earliest(remaining)
+            if len(shorter) < len(remaining):
+                remaining = shorter
             elif user_text:
                 user_text = user_text[: min(len(user_text) - 1, len(user_text) * max_length // len(found.ids))]
             else:

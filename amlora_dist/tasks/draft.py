@@ -172,7 +172,7 @@ def split_by_content(
         seed: of the order, which depends on it and on the texts alone.
 
     Returns:
-        Places of the rows by split, in the order of the rows; and how many were left out because their text was there before.
+        Places of the rows by split, in the order of the rows; and how many were left out because their text came twice.
 
     Raises:
         UserError: too few rows.

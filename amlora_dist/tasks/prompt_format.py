@@ -115,8 +115,8 @@ class TextPrompts:
         taken = len(around.before) + len(around.after)
         if max_length <= taken:
             raise self._no_room(taken, max_length)
-        kept = ids[: max_length - taken]
-        return TextPrompt((*around.before, *kept, *around.after), (len(around.before), len(around.before) + len(kept)))
+        short = ids[: max_length - taken]
+        return TextPrompt((*around.before, *short, *around.after), (len(around.before), len(around.before) + len(short)))
 
     def _around(self, fields: Mapping[str, str] | None) -> Around | None:
         before, mark, after = self._template.render_text(TEXT_MARK, fields=fields).partition(TEXT_MARK)
@@ -127,15 +127,15 @@ class TextPrompts:
 
     def _whole(self, text: str, fields: Mapping[str, str] | None, max_length: int) -> TextPrompt:
         """Cut the text, a share at a time, until the whole rendering fits."""
-        kept = text
+        short = text
         while True:
-            inner = _ids(self._tokenizer, self._template.render_text(kept, fields=fields), split=True)
+            inner = _ids(self._tokenizer, self._template.render_text(short, fields=fields), split=True)
             length = len(self._ends.before) + len(inner) + len(self._ends.after)
             if length <= max_length:
                 return TextPrompt((*self._ends.before, *inner, *self._ends.after), None)
-            if not kept:
+            if not short:
                 raise self._no_room(length, max_length)
-            kept = kept[: min(len(kept) - 1, len(kept) * max_length // length)]
+            short = short[: min(len(short) - 1, len(short) * max_length // length)]
 
     def _no_room(self, taken: int, max_length: int) -> UserError:
         return UserError(

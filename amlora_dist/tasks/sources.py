@@ -180,8 +180,8 @@ def sample(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:
     rounds = [
         (place, _sha(str(seed), str(label)), row) for label, own in by_target.items() for place, row in enumerate(own)
     ]
-    kept = [row for _, _, row in sorted(rounds, key=lambda item: item[:2])[:limit]]
-    return sorted(kept, key=lambda row: row.key)
+    selected = [row for _, _, row in sorted(rounds, key=lambda item: item[:2])[:limit]]
+    return sorted(selected, key=lambda row: row.key)
 
 
 class _RowMaker:
@@ -348,13 +348,13 @@ def _drop_duplicates(
 ) -> None:
     """Take rows out of ``split`` whose text is also in an evaluation split."""
     seen = {row.shown: other for other in reversed(others) for row, _ in found.get(other, ())}
-    kept = []
+    selected = []
     for row, file in found[split]:
         if row.shown in seen:
             bad.append(BadRow(split, row.number, f"{DUPLICATE} {seen[row.shown]}", file))
         else:
-            kept.append((row, file))
-    found[split] = kept
+            selected.append((row, file))
+    found[split] = selected
 
 
 def _sha(*parts: str) -> str:

@@ -122,8 +122,8 @@ class HarnessModel(TemplateLM):
         each is the likeliest."""
         asked = []
         for _, context, continuation in requests:
-            kept = [*context, *continuation][-self.max_length :]
-            asked.append(self._raw(kept, new_tokens=1, echo=True))
+            truncated = [*context, *continuation][-self.max_length :]
+            asked.append(self._raw(truncated, new_tokens=1, echo=True))
         found = []
         answers = self._answered(asked, [Sampling(new_tokens=1)] * len(asked))
         for (_, _, continuation), (scores, _) in zip(requests, answers, strict=True):

@@ -97,14 +97,14 @@ def rows(task: str) -> dict[str, list[dict[str, Any]]]:
     grammar = Grammar("email_route")
     found: dict[str, list[dict[str, Any]]] = {split: [] for split in ROWS}
     seen: set[str] = set()
-    for split, kept in found.items():
+    for split, made in found.items():
         dice = Dice(f"{task}|{split}")
-        while len(kept) < ROWS[split]:
+        while len(made) < ROWS[split]:
             turns = make(grammar, dice, split == "train")
             text = turns[-2]["content"] + turns[0]["content"]
             if text not in seen:
                 seen.add(text)
-                kept.append({"messages": turns})
+                made.append({"messages": turns})
     return found
 
 
