@@ -352,16 +352,16 @@ def folder_digest(path: Path, home: Path) -> str:
     kinds = {".safetensors", ".json", ".model", ".txt", ".jinja"}
     files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in kinds)
     stamp = value_digest([str(path), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
-    cached = home / "cache" / "model-digests" / f"{stamp}.txt"
-    if cached.is_file() and len(known := cached.read_text().strip()) == 64:
+    memory = home / "cache" / "model-digests" / f"{stamp}.txt"
+    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
         return known
     for file in files:
         _check_whole(file)
     digest = value_digest([(f.name, file_digest(f)) for f in files])
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    tmp = cached.with_name(f"{cached.name}.{os.getpid()}")
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    tmp = memory.with_name(f"{memory.name}.{os.getpid()}")
     tmp.write_text(digest)
-    tmp.replace(cached)
+    tmp.replace(memory)
     return digest
 
 

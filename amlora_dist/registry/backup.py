@@ -66,7 +66,7 @@ def backup(home: Path, dest: Path, *, storage: bool = False) -> Copied:
             f"DEST: found {dest}, which lies in AMLORA_HOME {home}; expected a folder outside, best on another disk"
         )
     _refuse_full(dest, "DEST")
-    with _written_whole(dest) as part:
+    with _made_aside(dest) as part:
         _copy_database(home / DATABASE, part / DATABASE)
         _copy_tree(home / ARTIFACTS, part / ARTIFACTS)
         if (home / "bases").is_dir():
@@ -97,7 +97,7 @@ def restore(source: Path, home: Path) -> Copied:
     home = home.absolute()
     listed = _read_list(source)
     _refuse_full(home, "AMLORA_HOME")
-    with _written_whole(home) as part:
+    with _made_aside(home) as part:
         for name, expected in listed.items():
             _copy_file(source / name, part / name)
             found = (part / name).stat().st_size, file_digest(part / name)
@@ -151,13 +151,13 @@ def _copy_database(source: Path, target: Path) -> None:
             live.backup(copy)  # one moment, whoever writes meanwhile
             if (found := copy.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
                 raise UserError(f"{source}: damaged ({found}); restore an earlier backup")
-            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log next to it
+            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
     except sqlite3.Error as error:
         raise UserError(f"{source}: cannot be copied ({error}); end the programs that hold it, and try again") from error
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """Copy files, without those that are being written under a temporary name or are deleted meanwhile."""
+    """Copy files; those that are being written beside their place, and those that are deleted meanwhile, are passed over."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
         if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
@@ -184,7 +184,7 @@ def _refuse_full(folder: Path, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
+def _made_aside(folder: Path) -> Iterator[Path]:
     """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
