@@ -347,12 +347,12 @@ class Answering:
         """From texts to answers, in their order, with a stop after each pass of the labels.
 
         Args:
-            requests: plain texts, with what their callers gave with them.
+            requests: plain texts, with the options of their callers.
             batch_size: texts of one pass.
             new_tokens: longest answer that is written; default: what the task's answers need.
             router: in place of the bank's own.
             write: write answers where there are no labels.
-            write_all: write next to the labels too.
+            write_all: also write freely where a label is served.
             shares: find out how likely every label is; the best one alone takes less.
             all_done: whether all ranks are done, given whether this one is.
             on_batch: sees every batch after its labels were weighed and before anything is written.
