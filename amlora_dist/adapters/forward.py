@@ -80,7 +80,7 @@ class Routing:
 
 
 class RoutedForward:
-    """Stands in for the ``forward`` of a model, or of its encoder (``encoder``).
+    """Replaces the ``forward`` of a model, or of its encoder (``encoder``).
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
@@ -262,7 +262,7 @@ class RoutedForward:
 
 
 class RoutedGenerate:
-    """Stands in for a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
+    """Replaces a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
     pass over prompt and answer, the answer does not move the gate. A prompt that is read in chunks
     (``prefill_chunk_size``) is routed before, as a whole, by a pass up to the routing layer."""
 

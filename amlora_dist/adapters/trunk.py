@@ -201,7 +201,7 @@ class Trunk:
 
 
 class _Passable:
-    """Stands in for the ``forward`` of a layer of the trunk."""
+    """Replaces the ``forward`` of a layer of the trunk."""
 
     def __init__(self, inner: Callable[..., Any], *, last: bool) -> None:
         self.inner, self.last = inner, last

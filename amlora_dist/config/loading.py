@@ -99,7 +99,7 @@ class RunConfig:
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
     mlflow: Annotated[MlflowSettings, CHANGES_NO_RESULT] = Field(default_factory=MlflowSettings)
     tracking: Annotated[list[Literal["tensorboard", "wandb"]], CHANGES_NO_RESULT] = Field(default_factory=list)
-    """Beside MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
+    """In addition to MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
     search: SearchSettings | None = None
     """What ``amlora tune`` varies; ``amlora run`` ignores it."""
 

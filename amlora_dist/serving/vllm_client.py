@@ -173,7 +173,7 @@ class VllmClient:
         body: dict[str, Any] = {
             "model": model, "prompt": list(prompt), "max_tokens": sampling.new_tokens, "stream": True,
             "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [eos_id],
-            # Said, or the generation_config.json of the model's folder would have its way.
+            # Given, or the generation_config.json of the model's folder would have its way.
             "temperature": sampling.temperature if sampling.draws else 0.0,
             "top_p": sampling.top_p if sampling.draws else 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip

@@ -25,7 +25,7 @@ from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.task import TaskSpec
 
 GUARD = "\ue000\ue002"
-"""Stands inside a special token that a turn's text holds, until the template has been rendered."""
+"""Is inside a special token that a turn's text holds, until the template has been rendered."""
 TODAY = "26 Jul 2024"
 """The date for templates that write it (Llama 3.1's own constant): ids must not change from day to day."""
 FIXED_DATE = f"{{% macro strftime_now(form) %}}{TODAY}{{% endmacro %}}"

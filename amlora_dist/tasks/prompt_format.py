@@ -20,7 +20,7 @@ from amlora_dist.tasks.prompts import PromptTemplate
 
 DEFAULT_TEXT_TOKENS = 512
 TEXT_MARK = "\ue000\ue001"
-"""Stands for the text while the rest of a prompt is rendered: private-use characters, which no text of a prompt needs."""
+"""Replaces the text while the rest of a prompt is rendered: private-use characters, which no text of a prompt needs."""
 
 
 @dataclass(frozen=True, slots=True)

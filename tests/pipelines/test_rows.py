@@ -30,7 +30,7 @@ TEXTS = ["the wall is red", "the paint is blue"]
 
 
 class FakeModel:
-    """Stands in for the model, and keeps what it was given."""
+    """Replaces the model, and keeps what it was given."""
 
     loaded: list[str]
     texts: list[str]

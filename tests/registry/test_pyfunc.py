@@ -27,7 +27,7 @@ from tests.registry.tiny_banks import TASKS, publish_sequence, tiny_bank
 
 
 class EchoModel:
-    """Stands for AMLoRAModel: says how many adapters it was given, and the options of each text."""
+    """Replaces AMLoRAModel: says how many adapters it was given, and the options of each text."""
 
     def __init__(self, adapters: int, base: str) -> None:
         self.adapters, self.base = adapters, base

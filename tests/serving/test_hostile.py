@@ -300,7 +300,7 @@ def test_what_is_too_large_is_answered_although_the_client_is_still_sending(mode
 def test_mutated_requests_meet_no_fault_and_change_no_row_of_another_client(
     model: AMLoRAModel, requests: int
 ) -> None:
-    """Beside every one of them somebody asks something usual and gets the usual answer."""
+    """Next to every one of them somebody asks something usual and gets the usual answer."""
     right = dict(zip(TEXTS, model.predict(TEXTS, max_new_tokens=6), strict=True))
     labels = {text: one.label for text, one in zip(TEXTS, model.classify(TEXTS), strict=True)}
     with running(ServedBank(model, "words"), max_new_tokens=12, request_timeout_s=30) as server:
