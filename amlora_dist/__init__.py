@@ -1,6 +1,6 @@
 """Attentional Mixture of LoRAs (arXiv 2409.19611): mixture, training stage, registry.
 
-The library knows nothing of Ray: ``pipelines`` stands above it and runs it on a cluster.
+The library knows nothing of Ray: ``pipelines`` is above it and runs it on a cluster.
 Importing the package is cheap; ``torch`` is imported by the modules that compute.
 """
 

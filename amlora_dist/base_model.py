@@ -213,7 +213,7 @@ def check_weights(base: BaseModel, model: PreTrainedModel) -> None:
             f" {beyond[0]}, expected as many layers as it says; fetch the model again"
         )
     if stored.keys() - shapes.keys():
-        return  # names of old, which transformers may still know; what is lacking then is told when it has loaded
+        return  # names of old, which transformers may still know; what is lacking then is reported when it has loaded
     made = model._keys_to_ignore_on_load_missing or ()
     lacking = [names[0] for names in own.values() if not any(name in stored for name in names)]
     if lacking := sorted(name for name in lacking if not any(re.search(one, name) for one in made)):
@@ -221,7 +221,7 @@ def check_weights(base: BaseModel, model: PreTrainedModel) -> None:
 
 
 def _beyond(model: PreTrainedModel, stored: Set[str], own: Set[str]) -> list[str]:
-    """Stored tensors of layers that the model has fewer of; without them it would be another model, and nobody told.
+    """Stored tensors of layers that the model has fewer of; without them it would be another model, unnoticed.
     Those that transformers leaves out on purpose (of a model's extra heads) are not among them."""
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     layers = {re.sub(r"\.\d+\.", ".*.", name) for name in own}
@@ -344,7 +344,7 @@ def _known(base: BaseModel) -> bool:
 
 
 def folder_digest(path: Path, home: Path) -> str:
-    """sha256 over names and contents of the folder's model files, remembered by size and modification time.
+    """sha256 over names and contents of the folder's model files, cached by size and modification time.
 
     Raises:
         UserError: a file is cut off.
@@ -385,8 +385,8 @@ def _check_whole(file: Path) -> None:
 def _check_tokenizer(path: Path) -> None:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise UserError(
-            f"model.source: found no tokenizer in {path}, expected one of {', '.join(_TOKENIZERS)}; save it beside the model"
-            " with save_pretrained"
+            f"model.source: found no tokenizer in {path}, expected one of {', '.join(_TOKENIZERS)}; save it next to the"
+            " model with save_pretrained"
         )
 
 

@@ -20,7 +20,7 @@ def value_digest(value: Any) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], **values: Any) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors, and over JSON values beside them."""
+    """sha256 over names, dtypes, shapes and bytes of tensors, and over JSON values with them."""
     import torch
 
     digest = hashlib.sha256(value_digest(values).encode())

@@ -52,7 +52,7 @@ class LeaseLostError(AmloraError):
 class Fault:
     """One thing wrong in a file.
 
-    ``where`` is the path of the key inside the file (``training.epochs``), ``found`` what stands there,
+    ``where`` is the path of the key inside the file (``training.epochs``), ``found`` what is there,
     ``expected`` what should, ``hint`` the fix ("did you mean ...").
     """
 
@@ -81,7 +81,7 @@ class FoundFault(Fault):
         return cls(key if known else where, rest if known else str(error).removeprefix(f"{where}: "), "")
 
 
-MOST_TOLD = 200
+MOST_SHOWN = 200
 """Faults of one file."""
 
 
@@ -90,9 +90,9 @@ class FaultsError(UserError):
 
     def __init__(self, file: str, faults: list[Fault]) -> None:
         self.file, self.faults = file, faults
-        lines = "\n".join(f"  - {fault}" for fault in faults[:MOST_TOLD])
-        if len(faults) > MOST_TOLD:
-            lines += f"\n  - and {len(faults) - MOST_TOLD} more"
+        lines = "\n".join(f"  - {fault}" for fault in faults[:MOST_SHOWN])
+        if len(faults) > MOST_SHOWN:
+            lines += f"\n  - and {len(faults) - MOST_SHOWN} more"
         super().__init__(f"{file}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n{lines}")
 
 

@@ -1,6 +1,6 @@
 """The two fingerprints: what decides a trained adapter, and what decides a score. Equal fingerprint, equal result.
 
-World size, ZeRO stage, logging and paths are in neither; they are recorded beside the results.
+World size, ZeRO stage, logging and paths are in neither; they are recorded next to the results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA = 1
 
 
 def prompt_values(template_digest: str, max_length: int, encoder_decoder: bool) -> dict[str, Any]:
-    """What turns rows into token ids, beside the tokenizer (which is in the base model's digest)."""
+    """What turns rows into token ids, besides the tokenizer (which is in the base model's digest)."""
     return {"template": template_digest, "max_length": max_length, "encoder_decoder": encoder_decoder}
 
 

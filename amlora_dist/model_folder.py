@@ -208,7 +208,7 @@ def unpackable(config: Mapping[str, Any]) -> str | None:
     """What keeps rows of such a model from sharing a sequence (``training.packing``); None where nothing is known to.
 
     A mask over whole rows takes the place of a layer's own window, states run on from row to row, and positions that are
-    made of a mask do not start anew.
+    made of a mask do not start again from 0.
     """
     kind = config.get("model_type")
     if config.get("is_encoder_decoder"):

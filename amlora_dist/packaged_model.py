@@ -103,7 +103,7 @@ def convert_gguf(file: Path, target: Path) -> int:
 
 
 def _is_whole(target: Path) -> bool:
-    """Whether the converted folder agrees with the sizes and digest written when it was made."""
+    """Whether the converted folder has a file of weights of the size written when it was made."""
     mark = target / "CONVERTED"
     if not mark.is_file():
         return False
@@ -159,7 +159,7 @@ def _convert(file: Path, target: Path) -> int:
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
     """transformers reads a GGUF file's vocabulary entry by entry, for the tokenizer, the configuration and the weights
-    again, and makes the table of tensor names anew for every module of the model. Here each is done once."""
+    again, and makes the table of tensor names again for every module of the model. Here each is done once."""
     import gguf
 
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -45,7 +45,7 @@ def secrets_of(uri: str) -> list[str]:
     rest = uri.partition("://")[2]
     if "@" in rest and not uri.startswith("sqlite"):
         user, _, password = rest.rpartition("@")[0].partition(":")
-        found |= {password} if password else {user}  # a token stands alone, before the host
+        found |= {password} if password else {user}  # a token is alone, before the host
     for pair in re.split("[?&#]", rest)[1:]:
         key, _, value = pair.partition("=")
         if re.search(r"pass|pwd|token|secret|key|credential", key, re.IGNORECASE):
@@ -55,7 +55,7 @@ def secrets_of(uri: str) -> list[str]:
 
 
 def public_name(source: str) -> str:
-    """What may be said of a model, a file or an address: all of a Hub id or a relative path, the last part of an absolute
+    """What may be shown of a model, a file or an address: all of a Hub id or a relative path, the last part of an absolute
     one."""
     source = source.strip()
     if _LOCAL.match(source):

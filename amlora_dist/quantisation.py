@@ -61,7 +61,7 @@ def check_package(quantisation: str, where: str = "model.quantisation") -> None:
 
 
 def loading_options(quantisation: Quantisation, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` is told besides, empty for ``none``.
+    """More arguments for transformers' ``from_pretrained``, empty for ``none``.
 
     Args:
         quantisation: which.
@@ -88,7 +88,7 @@ def loading_options(quantisation: Quantisation, dtype: torch.dtype, device: torc
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a model that was just loaded fit to stay: its weights keep their bits whatever passes through.
 
-    On CPUs with bf16 instructions bitsandbytes lays a 4-bit weight out anew at the first pass without gradients, with its
+    On CPUs with bf16 instructions bitsandbytes lays a 4-bit weight out again at the first pass without gradients, with its
     scales rounded: training and answering would use two different base models, and no checksum would hold.
     """
     for layer in _layers(model):
@@ -97,7 +97,7 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def scales(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors beside a model's parameters without which its quantised weights mean nothing."""
+    """The tensors besides a model's parameters without which its quantised weights mean nothing."""
     for layer in _layers(model):
         state = getattr(layer.weight, "quant_state", None)
         if state is not None:
@@ -119,7 +119,7 @@ def _first(*found: Any) -> Any:
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
-    """Quantised linear layers, told by their weight's class: bitsandbytes need not be there."""
+    """Quantised linear layers, recognised by their weight's class: bitsandbytes need not be there."""
     for module in model.modules():
         if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):  # its own, not one it wraps
             yield module

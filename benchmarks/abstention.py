@@ -1,4 +1,4 @@
-"""How well text that no task was trained on is told from the trained tasks': AUROC of each statistic of abstention.
+"""How well text that no task was trained on is separated from the trained tasks': AUROC of each statistic of abstention.
 
 Nothing is trained: the posterior router reads frozen features (SmolLM2-135M-Instruct, bf16, means over prompts of at most
 128 tokens), so statistics of ``--rows`` training rows of each of dbpedia, amazon, yahoo and agnews (a tenth of them held

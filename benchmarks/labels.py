@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def prompts_of(tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of ``length``, one prompt a text: what was said before it, and its ending."""
+    """Token ids of ``length``, one prompt a text: the turns before it, and its ending."""
     before = tokenizer(" ".join(TEXTS * 8), add_special_tokens=False)["input_ids"]
     found = []
     for number, text in enumerate(TEXTS):

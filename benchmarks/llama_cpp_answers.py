@@ -88,14 +88,14 @@ def compared(
         "cache_prompt": False,
         "lora": [{"id": number, "scale": prompt.route.tasks[name]} for number, name in enumerate(tasks)],
     }  # fmt: skip
-    said = httpx.post(f"{url}/completion", json=body, timeout=DEADLINE_S).raise_for_status().json()
-    likely = said["completion_probabilities"][0]["top_logprobs"]
+    response = httpx.post(f"{url}/completion", json=body, timeout=DEADLINE_S).raise_for_status().json()
+    likely = response["completion_probabilities"][0]["top_logprobs"]
     own_V = model.next_token_logits([text])[0].log_softmax(-1)
     (answer,) = model.answer([text], free=True, max_new_tokens=args.tokens)
     return {
         "task": task, "text": text, "weight": max(prompt.route.tasks.values()),
         "difference": max(abs(float(own_V[one["id"]]) - one["logprob"]) for one in likely),
-        "same token": int(own_V.argmax()) == likely[0]["id"], "own": answer.text, "theirs": said["content"].strip(),
+        "same token": int(own_V.argmax()) == likely[0]["id"], "own": answer.text, "theirs": response["content"].strip(),
     }  # fmt: skip
 
 

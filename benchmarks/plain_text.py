@@ -3,7 +3,7 @@
 Texts of ``--tokens`` tokens are classified by a bank three ways, which take turns batch by batch, so that a busy machine
 slows all alike:
 
-- ``plain``: nothing told; the text is read, routed, its task's own prompt is read behind it and the labels are ranked;
+- ``plain``: the text alone; it is read, routed, its task's own prompt is read behind it and the labels are ranked;
 - ``named``: the same with the task named by the caller, which is still read for the keys' evidence on its labels;
 - ``whole``: the task named, its whole prompt read in one pass under its gate, no keys: the least that an answer costs.
 

@@ -192,7 +192,7 @@ def run(mode: str, config: Path, homes: Path, args: argparse.Namespace) -> dict[
         finally:
             keep(cpu.stop())
         if process.returncode:
-            raise SystemExit(f"{mode}: the search ended with code {process.returncode}; its message stands above")
+            raise SystemExit(f"{mode}: the search ended with code {process.returncode}; its message is above")
         output.seek(0)
         result = json.load(output)
     cost, seconds = result["cost"], sum(start["cpu_seconds"] for start in starts)

@@ -88,12 +88,12 @@ async def ask(
                     if answer.status != 200:
                         raise RuntimeError(f"{url}: {answer.status} {await answer.text()}")
                     if stream:
-                        said, first = await first_and_last(answer)
+                        response, first = await first_and_last(answer)
                         block.first.append(first - began)
                     else:
-                        said = await answer.json()
+                        response = await answer.json()
                 block.seconds.append(time.perf_counter() - began)
-                block.tokens += said["usage"]["completion_tokens"]
+                block.tokens += response["usage"]["completion_tokens"]
 
         began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
@@ -103,17 +103,17 @@ async def ask(
 
 async def first_and_last(answer: aiohttp.ClientResponse) -> tuple[dict[str, Any], float]:
     """Read a stream to its end, which has the counts of tokens; the other value is when its first text came."""
-    said: dict[str, Any] = {}
+    response: dict[str, Any] = {}
     first: float | None = None
     async for line in answer.content:
         if not line.startswith(b"data: {"):
             continue
-        said = json.loads(line.removeprefix(b"data: "))
-        if "error" in said:
-            raise RuntimeError(said["error"]["message"])
-        if first is None and any(choice["text"] or choice.get("finish_reason") for choice in said["choices"]):
+        response = json.loads(line.removeprefix(b"data: "))
+        if "error" in response:
+            raise RuntimeError(response["error"]["message"])
+        if first is None and any(choice["text"] or choice.get("finish_reason") for choice in response["choices"]):
             first = time.perf_counter()
-    return said, time.perf_counter() if first is None else first
+    return response, time.perf_counter() if first is None else first
 
 
 def resident_mb(kind: str, vllm: Vllm | None) -> float:

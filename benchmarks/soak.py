@@ -224,7 +224,7 @@ def main() -> None:
         while time.monotonic() < until and not soak.faults:
             rounds += 1
             soak.round(rounds, config, folder / "empty", undisturbed, until)
-    except Exception as error:  # noqa: BLE001 (what was found so far is told all the same)
+    except Exception as error:  # noqa: BLE001 (what was found so far is reported all the same)
         traceback.print_exc()
         soak.fault(f"{type(error).__name__}: {error}")
     finally:

@@ -68,7 +68,7 @@ def config_of(args: argparse.Namespace, file: Path, tasks: tuple[str, ...]) -> I
 
 
 def sweep(file: Path, overrides: list[str], methods: Sequence[str], args: argparse.Namespace) -> dict[str, list[RunFacts]]:
-    """Run what is not done yet; the runs of each method, one a seed. Failed runs are said and left out."""
+    """Run what is not done yet; the runs of each method, one a seed. Failed runs are reported and left out."""
     plan = plan_comparison(
         file, overrides, methods=methods, seeds=args.seeds, orders=[], learning_rates=[], comparison_id=args.name
     )

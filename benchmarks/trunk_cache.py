@@ -1,7 +1,7 @@
 """What a training step costs with the frozen trunk's cache and without: forward, backward and the optimizer's step.
 
 Both take turns, batch by batch, in one process and on one model, so that a busy machine slows them alike; the cached
-side is timed when its files are there, and what filling them costs is told beside it. ``same_loss`` is the largest
+side is timed when its files are there, and what filling them costs is given next to it. ``same_loss`` is the largest
 difference between the two losses of a batch (nats per target token), as training begins, ``same_loss_relative`` the largest
 relative to the loss: in fp32 neighbouring numbers are 6e-8 to 1.2e-7 of their size apart.
 

@@ -1,4 +1,4 @@
-"""What should route a turn of a conversation: what the user said last, or all that they have said?
+"""What should route a turn of a conversation: the user's last turn, or all of their turns?
 
 Test rows of a bank's tasks are put together to conversations of two and three turns, the earlier turns of another task or of
 the same one, with their right answers between them. Each conversation's last turn belongs to a known task; it is routed by

@@ -1,9 +1,9 @@
 """Test rows of a bank asked as plain texts of both engines: how many answers are equal, and why the others are not.
 
-``--engine-python`` has vLLM, which is started with the bank's base model in fp32 and takes its rows; both engines stand
+``--engine-python`` has vLLM, which is started with the bank's base model in fp32 and takes its rows; both engines are
 behind the app of this process, one after the other. They are asked for the label of each row, and what follows it as a raw
 prompt, ``--tokens`` tokens at most. Of a row with another label: its routing weight, what the own engine answers when it is
-told to use the strongest task's row alone (equal to vLLM's: the mixture was the difference, which vLLM cannot compute), and
+set to use the strongest task's row alone (equal to vLLM's: the mixture was the difference, which vLLM cannot compute), and
 how far the best two labels' shares lie apart.
 
     python benchmarks/vllm_answers.py models:/demo@champion --engine-python .venv-vllm/bin/python --json out.json

@@ -1,4 +1,4 @@
-"""Is it the keys? Every method's adapters with the same keys beside them.
+"""Is it the keys? Every method's adapters with the same keys next to them.
 
 A plain text is routed by the keys of one bank (of ``method: keys``, or of any other), and that task's prompt and labels
 are asked of each method's adapters in turn: the newest one (methods with one adapter), or each task's own row. Labels are

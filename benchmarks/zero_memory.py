@@ -116,7 +116,7 @@ def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
 
 
 def compare(model: Path, dtype: str, zeros: list[int], ranks: int) -> Iterable[dict[str, Any]]:
-    """Measured, beside planned."""
+    """Measured, next to planned."""
     from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
     from amlora_dist.base_model import ModelSettings
     from amlora_dist.planning.memory import MemoryLayout, TrainedShare, memory_of
@@ -127,13 +127,13 @@ def compare(model: Path, dtype: str, zeros: list[int], ranks: int) -> Iterable[d
     trained = TrainedShare(new=old + len(shape.targets), old=old)
     size = 2 if dtype == "bf16" else 4
     began = time.monotonic()
-    told = processes(model, dtype, zeros, ranks)
+    found_by_rank = processes(model, dtype, zeros, ranks)
     seconds = round((time.monotonic() - began) / len(zeros), 1)
     for place, zero in enumerate(zeros):
         planned = memory_of(
             shape, trained, MemoryLayout(zero=zero, ranks=ranks), size=size, length=16, targets=1, eager=False
         )  # fmt: skip
-        worst = {key: max(rank[place][key] for rank in told) for key in told[0][place]}
+        worst = {key: max(rank[place][key] for rank in found_by_rank) for key in found_by_rank[0][place]}
         line: dict[str, Any] = {"dtype": dtype, "zero": zero, "ranks": ranks, "parameters": shape.parameters}
         holds = True
         for key in ("weights", "gradients", "optimizer"):

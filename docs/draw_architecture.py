@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FILE = REPOSITORY / "docs" / "images" / "architecture.svg"
 PACKAGES = ("pipelines", "amlora_dist")
 GROUND = "amlora_dist: ground"
-"""Modules that stand in no room of their own."""
+"""Modules that are in no room of their own."""
 FROM_OUTSIDE = ("amlora_dist/registry/pyfunc.py",)
 """Ways in that no module imports: MLflow calls the loader of a version."""
 WIDTH, HEIGHT, GAP, LIFT = 168, 46, 24, 58
@@ -87,7 +87,7 @@ def reached(edges: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def floors(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Rooms from the ground up: each stands above all that it imports; rooms that import each other share a floor."""
+    """Rooms from the ground up: each is above all that it imports; rooms that import each other share a floor."""
     below = reached(edges)
     levels: list[list[str]] = []
     placed: set[str] = set()
@@ -117,7 +117,7 @@ def drawing() -> str:
         for other in sorted(edges[room]):
             a, b = place[other]
             if b == y or any(other in below[third] for third in edges[room] - {other} if place[third][1] < b):
-                continue  # it stands beside, or follows from another arrow
+                continue  # it is on the same floor, or follows from another arrow
             start, end = (x + WIDTH / 2, y + HEIGHT), (a + WIDTH / 2, b)
             middle = (start[1] + end[1]) / 2
             lines.append(

@@ -149,7 +149,7 @@ def sentence(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """What may stand in a table."""
+    """What may be in a table."""
     return text.replace("|", "\\|")
 
 

@@ -1,4 +1,4 @@
-"""What every test stands on: a home of its own, no network, one thread."""
+"""What every test has: a home of its own, no network, one thread."""
 
 from __future__ import annotations
 

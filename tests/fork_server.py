@@ -62,7 +62,7 @@ class Child:
         """Wait until standard error holds ``text``."""
         deadline = time.monotonic() + timeout
         while text not in self.stderr:
-            assert self.poll() is None, f"ended with {self.returncode} before it said {text!r}:\n{self.stderr[-3000:]}"
+            assert self.poll() is None, f"ended with {self.returncode} before it printed {text!r}:\n{self.stderr[-3000:]}"
             assert time.monotonic() < deadline, f"did not say {text!r} within {timeout:.0f} s:\n{self.stderr[-3000:]}"
             time.sleep(0.01)
 
@@ -104,7 +104,7 @@ class Server:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         timer.cancel()
-        assert line == "ready\n", f"the forking process said {line!r}"
+        assert line == "ready\n", f"the forking process printed {line!r}"
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One question and its answer."""
@@ -130,7 +130,7 @@ class Server:
             folder: gets the files ``stdout`` and ``stderr``.
             arguments: of the command line.
             cwd: working folder; default: this process's own.
-            dead_after_s: silence after which a holder counts as dead, with heartbeats ten times as fast as usual.
+            dead_after_s: without a heartbeat for so long a holder is dead, with heartbeats ten times as fast as usual.
             max_file: bytes that a file may have (``RLIMIT_FSIZE``): writing more fails.
             environment: variables on top of this process's own.
         """

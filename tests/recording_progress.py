@@ -1,4 +1,4 @@
-"""Progress that remembers what it was told, and does something at a step."""
+"""Progress that records its calls, and does something at a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def interrupt() -> None:
 
 
 class Watching(Silent):
-    """Keeps what is said; does ``then`` ``after`` so many steps."""
+    """Records the calls; does ``then`` ``after`` so many steps."""
 
     def __init__(self, after: int = -1, then: Callable[[], None] = interrupt) -> None:
         self.left, self.then, self.lines = after, then, list[str]()

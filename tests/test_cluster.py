@@ -359,7 +359,7 @@ def test_the_server_s_pods_are_probed_where_it_answers_and_have_the_time_to_fini
     assert {"podSelector": {"matchLabels": labels}} in policies()["amlora-mlflow"]["ingress"][0]["from"]
 
 
-def test_vllm_beside_the_server_is_started_as_the_server_wants_it() -> None:
+def test_vllm_next_to_the_server_is_started_as_the_server_wants_it() -> None:
     whole = {document["kind"]: document for document in documents(KUBERAY / "serving.yaml")}["Deployment"]
     (patch,) = documents(KUBERAY / "serving-vllm.yaml")
     assert [patch[key] for key in ("apiVersion", "kind")] == [whole[key] for key in ("apiVersion", "kind")]
@@ -372,11 +372,11 @@ def test_vllm_beside_the_server_is_started_as_the_server_wants_it() -> None:
     assert set(given) <= {name for parameter in command.params for name in parameter.opts}
     before = dict(argument.split("=", 1) for argument in pod["containers"][0]["args"][2:])
     assert {key: given[key] for key in before} == before and server["args"][:2] == pod["containers"][0]["args"][:2]
-    told = dict((*argument.split("=", 1), None)[:2] for argument in vllm["args"])
-    assert given["--engine"] == "vllm" and given["--engine-url"] == f"http://{told['--host']}:{told['--port']}"
-    assert given["--engine-rank"] == told["--max-lora-rank"]
+    flags = dict((*argument.split("=", 1), None)[:2] for argument in vllm["args"])
+    assert given["--engine"] == "vllm" and given["--engine-url"] == f"http://{flags['--host']}:{flags['--port']}"
+    assert given["--engine-rank"] == flags["--max-lora-rank"]
     child = (REPOSITORY / "pipelines" / "cluster" / "vllm_process.py").read_text(encoding="utf-8")
-    assert all(f'"{flag}"' in child for flag in told), "the flags with which the server starts one itself"
+    assert all(f'"{flag}"' in child for flag in flags), "the flags with which the server starts one itself"
     assert {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "True"} in vllm["env"]
     assert vllm["securityContext"] == pod["containers"][0]["securityContext"]
     assert {mount["name"] for mount in vllm["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -454,7 +454,7 @@ def test_the_lock_has_everything_that_the_project_needs_but_torch() -> None:
 
 
 def test_the_source_comes_after_what_it_needs() -> None:
-    """A change of ours builds no layer of packages anew."""
+    """A change of ours builds no layer of packages again."""
     stages = [stage for stage in DOCKERFILE.split("\nFROM ") if "COPY amlora_dist" in stage]
     assert len(stages) == 2
     for stage in stages:

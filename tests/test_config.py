@@ -254,7 +254,7 @@ def test_bytes_that_are_not_utf8_are_a_fault(tmp_path):
 
 def test_circular_alias_is_a_fault(write):
     (fault,) = faults_of(write(GOOD + "deepspeed: &a {aio: *a}\n")).values()
-    assert fault.found == "an alias of what it stands in"
+    assert fault.found == "an alias of what it is in"
 
 
 @pytest.mark.parametrize(
@@ -300,11 +300,11 @@ def test_values_that_are_none_of_a_configuration_are_faults(write, value, says):
     assert says in f"{fault.found} {fault.hint}"
 
 
-def test_thousands_of_unknown_keys_are_told_in_a_short_message(write):
-    with pytest.raises(FaultsError) as told:
+def test_thousands_of_unknown_keys_are_reported_in_a_short_message(write):
+    with pytest.raises(FaultsError) as error:
         load_config(write(GOOD + "".join(f"key{n}: 1\n" for n in range(3000))))
-    assert str(told.value).count("\n") == 201 and str(told.value).endswith("and 2800 more")
-    assert len(told.value.faults) == 3000
+    assert str(error.value).count("\n") == 201 and str(error.value).endswith("and 2800 more")
+    assert len(error.value.faults) == 3000
 
 
 def test_section_left_empty_has_its_defaults(write):

@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "search.space": ("search: {}",),
     "task_defaults.max_length": ("task_defaults: {max_length: 2}",),
 }
-"""Where a fault is told, and the lines that make it."""
+"""Where a fault is reported, and the lines that make it."""
 PAIRS = [
     (one, other)
     for one, other in itertools.combinations(FAULTS, 2)
@@ -84,7 +84,7 @@ def test_validate_finds_every_fault_at_once(tmp_path: Path) -> None:
     assert found(tmp_path, *lines, tasks) == expected
 
 
-def test_everything_wrong_with_a_model_is_told_by_validate_without_reading_weights(tmp_path: Path) -> None:
+def test_everything_wrong_with_a_model_is_reported_by_validate_without_reading_weights(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").touch()
@@ -100,7 +100,7 @@ def test_everything_wrong_with_a_model_is_told_by_validate_without_reading_weigh
         assert part in str(caught.value)
 
 
-def test_tokenizer_larger_than_the_model_is_told_by_validate(tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_model_is_reported_by_validate(tmp_path: Path) -> None:
     from tests.tiny_config import write_config
 
     file = write_config(tmp_path, tasks=("colours",))
@@ -120,7 +120,7 @@ def test_tokenizer_larger_than_the_model_is_told_by_validate(tmp_path: Path) -> 
         (lambda data: data + b"\0", "bytes, expected the .* bytes that its header names"),
     ],
 )
-def test_weights_that_a_download_cut_short_are_told_by_validate(
+def test_weights_that_a_download_cut_short_are_reported_by_validate(
     tmp_path: Path, spoil: Callable[[bytes], bytes], message: str
 ) -> None:
     from tests.tiny_config import write_config

@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Each part may import itself, what stands on a lower floor, and the ground. Parts of one floor do not know each other.
+# Each part may import itself, what is on a lower floor, and the ground. Parts of one floor do not know each other.
 FLOORS = [
     {"serving"},
     {"inference"},
@@ -72,7 +72,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def part_of(path: Sequence[str]) -> str:
-    """The part that a module's path below the library names; the configuration's files stand on several floors."""
+    """The part that a module's path below the library names; the configuration's files are on several floors."""
     return ".".join(path[:2]) if path[0] == "config" else path[0]
 
 
@@ -123,7 +123,7 @@ def test_library_imports_only_downwards(file):
     if path[-1] == "__init__" and part not in {name for parts in FLOORS for name in parts}:
         assert not imported_parts(LIBRARY / file)
         return
-    assert any(part in parts for parts in FLOORS), f"{part} stands on no floor: add it to FLOORS and CONTRIBUTING.md"
+    assert any(part in parts for parts in FLOORS), f"{part} is on no floor: add it to FLOORS and CONTRIBUTING.md"
     assert imported_parts(LIBRARY / file) - allowed(part) - UPWARDS.get(file, set()) == set()
 
 

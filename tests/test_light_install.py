@@ -88,8 +88,8 @@ from typer.testing import CliRunner
 from pipelines.cli.main import app as commands
 
 pulled = CliRunner().invoke(commands, ["pull", "models:/demo@champion", "nowhere"])
-told = {"label": found.label, "task": found.task, "served": served, "pull": [pulled.exit_code, pulled.stderr]}
-print(json.dumps(told | {"hidden": sorted(hidden & set(sys.modules))}))
+found = {"label": found.label, "task": found.task, "served": served, "pull": [pulled.exit_code, pulled.stderr]}
+print(json.dumps(found | {"hidden": sorted(hidden & set(sys.modules))}))
 """
 
 
@@ -113,7 +113,7 @@ def test_a_bank_is_classified_and_served_with_the_light_list_alone(repository: P
     command = [sys.executable, "-c", PROGRAM, json.dumps(names), json.dumps(ABSENT), str(tmp_path / "bank"), text]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["task"] == "shapes" and told["label"] == told["served"] == text.split()[-1]
-    assert told["hidden"] == []
-    assert told["pull"][0] == 2 and told["pull"][1].startswith("error: mlflow is not installed, and this command needs it")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["task"] == "shapes" and found["label"] == found["served"] == text.split()[-1]
+    assert found["hidden"] == []
+    assert found["pull"][0] == 2 and found["pull"][1].startswith("error: mlflow is not installed, and this command needs it")

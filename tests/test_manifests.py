@@ -236,14 +236,14 @@ def test_alerts_and_dashboard_ask_for_figures_that_are_exported() -> None:
     from amlora_dist.evaluation.requests import Route
     from amlora_dist.serving.metrics import Meters
 
-    meters = Meters()
-    meters.passed("prefill", 2, 0.1)
-    meters.answered("/v1/completions", 200, 0.1)
-    meters.tokens(read=1, written=1)
-    meters.serving("1")
-    meters.follow_failed()
-    meters.routed(Route(tasks={"one": 1.0}, adapters={"one": 1.0}, abstention=0.0))
-    exported = set(re.findall(r"^(amlora_[a-z_]+)(?:\{| )", meters.page().decode(), re.MULTILINE))
+    counters = Meters()
+    counters.passed("prefill", 2, 0.1)
+    counters.answered("/v1/completions", 200, 0.1)
+    counters.tokens(read=1, written=1)
+    counters.serving("1")
+    counters.follow_failed()
+    counters.routed(Route(tasks={"one": 1.0}, adapters={"one": 1.0}, abstention=0.0))
+    exported = set(re.findall(r"^(amlora_[a-z_]+)(?:\{| )", counters.page().decode(), re.MULTILINE))
     agent = Path(str(find_spec("ray").origin)).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
     rays = set(re.findall(r'"(node_[a-z_]+)"', agent.read_text(encoding="utf-8")))
     asked = {name for query in expressions().values() for name in re.findall(r"\b(?:amlora|ray)_[a-z_]+", query)}

@@ -43,7 +43,7 @@ def test_addresses_are_shown_without_user_password_and_query(text: str, seen: st
     assert shown(text) == seen
 
 
-def test_a_password_is_taken_out_wherever_it_stands() -> None:
+def test_a_password_is_taken_out_wherever_it_is() -> None:
     secrets = secrets_of(f"mysql+pymysql://me:{SECRET}%40@host/db")
     assert secrets == [f"{SECRET}%40", f"{SECRET}@"]
     assert shown(f"Access denied (using password {SECRET}@)", *secrets) == "Access denied (using password ***)"
@@ -181,10 +181,10 @@ def test_a_jobs_command_line_and_metadata_hold_no_address_and_no_path(
 @pytest.mark.parametrize("address", ["postgresql://me:{}@db:5432/x", "https://{}@host/x", "mysql+pymysql://me:{}@h/d?ssl=1"])
 def test_a_password_of_any_signs_is_not_seen(address: str, password: str) -> None:
     address = address.format(password)
-    told = f"mlflow.tracking_uri: cannot reach '{address}' (refused); see https://mlflow.org"
-    for text in (shown(address), shown(told), shown(told, *secrets_of(address)), public_name(address)):
+    message = f"mlflow.tracking_uri: cannot reach '{address}' (refused); see https://mlflow.org"
+    for text in (shown(address), shown(message), shown(message, *secrets_of(address)), public_name(address)):
         assert password not in text and "pa" not in text.replace("package", ""), text
-    assert shown(told).endswith("' (refused); see https://mlflow.org")
+    assert shown(message).endswith("' (refused); see https://mlflow.org")
 
 
 def test_a_fragment_is_not_seen() -> None:

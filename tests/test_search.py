@@ -123,7 +123,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_space_is_told_in_one_message_before_anything_starts(name: str, config: Path) -> None:
+def test_a_bad_space_is_reported_in_one_message_before_anything_starts(name: str, config: Path) -> None:
     search, parts = BAD[name]
     change(config, **search)
     with pytest.raises(FaultsError) as caught:
@@ -131,7 +131,7 @@ def test_a_bad_space_is_told_in_one_message_before_anything_starts(name: str, co
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_all_faults_of_a_space_are_told_at_once_with_their_lines(config: Path) -> None:
+def test_all_faults_of_a_space_are_reported_at_once_with_their_lines(config: Path) -> None:
     space = {"training.l1": {"choice": []}, "training.l2": {"choice": [1]}, "adapters.rank": {"grid": [0]}}
     change(config, space=space)
     with pytest.raises(FaultsError, match="3 faults") as caught:

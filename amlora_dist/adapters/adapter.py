@@ -1,4 +1,4 @@
-"""What a bank holds in memory: adapters in the order of their tasks, and the router that weighs them."""
+"""One adapter in memory: the LoRA of a stage with its recipe, and rows of the mixture made of a list of them."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Routing:
 
 
 class RoutedForward:
-    """Stands in for the ``forward`` of a model, or of its encoder (``encoder``).
+    """Replaces the ``forward`` of a model, or of its encoder (``encoder``).
 
     ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
 
@@ -175,12 +175,12 @@ class RoutedForward:
         call = ForwardContext(routing, task_gate, mask, options=options)
         cache_state = None if self.encoder else self._cache_state_of(kwargs, required=task_gate is None)
         if cache_state is not None:
-            kept = None
+            cached_gate = None
             if task_gate is None:
                 call.task_gate = cache_state.task_gate
                 if cache_state.task_gate is not None:
-                    kept = cache_state.kept or CachedGate(cache_state.task_gate)
-            call.carried = CacheState(call.task_gate, cache_state.pooled, kept)
+                    cached_gate = cache_state.cached_gate or CachedGate(cache_state.task_gate)
+            call.cache_state = CacheState(call.task_gate, cache_state.pooled, cached_gate)
             return call
         gates_of = None
         if task_gate is None and router is not None:
@@ -253,7 +253,7 @@ class RoutedForward:
             if call.task_gate is not None and isinstance(output, ModelOutput):
                 output[GATE_KEY] = call.task_gate
             return output
-        cache_state = CacheState(call.task_gate, call.carried.pooled | call.left, call.kept)
+        cache_state = CacheState(call.task_gate, call.cache_state.pooled | call.left, call.cached_gate)
         entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for item in (cache, *entries):
             if isinstance(item, Cache):
@@ -262,7 +262,7 @@ class RoutedForward:
 
 
 class RoutedGenerate:
-    """Stands in for a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
+    """Replaces a decoder's ``generate``: marks the prompt, so that without a KV cache, where every step is a
     pass over prompt and answer, the answer does not move the gate. A prompt that is read in chunks
     (``prefill_chunk_size``) is routed before, as a whole, by a pass up to the routing layer."""
 

@@ -80,12 +80,12 @@ class CachedGate:
 
 @dataclass(slots=True)
 class CacheState:
-    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N); ``kept``
-    once the gate was used for more than its prompt."""
+    """What a KV cache carries for its rows: the task gate (B, T), and sequence-level selectors' pools (B, N);
+    ``cached_gate`` once the gate was used for more than its prompt."""
 
     task_gate: Tensor | None
     pooled: dict[str, Tensor]
-    kept: CachedGate | None = None
+    cached_gate: CachedGate | None = None
 
     def rows(self, pick: Callable[[Tensor], Tensor]) -> CacheState:
         """The same for other rows."""
@@ -141,7 +141,7 @@ class LayerOptions:
 class ForwardContext:
     """One call of the model: the gate, or what it takes to compute it when the routing layer is reached.
 
-    ``owner``: whose call it is. ``mask`` (B, L): the prompt's tokens. ``carried`` is what the KV cache brought; ``left``
+    ``owner``: whose call it is. ``mask`` (B, L): the prompt's tokens. ``cache_state`` came with the KV cache; ``left`` is
     what layers leave for the calls that go on from this one, by module path: it travels with the cache.
     """
 
@@ -151,7 +151,7 @@ class ForwardContext:
     reader: FeatureReader | None = None
     trunk: TrunkStates | None = None
     options: LayerOptions = field(default_factory=LayerOptions)
-    carried: CacheState = field(default_factory=lambda: CacheState(None, {}))
+    cache_state: CacheState = field(default_factory=lambda: CacheState(None, {}))
     left: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -160,9 +160,9 @@ class ForwardContext:
         return None if self.reader is None else self.reader.features
 
     @property
-    def kept(self) -> CachedGate | None:
+    def cached_gate(self) -> CachedGate | None:
         """The gate came with a KV cache, which will bring it again."""
-        return self.carried.kept
+        return self.cache_state.cached_gate
 
     def gate(self) -> Tensor:
         """The task gate (B, T), fp32.
@@ -288,8 +288,8 @@ def pool_features(hidden_BLD: Tensor, mask_BL: Tensor | None, skip_tokens: int) 
     """
     if mask_BL is None:
         length = hidden_BLD.shape[1]
-        kept = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
-        return kept.float().mean(dim=1)
+        read_BLD = hidden_BLD[:, skip_tokens if length > skip_tokens else 0 :]
+        return read_BLD.float().mean(dim=1)
     mask_BL = _fit_mask(mask_BL, hidden_BLD)
     place = mask_BL.cumsum(dim=1)
     later_BL = mask_BL & (place > skip_tokens)

@@ -252,13 +252,13 @@ def with_background(
     for rows in held:
         wins = (rows @ weights.T + bias) / temperature > _mass(rows, fitted.unseen, temperature)[:, None]
         taken = torch.maximum(taken, wins.float().mean(dim=0))
-    kept = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
-    if not kept or not held:
+    remaining = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
+    if not remaining or not held:
         return router
-    scores = torch.cat([_foreign(rows, fitted.unseen, weights[kept], bias[kept], temperature) for rows in held])
+    scores = torch.cat([_foreign(rows, fitted.unseen, weights[remaining], bias[remaining], temperature) for rows in held])
     above = tuple((share, float(torch.quantile(scores, 1 - share))) for share in LOST)
-    parts = tuple(names[place] for place in kept)
-    own = (weights[kept].contiguous(), bias[kept].contiguous())
+    parts = tuple(names[place] for place in remaining)
+    own = (weights[remaining].contiguous(), bias[remaining].contiguous())
     return replace(router, background=own, unseen=fitted.unseen, parts=parts, foreign_above=above)
 
 

@@ -54,7 +54,7 @@ class RouterKeys:
     task: tuple[int, ...]
     """Of each key its task, by place in the bank."""
     label: tuple[int, ...]
-    """Of each key its label, by place in its task; -1 for a key that stands for all of a task."""
+    """Of each key its label, by place in its task; -1 for a key of a whole task."""
     log_prior: Tensor
     """(J,) fp64"""
 

@@ -213,8 +213,8 @@ class MixtureLinear(nn.Module):
                 f"{self.path}: the call has {task_gate.shape[0]} gates, this layer an input of shape {tuple(x.shape)}: "
                 "its first axis is not the batch, so it cannot be a target"
             )
-        if call is not None and call.kept is not None and self._can_keep(x):
-            y = self._kept(x, call.kept)
+        if call is not None and call.cached_gate is not None and self._can_keep(x):
+            y = self._with_cached_gate(x, call.cached_gate)
         else:
             keys = call.options.dropout if call is not None and self.dropout else None
             gate_BR = self.rank_gates(task_gate)
@@ -264,16 +264,16 @@ class MixtureLinear(nn.Module):
             and self._can_fuse(x)
         )
 
-    def _kept(self, x: Tensor, kept: CachedGate) -> Tensor:
-        """With the rank columns that ``kept`` reaches, from the first to the last: the others have gate 0."""
+    def _with_cached_gate(self, x: Tensor, cached: CachedGate) -> Tensor:
+        """With the rank columns that ``cached`` reaches, from the first to the last: the others have gate 0."""
         assert isinstance(self.base, nn.Linear) and self.old_a is not None and self.old_b is not None
-        found = kept.layers.get(self)
+        found = cached.layers.get(self)
         if found is None or found[0] != self.silent:
-            reached = [self._reach[task] for task in kept.tasks()]
+            reached = [self._reach[task] for task in cached.tasks()]
             begin, end = min((r[0] for r in reached), default=0), max((r[1] for r in reached), default=0)
-            gate_BR = self.rank_gates(kept.task_gate)[:, begin:end].expand(x.shape[0], -1).contiguous()
+            gate_BR = self.rank_gates(cached.task_gate)[:, begin:end].expand(x.shape[0], -1).contiguous()
             parts = [(self.old_a[begin:end], self.old_b[:, begin:end])] if end > begin else []
-            found = kept.layers[self] = (self.silent, gate_BR, parts)
+            found = cached.layers[self] = (self.silent, gate_BR, parts)
         _, gate_BR, parts = found
         y_XO = gated_linear(x.reshape(-1, self.in_features), gate_BR, self.base.weight, self.base.bias, parts)
         return y_XO.view(*x.shape[:-1], self.out_features)

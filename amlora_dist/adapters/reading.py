@@ -43,7 +43,7 @@ class Reading:
     ids_BL: Tensor
     """Padded on the left (of an encoder-decoder: on the right)."""
     mask_BL: Tensor
-    kept: Kept | None
+    cached: Kept | None
     """None where the prompt must be read again."""
 
 

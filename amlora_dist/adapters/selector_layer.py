@@ -128,7 +128,7 @@ class LiteralSelector(nn.Module):
                 gates of unnormalised maps are multiplied with them instead, in proportion to the uniform prior.
 
         Raises:
-            ValueError: a mask or carried gate of another batch, or one given to token-level gates.
+            ValueError: a mask or cached gate of another batch, or one given to token-level gates.
         """
         sequence = self.settings.granularity == "sequence"
         if not sequence and pooled_BN is not None:
@@ -139,7 +139,7 @@ class LiteralSelector(nn.Module):
             raw_BSN = z_BSR.float() @ key_NR.T
             pooled_BN = _pool(raw_BSN, prompt_mask_BS) if sequence else None
         elif len(pooled_BN) != len(z_BSR):
-            raise ValueError(f"the carried gate has {len(pooled_BN)} rows, the call has {len(z_BSR)}")
+            raise ValueError(f"the cached gate has {len(pooled_BN)} rows, the call has {len(z_BSR)}")
         raw_BSN = raw_BSN if pooled_BN is None else pooled_BN.float()[:, None, :]
         zero_BS1 = self.zero_bias.float().expand(*raw_BSN.shape[:2], 1)
         scores = self._phi(torch.cat([zero_BS1, raw_BSN + bias_N], dim=-1))
@@ -248,7 +248,7 @@ class SelectorLinear(MixtureLinear):
         if call is not None:
             prior_BN = call.task_gate
             if self.selector.settings.granularity == "sequence":
-                pooled_BN = call.carried.pooled.get(self.path)
+                pooled_BN = call.cache_state.pooled.get(self.path)
                 mask_BS = call.pooling_mask(x_BSI, start=self.pools_start) if pooled_BN is None else None
         selection = self.selector(
             z_BSR, b_OR, self.spread, prompt_mask_BS=mask_BS, pooled_BN=pooled_BN, prior_BN=prior_BN

@@ -75,8 +75,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         raise ValueError(f"top_k keeps at least one slot, not {k}")
     if k >= scores.shape[-1]:
         return softmax(scores)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, dim=-1).indices, True)
-    return softmax(scores.masked_fill(~kept, float("-inf")))
+    selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, dim=-1).indices, True)
+    return softmax(scores.masked_fill(~selected, float("-inf")))
 
 
 def relu_gates(scores: Tensor) -> Tensor:

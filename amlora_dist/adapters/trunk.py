@@ -5,7 +5,7 @@ states (``trunk_states=``) passes the layers over: the last of them answers with
 masks and positions are made as always, so nothing about the architecture needs to be known, but that its layers hand
 on hidden states and nothing else; ``Trunk`` tries that once and refuses where it is not so.
 
-``Trunk.kept`` gives the keys and values of these layers beside the states, so that decoding can go on from there.
+``Trunk.kept`` gives the keys and values of these layers next to the states, so that decoding can go on from there.
 
 Shapes in names: B batch, L tokens, D hidden size, H heads of keys and values, E size of a head, W all kept of a token.
 """
@@ -201,7 +201,7 @@ class Trunk:
 
 
 class _Passable:
-    """Stands in for the ``forward`` of a layer of the trunk."""
+    """Replaces the ``forward`` of a layer of the trunk."""
 
     def __init__(self, inner: Callable[..., Any], *, last: bool) -> None:
         self.inner, self.last = inner, last

@@ -35,7 +35,7 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
 
     Args:
         config: the configuration; values that were wrong have their defaults.
-        faulty: whether something at, below or above a key path is wrong already: then nothing is said on top of it.
+        faulty: whether something at, below or above a key path is wrong already: then no second message is made.
     """
     faults: dict[KeyPath, Fault] = {}
     if config.method not in METHODS:
@@ -108,7 +108,7 @@ def _keys_faults(config: RunConfig) -> dict[KeyPath, Fault]:
 
 
 def _zero_stage(config: RunConfig) -> int | None:
-    """None where the section has something else in its place, which is told of it."""
+    """None where the section has something else in its place, which has its own message."""
     try:
         return config.zero_stage
     except (AttributeError, TypeError, ValueError):
@@ -163,7 +163,7 @@ def _value_faults(
     with_values: Callable[[RunConfig, dict[str, Any]], RunConfig],
     known: set[str],
 ) -> list[Fault]:
-    """What values of one dimension do wrong, beside what is ``known`` to be wrong without them."""
+    """What is wrong with values of one dimension, except for what is ``known`` to be wrong without them."""
     where = f"search.space.{dimension.path}"
     if any(dimension.path == path or dimension.path.startswith(f"{path}.") for path in UNSEARCHABLE):
         return [Fault(where, "a path that cannot change the result", "one that trials can differ by")]
@@ -338,7 +338,7 @@ def _packing_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dic
 
 
 def packing_fault(reason: str) -> Fault:
-    """What is told of ``training.packing`` where rows cannot share a sequence."""
+    """The message about ``training.packing`` where rows cannot share a sequence."""
     return Fault("training.packing", f"true with {reason}", "false")
 
 

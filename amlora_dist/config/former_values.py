@@ -1,4 +1,4 @@
-"""What keys meant before they existed, and values that are gone: what stands for them in what earlier versions stored.
+"""What keys meant before they existed, and values that are gone: what replaces them in what earlier versions stored.
 
 A run, a search or a bank of an earlier version keeps its own resolved configuration. Keys that are new since then are
 not in it, and today's defaults are not what it was trained with: there such a key has the value that does what the code

@@ -1,4 +1,4 @@
-"""The configuration of a run: one tree of dataclasses, each defined beside its component; YAML and overrides.
+"""The configuration of a run: one tree of dataclasses, each defined next to its component; YAML and overrides.
 
 Reading a configuration imports nothing heavy and reports every fault at once. Relative paths inside a configuration
 (``data_dir``, ``model.source``, task files) are relative to the current directory, like paths on the command line.
@@ -70,14 +70,14 @@ class RunConfig:
     """Of the model and its activations; ``auto``: bf16 where the device has it, else fp32; on a cluster that is joined bf16
     where it has GPUs as the run starts: name it where they come on demand."""
     data_dir: Annotated[Path | None, CHANGES_NO_RESULT] = None
-    """Folder of local data, ``<task>/<split>.jsonl``, that stands in for the Hub."""
+    """Folder of local data, ``<task>/<split>.jsonl``, used instead of the Hub."""
     parent: Annotated[str, Field(pattern=r"^models:/[^/@]+(@[^/@]+|/[0-9]+)$")] | None = None
     """A published bank to go on from, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``."""
     registered_model: Name | None = None
     """Name of this run's model in the MLflow registry; default: the run id. Runs never share one."""
     storage: Annotated[str | None, CHANGES_NO_RESULT] = None
-    """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``. With ``workers: 0``
-    also a URL that fsspec knows: the folder stays in ``AMLORA_HOME``, of any node its own, and checkpoints are copied."""
+    """Folder of checkpoints and caches that all nodes share; default: a folder in ``AMLORA_HOME``. Or a URL that
+    fsspec knows: the folder stays in ``AMLORA_HOME``, of any node its own, and checkpoints are copied to the URL."""
     model: ModelSettings
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     """In order: names of built-in tasks, task files, or mappings ``{task: NAME, ...overrides}``."""
@@ -99,9 +99,9 @@ class RunConfig:
     """DeepSpeed's own schema; ``zero_stage: 0-3`` is read as ``zero_optimization.stage``."""
     mlflow: Annotated[MlflowSettings, CHANGES_NO_RESULT] = Field(default_factory=MlflowSettings)
     tracking: Annotated[list[Literal["tensorboard", "wandb"]], CHANGES_NO_RESULT] = Field(default_factory=list)
-    """Beside MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
+    """In addition to MLflow, the journal: ``tensorboard`` (in ``AMLORA_HOME/tensorboard``), ``wandb`` (its own settings)."""
     search: SearchSettings | None = None
-    """What ``amlora tune`` varies; ``amlora run`` leaves it aside."""
+    """What ``amlora tune`` varies; ``amlora run`` ignores it."""
 
     @property
     def zero_stage(self) -> int:
@@ -187,7 +187,7 @@ def validate_config(
 @contextlib.contextmanager
 def named_file(path: Path | str, overrides: list[str] | None = None) -> Iterator[None]:
     """Inside, what turns out to be wrong with a value later on (against the model, the rows, the store or the cluster) is
-    told with the place that the value came from: the configuration's file, or the command line.
+    named with the place that the value came from: the configuration's file, or the command line.
 
     Raises:
         UserError: in place of one whose message begins with a key (``router.layer: found 40, ...``).

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from amlora_dist.config.former_values import GONE
 from amlora_dist.config.strict_yaml import KeyPath, dotted
-from amlora_dist.errors import MOST_TOLD, Fault
+from amlora_dist.errors import MOST_SHOWN, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CHANGES_NO_RESULT = "changes no result"
-"""Stands beside a field, in ``Annotated``, whose value may differ between two starts of one run: workers, places, paces."""
+"""Next to a field, in ``Annotated``, whose value may differ between two starts of one run: workers, places, paces."""
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -83,8 +83,8 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T | None, dict[KeyPath
     except ValidationError as error:
         for number, item in enumerate(error.errors(include_url=False)):
             path = _data_path(item["loc"], data)
-            # To say what was meant is to compare with all that is known: not of the thousandth fault, which is not told.
-            fault = _fault(cls, data, path, item) if number < MOST_TOLD else Fault(dotted(path), "a value", "another")
+            # To suggest what was meant is to compare with all that is known: not for the thousandth, which is not shown.
+            fault = _fault(cls, data, path, item) if number < MOST_SHOWN else Fault(dotted(path), "a value", "another")
             earlier = faults.get(path)
             if earlier is not None and fault.expected not in earlier.expected:
                 fault = Fault(fault.where, fault.found, f"{earlier.expected}, or {fault.expected}", earlier.hint)
@@ -96,7 +96,7 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T | None, dict[KeyPath
 
 
 def without(data: Mapping[str, Any], paths: Iterable[KeyPath]) -> dict[str, Any]:
-    """A copy of ``data`` without what stands at ``paths``, so that the rest can still be checked."""
+    """A copy of ``data`` without what is at ``paths``, so that the rest can still be checked."""
     out = copy.deepcopy(dict(data))
     for path in sorted(paths, key=lambda p: [str(part).rjust(9, "0") for part in p], reverse=True):
         at: Any = out

@@ -38,7 +38,7 @@ GRID_LIMIT = 1000
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True, slots=True)
 class SearchSettings:
-    """A search over whole sequences; ``amlora tune`` reads it, ``amlora run`` leaves it aside."""
+    """A search over whole sequences; ``amlora tune`` reads it, ``amlora run`` ignores it."""
 
     space: dict[str, Any] = Field(min_length=1)
     """Configuration paths, and how the values of each are drawn."""
@@ -133,7 +133,7 @@ def dimensions(space: Mapping[str, Any]) -> tuple[list[Dimension], list[Fault]]:
 
 
 def _leaves(node: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Paths with what stands there: a mapping with a key that is, or resembles, a kind, or anything but a mapping."""
+    """Paths with what is there: a mapping with a key that is, or resembles, a kind, or anything but a mapping."""
     for key, value in node.items():
         path = f"{above}{key}"
         if isinstance(value, dict) and value and not any(key in KINDS or did_you_mean(str(key), KINDS) for key in value):

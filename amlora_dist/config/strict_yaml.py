@@ -28,11 +28,11 @@ _HALF = re.compile("[\ud800-\udfff]")
 """Of a character: an escape can write it, and no file can hold it."""
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a document: keys of mappings and, from 0, places in lists."""
+"""Where a value is in a document: keys of mappings and, from 0, places in lists."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema and a bound on how deep values stand in each other."""
+    """SafeLoader with the scalars of YAML 1.2's core schema and a bound on how deep values are nested."""
 
     _depth = 0
 
@@ -80,7 +80,7 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def _construct(loader: yaml.SafeLoader, node: Any) -> Any:
-    """A number, a truth or nothing; a tag that somebody wrote (``!!int many``) may stand before anything."""
+    """A number, a truth or nothing; a tag that somebody wrote (``!!int many``) may be in front of anything."""
     kind, text = node.tag.removeprefix(_TAG), str(loader.construct_scalar(node))
     if not re.fullmatch(_SCALARS[kind][0], text):
         raise yaml.constructor.ConstructorError(None, None, f"a value that is no {kind}", node.start_mark)
@@ -208,7 +208,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: tupl
     """Fill ``lines`` and yield the faults of keys; ``above`` holds the nodes on the way down."""
     lines.setdefault(path, node.start_mark.line + 1)
     if id(node) in above:
-        yield Fault(dotted(path), "an alias of what it stands in", "values without circles", _CYCLE)
+        yield Fault(dotted(path), "an alias of what it is in", "values without circles", _CYCLE)
         return
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -242,7 +242,7 @@ def _named(value: Any) -> Any:
 
 
 _ESCAPE = "write the character itself"
-_CYCLE = "aliases must not lead back"
+_CYCLE = "aliases must not form a circle"
 
 
 def _hopeless(faults: list[Fault]) -> bool:
@@ -251,7 +251,7 @@ def _hopeless(faults: list[Fault]) -> bool:
 
 
 def _syntax_fault(error: yaml.YAMLError, text: str) -> Fault:
-    """Where the text stops being YAML, the line that stands there (or where what was not closed begins), and why."""
+    """Where the text stops being YAML, the line that is there (or where what was not closed begins), and why."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return Fault("file", "text that is not YAML", "YAML", " ".join(str(error).split()))
     lines = text.splitlines()

@@ -47,7 +47,7 @@ class Weighed:
     keys: tuple[float, ...] | None
     """Log posterior of each label by the keys, given the task; None where its labels have no keys."""
     beta: float = 0.0
-    """Weight of the keys' evidence beside the model's."""
+    """Weight of the keys' evidence next to the model's."""
 
     def score(self, kind: EvidenceKind) -> list[float]:
         """What the evidence says of each label: log p_model + beta log p_keys, or one of them."""
@@ -70,7 +70,7 @@ class Weighed:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The label that is served, and what was asked for beside it."""
+    """The label that is served, and what was asked for with it."""
 
     label: str
     shares: dict[str, float] = field(default_factory=dict)
@@ -347,12 +347,12 @@ class Answering:
         """From texts to answers, in their order, with a stop after each pass of the labels.
 
         Args:
-            requests: plain texts, with what their callers said of them.
+            requests: plain texts, with the options of their callers.
             batch_size: texts of one pass.
             new_tokens: longest answer that is written; default: what the task's answers need.
             router: in place of the bank's own.
             write: write answers where there are no labels.
-            write_all: write beside the labels too.
+            write_all: also write freely where a label is served.
             shares: find out how likely every label is; the best one alone takes less.
             all_done: whether all ranks are done, given whether this one is.
             on_batch: sees every batch after its labels were weighed and before anything is written.
@@ -439,7 +439,7 @@ class Answering:
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:
         """The prompts' pass: the text's lower half as it was read where that can be, else everything."""
-        if reading.kept is None or any(request.kept is None for request in requests):
+        if reading.cached is None or any(request.kept is None for request in requests):
             left = not self.decoder.encoder_decoder
             ids = self._padded([request.tokens for request in requests], left, self.decoder.pad_id)
             mask = self._padded([(1,) * len(request.tokens) for request in requests], left, 0)

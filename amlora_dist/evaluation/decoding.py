@@ -103,20 +103,20 @@ class Decoder:
             rest_mask_BR: 1 but for padding.
             task_gate: (B, T).
         """
-        assert reading.kept is not None, "a reading without what was kept is prefilled anew"
-        kept, length = reading.kept, kept_BL.shape[1]
+        assert reading.cached is not None, "a reading without its cache is prefilled again"
+        cached, length = reading.cached, kept_BL.shape[1]
         mask_BS = torch.cat([kept_BL, rest_mask_BR], dim=1)
         positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)
         inputs = self.positions(mask_BS)
         later = {name: tensor[:, length:] for name, tensor in inputs.items()}
-        states_BRD = kept.trunk.extend(kept.cache, rest_BR, mask_BS, later)
+        states_BRD = cached.trunk.extend(cached.cache, rest_BR, mask_BS, later)
         if self._keeps_logits:
             inputs["logits_to_keep"] = 1  # type: ignore[assignment]
         out = self._forward(
             input_ids=torch.cat([reading.ids_BL, rest_BR], dim=1), attention_mask=mask_BS, use_cache=True, **inputs,
-            trunk_states=torch.cat([kept.states_BLD, states_BRD], dim=1), task_gate=task_gate,
+            trunk_states=torch.cat([cached.states_BLD, states_BRD], dim=1), task_gate=task_gate,
         )  # fmt: skip
-        kept.trunk.hand_over(out.past_key_values, kept.cache)
+        cached.trunk.hand_over(out.past_key_values, cached.cache)
         return Prefilled(out.past_key_values, out.logits[:, -1], mask_BS, positions_BS[:, -1:] + 1)
 
     def advance(self, state: Prefilled, tokens_BK: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How the labels of a task are laid out for ranking: a trie of their tokens.
 
 Each distinct beginning of a label is one node, and a node goes through the model once, however many labels pass through
-it. Nodes stand in preorder, so that the descendants of node n are n+1 to ``end[n]`` - 1: one comparison tells whether one
+it. Nodes are in preorder, so that the descendants of node n are n+1 to ``end[n]`` - 1: one comparison tells whether one
 token may see another.
 """
 
@@ -35,7 +35,7 @@ class Trie:
     ends: tuple[int, ...]
     """One past the last descendant of each node."""
     edges: tuple[tuple[int, int], ...]
-    """(node that it leaves, next token), sorted: those of one node stand together."""
+    """(node that it leaves, next token), sorted: those of one node are next to each other."""
     paths: tuple[tuple[int, ...], ...]
     """Of each label its edges, from the prompt on."""
 

@@ -85,7 +85,7 @@ def forward_transfer_single(matrix: Matrix, single: Sequence[float | None]) -> f
 
 
 def learning_accuracy(matrix: Matrix) -> float | None:
-    """LA = 1/n Σ_{i<=n} R[i,i]: mean score right after learning, forgetting left aside.
+    """LA = 1/n Σ_{i<=n} R[i,i]: mean score right after learning, without forgetting.
 
     Source: Riemer et al. 2019 (MER).
     """

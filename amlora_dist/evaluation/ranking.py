@@ -94,7 +94,7 @@ def choosing(
     is. With a stop after each pass, which yields the tokens that went through; how many passes depends on the prompts.
 
     Args:
-        more_BL: what counts for each label beside its likelihood, nats; None: nothing.
+        more_BL: what counts for each label in addition to its likelihood, nats; None: nothing.
     """
     more = 0.0 if more_BL is None else more_BL.to(state.logits.device, torch.float32)
     if not takes_tries(decoder, state):
@@ -192,7 +192,7 @@ class _TrieSearch:
         return found
 
     def feed(self, nodes: Sequence[Sequence[int]]) -> int:
-        """Let nodes of each prompt go through the model; their parents went before, or stand before them. Returns the
+        """Let nodes of each prompt go through the model; their parents went before, or are before them. Returns the
         number of tokens."""
         width = max(map(len, nodes))
         rows = [[*row, *[self._size] * (width - len(row))] for row in nodes]

@@ -33,7 +33,7 @@ def sari(output: str, answers: Sequence[str], source: str) -> float:
     Args:
         output: the text that was written.
         answers: the right ones, at least one.
-        source: the text that was to be said more simply.
+        source: the text that was to be simplified.
     """
     was, now, wanted = words(source), words(output), [words(answer) for answer in answers]
     scores = [_of_order(grams(was, n), grams(now, n), [grams(one, n) for one in wanted]) for n in ORDERS]
@@ -52,7 +52,7 @@ def words(text: str) -> list[str]:
 
 
 def grams(found: Sequence[str], n: int) -> _Grams:
-    """How often each run of n words stands in a text."""
+    """How often each run of n words is in a text."""
     return Counter(tuple(found[place : place + n]) for place in range(len(found) - n + 1))
 
 

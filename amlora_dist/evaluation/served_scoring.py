@@ -1,9 +1,9 @@
-"""Score plain texts as they are served: nothing is told but the text, and every answer comes through ``answering``.
+"""Score plain texts as they are served: the text alone is given, and every answer comes through ``answering``.
 
-A row counts by the words of its served answer. Beside it stand what the model alone and the keys alone would have said of
+A row counts by the words of its served answer. With it come the answers of the model alone and of the keys alone to
 the same rows, what the model writes if nothing limits it, and the best of the true task's labels.
 
-Rows whose gates are what they were at an earlier score of the same bank, or of its beginnings, keep what the model said of
+Rows whose gates are what they were at an earlier score of the same bank, or of its beginnings, keep what the model gave for
 them (``unchanged``); the decision is made again with today's keys.
 """
 
@@ -46,7 +46,7 @@ class ServedScore:
         answering: the bank.
         metric: of the task.
         labels: the task's; None for free text.
-        task: named to the bank (the oracle); None: nothing is told.
+        task: named to the bank (the oracle); None: the text alone is given.
         question: asked of every text, in place of the routed task's own.
     """
 
@@ -136,7 +136,7 @@ class ServedScore:
     def decided(
         self, before: Prediction, asked: str, weighed: Weighed | None, foreign: float | None, by_keys: str | None
     ) -> Prediction:
-        """A prediction with the served answer, and those of each kind of evidence, from what the model said of a row
+        """A prediction with the served answer, and those of each kind of evidence, from what the model gave for a row
         (``asked``: its text)."""
         kind = self.answering.kind
         if weighed is None:
@@ -162,7 +162,7 @@ class ServedScore:
 def rescored(
     scorer: ServedScore, before: Sequence[Prediction], features: Mapping[int, Tensor], texts: Mapping[int, str]
 ) -> list[Prediction]:
-    """Predictions of an earlier score whose gates still hold, decided anew with today's keys.
+    """Predictions of an earlier score whose gates still hold, decided again with today's keys.
 
     Args:
         scorer: of the cell.

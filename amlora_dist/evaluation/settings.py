@@ -36,11 +36,11 @@ class EvaluationSettings:
     also: list[str | dict[str, Any]] = Field(default_factory=list)
     """Further test sets, given like ``tasks`` and learned by no stage: scored after the last one (shifted text, say)."""
     paraphrases: int = Field(default=0, ge=0, le=9)
-    """Score every task once more after the last stage with so many other wordings of its question, which no stage saw."""
+    """Score every task once more after the last stage with so many paraphrases of its question, which no stage saw."""
     oracle: bool = True
     """Score the last bank once more with the true task's row, as the upper bound of routing."""
     knockout: bool = False
-    """Score the last bank once more for each adapter, with that adapter silent wherever gates or recipes use it: as many
+    """Score the last bank once more for each adapter, with that adapter disabled wherever gates or recipes use it: as many
     passes over all tasks as there are adapters."""
 
     reuse: bool = True

@@ -1,6 +1,6 @@
 """Scores of one output against one answer, 0 to 1: the same text, exact match, token F1, ROUGE-L, fields of JSON, code.
 
-Every function takes ``(output, answer)`` and is pure; what the row's text decides too stands under ``TEXT_METRICS``.
+Every function takes ``(output, answer)`` and is pure; those that read the row's text too are in ``TEXT_METRICS``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def rouge_l(output: str, answer: str) -> float:
 def json_fields(output: str, answer: str) -> float:
     """F-measure over the fields of two JSON objects: a field counts where name and value are equal.
 
-    1 for the answer as it stands, 0 where either is no JSON object.
+    1 for the answer as it is, 0 where either is no JSON object.
     """
     if output.strip() == answer.strip():
         return 1.0

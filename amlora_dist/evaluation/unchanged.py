@@ -1,8 +1,8 @@
 """Rows that need not be scored again, because nothing that their answer depends on has changed.
 
 Base model and old adapters are frozen, and so are the features that the router reads. What a new stage, the oracle or a
-silenced adapter can change for a row is its gate: where that is, number for number, what it was when the row was last
-scored, and 0 for every task that came since, the answer stands. Sparse gates make this the rule and not the exception;
+disabled adapter can change for a row is its gate: where that is, number for number, what it was when the row was last
+scored, and 0 for every task that came since, the answer is the same. Sparse gates make this the rule and not the exception;
 scoring after stage n then costs the rows of one or two tasks instead of n.
 """
 

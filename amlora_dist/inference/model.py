@@ -323,8 +323,8 @@ class AMLoRAModel:
         Args:
             messages: ``{"role": "user", "content": "..."}`` and so on, the user's last; roles system, user, assistant, tool.
             task: use this task's row and prompt instead of the router.
-            route_by: ``turn``: what the user said last decides the route, anew in every turn; ``conversation``: what they
-                said first does, so that a conversation keeps its route.
+            route_by: ``turn``: the user's last turn decides the route, again in every turn; ``conversation``: their
+                first one does, so that a conversation keeps its route.
             max_new_tokens: longest answer that is written; default: what the task needs.
             free: write, whatever the task.
 

@@ -117,8 +117,8 @@ def _statistics(
     features = sample_features(model, mixture, prompter, base, task, entry, rows.texts)
     places = [labels.index(answer) if labels else -1 for answer in rows.answers]
     held = held_out_places(len(places), 0.1, seed=0, task=task)
-    kept = [place for place in range(len(places)) if place not in set(held)]
-    own = TaskStatistics.from_features(task, features[kept], [max(places[k], 0) for k in kept], len(labels))
+    learned = [place for place in range(len(places)) if place not in set(held)]
+    own = TaskStatistics.from_features(task, features[learned], [max(places[k], 0) for k in learned], len(labels))
     if not held:
         return own
     unseen = HeldOut(features[held].float(), torch.tensor([places[k] for k in held]))

@@ -137,7 +137,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class TrainedShare:
-    """What stage n trains on and what it stands on. Counts are elements."""
+    """What stage n trains, and what it is trained on top of. Counts are elements."""
 
     new: int
     """The new adapter and its recipe."""

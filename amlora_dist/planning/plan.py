@@ -25,7 +25,7 @@ CHOICES: tuple[tuple[int, Offload], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Bytes are of one GPU and of one node; ``host_memory`` is None where nobody said."""
+    """Bytes are of one GPU and of one node; ``host_memory`` is None where it is not known."""
 
     nodes: int
     gpus_per_node: int

@@ -38,7 +38,7 @@ class LayerShape:
     parameters: int
     used: int
     trains: bool
-    """Gradients pass through it: it has an adapter, or stands above a layer that has one."""
+    """Gradients pass through it: it has an adapter, or is above a layer that has one."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Shape:
     layers: tuple[LayerShape, ...]
     targets: tuple[Target, ...]
     below_router: int
-    """How many layers stand below the routing layer."""
+    """How many layers are below the routing layer."""
     hidden: int
     attention_width: int
     """Query heads x head dimension."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STATISTICS_BATCH = 16
 """Rows of a forward pass when features are taken and recipes are probed (``training.stage``)."""
-KEPT_CHECKPOINTS = 2
+RETAINED_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def stages(
                 task=task.name,
                 adapter=new,
                 bank=bank,
-                checkpoint_bytes=KEPT_CHECKPOINTS * 12 * new,
+                checkpoint_bytes=RETAINED_CHECKPOINTS * 12 * new,
                 registry_bytes=recipe.size * recipe.rank * shape.adapter_width
                 + 4 * (index - 1) * len(shape.targets) * recipe.learns_recipe
                 + 8 * (factors + 1) * shape.hidden

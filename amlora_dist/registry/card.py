@@ -98,8 +98,8 @@ def _memory(manifest: Manifest) -> list[str]:
     """Whether rows of earlier tasks were looked at again, which a reader must know before comparing methods."""
     section = manifest.training_configuration.get("method_settings")
     count = section.get("memory_rows", 0) if isinstance(section, dict) and manifest.method == "am_lora" else 0
-    said = f"Rows of G were refitted on a memory of at most {count} rows of each earlier task; none of them are in here."
-    return [said] if count else []
+    note = f"Rows of G were refitted on a memory of at most {count} rows of each earlier task; none of them are in here."
+    return [note] if count else []
 
 
 def readme(manifest: Manifest, base_model: str | None = None) -> str:
@@ -222,7 +222,7 @@ def _last(manifest: Manifest) -> dict[str, float | None]:
 
 
 def _metric(entry: TaskEntry | None) -> str:
-    """How the Hub is told that free text was counted: by name where the bank says it."""
+    """The metric's name on the Hub for free text: the bank's own where it names one."""
     return "score" if entry is None or entry.metric is None else entry.metric
 
 

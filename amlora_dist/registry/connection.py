@@ -109,7 +109,7 @@ class Connection:
             StoreError: still busy at the deadline, or an error that stays.
             mlflow.exceptions.MlflowException: passed on when it says that something exists already or does not exist.
         """
-        start, pause, told = time.monotonic(), 0.05, False
+        start, pause, warned = time.monotonic(), 0.05, False
         while True:
             try:
                 result = function(*args, **keys)
@@ -136,11 +136,11 @@ class Connection:
                         f"{where}: no answer for {waited:.0f} s ({_first_line(reason)}); what was trained is kept: when the"
                         " server is back, start the same command again"
                     ) from error
-                if trouble == "away" and not told:
-                    told = True
+                if trouble == "away" and not warned:
+                    warned = True
                     log.warning("%s: no answer; trying again for %.0f min", where, OUTAGE_DEADLINE_S / 60)
             else:
-                if told or self.away:
+                if warned or self.away:
                     log.warning("MLflow at %s answers again", self.shown)
                 self.away = False
                 return result
@@ -190,7 +190,7 @@ def is_code(error: Exception, code: str) -> bool:
 
 
 def _trouble(error: Exception, *, remote: bool) -> Literal["busy", "away", "full", "other"]:
-    """What kind of trouble an error of MLflow's, or of the disk or network below it, stands for."""
+    """What kind of trouble an error of MLflow's, or of the disk or network below it, means."""
     import requests
 
     reason = str(error)

@@ -152,8 +152,8 @@ def remove(store: Store, chosen: Sequence[RemovalCandidate]) -> None:
     Raises:
         UserError: one of them has to stay; nothing is deleted.
     """
-    if kept := [one for one in chosen if one.reasons]:
-        raise UserError(f"{kept[0].version.uri} has to stay: {'; '.join(kept[0].reasons)}; nothing was deleted")
+    if needed := [one for one in chosen if one.reasons]:
+        raise UserError(f"{needed[0].version.uri} has to stay: {'; '.join(needed[0].reasons)}; nothing was deleted")
     connection = store.connection
     for one in chosen:
         version = one.version

@@ -70,7 +70,7 @@ def push_bank(
 
     Raises:
         BankError: the bank is damaged or was never trained.
-        UserError: the repository holds something else, or is public and ``public`` was not said.
+        UserError: the repository holds something else, or is public and ``public`` was not given.
         HubError: the Hub does not answer, refuses the token, or the repository is somebody else's.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -214,8 +214,8 @@ def _api() -> HfApi:
 def _sent(folder: Path, manifest: Manifest, statistics: bool) -> list[str]:
     """Paths of what is pushed, but for the card."""
     signed = (folder / SIGNATURE_FILE).is_file()
-    kept = [file for file in bank_files(manifest) if statistics or signed or file.kind != "statistics"]
-    own = [FILE, *(file.path for file in kept), *([SIGNATURE_FILE] if signed else [])]
+    included = [file for file in bank_files(manifest) if statistics or signed or file.kind != "statistics"]
+    own = [FILE, *(file.path for file in included), *([SIGNATURE_FILE] if signed else [])]
     if missing := [path for path in own if not (folder / path).is_file() and not path.startswith("statistics/")]:
         raise BankError(f"{folder / missing[0]}: missing; fetch the bank again")
     absent = [path for path in own if not (folder / path).is_file()]

@@ -33,7 +33,7 @@ class LeaseEntries:
 
     def entries(self, prefix: str) -> dict[str, dict[str, str]]:
         """Tags of the lease entries whose name starts with ``prefix``."""
-        # in LIKE a "_" stands for any sign, so the answer may hold more
+        # in LIKE a "_" matches any sign, so the answer may hold more
         found = self._connection.pages(self._client.search_registered_models, f"name LIKE '{prefix}%'")
         return {model.name: dict(model.tags) for model in found if model.name.startswith(prefix)}
 

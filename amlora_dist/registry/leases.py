@@ -282,7 +282,7 @@ def claim_or_wait(
         HeldError: the deadline passed while another holder lives.
     """
     timing = timing or Timing()
-    start, told = timing.clock(), 0.0
+    start, logged = timing.clock(), 0.0
     while True:
         state = read_state(entries, stage_key(fingerprint))
         if state is not None and not state.released:
@@ -295,8 +295,8 @@ def claim_or_wait(
             if seen == "alive":
                 if waited > deadline_s:
                     raise HeldError(f"waited {waited:.0f} s for a stage that another run trains: {state}")
-                if waited - told >= 60 or not told:
-                    told = waited + 1e-9
+                if waited - logged >= 60 or not logged:
+                    logged = waited + 1e-9
                     log.info("waiting for a stage that another run trains: %s", state)
                 continue
         try:

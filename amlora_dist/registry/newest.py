@@ -6,7 +6,7 @@ therefore the run's last stage; of two versions of one stage the later one, or t
 (``take_up``: rows had changed, and came back).
 
 ``current`` goes that way only forwards. This project notes on the registered model where it left the alias
-(``tags.POINTED``); an alias that stands somewhere else was set by a person, and is left alone until they delete it.
+(``tags.POINTED``); an alias that points somewhere else was set by a person, and is left alone until they delete it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ KNOWN: dict[str, tuple[Callable[[object], bool], str]] = {
     "enable_lora": _NULL,
     "merge_weights": _OFF,
 }
-"""Keys of ``adapter_config.json``: what may stand there, and how a message says it."""
+"""Keys of ``adapter_config.json``: what they may hold, and how a message says it."""
 
 
 def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
@@ -221,7 +221,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def _check_targets(file: Path, config: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Refuse tensors of modules that the configuration does not name: PEFT leaves them out in silence."""
+    """Refuse tensors of modules that the configuration does not name: PEFT leaves them out without a message."""
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         given = config.get(key)

@@ -42,7 +42,7 @@ def pull_bank(
         store: which has the version.
         version: to pull.
         dest: the folder to make.
-        nearby: folders whose subfolders may be banks with the same adapters, beside the one that ``dest`` is in.
+        nearby: folders whose subfolders may be banks with the same adapters, next to the one that ``dest`` is in.
         progress: called with (parts done, parts in all, name).
         statistics: fetch what only the continuation of the bank needs, too; a signature is over them.
         trust: what is demanded of the bank.

@@ -34,7 +34,7 @@ class BankModel:
         self.model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One answer for each row, as the bank's accuracy was measured: plain text or a conversation in, and nothing told.
+        """One answer for each row, as the bank's accuracy was measured: given plain text or a conversation and nothing else.
 
         Args:
             model_input: a pandas.DataFrame with a column ``text``, or ``messages`` (lists of turns) or another form of
@@ -56,7 +56,7 @@ class BankModel:
         texts: list[Any] = _texts(model_input, "text") if "text" in columns else [None] * len(model_input)
         if forms:
             turns = _conversations(model_input, [text is None for text in texts])
-            texts = [text if text is not None else said for text, said in zip(texts, turns, strict=True)]
+            texts = [text if text is not None else talk for text, talk in zip(texts, turns, strict=True)]
         if missing := [place for place, text in enumerate(texts) if text is None]:
             raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text")
         options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What people find in MLflow's pages beside the journal: a model for each version, the data of each task, descriptions.
+"""What people find in MLflow's pages next to the journal: a model for each version, the data of each task, descriptions.
 
 Nothing is read back from here by any run. A store that lacks these parts of MLflow 3 gets the rest, and a warning.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSIONS_TAG = "mlflow.modelVersions"
-"""Tag by which MLflow's pages lead from a logged model to its registered versions."""
+"""Tag by which MLflow's pages link from a logged model to its registered versions."""
 CONTEXT_TAG = "mlflow.data.context"
 NOTE_TAG = "mlflow.note.content"
 """Tag that MLflow's pages show as a run's description."""

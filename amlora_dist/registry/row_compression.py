@@ -28,11 +28,11 @@ def compressed(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         q_OK, r_KR = torch.linalg.qr(adapter.b[module].double() * adapter.scale)
         p_IL, s_LR = torch.linalg.qr(a_RI.double().T)
         u, values, v = torch.linalg.svd(r_KR @ s_LR.T, full_matrices=False)
-        kept = min(rank, len(values))
-        root = values[:kept].sqrt()
-        fill = rank - kept
-        b[module] = torch.nn.functional.pad(q_OK @ u[:, :kept] * root, (0, fill)).float().contiguous()
-        a[module] = torch.nn.functional.pad(root[:, None] * (v[:kept] @ p_IL.T), (0, 0, 0, fill)).float().contiguous()
-        lost += float(values[kept:].square().sum())
+        retained = min(rank, len(values))
+        root = values[:retained].sqrt()
+        fill = rank - retained
+        b[module] = torch.nn.functional.pad(q_OK @ u[:, :retained] * root, (0, fill)).float().contiguous()
+        a[module] = torch.nn.functional.pad(root[:, None] * (v[:retained] @ p_IL.T), (0, 0, 0, fill)).float().contiguous()
+        lost += float(values[retained:].square().sum())
         whole += float(values.square().sum())
     return Adapter(adapter.task, rank, float(rank), a, b), (lost / whole) ** 0.5 if whole else 0.0

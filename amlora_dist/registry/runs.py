@@ -19,7 +19,7 @@ _METRICS_PER_CALL = 500
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
 UI = "http://127.0.0.1:5000"
-"""Where ``mlflow ui`` serves, unless it is told otherwise."""
+"""Where ``mlflow ui`` serves, unless configured otherwise."""
 RESULT = "result.json"
 """Artifact of the run of a sequence: its result so far."""
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
@@ -55,7 +55,7 @@ class Runs:
     ) -> str:
         """The MLflow run of a sequence: found again by its tag and set to RUNNING, or created.
 
-        It stands in the experiment of its registered model, or nested ``below`` another run, such as a search's trial.
+        It is in the experiment of its registered model, or nested ``below`` another run, such as a search's trial.
 
         The resolved configuration is stored as ``config.json`` (again on resumption: tasks may have been appended)
         and, for MLflow's tables, flattened into parameters, which MLflow keeps as they were first written.
@@ -179,7 +179,7 @@ class Runs:
         return dict(self._call("read a run", self._client.get_run, run).data.tags)
 
     def add_metrics(self, run: str, metrics: Iterable[tuple[str, float, int, int]]) -> None:
-        """``log_metrics_batch`` of what the run does not have: a key, step and value stand there once."""
+        """``log_metrics_batch`` of what the run does not have: a key, step and value are there once."""
         wanted = list(metrics)
         there = self._call("read a run", self._client.get_run, run).data.metrics
         known = {

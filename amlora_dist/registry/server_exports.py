@@ -2,7 +2,7 @@
 
 vLLM and Ray Serve LLM take one layout: a folder of adapters, each called as it is served. vLLM's resolver plugin looks
 there for a name that it does not know, and takes an adapter whose ``base_model_name_or_path`` is its own ``--model``; Ray
-Serve LLM looks below ``dynamic_lora_loading_path`` for what stands behind the colon of ``BASE:NAME``. Both apply one adapter
+Serve LLM looks below ``dynamic_lora_loading_path`` for what is behind the colon of ``BASE:NAME``. Both apply one adapter
 to a request. llama.cpp applies any number of adapters, each at a scale of its own, which is this project's mixture.
 """
 
@@ -41,7 +41,7 @@ _BUCKET = re.compile(r"(s3|gs|abfss|azure)://[^\s]+")
 
 
 def served_base(base: BaseModel, given: str | None) -> str:
-    """What another server is to be told of the base model: a folder that is there, or a Hub id.
+    """The base model as another server is given it: a folder that is there, or a Hub id.
 
     Args:
         base: the bank's, as it was found on this machine.

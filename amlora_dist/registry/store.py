@@ -94,7 +94,7 @@ class Store(Runs):
         self._call("move an alias", client.set_registered_model_alias, registered_model, alias, str(version.number))
 
     def tag_version(self, version: Version, values: Mapping[str, str], guard: Callable[[], None] | None = None) -> None:
-        """Set tags of a version, beside those it was published with."""
+        """Set tags of a version, next to those it was published with."""
         if guard:
             guard()
         for key, value in values.items():
@@ -141,7 +141,7 @@ class Store(Runs):
     ) -> Version:
         """Publish a bank: upload, read back, compare, register, move ``current``. Doing it twice changes nothing.
 
-        Only the parts whose ``stored`` is ``placement(...)`` are uploaded, beside the router and the frame; all
+        Only the parts whose ``stored`` is ``placement(...)`` are uploaded, with the router and the frame; all
         others must be in this store already.
 
         Args:
@@ -211,7 +211,7 @@ class Store(Runs):
     def pull(self, uri: str, dest: Path, progress: Progress | None = None, *, statistics: bool = True) -> Path:
         """Make a self-contained folder of a version: every adapter, checked by digest, ready for ``read_bank``.
 
-        What an interrupted pull has fetched is kept in ``.<dest>.part`` beside ``dest``; ``dest`` appears when all
+        What an interrupted pull has fetched is kept in ``.<dest>.part`` next to ``dest``; ``dest`` appears when all
         of it is right. A ``dest`` that is this very bank is left as it is.
 
         Args:

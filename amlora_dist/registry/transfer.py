@@ -297,7 +297,7 @@ def assemble(
     files = bank_files(manifest)
     for file in files:
         if file.kind == "frame":
-            _bring(file, part, manifest, fetch)
+            _fetch_file(file, part, manifest, fetch)
     by_folder: dict[str, list[BankFile]] = {}
     for file in files:
         by_folder.setdefault(file.path.rpartition("/")[0], []).append(file)
@@ -305,16 +305,16 @@ def assemble(
         tell(done, total, line.folder)
         right = _is_right(read_adapter, part, manifest, line)
         for file in by_folder[line.folder]:
-            _bring(file, part, manifest, fetch, anew=not right and not file.path.endswith(CONFIG_FILE))
+            _fetch_file(file, part, manifest, fetch, refetch=not right and not file.path.endswith(CONFIG_FILE))
         read_adapter(part, manifest, line)
     for done, entry in enumerate(wanted, start=len(manifest.adapters)):
         tell(done, total, entry.file)
         right = _is_right(read_statistics, part, entry)
-        _bring(BankFile(entry.file, "statistics", entry.stored), part, manifest, fetch, anew=not right)
+        _fetch_file(BankFile(entry.file, "statistics", entry.stored), part, manifest, fetch, refetch=not right)
         read_statistics(part, entry)
     tell(total - 1, total, ROUTER_FILE)
     right = _is_right(read_router, part, manifest)
-    _bring(BankFile(ROUTER_FILE, "router"), part, manifest, fetch, anew=not right)
+    _fetch_file(BankFile(ROUTER_FILE, "router"), part, manifest, fetch, refetch=not right)
     read_bank(part)
     if check is not None:
         check(part)
@@ -323,10 +323,10 @@ def assemble(
     return dest
 
 
-def _bring(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *, anew: bool = False) -> None:
-    """Fetch a file that is not there as the manifest lists it; one that it does not list, if it is wanted ``anew``."""
+def _fetch_file(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *, refetch: bool = False) -> None:
+    """Fetch a file that is not there as the manifest lists it; one that it does not list, with ``refetch``."""
     listed = file.path in (manifest.files or {})
-    if (listed and not fits(part, file.path, manifest)) or (not listed and anew):
+    if (listed and not fits(part, file.path, manifest)) or (not listed and refetch):
         fetch(file.path, file.stored, part / file.path)
 
 
@@ -376,7 +376,7 @@ def fetch_file(runs: Runs, path: str, stored: Stored, target: Path, entry: FileE
 
 
 def _already(dest: Path, manifest: Manifest, fetch: Fetch, *, statistics: bool) -> Path:
-    """``dest`` may stand there already when it is this very bank; statistics that it lacks are added."""
+    """``dest`` may be there already when it is this very bank; statistics that it lacks are added."""
     if not (dest / FILE).is_file() or read_manifest(dest).digest() != manifest.digest():
         raise UserError(f"{dest}: holds something else than this version; give another folder or remove it first")
     try:

@@ -30,9 +30,9 @@ Counts = dict[str, Counter[str]]
 def confusions(facts: RunFacts, task: str) -> Counts | None:
     """Rows after the last stage by right label and given answer; None of free text, and where nothing was scored.
 
-    Labels stand in the task's order. A given answer that is none of them counts as ``OTHER``.
+    Labels are in the task's order. A given answer that is none of them counts as ``OTHER``.
     """
-    labels = facts.materials.get("tasks", {}).get(task, {}).get("labels")
+    labels = facts.inputs.get("tasks", {}).get(task, {}).get("labels")
     found = facts.cell("router", task, len(facts.stages))
     if not labels or not found:
         return None
@@ -122,7 +122,7 @@ def _in_turn(facts: RunFacts, right: bool) -> list[tuple[str, Prediction]]:
 
 
 def _line(facts: RunFacts, task: str, p: Prediction) -> list[Value]:
-    route, gate = _route(p, [*facts.materials.get("parent_tasks", []), *(stage.task for stage in facts.stages)])
+    route, gate = _route(p, [*facts.inputs.get("parent_tasks", []), *(stage.task for stage in facts.stages)])
     return [task, p.row, p.answer, p.given, p.correct, route, gate]
 
 

@@ -43,7 +43,7 @@ def baselines(facts: RunFacts) -> Baselines:
 
 
 def _of_task(facts: RunFacts, task: str) -> tuple[Number, Number]:
-    about = facts.materials.get("tasks", {}).get(task, {})
+    about = facts.inputs.get("tasks", {}).get(task, {})
     labels = about.get("labels")
     if not labels or about.get("metric", "accuracy") != "accuracy":
         return None, None

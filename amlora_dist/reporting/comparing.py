@@ -201,7 +201,7 @@ def _by_task(entries: Sequence[Entry]) -> dict[str, Number]:
 
 
 def _also(entries: Sequence[Entry]) -> dict[str, Number]:
-    """Mean score on each test set that no stage learned (shifted text, other wordings)."""
+    """Mean score on each test set that no stage learned (shifted text, paraphrases)."""
     scores: dict[str, list[Number]] = {}
     for entry in entries:
         for one in entry.facts.result.get("also") or []:

@@ -49,7 +49,7 @@ def comparison_page(comparison: dict[str, Any]) -> Page:
             Section(
                 "Average performance",
                 f"Mean over the runs of each method ({count} in all). Bars: 95% bootstrap interval over test rows. The"
-                " spread over seeds and orders stands in the table.",
+                " spread over seeds and orders is in the table.",
                 _performance(comparison, ranking),
             ),
             Section("Task by task", "", _tasks(comparison)),
@@ -238,8 +238,8 @@ def _tasks(comparison: dict[str, Any]) -> list[Block]:
             [method, *((one.get(order) or {}).get("mean") for order in orders)]
             for method, one in comparison["by_order"].items()
         ]
-        told = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in comparison["orders"].items())
-        blocks.append(TableBlock("orders", "Average performance by order", Table(["method", *orders], rows), told))
+        listed = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in comparison["orders"].items())
+        blocks.append(TableBlock("orders", "Average performance by order", Table(["method", *orders], rows), listed))
     return blocks
 
 

@@ -171,12 +171,12 @@ def misrouted(e: RunFigures) -> Iterator[Finding]:
         cost = None if last is None or oracle is None else oracle - last
         severe = right < 0.6 and (cost is None or cost >= 0.05)
         severe = severe or (cost is not None and cost >= 0.1 and _beyond_chance(oracle, last, e.rows, i))
-        told = "" if cost is None else f" Against being told the task this costs {cost:.3f}."
+        loss = "" if cost is None else f" Against being told the task this costs {cost:.3f}."
         yield Finding(
             "alarm" if severe else "note",
             "misrouted",
             f"{task} is misrouted",
-            f"{_share(right)} of its inputs choose its own adapter, {_share(wrong[0])} choose {wrong[1]}'s.{told}",
+            f"{_share(right)} of its inputs choose its own adapter, {_share(wrong[0])} choose {wrong[1]}'s.{loss}",
             "If the tasks are alike, give them distinct questions or join them; more training rows sharpen the statistics.",
         )
 
@@ -277,8 +277,8 @@ def not_learned(e: RunFigures) -> Iterator[Finding]:
     That is the highest of the untrained model, the most frequent label, and a label drawn evenly.
     """
     for i, task in enumerate(e.tasks[: max(len(e.matrix) - 1, 0)]):
-        told = e.oracle[i] if e.oracle is not None else None
-        best = max((v for v in (e.matrix[i + 1][i], told) if v is not None), default=None)
+        oracle = e.oracle[i] if e.oracle is not None else None
+        best = max((v for v in (e.matrix[i + 1][i], oracle) if v is not None), default=None)
         compared = {
             "untrained": e.matrix[0][i],
             "with its most frequent label always": e.majority[i] if i < len(e.majority) else None,
@@ -329,7 +329,7 @@ def diverged(e: RunFigures) -> Iterator[Finding]:
             )
 
 
-def told_away(e: RunFigures) -> Iterator[Finding]:
+def task_in_prompts(e: RunFigures) -> Iterator[Finding]:
     """Prompts that name the task."""
     kinds = sorted({leak for leaks in e.leaks.values() for leak in leaks})
     if kinds:
@@ -338,22 +338,22 @@ def told_away(e: RunFigures) -> Iterator[Finding]:
             "prompts_tell_the_task",
             "The prompts give the task away",
             f"{', '.join(kinds)} in {len(e.leaks)} tasks: routing is easier than for a user's text.",
-            "Report the same run with prompt_style options or bare and field_markers strip beside it.",
+            "Report the same run with prompt_style options or bare and field_markers strip next to it.",
         )
 
 
 def skipped_rows(e: RunFigures) -> Iterator[Finding]:
     """Rows that could not be used."""
     if e.bad_rows:
-        told = ", ".join(f"{task} {count}" for task, count in e.bad_rows.items())
-        detail = f"on_bad_row is skip: {told}."
+        counts = ", ".join(f"{task} {count}" for task, count in e.bad_rows.items())
+        detail = f"on_bad_row is skip: {counts}."
         yield Finding("note", "rows_skipped", "Bad rows were skipped", detail, "Fix the data files.")
 
 
 Rule = Callable[[RunFigures], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     collapsed, blind, exchanged, misrouted, look_alikes, zero_adapter, erased_recipes, mixed_boundaries, forgotten,
-    not_learned, diverged, told_away, skipped_rows,
+    not_learned, diverged, task_in_prompts, skipped_rows,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from amlora_dist.registry import tags
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
-STAGE, CONFIG, MATERIALS = "stage.json", "config.json", "materials.json"
+STAGE, CONFIG, INPUTS = "stage.json", "config.json", "materials.json"
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class RunFacts:
     tracking_uri: str
     result: dict[str, Any]
     config: dict[str, Any]
-    materials: dict[str, Any]
+    inputs: dict[str, Any]
     stages: list[StageFacts]
     predictions: dict[str, list[Prediction]]
     """By scoring fingerprint; what a store no longer has is missing."""
@@ -56,12 +56,12 @@ class RunFacts:
     @property
     def described(self) -> dict[str, dict[str, Any]]:
         """What is recorded of each task's rows and prompts, in the order of the run; further test sets come last."""
-        known: dict[str, dict[str, Any]] = self.materials.get("tasks", {})
+        known: dict[str, dict[str, Any]] = self.inputs.get("tasks", {})
         order = [task for task in self.tasks if task in known]
         return {task: known[task] for task in dict.fromkeys([*order, *known])}
 
     def page_of(self, run: str) -> str:
-        """Address of a stage's page in MLflow: it stands in the run's experiment. Empty if it is not known."""
+        """Address of a stage's page in MLflow: it is in the run's experiment. Empty if it is not known."""
         return f"{self.page.rpartition('/')[0]}/{run}" if self.page and run else ""
 
     @property
@@ -134,7 +134,7 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
         tracking_uri=store.connection.shown,
         result=result,
         config=store.load_json(run, CONFIG) or {},
-        materials=store.load_json(run, MATERIALS) or {},
+        inputs=store.load_json(run, INPUTS) or {},
         stages=[],
         predictions={},
         page=store.page_of(run),

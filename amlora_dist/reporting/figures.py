@@ -29,13 +29,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 INK, GREY, PALE = "#1f2430", "#6b7280", "#e5e7eb"
 WIDTH = 4.7
-"""Inches of a plain chart: legible without scrolling on a phone, two beside each other on a desk."""
+"""Inches of a plain chart: legible without scrolling on a phone, two next to each other on a desk."""
 MANY = 8
 """Lines or places on the x axis from which on a line chart is as wide as the page."""
 WIDE = 9.6
 """Inches of such a chart; a screen that is narrower scrolls it, paper shrinks it."""
 LONGEST_NAME = 32
-"""Letters of a name beside a chart of that width."""
+"""Letters of a name next to a chart of that width."""
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -150,7 +150,7 @@ def heat_map(
 
     Args:
         values: one line for each of ``rows``, one number for each of ``columns``.
-        low, high: ends of the colour map; None takes them from the values, so that near numbers can be told apart.
+        low, high: ends of the colour map; None takes them from the values, so that close numbers look different.
         diverging: colours run from orange through white at 0 to blue; ``low`` and ``high`` become symmetric.
         marked: (row, column) of cells with a frame, such as the diagonal.
     """
@@ -225,8 +225,8 @@ def line_chart(
     """
     with mpl.rc_context(_STYLE):
         width = WIDE if len([one for one in series if not one.muted]) > MANY or len(x_ticks or []) > MANY else WIDTH
-        beside = max(1, int((width - 0.1) / (0.07 * max((len(one.name) for one in series), default=0) + 0.6)))
-        below = 0.19 * math.ceil(len(series) / beside) + 0.08
+        per_row = max(1, int((width - 0.1) / (0.07 * max((len(one.name) for one in series), default=0) + 0.6)))
+        below = 0.19 * math.ceil(len(series) / per_row) + 0.08
         slanted = x_ticks is not None and sum(len(tick) for tick in x_ticks) > 34 * width / WIDTH
         foot = 0.5 + below + (0.045 * max(map(len, x_ticks)) if slanted and x_ticks else 0.0)
         figure, axes = _figure(width, height + below + foot - 0.9)
@@ -255,7 +255,7 @@ def line_chart(
                 for label in axes.get_xticklabels():
                     label.set(ha="right", rotation_mode="anchor")
         if series:
-            figure.legend(loc="lower center", ncols=min(beside, len(series)), handlelength=2.4, columnspacing=1.2)
+            figure.legend(loc="lower center", ncols=min(per_row, len(series)), handlelength=2.4, columnspacing=1.2)
     rows: list[list[Value]] = []
     for one in series:
         for index, (x, y_value) in enumerate(zip(one.x, one.y, strict=True)):
@@ -274,7 +274,7 @@ def bar_chart(
     x_name: str,
     digits: int = 1,
 ) -> Chart:
-    """Horizontal bars, each of parts one after another; the total stands at its end."""
+    """Horizontal bars, each of parts one after another; the total is at its end."""
     with mpl.rc_context(_STYLE):
         height = 0.27 * len(bars) + 0.95
         figure, axes = _figure(WIDTH, height)

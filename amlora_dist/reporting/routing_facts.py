@@ -1,4 +1,4 @@
-"""What the router did in a run, from the gates that lie beside every prediction."""
+"""What the router did in a run, from the gates stored with every prediction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def routing_by_stage(facts: RunFacts) -> list[StageRouting]:
     """Routing after every stage of which gates are known; empty for a method without a router."""
     if not is_routed(facts):
         return []
-    parents = list(facts.materials.get("parent_tasks", []))
+    parents = list(facts.inputs.get("parent_tasks", []))
     found: list[StageRouting] = []
     before: dict[str, Gates] = {}
     for number in range(1, len(facts.stages) + 1):

@@ -162,20 +162,20 @@ def _attention_by_stage(routing: Sequence[StageRouting]) -> TableBlock:
 
 
 def knockout_blocks(facts: RunFacts) -> list[Block]:
-    """What each task loses with each adapter silent."""
-    if (silenced := facts.result.get("knockout")) is None:
+    """What each task loses with each adapter disabled."""
+    if (disabled := facts.result.get("knockout")) is None:
         return []
-    adapters = [*facts.materials.get("parent_tasks", []), *(stage.task for stage in facts.stages)]
+    adapters = [*facts.inputs.get("parent_tasks", []), *(stage.task for stage in facts.stages)]
     last = facts.matrix[-1]
-    values = [[minus(score, whole) for score, whole in zip(line, last, strict=True)] for line in silenced]
+    values = [[minus(score, whole) for score, whole in zip(line, last, strict=True)] for line in disabled]
     own = [(adapters.index(task), n) for n, task in enumerate(facts.tasks) if task in adapters]
     names = [f"without {name}" for name in short_names(adapters)]
     return [
         heat_map(
             "knockout",
-            f"Knock-out: {facts.measure} lost with an adapter silent",
+            f"Knock-out: {facts.measure} lost with an adapter disabled",
             f"{capital(facts.measure)} of the last bank with one adapter adding nothing, wherever gates or recipes use it,"
-            " less what it has as it is. Framed: a task's own adapter. What stands off the frames is what tasks owe to each"
+            " less what it has as it is. Framed: a task's own adapter. What is off the frames is what tasks owe to each"
             " other.",
             names,
             short_names(facts.tasks),
@@ -188,7 +188,7 @@ def knockout_blocks(facts: RunFacts) -> list[Block]:
         TableBlock(
             "knockout-accuracy",
             f"Knock-out {facts.measure}",
-            Table(["", *facts.tasks], [["as it is", *last], *([n, *line] for n, line in zip(names, silenced, strict=True))]),
+            Table(["", *facts.tasks], [["as it is", *last], *([n, *line] for n, line in zip(names, disabled, strict=True))]),
         ),
     ]
 

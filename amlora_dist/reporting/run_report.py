@@ -80,8 +80,8 @@ def run_page(facts: RunFacts) -> Page:
             Section("What was learned", _learned_text(facts), _learned(facts, found, floor)),
             Section(
                 "Answers",
-                "What the last bank answered, not told the task. Predictions keep a row's number and its answers, never its"
-                " text: neither does this page.",
+                "What the last bank answered, without being told the task. Predictions keep a row's number and its"
+                " answers, never its text: neither does this page.",
                 [*confusion_blocks(facts), *answer_blocks(facts)],
             ),
             Section(
@@ -91,7 +91,7 @@ def run_page(facts: RunFacts) -> Page:
             ),
             Section(
                 "What stages took over",
-                "A recipe is the set of weights of earlier adapters beside which a task was learned.",
+                "A recipe is the set of weights of earlier adapters next to which a task was learned.",
                 [*run_charts.recipe_blocks(evidence.recipes), *run_charts.memory_blocks(facts)],
             ),
             Section("Training", "", run_charts.training_blocks(facts)),
@@ -233,7 +233,7 @@ def _learned_text(facts: RunFacts) -> str:
     name = run_charts.capital(facts.measure)
     if facts.plain_texts:
         meaning = (
-            f"{name}, 0 to 1, over the {split} rows as plain text, of the served answers. Nothing is told but the text,"
+            f"{name}, 0 to 1, over the {split} rows as plain text, of the served answers. The text alone is given,"
             " except to the oracle and in rows called told: these know the task."
         )
     else:
@@ -253,7 +253,7 @@ LAST = {
     "greedy_accuracy": "written freely", "told_model_accuracy": "told the task, model alone",
     "own_prompt": "own prompt (told the task)",
 }  # fmt: skip
-"""Rows about the last bank beside the accuracy of its served answers, and what they are called."""
+"""Rows about the last bank next to the accuracy of its served answers, and what they are called."""
 
 
 def _by_evidence(facts: RunFacts) -> list[Block]:
@@ -368,7 +368,7 @@ def _made(facts: RunFacts) -> list[Block]:
     for task, one in facts.described.items():
         for split, count in one["rows"].items():
             data.append([task, split, count, one["bad_rows"], one["prompt_style"], one["metric"], one["digests"][split]])
-    versions: list[list[Value]] = [[name, version] for name, version in facts.materials.get("versions", {}).items()]
+    versions: list[list[Value]] = [[name, version] for name, version in facts.inputs.get("versions", {}).items()]
     stages = ["stage", "version", "reused", "workers", "ZeRO", "threads", "device", "MLflow", "training fingerprint"]
     return [
         TableBlock("stages", "Stages and their fingerprints", _short(stages, rows)),
@@ -386,15 +386,15 @@ def _short(columns: list[str], rows: list[list[Value]]) -> Table:
 
 
 def _facts(facts: RunFacts) -> dict[str, str]:
-    base = facts.materials.get("base", {})
+    base = facts.inputs.get("base", {})
     source = base.get("source") or facts.config.get("model", {}).get("source", "")
     return {
         "method": str(facts.result["method"]),
         "router": str(facts.config.get("router", {}).get("kind", "")),
         "seed": str(facts.result["seed"]),
         **({"memory": f"{count} rows of each earlier task"} if (count := memory_of(facts)) else {}),
-        "model": f"{source} ({facts.materials.get('dtype', 'dtype unknown')})",
+        "model": f"{source} ({facts.inputs.get('dtype', 'dtype unknown')})",
         "base digest": str(base.get("digest", ""))[:12],
-        "amlora-dist": str(facts.materials.get("versions", {}).get("amlora-dist", "")),
+        "amlora-dist": str(facts.inputs.get("versions", {}).get("amlora-dist", "")),
     }
 

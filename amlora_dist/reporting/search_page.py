@@ -117,7 +117,7 @@ def _best(result: Result, finished: Sequence[Trial]) -> list[Block]:
 
 
 def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
-    """Average performance and forgetting over the first two parameters; means where others vary beside them."""
+    """Average performance and forgetting over the first two parameters; means where others vary too."""
     space = result["space"]
     if len(space) < 2:
         return []
@@ -137,7 +137,7 @@ def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
         if not cells:
             continue
         grid = [[_mean(cells.get((row, column))) for column in columns] for row in rows]
-        more = " Each cell is the mean over what varies beside them." if len(space) > 2 else ""
+        more = " Each cell is the mean over the other parameters." if len(space) > 2 else ""
         missing = " A dot: no trial finished there." if any(v is None for line in grid for v in line) else ""
         charts.append(
             heat_map(
@@ -197,7 +197,7 @@ def _parallel(result: Result, finished: Sequence[Trial]) -> list[Chart]:
 
 
 def _place(value: Any, drawn: Mapping[str, Sequence[Any]]) -> float:
-    """Where a value stands between the ends of its axis, 0 to 1."""
+    """Where a value is between the ends of its axis, 0 to 1."""
     ((kind, values),) = drawn.items()
     if kind in ("choice", "grid"):
         return list(values).index(value) / max(1, len(values) - 1)
@@ -260,8 +260,8 @@ def _cost(result: Result) -> list[Block]:
         x_name="stages",
         digits=0,
     )
-    told = {key: value for key, value in result["cost"].items() if key != "began_at"}
-    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in told.items()]
+    entries = {key: value for key, value in result["cost"].items() if key != "began_at"}
+    rows: list[list[Value]] = [[key.replace("_", " "), value] for key, value in entries.items()]
     return [chart, TableBlock("cost", "In all", Table(["", "value"], rows), "Seconds are summed over trials.", digits=1)]
 
 

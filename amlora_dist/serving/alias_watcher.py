@@ -1,6 +1,6 @@
 """A server follows an alias: where it moves, the version that it then means is pulled, loaded and swapped in.
 
-The old version goes on answering until the new one stands whole beside it, on the same base weights. Whatever goes
+The old version goes on answering until the new one is loaded next to it, on the same base weights. Whatever goes
 wrong (the store is down, a version is damaged) is logged and counted, and the old version stays.
 """
 
@@ -90,8 +90,8 @@ class Follower:
                 self.look()
                 self._failed = None
             except (AmloraError, OSError, RuntimeError, ValueError) as error:
-                self._service.meters.follow_failed()
-                if str(error) != self._failed:  # said once, not every few seconds
+                self._service.metrics.follow_failed()
+                if str(error) != self._failed:  # logged once, not every few seconds
                     log.warning("%s: %s; %s stays", self._uri, error, self._service.bank.version)
                 self._failed = str(error)
 

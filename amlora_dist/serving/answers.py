@@ -48,7 +48,7 @@ class Writer:
         question: asked of them.
         raw: they are whole prompts.
         new_tokens: that the request allows, if it says so.
-        top: how many likeliest tokens are named beside each of the answer's; None: no log probabilities.
+        top: how many likeliest tokens are named next to each of the answer's; None: no log probabilities.
         echo: whether the prompt comes back in front of its answer.
         turns: of the conversation that the one text is from.
 
@@ -136,7 +136,7 @@ class Writer:
         ends: list[Ended] = []
         routes: list[Route] = []
 
-        def said(index: int, event: Any) -> bytes:
+        def to_bytes(index: int, event: Any) -> bytes:
             if isinstance(event, Began):
                 routes.append(event.route)
                 text = self.prompt_of(index) if self.echo else None
@@ -148,9 +148,9 @@ class Writer:
             return server_sent(chunk(index, Part(event.text, scores=event.scores)))
 
         try:
-            yield said(*first)
+            yield to_bytes(*first)
             async for index, event in events:
-                yield said(index, event)
+                yield to_bytes(index, event)
         except AmloraError as error:
             yield server_sent(error_body(error))
         finally:
@@ -165,9 +165,9 @@ class Writer:
 
     def _counted(self, exchange: Exchange, ends: Sequence[Ended], routes: Any) -> wire.Usage:
         written = sum(end.tokens for end in ends)
-        self.service.meters.tokens(read=exchange.prompt_tokens, written=written)
+        self.service.metrics.tokens(read=exchange.prompt_tokens, written=written)
         for route in routes:
-            self.service.meters.routed(route)
+            self.service.metrics.routed(route)
         return counted(exchange.prompt_tokens, written)
 
     def head(self, prefix: str) -> dict[str, Any]:
@@ -199,12 +199,12 @@ async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.
     async for index, event in exchange.events():
         if isinstance(event, Classified):
             found = event.found
-            service.meters.routed(found.route)
+            service.metrics.routed(found.route)
             made[index] = wire.ClassificationData(
                 index=index, label=found.label, task=found.task, scores=found.scores,
                 routing=routing(found.route) if asked.routing else None,
             )  # fmt: skip
-    service.meters.tokens(read=exchange.prompt_tokens, written=0)
+    service.metrics.tokens(read=exchange.prompt_tokens, written=0)
     return wire.Classifications(
         id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=bank.name, system_fingerprint=bank.version,
         data=[made[index] for index in range(len(texts))], usage=counted(exchange.prompt_tokens, 0),

@@ -162,11 +162,11 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     )
     async def chat(asked: wire.ChatRequest) -> Response:
         """Answer a conversation."""
-        said = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
+        talk = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
         limit = asked.max_completion_tokens or asked.max_tokens
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         writer = Writer(
-            service, asked, [said.text], question=said.question, raw=False, new_tokens=limit, top=top, turns=said.turns
+            service, asked, [talk.text], question=talk.question, raw=False, new_tokens=limit, top=top, turns=talk.turns
         )
         head = writer.head("chatcmpl")
 
@@ -210,7 +210,7 @@ def add_rest(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(service.meters.page(), media_type=CONTENT_TYPE)
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
@@ -219,8 +219,8 @@ def add_rest(app: FastAPI, service: Service) -> None:
         return HTMLResponse(text, headers={"content-security-policy": CSP, "x-content-type-options": "nosniff"})
 
 
-def _message(said: Any) -> Message:
-    return Message(said.model_dump(mode="json"))
+def _message(body: Any) -> Message:
+    return Message(body.model_dump(mode="json"))
 
 
 def _refusal(status: int, body: wire.ErrorBody, headers: dict[str, str] | None = None) -> Message:

@@ -109,7 +109,7 @@ class ServedBank:
             raw: it is the prompt.
             new_tokens: of the answer at most.
             turns: of the conversation that it is the last of.
-            top: how many likeliest tokens are named beside each; None: no log probabilities.
+            top: how many likeliest tokens are named next to each; None: no log probabilities.
             echo: whether the prompt's own tokens are scored too.
 
         Raises:
@@ -174,8 +174,8 @@ class ServedBank:
                 answers.append(None)
                 continue
             (ids,) = self.model.prompter.labels([text], chat=self.model.prompter.is_chat(request.task))
-            said = [] if request.top is None else self._of_label(begun.state, row, ids, request.top)
-            answers.append(Chosen(text, len(ids), said))
+            label_scores = [] if request.top is None else self._of_label(begun.state, row, ids, request.top)
+            answers.append(Chosen(text, len(ids), label_scores))
         return Started(begun.state, begun.routes, answers, [[] for _ in requests])
 
     def _echo(self, requests: Sequence[Request], scores: list[list[TokenScore]], logits_BSV: Tensor) -> None:
@@ -218,7 +218,7 @@ class ServedBank:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that cannot stand in ``NAME:TASK``. Raises UserError."""
+    """Refuse a name that cannot be part of ``NAME:TASK``. Raises UserError."""
     if not name or ":" in name:
         raise UserError(f"name: found {name!r}, expected one without a colon (clients write NAME:TASK); give --name")
 

@@ -1,6 +1,6 @@
 """Rows that decode together: batches of prompts joined while they run, and rows taken out when they are done.
 
-A row's KV cache stands at the right end of the joint cache, with padding in front that the mask hides; its positions
+A row's KV cache is at the right end of the joint cache, with padding in front that the mask hides; its positions
 and its gate are its own, so that it computes what it would alone. Shape suffixes: B rows, S cached tokens.
 """
 
@@ -18,7 +18,7 @@ from amlora_dist.evaluation.decoding import Prefilled
 
 
 def can_join(state: Prefilled) -> bool:
-    """Whether other rows can be put beside these: plain growing caches of a causal model.
+    """Whether other rows can be put next to these: plain growing caches of a causal model.
 
     Sliding windows and recurrent states leave nothing to pad, and an encoder-decoder counts its decoder's positions
     from the length of the cache.

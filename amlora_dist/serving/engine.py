@@ -207,7 +207,7 @@ class Engine:
             self._guarded(group, work)
 
     def _guarded(self, jobs: list[Job], work: Callable[[list[Job]], None], group: Group | None = None) -> None:
-        """Do ``work``; what goes wrong with a request is told to its client and no other."""
+        """Do ``work``; what goes wrong with a request is reported to its client and no other."""
         try:
             work(jobs)
         except AmloraError as error:
@@ -243,7 +243,7 @@ class Engine:
 
     def _read(self, jobs: list[Job]) -> None:
         """One pass over the prompts; rows whose answer is one of their task's labels are done with it, the others then
-        stand beside those that are being written."""
+        go next to those that are being written."""
         start, bank = time.perf_counter(), jobs[0].bank
         state, routes, answers, scores = bank.begin([job.request for job in jobs])
         self._observe("prefill", len(jobs), time.perf_counter() - start)

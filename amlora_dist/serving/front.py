@@ -1,6 +1,6 @@
 """The door: who may come in, how much and how slowly. Knows nothing of banks, and imports nothing heavy.
 
-It stands in front of the app in every process, and again in the process that takes connections where that is another
+It is in front of the app in every process, and again in the process that takes connections where that is another
 one: there whole bodies wait for their turn, so that slow and large ones cost a replica nothing.
 """
 
@@ -186,8 +186,8 @@ def _unlike_json(scope: MutableMapping[str, Any]) -> str | None:
     found = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
     if found and all(value.partition(b";")[0].strip().lower() == b"application/json" for value in found):
         return None
-    said = found[0].decode("latin-1")[:100] if found else None
-    return f"content-type: found {said!r}, expected application/json"
+    content_type = found[0].decode("latin-1")[:100] if found else None
+    return f"content-type: found {content_type!r}, expected application/json"
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from amlora_dist.serving import messages as wire
 
 MOST_FAULTS = 20
-MOST_SAID = 300
+MAX_QUOTED = 300
 """Characters of a place or a reason: a client's own keys may be among them."""
 
 
@@ -26,7 +26,7 @@ def detail_of(faults: Iterable[Mapping[str, Any]]) -> wire.ErrorDetail:
             continue
         place = _place(fault)
         first = first or place or None
-        lines[f"{place or 'body'}: {str(fault['msg'])[:MOST_SAID]}"] = None
+        lines[f"{place or 'body'}: {str(fault['msg'])[:MAX_QUOTED]}"] = None
     return wire.ErrorDetail(message="; ".join(lines), type="invalid_request_error", param=first)
 
 
@@ -42,7 +42,7 @@ def _place(fault: Mapping[str, Any]) -> str:
     way = list(fault["loc"][1:])
     own = way[-1:] if fault["type"] == "extra_forbidden" else []
     known = [part for part in way[: len(way) - len(own)] if isinstance(part, int) or part in _keys()]
-    return ".".join(str(part)[:MOST_SAID] for part in (*known, *own))
+    return ".".join(str(part)[:MAX_QUOTED] for part in (*known, *own))
 
 
 @cache

@@ -19,7 +19,7 @@ MOST_LABELS = 1000
 MOST_TOKENS = 1 << 18
 """Of a prompt that is given in tokens."""
 MOST_LIKELY = 20
-"""Tokens that are named beside each."""
+"""Tokens that are named next to each."""
 
 
 def _boolean(value: object) -> object:
@@ -76,8 +76,8 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length
 TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
 NoItems = Annotated[list[None], Field(max_length=0), _at_most(0)]
 NoEntries = Annotated[dict[str, None], Field(max_length=0), _at_most(0)]
-Unheard = Annotated[str, Field(max_length=4096)]
-"""What clients may say and nothing hangs on."""
+Ignored = Annotated[str, Field(max_length=4096)]
+"""What clients may send and nothing depends on."""
 
 
 class _RequestModel(BaseModel):
@@ -134,7 +134,7 @@ class Writing(_RequestModel):
     """Only 0."""
     logit_bias: NoEntries | None = None
     """Only empty."""
-    user: Unheard | None = None
+    user: Ignored | None = None
     """Has no effect."""
     routing: bool = False
     """Whether each choice carries which tasks and adapters it was routed to."""
@@ -179,8 +179,8 @@ class ChatMessage(_RequestModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Words | Annotated[list[TextPart], Field(fail_fast=True)] | None, _at_most(MOST_TURNS)] = None
-    """Null or left out: nothing was said, which only ``assistant`` may."""
-    name: Unheard | None = None
+    """Null or left out: no content, which only ``assistant`` may have."""
+    name: Ignored | None = None
     """Has no effect."""
     refusal: None = None
     audio: None = None
@@ -193,9 +193,9 @@ class ChatMessage(_RequestModel):
     """Has no effect."""
 
     @model_validator(mode="after")
-    def _said(self) -> ChatMessage:
+    def _check_content(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing", "content: found none, expected a text (only assistant may say nothing)")
+            raise PydanticCustomError("missing", "content: found none, expected a text (only assistant may leave it out)")
         return self
 
     @property
@@ -218,7 +218,7 @@ class ChatRequest(Writing):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MOST_TURNS)]
     route_by: Literal["turn", "conversation"] | None = None
-    """What routes a conversation in turns: what the user said last (``turn``, the default), or what they said first, so
+    """What routes a conversation in turns: the user's last turn (``turn``, the default), or their first one, so
     that it keeps its route."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
@@ -252,11 +252,11 @@ class ChatRequest(Writing):
     """Has no effect: there is no reasoning."""
     service_tier: Literal["auto", "default"] | None = None
     """Has no effect: there is one."""
-    safety_identifier: Unheard | None = None
+    safety_identifier: Ignored | None = None
     """Has no effect."""
-    prompt_cache_key: Unheard | None = None
+    prompt_cache_key: Ignored | None = None
     """Has no effect."""
-    prompt_cache_retention: Unheard | None = None
+    prompt_cache_retention: Ignored | None = None
     """Has no effect."""
     verbosity: Literal["medium"] | None = None
     """Has no effect."""
@@ -353,7 +353,7 @@ class Completion(_AnswerModel):
 
 
 class ChatTopToken(_ResponseModel):
-    """A token that might have stood in another's place."""
+    """An alternative to a token."""
 
     token: str
     logprob: float

@@ -1,4 +1,4 @@
-"""What stands in front of the app: the door (``front``), the API key, the meters."""
+"""What is in front of the app: the door (``front``), the API key, the metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Gatekeeper:
 
     Args:
         app: reached by what is let in, with the whole body at hand.
-        service: whose limits and meters these are.
+        service: whose limits and metrics these are.
         key: ``key_digest`` of the API key; None: none is needed.
         paths: what the app knows; others are counted as one.
         hosts: as for ``Front``.
@@ -53,7 +53,7 @@ class Gatekeeper:
             await self._front(scope, receive, noting)
         finally:
             path = _path(scope)
-            self.service.meters.answered(path if path in self._paths else "other", status, time.monotonic() - start)
+            self.service.metrics.answered(path if path in self._paths else "other", status, time.monotonic() - start)
 
     async def _let_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._key is not None and _path(scope).startswith(GUARDED):

@@ -1,4 +1,4 @@
-"""Who is next: a queue in which a request of many texts does not stand before one of a single text; what heavy work gets.
+"""Who is next: a queue in which a request of many texts does not delay one of a single text; what heavy work gets.
 
 Both are about time, not about order of arrival: nobody's wait may hang on how much somebody else asked for.
 """
@@ -101,7 +101,7 @@ class FairQueue:
 
 
 class Share:
-    """When heavy work may run beside other work.
+    """When heavy work may run next to other work.
 
     Args:
         clock: seconds, monotonic.

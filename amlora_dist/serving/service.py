@@ -47,11 +47,11 @@ class Service:
         self.settings = settings
         self.bank = bank
         """New requests are answered by this one. Replaced whole, never changed."""
-        self.meters = Meters()
-        self.engine: AnswerEngine = engine(settings, self.meters) if engine else Engine(settings, self.meters.passed)
+        self.metrics = Meters()
+        self.engine: AnswerEngine = engine(settings, self.metrics) if engine else Engine(settings, self.metrics.passed)
         self.engine.load(bank)
-        self.meters.watch(self.engine)
-        self.meters.serving(bank.version)
+        self.metrics.watch(self.engine)
+        self.metrics.serving(bank.version)
         self._stopping = False
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Service:
         """
         self.engine.load(bank)
         before, self.bank = self.bank, bank
-        self.meters.serving(bank.version)
+        self.metrics.serving(bank.version)
         self.engine.retire(before)
 
     @property
@@ -99,12 +99,12 @@ class Service:
 
         Raises:
             UserError: too many texts, or a text too long with its question and labels.
-            BusyError: no room for so many now; said before they are tokenised.
+            BusyError: no room for so many now; refused before they are tokenised.
         """
         if len(texts) > self.settings.max_texts:
             raise UserError(f"found {len(texts)} texts, expected at most {self.settings.max_texts} in one request")
-        beside = [question or "", *(labels or ())]
-        most, more = self.settings.max_prompt_characters, sum(map(len, beside))
+        extra = [question or "", *(labels or ())]
+        most, more = self.settings.max_prompt_characters, sum(map(len, extra))
         for text in texts:
             if len(text) + more > most:
                 raise UserError(

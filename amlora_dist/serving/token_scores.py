@@ -56,7 +56,7 @@ def of_prompt(logits_SV: Tensor, tokens: Sequence[int], top: int) -> list[TokenS
 def completion_logprobs(
     scores: Sequence[TokenScore], words: Callable[[int], str], begin: int
 ) -> wire.CompletionLogprobs:
-    """In the form of completions: beside the likeliest always the token itself.
+    """In the form of completions: next to the likeliest always the token itself.
 
     Args:
         scores: of the tokens.

@@ -1,6 +1,6 @@
 """vLLM's HTTP API, as far as it is needed here: LoRAs that come and go, streamed answers, scores of next tokens.
 
-Prompts are token ids, and so are answers (``return_token_ids``): what they mean is said by the bank's own tokenizer.
+Prompts are token ids, and so are answers (``return_token_ids``): the bank's own tokenizer decodes them.
 Everything that goes wrong is an ``EngineAwayError`` with one line that names the server; it never waits for ever.
 """
 
@@ -30,7 +30,7 @@ LOAD_S = 120.0
 """For a LoRA to be loaded."""
 MOST_TOKENS = 100
 """Tokens of one request whose log probabilities are asked for; vLLM takes 128."""
-MOST_SAID = 300
+MAX_REASON = 300
 """Characters of a message of the server's that come into ours."""
 
 
@@ -112,7 +112,7 @@ class VllmClient:
             if "already been loaded" in str(error) and await self._has(name, folder):
                 return  # another replica was quicker
             raise UserError(
-                f"vLLM at {self.url} does not take the row {name!r} from {folder}: {error.said}; it must see that folder, "
+                f"vLLM at {self.url} does not take the row {name!r} from {folder}: {error.reason}; it must see that folder, "
                 "be started with --enable-lora, and have a --max-lora-rank of at least --engine-rank"
             ) from error
 
@@ -130,7 +130,7 @@ class VllmClient:
     ) -> list[float]:
         """Log probability of each of some tokens behind a prompt, nats.
 
-        ``prompt_logprobs`` would score whole labels in one request; beside a LoRA they end vLLM 0.32 on CPUs, for everybody.
+        ``prompt_logprobs`` would score whole labels in one request; with a LoRA they end vLLM 0.32 on CPUs, for everybody.
 
         Args:
             model: a LoRA, or the base model.
@@ -168,12 +168,12 @@ class VllmClient:
             prompt: token ids.
             sampling: how; its stop sequences are the caller's to look for.
             eos_id: ends the answer, and nothing else does.
-            top: how many of the likeliest tokens to name beside each; None: no scores.
+            top: how many of the likeliest tokens to name next to each; None: no scores.
         """
         body: dict[str, Any] = {
             "model": model, "prompt": list(prompt), "max_tokens": sampling.new_tokens, "stream": True,
             "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [eos_id],
-            # Said, or the generation_config.json of the model's folder would have its way.
+            # Given, or the generation_config.json of the model's folder would have its way.
             "temperature": sampling.temperature if sampling.draws else 0.0,
             "top_p": sampling.top_p if sampling.draws else 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
@@ -189,7 +189,7 @@ class VllmClient:
                     with self._understood():
                         found = json.loads(line.removeprefix("data: "))
                         if "error" in found:
-                            raise EngineAwayError(f"vLLM at {self.url}: {_said(found)}")
+                            raise EngineAwayError(f"vLLM at {self.url}: {_reason(found)}")
                         for choice in found["choices"]:
                             tokens = tuple(choice.get("token_ids") or ())
                             yield Chunk(tokens, () if top is None else _of_answer(tokens, choice.get("logprobs"), top))
@@ -213,8 +213,8 @@ class VllmClient:
         except httpx.TimeoutException as error:
             raise EngineAwayError(f"vLLM at {self.url} did not answer {path} in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
-            said = str(error) or type(error).__name__
-            raise EngineAwayError(f"vLLM at {self.url} cannot be reached: {said[:MOST_SAID]}") from error
+            reason = str(error) or type(error).__name__
+            raise EngineAwayError(f"vLLM at {self.url} cannot be reached: {reason[:MAX_REASON]}") from error
         finally:
             if answer is not None:
                 await answer.aclose()
@@ -229,18 +229,18 @@ class VllmClient:
 
     def _fault(self, answer: httpx.Response) -> EngineAwayError:
         try:
-            said = _said(answer.json())
+            reason = _reason(answer.json())
         except ValueError:
-            said = answer.text[:MOST_SAID]
+            reason = answer.text[:MAX_REASON]
         if answer.status_code == 404:
-            return NotLoadedError(f"vLLM at {self.url} answered 404: {said}")
+            return NotLoadedError(f"vLLM at {self.url} answered 404: {reason}")
         if answer.status_code == 401:
-            said = f"it asks for its API key; put it into {KEY_VARIABLE}"
-        return _AnsweredError(f"vLLM at {self.url} answered {answer.status_code}: {said}", said)
+            reason = f"it asks for its API key; put it into {KEY_VARIABLE}"
+        return _AnsweredError(f"vLLM at {self.url} answered {answer.status_code}: {reason}", reason)
 
     @contextlib.contextmanager
     def _understood(self) -> Any:
-        """Inside, what is no answer of vLLM's is said to be none."""
+        """Inside, what is no answer of vLLM's raises an error that says so."""
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -250,9 +250,9 @@ class VllmClient:
 class _AnsweredError(EngineAwayError):
     """The server answered that it does not do it."""
 
-    def __init__(self, message: str, said: str) -> None:
+    def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
-        self.said = said
+        self.reason = reason
 
 
 def checked_url(url: str) -> str:
@@ -273,11 +273,11 @@ def _model(card: dict[str, Any]) -> ServedModel:
     )
 
 
-def _said(body: Any) -> str:
+def _reason(body: Any) -> str:
     """The message of an error's body, whatever its form."""
     error = body.get("error", body) if isinstance(body, dict) else body
     message = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
-    return str(message)[:MOST_SAID]
+    return str(message)[:MAX_REASON]
 
 
 def _named(entry: dict[str, float]) -> list[tuple[int, float]]:

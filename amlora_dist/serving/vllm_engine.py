@@ -68,7 +68,7 @@ class Flight:
 
     job: Job
     task: asyncio.Task[None] | None = None
-    heard: bool = False
+    answering: bool = False
     """Whether vLLM has begun to answer."""
 
 
@@ -77,7 +77,7 @@ class VllmEngine:
 
     Args:
         settings: limits.
-        meters: hear of what happens.
+        metrics: count what happens.
         url: of the server.
         home: ``AMLORA_HOME``, where rows are written for the server to read.
         rank: its ``--max-lora-rank``.
@@ -86,8 +86,8 @@ class VllmEngine:
         UserError: the server is not there, or is no vLLM.
     """
 
-    def __init__(self, settings: ServeSettings, meters: Meters, *, url: str, home: Path, rank: int) -> None:
-        self._settings, self._meters, self._home, self._rank = settings, meters, home, rank
+    def __init__(self, settings: ServeSettings, metrics: Meters, *, url: str, home: Path, rank: int) -> None:
+        self._settings, self._metrics, self._home, self._rank = settings, metrics, home, rank
         self._wake = threading.Condition()
         self._queue = FairQueue()
         self._inside = Admission(settings)
@@ -233,7 +233,7 @@ class VllmEngine:
                 for job in going:
                     self._route([job])
             return
-        self._meters.passed("route", len(going), time.perf_counter() - start)
+        self._metrics.passed("route", len(going), time.perf_counter() - start)
         for job, asked in zip(going, found, strict=True):
             self._loop.call_soon_threadsafe(self._send, job, asked)
 
@@ -248,11 +248,11 @@ class VllmEngine:
         """Answer one text, whatever happens."""
         try:
             if asked.between:
-                self._meters.strongest_row()
+                self._metrics.strongest_row()
             answer = self._classified if flight.job.sampling is None else self._written
             await self._with_row(flight.job.bank, asked.row, lambda model: answer(flight, asked, model))
         except EngineAwayError as error:
-            self._meters.engine_failed()
+            self._metrics.engine_failed()
             self._end(flight.job, Failed(error))
         except ROW_FAULTS as error:
             if not isinstance(error, AmloraError):
@@ -291,7 +291,7 @@ class VllmEngine:
         job, request = flight.job, asked.request
         assert job.sampling is not None
         if request.echo:
-            raise UserError("echo: found true beside logprobs, expected false: vLLM cannot score a prompt beside its LoRAs")
+            raise UserError("echo: found true with logprobs, expected false: vLLM cannot score a prompt with its LoRAs")
         if request.labels:
             await self._labelled(flight, asked, model)
             return
@@ -323,8 +323,8 @@ class VllmEngine:
         )
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
-                if not flight.heard:
-                    flight.heard = True
+                if not flight.answering:
+                    flight.answering = True
                     job.tell(Began(asked.route))
                 for place, token in enumerate(chunk.tokens):
                     row.scores += chunk.scores[place : place + 1]
@@ -342,7 +342,7 @@ class VllmEngine:
         self._check_positions(asked.request.tokens, plan.longest + 1)
         async with self._heavy if flight.job.heavy else contextlib.nullcontext():
             scores = await label_scores(self._client, model, asked.request.tokens, plan)
-        flight.heard = True
+        flight.answering = True
         label, shares = asked.weighed([sum(one) for one in scores]).decided(asked.kind)
         return label, shares, scores[asked.request.labels.index(label)]
 
@@ -368,8 +368,8 @@ class VllmEngine:
             for flight in list(self._flights):
                 if (error := flight.job.over()) is None:
                     continue
-                if not (flight.heard or flight.job.cancelled):
-                    self._meters.engine_failed()
+                if not (flight.answering or flight.job.cancelled):
+                    self._metrics.engine_failed()
                     error = EngineAwayError(f"vLLM at {self._client.url} did not begin to answer in the time of the request")
                 self._end(flight.job, Failed(error))
                 if flight.task is not None:

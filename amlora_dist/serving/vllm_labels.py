@@ -25,20 +25,20 @@ async def label_scores(client: VllmClient, model: str, prompt: Sequence[int], pl
         prompt: token ids.
         plan: of the labels.
     """
-    following: dict[tuple[int, ...], dict[int, float]] = {}
+    next_tokens: dict[tuple[int, ...], dict[int, float]] = {}
     for candidate in plan.candidates:
         for cut, token in enumerate(candidate):
-            following.setdefault(candidate[:cut], {})[token] = 0.0
+            next_tokens.setdefault(candidate[:cut], {})[token] = 0.0
 
     async def ask(beginning: tuple[int, ...]) -> None:
-        tokens = list(following[beginning])
+        tokens = list(next_tokens[beginning])
         scores = await client.next_scores(model, (*prompt, *beginning), tokens)
-        following[beginning] = dict(zip(tokens, scores, strict=True))
+        next_tokens[beginning] = dict(zip(tokens, scores, strict=True))
 
-    first, *others = following
+    first, *others = next_tokens
     await ask(first)
     for start in range(0, len(others), AT_ONCE):
         await asyncio.gather(*map(ask, others[start : start + AT_ONCE]))
     return [
-        tuple(following[candidate[:cut]][token] for cut, token in enumerate(candidate)) for candidate in plan.candidates
+        tuple(next_tokens[candidate[:cut]][token] for cut, token in enumerate(candidate)) for candidate in plan.candidates
     ]

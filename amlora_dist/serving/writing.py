@@ -21,7 +21,7 @@ class AnswerRow:
     """What draws its tokens; None where the most likely one is taken, or another engine draws."""
     scores: list[TokenScore] = field(default_factory=list)
     """Of what was written, where the request asks for them."""
-    told: int = 0
+    sent: int = 0
     """How many of them went out with pieces."""
 
     @staticmethod
@@ -44,10 +44,10 @@ class AnswerRow:
         full = count == job.sampling.new_tokens
         if ended or full:
             piece += detokenizer.finish()
-        fresh = tuple(self.scores[self.told :])
+        fresh = tuple(self.scores[self.sent :])
         if job.stream and (piece or (fresh and (ended or full))):
             job.tell(Piece(piece, fresh))
-            self.told = len(self.scores)
+            self.sent = len(self.scores)
         if ended or full:
             return Ended(detokenizer.text, "stop" if ended else "length", count, tuple(self.scores))
         return None

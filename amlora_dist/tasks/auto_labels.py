@@ -13,7 +13,7 @@ from amlora_dist.tasks.texts import NoTextError
 
 MOST_LABELS = 1000
 FEW_ROWS = 20
-"""Rows below which nothing is said of how many labels they have."""
+"""Rows below which their number of labels is not checked."""
 
 
 def label_text(value: str) -> str:
@@ -60,7 +60,7 @@ def with_found_labels(spec: TaskSpec, rows: Iterable[RawRow], *, mirrored: bool)
         try:
             values.append(plain_value(row.values.get(column, "")))
         except NoTextError:
-            continue  # a bad row, which is said where rows are made
+            continue  # a bad row, which is reported where rows are made
     labels = found_labels(values, f"task {spec.name!r}")
     if mirrored:
         labels = [Label(value=label.value, text=label.value) for label in sorted(labels, key=lambda one: one.value)]

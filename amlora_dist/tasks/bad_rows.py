@@ -1,4 +1,4 @@
-"""Rows that cannot be used: why, how many, and what is said of them."""
+"""Rows that cannot be used: why, how many, and the messages about them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MISSING_LABEL = "no label"
 MISSING_ANSWER = "no answer"
 UNKNOWN_LABEL = "an unknown label"
 EMPTY_TEXT = "an empty text"
-DUPLICATE = "a text that also stands in"
+DUPLICATE = "a text that is also in"
 MOST_DUPLICATES = 0.1
-"""Share of a split's rows that may stand in an evaluation split too: so many are left out and counted, more are a fault."""
+"""Share of a split's rows that may be in an evaluation split too: so many are left out and counted, more are a fault."""
 NAMED_ROWS = 12
 """Row numbers that a message names before it only counts."""
 NAMED_LABELS = 6
@@ -36,14 +36,14 @@ class BadRow:
 
     @property
     def duplicate(self) -> bool:
-        """Its text stands in another split, too."""
+        """Its text is in another split, too."""
         return self.reason.startswith(DUPLICATE)
 
 
 def faults_of(bad: Sequence[BadRow], spec: TaskSpec, read: Mapping[str, int]) -> list[Fault]:
     """One fault for each split, file and reason, with the first row numbers and the count.
 
-    Texts that stand in two splits are a fault only where they are more than ``MOST_DUPLICATES`` of a split's rows.
+    Texts that are in two splits are a fault only where they are more than ``MOST_DUPLICATES`` of a split's rows.
 
     Args:
         bad: the rows.

@@ -43,13 +43,13 @@ class Example:
     text: tuple[int, ...] = ()
     """The text's own ids, of which the router makes its features; empty in format 1, where it reads the whole prompt."""
     span: tuple[int, int] | None = None
-    """Where the text stands in the prompt; None: it cannot be told apart."""
+    """Where the text is in the prompt; None: it cannot be found there."""
     earlier: tuple[int, ...] = ()
     """1 for each of the prompt's last tokens that is learned too: earlier turns of the assistant, from the first one on."""
     references: tuple[str, ...] = ()
     """Of free text: further right answers, for scoring."""
     source: str = ""
-    """The row's text as it stands in the data, for metrics that see it."""
+    """The row's text as it is in the data, for metrics that see it."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def answer_tokens(
 
     A causal answer is tokenised behind ``Answer:`` and the prompt's tokens are taken off, because tokenisers differ in
     where the space goes: byte-level BPE has it in the answer's first token, sentencepiece would add one of its own in
-    front of a text that stands alone.
+    front of a text by itself.
     """
     if chat is not None:
         return answer_ids(chat, text)

@@ -1,12 +1,12 @@
 """Conversations to token ids, by the tokenizer's own chat template.
 
-The template says what stands around a turn, where the assistant's answer begins (its generation prompt) and what ends it.
+The template decides what is around a turn, where the assistant's answer begins (its generation prompt) and what ends it.
 Which tokens are the assistant's is found by comparing prefixes: the conversation up to an answer, rendered with the
 generation prompt, must be the beginning of the conversation with the answer. That needs no markers in the template, and a
 template that does not do so, or ends a turn by another token than the tokenizer's end of sequence, is refused with the
 reason (`ChatTemplate.fault`).
 
-Only the template's special tokens are special: those that stand in a turn's text are split into plain pieces.
+Only the template's special tokens are special: those in a turn's text are split into plain pieces.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.task import TaskSpec
 
 GUARD = "\ue000\ue002"
-"""Stands inside a special token that a turn's text holds, until the template has been rendered."""
+"""Is inside a special token that a turn's text holds, until the template has been rendered."""
 TODAY = "26 Jul 2024"
-"""What templates are told that write the date (Llama 3.1's own constant): ids must not change from day to day."""
+"""The date for templates that write it (Llama 3.1's own constant): ids must not change from day to day."""
 FIXED_DATE = f"{{% macro strftime_now(form) %}}{TODAY}{{% endmacro %}}"
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -37,7 +37,7 @@ class Rendered:
     """A conversation in text and in token ids."""
 
     text: str
-    """As the template wrote it, special tokens that stand in a turn's text guarded."""
+    """As the template wrote it, special tokens in a turn's text guarded."""
     ids: tuple[int, ...]
     ends: tuple[int, ...]
     """The character of ``plain`` at which each token ends; empty without a fast tokenizer."""
@@ -48,7 +48,7 @@ class Rendered:
         return self.text.replace(GUARD, "")
 
     def tokens_of(self, words: str) -> tuple[int, int] | None:
-        """The tokens that hold the last place of ``words``; None where they do not stand there."""
+        """The tokens that hold the last place of ``words``; None where they are not there."""
         place = self.plain.rfind(words) if words and self.ends else -1
         return None if place < 0 else (self.first(place), self.first(place + len(words) - 1) + 1)
 
@@ -100,10 +100,10 @@ class ChatTemplate:
         try:
             for count in (2, 4):
                 self.split(talk[:count], all_turns=all_turns)
-            said = self.render(talk[:3]).plain
+            rendered = self.render(talk[:3]).plain
         except UserError as error:
             return str(error)
-        return None if "w4" in said else "the chat template does not hold the user's words as they were said"
+        return None if "w4" in rendered else "the chat template does not hold the user's words as they were given"
 
     def render(self, turns: Sequence[Turn], *, open_ended: bool = True) -> Rendered:
         """A conversation by the template.
@@ -122,7 +122,7 @@ class ChatTemplate:
                 **self._options,
             )  # fmt: skip
         except _FAILURES as error:
-            raise UserError(f"the chat template refuses the conversation: {_said(error)}") from None
+            raise UserError(f"the chat template refuses the conversation: {_reason(error)}") from None
         return Rendered(text, *self._tokens(text))
 
     def split(self, turns: Sequence[Turn], *, all_turns: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -133,7 +133,7 @@ class ChatTemplate:
             last tokens that is learned too, from the first such on.
 
         Raises:
-            UserError: the template changes what stands before an answer once the answer is there, or ends it by another
+            UserError: the template changes what is before an answer once the answer is there, or ends it by another
                 token than the tokenizer's end of sequence.
         """
         prompt, whole = self.render(turns[:-1]), self.render(turns, open_ended=False)
@@ -163,8 +163,8 @@ class ChatTemplate:
         """What the template writes behind a prompt."""
         if not whole.text.startswith(before.text):
             raise UserError(
-                "the chat template writes what stands before an answer otherwise once the answer is there (thinking that it"
-                " takes out of earlier turns, for one), so that the answer's tokens cannot be told from the rest"
+                "the chat template changes what is before an answer once the answer is there (thinking that it"
+                " takes out of earlier turns, for one), so that the answer's tokens cannot be separated from the rest"
             )
         return whole.text[len(before.text) :]
 
@@ -234,7 +234,7 @@ class ChatPrompts:
     ) -> tuple[TextPrompt, list[Turn]]:
         """A prompt of at most ``max_length`` tokens, and the turns that it holds.
 
-        Of a conversation that is too long the earliest turns go, but the system's; then the end of what the user said last.
+        Of a conversation that is too long the earliest turns go, but the system's; then the end of the user's last turn.
 
         Args:
             turns: up to the answer; one of them is the user's.
@@ -244,30 +244,30 @@ class ChatPrompts:
         Raises:
             UserError: no room for a word of the user's, or a template that refuses the turns.
         """
-        kept = list(turns)
-        if self._system is not None and not any(turn.role == "system" for turn in kept):
-            kept.insert(0, Turn("system", self._system))
-        text = kept[last_user(kept)].text
-        said = text
+        remaining = list(turns)
+        if self._system is not None and not any(turn.role == "system" for turn in remaining):
+            remaining.insert(0, Turn("system", self._system))
+        text = remaining[last_user(remaining)].text
+        user_text = text
         while True:
-            asked = self._asked(kept, said, fields)
+            asked = self._asked(remaining, user_text, fields)
             found = self._chat.render(asked)
             if len(found.ids) <= max_length:
-                return TextPrompt(found.ids, found.tokens_of(said.strip())), asked
-            shorter = _without_earliest(kept)
-            if len(shorter) < len(kept):
-                kept = shorter
-            elif said:
-                said = said[: min(len(said) - 1, len(said) * max_length // len(found.ids))]
+                return TextPrompt(found.ids, found.tokens_of(user_text.strip())), asked
+            shorter = _without_earliest(remaining)
+            if len(shorter) < len(remaining):
+                remaining = shorter
+            elif user_text:
+                user_text = user_text[: min(len(user_text) - 1, len(user_text) * max_length // len(found.ids))]
             else:
                 raise UserError(
                     f"task {self._where!r}: max_length {max_length} is too small: the prompt has {len(found.ids)} tokens"
                     " without any text"
                 )
 
-    def _asked(self, turns: list[Turn], said: str, fields: Mapping[str, str] | None) -> list[Turn]:
+    def _asked(self, turns: list[Turn], user_text: str, fields: Mapping[str, str] | None) -> list[Turn]:
         place = last_user(turns)
-        words = self._template.render_text(said, fields=fields)
+        words = self._template.render_text(user_text, fields=fields)
         return [*turns[:place], Turn("user", words), *turns[place + 1 :]]
 
 
@@ -311,5 +311,5 @@ def _without_earliest(turns: list[Turn]) -> list[Turn]:
     return [turn for place, turn in enumerate(turns) if place >= users[1] or turn.role == "system"]
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error.args[0] if error.args else error).split())[:300] or type(error).__name__

@@ -79,7 +79,7 @@ def recognised(present: Iterable[str], where: str) -> dict[str, str]:
 
 
 def turns_of(values: Mapping[str, Any], columns: Columns) -> tuple[Turn, ...]:
-    """The turns of a row; the last one is the assistant's, and a user's stands before it.
+    """The turns of a row; the last one is the assistant's, with a user's before it.
 
     Raises:
         BadTurnsError: why the row cannot be learned from.
@@ -125,13 +125,13 @@ def waiting_turns(values: Mapping[str, Any], column: str | None = None) -> tuple
         raise BadTurnsError(f"none of the columns {', '.join(FIRST_COLUMNS)}")
     if answer is not None and values.get(answer) is not None:
         turns = [*turns, *_side(values[answer], answer, "assistant")]
-    said = turns[-1].text if turns and turns[-1].role == "assistant" else None
-    before = turns if said is None else turns[:-1]
+    answer = turns[-1].text if turns and turns[-1].role == "assistant" else None
+    before = turns if answer is None else turns[:-1]
     if not any(turn.role == "user" for turn in before):
         raise BadTurnsError(NO_USER)
     if before[-1].role not in ("user", "tool"):
         raise BadTurnsError(f"a last turn of role {before[-1].role}, expected the user's")
-    return tuple(before), said
+    return tuple(before), answer
 
 
 def is_conversation(value: object) -> bool:
@@ -211,12 +211,12 @@ def _turn(value: object, where: str) -> Turn:
     if not isinstance(value, Mapping):
         raise BadTurnsError(f"{kind_of(value)} as {where}, expected a role and a content")
     shared = value.get("from") is not None
-    said, content = (value["from"], value.get("value")) if shared else (value.get("role"), value.get("content"))
-    if said == "function_call" or any(value.get(key) for key in ("tool_calls", "function_call")):
+    speaker, content = (value["from"], value.get("value")) if shared else (value.get("role"), value.get("content"))
+    if speaker == "function_call" or any(value.get(key) for key in ("tool_calls", "function_call")):
         raise BadTurnsError(f"tool calls in {where}, only text is taken")
-    role = (_SPEAKERS if shared else _ROLES).get(said) if isinstance(said, str) else None
+    role = (_SPEAKERS if shared else _ROLES).get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise BadTurnsError(f"an unknown role ({str(said)[:40]!r}) in {where}")
+        raise BadTurnsError(f"an unknown role ({str(speaker)[:40]!r}) in {where}")
     text = content_of(content, where)
     if not text.strip():
         raise BadTurnsError(f"an empty content in {where}")

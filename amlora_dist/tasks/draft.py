@@ -164,7 +164,7 @@ def _fewest(profiles: Iterable[_Profile], text: str | None) -> str | None:
 def split_by_content(
     rows: Sequence[tuple[str, str]], where: str, *, seed: int
 ) -> tuple[dict[str, list[int]], int]:
-    """Divide rows into train, dev and test, each with its share of every label; a text stands in one of them only.
+    """Divide rows into train, dev and test, each with its share of every label; a text is in one of them only.
 
     Args:
         rows: text and label of each (of free text an empty label).
@@ -172,7 +172,7 @@ def split_by_content(
         seed: of the order, which depends on it and on the texts alone.
 
     Returns:
-        Places of the rows by split, in the order of the rows; and how many were left out because their text stood before.
+        Places of the rows by split, in the order of the rows; and how many were left out because their text came twice.
 
     Raises:
         UserError: too few rows.
@@ -191,7 +191,7 @@ def split_by_content(
         made["test"] += places[:tests]
         made["dev"] += places[tests : tests + devs]
         made["train"] += places[tests + devs :]
-    for split in ("test", "dev"):  # of labels with few rows none was set aside
+    for split in ("test", "dev"):  # of labels with few rows none was held out
         if not made[split]:
             made["train"].sort(key=lambda place: _order(seed, rows[place][0]))
             made[split].append(made["train"].pop())

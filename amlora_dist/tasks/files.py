@@ -141,7 +141,7 @@ def sniffed(lines: Iterator[Line], name: str, column: str) -> tuple[Form, Iterat
     """What a stream is by its first line, and its lines from the first on.
 
     Raises:
-        UserError: that cannot be told: names what to give.
+        UserError: the form cannot be recognised: names what to give.
     """
     first: list[Line] = []
     for line in lines:
@@ -276,7 +276,7 @@ def _array_rows(text: str, name: str, line: int) -> Iterator[RawRow]:
 def _record_rows(
     text: str, name: str, records: str, needed: Sequence[tables.Needed], fixes: Fixes
 ) -> Iterator[RawRow]:
-    """Rows of the list that stands below these keys of one JSON object."""
+    """Rows of the list below these keys of one JSON object."""
     fix = "fix `records`"
     value = _parsed(text, name, "expected one JSON object with a list of rows in it", "fix the file")
     for key in records.split("."):
@@ -310,7 +310,7 @@ def _refuse_one_object(path: Path) -> None:
 
 
 def lists_of_rows(text: str) -> list[str]:
-    """Where in one JSON object lists of objects stand, as ``records`` names them; at most three keys deep."""
+    """Where in one JSON object lists of objects are, as ``records`` names them; at most three keys deep."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -347,7 +347,7 @@ def _parsed(text: str, where: str, expected: str, fix: str) -> Any:
 
 
 class _TwiceError(ValueError):
-    """A key that stands twice in one object."""
+    """A key that is twice in one object."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """From a text to the token ids of its prompt, in the two formats that there have been.
 
-**Format 1** (0.1) renders the whole prompt and tokenises it at once: what stands around the text may change the text's own
+**Format 1** (0.1) renders the whole prompt and tokenises it at once: what is around the text may change the text's own
 tokens, a special token that a user typed is one, and the router pooled over question and options too.
 
 **Format 2** tokenises the text by itself, with special tokens split into plain pieces, and cuts it to ``text_tokens``;
-the prompt's ids are those of what stands before, of the text, and of what stands after. So the text has the same ids
+the prompt's ids are those of what is before the text, of the text, and of what is after it. So the text has the same ids
 behind every question, and what a causal model makes of it is known before anybody knows the question: the router reads
 the text alone, and its keys and values are kept while the routed task's question is appended.
 """
@@ -20,7 +20,7 @@ from amlora_dist.tasks.prompts import PromptTemplate
 
 DEFAULT_TEXT_TOKENS = 512
 TEXT_MARK = "\ue000\ue001"
-"""Stands for the text while the rest of a prompt is rendered: private-use characters, which no text of a prompt needs."""
+"""Replaces the text while the rest of a prompt is rendered: private-use characters, which no text of a prompt needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class TextPrompt:
 
     ids: tuple[int, ...]
     span: tuple[int, int] | None
-    """Where the first tokens of the text stand; None: the text was tokenised with the rest."""
+    """Where the first tokens of the text are; None: the text was tokenised with the rest."""
 
 
 def text_ids(texts: Sequence[str], tokenizer: Any, limit: int) -> list[tuple[int, ...]]:
@@ -79,7 +79,7 @@ def special_ends(tokenizer: Any, encoder_decoder: bool) -> Around:
 class TextPrompts:
     """Prompts of one template in format 2.
 
-    A template that shows the text changed, or more than once, has no place where the text's own ids could stand: its
+    A template that shows the text changed, or more than once, has no place where the text's own ids could go: its
     prompts are tokenised whole, and nothing that was made of the text can be kept for them.
 
     Args:
@@ -115,8 +115,8 @@ class TextPrompts:
         taken = len(around.before) + len(around.after)
         if max_length <= taken:
             raise self._no_room(taken, max_length)
-        kept = ids[: max_length - taken]
-        return TextPrompt((*around.before, *kept, *around.after), (len(around.before), len(around.before) + len(kept)))
+        short = ids[: max_length - taken]
+        return TextPrompt((*around.before, *short, *around.after), (len(around.before), len(around.before) + len(short)))
 
     def _around(self, fields: Mapping[str, str] | None) -> Around | None:
         before, mark, after = self._template.render_text(TEXT_MARK, fields=fields).partition(TEXT_MARK)
@@ -127,15 +127,15 @@ class TextPrompts:
 
     def _whole(self, text: str, fields: Mapping[str, str] | None, max_length: int) -> TextPrompt:
         """Cut the text, a share at a time, until the whole rendering fits."""
-        kept = text
+        short = text
         while True:
-            inner = _ids(self._tokenizer, self._template.render_text(kept, fields=fields), split=True)
+            inner = _ids(self._tokenizer, self._template.render_text(short, fields=fields), split=True)
             length = len(self._ends.before) + len(inner) + len(self._ends.after)
             if length <= max_length:
                 return TextPrompt((*self._ends.before, *inner, *self._ends.after), None)
-            if not kept:
+            if not short:
                 raise self._no_room(length, max_length)
-            kept = kept[: min(len(kept) - 1, len(kept) * max_length // length)]
+            short = short[: min(len(short) - 1, len(short) * max_length // length)]
 
     def _no_room(self, taken: int, max_length: int) -> UserError:
         return UserError(

@@ -110,7 +110,7 @@ def template_for(spec: TaskSpec, style: PromptStyle | None = None, *, paraphrase
     Args:
         spec: the task.
         style: default: the task's own, then ``question``. A task with a template of its own has that in every style.
-        paraphrase: index into ``prompt.paraphrases``, in place of the question (scoring with unseen wordings).
+        paraphrase: index into ``prompt.paraphrases``, in place of the question (scoring with unseen paraphrases).
 
     Raises:
         UserError: unknown style, no such paraphrase, style ``options`` for free text.
@@ -220,7 +220,7 @@ def render(template: Template, values: Mapping[str, object], *, where: str) -> s
     except NoTextError as error:
         raise UserError(f"{where}: found {error}, expected text; fix the template or the text") from None
     except _FAILURES as error:
-        raise UserError(f"{where}: {_said(error)}; fix the template") from None
+        raise UserError(f"{where}: {_reason(error)}; fix the template") from None
 
 
 def render_value(template: Template, values: Mapping[str, object], *, where: str) -> str:
@@ -235,7 +235,7 @@ def render_value(template: Template, values: Mapping[str, object], *, where: str
     except NoTextError:
         raise
     except _FAILURES as error:
-        raise UserError(f"{where}: {_said(error)}; fix the template") from None
+        raise UserError(f"{where}: {_reason(error)}; fix the template") from None
 
 
 _FAILURES = (
@@ -243,7 +243,7 @@ _FAILURES = (
 )  # fmt: skip
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it goes too deep into itself"
     if "int_max_str_digits" in str(error):

@@ -62,19 +62,19 @@ class Row:
     target: str
     """What the model should answer: the label's text, or the free-text answer."""
     turns: tuple[Turn, ...] = ()
-    """Of a conversation in the chat format: all of it, the answer's turn last. ``text`` is what the user said last."""
+    """Of a conversation in the chat format: all of it, the answer's turn last. ``text`` is the user's last turn."""
     references: tuple[str, ...] = ()
-    """Of free text: further right answers beside ``target``; the best counts, and none of them is trained on."""
+    """Of free text: further right answers next to ``target``; the best counts, and none of them is trained on."""
 
     @property
     def key(self) -> str:
-        """sha256 of text and answers: the row, wherever it stands."""
+        """sha256 of text and answers: the row, wherever it is."""
         turns = (part for turn in self.turns for part in (turn.role, turn.text))
         return _sha(self.text, self.target, *turns, *self.references)
 
     @property
     def shown(self) -> str:
-        """What stands before the answer, by which duplicates are found."""
+        """What is before the answer, by which duplicates are found."""
         return "\0".join([self.text, *(f"{turn.role}\0{turn.text}" for turn in self.turns[:-1])])
 
 
@@ -121,7 +121,7 @@ def load_task(
             alone, from which no row is taken out.
         sealed: splits that are not even opened: a search must not see the test rows.
 
-    A training row whose text stands in an evaluation split, and a dev row whose text stands in the test split, are left out
+    A training row whose text is in an evaluation split, and a dev row whose text is in the test split, are left out
     and counted. ``labels: auto`` is replaced, in the specification of what this returns, by what the training rows have.
 
     Raises:
@@ -180,8 +180,8 @@ def sample(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:
     rounds = [
         (place, _sha(str(seed), str(label)), row) for label, own in by_target.items() for place, row in enumerate(own)
     ]
-    kept = [row for _, _, row in sorted(rounds, key=lambda item: item[:2])[:limit]]
-    return sorted(kept, key=lambda row: row.key)
+    selected = [row for _, _, row in sorted(rounds, key=lambda item: item[:2])[:limit]]
+    return sorted(selected, key=lambda row: row.key)
 
 
 class _RowMaker:
@@ -311,11 +311,11 @@ def _plain(value: object, column: str) -> str:
     return plain_value(value)
 
 
-def _next_part(text: str, following: Sequence[TextField]) -> int:
+def _next_part(text: str, later: Sequence[TextField]) -> int:
     """Where the part after this one begins; the length of ``text`` where it does not."""
-    if not following:
+    if not later:
         return len(text)
-    mark = f"\n{following[0].marker}:" if following[0].marker else "\n"
+    mark = f"\n{later[0].marker}:" if later[0].marker else "\n"
     place = text.find(mark)
     return len(text) if place < 0 else place
 
@@ -346,15 +346,15 @@ def _held_out(train: list[tuple[Row, str]], count: int) -> tuple[list[tuple[Row,
 def _drop_duplicates(
     found: dict[str, list[tuple[Row, str]]], split: str, others: tuple[str, ...], bad: list[BadRow]
 ) -> None:
-    """Take rows out of ``split`` whose text also stands in an evaluation split."""
+    """Take rows out of ``split`` whose text is also in an evaluation split."""
     seen = {row.shown: other for other in reversed(others) for row, _ in found.get(other, ())}
-    kept = []
+    selected = []
     for row, file in found[split]:
         if row.shown in seen:
             bad.append(BadRow(split, row.number, f"{DUPLICATE} {seen[row.shown]}", file))
         else:
-            kept.append((row, file))
-    found[split] = kept
+            selected.append((row, file))
+    found[split] = selected
 
 
 def _sha(*parts: str) -> str:

@@ -20,7 +20,7 @@ BATCH_ROWS = 1024
 NAMED = 20
 """Columns that a message lists; a table may have thousands."""
 _JSON = re.compile(r"\{\s*(\"|\}|$)|\[\s*([\"{\[\]]|$)")
-"""How a line of JSON begins; the name of a column may stand in brackets."""
+"""How a line of JSON begins; the name of a column may be in brackets."""
 
 
 Needed = str | tuple[str, ...]
@@ -42,7 +42,7 @@ def check_columns(needed: Iterable[Needed], present: Sequence[str], where: str, 
 
 
 def check_once(present: Sequence[str], where: str) -> None:
-    """Raises UserError naming a column that stands twice: one of the two would be lost."""
+    """Raises UserError naming a column that is there twice: one of the two would be lost."""
     seen: set[str] = set()
     for column in present:
         if column in seen:
@@ -51,7 +51,7 @@ def check_once(present: Sequence[str], where: str) -> None:
 
 
 def between(header: str, needed: Sequence[Needed]) -> str:
-    """What stands between the cells of a header that is not written with commas, if one of the columns is in it."""
+    """What separates the cells of a header that is not written with commas, if one of the columns is in it."""
     wanted = {name for one in needed for name in ((one,) if isinstance(one, str) else one)}
     for sign, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         cells = [cell.strip().strip('"') for cell in header.split(sign)]
@@ -69,7 +69,7 @@ def csv_rows(
     """Number (from 1), line, values and fault of each row behind the header.
 
     Raises:
-        UserError: not CSV, a quote that is never closed (with its line), no header, a column that is missing or stands
+        UserError: not CSV, a quote that is never closed (with its line), no header, a column that is missing or there
             twice.
     """
     csv.field_size_limit(CELL_BYTES)
@@ -116,7 +116,7 @@ def _refuse_header(line: str, cells: Sequence[str], where: str, needed: Sequence
     """Raises UserError where a first line is no header of a CSV: it is written otherwise, or is something else.
 
     Args:
-        line: as it stands in the file.
+        line: as it is in the file.
         cells: of it; none where it cannot be read as CSV.
         where: file and line.
         needed: columns, one of which a header has.

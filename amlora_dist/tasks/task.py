@@ -70,7 +70,7 @@ def _label(value: object) -> object:
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class TextField:
-    """One part of a row's text. The parts stand below each other, one line each at least."""
+    """One part of a row's text. The parts are below each other, one line each at least."""
 
     column: str | None = None
     """The column it is read from."""
@@ -101,11 +101,11 @@ class Columns:
     answer: str | None = None
     """Column of the free-text answer, for tasks without ``labels``."""
     messages: str | None = None
-    """Column of a conversation: a list of turns with role and content. This and what follows stand instead of ``text``."""
+    """Column of a conversation: a list of turns with role and content. This and what follows replace ``text``."""
     conversations: str | None = None
     """The same in ShareGPT's words (``from``, ``value``)."""
     prompt: str | None = None
-    """With ``completion``: what was said (a text, or messages) and the answer to it."""
+    """With ``completion``: the request (a text, or messages) and the answer to it."""
     completion: str | None = None
     instruction: str | None = None
     """With ``output``: what was asked, with ``input`` below it, and the answer."""
@@ -132,9 +132,9 @@ class Columns:
         if sum(forms) > 1:
             raise ValueError("one form of rows: `text`, `messages`, `conversations`, `prompt` or `instruction`")
         if (self.prompt is None) != (self.completion is None):
-            raise ValueError("`prompt` and `completion` stand together")
+            raise ValueError("`prompt` and `completion` go together")
         if forms[4] and (self.instruction is None or self.output is None):
-            raise ValueError("`instruction` and `output` stand together (and `input`, if there is one)")
+            raise ValueError("`instruction` and `output` go together (and `input`, if there is one)")
         return self
 
 
@@ -143,7 +143,7 @@ class Label:
     """One class."""
 
     value: Annotated[str, BeforeValidator(_label_value)]
-    """As it stands in the data; two values may share a text."""
+    """As it is in the data; two values may share a text."""
     text: Annotated[str, BeforeValidator(_label_value), Field(min_length=1)]
     """The verbaliser: what the model answers, of one or many tokens."""
 
@@ -191,12 +191,12 @@ class Splits:
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class PromptSettings:
-    """What stands around the text."""
+    """What is around the text."""
 
     question: str | None = None
     """The natural question that follows the text; without one, style ``question`` equals ``bare``."""
     paraphrases: list[str] = Field(default_factory=list)
-    """Other wordings of the question, for scoring with prompts that training never saw."""
+    """Paraphrases of the question, for scoring with prompts that training never saw."""
     template: str | None = None
     """A Jinja template of the task's own, in place of the four styles."""
     format: PromptForm | None = None
@@ -288,7 +288,7 @@ class TaskSpec:
             return self
         values = [label.value for label in self.labels]
         if doubled := sorted({value for value in values if values.count(value) > 1}):
-            raise ValueError(f"label values stand twice: {', '.join(doubled)}")
+            raise ValueError(f"label values are there twice: {', '.join(doubled)}")
         if len(self.label_texts) < 2:
             raise ValueError("labels need at least two different texts")
         return self
@@ -413,7 +413,7 @@ def suite_folder(spec: TaskSpec, data_dir: Path | None) -> Path:
 
 
 def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:
-    """A checked task from a mapping; relative paths of local files become absolute beside ``origin``.
+    """A checked task from a mapping; relative paths of local files become absolute, from the folder of ``origin``.
 
     Raises:
         FaultsError: every fault of the mapping at once.

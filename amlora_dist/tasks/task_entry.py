@@ -32,7 +32,7 @@ class TaskEntry:
     max_answer_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     """Of free text; labels bring their own length."""
     chat: bool = False
-    """Prompts are of the base model's own chat template; ``template`` stands in the user's last turn."""
+    """Prompts are of the base model's own chat template; ``template`` is in the user's last turn."""
     system: _Text | None = None
     """In the chat format: the system's turn of conversations that have none."""
 

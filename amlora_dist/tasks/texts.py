@@ -1,4 +1,4 @@
-"""What may stand for a text: one answer for training, the command line, the server and MLflow.
+"""What may be given as a text: one answer for training, the command line, the server and MLflow.
 
 ``str()`` makes a text of anything, and a model then learns Python's notation of a list. Here only what a person would
 write down the same way is taken; the rest is refused by its kind.
@@ -33,7 +33,7 @@ class NoTextError(ValueError):
 
 
 def text_of(value: object) -> str:
-    """The text that a value stands for: itself, or a number or boolean as Python writes it.
+    """The text that a value means: itself, or a number or boolean as Python writes it.
 
     Raises:
         NoTextError: nothing (None), a list, a dictionary, bytes, a date, a number that is not finite, half of a

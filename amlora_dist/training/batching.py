@@ -79,8 +79,8 @@ def prompt_positions(model: nn.Module, attention_mask_BL: Tensor, *, encoder_dec
 class LossComputer:
     """Sum of the target tokens' cross-entropy of one micro-batch, in nats.
 
-    Logits are computed at the targets only (they stand at the right end of left-padded rows) where the architecture
-    can be told so: the output layer of a small model is a quarter of its arithmetic.
+    Logits are computed at the targets only (they are at the right end of left-padded rows) where the architecture
+    can be asked for that: the output layer of a small model is a quarter of its arithmetic.
     """
 
     def __init__(

@@ -185,8 +185,8 @@ def _put(system: Any, path: Path, target: str) -> None:
 
 
 def _get(system: Any, source: str, path: Path, whole: Callable[[], bool]) -> None:
-    """Fetch a file, or a folder with its mark, aside; then rename. Nothing where there is none, or it is ``whole`` here:
-    several workers of a node ask for the same."""
+    """Fetch a file, or a folder with its mark, to a temporary path; then rename. Nothing where there is none, or it
+    is ``whole`` here: several workers of a node ask for the same."""
     from filelock import FileLock
 
     if whole():

@@ -22,7 +22,7 @@ from amlora_dist.training.settings import StageSettings
 
 Mode = str
 """``untrained``, ``router``, ``oracle`` (told the task), ``own`` (as ``router``, but each row behind its own task's prompt,
-which tells the task), or ``without.N``: as ``router``, the Nth adapter silent."""
+which tells the task), or ``without.N``: as ``router``, the Nth adapter disabled."""
 WITHOUT = "without."
 
 

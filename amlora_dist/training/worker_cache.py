@@ -161,7 +161,7 @@ class WorkerCache:
         """What the base model makes of texts: computed once, everybody's, and nobody's to change.
 
         Args:
-            key: all that decides it beside the base model that was loaded last: the texts, how they are read, and which of
+            key: all that decides it besides the base model that was loaded last: the texts, how they are read, and which of
                 them this rank reads.
             rows: texts of all ranks: what goes to make room goes on all of them, who compute together under ZeRO-3.
             make: computes it, (this rank's rows, F).

@@ -1,1 +1,1 @@
-"""``amlora``: the command line, one file a family of commands. What they do is in the rooms beside it."""
+"""``amlora``: the command line, one file a family of commands. What they do is in the packages next to it."""

@@ -56,7 +56,7 @@ Quantisation = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
 Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
 Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
-Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read beside it.")]
+Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read too.")]
 
 
 Signature = Annotated[
@@ -113,8 +113,8 @@ def push(
     """Push a bank to the Hugging Face Hub, never its base model; `amlora pull hf://REPO` gets it back."""
     from pipelines.cli.bank_output import push as push_bank
 
-    told = push_bank(bank, repository, tracking_uri, public=public, base_model=base_model, statistics=statistics)
-    typer.echo(told)
+    message = push_bank(bank, repository, tracking_uri, public=public, base_model=base_model, statistics=statistics)
+    typer.echo(message)
 
 
 def diff(
@@ -166,7 +166,7 @@ def chat(
     task: Task = None,
     route_by: Annotated[
         Literal["turn", "conversation"],
-        typer.Option(help="turn: each turn is routed anew; conversation: the first one's route is kept."),
+        typer.Option(help="turn: each turn is routed again; conversation: the first one's route is kept."),
     ] = "turn",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: what the task needs.")] = None,
     base: Base = None,
@@ -189,7 +189,7 @@ def chat(
 def score(
     bank: Bank,
     data: Annotated[str, typer.Argument(metavar="DATA", help="Rows of text and right answer.", show_default=False)],
-    task: Annotated[str, typer.Option(help="The task that the rows belong to; the bank is not told.", show_default=False)],
+    task: Annotated[str, typer.Option(help="The rows' task, which the bank does not get.", show_default=False)],
     column: Column = "text",
     label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
     batch_size: BatchSize = 8,
@@ -288,7 +288,7 @@ def prune(
 ) -> None:
     """Delete versions that nothing refers to: no alias, no other version, no run at work.
 
-    A run that is started again trains a stage anew whose version was deleted.
+    A run that is started again trains a stage again whose version was deleted.
     """
     from pipelines.cli.bank_output import prune_versions
 

@@ -45,7 +45,7 @@ def answer_texts(
     """
 
     def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
-        found = model.answer([line.said for line in lines], **_call(lines, call), batch_size=batch_size)
+        found = model.answer([line.request for line in lines], **_call(lines, call), batch_size=batch_size)
         return [{"answer": one.text, "ended": one.ended, **_routed(one.route)} for one in found]
 
     _run(bank, files, batch_size, call, options, work)
@@ -57,7 +57,7 @@ def classify_texts(
     """``amlora classify``: adds ``label``, ``score`` and ``route`` to every row; errors as ``answer_texts``."""
 
     def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
-        found = model.classify([line.said for line in lines], **_call(lines, call), batch_size=batch_size)
+        found = model.classify([line.request for line in lines], **_call(lines, call), batch_size=batch_size)
         return [
             {
                 "label": one.label, "score": None if one.label is None else one.scores[one.label], **_routed(one.route),

@@ -117,8 +117,8 @@ def submit(
         cluster, config, overrides or [], name, working_dir=working_dir, environment=environment, runtime_env=more,
         search=search, allow_changed_data=allow_changed_data,
     )  # fmt: skip
-    told = "runs already; following it" if made.attached else "submitted"
-    typer.echo(f"job {made.job.id}: {told}; `amlora logs {made.job.id} --follow` shows it, `amlora stop` ends it", err=True)
+    state = "runs already; following it" if made.attached else "submitted"
+    typer.echo(f"job {made.job.id}: {state}; `amlora logs {made.job.id} --follow` shows it, `amlora stop` ends it", err=True)
     if no_wait:
         typer.echo(made.job.id)
         return

@@ -54,7 +54,7 @@ def converse(
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            print(f"{visible(str(error))} (not said)", file=sys.stderr, flush=True)
+            print(f"{visible(str(error))} (not sent)", file=sys.stderr, flush=True)
             del turns[-1]
             continue
         _show(found, as_json=as_json)

@@ -130,10 +130,10 @@ def _for_server(
         if asked.form == "gguf":
             export_gguf(dest, alone, base)
         else:
-            told = asked.served_base
-            if told is not None and Path(told).expanduser().is_dir():
-                resolve_bank_base(alone.manifest.base, Path(told).expanduser())  # the very model, by digest
-            export_vllm(dest, alone, base=served_base(base, told), bucket=asked.bucket)
+            message = asked.served_base
+            if message is not None and Path(message).expanduser().is_dir():
+                resolve_bank_base(alone.manifest.base, Path(message).expanduser())  # the very model, by digest
+            export_vllm(dest, alone, base=served_base(base, message), bucket=asked.bucket)
         gap = None
         if texts is not None:
             model = AMLoRAModel.from_bank(bank, **options)
@@ -167,8 +167,8 @@ def _unlike(gap: dict[str, float], form: str) -> Iterator[str]:
     """A warning of an export whose answers are not the bank's, with the number first."""
     if (share := gap["other_first_token"]) > ALIKE:
         why = "one mixture for every text" if form == "merged" else "the strongest task's row alone"
-        told = f"{share:.3f} of {gap['texts']} texts are answered unlike the bank"
-        yield f"warning: {told}, which weighs its adapters for each text: this is {why}"
+        message = f"{share:.3f} of {gap['texts']} texts are answered unlike the bank"
+        yield f"warning: {message}, which weighs its adapters for each text: this is {why}"
 
 
 def _gap_words(gap: dict[str, float]) -> str:

@@ -1,6 +1,6 @@
 """A bank, and its base model, as lm-evaluation-harness asks them (its ``LM``): through the server's own engine.
 
-What the harness's ``local-completions`` and ``local-chat-completions`` are told over HTTP comes from the same calls here:
+What the harness's ``local-completions`` and ``local-chat-completions`` receive over HTTP comes from the same calls here:
 prompts in tokens are read as they are and routed by their own words, conversations are asked as ``/v1/chat/completions``
 asks them. The base model answers the same prompts with a gate of zeros, which adds nothing to it.
 """
@@ -125,8 +125,8 @@ class HarnessModel(TemplateLM):
         each is the likeliest."""
         asked = []
         for _, context, continuation in requests:
-            kept = [*context, *continuation][-self.max_length :]
-            asked.append(self._raw(kept, new_tokens=1, echo=True))
+            truncated = [*context, *continuation][-self.max_length :]
+            asked.append(self._raw(truncated, new_tokens=1, echo=True))
         found = []
         answers = self._answered(asked, [Sampling(new_tokens=1)] * len(asked))
         for (_, _, continuation), (scores, _) in zip(requests, answers, strict=True):
@@ -172,8 +172,8 @@ class HarnessModel(TemplateLM):
 
     def _request(self, context: str, new_tokens: int) -> Request:
         if isinstance(context, ChatPrompt) and not self.base:
-            said = self.bank.model.prompter.asked(messages_of(context.turns))
-            return self.bank.to_generate(said.text, question=said.question, turns=said.turns, new_tokens=new_tokens)
+            chat = self.bank.model.prompter.asked(messages_of(context.turns))
+            return self.bank.to_generate(chat.text, question=chat.question, turns=chat.turns, new_tokens=new_tokens)
         tokens = self.tok_encode(context)[-(self.max_length - new_tokens) :]
         return self._raw(tokens or [self.prefix_token_id], new_tokens=new_tokens, echo=False)
 

@@ -66,7 +66,7 @@ def run(
         typer.Option(help="Name of the durable run; the same id goes on where it was. Default: name and time."),
     ] = None,
     allow_changed_data: Annotated[
-        bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train anew what has.")
+        bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train again what has.")
     ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -258,8 +258,8 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if verbose or not package or importlib.util.find_spec(package) is not None:
             raise
-        told = f"{package} is not installed, and this command needs it: pip install amlora-dist"
-        typer.echo(f"error: {told} (a light installation asks and serves the folder of a bank)", err=True)
+        message = f"{package} is not installed, and this command needs it: pip install amlora-dist"
+        typer.echo(f"error: {message} (a light installation asks and serves the folder of a bank)", err=True)
         raise typer.Exit(2) from None
     except EOFError as error:  # the command line's library would say "Aborted." and nothing else
         if verbose:
@@ -287,21 +287,21 @@ def _answered(*, verbose: bool) -> Iterator[None]:
 
 def _too_short(error: EOFError) -> str:
     """What a file that ends too early is; Python itself leaves a half module behind where the disk was full."""
-    told = f"unexpected EOFError: {error or 'a file ends too early'}"
+    message = f"unexpected EOFError: {error or 'a file ends too early'}"
     if "marshal" not in str(error):
-        return told
+        return message
     own = Path(__file__).parents[1]
     folders = map(str, (own.parent / "amlora_dist", own, sysconfig.get_path("purelib")))
     again = [sys.executable, "-m", "compileall", "-qf", *folders]
-    return f"{told}: a module that Python compiled while the disk was full; compile all again: {shlex.join(again)}"
+    return f"{message}: a module that Python compiled while the disk was full; compile all again: {shlex.join(again)}"
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A fault of this program, in one line; -v shows where."""
     frames = traceback.extract_tb(trace)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    told = visible(shown(str(error)))
-    print(f"error: unexpected {kind.__name__}: {told}{where}; run it again with -v to see more", file=sys.stderr)
+    message = visible(shown(str(error)))
+    print(f"error: unexpected {kind.__name__}: {message}{where}; run it again with -v to see more", file=sys.stderr)
 
 
 def _print_result(result: Mapping[str, Any], *, as_json: bool) -> None:

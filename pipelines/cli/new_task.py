@@ -75,7 +75,7 @@ class _Found:
 class Drafted:
     """What was written, and what there is to say of it."""
 
-    told: list[str]
+    notes: list[str]
     """What was guessed, line by line."""
     task: Path
     wrote: list[Path]
@@ -89,7 +89,7 @@ def draft_task(asked: Draft) -> Drafted:
     """Write a task, its rows where there is one file to split, and a run.
 
     Raises:
-        UserError: no such file, columns that cannot be told apart, rows without texts, a file that would be written over.
+        UserError: no such file, columns that cannot be recognised, rows without texts, a file that would be written over.
     """
     name = asked.name or _name(asked.source)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
@@ -100,22 +100,22 @@ def draft_task(asked: Draft) -> Drafted:
     usable, lacking = _usable(found.rows, guess, asked.source)
     _leave_out_dev(found, guess, folder)
     files: dict[str, bytes] = {}
-    told = [f"  {note}" for note in found.notes]
+    notes = [f"  {note}" for note in found.notes]
     left = [f"{lacking} without a text or an answer"] * bool(lacking)
     how = "as the data have them"
     if not found.splits:
         files, twice = _split(found, guess, usable, asked)
-        left += [f"{twice} whose text stood before"] * bool(twice)
+        left += [f"{twice} whose text was there before"] * bool(twice)
         how = f"split by content, seed {asked.seed}"
     mapping = _task(name, found, guess, usable, chat=asked.chat)
     data = _checked(mapping, files, folder)
     if data is not None and guess.conversation:
         mapping["max_answer_tokens"] = free_text_settings([row.target for row in data.rows["train"]])["max_answer_tokens"]
     counts = "" if data is None else ", ".join(f"{len(rows)} {split}" for split, rows in data.rows.items())
-    told += [*_columns_told(found, guess), *_labels_told(found, guess, mapping)]
-    told.append(f"  {'rows':12} {counts or ', '.join(found.splits)} ({how})")
-    told += [f"  {'left out':12} {', '.join(left)}"] * bool(left)
-    told += [f"  {data.remarks}"] if data is not None and data.remarks else []
+    notes += [*_column_notes(found, guess), *_label_notes(found, guess, mapping)]
+    notes.append(f"  {'rows':12} {counts or ', '.join(found.splits)} ({how})")
+    notes += [f"  {'left out':12} {', '.join(left)}"] * bool(left)
+    notes += [f"  {data.remarks}"] if data is not None and data.remarks else []
     task, run = folder / "task.yaml", folder / "run.yaml"
     command = f"amlora run {shlex.quote(str(run))} --run-id {name}"
     files["task.yaml"] = _yaml(f"A task of {Path(asked.source).name}, guessed by `amlora init`", mapping)
@@ -125,15 +125,15 @@ def draft_task(asked: Draft) -> Drafted:
         raise UserError(f"{there[0]} exists; give another folder with -o, or --force to write over it")
     for file, content in files.items():
         write_bytes(folder / file, content)
-    told.insert(0, f"{asked.source}: {len(found.rows)} rows")
+    notes.insert(0, f"{asked.source}: {len(found.rows)} rows")
     add = f"amlora add BANK-OR-RUN {shlex.quote(str(task))}"
-    return Drafted(told, task, [folder / file for file in files], command, add)
+    return Drafted(notes, task, [folder / file for file in files], command, add)
 
 
 def _split(
     found: _Found, guess: Guess, usable: Sequence[dict[str, Any]], asked: Draft
 ) -> tuple[dict[str, bytes], int]:
-    """Files of the splits of one file, and how many rows were left out because their text stood before."""
+    """Files of the splits of one file, and how many rows were left out because their text was there before."""
     pairs = [(_shown(row, guess), value_of(row.get(guess.label)) if guess.label else "") for row in usable]
     places, twice = split_by_content(pairs, asked.source, seed=asked.seed)
     files = {}
@@ -252,14 +252,14 @@ def _leave_out_dev(found: _Found, guess: Guess, folder: Path) -> None:
         texts[split] = {text for row in rows if (text := _shown(row, guess))}
     if texts["dev"] and texts["dev"] <= texts["test"]:
         file = Path(found.splits.pop("dev")).name
-        found.notes.append(f"{file} is left out: every text of it stands in the test split; dev rows are held out of train")
+        found.notes.append(f"{file} is left out: every text of it is in the test split; dev rows are held out of train")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------
 
 
 def _shown(row: Mapping[str, Any], guess: Guess) -> str:
-    """What must stand in one split only: the text, or all of a conversation but its answer."""
+    """What must be in one split only: the text, or all of a conversation but its answer."""
     if guess.conversation:
         asked = [row.get(name) for key, name in guess.conversation.items() if key not in ("completion", "output")]
         return json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
@@ -347,15 +347,15 @@ def _yaml(comment: str, mapping: dict[str, Any]) -> bytes:
     return f"# {comment}\n{yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)}".encode()
 
 
-# ---- what is told ---------------------------------------------------------------------------------------------
+# ---- notes ----------------------------------------------------------------------------------------------------
 
 
-def _columns_told(found: _Found, guess: Guess) -> Iterator[str]:
+def _column_notes(found: _Found, guess: Guess) -> Iterator[str]:
     for key, column in guess.columns.items():
         yield f"  {key:12} column {column!r}, such as {_example(found.rows, column)}"
 
 
-def _labels_told(found: _Found, guess: Guess, mapping: Mapping[str, Any]) -> Iterator[str]:
+def _label_notes(found: _Found, guess: Guess, mapping: Mapping[str, Any]) -> Iterator[str]:
     if guess.label is None:
         return
     counts = Counter(value_of(row.get(guess.label)) for row in found.rows)

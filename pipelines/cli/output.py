@@ -16,11 +16,11 @@ def stdout_to_stderr() -> Iterator[None]:
     """Inside, whatever is written to standard output, by C libraries too, goes to standard error."""
     sys.stdout.flush()
     kept_stream, sys.stdout = sys.stdout, sys.stderr
-    kept = os.dup(1)
+    old_stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout = kept_stream
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(old_stdout, 1)
+        os.close(old_stdout)

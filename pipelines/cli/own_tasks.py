@@ -42,7 +42,7 @@ def init(
         force=force,
     )  # fmt: skip
     made = draft_task(asked)
-    for line in made.told:
+    for line in made.notes:
         typer.echo(line)
     show_prompt(resolve_task(str(made.task), base_dir=Path.cwd(), defaults=TaskDefaults()))
     typer.echo(f"\nwrote {', '.join(map(str, made.wrote))}")

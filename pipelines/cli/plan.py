@@ -75,7 +75,7 @@ def plan_of(
     config_file: Path, overrides: list[str] | None, *, cluster: Cluster | CpuCluster, tflops: float, utilisation: float,
     bandwidth: float | None, rows: int | None,
 ) -> Plan:  # fmt: skip
-    """The plan of a run on ``cluster``, which without GPUs holds the run's own ``workers``. ``rows`` stands in for tasks
+    """The plan of a run on ``cluster``, which without GPUs holds the run's own ``workers``. ``rows`` replaces tasks
     whose rows are not at hand and not limited.
 
     Raises:
@@ -122,8 +122,8 @@ def plan_of(
     )  # fmt: skip
     if config.workers != cluster.ranks and not on_cpus:
         count = cluster.ranks
-        told = f"workers: {config.workers} in the configuration, planned are {count}: run with workers={count}"
-        made.remarks.append(told)
+        remark = f"workers: {config.workers} in the configuration, planned are {count}: run with workers={count}"
+        made.remarks.append(remark)
     return made
 
 
@@ -211,8 +211,8 @@ def show_plan(plan: Plan) -> None:
 
 def _show_activations(plan: Plan) -> None:
     console = console_for()
-    told = f"Activations of one {_UNITS[plan.unit]}, GiB, without | with checkpointing, by tokens of a row"
-    console.print(told, soft_wrap=True)
+    remark = f"Activations of one {_UNITS[plan.unit]}, GiB, without | with checkpointing, by tokens of a row"
+    console.print(remark, soft_wrap=True)
     lengths = sorted({entry["length"] for entry in plan.activations})
     by = {(entry["micro_batch"], entry["length"]): entry for entry in plan.activations}
     table = Table(box=None, pad_edge=False)

@@ -28,7 +28,7 @@ class TaskRowCounts:
     rows: dict[str, int]
     """By split, after limits and without what was left out."""
     labels: dict[str, dict[str, int]]
-    """Rows of each label, by split; empty for free text. A label of the task that no row has stands with 0."""
+    """Rows of each label, by split; empty for free text. A label of the task that no row has is there with 0."""
     left_out: str
     """How many rows were left out and why; empty where none was."""
 

@@ -45,19 +45,19 @@ MENDS = Fixes("name the one with the text: --column", "give --format")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row of the input: all its fields, and where it stands."""
+    """One row of the input: all its fields, and where it is."""
 
     where: str
     fields: dict[str, Any]
     text: str
-    """Of a conversation: what the user said last."""
+    """Of a conversation: the user's last turn."""
     turns: tuple[Turn, ...] = ()
     """Of a conversation: all of it up to the answer."""
     answer: str | None = None
     """Of a conversation: the right answer, where the row has it."""
 
     @property
-    def said(self) -> str | tuple[Turn, ...]:
+    def request(self) -> str | tuple[Turn, ...]:
         """What a bank is asked."""
         return self.turns or self.text
 
@@ -112,7 +112,7 @@ def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput
     """The rows of a file, or of standard input (``-``).
 
     Raises:
-        UserError: there is no such file, or what it is cannot be told. Names what to give.
+        UserError: there is no such file, or its form cannot be recognised. Names what to give.
     """
     if source == "-":
         yield _stream(buffered(sys.stdin), "standard input", column, asked)

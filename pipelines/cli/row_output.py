@@ -108,11 +108,11 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
             write = _Objects(file)
 
             def guarded(given: list[dict[str, Any]]) -> None:
-                with _told(place.path):
+                with _as_user_error(place.path):
                     write(given)
 
             yield guarded
-        with _told(place.path):
+        with _as_user_error(place.path):
             if written == "csv":
                 _as_table(rows, tmp, spreadsheet=place.spreadsheet)
             rename_synced(tmp, place.path)
@@ -122,7 +122,7 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
 
 
 @contextmanager
-def _told(path: Path | None) -> Iterator[None]:
+def _as_user_error(path: Path | None) -> Iterator[None]:
     """A full disk in one message."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""``ask``, ``score``, ``diff --sample`` and ``rekey``: what a bank answers to plain texts, told, counted, compared."""
+"""``ask``, ``score``, ``diff --sample`` and ``rekey``: what a bank answers to plain texts: shown, counted, compared."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def answer_differences(
     """
     with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
         lines = list(rows.lines())
-        texts = [line.said for line in lines]
+        texts = [line.request for line in lines]
         answers = [bank_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
     changed = [
         {"row": line.where, "text": line.text, "before": before.text, "after": after.text,

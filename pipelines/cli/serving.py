@@ -94,7 +94,7 @@ def _vllm(engine: str, url: str | None, python: Path | None, rank: int | None) -
                 raise UserError(f"{option} belongs to --engine vllm")
         return None
     if url is not None and python is not None:
-        raise UserError("--engine-python: found beside --engine-url, expected one of them: a vLLM that runs is not started")
+        raise UserError("--engine-python: found with --engine-url, expected one of them: a vLLM that runs is not started")
     if url is not None:
         from amlora_dist.serving.vllm_client import checked_url
 

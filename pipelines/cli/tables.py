@@ -118,7 +118,7 @@ LAST = {
 
 
 def _last_table(result: Mapping[str, Any], width: int) -> Table:
-    """What the last bank does with plain texts, beside the accuracy of its served answers."""
+    """What the last bank does with plain texts, next to the accuracy of its served answers."""
     tasks = list(result["tasks"])
     headings = _short_names(tasks)
     fitting = max(1, (width - max(map(len, LAST.values())) - 4) // (max(_CELL_WIDTH, *map(len, headings)) + 1))

@@ -65,7 +65,7 @@ def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | No
 
 
 def _show_conversation(spec: TaskSpec, data_dir: Path | None) -> None:
-    """Which columns were taken, and the turns of one row; which words stand around them is the model's template's say."""
+    """Which columns were taken, and the turns of one row; the words around them are the model's template's."""
     console = console_for()
     if not at_hand(spec, data_dir):
         return

@@ -290,11 +290,11 @@ def _disconnected() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
     """Ray lets these variables win over the address that it is given."""
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(removed)
 
 
 def _line(error: BaseException) -> str:

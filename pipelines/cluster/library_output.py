@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     StreamHandler = logging.StreamHandler  # takes no type at run time before Python 3.11
 
-_SILENCE = {
+_QUIET = {
     "DEEPSPEED_LOG_LEVEL": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -55,14 +55,14 @@ def set_up(*, verbose: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else NOTE, force=True)
     if verbose:
         return
-    silence()
+    quieten()
     warnings.simplefilter("ignore")
 
 
-def silence() -> None:
+def quieten() -> None:
     """Turn off the bars and remarks of the libraries below us, and leave the logging and warnings of this process's own
     program as they are; before the libraries are imported, since they look once."""
-    for key, value in _SILENCE.items():
+    for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -46,7 +46,7 @@ def middlewares() -> list[Any]:
 
 
 class Relay:
-    """Wraps Ray Serve's proxy: what it says itself, or leaves unsaid when a replica dies, becomes an error as ours are."""
+    """Wraps Ray Serve's proxy: what it reports itself, or leaves out when a replica dies, becomes an error as ours are."""
 
     def __init__(self, app: App) -> None:
         self._app = app

@@ -47,7 +47,7 @@ KEEP_ALIVE_S = 30
 
 
 class StoppedServerError(AmloraError):
-    """Told to stop by a signal, and stopped; not an error of anybody."""
+    """Asked to stop by a signal, and stopped; not an error of anybody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,7 +46,7 @@ class WorkerGroup:
         """Bytes by which the memory of one worker has grown since its first stage, the most of any."""
         self._stage: _RunningStage | None = None
         self._residents: dict[int, int] = {}
-        self._channel = DriverEnd(workers, self._heard)
+        self._channel = DriverEnd(workers, self._on_worker_event)
         threads = 0 if gpus else placement.threads or max(1, (os.cpu_count() or 1) // workers)
         trainer = _trainer(placement, workers, gpus, {"channel": self._channel.handle, "threads": threads})
         self._failed: list[BaseException] = []
@@ -106,10 +106,10 @@ class WorkerGroup:
         self._channel.abandon()
         self._thread.join(GONE_S)
 
-    def _heard(self, event: Event) -> None:
+    def _on_worker_event(self, event: Event) -> None:
         stage = self._stage
         if stage is not None and event.pop("number", None) == stage.number:
-            stage.hear(event)
+            stage.take(event)
 
     def _error(self, stage: _RunningStage) -> BaseException:
         """Why the group is no more, while a stage was at work."""
@@ -140,7 +140,7 @@ class _RunningStage:
         """Bytes of memory of each rank at the stage's end."""
         self._file = (work.path / EVENTS).open("a", encoding="utf-8")
 
-    def hear(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         """Take note of an event; called in the channel's thread, which must not end by it."""
         try:
             self._hear(event)

@@ -44,10 +44,10 @@ def collect(folder: Path) -> Shipment:
     files: dict[str, int] = {}
     inside, root = folder.resolve(), _root(folder)
     places = [place for place in (*reversed(inside.parents), inside) if place.is_relative_to(root)]
-    ignoring = [rules for place in places[:-1] if (rules := Rules.of(place, _below(root, place)))]
+    outer_rules = [rules for place in places[:-1] if (rules := Rules.of(place, _below(root, place)))]
     below = _below(root, inside)
     try:
-        _walk(folder, below, ignoring, files, (inside,))
+        _walk(folder, below, outer_rules, files, (inside,))
     except OSError as error:
         raise UserError(f"--working-dir: cannot read {error.filename}: {error.strerror}") from error
     files = {name.removeprefix(below): size for name, size in files.items()}
@@ -74,21 +74,21 @@ def _below(root: Path, folder: Path) -> str:
     return "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
 
 
-def _walk(folder: Path, below: str, ignoring: list[Rules], files: dict[str, int], above: tuple[Path, ...]) -> None:
-    """Add the files of ``folder``; ``ignoring``: what the ignore files above say; ``above``: the folders on the way, so
+def _walk(folder: Path, below: str, outer_rules: list[Rules], files: dict[str, int], above: tuple[Path, ...]) -> None:
+    """Add the files of ``folder``; ``outer_rules``: of the ignore files above; ``above``: the folders on the way, so
     that a link to one of them ends there."""
     if rules := Rules.of(folder, below):
-        ignoring = [*ignoring, rules]
+        outer_rules = [*outer_rules, rules]
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             name = f"{below}{entry.name}"
             inner = entry.is_dir()
-            if entry.name in NEVER or excluded(name, inner, ignoring):
+            if entry.name in NEVER or excluded(name, inner, outer_rules):
                 continue
             if inner:
                 place = Path(entry.path).resolve()
                 if place not in above:
-                    _walk(Path(entry.path), f"{name}/", ignoring, files, (*above, place))
+                    _walk(Path(entry.path), f"{name}/", outer_rules, files, (*above, place))
             elif entry.is_file():
                 files[name] = entry.stat().st_size
 

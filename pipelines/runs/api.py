@@ -197,10 +197,10 @@ class Sequence:
         Raises:
             UserError, HeldError, TrainingError, StoppedError: as ``run_sequence``.
         """
-        from pipelines.cluster.library_output import silence
+        from pipelines.cluster.library_output import quieten
 
         if not verbose:
-            silence()
+            quieten()
         from pipelines.runs.resume_check import going_on
         from pipelines.runs.sequence import run_sequence
 

@@ -180,7 +180,7 @@ def run_comparison(
     nothing.
 
     Raises:
-        UserError: the comparison id stands for something else; data or model are wrong.
+        UserError: the comparison id is that of something else; data or model are wrong.
         HeldError: another driver holds one of the runs.
         StoppedError: stopped by a signal; the same command goes on.
     """
@@ -324,7 +324,7 @@ def _resumed(plan: ComparisonPlan, stored: dict[str, Any] | None) -> dict[str, A
     """The stored comparison with this plan put in, or a new one.
 
     Raises:
-        UserError: the id stands for a comparison whose results the plan would contradict.
+        UserError: the id is that of a comparison whose results the plan would contradict.
     """
     made = plan.to_json()
     if stored is None:

@@ -346,12 +346,12 @@ def settled_format(spec: TaskSpec, base: BaseModel, prompt_format: int) -> TaskS
 
 
 def paraphrased(spec: TaskSpec, count: int) -> list[TaskSpec]:
-    """The task with at most ``count`` other wordings of its question, each under a name of its own, with the same rows."""
-    wordings = spec.prompt.paraphrases[:count]
+    """The task with at most ``count`` paraphrases of its question, each under a name of its own, with the same rows."""
+    questions = spec.prompt.paraphrases[:count]
     source = replace(spec.source, mirror=spec.source.mirror or spec.name)
     return [
-        replace(spec, name=f"{spec.name}.paraphrase{n}", source=source, prompt=replace(spec.prompt, question=wording))
-        for n, wording in enumerate(wordings, start=1)
+        replace(spec, name=f"{spec.name}.paraphrase{n}", source=source, prompt=replace(spec.prompt, question=question))
+        for n, question in enumerate(questions, start=1)
     ]
 
 

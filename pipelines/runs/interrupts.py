@@ -24,7 +24,7 @@ class Stops:
     """Signals that came while a stage was at work."""
 
     begun: bool = False
-    """Whether the stage has told of a step or a score: something to wait for."""
+    """Whether the stage has reported a step or a score: something to wait for."""
     received: list[int] = field(default_factory=list)
 
     def end_what_has_not_begun(self) -> None:
@@ -41,7 +41,7 @@ class Stops:
 def stops_handled(folder: Path) -> Iterator[Stops]:
     """Inside, the first SIGINT or SIGTERM lets the stage in ``folder`` finish its step, checkpoint and stop.
 
-    What it yields is told when the stage has ``begun``; before, ``end_what_has_not_begun`` ends it. The second SIGINT
+    Set ``begun`` of what it yields when the stage has begun; before, ``end_what_has_not_begun`` ends it. The second SIGINT
     interrupts at once.
 
     Raises:

@@ -1,7 +1,7 @@
 """How much a whole run is, how much of it is done, and how long the rest will take.
 
 A run is counted in rows that pass through the model: rows trained (each as often as there are epochs) and rows scored. How
-long one takes is measured, for each of the two apart, as are the seconds that a stage takes beside them.
+long one takes is measured, for each of the two apart, as are the seconds that a stage takes besides them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Rate:
 
 @dataclass(slots=True)
 class Outlook:
-    """What of a run is done, and how long the rest will take; told of everything as it happens.
+    """What of a run is done, and how long the rest will take; it gets every event as it happens.
 
     Attributes:
         clock: seconds.
@@ -111,7 +111,7 @@ class Outlook:
         if index > 1 and self._rates["train"].count + self._rates["score"].count:
             self._rates["other"].count += 1
         if index == 1:
-            self._since = None  # what comes now, until something is heard of the stage, comes once: workers start
+            self._since = None  # what comes now, until the stage's first event, comes once: workers start
         self._index, self._trained, self._cells = index, 0.0, {}
 
     def other(self) -> None:
@@ -123,7 +123,7 @@ class Outlook:
         if total <= 0 or (size := self._size) is None:
             return
         rows = size.trained * done / total
-        if self._work == "train":  # the first one that is heard of began nobody knows when
+        if self._work == "train":  # nobody knows when the first one began
             self._rates["train"].count += max(0.0, rows - self._trained)
             self._spend("train")
         else:
@@ -144,7 +144,7 @@ class Outlook:
 
     @property
     def share(self) -> float | None:
-        """Of the whole run that is done, 0 to ``ALMOST``; never less than before. None where nobody told its size."""
+        """Of the whole run that is done, 0 to ``ALMOST``; never less than before. None where its size is not known."""
         whole = sum(size.rows for size in self._stages)
         if not whole:
             return None
@@ -168,8 +168,8 @@ class Outlook:
         row_scored = score if score is not None else train
         assert row_trained is not None and row_scored is not None
         other = self._rates["other"]
-        beside = other.each if other.count else other.seconds
-        return trained * row_trained + scored * row_scored + len(later) * (beside or 0.0)
+        other_s = other.each if other.count else other.seconds
+        return trained * row_trained + scored * row_scored + len(later) * (other_s or 0.0)
 
     @property
     def _scored(self) -> int:

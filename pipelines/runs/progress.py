@@ -177,7 +177,7 @@ class _Lines:
 class _Bar:
     """One bar of rich's for the whole run, with what is at work; notes are printed above it.
 
-    It is full when the run has ended, and not before. Where nobody told how much the run is, it moves to and fro.
+    It is full when the run has ended, and not before. Where the run's size is not known, it moves to and fro.
     """
 
     def __init__(self, console_width: int, stream: TextIO | None) -> None:

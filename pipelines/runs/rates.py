@@ -1,4 +1,4 @@
-"""``training.learning_rate: auto``: the number that it stands for, found once and noted in the journal.
+"""``training.learning_rate: auto``: the number that it means, found once and noted in the journal.
 
 The race (``training.rate_race``) is an entry of its own, under a fingerprint of all that decides it: the training
 fingerprints of the first stage at each candidate (base, rows, targets, rank, seed, method and the rest of what that stage

@@ -48,7 +48,7 @@ def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
 
 
 def _knockout(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[Row] | None:
-    """Accuracy with each adapter of the bank silent, in its order; None where that was not scored."""
+    """Accuracy with each adapter of the bank disabled, in its order; None where that was not scored."""
     count = len({one["mode"] for one in scores if one["mode"].startswith(WITHOUT)})
     return [_row(tasks, scores, f"{WITHOUT}{n}", "accuracy") for n in range(1, count + 1)] or None
 

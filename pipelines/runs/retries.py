@@ -25,7 +25,7 @@ class Failure:
 
     error: AmloraError
     place: object
-    """Where it stood; equal for two failures in the same place."""
+    """Where it was; equal for two failures in the same place."""
 
     @classmethod
     def of(cls, error: AmloraError, progress: object) -> Failure:

@@ -123,7 +123,7 @@ def run_sequence(
 FINAL = (UserError.exit_code, HeldError.exit_code, 130, 143)
 """Exit codes of errors that are passed on as they are: nothing failed in training."""
 BEGUN = ("step", "scoring", "scored")
-"""Events of work that a stage which is told to stop may finish and keep."""
+"""Events of work that a stage that is asked to stop may finish and keep."""
 
 
 class Attempts:
@@ -173,7 +173,7 @@ class Attempts:
         self._executor.release()
 
     def _watch(self, stops: Stops) -> None:
-        """End what no longer counts, because this driver was paused and another one took the run, and what was told to stop
+        """End what no longer counts, because this driver was paused and another one took the run, and what was asked to stop
         before it had begun."""
         if self._lease.lost:
             self._lease.check()

@@ -91,8 +91,8 @@ def run_description(result: Mapping[str, Any], base: str) -> str:
     if any(numbers.values()):
         load = f'AMLoRAModel.from_bank("models:/{model}@{tags.CHAMPION}")'
         lines.append(f"Served: the version of [{model}]({page}) with the alias `{tags.CHAMPION}`; in Python: `{load}`.")
-    kept = {name: result["metrics"].get(name) for name in ("average_performance", "backward_transfer", "forgetting")}
-    if shown := [f"{name.replace('_', ' ')} {value:.3f}" for name, value in kept.items() if value is not None]:
+    headline = {name: result["metrics"].get(name) for name in ("average_performance", "backward_transfer", "forgetting")}
+    if shown := [f"{name.replace('_', ' ')} {value:.3f}" for name, value in headline.items() if value is not None]:
         lines.append(f"{', '.join(shown).capitalize()}; the curves are `accuracy/TASK` below *Model metrics*, step = stage.")
     measure = common_name(result["task_metrics"].values())
     lines += ["", f"| task | {measure} when learned | now | version |", "|---|---|---|---|"]

@@ -53,7 +53,7 @@ def run_search(
         config: with its ``search`` section.
         file: where it was read, for messages.
         search_id: names the search; the same id goes on.
-        progress: told about trials.
+        progress: gets the trials' events.
         began: when the command was started, seconds since 1970.
         verbose: let Ray and the libraries talk.
         allow_changed_data: go on where rows, prompts or the base model have changed since the search began; what its
@@ -206,11 +206,11 @@ class _Search:
                 if trial.outcome:
                     self._relive(self.halving, trial)
         self._reports: dict[int, dict[int, dict[str, Any]]] = {}
-        """What each trial has said after each stage."""
+        """What each trial has reported after each stage."""
         self._at_work: dict[int, int] = {}
         """Trials that Ray Tune has, and after how many stages each was when it was given to it."""
         self._undecided: dict[int, dict[str, Any]] = {}
-        """What trials said last that have ended, and of which the scheduler cannot say yet whether they should have."""
+        """The last reports of trials that have ended, and of which the scheduler cannot say yet whether they should have."""
         self.first_step: float | None = None
         self.broken: AmloraError | None = None
         """Why the search itself cannot go on."""
@@ -276,7 +276,7 @@ class _Search:
         except AmloraError as error:
             self.broken = self.broken or error
 
-    # -- asked and told by Ray Tune -------------------------------------------------------------------------------
+    # -- called by Ray Tune ---------------------------------------------------------------------------------------
 
     def next(self) -> tuple[Trial, dict[str, Any]] | Literal["later"] | None:
         """The next trial to start, or to go on, and the configuration of its run; ``later``: there will be one when others
@@ -365,8 +365,8 @@ class _Search:
         self.journal.end(self.journal.trials[number], outcome, report)
         self.proposals.tell(number, outcome, report.get("objectives") or [])
         if outcome != "finished":
-            told = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
-            self.progress.note(f"  trial {number} {outcome}: {told}")
+            reason = report.get("error") or f"stopped after stage {report['stage']}, behind the others"
+            self.progress.note(f"  trial {number} {outcome}: {reason}")
 
     def _relive(self, halving: Halving, trial: Trial) -> None:
         """Let the scheduler know what an ended trial reported, stage by stage."""

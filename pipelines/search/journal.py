@@ -41,7 +41,7 @@ class Trial:
     reopened: bool = False
     """It had ended, on data that have changed since: its values were proposed by what was known then."""
     report: dict[str, Any] = field(default_factory=dict)
-    """What it said last (``pipelines.search.trial``), with ``error`` where it failed."""
+    """Its last report (``pipelines.search.trial``), with ``error`` where it failed."""
 
 
 class Journal:

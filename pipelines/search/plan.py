@@ -15,7 +15,7 @@ from amlora_dist.methods import method_class, method_for
 from amlora_dist.methods.kinds import Trains
 
 TRIES = 32
-"""Places of the space at which a path is tried before it is said to change nothing."""
+"""Places of the space at which a path is tried before it is reported to change nothing."""
 
 
 @dataclass(frozen=True, slots=True)

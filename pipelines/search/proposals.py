@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Proposals(Protocol):
-    """An algorithm, asked and told."""
+    """An algorithm with the usual ask and tell."""
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
         """Number and values of the next trial to start; None: there is none."""
@@ -51,7 +51,7 @@ class _Listed:
 class _Optuna:
     """Optuna's TPE (Bergstra et al. 2011), by ask and tell.
 
-    The sampler draws from its seed and from what it was told, in order: asking and telling the same again gives the
+    The sampler draws from its seed and from the results it was given, in order: asking and telling the same again gives the
     same state, so nothing of Optuna's own needs to be stored.
     """
 

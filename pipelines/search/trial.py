@@ -41,7 +41,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a trial is told; plain values, because it travels to another node."""
+    """What a trial is to do; plain values, because it travels to another node."""
 
     number: int
     run_id: str

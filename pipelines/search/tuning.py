@@ -165,10 +165,10 @@ class _Watch(_Stateless, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         order = json.loads(trial.config["order"])
-        said = str(trial.get_error() or "").strip().splitlines()
-        told = f"its process died {self._search.plan.settings.retries + 1} times ({said[-1] if said else 'no word why'})"
+        last = (str(trial.get_error() or "").strip().splitlines() or ["no reason given"])[-1]
+        reason = f"its process died {self._search.plan.settings.retries + 1} times ({last})"
         with self._search.breaking():
-            self._search.ended(order["number"], _reported(trial.last_result), told)
+            self._search.ended(order["number"], _reported(trial.last_result), reason)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         order = json.loads(trial.config["order"])
@@ -189,6 +189,6 @@ class _Watch(_Stateless, tune.Callback):
 
 
 def _reported(result: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a trial has said last, out of what Tune knows of it."""
+    """A trial's last report, out of what Tune knows of it."""
     found: dict[str, Any] | None = json.loads(result["report"]) if result and "report" in result else None
     return found

@@ -142,20 +142,20 @@ def test_decoding_reads_the_adapters_that_the_gate_reaches_and_no_others() -> No
     for gate in (one_hot[[1, 1, 2]], one_hot[[0, 2, 0]], 0 * one_hot[[0, 0, 0]], torch.rand(3, len(RANKS))):
         with torch.no_grad():
             cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
-            assert cache_state_of(cache).kept is None, "nothing was decoded yet"  # type: ignore[union-attr]
+            assert cache_state_of(cache).cached_gate is None, "nothing was decoded yet"  # type: ignore[union-attr]
             step = model(input_ids=prompts(3, 2), past_key_values=copy.deepcopy(cache)).logits
             whole = model(input_ids=torch.cat([prompts(3, 5), prompts(3, 2)], dim=1), task_gate=gate).logits[:, 5:]
             torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
             model(input_ids=prompts(3, 1), past_key_values=cache)
-        kept = cache_state_of(cache).kept  # type: ignore[union-attr]
+        kept = cache_state_of(cache).cached_gate  # type: ignore[union-attr]
         assert kept is not None and len(kept.layers) == len(mixture.modules)
         used = [task for task in range(len(RANKS)) if gate[:, task].any()]
         ranks = sum(RANKS[used[0] : used[-1] + 1]) if used else 0
         for _, gates, parts in kept.layers.values():
             assert gates.shape == (3, ranks) and sum(a.shape[0] for a, _ in parts) == ranks
-        assert copy.deepcopy(cache).cache_state.kept.layers == {}, "weights are not copied with a cache"
+        assert copy.deepcopy(cache).cache_state.cached_gate.layers == {}, "weights are not copied with a cache"
         cache.batch_select_indices(torch.tensor([2, 0]))
-        assert cache_state_of(cache).kept is None, "other rows, another gate"  # type: ignore[union-attr]
+        assert cache_state_of(cache).cached_gate is None, "other rows, another gate"  # type: ignore[union-attr]
 
 
 def test_a_silent_adapter_is_silent_in_the_middle_of_decoding() -> None:
@@ -166,13 +166,13 @@ def test_a_silent_adapter_is_silent_in_the_middle_of_decoding() -> None:
         gate = torch.eye(len(RANKS))[[1, 1, 1]]
         cache = model(input_ids=prompts(3, 5), task_gate=gate, use_cache=True).past_key_values
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert all(parts for _, _, parts in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
+        assert all(parts for _, _, parts in cache_state_of(cache).cached_gate.layers.values())  # type: ignore[union-attr]
         mixture.disable_adapter(1)
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert not any(gates.any() for _, gates, _ in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
+        assert not any(gates.any() for _, gates, _ in cache_state_of(cache).cached_gate.layers.values())  # type: ignore[union-attr]
         mixture.disable_adapter(None)
         model(input_ids=prompts(3, 1), past_key_values=cache)
-        assert all(gates.any() for _, gates, _ in cache_state_of(cache).kept.layers.values())  # type: ignore[union-attr]
+        assert all(gates.any() for _, gates, _ in cache_state_of(cache).cached_gate.layers.values())  # type: ignore[union-attr]
 
 
 def test_the_gate_follows_every_operation_on_the_caches_rows() -> None:
@@ -223,7 +223,7 @@ def test_a_cache_that_holds_tokens_but_no_gate_is_an_error() -> None:
     assert torch.equal(gate_in(cache), mixture.one_hot(0, 1))
 
 
-def test_an_emptied_cache_routes_anew() -> None:
+def test_an_emptied_cache_routes_again() -> None:
     model = tiny_llama()
     mixture = routed(model)
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=16)):
@@ -242,7 +242,7 @@ def test_an_unknown_kind_of_cache_is_an_error() -> None:
         model(input_ids=prompts(1, 1), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
-def test_attaching_twice_replaces_what_is_carried() -> None:
+def test_attaching_twice_replaces_the_cache_state() -> None:
     cache = DynamicCache()
     attach(cache, CacheState(torch.zeros(1, 2), {}))
     attach(cache, CacheState(torch.ones(1, 2), {}))

@@ -131,7 +131,7 @@ def test_few_held_out_rows_fit_no_weight_of_the_evidence() -> None:
 
 
 def test_the_weight_of_the_evidence_is_what_held_out_rows_prefer() -> None:
-    """Keys are all there is beside a model that knows nothing, and nothing beside one that knows while they mislead."""
+    """Keys are all there is next to a model that knows nothing, and nothing next to one that knows while they mislead."""
     bare = [statistics_of(task, 2, held=FEWEST_ROWS // 2) for task in range(2)]
     keys = make_keys(bare, "label", 0.1)
     ignorant, knowing = [], []
@@ -139,8 +139,8 @@ def test_the_weight_of_the_evidence_is_what_held_out_rows_prefer() -> None:
         assert one.held is not None
         ignorant.append(replace(one, held=replace(one.held, loglikelihoods=torch.zeros(len(one.held.labels), 2))))
         wrong = 1 - one.held.labels
-        told = 50.0 * torch.nn.functional.one_hot(wrong, 2).float()
-        knowing.append(replace(one, held=HeldOut(one.held.features, wrong, told)))
+        known_logits = 50.0 * torch.nn.functional.one_hot(wrong, 2).float()
+        knowing.append(replace(one, held=HeldOut(one.held.features, wrong, known_logits)))
     assert fit_betas(ignorant, keys, 1.0)[0] > 0 and fit_betas(knowing, keys, 1.0)[0] == 0.0
 
 
@@ -232,8 +232,8 @@ def test_a_task_whose_model_knows_less_leans_more_on_the_keys() -> None:
         held = one.held
         assert held is not None
         labels = 1 - held.labels if knows else held.labels  # where the model knows, the keys mislead
-        told = 3.0 * torch.nn.functional.one_hot(labels, 2).float() if knows else torch.zeros(len(labels), 2)
-        return replace(one, held=HeldOut(held.features, labels, told))
+        known_logits = 3.0 * torch.nn.functional.one_hot(labels, 2).float() if knows else torch.zeros(len(labels), 2)
+        return replace(one, held=HeldOut(held.features, labels, known_logits))
 
     mixed = [with_model(one, knows=place != 1) for place, one in enumerate(bare)]
     pooled, each = fit_betas(mixed, keys, 1.0)

@@ -112,7 +112,7 @@ def test_answer_tokens_do_not_move_sequence_gates_and_padding_moves_none() -> No
     torch.testing.assert_close(chosen(z, b, expand, prompt_mask_BS=mask).gates, before)
 
 
-def test_masks_and_carried_gates_that_do_not_fit_are_refused() -> None:
+def test_masks_and_cached_gates_that_do_not_fit_are_refused() -> None:
     layer = Layer()
     with pytest.raises(ValueError, match="prompt mask"):
         selector(granularity="sequence")(*layer.call, prompt_mask_BS=torch.ones(BATCH, TOKENS + 1))

@@ -1,4 +1,4 @@
-"""The literal router inside a transformer: exact, causal, carried by the KV cache, trained and stored as a whole."""
+"""The literal router inside a transformer: exact, causal, part of the KV cache, trained and stored as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool of prompts: each input's stand at its places, chosen by keys, and travel with the cache like any token."""
+"""A pool of prompts: each input's are at its places, chosen by keys, and travel with the cache like any token."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chosen_by_hand(mixture: Mixture, pool: Adapter, **inputs: Tensor) -> Tensor:
     return match.topk(LEAD.tokens).indices.sort(dim=1).values
 
 
-def test_the_best_matching_prompts_stand_at_the_places_and_nowhere_else() -> None:
+def test_the_best_matching_prompts_are_at_the_places_and_nowhere_else() -> None:
     plain, model = tiny_llama(), tiny_llama()
     adapters = pools(model)
     mixture, ids = prompted(model, adapters), led(prompts(3, 8))

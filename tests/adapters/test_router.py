@@ -177,7 +177,7 @@ def test_the_configured_router_is_built_from_statistics(kind: str) -> None:
     assert router is None if kind == "literal" else (router is not None and router.kind == kind)
 
 
-def test_literal_with_prior_has_the_posterior_router_beside_its_dense_layers() -> None:
+def test_literal_with_prior_has_the_posterior_router_next_to_its_dense_layers() -> None:
     settings = RouterSettings(kind="literal", literal=LiteralSettings(prior=True))
     router = build_router(settings, statistics(2), seed=0)
     assert isinstance(router, PosteriorRouter)

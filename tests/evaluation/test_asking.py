@@ -39,8 +39,8 @@ def test_a_task_of_turns_is_asked_in_turns_with_its_own_system_turn() -> None:
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
         "<|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\n"
     )
-    said = prompt_of(prompter(talk=TALK), "talk", (Turn("system", "Be kind."), *TURNS))
-    assert "Be kind." in said and "Be short." not in said
+    prompt = prompt_of(prompter(talk=TALK), "talk", (Turn("system", "Be kind."), *TURNS))
+    assert "Be kind." in prompt and "Be short." not in prompt
 
 
 def test_a_text_of_no_task_is_asked_as_all_tasks_are() -> None:
@@ -48,7 +48,7 @@ def test_a_text_of_no_task_is_asked_as_all_tasks_are() -> None:
     assert prompt_of(prompter(talk=TALK, mood=MOOD), None) == "how are you?\nAnswer:"
 
 
-def test_a_classic_task_of_a_bank_of_both_is_asked_of_all_that_was_said() -> None:
+def test_a_classic_task_of_a_bank_of_both_is_asked_of_all_turns() -> None:
     bank = prompter(talk=TALK, mood=MOOD)
     assert prompt_of(bank, "mood", TURNS) == "hello\nhi\nhow are you?\nHow is it?\nAnswer:"
     assert prompt_of(bank, "mood", (Turn("system", "Well?"), *TURNS)) == "hello\nhi\nhow are you?\nWell?\nAnswer:"

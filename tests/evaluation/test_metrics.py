@@ -1,4 +1,4 @@
-"""Metrics against matrices worked out by hand, and beside the formulas that other projects use."""
+"""Metrics against matrices worked out by hand, and against the formulas that other projects use."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def test_the_published_example_has_its_published_score() -> None:
     assert 100 * sari("About 95 you now get in.", unspaced[1:], unspaced[0]) == pytest.approx(26.953601953601954)
 
 
-def test_the_papers_three_sentences_stand_in_their_order() -> None:
+def test_the_papers_three_sentences_are_in_their_order() -> None:
     """Xu et al. 2016 and their program: nonsense, then a right deletion without a new word, then the best one."""
     found = [
         sari(f"About 95 {words}", ANSWERS, SOURCE)

@@ -160,8 +160,8 @@ def test_routing_arguments_go_with_the_prompt_only() -> None:
     assert {tuple(p.gates or ()) for p in routed} == {(0.25, 0.75)}
     assert seen[0]["task_gate"] is None
     seen.clear()
-    told = score(model, rows, labels=labels, tasks=2, task_gate_row=1, forward=forward)
-    assert {p.gates for p in told} == {None}
+    oracle = score(model, rows, labels=labels, tasks=2, task_gate_row=1, forward=forward)
+    assert {p.gates for p in oracle} == {None}
     assert seen[0]["task_gate"].tolist() == [[0.0, 1.0]] * 4
 
 

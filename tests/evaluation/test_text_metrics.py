@@ -35,7 +35,7 @@ from amlora_dist.tasks.task import Metric
         ("cafe\u0301", "caf\u00e9", 1.0),
     ],
 )
-def test_a_label_must_be_said_and_nothing_else(output: str, answer: str, score: float) -> None:
+def test_the_answer_must_be_the_label_and_nothing_else(output: str, answer: str, score: float) -> None:
     assert label_match(output, answer) == score
 
 

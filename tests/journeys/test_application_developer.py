@@ -99,7 +99,7 @@ def test_the_page_is_typed_from_rows_to_an_answer(demo: Path, monkeypatch: pytes
         (["demo", "my/task.yaml", "--check", "my/task.yaml"], "--check: found 'my/task.yaml', which is no task of"),
     ],
 )
-def test_what_cannot_be_added_is_said_before_anything_is_trained(
+def test_what_cannot_be_added_is_reported_before_anything_is_trained(
     demo: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(demo)

@@ -68,7 +68,7 @@ def test_every_command_is_typed_here_or_started_elsewhere() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's ``configs/`` with a tiny model, rows beside it, and the bank that ``make demo`` leaves."""
+    """The repository's ``configs/`` with a tiny model, rows next to it, and the bank that ``make demo`` leaves."""
     place = tmp_path_factory.mktemp("readme") / "repository"
     (place / "configs").mkdir(parents=True)
     (place / "configs" / "plan_llama3_70b.yaml").write_bytes((REPOSITORY / "configs" / "plan_llama3_70b.yaml").read_bytes())
@@ -148,6 +148,6 @@ class TestTyped:
         rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()[:8]]
         golden = [json.dumps(row | {"task": "helpdesk/email_route"}) + "\n" for row in rows]
         (at_home / "golden.jsonl").write_text("".join(golden), encoding="utf-8")
-        told = CliRunner().invoke(app, shlex.split(line_of("promote"))[1:])
-        assert told.exit_code == 5, f"a tiny model has not learned enough to be promoted\n{told.output}\n{told.stderr}"
-        assert "accuracy[helpdesk/email_route]" in told.output
+        done = CliRunner().invoke(app, shlex.split(line_of("promote"))[1:])
+        assert done.exit_code == 5, f"a tiny model has not learned enough to be done\n{done.output}\n{done.stderr}"
+        assert "accuracy[helpdesk/email_route]" in done.output

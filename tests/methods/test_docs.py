@@ -1,4 +1,4 @@
-"""The page on adding a method: its example runs as it stands there, and its table names the methods there are."""
+"""The page on adding a method: its example runs as it is there, and its table names the methods there are."""
 
 from __future__ import annotations
 

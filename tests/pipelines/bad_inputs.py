@@ -156,8 +156,8 @@ def at_address(address: str) -> Damage:
     return damage
 
 
-class Told(NamedTuple):
-    """What a message must say, each part of it in words that stand there."""
+class Fault(NamedTuple):
+    """What a message must say, each part of it in its own words."""
 
     file: str
     """Or the environment's variable."""
@@ -173,260 +173,263 @@ VERIFY = ("verify", "{folder}/bank")
 ROWS = "fix the rows, or set on_bad_row: skip"
 AGAIN = "fetch the bank again"
 
-CASES: dict[str, tuple[Damage, Told]] = {
+CASES: dict[str, tuple[Damage, Fault]] = {
     "unknown key": (
         edit(training__learning_rat=0.1),
-        Told("run.yaml", "training.learning_rat:", "an unknown key", "did you mean 'learning_rate'?"),
+        Fault("run.yaml", "training.learning_rat:", "an unknown key", "did you mean 'learning_rate'?"),
     ),
     "unknown section": (
-        edit(trainin={"epochs": 1}), Told("run.yaml", "trainin:", "an unknown key", "did you mean 'training'?")
+        edit(trainin={"epochs": 1}), Fault("run.yaml", "trainin:", "an unknown key", "did you mean 'training'?")
     ),
     "a key like no other": (
-        edit(model__zzz=1), Told("run.yaml", "model.zzz:", "an unknown key", "one of source, revision, attention")
+        edit(model__zzz=1), Fault("run.yaml", "model.zzz:", "an unknown key", "one of source, revision, attention")
     ),
-    "wrong type": (edit(training__epochs="many"), Told("run.yaml", "training.epochs:", "'many'", "expected a whole number")),
+    "wrong type": (
+        edit(training__epochs="many"), Fault("run.yaml", "training.epochs:", "'many'", "expected a whole number")
+    ),
     "a number in quotes": (
-        edit(training__epochs="3"), Told("run.yaml", "training.epochs:", "'3'", "take the quotes away")
+        edit(training__epochs="3"), Fault("run.yaml", "training.epochs:", "'3'", "take the quotes away")
     ),
     "a word for a switch": (
-        edit(router__recipes="perhaps"), Told("run.yaml", "router.recipes:", "'perhaps'", "expected true or false")
+        edit(router__recipes="perhaps"), Fault("run.yaml", "router.recipes:", "'perhaps'", "expected true or false")
     ),
-    "rank 0": (edit(adapters__rank=0), Told("run.yaml", "adapters.rank:", "found 0", "a number of at least 1")),
+    "rank 0": (edit(adapters__rank=0), Fault("run.yaml", "adapters.rank:", "found 0", "a number of at least 1")),
     "negative rate": (
-        edit(training__learning_rate=-1), Told("run.yaml", "training.learning_rate:", "found -1", "a number above 0")
+        edit(training__learning_rate=-1), Fault("run.yaml", "training.learning_rate:", "found -1", "a number above 0")
     ),
-    "unknown method": (edit(method="am_lore"), Told("run.yaml", "method:", "'am_lore'", "did you mean 'am_lora'?")),
+    "unknown method": (edit(method="am_lore"), Fault("run.yaml", "method:", "'am_lore'", "did you mean 'am_lora'?")),
     "unknown router": (
-        edit(router__kind="posteriour"), Told("run.yaml", "router.kind:", "'posteriour'", "did you mean 'posterior'?")
+        edit(router__kind="posteriour"), Fault("run.yaml", "router.kind:", "'posteriour'", "did you mean 'posterior'?")
     ),
-    "unknown dtype": (edit(dtype="fp8"), Told("run.yaml", "dtype:", "'fp8'", "expected auto, fp32 or bf16")),
+    "unknown dtype": (edit(dtype="fp8"), Fault("run.yaml", "dtype:", "'fp8'", "expected auto, fp32 or bf16")),
     "unknown layers": (
-        edit(adapters__layers="upper"), Told("run.yaml", "adapters.layers:", "'upper'", "above_router, all or last:K")
+        edit(adapters__layers="upper"), Fault("run.yaml", "adapters.layers:", "'upper'", "above_router, all or last:K")
     ),
     "unknown ZeRO stage": (
-        edit(deepspeed={"zero_stage": 4}), Told("run.yaml", "deepspeed.zero_stage:", "found 4", "expected 0, 1, 2 or 3")
+        edit(deepspeed={"zero_stage": 4}), Fault("run.yaml", "deepspeed.zero_stage:", "found 4", "expected 0, 1, 2 or 3")
     ),
     "a key the product owns": (
         edit(deepspeed={"train_batch_size": 64}),
-        Told("run.yaml", "deepspeed.train_batch_size:", "found 64", "set training.batch_size"),
+        Fault("run.yaml", "deepspeed.train_batch_size:", "found 64", "set training.batch_size"),
     ),
-    "no tasks": (edit(tasks=[]), Told("run.yaml", "tasks:", "found []", "a list of at least 1")),
-    "two tasks of one name": (twice, Told("run.yaml", "tasks[1]:", "colours.yaml' again", "give one of them a `name`")),
-    "unknown task": (edit(tasks=["dbpedai"]), Told("run.yaml", "tasks[0]:", "'dbpedai'", "did you mean 'dbpedia'?")),
+    "no tasks": (edit(tasks=[]), Fault("run.yaml", "tasks:", "found []", "a list of at least 1")),
+    "two tasks of one name": (twice, Fault("run.yaml", "tasks[1]:", "colours.yaml' again", "give one of them a `name`")),
+    "unknown task": (edit(tasks=["dbpedai"]), Fault("run.yaml", "tasks[0]:", "'dbpedai'", "did you mean 'dbpedia'?")),
     "missing task file": (
         edit(tasks=["nowhere/task.yaml"]),
-        Told("run.yaml", "tasks[0]:", "nowhere/task.yaml", "a path begins at the current folder"),
+        Fault("run.yaml", "tasks[0]:", "nowhere/task.yaml", "a path begins at the current folder"),
     ),
     "missing data file": (
-        remove("tasks/colours/test.jsonl"), Told("run.yaml", "tasks[0]", "colours/test.jsonl", "put it there, or fix")
+        remove("tasks/colours/test.jsonl"), Fault("run.yaml", "tasks[0]", "colours/test.jsonl", "put it there, or fix")
     ),
     "missing mirror of the Hub": (
         edit(tasks=["dbpedia"], data_dir="nowhere"),
-        Told("run.yaml", "tasks[0]:", "data_dir nowhere: no folder 'dbpedia'", "put the mirror there, or fix data_dir"),
+        Fault("run.yaml", "tasks[0]:", "data_dir nowhere: no folder 'dbpedia'", "put the mirror there, or fix data_dir"),
     ),
     "unknown label in row 17": (
-        rewrite_rows(bad_label), Told("colours/train.jsonl", "row 17", "an unknown label ('purple')", ROWS)
+        rewrite_rows(bad_label), Fault("colours/train.jsonl", "row 17", "an unknown label ('purple')", ROWS)
     ),
     "a text of marks that nobody sees": (
         rewrite_rows(lambda lines: [r'{"text": "\u200b\ufeff", "label": "red"}', *lines[1:]]),
-        Told("colours/train.jsonl", "row 1", "an empty text", ROWS),
+        Fault("colours/train.jsonl", "row 1", "an empty text", ROWS),
     ),
     "rows in UTF-16 without a mark": (
         rewrite_rows(lambda lines: [line.encode("utf-16-le").decode() for line in lines]),
-        Told("colours/train.jsonl", "line 1", "not text but a zero byte", "write it as UTF-8"),
+        Fault("colours/train.jsonl", "line 1", "not text but a zero byte", "write it as UTF-8"),
     ),
-    "missing label": (rewrite_rows(no_label), Told("colours/train.jsonl", "row 3", "no label", ROWS)),
-    "empty text": (rewrite_rows(empty_text), Told("colours/train.jsonl", "row 1", "an empty text", ROWS)),
+    "missing label": (rewrite_rows(no_label), Fault("colours/train.jsonl", "row 3", "no label", ROWS)),
+    "empty text": (rewrite_rows(empty_text), Fault("colours/train.jsonl", "row 1", "an empty text", ROWS)),
     "a text that is a list": (
         rewrite_rows(lambda lines: ['{"text": ["red"], "label": "red"}', *lines[1:]]),
-        Told("colours/train.jsonl", "row 1", "a list in column 'text'", ROWS),
+        Fault("colours/train.jsonl", "row 1", "a list in column 'text'", ROWS),
     ),
     "half of a character": (
         rewrite_rows(lambda lines: [lines[0], r'{"text": "the \ud83d wall", "label": "red"}', *lines[2:]]),
-        Told("colours/train.jsonl", "row 2", r"half of a character (\ud83d, at character 5)", ROWS),
+        Fault("colours/train.jsonl", "row 2", r"half of a character (\ud83d, at character 5)", ROWS),
     ),
     "empty task": (
-        rewrite_rows(lambda lines: []), Told("colours/train.jsonl", "task 'colours'", "found no rows", "put them there")
+        rewrite_rows(lambda lines: []), Fault("colours/train.jsonl", "task 'colours'", "found no rows", "put them there")
     ),
     "a data file that is not JSON": (
         rewrite_rows(lambda lines: ["colour,label", *lines]),
-        Told("colours/train.jsonl", "line 1", "'colour,label'", "fix the line, or set source.format"),
+        Fault("colours/train.jsonl", "line 1", "'colour,label'", "fix the line, or set source.format"),
     ),
     "a column that is not there": (
         rewrite_rows(lambda lines: [line.replace('"text"', '"txt"') for line in lines]),
-        Told("colours/train.jsonl", "column 'text'", "it has label, txt", "did you mean 'txt'?"),
+        Fault("colours/train.jsonl", "column 'text'", "it has label, txt", "did you mean 'txt'?"),
     ),
     "many rows of train in test": (
         lambda folder, config: rewrite_rows(
             lambda lines: [*lines, *(folder / "tasks/colours/train.jsonl").read_text("utf-8").splitlines()[:8]], "test"
         )(folder, config),
-        Told("colours/train.jsonl", "rows 1, 2", "also stands in test (8 of the 32 rows of train", "on_bad_row: skip"),
+        Fault("colours/train.jsonl", "rows 1, 2", "is also in test (8 of the 32 rows of train", "on_bad_row: skip"),
     ),
     "Parquet that is none": (
         of_task({"splits": {"train": "colours/train.parquet", "test": "colours/test.jsonl"}}, "train.parquet", "hello"),
-        Told("colours/train.parquet", "expected Parquet", "found 5 bytes", "write it again"),
+        Fault("colours/train.parquet", "expected Parquet", "found 5 bytes", "write it again"),
     ),
     "a row of CSV with a cell too many": (
         of_task(
             {"splits": {"train": "colours/train.csv", "test": "colours/test.jsonl"}}, "train.csv", "text,label\na,b,c\n"
         ),
-        Told("colours/train.csv", "row 1", "a wrong number of cells", ROWS),
+        Fault("colours/train.csv", "row 1", "a wrong number of cells", ROWS),
     ),
     "a quote of CSV that is never closed": (
         of_task(
             {"splits": {"train": "colours/train.csv", "test": "colours/test.jsonl"}}, "train.csv", 'text,label\na,b\n"c,d\n'
         ),
-        Told("colours/train.csv", "line 3", "a quote that is never closed", "close it"),
+        Fault("colours/train.csv", "line 3", "a quote that is never closed", "close it"),
     ),
     "a folder that is no data set": (
         of_task({"splits": {"train": "colours", "test": "colours/test.jsonl"}}),
-        Told("tasks/colours,", "tasks[0] (colours)", "found {folder}/tasks/colours, a folder that", "name its files"),
+        Fault("tasks/colours,", "tasks[0] (colours)", "found {folder}/tasks/colours, a folder that", "name its files"),
     ),
     "a template that never ends": (
         of_task(
             {"prompt": {"template": "{{text}}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"}}
         ),
-        Told("prompt template of colours", "template", "too many steps", "make the template simpler"),
+        Fault("prompt template of colours", "template", "too many steps", "make the template simpler"),
     ),
     "unknown key of a task": (
-        of_task({"colums": {"text": "text"}}), Told("colours.yaml", "colums:", "an unknown key", "did you mean 'columns'?")
+        of_task({"colums": {"text": "text"}}), Fault("colours.yaml", "colums:", "an unknown key", "did you mean 'columns'?")
     ),
     "a prompt that is no Jinja": (
         of_task({"prompt": {"template": "{{ text"}}),
-        Told("tasks/colours.yaml", "prompt.template:", "'{{{{ text'", "expected Jinja"),
+        Fault("tasks/colours.yaml", "prompt.template:", "'{{{{ text'", "expected Jinja"),
     ),
     # -- models
     "missing model folder": (
         edit(model__source="./no-such-model"),
-        Told("run.yaml", "model.source:", "'./no-such-model'", "an existing folder, a Hub id (owner/name) or package:NAME"),
+        Fault("run.yaml", "model.source:", "'./no-such-model'", "an existing folder, a Hub id (owner/name) or package:NAME"),
     ),
     "a model folder without weights": (
         without("model.safetensors"),
-        Told("run.yaml", "model.source:", "no weights in '{folder}/model-own'", "convert them with save_pretrained"),
+        Fault("run.yaml", "model.source:", "no weights in '{folder}/model-own'", "convert them with save_pretrained"),
     ),
     "a model folder without configuration": (
         without("config.json"),
-        Told("run.yaml", "model.source:", "no config.json in '{folder}/model-own'", "expected a transformers model folder"),
+        Fault("run.yaml", "model.source:", "no config.json in '{folder}/model-own'", "expected a transformers model folder"),
     ),
     "weights that are cut off": (
         with_model(lambda own: os.truncate(own / "model.safetensors", 5000)),
-        Told("run.yaml", "model.source:", "{folder}/model-own/model.safetensors: 5000 bytes", "fetch the model again"),
+        Fault("run.yaml", "model.source:", "{folder}/model-own/model.safetensors: 5000 bytes", "fetch the model again"),
     ),
     "a kind of model that nobody knows": (
         with_model(lambda own: (own / "config.json").write_text('{"model_type": "nonsense"}', encoding="utf-8")),
-        Told("run.yaml", "model.source:", "model_type 'nonsense'", "upgrade transformers"),
+        Fault("run.yaml", "model.source:", "model_type 'nonsense'", "upgrade transformers"),
     ),
     "a model's configuration that is not JSON": (
         with_model(lambda own: (own / "config.json").write_text("{", encoding="utf-8")),
-        Told("run.yaml", "model.source:", "no JSON object in '{folder}/model-own/config.json'", "fetch the model again"),
+        Fault("run.yaml", "model.source:", "no JSON object in '{folder}/model-own/config.json'", "fetch the model again"),
     ),
     "a model without tokenizer": (
         with_model(lambda own: [file.unlink() for file in own.glob("tokenizer*")]),
-        Told("run.yaml", "model.source:", "no tokenizer in {folder}/model-own", "save it beside the model"),
+        Fault("run.yaml", "model.source:", "no tokenizer in {folder}/model-own", "save it next to the model"),
     ),
     "a tokenizer that is cut off": (
         with_model(lambda own: os.truncate(own / "tokenizer.json", 9)),
-        Told("run.yaml", "model.source:", "9 bytes in {folder}/model-own/tokenizer.json", "fetch the model again"),
+        Fault("run.yaml", "model.source:", "9 bytes in {folder}/model-own/tokenizer.json", "fetch the model again"),
     ),
     "unknown target module": (
-        edit(adapters__targets=["q_prj"]), Told("run.yaml", "adapters.targets:", "'q_prj'", "did you mean 'q_proj'?")
+        edit(adapters__targets=["q_prj"]), Fault("run.yaml", "adapters.targets:", "'q_prj'", "did you mean 'q_proj'?")
     ),
     "a router layer that is not there": (
-        edit(router__layer=40), Told("run.yaml", "router.layer:", "found 40", "expected 0 to 3")
+        edit(router__layer=40), Fault("run.yaml", "router.layer:", "found 40", "expected 0 to 3")
     ),
     "no prompt fits": (
-        edit(task_defaults__max_length=2), Told("run.yaml", "task_defaults.max_length:", "found 2", "a number of at least 8")
+        edit(task_defaults__max_length=2),
+        Fault("run.yaml", "task_defaults.max_length:", "found 2", "a number of at least 8"),
     ),
-    "a file that is not YAML": (no_yaml, Told("run.yaml", "line 1:", "'name: [tiny'", "expected ',' or ']'")),
+    "a file that is not YAML": (no_yaml, Fault("run.yaml", "line 1:", "'name: [tiny'", "expected ',' or ']'")),
     "a parent that is no version": (
         edit(parent="models:/nothing"),
-        Told("run.yaml", "parent:", "'models:/nothing'", "models:/NAME@ALIAS or models:/NAME/VERSION"),
+        Fault("run.yaml", "parent:", "'models:/nothing'", "models:/NAME@ALIAS or models:/NAME/VERSION"),
     ),
     # -- banks
     "no bank": (
-        bank(lambda b: shutil.rmtree(b)), Told("{folder}/bank", "bank", "no such folder", "amlora pull", VERIFY)
+        bank(lambda b: shutil.rmtree(b)), Fault("{folder}/bank", "bank", "no such folder", "amlora pull", VERIFY)
     ),
     "a bank without manifest": (
         bank(lambda b: (b / "manifest.json").unlink()),
-        Told("bank/manifest.json", "manifest.json", "missing", "give the folder of a bank", VERIFY),
+        Fault("bank/manifest.json", "manifest.json", "missing", "give the folder of a bank", VERIFY),
     ),
     "a manifest of a future schema": (
         manifest(schema_version=99),
-        Told("bank/manifest.json", "schema_version:", "found 99", "a newer bank needs a newer amlora-dist", VERIFY),
+        Fault("bank/manifest.json", "schema_version:", "found 99", "a newer bank needs a newer amlora-dist", VERIFY),
     ),
-    "a manifest that was changed": (manifest(stage=7), Told("bank/manifest.json", "digest:", "was changed", AGAIN, VERIFY)),
+    "a manifest that was changed": (manifest(stage=7), Fault("bank/manifest.json", "digest:", "was changed", AGAIN, VERIFY)),
     "a manifest that names ../../x": (
-        manifest(router__file="../../x"), Told("bank/manifest.json", "router.file:", "'../../x'", AGAIN, VERIFY)
+        manifest(router__file="../../x"), Fault("bank/manifest.json", "router.file:", "'../../x'", AGAIN, VERIFY)
     ),
     "a manifest that names /etc/passwd": (
         manifest(adapters__0__stored={"version_of": "x", "run": "0" * 32, "artifact_path": "/etc/passwd"}),
-        Told("bank/manifest.json", "stored.artifact_path:", "'/etc/passwd'", AGAIN, VERIFY),
+        Fault("bank/manifest.json", "stored.artifact_path:", "'/etc/passwd'", AGAIN, VERIFY),
     ),
     "a truncated adapter": (
         bank(lambda b: os.truncate(b / WEIGHTS, 99)),
-        Told(f"bank/{WEIGHTS}", "a whole safetensors file", "found 99 bytes", AGAIN, VERIFY),
+        Fault(f"bank/{WEIGHTS}", "a whole safetensors file", "found 99 bytes", AGAIN, VERIFY),
     ),
     "an empty adapter file": (
         bank(lambda b: (b / WEIGHTS).write_bytes(b"")),
-        Told(f"bank/{WEIGHTS}", "a whole safetensors file", "found 0 bytes", AGAIN, VERIFY),
+        Fault(f"bank/{WEIGHTS}", "a whole safetensors file", "found 0 bytes", AGAIN, VERIFY),
     ),
     "NaN in an adapter": (
         bank(not_a_number),
-        Told(f"bank/{WEIGHTS}", "lora_A.weight:", "NaN or infinity in 16", "lower training.learning_rate", VERIFY),
+        Fault(f"bank/{WEIGHTS}", "lora_A.weight:", "NaN or infinity in 16", "lower training.learning_rate", VERIFY),
     ),
-    "a pickle beside the weights": (
+    "a pickle next to the weights": (
         bank(lambda b: (b / "x.pkl").write_bytes(b"x")),
-        Told("bank/x.pkl", "x.pkl:", "a file that the manifest does not name", "remove it", VERIFY),
+        Fault("bank/x.pkl", "x.pkl:", "a file that the manifest does not name", "remove it", VERIFY),
     ),
     "a link out of a bank": (
-        bank(leads_out), Told(f"bank/{WEIGHTS}:", "a link", "leads out of the bank, to {folder}/elsewhere", AGAIN, VERIFY)
+        bank(leads_out), Fault(f"bank/{WEIGHTS}:", "a link", "leads out of the bank, to {folder}/elsewhere", AGAIN, VERIFY)
     ),
     # -- registry
     "a tracking store in plain files": (
         edit(mlflow={"tracking_uri": "file:///mlruns"}),
-        Told("run.yaml", "mlflow.tracking_uri:", "'file:///mlruns'", "expected http(s)://HOST:PORT or sqlite"),
+        Fault("run.yaml", "mlflow.tracking_uri:", "'file:///mlruns'", "expected http(s)://HOST:PORT or sqlite"),
     ),
     "a tracking store in plain files, by the environment": (
         lambda folder, config: {"MLFLOW_TRACKING_URI": "./mlruns"},
-        Told("error: MLFLOW_TRACKING_URI:", "MLFLOW_TRACKING_URI", "'./mlruns'", "expected http(s)://HOST:PORT or sqlite"),
+        Fault("error: MLFLOW_TRACKING_URI:", "MLFLOW_TRACKING_URI", "'./mlruns'", "expected http(s)://HOST:PORT or sqlite"),
     ),
     "a tracking server that does not answer": (
         edit(mlflow={"tracking_uri": "http://127.0.0.1:9"}),
-        Told("run.yaml", "mlflow.tracking_uri:", "http://127.0.0.1:9", "start it, or fix the address"),
+        Fault("run.yaml", "mlflow.tracking_uri:", "http://127.0.0.1:9", "start it, or fix the address"),
     ),
     "a database that is none": (
-        no_database, Told("run.yaml", "mlflow.tracking_uri:", "{folder}/text.db", "name another file")
+        no_database, Fault("run.yaml", "mlflow.tracking_uri:", "{folder}/text.db", "name another file")
     ),
     "storage that is a file": (
         lambda folder, config: edit(storage=str(config))(folder, config),
-        Told("run.yaml", "storage:", "{folder}/run.yaml is no folder", "set it to another folder"),
+        Fault("run.yaml", "storage:", "{folder}/run.yaml is no folder", "set it to another folder"),
     ),
     "a home below a file": (
-        home_below_a_file, Told("AMLORA_HOME:", "AMLORA_HOME", "{folder}/file is no folder", "set it to another folder")
+        home_below_a_file, Fault("AMLORA_HOME:", "AMLORA_HOME", "{folder}/file is no folder", "set it to another folder")
     ),
     "a registered model that could be a path": (
-        edit(registered_model="a/b"), Told("run.yaml", "registered_model:", "'a/b'", "letters, digits, '_', '.' and '-'")
+        edit(registered_model="a/b"), Fault("run.yaml", "registered_model:", "'a/b'", "letters, digits, '_', '.' and '-'")
     ),
     "a run id that could be a path": (
         lambda folder, config: None,
-        Told("--run-id", "run", "'../bad'", "letters", ("run", "{folder}/run.yaml", "--run-id", "../bad")),
+        Fault("--run-id", "run", "'../bad'", "letters", ("run", "{folder}/run.yaml", "--run-id", "../bad")),
     ),
     # -- cluster
     "more workers than memory": (
         edit(workers=4000, training__batch_size=4000),
-        Told("run.yaml", "workers:", "4000 need", "lower `workers`, or set dtype=bf16"),
+        Fault("run.yaml", "workers:", "4000 need", "lower `workers`, or set dtype=bf16"),
     ),
     "workers that do not share a batch": (
-        edit(workers=4), Told("run.yaml", "training.batch_size:", "6 with 4 workers", "such as 8")
+        edit(workers=4), Fault("run.yaml", "training.batch_size:", "6 with 4 workers", "such as 8")
     ),
     "no cluster at the address": (
         at_address("127.0.0.1:9"),
-        Told("RAY_ADDRESS:", "RAY_ADDRESS", "'127.0.0.1:9'", "start it, fix the address, or unset"),
+        Fault("RAY_ADDRESS:", "RAY_ADDRESS", "'127.0.0.1:9'", "start it, fix the address, or unset"),
     ),
     "an address of Ray's client": (
-        at_address("ray://head:10001"), Told("RAY_ADDRESS:", "RAY_ADDRESS", "'ray://head:10001'", "expected HOST:PORT")
+        at_address("ray://head:10001"), Fault("RAY_ADDRESS:", "RAY_ADDRESS", "'ray://head:10001'", "expected HOST:PORT")
     ),
     "an address without a port": (
-        at_address("head"), Told("RAY_ADDRESS:", "RAY_ADDRESS", "'head'", "expected HOST:PORT")
+        at_address("head"), Fault("RAY_ADDRESS:", "RAY_ADDRESS", "'head'", "expected HOST:PORT")
     ),
 }  # fmt: skip

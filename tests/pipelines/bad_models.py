@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tests.pipelines.bad_inputs import Damage, Told, of_task, with_model
+from tests.pipelines.bad_inputs import Damage, Fault, of_task, with_model
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('RAN').touch()\n"
 OWN_CODE = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -92,155 +92,156 @@ def one_row_less(own: Path) -> None:
     changed(own / "config.json", vocab_size=35)
 
 
-def told(value: str, fix: str, file: str = "{folder}/model-own") -> Told:
-    return Told(file, "model.source:", value, fix)
+def fault(value: str, fix: str, file: str = "{folder}/model-own") -> Fault:
+    return Fault(file, "model.source:", value, fix)
 
 
 CONFIG = "{folder}/model-own/config.json"
-MODELS: dict[str, tuple[Damage, Told]] = {
+MODELS: dict[str, tuple[Damage, Fault]] = {
     "remote-code": (
         with_model(lambda own: with_code(own, model_type="own", architectures=["OwnForCausalLM"])),
-        told("auto_map: code of its own for OwnForCausalLM", NEVER, CONFIG),
+        fault("auto_map: code of its own for OwnForCausalLM", NEVER, CONFIG),
     ),
     "remote-code under the name of a known kind": (
         with_model(lambda own: with_code(own, architectures=["OwnForCausalLM"])),
-        told("auto_map: code of its own for OwnForCausalLM", NEVER, CONFIG),
+        fault("auto_map: code of its own for OwnForCausalLM", NEVER, CONFIG),
     ),
     "remote-code in an inner configuration": (
-        configured(vision_config={"auto_map": OWN_CODE}), told("vision_config.auto_map: code of its own", NEVER, CONFIG)
+        configured(vision_config={"auto_map": OWN_CODE}), fault("vision_config.auto_map: code of its own", NEVER, CONFIG)
     ),
     "remote-code of a tokenizer": (
-        with_model(tokenizer_with_code), told("auto_map: code of its own for tokenizer_class 'OwnTokenizer'", NEVER)
+        with_model(tokenizer_with_code), fault("auto_map: code of its own for tokenizer_class 'OwnTokenizer'", NEVER)
     ),
     "remote-code of a kernel on the Hub": (
         configured(attn_implementation="somebody/their-attention"),
-        told("attn_implementation: somebody/their-attention", "code from elsewhere is never run", CONFIG),
+        fault("attn_implementation: somebody/their-attention", "code from elsewhere is never run", CONFIG),
     ),
     "remote-code of a kernel, for a part": (
         configured(text_config={"_attn_implementation": {"": "paged|somebody/their-attention@main:f"}}),
-        told("text_config._attn_implementation:", "code from elsewhere is never run", CONFIG),
+        fault("text_config._attn_implementation:", "code from elsewhere is never run", CONFIG),
     ),
     "tokenizer-larger": (
         with_model(more_tokens),
-        told("'<one>' is number 36, expected numbers below 36", "the tokenizer that the model was trained with"),
+        fault("'<one>' is number 36, expected numbers below 36", "the tokenizer that the model was trained with"),
     ),
     "tokenizer-larger than a smaller embedding": (
-        with_model(one_row_less), told("expected numbers below 35", "resize_token_embeddings")
+        with_model(one_row_less), fault("expected numbers below 35", "resize_token_embeddings")
     ),
     "quantised-folder": (
         configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        told("quantization_config: weights quantised with bitsandbytes", WHOLE, CONFIG),
+        fault("quantization_config: weights quantised with bitsandbytes", WHOLE, CONFIG),
     ),
     "quantised-folder of GPTQ": (
-        configured(quantization_config={"quant_method": "gptq", "bits": 4}), told("quantised with gptq", WHOLE, CONFIG)
+        configured(quantization_config={"quant_method": "gptq", "bits": 4}), fault("quantised with gptq", WHOLE, CONFIG)
     ),
     "quantised-folder of AWQ": (
-        configured(quantization_config={"quant_method": "awq", "bits": 4}), told("quantised with awq", WHOLE, CONFIG)
+        configured(quantization_config={"quant_method": "awq", "bits": 4}), fault("quantised with awq", WHOLE, CONFIG)
     ),
     "quantised-folder in 8 bits": (
         configured(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        told("quantization_config: weights quantised with bitsandbytes", "model.quantisation quantises it", CONFIG),
+        fault("quantization_config: weights quantised with bitsandbytes", "model.quantisation quantises it", CONFIG),
     ),
     "quantised-folder in an inner configuration": (
         configured(text_config={"quantization_config": {"quant_method": "fp8"}}),
-        told("text_config.quantization_config: weights quantised with fp8", WHOLE, CONFIG),
+        fault("text_config.quantization_config: weights quantised with fp8", WHOLE, CONFIG),
     ),
     "quantised-folder from before transformers had a key": (
         with_model(lambda own: (own / "quantize_config.json").write_text("{}", encoding="utf-8")),
-        told("quantize_config.json: quantised weights", WHOLE),
+        fault("quantize_config.json: quantised weights", WHOLE),
     ),
     "quantised-folder without a word of it": (
-        with_model(in_bytes), told("self_attn.q_proj.weight: found I8, expected F32, BF16, F16, F64", WHOLE)
+        with_model(in_bytes), fault("self_attn.q_proj.weight: found I8, expected F32, BF16, F16, F64", WHOLE)
     ),
     "quantised-folder: a shard missing": (
         sharded(lambda own, names: (own / names["lm_head.weight"]).unlink()),
-        told("1 of 2 shards are not there, the first is model-00001-of-00002.safetensors", AGAIN),
+        fault("1 of 2 shards are not there, the first is model-00001-of-00002.safetensors", AGAIN),
     ),
     "a shard without its tensor": (
         sharded(lambda own, names: index(own, names | {"model.more.weight": names["lm_head.weight"]})),
-        told("1 tensors are not there, the first is model.more.weight", AGAIN),
+        fault("1 tensors are not there, the first is model.more.weight", AGAIN),
     ),
     "an index that leads out of the folder": (
         sharded(lambda own, names: index(own, names | {"lm_head.weight": "../model-llama/model.safetensors"})),
-        told("'../model-llama/model.safetensors', expected names of safetensors files in the same folder", AGAIN),
+        fault("'../model-llama/model.safetensors', expected names of safetensors files in the same folder", AGAIN),
     ),
-    "an index without tensors": (sharded(lambda own, names: index(own, [])), told("no weight_map", AGAIN)),
+    "an index without tensors": (sharded(lambda own, names: index(own, [])), fault("no weight_map", AGAIN)),
     "weights that lack a tensor": (
         with_model(one_tensor_less),
-        told("lack 1 tensors of LlamaForCausalLM, the first is model.norm.weight", "the folder of the whole model"),
+        fault("lack 1 tensors of LlamaForCausalLM, the first is model.norm.weight", "the folder of the whole model"),
     ),
     "weights of other sizes": (
         configured(intermediate_size=40),
-        told("mlp.down_proj.weight: found shape (32, 48), expected (32, 40) as config.json says", AGAIN),
+        fault("mlp.down_proj.weight: found shape (32, 48), expected (32, 40) as config.json says", AGAIN),
     ),
     "sizes that make no model": (
-        configured(num_attention_heads=5), told("is not a multiple of the number of attention heads (5)", AGAIN, CONFIG)
+        configured(num_attention_heads=5), fault("is not a multiple of the number of attention heads (5)", AGAIN, CONFIG)
     ),
     "more layers than any model": (
-        configured(num_hidden_layers=2**31), told("num_hidden_layers: 2147483648", "expected at most 10000", CONFIG)
+        configured(num_hidden_layers=2**31), fault("num_hidden_layers: 2147483648", "expected at most 10000", CONFIG)
     ),
     "more labels than any model": (
-        configured(num_labels=10**8), told("num_labels: 100000000", "expected at most 10000", CONFIG)
+        configured(num_labels=10**8), fault("num_labels: 100000000", "expected at most 10000", CONFIG)
     ),
     "more layers in an inner configuration": (
-        configured(text_config={"num_layers": 10**40}), told("text_config.num_layers: 1000", "at most 10000", CONFIG)
+        configured(text_config={"num_layers": 10**40}), fault("text_config.num_layers: 1000", "at most 10000", CONFIG)
     ),
     "fewer layers than the weights have": (
         configured(num_hidden_layers=2),
-        told("found 18 tensors of layers that config.json does not count", "the first is model.layers.2."),
+        fault("found 18 tensors of layers that config.json does not count", "the first is model.layers.2."),
     ),
     "a token to generate that is no number": (
         with_model(lambda own: changed(own / "generation_config.json", pad_token_id="</s>")),
-        told("generation_config.json: pad_token_id: '</s>'", "expected the number of a token"),
+        fault("generation_config.json: pad_token_id: '</s>'", "expected the number of a token"),
     ),
     "tokens to end with that are no numbers": (
         with_model(lambda own: changed(own / "generation_config.json", eos_token_id=[1, {}])),
-        told("generation_config.json: eos_token_id: '[1, {{}}]'", "expected the number of a token"),
+        fault("generation_config.json: eos_token_id: '[1, {{}}]'", "expected the number of a token"),
     ),
     "a tokenizer's length in words": (
         with_model(lambda own: changed(own / "tokenizer_config.json", model_max_length="long")),
-        told("tokenizer_config.json: model_max_length: found 'long'", "expected a number of tokens"),
+        fault("tokenizer_config.json: model_max_length: found 'long'", "expected a number of tokens"),
     ),
     "a size in words": (
-        configured(num_attention_heads="four"), told("expected int, got str (value: 'four')", AGAIN, CONFIG)
+        configured(num_attention_heads="four"), fault("expected int, got str (value: 'four')", AGAIN, CONFIG)
     ),
     "a kind of model that is no name": (
-        configured(model_type=["llama"]), told("\"['llama']\"", "upgrade transformers", CONFIG)
+        configured(model_type=["llama"]), fault("\"['llama']\"", "upgrade transformers", CONFIG)
     ),
     "a decoder that says it has an encoder": (
-        configured(is_encoder_decoder=True), told("expected an encoder-decoder language model", "give another model", CONFIG)
+        configured(is_encoder_decoder=True),
+        fault("expected an encoder-decoder language model", "give another model", CONFIG),
     ),
     "quantised-folder: a broken tokenizer.json": (
         with_model(odd_tokenizer),
-        told("a tokenizer in {folder}/model-own/tokenizer.json that cannot be loaded", AGAIN),
+        fault("a tokenizer in {folder}/model-own/tokenizer.json that cannot be loaded", AGAIN),
     ),
     "a tokenizer's settings in a list": (
         with_model(lambda own: (own / "tokenizer_config.json").write_text("[]", encoding="utf-8")),
-        told("tokenizer_config.json: no JSON object", AGAIN),
+        fault("tokenizer_config.json: no JSON object", AGAIN),
     ),
     "generation settings in a list": (
         with_model(lambda own: (own / "generation_config.json").write_text("[]", encoding="utf-8")),
-        told("generation_config.json: no JSON object", AGAIN),
+        fault("generation_config.json: no JSON object", AGAIN),
     ),
     "a tokenizer that ends no answer": (
         with_model(lambda own: changed(own / "tokenizer_config.json", eos_token=None)),
-        told("without an end-of-sequence token", "set eos_token in its tokenizer_config.json"),
+        fault("without an end-of-sequence token", "set eos_token in its tokenizer_config.json"),
     ),
     "a configuration that is not UTF-8": (
         with_model(lambda own: (own / "config.json").write_bytes(b'{"model_type": "\xff"}')),
-        told("found no JSON object in '{folder}/model-own/config.json'", AGAIN, CONFIG),
+        fault("found no JSON object in '{folder}/model-own/config.json'", AGAIN, CONFIG),
     ),
     "an adapter inside of a model": (
         with_model(lambda own: (own / "adapter_config.json").write_text("{}", encoding="utf-8")),
-        told("adapter_config.json: an adapter inside of the model", "take its files away"),
+        fault("adapter_config.json: an adapter inside of the model", "take its files away"),
     ),
     # -- what only model and task together are
     "labels of the same tokens": (
         of_task({"labels": ["red", {"value": "green", "text": "gryn"}, {"value": "blue", "text": "bloo"}]}),
-        Told("tasks/colours.yaml", "labels:", "'bloo' of task 'colours', which has the same tokens as 'gryn'", "another"),
+        Fault("tasks/colours.yaml", "labels:", "'bloo' of task 'colours', which has the same tokens as 'gryn'", "another"),
     ),
     "no room for a text": (
         of_task({"prompt": {"question": "what " * 30}}),
-        Told("tasks/colours.yaml", "max_length 24 is too small", "the prompt has 32 tokens", "without any text"),
+        Fault("tasks/colours.yaml", "max_length 24 is too small", "the prompt has 32 tokens", "without any text"),
     ),
 }  # fmt: skip

@@ -96,7 +96,7 @@ class Crashed:
     codes: list[int]
     seconds: float
     outcome: Outcome | None
-    told: str
+    stderr: str
     """Standard error of the last start."""
 
 
@@ -180,7 +180,7 @@ def faults(crashed: Crashed, calm: Outcome) -> list[str]:
     """What is not as it should be; empty when the crash changed nothing."""
     found = [] if crashed.fired else ["the point was never reached"]
     if crashed.outcome is None:
-        return [*found, f"exit codes {crashed.codes}: {crashed.told.strip()[-1500:]}"]
+        return [*found, f"exit codes {crashed.codes}: {crashed.stderr.strip()[-1500:]}"]
     for name in Outcome.__slots__:
         one, other = getattr(crashed.outcome, name), getattr(calm, name)
         if one != other:

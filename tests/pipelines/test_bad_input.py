@@ -56,7 +56,7 @@ def command() -> Callable[..., object]:
 
 
 @pytest.mark.parametrize("case", [*CASES, *MODELS])
-def test_bad_input_is_told_and_nothing_is_written(
+def test_bad_input_is_reported_and_nothing_is_written(
     case: str,
     model: Path,
     tmp_path: Path,
@@ -85,9 +85,9 @@ def test_bad_input_is_told_and_nothing_is_written(
     first, *more = err.splitlines()
     assert first.startswith("error: ") and all(line.startswith("  - ") or line == AGAIN for line in more), err
     assert len(more) <= 2, f"one message about one fault: {err}"
-    said = err.replace(str(tmp_path), "")
-    assert not [word for word in NOISE if word in said], err
-    assert len(said) <= LONGEST, err
+    shown = err.replace(str(tmp_path), "")
+    assert not [word for word in NOISE if word in shown], err
+    assert len(shown) <= LONGEST, err
     assert files(tmp_path) == before, "nothing is written"
     assert psutil.Process().children(recursive=True) == processes, "nothing is started"
 
@@ -116,7 +116,7 @@ def test_remote_code_never_runs_whatever_standard_input_says(
     assert sys.stdin.read() == "y\n" * 100, "nobody asked"
 
 
-def test_a_model_that_transformers_makes_itself_is_made_without_the_code_beside_it(
+def test_a_model_that_transformers_makes_itself_is_made_without_the_code_next_to_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "own"
@@ -164,8 +164,8 @@ def test_every_call_that_could_run_remote_code_says_no(package: str) -> None:
     autos = [call for call in autos if call.func.attr in ("from_pretrained", "from_config")]
     assert autos or package == "pipelines"
     for call in autos:
-        said = {key.arg: ast.unparse(key.value) for key in call.keywords}
-        assert said.get("trust_remote_code") == "False", ast.unparse(call)
+        shown = {key.arg: ast.unparse(key.value) for key in call.keywords}
+        assert shown.get("trust_remote_code") == "False", ast.unparse(call)
     assert not [call for call in calls if ast.unparse(call.func) in ("input", "typer.confirm", "typer.prompt")]
 
 
@@ -182,7 +182,7 @@ def test_every_call_that_could_run_remote_code_says_no(package: str) -> None:
         ("router.layer=40", ["router.layer:", "found 40", "expected 0 to 3"]),
     ],
 )
-def test_bad_overrides_are_told(
+def test_bad_overrides_are_reported(
     overrides: str, expected: list[str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(model, tmp_path / "model-llama")
@@ -191,7 +191,7 @@ def test_bad_overrides_are_told(
     assert all(part in err for part in ["command line", *expected]), err
 
 
-def test_every_fault_is_told_at_once(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_fault_is_reported_at_once(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(model, tmp_path / "model-llama")
     config = write_config(tmp_path)
     for change in (edit(adapters__rank=0), edit(training__epochs="many"), edit(sed=1)):

@@ -160,8 +160,8 @@ def test_a_base_model_that_the_bank_names_without_its_folder_is_found_by_peft_to
     assert named.source == "base", "as a run on a folder names it"
     shutil.copytree(bank, tmp_path / "bank")
     rewrite(tmp_path / "bank", base=named)
-    told = good("export", tmp_path / "bank", tmp_path / "away")
-    assert "warning: the adapters name 'base' as their base model, where PEFT finds none" in told
+    output = good("export", tmp_path / "bank", tmp_path / "away")
+    assert "warning: the adapters name 'base' as their base model, where PEFT finds none" in output
     remember_base(base)
     assert "warning" not in good("export", tmp_path / "bank", tmp_path / "peft")
     configs = sorted((tmp_path / "peft").glob("*-*/adapter_config.json"))
@@ -174,12 +174,12 @@ def test_export_prints_and_stores_the_gap_to_the_mixture(bank: Path, tmp_path: P
     out = good("export", bank, tmp_path / "top1", "--format", "top1", *options)
     assert "gap to the mixture over 3 texts" in out
     assert json.loads((tmp_path / "top1" / "export.json").read_text())["gap_to_mixture"]["texts"] == 3
-    told = good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
+    output = good("export", bank, tmp_path / "merged", "--format", "merged", "--weights", "shapes=1", *options)
     index = json.loads((tmp_path / "merged" / "export.json").read_text())
     assert index["gap_to_mixture"]["largest_logit_difference"] > 0
     share = index["gap_to_mixture"]["other_first_token"]
     assert share > 0, "one mixture for all texts answers some otherwise"
-    assert f"warning: {share:.3f} of 3 texts are answered unlike the bank" in told.splitlines()[0], "the number first"
+    assert f"warning: {share:.3f} of 3 texts are answered unlike the bank" in output.splitlines()[0], "the number first"
     # what was measured on the bank is what the plain model that was written does
     plain, tokenizer = (one.from_pretrained(tmp_path / "merged") for one in (AutoModelForCausalLM, AutoTokenizer))
     rows = [tokenizer(f"{text}\nAnswer:", return_tensors="pt")["input_ids"] for text in TEXTS]
@@ -268,8 +268,8 @@ def test_the_client_for_vllm_asks_for_the_routed_task_with_its_own_prompt(
     tokenizer = AutoTokenizer.from_pretrained(keyed.parent / "base")
     for one, text in zip(server.asked, [*TEXTS, TEXTS[0]], strict=True):
         assert tokenizer.decode(one["prompt"]) == tokenizer.decode(tokenizer(f"{text}\nwhat ?\nAnswer:")["input_ids"])
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["answer"] for one in told] == ["flat"] * 4 and [one["task"] for one in told[:3]] == list(TASKS)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["answer"] for one in answers] == ["flat"] * 4 and [one["task"] for one in answers[:3]] == list(TASKS)
 
 
 def test_the_client_for_llama_cpp_sends_every_adapter_with_its_scale(
@@ -397,7 +397,7 @@ def test_versions_aliases_pull_and_verify(home: Path, tmp_path: Path, monkeypatc
     assert sum("adapter_model" in path for path in fetched) == 2
     fetched.clear()
     assert "is in" in good("pull", "models:/helpdesk@champion", tmp_path / "three", "--statistics")
-    assert sum("adapter_model" in path for path in fetched) == 1, "two adapters were there, beside it"
+    assert sum("adapter_model" in path for path in fetched) == 1, "two adapters were there, next to it"
     assert len(read_bank(tmp_path / "three").statistics) == 3
     fetched.clear()
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
@@ -421,7 +421,7 @@ def test_prune_refuses_what_others_refer_to_and_removes_the_rest(home: Path, tmp
     other = publish_sequence(store, "other", tmp_path / "work", tasks=("x", "y"))
     store.set_alias("other", tags.CURRENT, other[0])
     assert "would be deleted; add --yes" in good("prune", "other", "2")
-    assert len(store.versions("other")) == 2, "only said"
+    assert len(store.versions("other")) == 2, "a dry run"
     assert "models:/other/2 deleted" in good("prune", "other", "2", "--yes")
     assert [version.number for version in store.versions("other")] == [1]
     assert not store.has_artifact(other[1].run, other[1].artifact_path)

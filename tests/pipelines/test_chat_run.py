@@ -1,4 +1,4 @@
-"""A bank learned in the model's chat template: what is scored is what is said, in the library and over HTTP."""
+"""A bank learned in the model's chat template: what is scored is what is answered, in the library and over HTTP."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_bank_says_that_its_tasks_are_asked_in_turns(model: AMLoRAModel) -> No
     assert "chat" in model.bank.manifest.to_mapping()["adapters"][0]["task_spec"]
 
 
-def test_no_row_differs_between_the_matrix_and_what_is_said(place: Path, model: AMLoRAModel) -> None:
+def test_no_row_differs_between_the_matrix_and_what_is_served(place: Path, model: AMLoRAModel) -> None:
     rows = [json.loads(line)["messages"] for line in (place / "talk" / "test.jsonl").read_text().splitlines()]
     texts = [json.loads(line)["text"] for line in (place / "colours" / "test.jsonl").read_text().splitlines()]
     scores = [json.loads(file.read_text()) | {"file": file} for file in place.glob("home/storage/scores/*/summary.json")]
@@ -89,7 +89,7 @@ def test_the_prompt_is_the_template_and_the_router_reads_the_last_words(model: A
     assert model.chat([SYSTEM, {"role": "user", "content": "Which parcel?"}]).route == model.route(plain.text)[0]
 
 
-def test_a_conversation_is_routed_anew_or_keeps_its_route(model: AMLoRAModel) -> None:
+def test_a_conversation_is_routed_again_or_keeps_its_route(model: AMLoRAModel) -> None:
     turns = [FIRST, {"role": "assistant", "content": "The parcel."}, {"role": "user", "content": "paint wall red the sky"}]
     assert model.chat(turns).route == model.route(turns[2]["content"])[0]
     assert model.chat(turns, route_by="conversation").route == model.route(turns[0]["content"])[0]
@@ -112,8 +112,8 @@ def test_what_is_no_conversation_is_refused(model: AMLoRAModel, messages: Any, m
 def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Running, model: AMLoRAModel) -> None:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="unused")
     turns: list[Any] = [SYSTEM]
-    for said in ("Which parcel is number 1?", "paint wall red the sky", "Which camera is it?", "looks a wall blue", "a?"):
-        turns.append({"role": "user", "content": said})
+    for text in ("Which parcel is number 1?", "paint wall red the sky", "Which camera is it?", "looks a wall blue", "a?"):
+        turns.append({"role": "user", "content": text})
         wanted = model.chat(turns)
         reply = client.chat.completions.create(model="chat", messages=turns, extra_body={"routing": True})
         assert reply.choices[0].message.content == wanted.text
@@ -138,8 +138,8 @@ def amlora(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def call(lines: str, *options: str, terminal: bool = False) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", (_Terminal if terminal else io.StringIO)(lines))
         code = int(app(["chat", "models:/chat@current", "--device", "cpu", *options], standalone_mode=False) or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        response = capsys.readouterr()
+        return code, response.out, response.err
 
     return call
 
@@ -166,11 +166,11 @@ def test_in_a_pipe_answers_are_output_and_routes_are_not(amlora: Any, model: AML
 
 def test_lines_are_read_as_files_are(amlora: Any, model: AMLoRAModel) -> None:
     code, out, err = amlora("\ufeffred wall\n\u200b\nred \udcfc\nnever\n")
-    assert out == model.chat([{"role": "user", "content": "red wall"}]).text + "\n", "the mark is no part of what was said"
+    assert out == model.chat([{"role": "user", "content": "red wall"}]).text + "\n", "the mark is no part of the message"
     assert code == 2 and "standard input, line 3: not UTF-8 text; write it as UTF-8" in err
 
 
-def test_on_a_terminal_a_turn_that_cannot_be_answered_is_told_and_the_conversation_goes_on(
+def test_on_a_terminal_a_turn_that_cannot_be_answered_is_reported_and_the_conversation_goes_on(
     amlora: Any, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = AMLoRAModel.chat
@@ -183,16 +183,16 @@ def test_on_a_terminal_a_turn_that_cannot_be_answered_is_told_and_the_conversati
     monkeypatch.setattr(AMLoRAModel, "chat", picky)
     code, out, err = amlora("too much\nred wall\n/quit\n", "--json", terminal=True)
     assert code == 0 and json.loads(out)["answer"] == model.chat([{"role": "user", "content": "red wall"}]).text
-    assert "no room for it (not said)" in err
+    assert "no room for it (not sent)" in err
     code, out, err = amlora("too much\nred wall\n")
     assert code == 2 and not out and "no room for it" in err
 
 
 def test_a_label_that_answers_has_the_log_probabilities_of_its_words(server: Running, model: AMLoRAModel) -> None:
     turns = [{"role": "user", "content": "paint wall red the sky"}]
-    said = server.good("/v1/chat/completions", model="chat:colours", messages=turns, logprobs=True, top_logprobs=2)
-    found = said["choices"][0]["logprobs"]["content"]
-    answer = said["choices"][0]["message"]["content"]
+    response = server.good("/v1/chat/completions", model="chat:colours", messages=turns, logprobs=True, top_logprobs=2)
+    found = response["choices"][0]["logprobs"]["content"]
+    answer = response["choices"][0]["message"]["content"]
     assert "".join(token["token"] for token in found) == answer == model.chat(turns, task="colours").text
     (request,) = model.requests(turns[0]["content"], task="colours")
     assert model.answering is not None
@@ -213,8 +213,8 @@ def command(place: Path, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch, ca
     def call(name: str, *given: str | Path) -> Any:
         options = [str(one) for one in given]
         code = app([name, "models:/chat@current", *options, "--device", "cpu"], standalone_mode=False)
-        said = capsys.readouterr()
-        return said.err if code else [json.loads(line) for line in said.out.splitlines()]
+        response = capsys.readouterr()
+        return response.err if code else [json.loads(line) for line in response.out.splitlines()]
 
     return call
 
@@ -275,8 +275,8 @@ def test_a_labelled_task_is_scored_on_plain_texts_and_on_turns_alike(place: Path
         {"messages": [{"role": "user", "content": r["text"]}, {"role": "assistant", "content": r["label"]}]} for r in rows
     ]
     (plain,) = command("score", place / "colours" / "test.jsonl", "--task", "colours", "--json")
-    (said,) = command("score", _write(tmp_path / "rows.jsonl", turns), "--task", "colours", "--json")
-    assert plain == said and plain["metric"] == "accuracy"
+    (response,) = command("score", _write(tmp_path / "rows.jsonl", turns), "--task", "colours", "--json")
+    assert plain == response and plain["metric"] == "accuracy"
 
 
 def test_columns_are_named_or_found_and_what_is_no_conversation_is_refused(

@@ -214,8 +214,8 @@ def test_tasks_lists_the_built_in_ones(amlora):
 
 
 def test_tasks_shows_the_turns_of_a_conversation(amlora):
-    said = amlora("tasks", "helpdesk/polite_reply").stdout
-    assert "system: Say this politely." in said and "\nuser: " in said and "\nassistant: " in said
+    output = amlora("tasks", "helpdesk/polite_reply").stdout
+    assert "system: Say this politely." in output and "\nuser: " in output and "\nassistant: " in output
 
 
 def test_tasks_shows_a_prompt_as_the_model_sees_it(amlora):

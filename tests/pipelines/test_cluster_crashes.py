@@ -68,12 +68,12 @@ def checkpoints(folder: Path) -> dict[str, int]:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Matrix and adapters of a run, from its store on the shared folder."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", "show", folder.name, "--json"],
         env=Nodes.plain_environment() | {"AMLORA_HOME": str(folder / "home")}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
-    result = json.loads(told.stdout)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     adapters = []
     for stage in result["stages"]:
         record = folder / "stages" / stage["fingerprint"] / "trained" / "training.json"
@@ -176,8 +176,8 @@ def test_nodes_that_share_nothing_but_a_url_survive_the_loss_of_one(scheme: str,
     shutil.rmtree(tmp_path / "first")
     nodes.worker("third", 1, "127.0.0.4", AMLORA_HOME=str(tmp_path / "third"))
     assert running.wait(timeout=900) == 0, (tmp_path / "log").read_text()
-    told = (tmp_path / "log").read_text()
-    assert told.count("trying again from the last checkpoint") >= 2 and told.count("resumed after step") >= 2
+    log = (tmp_path / "log").read_text()
+    assert log.count("trying again from the last checkpoint") >= 2 and log.count("resumed after step") >= 2
     for home in ("second", "third"):
         assert list((tmp_path / home / "storage").glob("stages/*/trained/COMMIT")), "parents were brought to the node"
 

@@ -56,7 +56,7 @@ def test_scores_are_called_what_they_are():
     assert str(score) == "router    a: ROUGE-L 0.250 (8 rows, 3 of them answered as before)"
 
 
-def test_a_machine_that_others_use_is_said_to_be_one(monkeypatch):
+def test_a_machine_that_others_use_is_reported_as_one(monkeypatch):
     import os
 
     import torch
@@ -93,7 +93,7 @@ def test_mlflow_is_named_with_the_command_that_opens_it():
     assert "mlflow ui --backend-store-uri sqlite:////home/me/.amlora/mlflow.db" in text
 
 
-def test_reused_stage_is_told_apart():
+def test_reused_stage_is_marked():
     stage = {
         "task": "helpdesk/email_route",
         "fingerprint": "f" * 64,
@@ -147,24 +147,24 @@ def test_progress_in_a_pipe_is_plain_lines_and_seldom():
 def test_the_share_that_is_done_is_of_the_whole_run_and_never_less_than_before():
     now = [0.0]
     outlook = Outlook(lambda: now[0])
-    assert outlook.share is None and outlook.left_s is None, "nobody told how much there is"
+    assert outlook.share is None and outlook.left_s is None, "the run's size is not known"
     outlook.outline(STAGES)
     shares = []
 
-    def told(of) -> None:
+    def timed(of) -> None:
         now[0] += 1
         of()
         shares.append(outlook.share)
 
-    told(lambda: outlook.stage(1))
-    told(lambda: outlook.step(30, 60))  # resumed: what was done before it cost nothing today
-    told(lambda: outlook.step(40, 60))
-    told(lambda: outlook.scored("chat", "router", 40))  # an early end of training
-    told(lambda: outlook.stage(2))
-    told(lambda: outlook.step(60, 60))
-    told(lambda: outlook.rows("chat", "router", 20, 20))
-    told(lambda: outlook.scored("chat", "router", 20))  # 20 rows fewer than were planned
-    told(lambda: outlook.other())
+    timed(lambda: outlook.stage(1))
+    timed(lambda: outlook.step(30, 60))  # resumed: what was done before it cost nothing today
+    timed(lambda: outlook.step(40, 60))
+    timed(lambda: outlook.scored("chat", "router", 40))  # an early end of training
+    timed(lambda: outlook.stage(2))
+    timed(lambda: outlook.step(60, 60))
+    timed(lambda: outlook.rows("chat", "router", 20, 20))
+    timed(lambda: outlook.scored("chat", "router", 20))  # 20 rows fewer than were planned
+    timed(lambda: outlook.other())
     assert shares == [0.0, 0.15, 0.2, 0.4, 0.5, 0.8, 0.9, 0.9, 0.9]
     outlook.scored("email", "router", 500)
     assert outlook.share == 0.99, "it is whole when the run has ended, and not before"
@@ -203,9 +203,9 @@ def test_a_run_begins_without_the_stages_of_the_one_before(monkeypatch):
     bar.step(1, 20, 0.5, 200.0)  # of a race of learning rates, before the first stage
     time.sleep(0.2)
     bar.close()
-    said = stream.getvalue()[begun:].partition("starting: preparing")
-    assert said[1], stream.getvalue()
-    assert "starting: training 1/20" in said[2] and "email" not in said[2] and "%" not in said[2]
+    shown = stream.getvalue()[begun:].partition("starting: preparing")
+    assert shown[1], stream.getvalue()
+    assert "starting: training 1/20" in shown[2] and "email" not in shown[2] and "%" not in shown[2]
 
 
 def test_a_run_knows_how_many_rows_each_stage_trains_and_scores(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_workers_are_replaced_when_one_has_grown_by_a_tenth_of_the_largest_node(
 
 
 class Group:
-    """Stands in for workers: what matters here is when they are made and when they end."""
+    """Replaces workers: what matters here is when they are made and when they end."""
 
     made: ClassVar[list[Group]] = []
 

@@ -84,8 +84,8 @@ def test_the_verdict_says_what_happened_and_what_comes() -> None:
 
 
 def test_cuda_out_of_memory_is_named_with_its_place_and_fix() -> None:
-    said = r"^here: out of GPU memory \(Tried to allocate 20 GiB\); less$"
-    with pytest.raises(DeviceMemoryError, match=said) as caught, memory_watched("here", "less", 7):
+    message = r"^here: out of GPU memory \(Tried to allocate 20 GiB\); less$"
+    with pytest.raises(DeviceMemoryError, match=message) as caught, memory_watched("here", "less", 7):
         raise torch.cuda.OutOfMemoryError("Tried to allocate 20 GiB\nmore lines")
     assert caught.value.step == 7
     assert caught.value.exit_code == TrainingError.exit_code
@@ -125,7 +125,7 @@ def test_a_killed_worker_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("reported", "reason"),
     [
         ("Traceback ...\nRuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
          " [127.0.0.1]:4711. This may indicate a remote rank failure. GLHF", "lost its connection to another worker"),
@@ -136,9 +136,9 @@ def test_a_killed_worker_is_lost() -> None:
         ("", "no reason is known"),
     ],
 )  # fmt: skip
-def test_why_a_worker_was_lost_is_told_in_plain_words(said: str, told: str) -> None:
-    error = error_of(None, Group({1: RuntimeError(said)}), {"step": 7})
-    assert str(error) == f"rank 1: {told}, after step 7"
+def test_why_a_worker_was_lost_is_named_in_plain_words(reported: str, reason: str) -> None:
+    error = error_of(None, Group({1: RuntimeError(reported)}), {"step": 7})
+    assert str(error) == f"rank 1: {reason}, after step 7"
 
 
 def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers() -> None:
@@ -158,15 +158,15 @@ def test_a_lost_object_store_and_workers_that_could_not_start_are_lost_workers()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "raised",
     [NonFiniteLossError("step 3: not finite", 3), DeviceMemoryError("step 3: no memory", 3), UserError("workers: 3"),
      BankError("digest"), TrainingError("changed"), StoppedError("stopped")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_what_a_worker_said_comes_back_as_what_it_was(said: AmloraError) -> None:
-    told = json.loads(json.dumps(error_event(said, rank=0)))
-    error = error_of(told, Group({}), LAST)
-    assert (str(error), error.exit_code) == (str(said), said.exit_code)
-    assert isinstance(error, UserError if isinstance(said, BankError) else type(said))
-    if isinstance(said, StepError):
+def test_what_a_worker_raised_comes_back_as_what_it_was(raised: AmloraError) -> None:
+    event = json.loads(json.dumps(error_event(raised, rank=0)))
+    error = error_of(event, Group({}), LAST)
+    assert (str(error), error.exit_code) == (str(raised), raised.exit_code)
+    assert isinstance(error, UserError if isinstance(raised, BankError) else type(raised))
+    if isinstance(raised, StepError):
         assert isinstance(error, StepError) and error.step == 3

@@ -58,9 +58,9 @@ def tasks(place: Path, model: AMLoRAModel) -> Path:
     rows = []
     for number, noun in enumerate(NOUNS[:6]):
         text = f"Which {noun} is number {number}?"
-        said = model.chat([{"role": "user", "content": text}]).text
+        response = model.chat([{"role": "user", "content": text}]).text
         rows.append({"text": text, "choices": ["The " + noun, "red", "A camera"], "right": number % 3,
-                     "answer": said if number % 2 else "never"})  # fmt: skip
+                     "answer": response if number % 2 else "never"})  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = {
         "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test",
@@ -105,7 +105,7 @@ def table(place: Path, tasks: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return _evaluate(place, tasks, "tiny_choices,tiny_texts,tiny_answers")
 
 
-def test_the_bank_and_its_base_model_stand_side_by_side(table: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_the_bank_and_its_base_model_are_side_by_side(table: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert set(table) == {
         ("tiny_choices", "acc"), ("tiny_choices", "acc_norm"), ("tiny_texts", "byte_perplexity"),
         ("tiny_answers", "exact_match"),

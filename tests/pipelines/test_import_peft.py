@@ -1,4 +1,4 @@
-"""``import-peft``: what cannot become a bank is told before a weight is read, and leaves nothing behind."""
+"""``import-peft``: what cannot become a bank is refused before a weight is read, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wider(folder: Path) -> None:
         (("--base", "./nowhere"), "model.source: no folder './nowhere'"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_are_told_before_a_weight_is_read(
+def test_options_that_do_not_fit_are_reported_before_a_weight_is_read(
     options: tuple[str, ...], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importing, "load_model", None)

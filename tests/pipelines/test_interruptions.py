@@ -169,16 +169,16 @@ def test_a_loss_that_is_twice_not_finite_at_one_step_is_named_and_not_tried_agai
     child = runs.start("training.learning_rate=1e30", "training.clip=0")
     assert child.wait() == 4, child.stderr
     assert child.stderr.count("trying again from the last checkpoint") == 1
-    told = child.stderr.strip().splitlines()
-    last = told[-1]
-    assert all(line.count("colours") == 1 for line in told if "not finite" in line), "the stage is named once"
+    output = child.stderr.strip().splitlines()
+    last = output[-1]
+    assert all(line.count("colours") == 1 for line in output if "not finite" in line), "the stage is named once"
     for part in ("stage 'colours'", "step ", "rows ", "lower training.learning_rate", "2 failures in the same place"):
         assert part in last
 
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_a_store_that_cannot_grow_is_told_and_the_run_goes_on_when_it_can(runs: Runs, undisturbed: Outcome) -> None:
+def test_a_store_that_cannot_grow_is_reported_and_the_run_goes_on_when_it_can(runs: Runs, undisturbed: Outcome) -> None:
     child = runs.start(max_file=150_000)  # SQLite's log grows past it in the middle of the run
     assert child.wait() == 2, child.stderr
     assert "the disk is full" in child.stderr and "make room" in child.stderr
@@ -207,7 +207,7 @@ def resize(disk: Path, size: int) -> None:
 @pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [pytest.param(60_000, marks=MORE), 100_000, pytest.param(140_000, marks=MORE)])
-def test_a_disk_that_fills_up_anywhere_is_told_and_the_run_goes_on_when_there_is_room(
+def test_a_disk_that_fills_up_anywhere_is_reported_and_the_run_goes_on_when_there_is_room(
     room: int, small_disk: Path, runs: Runs, empty_home: Path, undisturbed: Outcome
 ) -> None:
     runs.home = small_disk / "home"

@@ -69,7 +69,7 @@ def test_one_csv_becomes_a_task_and_a_run_that_validate(tmp_path: Path) -> None:
     assert "column 'queue', such as 'fin_ance'" in made.output
     assert "labels       3: fin_ance 21, it 20, legal 20" in made.output
     assert "42 train, 6 dev, 12 test (split by content, seed 0)" in made.output
-    assert "left out     1 without a text or an answer, 1 whose text stood before" in made.output
+    assert "left out     1 without a text or an answer, 1 whose text was there before" in made.output
     assert "Which queue does this text belong to?\nAnswer:[ " in made.output, "the first prompt, as the model sees it"
     assert "next: amlora run tickets-2025/run.yaml --run-id tickets-2025" in made.output
     _, specs = validate_config(folder / "run.yaml")
@@ -94,7 +94,7 @@ def test_the_split_depends_on_seed_and_texts_and_not_on_their_order() -> None:
     assert not texts(first)["train"] & (texts(first)["test"] | texts(first)["dev"])
 
 
-def test_rows_may_stand_inside_json_in_parquet_with_numbers_or_be_conversations() -> None:
+def test_rows_may_be_inside_json_in_parquet_with_numbers_or_be_conversations() -> None:
     _, inside = draft(write_json("inside.json", {"version": 1, "data": {"items": ROWS}}))
     _, plain = draft(write_json("array.json", ROWS))
     assert texts(inside) == texts(plain)
@@ -103,7 +103,7 @@ def test_rows_may_stand_inside_json_in_parquet_with_numbers_or_be_conversations(
     )
     made, numbers = draft("stars.parquet")
     assert [(label.value, label.text) for label in numbers.spec.known_labels] == [("0", "0"), ("1", "1")]
-    assert any("they are numbers" in line for line in made.told)
+    assert any("they are numbers" in line for line in made.notes)
     turns = [[{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "ho ho ho"}] for n in range(20)]
     _, talk = draft(write_json("talk.json", [{"messages": one} for one in turns]), chat=True)
     assert talk.spec.columns.messages == "messages" and talk.spec.chat and talk.spec.metric == "rouge_l"
@@ -172,13 +172,13 @@ def test_what_cannot_be_drafted_is_one_line_and_writes_nothing(tmp_path: Path) -
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_dev_split_that_is_the_test_split_again_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_dev_split_that_is_the_test_split_again_is_left_out_with_a_note(tmp_path: Path) -> None:
     Path("set").mkdir()
     write_csv("set/train.csv", ROWS[:40])
     write_csv("set/validation.csv", ROWS[40:50])
     write_csv("set/test.csv", ROWS[40:])
     made, data = draft("set")
-    told = "\n".join(made.told)
-    assert "validation.csv is left out: every text of it stands in the test split" in told
+    notes = "\n".join(made.notes)
+    assert "validation.csv is left out: every text of it is in the test split" in notes
     assert "dev" not in yaml.safe_load(made.task.read_text(encoding="utf-8"))["splits"]
     assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 32, "dev": 8, "test": 20}

@@ -14,7 +14,7 @@ from pipelines.cluster.node_checks import PACKAGES, Probe, _graphics, _hub, _sto
 
 
 class Picky(BaseHTTPRequestHandler):
-    """As MLflow answers a host name that it was not told: health to anybody, the rest to nobody."""
+    """As MLflow answers a host name that it does not allow: health to anybody, the rest to nobody."""
 
     def do_GET(self) -> None:
         self.send_response(200 if self.path == "/health" else 403)
@@ -50,13 +50,13 @@ def test_gpus_that_ray_counts_and_torch_cannot_use_are_bad() -> None:
     assert hidden.state == "bad" and "Ray counts 8, torch sees none" in hidden.found and "--gpus=all" in hidden.fix
 
 
-def test_a_folder_of_hub_models_that_nodes_do_not_share_is_told() -> None:
-    def told(*places: str | None) -> list[str]:
+def test_a_folder_of_hub_models_that_nodes_do_not_share_is_reported() -> None:
+    def states(*places: str | None) -> list[str]:
         facts = {str(n): {"hub": place} for n, place in enumerate(places)}
         return [check.state for check in _hub("/mnt/s", facts, {n: n for n in facts})]
 
-    assert told("/mnt/hub", "/mnt/hub") == ["ok"]
-    assert told("/mnt/hub", None) == told(None, None) == told("/a", "/b") == ["warn"]
+    assert states("/mnt/hub", "/mnt/hub") == ["ok"]
+    assert states("/mnt/hub", None) == states(None, None) == states("/a", "/b") == ["warn"]
 
 
 def test_nodes_that_write_to_folders_of_their_own_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

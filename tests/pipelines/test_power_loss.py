@@ -1,7 +1,7 @@
 """A machine that loses power forgets what was not synced: what is registered is whole all the same, and the run goes on.
 
 ``tests/registry/forgetful.c`` notes what each ``fsync`` has put on the disk, whoever calls it: Python, SQLite, safetensors.
-A run stops at every crash point for a moment, and what a disk would then hold is built beside it: each file with the content
+A run stops at every crash point for a moment, and what a disk would hold is built next to it: each file with the content
 of its last ``fsync``, under the names that its folder was last synced with. Then the same command starts on each such disk.
 """
 

@@ -72,7 +72,7 @@ def test_a_run_that_ends_otherwise_waits_a_little_and_says_what_became_of_it(
     ]
 
 
-def test_one_that_does_not_end_is_told_and_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_end_is_reported_and_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     one, never = Publisher(), threading.Event()
     monkeypatch.setattr(publisher, "DEADLINE_S", 0.01)
     one.begin("stage 1 'mail'", lambda: never.wait(60))
@@ -141,7 +141,7 @@ def test_a_signal_in_the_next_stage_lets_the_publication_end(
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_what_failed_is_told_at_the_next_stages_end_and_nothing_is_trained_twice(
+def test_what_failed_is_reported_at_the_next_stages_end_and_nothing_is_trained_twice(
     forking: Server, config: Path, home: Path, undisturbed: Outcome
 ) -> None:
     run = start(forking, config, home, "start", AMLORA_CRASH="artifacts_uploaded:raise:1")

@@ -27,9 +27,9 @@ def test_a_run_that_died_four_times_through_ray_ends_with_the_undisturbed_result
     for number in (1, 2, 3):
         starts.append(spawned(tmp_path / f"start-{number}", "run", str(config), "--run-id", "r", "--json", **environment))
         starts[-1].wait(800)
-    told = [start.stderr for start in starts]
-    assert [start.poll() for start in starts] == [-9, 1, 0], told
-    assert told[0].count("trying again from the last checkpoint") == 2, told[0]
+    outputs = [start.stderr for start in starts]
+    assert [start.poll() for start in starts] == [-9, 1, 0], outputs
+    assert outputs[0].count("trying again from the last checkpoint") == 2, outputs[0]
     assert sorted(file.name for file in tmp_path.glob("died.*")) == sorted(
         "died." + death.partition(":")[0] for death in DEATHS
     )

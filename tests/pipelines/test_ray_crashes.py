@@ -75,7 +75,7 @@ def test_a_run_that_died_there_ends_with_the_undisturbed_result(
     assert faults(case, undisturbed) == []
     in_worker = point in DIES_AT_IN_WORKER
     assert case.codes == ([0] if in_worker else [-9 if kind == "kill" else 1, 0])
-    assert ("trying again from the last checkpoint" in case.told) == in_worker
+    assert ("trying again from the last checkpoint" in case.stderr) == in_worker
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])

@@ -76,7 +76,7 @@ def test_the_run_above_has_a_curve_for_each_task_and_the_loss_is_written_once(ma
         assert len(store.metric_history(stage.run, "train_seconds")) == 1
 
 
-def test_the_data_of_every_task_stand_with_the_runs_that_read_them(made: Any) -> None:
+def test_the_data_of_every_task_are_with_the_runs_that_read_them(made: Any) -> None:
     store, _ = made
     facts = store.load_json(runs(store, "sequence")[0].run, "materials.json")["tasks"]
     above = store.connection.client.get_run(runs(store, "sequence")[0].run).inputs.dataset_inputs

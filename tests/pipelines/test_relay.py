@@ -17,17 +17,17 @@ TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
 
 def relayed(messages: list[dict[str, Any]], path: str = "/v1/completions") -> list[dict[str, Any]]:
     """What comes out where Ray's proxy says this."""
-    said: list[dict[str, Any]] = []
+    sent: list[dict[str, Any]] = []
 
     async def ray(_scope: Any, _receive: Any, send: Any) -> None:
         for message in messages:
             await send(message)
 
     async def send(message: Any) -> None:
-        said.append(message)
+        sent.append(message)
 
     asyncio.run(Relay(ray)({"type": "http", "path": path, "headers": []}, None, send))  # type: ignore[arg-type]
-    return said
+    return sent
 
 
 def start(status: int, headers: Any) -> dict[str, Any]:

@@ -29,10 +29,10 @@ def test_validate_reads_the_rows_of_every_task_without_a_model(tmp_path: Path) -
     assert done.exit_code == 0, done.output
     assert "    good: 4 train, 2 test\n" in done.stdout
     assert "      test  red 1, blue 1\n" in done.stdout
-    told = json.loads(CliRunner().invoke(app, ["validate", str(config), "--rows", "--json"]).stdout)
-    assert told["rows"][0]["rows"] == {"train": 4, "test": 2}
-    assert told["rows"][0]["labels"]["test"] == {"red": 1, "blue": 1}
-    assert told["name"] == "rows"
+    checked = json.loads(CliRunner().invoke(app, ["validate", str(config), "--rows", "--json"]).stdout)
+    assert checked["rows"][0]["rows"] == {"train": 4, "test": 2}
+    assert checked["rows"][0]["labels"]["test"] == {"red": 1, "blue": 1}
+    assert checked["name"] == "rows"
 
 
 def test_validate_names_the_bad_rows_of_all_tasks_at_once(tmp_path: Path) -> None:

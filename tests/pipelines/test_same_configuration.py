@@ -63,7 +63,7 @@ def test_what_changes_no_result_may_differ(key: str, config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("training.batch_size=12", "training.batch_size: 6 then, 12 now"),
         ("seed=1", "seed: 0 then, 1 now"),
@@ -71,10 +71,10 @@ def test_what_changes_no_result_may_differ(key: str, config: Path) -> None:
         ("method=replay", "method: 'am_lora' then, 'replay' now"),
     ],
 )
-def test_what_changes_results_is_refused_with_both_values_and_the_fix(override: str, told: str, config: Path) -> None:
+def test_what_changes_results_is_refused_with_both_values_and_the_fix(override: str, message: str, config: Path) -> None:
     with pytest.raises(UserError) as error:
         start_again(config, override)
-    assert str(error.value) == f"run id 'r' exists with another configuration: {told}. Use another id, or undo that"
+    assert str(error.value) == f"run id 'r' exists with another configuration: {message}. Use another id, or undo that"
 
 
 def of_version_01(config: Path, **values: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_a_run_that_exists_has_what_its_file_does_not_name_from_its_start_before
     assert named.model.attention == "eager", "an implementation that is named is another configuration"
 
 
-def test_keys_that_are_new_stand_in_an_old_run_at_what_was_done_then(config: Path) -> None:
+def test_keys_that_are_new_have_in_an_old_run_the_value_of_what_was_done_then(config: Path) -> None:
     stored = of_version_01(config)
     made = flat(to_mapping(taken_up(load_config(config), stored, named_keys(config))))
     assert {key: made[key] for key in FORMER} == FORMER
@@ -139,7 +139,7 @@ def test_attention_is_what_is_quick_on_the_device_unless_it_is_named(asked: Atte
 
 
 @pytest.mark.parametrize(
-    ("search", "override", "told"),
+    ("search", "override", "message"),
     [
         (False, "search.space={training.l1: {grid: [0.5]}}", None),
         (False, "mlflow.tracking_uri=http://user:secret@mlflow:5000", None),
@@ -149,14 +149,14 @@ def test_attention_is_what_is_quick_on_the_device_unless_it_is_named(asked: Atte
     ],
 )
 def test_a_job_that_runs_is_attached_to_if_it_runs_what_is_asked_for(
-    search: bool, override: str, told: str | None, tmp_path: Path
+    search: bool, override: str, message: str | None, tmp_path: Path
 ) -> None:
     file = write_config(tmp_path, search={"space": {"training.l1": {"grid": [0.0, 0.1]}}})
     compared = {key: value for key, value in to_mapping(load_config(file)).items() if key not in IRRELEVANT}
     job = ClusterJob("r-1", "RUNNING", "r", 1, None, None, None, "", compared)
-    if told is None:
+    if message is None:
         assert _attached(job, load_config(file, [override]), search).attached
         return
-    with pytest.raises(UserError, match=re.escape(told)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         _attached(job, load_config(file, [override]), search)
     assert "amlora stop r-1" in str(error.value)

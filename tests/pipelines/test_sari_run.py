@@ -36,8 +36,8 @@ def test_every_score_of_a_task_sees_the_rows_text(
             continue
         found = read_predictions(file.with_name("predictions.jsonl"))
         for one in found:
-            said = one.output if one.served is None else one.served
-            assert one.correct == pytest.approx(sari(said, [one.answer], asked[one.row])), (summary["mode"], one)
+            text = one.output if one.served is None else one.served
+            assert one.correct == pytest.approx(sari(text, [one.answer], asked[one.row])), (summary["mode"], one)
         assert any(one.correct != sari(one.served or one.output, [one.answer], "") for one in found)
         assert summary["accuracy"] == pytest.approx(sum(one.correct for one in found) / len(found))
         scores[summary["mode"], len(found[0].gates or ())] = summary["accuracy"]
@@ -45,5 +45,5 @@ def test_every_score_of_a_task_sees_the_rows_text(
 
     with pytest.raises(SystemExit, match="0"):
         app(["score", "models:/sari@current", str(rows), "--task", "talk", "--json", "--device", "cpu"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["metric"] == "sari" and told["accuracy"] == pytest.approx(scores["router", 2])
+    score = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert score["metric"] == "sari" and score["accuracy"] == pytest.approx(scores["router", 2])

@@ -147,11 +147,11 @@ def run(plan: SearchPlan, *, at_once: int, kills: int, seed: int) -> dict[str, A
                 break
             number = draw.choice(sorted(working))
             working[number] += 1
-            told = report(number, working[number])
+            row = report(number, working[number])
             if number == 5 and working[number] == 3:
                 search.ended(5, report(5, 2), "a loss that is not finite")
-            elif search.stopped_by(told) or working[number] == STAGES:
-                search.ended(number, told, None)
+            elif search.stopped_by(row) or working[number] == STAGES:
+                search.ended(number, row, None)
             else:
                 continue
             del working[number]
@@ -304,18 +304,18 @@ def test_a_trial_reports_after_every_stage_and_relative_paths_are_the_commands(
     demand = Demand(0, 1, 1, STAGES, "fp32", 0)
     search = _Search(made, "s", journal, Silent(), tmp_path / "home", tmp_path / "home" / "storage", demand, False)
     order = order_of(search)
-    said: list[dict[str, Any]] = []
-    monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", lambda row: reports.append(json.loads(row["report"])))
     places = places_of(search)
     monkeypatch.chdir("/")  # as on a node where somebody else has started Ray
     run_trial({"order": json.dumps(asdict(order))}, places)
-    assert [(one["stage"], len(one["records"]), len(one["curve"])) for one in said] == [(1, 1, 1), (2, 2, 2)]
-    assert not any("error" in one for one in said) and said[0]["first_step"] is not None
+    assert [(one["stage"], len(one["records"]), len(one["curve"])) for one in reports] == [(1, 1, 1), (2, 2, 2)]
+    assert not any("error" in one for one in reports) and reports[0]["first_step"] is not None
     sequence = store.find_runs({"amlora.kind": "sequence", "amlora.run_id": "s-t001"})
     assert [run.tags["mlflow.parentRunId"] for run in sequence] == [order.mlflow_run], "in the store of the search"
-    said.clear()
+    reports.clear()
     run_trial({"order": json.dumps(asdict(order) | {"config": order.config | {"tasks": ["tasks/nowhere.yaml"]}})}, places)
-    assert len(said) == 1 and "nowhere" in said[0]["error"] and not said[0]["outage"]
+    assert len(reports) == 1 and "nowhere" in reports[0]["error"] and not reports[0]["outage"]
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def test_trials_that_one_process_runs_in_turn_read_the_base_and_the_texts_once(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trial, "_cache_of_this_process", lambda: cache)
-    monkeypatch.setattr(tune, "report", lambda told: said.append(json.loads(told["report"])))
+    monkeypatch.setattr(tune, "report", lambda row: reports.append(json.loads(row["report"])))
     store = Store.open(home)
     made = plan_search(load_config(config), str(config))
     journal = Journal(store, store.search_run("model", "s", "s-champion", {}), "s", lambda: None)
@@ -360,11 +360,11 @@ def test_trials_that_one_process_runs_in_turn_read_the_base_and_the_texts_once(
     found: list[Any] = []
     after: list[dict[str, int]] = []
     for _ in range(3):
-        said: list[dict[str, Any]] = []
+        reports: list[dict[str, Any]] = []
         run_trial({"order": json.dumps(asdict(order_of(search)))}, places_of(search))
-        assert [one["stage"] for one in said] == [1, 2] and not any("error" in one for one in said)
-        assert not any(record["reused"] for record in said[-1]["records"]), "each has adapters of its own"
-        found.append(said[-1]["accuracy_matrix"])
+        assert [one["stage"] for one in reports] == [1, 2] and not any("error" in one for one in reports)
+        assert not any(record["reused"] for record in reports[-1]["records"]), "each has adapters of its own"
+        found.append(reports[-1]["accuracy_matrix"])
         after.append(dict(calls))
     assert cache.loads == 1
     assert after[0]["load_model"] == 1 and after[0]["read_texts"] > 0

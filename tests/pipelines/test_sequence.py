@@ -1,4 +1,4 @@
-"""The durable run: what it publishes, what it reuses, and what starts anew. One tiny model, no Ray (``workers: 0``)."""
+"""The durable run: what it publishes, what it reuses, and what starts again. One tiny model, no Ray (``workers: 0``)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_prompts_without_room_for_an_answer_are_refused_before_anything_is_train
 
 
 def test_other_wordings_are_scored_on_the_same_rows_of_a_mirror(tmp_path: Path, home: Path) -> None:
-    """What ``data_dir`` holds for a Hub task is found under the task's own name, whatever its wording is called."""
+    """What ``data_dir`` holds for a Hub task is found under the task's own name, whatever its variant is called."""
     config = write_config(tmp_path, tasks=("colours",))
     task = yaml.safe_load((tmp_path / "tasks" / "colours.yaml").read_text(encoding="utf-8"))
     task["source"] = {"kind": "hub", "repository": "owner/colours", "revision": "0" * 40}
@@ -180,7 +180,7 @@ def test_undeclared_keys_change_neither_fingerprint_nor_adapter(
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("AMLORA_HOME", str(elsewhere))
     other = run(config, "other", *undeclared)
-    assert [stage["reused"] for stage in other["stages"]] == [False, False], "trained anew, in an empty store"
+    assert [stage["reused"] for stage in other["stages"]] == [False, False], "trained again, in an empty store"
     assert [stage["fingerprint"] for stage in other["stages"]] == [stage["fingerprint"] for stage in plain["stages"]]
     assert outcome(other, elsewhere)["adapters"] == digests
 
@@ -202,14 +202,14 @@ def test_rows_whose_gate_is_what_it_was_are_not_scored_again(tmp_path: Path, hom
     stored = [json.loads(file.read_text(encoding="utf-8")) for file in (home / "storage" / "scores").glob("*/summary.json")]
     more = [score["kept"] for score in stored if score not in scores and score["mode"] == "router"]
     assert len(more) == 6 and max(more) == 9, "one adapter alone has the gate 1 under every router"
-    anew = run(config, "anew", "evaluation.reuse=false")
-    assert all(stage["reused"] for stage in anew["stages"]), "scores alone are made again"
-    assert sum(stage["score_seconds"] for stage in anew["stages"]) > 0
+    rescored = run(config, "rescored", "evaluation.reuse=false")
+    assert all(stage["reused"] for stage in rescored["stages"]), "scores alone are made again"
+    assert sum(stage["score_seconds"] for stage in rescored["stages"]) > 0
     for key in ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained"):
-        assert anew[key] == every[key]
+        assert rescored[key] == every[key]
 
 
-def test_a_longer_free_text_answer_is_scored_anew_under_the_same_adapter(tmp_path: Path, home: Path) -> None:
+def test_a_longer_free_text_answer_is_scored_again_under_the_same_adapter(tmp_path: Path, home: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",))
     task = tmp_path / "tasks" / "colours.yaml"
     spec = yaml.safe_load(task.read_text(encoding="utf-8"))

@@ -85,7 +85,7 @@ def test_no_row_differs_between_the_matrix_and_what_is_served(run: Any, task: st
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == answer
 
 
-def test_each_kind_of_evidence_is_scored_beside_the_served_answer(run: Any) -> None:
+def test_each_kind_of_evidence_is_scored_next_to_the_served_answer(run: Any) -> None:
     folder, _, model = run
     for task in TASKS:
         for row in scored(folder, task):
@@ -139,13 +139,13 @@ def test_no_style_of_prompt_moves_a_route(run: Any) -> None:
         model.prompter._made.update(made)
 
 
-def test_the_oracle_is_told_the_task_and_nothing_else(run: Any) -> None:
+def test_the_oracle_is_given_the_task_and_nothing_else(run: Any) -> None:
     folder, result, model = run
     for place, task in enumerate(TASKS):
-        told = model.classify(texts_of(folder, task), task=task)
-        assert [found.label for found in told] == [row.served for row in scored(folder, task, "oracle")]
+        shown = model.classify(texts_of(folder, task), task=task)
+        assert [found.label for found in shown] == [row.served for row in scored(folder, task, "oracle")]
         right = sum(row.served == row.answer for row in scored(folder, task, "oracle"))
-        assert right / len(told) == result["oracle"][place]
+        assert right / len(shown) == result["oracle"][place]
 
 
 def test_rows_of_ones_own_score_as_the_matrix_does(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,10 +153,10 @@ def test_rows_of_ones_own_score_as_the_matrix_does(run: Any, capsys: pytest.Capt
     for place, task in enumerate(TASKS):
         file = folder / "tasks" / task / "test.jsonl"
         score("models:/served@current", Rows(str(file)), task, 4, {}, as_json=True)
-        told = json.loads(capsys.readouterr().out)
-        assert told["accuracy"] == result["accuracy_matrix"][-1][place] and told["rows"] == 9
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["accuracy"] == result["accuracy_matrix"][-1][place] and shown["rows"] == 9
         routed = sum(row.route == task for row in scored(folder, task)) / 9
-        assert told["routing_accuracy"] == pytest.approx(routed)
+        assert shown["routing_accuracy"] == pytest.approx(routed)
 
 
 def test_rows_that_are_no_rows_of_the_task_are_named(run: Any, tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_changed_answers_between_two_versions_are_counted_and_listed(
     folder, _, model = run
     file = folder / "tasks" / "colours" / "test.jsonl"
     answer_differences("models:/served/1", "models:/served/3", Rows(str(file)), 4, {}, as_json=True)
-    told = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     before = AMLoRAModel.from_bank("models:/served/1", device="cpu").predict(texts_of(folder, "colours"))
     now = model.predict(texts_of(folder, "colours"))
-    assert told["changed"] == sum(one != other for one, other in zip(before, now, strict=True))
-    assert [one["after"] for one in told["answers"]] == [o for b, o in zip(before, now, strict=True) if b != o]
+    assert shown["changed"] == sum(one != other for one, other in zip(before, now, strict=True))
+    assert [one["after"] for one in shown["answers"]] == [o for b, o in zip(before, now, strict=True) if b != o]
 
 
 def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: Any, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: An
     old = AMLoRAModel.from_bank("models:/before@current", device="cpu")
     assert old.answering is None, "a bank of then answers as it did"
     given = [f"{task}={folder / 'tasks' / task / 'train.jsonl'}" for task in TASKS]
-    told = rekey_bank("models:/before@current", tmp_path / "new", given, "label", {})
-    assert "3 tasks" in told
+    shown = rekey_bank("models:/before@current", tmp_path / "new", given, "label", {})
+    assert "3 tasks" in shown
     new = AMLoRAModel.from_bank(tmp_path / "new", device="cpu")
     assert new.answering is not None and len(new.answering.router.keys.task) == 8, "a key for every label"
     before = [adapter.digest() for adapter in old.bank.adapters]
@@ -245,9 +245,9 @@ def test_texts_are_answered_from_the_command_line(run: Any, capsys: pytest.Captu
     folder, _, model = run
     texts = texts_of(folder, "shapes")[:2]
     ask("models:/served@current", texts, {}, as_json=True)
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["answer"] for one in told] == model.predict(texts)
-    assert [one["task"] for one in told] == [route.task for route in model.route(texts)]
-    assert all(0 < one["confidence"] <= 1 for one in told)
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["answer"] for one in shown] == model.predict(texts)
+    assert [one["task"] for one in shown] == [route.task for route in model.route(texts)]
+    assert all(0 < one["confidence"] <= 1 for one in shown)
     ask("models:/served@current", texts, {}, as_json=False)
     assert texts[0].split()[0] in capsys.readouterr().out

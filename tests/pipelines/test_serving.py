@@ -95,12 +95,12 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0).models.list()
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     messages: Any = [{"role": "user", "content": TEXTS[0]}]
-    said = client.chat.completions.create(model="words", messages=messages, max_tokens=5, extra_body={"routing": True})
-    assert said.system_fingerprint == "models:/words/1"
-    assert said.choices[0].message.content == right["models:/words/1"][1]["answer", TEXTS[0]]
-    assert said.choices[0].routing["task"] == "colours"  # type: ignore[attr-defined]
+    response = client.chat.completions.create(model="words", messages=messages, max_tokens=5, extra_body={"routing": True})
+    assert response.system_fingerprint == "models:/words/1"
+    assert response.choices[0].message.content == right["models:/words/1"][1]["answer", TEXTS[0]]
+    assert response.choices[0].routing["task"] == "colours"  # type: ignore[attr-defined]
     stream = client.chat.completions.create(model="words", messages=messages, max_tokens=5, stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said.choices[0].message.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == response.choices[0].message.content
 
     def move(number: int) -> Any:
         def moved() -> None:
@@ -120,7 +120,7 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
     begun = threading.Barrier(5, timeout=60)
 
     def ask(text: str) -> str:
-        """The last line of an answer that has begun when the server is told to stop."""
+        """The last line of an answer that has begun when the server is asked to stop."""
         body = {"prompt": text, "max_tokens": 40, "raw": True, "stream": True}
         headers = {"authorization": f"Bearer {KEY}"}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
@@ -150,13 +150,13 @@ def test_a_bank_is_served_followed_and_stopped_without_losing_a_request(
         (["BANK", "--engine-url", "http://localhost:1"], "--engine-url belongs to --engine vllm"),
         (["BANK", "--engine", "vllm", "--engine-url", "localhost:1"], "--engine-url: found 'localhost:1'"),
         (["BANK", "--engine", "vllm", "--engine-url", "http://127.0.0.1:1"], "cannot be reached"),
-        (["BANK", "--engine", "vllm", "--engine-url", "http://h", "--engine-python", "p"], "--engine-python: found beside"),
+        (["BANK", "--engine", "vllm", "--engine-url", "http://h", "--engine-python", "p"], "--engine-python: found with"),
         (["BANK", "--engine", "vllm", "--engine-python", "/no/such/python"], "--engine-python: /no/such/python cannot"),
         (["BANK", "--engine", "vllm"], "has no vLLM; make it an environment"),
         (["models:/words/1", "--tracking-uri", "file:///tmp/x"], "MLflow keeps no registry in plain files"),
     ],
 )
-def test_what_cannot_be_served_is_told_before_ray_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_served_is_reported_before_ray_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_working_bank(tmp_path / "bank", tmp_path / "base")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What stands in front of ``amlora serve``'s replicas: the door in Ray Serve's proxy, and where the key is not."""
+"""What is in front of ``amlora serve``'s replicas: the door in Ray Serve's proxy, and where the key is not."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ def amlora(nodes: Nodes, folder: Path, *arguments: str, **environment: str) -> s
 def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_path: Path) -> None:
     config = write_config(tmp_path, tasks=("colours",))
     shared = tmp_path / "shared"
-    told = ["run.yaml", f"storage={shared}", "training.epochs=400", "training.checkpoint_every=10", "--run-id", "job"]
+    options = ["run.yaml", f"storage={shared}", "training.epochs=400", "training.checkpoint_every=10", "--run-id", "job"]
     (tmp_path / ".gitignore").write_text("shared/\nmodel-llama/\n")
     assert config.name == "run.yaml"
 
-    first = amlora(nodes, tmp_path, "submit", *told, "--no-wait")
+    first = amlora(nodes, tmp_path, "submit", *options, "--no-wait")
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == "job-1"
     deadline = time.monotonic() + 120
@@ -54,12 +54,12 @@ def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_pa
         assert time.monotonic() < deadline, amlora(nodes, tmp_path, "logs", "job").stdout
         time.sleep(0.3)
 
-    other = amlora(nodes, tmp_path, "submit", *told, "training.l1=0.5", "--no-wait")
+    other = amlora(nodes, tmp_path, "submit", *options, "training.l1=0.5", "--no-wait")
     assert other.returncode == 2 and "job-1 runs with another configuration: training.l1: " in other.stderr, other.stderr
     entry = json.loads(amlora(nodes, tmp_path, "jobs", "--json").stdout)[0]
     assert not {"mlflow", "storage", "data_dir"} & entry["configuration"].keys(), "whoever sees the cluster sees this"
     again = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "submit", *told, "--address", nodes.address],
+        [sys.executable, "-m", "pipelines.cli", "submit", *options, "--address", nodes.address],
         cwd=tmp_path, env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert again.stderr is not None
@@ -70,7 +70,7 @@ def test_a_run_is_submitted_stopped_attached_to_and_resumed(nodes: Nodes, tmp_pa
     assert again.returncode == 143, (out, err)
     assert "checkpoint" in out
 
-    done = amlora(nodes, tmp_path, "submit", *told)
+    done = amlora(nodes, tmp_path, "submit", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "job job-2: submitted" in done.stderr
     resumed = re.search(r"resumed after step (\d+)", done.stdout)
@@ -92,9 +92,9 @@ def test_of_two_who_submit_at_the_same_moment_one_starts_the_job(nodes: Nodes, m
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(submit, range(2))) == [False, True]
     assert [(job.id, job.attempt) for job in cluster.of_run("twin")] == [("twin-1", 1)]
-    told: list[str] = []
-    assert cluster.follow("twin-1", told.append).status == "SUCCEEDED"
-    assert "".join(told).splitlines().count("once") == 1
+    lines: list[str] = []
+    assert cluster.follow("twin-1", lines.append).status == "SUCCEEDED"
+    assert "".join(lines).splitlines().count("once") == 1
     with pytest.raises(UserError, match=r"--runtime-env: .*pip"):
         cluster.submit("twin-2", "true", {"pip": 3}, {})
 

@@ -1,4 +1,4 @@
-"""Trackers beside MLflow, through their own libraries: what they keep is what the run has."""
+"""Trackers besides MLflow, through their own libraries: what they keep is what the run has."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_killed_three_times_at_random_the_search_ends_with_the_same_table(
     assert not [run for run in Store.open(home).find_runs({}) if run.status == "RUNNING"]
 
 
-def test_a_second_search_of_the_same_id_is_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_second_search_of_the_same_id_gets_the_holders_name(tmp_path: Path) -> None:
     config = write_config(tmp_path, search={"space": SPACE})
     first = start(config, tmp_path / "home")
     try:

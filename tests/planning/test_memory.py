@@ -54,7 +54,7 @@ def test_llama_3_8b_on_eight_gpus_by_hand() -> None:
 def test_offloading_moves_bytes_to_the_host_or_to_its_disk() -> None:
     t = 1_703_936
     moved = of(3, offload="parameters")
-    assert moved.weights == 0 and moved.optimizer == of(3).optimizer, "DeepSpeed moves what it is told to, no more"
+    assert moved.weights == 0 and moved.optimizer == of(3).optimizer, "DeepSpeed moves what it is asked to, no more"
     assert moved.host == of(3).weights
     both = of(3, offload="both")
     assert both.weights == both.optimizer == 0
@@ -92,7 +92,7 @@ def test_a_deepspeed_section_is_read_as_deepspeed_reads_it() -> None:
     assert offload(0, offload_optimizer="cpu") == "none"
 
 
-def test_activations_are_told_by_rows_and_tokens_with_and_without_checkpointing() -> None:
+def test_activations_are_shown_by_rows_and_tokens_with_and_without_checkpointing() -> None:
     layout = MemoryLayout(zero=3, ranks=8, micro_batch=3)
     table = activation_table(eight_b(), layout, size=2, lengths=[130, 520], targets=8, eager=False, ranks=32)
     assert [(e["micro_batch"], e["length"]) for e in table] == [(b, n) for b in (1, 2, 3, 4, 8) for n in (130, 520)]

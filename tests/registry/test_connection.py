@@ -132,7 +132,7 @@ class TestRepeating:
         with pytest.raises(StoreError, match=r"upload: .*No space left"):
             self.connection.call("upload", full)
 
-    def test_existing_and_missing_things_are_told_to_the_caller(self) -> None:
+    def test_existing_and_missing_things_are_reported_to_the_caller(self) -> None:
         from mlflow.exceptions import MlflowException
 
         for code in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):

@@ -222,7 +222,7 @@ def test_what_a_bank_cannot_hold_is_refused(bank: Bank, place: Path, tmp_path: P
         read_peft(theirs, "task")
 
 
-def test_an_imported_adapter_is_routed_to_beside_the_others(place: Path, tmp_path: Path) -> None:
+def test_an_imported_adapter_is_routed_to_next_to_the_others(place: Path, tmp_path: Path) -> None:
     from amlora_dist.inference.import_peft import add_adapter, empty_manifest
     from amlora_dist.tasks.task_entry import TaskEntry
     from tests.bank_with_base import texts_of

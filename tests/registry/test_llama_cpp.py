@@ -125,11 +125,11 @@ def test_the_exported_client_gets_the_bank_s_own_answers_from_the_server(
     own = model.answer(texts, free=True)
     assert [one.route.task for one in own] == ["sizes", "shapes", "shapes"]
     for text, answer in zip(texts, own, strict=True):
-        said = subprocess.run(
+        done = subprocess.run(
             [sys.executable, str(folder / "gguf" / "client.py"), str(folder / "bank"), text, server],
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
-        found = json.loads(said.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
         assert (found["task"], found["answer"]) == (answer.route.task, answer.text)
 
 

@@ -166,7 +166,7 @@ def test_scores_must_fit_their_tasks() -> None:
         AccuracyMatrix(tasks=["a"], accuracy=[[0.1, 0.2]])
 
 
-def test_a_key_that_stands_twice_is_refused_whatever_its_values(manifest: Manifest) -> None:
+def test_a_key_that_is_there_twice_is_refused_whatever_its_values(manifest: Manifest) -> None:
     """The digest is of the last value; another reader of JSON may take the first."""
     text = manifest.to_json()
     for doubled in (text.replace("{", '{"method": "other",', 1), text.replace('"rank"', '"rank": 99, "rank"', 1)):

@@ -45,7 +45,7 @@ TAKEN: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "for an encoder-decoder": ({"task_type": "SEQ_2_SEQ_LM"}, {}, ()),
     "ensure_weight_tying": ({}, {"ensure_weight_tying": True}, ()),
 }  # fmt: skip
-"""What PEFT is told, what is written into its file afterwards, and what is left out of it."""
+"""What PEFT is given, what is written into its file afterwards, and what is left out of it."""
 
 
 def saved(folder: Path, made: dict[str, Any], written: dict[str, Any], left_out: tuple[str, ...] = ()) -> Path:
@@ -171,7 +171,7 @@ def test_import_kinds_that_are_not_known_are_refused_by_name(case: str, tmp_path
         ('{"peft_type": "LORA"}', "target_modules: found nothing"),
     ],
 )  # fmt: skip
-def test_import_alpha_a_configuration_that_is_none_is_told(content: str, message: str, tmp_path: Path) -> None:
+def test_import_alpha_a_configuration_that_is_none_is_reported(content: str, message: str, tmp_path: Path) -> None:
     folder = written(tmp_path, GOOD)
     (folder / "adapter_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):

@@ -48,11 +48,11 @@ def test_home_moved(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     moved.parent.mkdir()
     home.rename(moved)
     store = Store.open(moved)
-    assert f"{moved}: this home was in {home} before" in caplog.text, "it is said"
+    assert f"{moved}: this home was in {home} before" in caplog.text, "it is logged"
     assert len(read_bank(store.pull("models:/banks@current", tmp_path / "pulled")).adapters) == 1
     caplog.clear()
     Store.open(moved)
-    assert not caplog.text, "said once"
+    assert not caplog.text, "logged once"
     publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS[:2])
     assert len(read_bank(store.pull("models:/banks@current", tmp_path / "pulled-2")).adapters) == 2
     assert not home.exists(), "nothing is written where it was"

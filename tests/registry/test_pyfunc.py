@@ -27,7 +27,7 @@ from tests.registry.tiny_banks import TASKS, publish_sequence, tiny_bank
 
 
 class EchoModel:
-    """Stands for AMLoRAModel: says how many adapters it was given, and the options of each text."""
+    """Replaces AMLoRAModel: says how many adapters it was given, and the options of each text."""
 
     def __init__(self, adapters: int, base: str) -> None:
         self.adapters, self.base = adapters, base
@@ -38,10 +38,10 @@ class EchoModel:
         return cls(len(read_bank(Path(folder)).adapters), base)
 
     def predict(self, texts: list[str], *, max_new_tokens: int = 0, **options: list[str | None]) -> list[str]:
-        told = [f"{text}|{self.adapters}{self.base}" + f"|{max_new_tokens}" * bool(max_new_tokens) for text in texts]
+        predicted = [f"{text}|{self.adapters}{self.base}" + f"|{max_new_tokens}" * bool(max_new_tokens) for text in texts]
         for values in options.values():
-            told = [f"{text}|{value}" for text, value in zip(told, values, strict=True)]
-        return told
+            predicted = [f"{text}|{value}" for text, value in zip(predicted, values, strict=True)]
+        return predicted
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_mlflow_loads_a_version_with_the_adapters_it_refers_to(
     try:
         loaded = mlflow.pyfunc.load_model(f"models:/{name}@champion")
         assert list(loaded.predict(pandas.DataFrame({"text": ["hello"]}))) == ["hello|3"]
-        told = loaded.predict(pandas.DataFrame({"text": ["a"], "question": ["q"]}), params={"max_new_tokens": 5})
-        assert list(told) == ["a|3|5|q"]
+        predicted = loaded.predict(pandas.DataFrame({"text": ["a"], "question": ["q"]}), params={"max_new_tokens": 5})
+        assert list(predicted) == ["a|3|5|q"]
         with pytest.raises(MlflowException, match="missing inputs"):
             loaded.predict(pandas.DataFrame({"body": ["hello"]}))
         moved = mlflow.pyfunc.load_model(f"models:/{name}@champion", model_config={"base": "elsewhere"})

@@ -90,14 +90,14 @@ def test_what_is_read_is_what_mlflow_answers(store: Store, name: str, tmp_path: 
 
 
 @pytest.mark.integration
-def test_what_is_not_there_is_said_as_mlflow_says_it(store: Store, name: str, tmp_path: Path) -> None:
-    said = []
+def test_what_is_not_there_has_mlflows_own_message(store: Store, name: str, tmp_path: Path) -> None:
+    messages = []
     for one in (reading(store, tmp_path), store):
         for ask in (lambda s: aliases(s, "no-such-model"), lambda s: s.resolve("models:/no-such-model/1")):
             with pytest.raises(UserError) as caught:
                 ask(one)
-            said.append(str(caught.value))
-    assert said[:2] == said[2:]
+            messages.append(str(caught.value))
+    assert messages[:2] == messages[2:]
 
 
 @pytest.mark.integration
@@ -190,15 +190,15 @@ def test_a_command_that_only_looks_imports_nothing_heavy(
     store: Store, name: str, tmp_path: Path, command: str
 ) -> None:
     if command == "jobs":
-        heavy, told = imported_by(["jobs", "--address", "http://127.0.0.1:1"], tmp_path)
-        assert "nobody answers" in told and heavy <= {"ray"}, "Ray's client of jobs is Ray's"
+        heavy, printed = imported_by(["jobs", "--address", "http://127.0.0.1:1"], tmp_path)
+        assert "nobody answers" in printed and heavy <= {"ray"}, "Ray's client of jobs is Ray's"
         return
     publish_sequence(store, name, tmp_path)
     a_run(store, name)
     banks = [f"models:/{name}/1", f"models:/{name}/2"]
     uri = store.connection.uri
     arguments = [command, *(banks if command == "diff" else [name]), "--json", "--tracking-uri", uri]
-    heavy, told = imported_by(arguments, tmp_path)
-    assert name in told or command == "diff"
-    assert '"' in told, "it has printed JSON"
+    heavy, printed = imported_by(arguments, tmp_path)
+    assert name in printed or command == "diff"
+    assert '"' in printed, "it has printed JSON"
     assert not heavy

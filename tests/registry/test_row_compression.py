@@ -1,4 +1,4 @@
-"""A row in fewer ranks is the closest one there is, and what it lacks is said."""
+"""A row in fewer ranks is the closest one there is, and what it lacks is reported."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_signed_bank_holds_and_any_change_of_any_part_does_not(bank: Path, key
         AMLoRAModel.from_bank(bank, require_signature=keys / "ours.pub")
 
 
-def test_a_bank_that_was_made_anew_with_right_digests_is_not_signed_for_it(bank: Path, keys: Path) -> None:
+def test_a_bank_that_was_made_again_with_right_digests_is_not_signed_for_it(bank: Path, keys: Path) -> None:
     """What digests alone cannot tell: everything is consistent, and somebody else's."""
     sign(bank, keys / "ours.key")
     signature = (bank / "model.sig").read_bytes()

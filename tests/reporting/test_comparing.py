@@ -79,11 +79,11 @@ def test_a_comparison_knows_what_its_scores_are_called_and_what_needs_no_learnin
     one.facts.result["task_metrics"] = {"first": "rouge_l", "second": "rouge_l"}
     assert compare([one], "seq_lora")["measure"] == "ROUGE-L"
     one.facts.result["task_metrics"] = {"first": "accuracy", "second": "rouge_l"}
-    one.facts.materials["tasks"] = {"first": {"labels": ["", "x", "y", "z"], "metric": "accuracy"}}
+    one.facts.inputs["tasks"] = {"first": {"labels": ["", "x", "y", "z"], "metric": "accuracy"}}
     mixed = compare([one], "seq_lora")
     assert mixed["measure"] == "score"
     assert _floor(mixed, ["second", "first"]) == {"majority label": [None, 1.0], "chance": [None, 0.25]}
-    assert _floor_means(mixed) == [], "a mean over one of two tasks is no line beside means over both"
+    assert _floor_means(mixed) == [], "a mean over one of two tasks is no line next to means over both"
     assert _measure({}) == "accuracy" and _floor({}, ["first"]) == {}, "a comparison of an earlier release"
 
 
@@ -105,7 +105,7 @@ def test_the_page_of_a_promotion_calls_scores_by_their_metric(metric: str | None
 def test_the_page_of_a_comparison_names_its_metric_and_shows_what_needs_no_learning() -> None:
     made = [entry(method, ["first", "second"]) for method in ("seq_lora", "replay")]
     for one in made:
-        one.facts.materials["tasks"] = {task: {"labels": ["", "x"], "metric": "accuracy"} for task in ROWS}
+        one.facts.inputs["tasks"] = {task: {"labels": ["", "x"], "metric": "accuracy"} for task in ROWS}
     shared = {
         "comparison_id": "c", "seeds": [0], "orders": {"given": list(ROWS)}, "command": "amlora compare", "failed": [],
         "config": {"evaluation": {"split": "test"}, "model": {"source": "m"}}, "learning_rates": [], "tuning": {},

@@ -183,8 +183,8 @@ def test_a_stage_that_began_where_nothing_was_left_to_gain_is_a_note_until_its_l
 
 
 def test_prompts_that_tell_the_task_and_skipped_rows_are_notes() -> None:
-    told = replace(healthy(), leaks={"dbpedia": ["prompt_style: named"]}, bad_rows={"yahoo": 3})
-    assert [(f.level, f.rule) for f in diagnose(told)] == [("note", "prompts_tell_the_task"), ("note", "rows_skipped")]
+    bad = replace(healthy(), leaks={"dbpedia": ["prompt_style: named"]}, bad_rows={"yahoo": 3})
+    assert [(f.level, f.rule) for f in diagnose(bad)] == [("note", "prompts_tell_the_task"), ("note", "rows_skipped")]
 
 
 def test_a_run_under_way_is_diagnosed_on_what_it_has() -> None:

@@ -101,7 +101,7 @@ def test_short_numbers(value: float, digits: int, text: str) -> None:
     assert short_number(value, digits) == text
 
 
-def test_long_names_leave_a_dot_plot_its_room_and_stand_whole_in_the_data() -> None:
+def test_long_names_leave_a_dot_plot_its_room_and_are_whole_in_the_data() -> None:
     name = "am_lora-threshold-0.3-temperature-1-form-absolute-layers-last"
     chart = dot_plot("long", "", "", [Dot(name, 0.5, 0.4, 0.6)], x_name="accuracy")
     (axes,) = chart.figure.axes
@@ -133,4 +133,4 @@ def test_a_line_chart_of_many_tasks_is_as_wide_as_the_page(count: int) -> None:
     assert chart.figure.get_figwidth() == (WIDE if count == 15 else WIDTH)
     assert axes.get_position().width > 0.8 and axes.get_position().x1 <= 1.0
     muted = [line for line in axes.lines if line.get_color() == GREY]
-    assert [line.get_linestyle() for line in muted] == [":", "--"], "two references can be told apart"
+    assert [line.get_linestyle() for line in muted] == [":", "--"], "two references look different"

@@ -7,7 +7,7 @@ import pytest
 from amlora_dist.reporting.run_charts import _won_by
 
 
-def test_a_race_is_told_in_percent_of_the_held_out_loss_of_the_start_at_zero() -> None:
+def test_a_race_is_reported_in_percent_of_the_held_out_loss_of_the_start_at_zero() -> None:
     losses = {"none": 0.8, "amazon": 0.6, "yelp": 0.7}
     race = {"steps": 12, "losses": losses}
     assert _won_by({"race": race, "recipe_from": "amazon"}) == pytest.approx(0.25)

@@ -24,10 +24,10 @@ ANSWERS = {"mood": ["happy"] * 3 + ["annoyed"], "route": ["billing", "account", 
 
 def predictions(task: str, given: Sequence[str], *, answers: Sequence[str] | None = None) -> list[Prediction]:
     return [
-        Prediction(row=n, answer=right, output=said, ended=True, correct=float(said == right),
-                   ranked=LABELS[task].index(said) if task in LABELS and said in LABELS[task] else None,
-                   gates=[0.25, 0.75], route="route", served=said)
-        for n, (right, said) in enumerate(zip(answers or ANSWERS[task], given, strict=True), start=1)
+        Prediction(row=n, answer=right, output=given_answer, ended=True, correct=float(given_answer == right),
+                   ranked=LABELS[task].index(given_answer) if task in LABELS and given_answer in LABELS[task] else None,
+                   gates=[0.25, 0.75], route="route", served=given_answer)
+        for n, (right, given_answer) in enumerate(zip(answers or ANSWERS[task], given, strict=True), start=1)
     ]  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_baselines_are_one_over_the_labels_and_the_most_frequent_answer_and_free
     found = baselines(facts)
     assert found.chance == [0.5, pytest.approx(1 / 3), None] and found.majority == [0.75, 0.5, None]
     assert [name for name, _ in found.lines] == [MAJORITY, CHANCE]
-    assert found.means == [], "a mean over some of the tasks would stand beside a mean over all"
+    assert found.means == [], "a mean over some of the tasks would be next to a mean over all"
     del facts.predictions["mood"]
     assert baselines(facts).majority[0] is None, "rows that were not scored are not guessed"
 
@@ -85,12 +85,12 @@ def test_a_run_of_one_stage_has_nothing_to_forget(facts: RunFacts) -> None:
     assert _retained(facts) == ""
 
 
-def test_what_is_recorded_of_tasks_stands_in_the_order_of_stages(facts: RunFacts) -> None:
-    facts.materials["tasks"] = dict(sorted(facts.materials["tasks"].items())) | {"mood.shifted": {}}
+def test_what_is_recorded_of_tasks_is_in_the_order_of_stages(facts: RunFacts) -> None:
+    facts.inputs["tasks"] = dict(sorted(facts.inputs["tasks"].items())) | {"mood.shifted": {}}
     assert list(facts.described) == ["mood", "route", "note", "mood.shifted"]
 
 
-def test_a_stage_has_its_page_beside_the_run_in_mlflow(facts: RunFacts) -> None:
+def test_a_stage_has_its_page_next_to_the_run_in_mlflow(facts: RunFacts) -> None:
     assert facts.page_of("b") == "", "not known"
     facts.page = "https://mlflow.example/#/experiments/7/runs/a"
     assert facts.page_of("b") == "https://mlflow.example/#/experiments/7/runs/b" and facts.page_of("") == ""
@@ -111,13 +111,13 @@ def test_a_task_of_many_labels_lists_its_most_frequent_confusions() -> None:
     labels = [f"label {n}" for n in range(20)]
     wrong = predictions("many", [labels[1]] * 20, answers=[labels[0]] * 3 + labels[3:])
     run = made([[0.0]], {"many": wrong})
-    run.materials["tasks"]["many"] |= {"labels": labels}
+    run.inputs["tasks"]["many"] |= {"labels": labels}
     (table,) = confusion_blocks(run)
     assert isinstance(table, TableBlock) and table.table.rows[0] == ["label 0", "label 1", 3, 1.0]
     assert len(table.table.rows) == 18 and table.shown is not None and len(table.shown.rows) == 15
 
 
-def test_right_and_wrong_answers_stand_with_their_routes_and_without_a_text(facts: RunFacts) -> None:
+def test_right_and_wrong_answers_are_shown_with_their_routes_and_without_a_text(facts: RunFacts) -> None:
     right, wrong = answer_blocks(facts)
     assert isinstance(right, TableBlock) and isinstance(wrong, TableBlock)
     assert [line[:4] for line in right.table.rows] == [
@@ -168,7 +168,7 @@ def test_a_whole_page_of_two_and_of_fifteen_tasks_fits_screen_and_limit(count: i
         scored[task] = [replace(p, gates=gates, route=tasks[0]) for p in scored[task]]
     run = made([[0.5] * count for _ in tasks], scored)
     for task in tasks:
-        run.materials["tasks"][task] = {
+        run.inputs["tasks"][task] = {
             "labels": labels, "metric": "accuracy", "rows": {"test": 40}, "bad_rows": 0, "prompt_style": "question",
             "digests": {"test": "0" * 64},
         }  # fmt: skip

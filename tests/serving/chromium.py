@@ -37,21 +37,21 @@ class Page:
         self._sent += 1
         await self._socket.send_json({"id": self._sent, "method": method, "params": parameters})
         while True:
-            said = json.loads((await self._socket.receive(timeout=30)).data)
-            if said.get("id") == self._sent:
-                assert "error" not in said, said
-                result: dict[str, Any] = said["result"]
+            response = json.loads((await self._socket.receive(timeout=30)).data)
+            if response.get("id") == self._sent:
+                assert "error" not in response, response
+                result: dict[str, Any] = response["result"]
                 return result
-            if said.get("method") == "Runtime.exceptionThrown":
-                self.complaints.append(json.dumps(said["params"]["exceptionDetails"])[:500])
-            if said.get("method") == "Log.entryAdded" and said["params"]["entry"]["level"] == "error":
-                self.complaints.append(said["params"]["entry"]["text"])
+            if response.get("method") == "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(response["params"]["exceptionDetails"])[:500])
+            if response.get("method") == "Log.entryAdded" and response["params"]["entry"]["level"] == "error":
+                self.complaints.append(response["params"]["entry"]["text"])
 
     async def value(self, expression: str) -> Any:
         """What a line of JavaScript gives."""
-        said = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
+        response = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in response, response
+        return response["result"].get("value")
 
     async def until(self, expression: str, deadline_s: float = 20) -> Any:
         """Wait until a line of JavaScript gives something true."""
@@ -63,8 +63,8 @@ class Page:
 
     async def picture(self, file: Path) -> None:
         """Write a PNG of what is shown."""
-        said = await self.call("Page.captureScreenshot", format="png")
-        file.write_bytes(base64.b64decode(said["data"]))
+        response = await self.call("Page.captureScreenshot", format="png")
+        file.write_bytes(base64.b64decode(response["data"]))
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from tests.serving.servers import Running, running
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Banks by architecture, beside their base models; only read."""
+    """Banks by architecture, next to their base models; only read."""
     folder = tmp_path_factory.mktemp("served")
     for kind in ("llama", "t5"):
         write_working_bank(folder / kind, folder / f"base-{kind}", kind)

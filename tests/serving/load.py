@@ -1,4 +1,4 @@
-"""Versions of a bank that can be told apart by their answers, and clients who check every one of them."""
+"""Versions of a bank that differ in their answers, and clients who check every one of them."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def ask_all(
 def _fault(answer: httpx.Response, kind: str, text: str, right: dict[str, Any]) -> str | None:
     if answer.status_code != 200:
         return f"{answer.status_code} {answer.text}"
-    said = answer.json()
-    tasks, answers = right[said["system_fingerprint"]]
-    part = said["data"][0] if kind == "label" else said["choices"][0]
+    response = answer.json()
+    tasks, answers = right[response["system_fingerprint"]]
+    part = response["data"][0] if kind == "label" else response["choices"][0]
     found = part["label"] if kind == "label" else part["text"]
     if list(part["routing"]["tasks"]) != list(tasks):
-        return f"{said['system_fingerprint']} has tasks {list(tasks)}, routed over {list(part['routing']['tasks'])}"
+        return f"{response['system_fingerprint']} has tasks {list(tasks)}, routed over {list(part['routing']['tasks'])}"
     if found != answers[kind, text]:
-        return f"{said['system_fingerprint']} says {answers[kind, text]!r} to {text!r}, not {found!r}"
+        return f"{response['system_fingerprint']} says {answers[kind, text]!r} to {text!r}, not {found!r}"
     return None

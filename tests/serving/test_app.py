@@ -35,25 +35,25 @@ def test_the_bank_and_each_of_its_tasks_are_models(server: Running) -> None:
 
 
 def test_completions_are_the_models_answers_with_their_routing(server: Running, model: AMLoRAModel) -> None:
-    said = server.good("/v1/completions", model="words", prompt=TEXTS, routing=True)
+    response = server.good("/v1/completions", model="words", prompt=TEXTS, routing=True)
     expected = model.answer(TEXTS)
-    assert [choice["text"] for choice in said["choices"]] == [answer.text for answer in expected]
-    assert [choice["routing"]["task"] for choice in said["choices"]] == [answer.route.task for answer in expected]
+    assert [choice["text"] for choice in response["choices"]] == [answer.text for answer in expected]
+    assert [choice["routing"]["task"] for choice in response["choices"]] == [answer.route.task for answer in expected]
     reasons = ["stop" if answer.ended else "length" for answer in expected]
-    assert [choice["finish_reason"] for choice in said["choices"]] == reasons
-    assert said["system_fingerprint"] == server.service.bank.version
-    assert said["usage"]["total_tokens"] == said["usage"]["prompt_tokens"] + said["usage"]["completion_tokens"]
+    assert [choice["finish_reason"] for choice in response["choices"]] == reasons
+    assert response["system_fingerprint"] == server.service.bank.version
+    assert response["usage"]["total_tokens"] == response["usage"]["prompt_tokens"] + response["usage"]["completion_tokens"]
 
 
 def test_a_named_task_uses_its_own_row_and_prompt(server: Running, model: AMLoRAModel) -> None:
-    said = server.good("/v1/completions", model="words:sizes", prompt=TEXTS[0], routing=True)
-    assert said["choices"][0]["text"] == model.predict(TEXTS[0], task="sizes")[0]
-    assert said["choices"][0]["routing"]["tasks"] == {"colours": 0.0, "shapes": 0.0, "sizes": 1.0}
+    response = server.good("/v1/completions", model="words:sizes", prompt=TEXTS[0], routing=True)
+    assert response["choices"][0]["text"] == model.predict(TEXTS[0], task="sizes")[0]
+    assert response["choices"][0]["routing"]["tasks"] == {"colours": 0.0, "shapes": 0.0, "sizes": 1.0}
 
 
 def test_a_raw_prompt_is_sent_as_it_is(server: Running, model: AMLoRAModel) -> None:
-    said = server.good("/v1/completions", prompt=f"{TEXTS[0]}\nAnswer:", raw=True, max_tokens=4)
-    assert said["choices"][0]["text"] == model.predict(TEXTS[0], max_new_tokens=4)[0]
+    response = server.good("/v1/completions", prompt=f"{TEXTS[0]}\nAnswer:", raw=True, max_tokens=4)
+    assert response["choices"][0]["text"] == model.predict(TEXTS[0], max_new_tokens=4)[0]
     assert server.post("/v1/completions", prompt="red " * 80, raw=True).status_code == 400
 
 
@@ -61,9 +61,9 @@ def test_a_chat_is_text_and_question(server: Running, model: AMLoRAModel) -> Non
     turns: list[dict[str, Any]] = [
         {"role": "system", "content": "what ?"}, {"role": "user", "content": [{"type": "text", "text": TEXTS[1]}]}
     ]  # fmt: skip
-    said = server.good("/v1/chat/completions", model="words", messages=turns)
-    assert said["choices"][0]["message"]["content"] == model.predict(TEXTS[1], question="what ?")[0]
-    assert "routing" not in said["choices"][0]
+    response = server.good("/v1/chat/completions", model="words", messages=turns)
+    assert response["choices"][0]["message"]["content"] == model.predict(TEXTS[1], question="what ?")[0]
+    assert "routing" not in response["choices"][0]
 
 
 def test_pieces_of_a_stream_add_up_to_the_answer(server: Running, model: AMLoRAModel) -> None:
@@ -74,8 +74,8 @@ def test_pieces_of_a_stream_add_up_to_the_answer(server: Running, model: AMLoRAM
     *chunks, done = events(answer)
     assert done == "[DONE]"
     texts, reasons, routes = ["", "", ""], ["", "", ""], 0
-    for said in map(json.loads, chunks[:-1]):
-        for choice in said["choices"]:
+    for response in map(json.loads, chunks[:-1]):
+        for choice in response["choices"]:
             texts[choice["index"]] += choice["text"]
             reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
             routes += "routing" in choice
@@ -110,8 +110,8 @@ def test_a_stream_is_sent_while_it_is_written(
 
 
 def test_classifications_are_the_models_labels(server: Running, model: AMLoRAModel) -> None:
-    said = server.good("/v1/classifications", model="words", input=TEXTS, routing=True)
-    for found, expected in zip(said["data"], model.classify(TEXTS), strict=True):
+    response = server.good("/v1/classifications", model="words", input=TEXTS, routing=True)
+    for found, expected in zip(response["data"], model.classify(TEXTS), strict=True):
         assert (found["label"], found["task"]) == (expected.label, expected.task)
         assert found["scores"] == pytest.approx(expected.scores, abs=1e-5)
         assert found["routing"]["tasks"] == pytest.approx(expected.route.tasks, abs=1e-5)
@@ -133,8 +133,8 @@ def test_requests_of_many_clients_share_passes_whatever_adapters_they_use(server
 
     def ask(text: str) -> tuple[str, str]:
         together.wait(timeout=30)
-        said = server.good("/v1/completions", prompt=text, max_tokens=8)
-        return said["choices"][0]["text"], server.good("/v1/classifications", input=text)["data"][0]["label"]
+        response = server.good("/v1/completions", prompt=text, max_tokens=8)
+        return response["choices"][0]["text"], server.good("/v1/classifications", input=text)["data"][0]["label"]
 
     with ThreadPoolExecutor(len(TEXTS)) as pool:
         found = list(pool.map(ask, TEXTS))
@@ -145,8 +145,8 @@ def test_requests_of_many_clients_share_passes_whatever_adapters_they_use(server
 
 def test_drawing_with_a_seed_gives_the_same_answer_again(server: Running) -> None:
     def drawn(seed: int) -> str:
-        said = server.good("/v1/completions", prompt=TEXTS[0], temperature=1.5, top_p=0.95, seed=seed, max_tokens=12)
-        return str(said["choices"][0]["text"])
+        response = server.good("/v1/completions", prompt=TEXTS[0], temperature=1.5, top_p=0.95, seed=seed, max_tokens=12)
+        return str(response["choices"][0]["text"])
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(6)}) > 1
@@ -156,10 +156,10 @@ def test_a_stop_sequence_ends_the_answer_before_it(server: Running, model: AMLoR
     answers = zip(TEXTS, model.predict(TEXTS, max_new_tokens=8), strict=True)
     text, whole = next((text, answer) for text, answer in answers if len(answer.split()) > 2)
     stop = whole.split()[2]
-    said = server.good("/v1/completions", prompt=text, max_tokens=8, stop=[stop])["choices"][0]
-    assert said["finish_reason"] == "stop" and said["text"] == whole[: whole.index(stop)]
+    response = server.good("/v1/completions", prompt=text, max_tokens=8, stop=[stop])["choices"][0]
+    assert response["finish_reason"] == "stop" and response["text"] == whole[: whole.index(stop)]
     streamed = events(server.post("/v1/completions", prompt=text, max_tokens=8, stop=stop, stream=True))[:-1]
-    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in streamed) == said["text"]
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in streamed) == response["text"]
 
 
 def test_openais_own_client_works(server: Running, model: AMLoRAModel) -> None:
@@ -167,8 +167,8 @@ def test_openais_own_client_works(server: Running, model: AMLoRAModel) -> None:
     assert next(one.id for one in client.models.list()) == "words"
     assert client.models.retrieve("words:sizes").id == "words:sizes"
     answer = model.predict(TEXTS[2])[0]
-    said = client.completions.create(model="words", prompt=TEXTS[2], extra_body={"routing": True})
-    assert said.choices[0].text == answer and said.choices[0].routing["task"] == "sizes"  # type: ignore[attr-defined]
+    response = client.completions.create(model="words", prompt=TEXTS[2], extra_body={"routing": True})
+    assert response.choices[0].text == answer and response.choices[0].routing["task"] == "sizes"  # type: ignore[attr-defined]
     messages: Any = [{"role": "user", "content": TEXTS[2]}]
     chat = client.chat.completions.create(model="words", messages=messages)
     assert chat.choices[0].message.content == answer and chat.usage is not None
@@ -224,8 +224,8 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(
 ) -> None:
     answer = server.client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
-    said = answer.json()["error"]["message"]
-    assert words in said and "[" not in said.partition(": ")[0] and "function" not in said, "words of the API alone"
+    message = answer.json()["error"]["message"]
+    assert words in message and "[" not in message.partition(": ")[0] and "function" not in message, "words of the API alone"
     assert server.client.get("/healthz").json()["status"] == "ok"
 
 
@@ -297,7 +297,7 @@ def test_a_key_is_asked_for_where_there_is_one(model: AMLoRAModel) -> None:
         assert schema["components"]["securitySchemes"] and "401" in schema["paths"]["/v1/models"]["get"]["responses"]
 
 
-def test_a_pass_that_fails_is_told_to_its_clients_and_the_next_one_works(
+def test_a_pass_that_fails_is_reported_to_its_clients_and_the_next_one_works(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_requests: Any) -> Any:

@@ -78,14 +78,14 @@ class Client:
     """Somebody who waits for one answer."""
 
     def __init__(self, bank: ServedBank, text: str, *, new_tokens: int = 6, stream: bool = False, **more: Any) -> None:
-        self.heard: queue.Queue[Event] = queue.Queue()
+        self.events: queue.Queue[Event] = queue.Queue()
         request = bank.to_generate(text, new_tokens=new_tokens, **more)
         sampling = Sampling(new_tokens=new_tokens)
-        self.job = Job(bank, request, self.heard.put, time.monotonic() + 60, sampling, stream)
+        self.job = Job(bank, request, self.events.put, time.monotonic() + 60, sampling, stream)
 
     def last(self) -> Event:
         """The event that ends the job."""
-        while not isinstance(event := self.heard.get(timeout=60), (Ended, Failed)):
+        while not isinstance(event := self.events.get(timeout=60), (Ended, Failed)):
             assert isinstance(event, (Began, Piece))
         return event
 

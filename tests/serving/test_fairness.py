@@ -1,4 +1,4 @@
-"""Whose turn it is: a request of much work gives way, one of many texts does not stand before one of a single text."""
+"""Whose turn it is: a request of much work gives way, one of many texts does not delay one of a single text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_pass_takes_no_more_than_its_tokens_but_always_one() -> None:
     assert waiting.taken(9, 100) == []
 
 
-def test_heavy_work_gets_its_share_beside_other_work_and_all_of_the_time_alone() -> None:
+def test_heavy_work_gets_its_share_next_to_other_work_and_all_of_the_time_alone() -> None:
     now = 0.0
     share = Share(lambda: now)
     assert share.wait_s() == 0, "nobody else is there"
@@ -89,18 +89,18 @@ class Labelled:
     """Somebody who waits for one label."""
 
     def __init__(self, bank: ServedBank, text: str, labels: list[str] | None = None, *, heavy: bool = False) -> None:
-        self.heard: queue.Queue[Event] = queue.Queue()
+        self.events: queue.Queue[Event] = queue.Queue()
         request = bank.to_classify(text, labels=labels)
         self.at = 0.0
         self.job = Job(bank, request, self._hear, time.monotonic() + 60, heavy=heavy)
 
     def _hear(self, event: Event) -> None:
         self.at = time.monotonic()
-        self.heard.put(event)
+        self.events.put(event)
 
     def last(self) -> Event:
         """What became of it."""
-        return self.heard.get(timeout=60)
+        return self.events.get(timeout=60)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_classify_hog_lets_others_pass_and_both_get_what_they_get_alone(model: A
         for other in others:
             engine.submit([other.job])
     found = [other.last() for other in others]
-    assert all(hog.heard.empty() for hog in hogs), "they came first and are not done"
+    assert all(hog.events.empty() for hog in hogs), "they came first and are not done"
     assert [one.found.label for one in found if isinstance(one, Classified)] == [o.label for o in model.classify(TEXTS)]
     for hog, expected in zip(hogs, model.classify(TEXTS[:2], labels=WORDS), strict=True):
         event = hog.last()
@@ -196,7 +196,7 @@ def test_labels_of_another_client_cut_no_text(model: AMLoRAModel) -> None:
 
     mine = asked(long, ["red", "blue"])
     model.classified([mine], 1)
-    beside, other = asked(long, ["red", "blue"]), asked(TEXTS[0], ["red", " ".join(["wall"] * 30)])
-    beside.place, other.place = 0, 1
-    model.classified([beside, other], 2)
-    assert beside.tokens == mine.tokens
+    long_job, other = asked(long, ["red", "blue"]), asked(TEXTS[0], ["red", " ".join(["wall"] * 30)])
+    long_job.place, other.place = 0, 1
+    model.classified([long_job, other], 2)
+    assert long_job.tokens == mine.tokens

@@ -12,20 +12,20 @@ from amlora_dist.serving.front import Front, Pace, bare_host
 
 def status_of(front: Front, host: bytes | None, address: str | None) -> int:
     """The status of a request that names ``host`` on a connection that came in at ``address``."""
-    said: list[Any] = []
+    sent: list[Any] = []
 
     async def receive() -> Any:
         return {"type": "http.request", "body": b""}
 
     async def send(message: Any) -> None:
-        said.append(message)
+        sent.append(message)
 
     scope = {
         "type": "http", "method": "GET", "path": "/", "headers": [] if host is None else [(b"Host", host)],
         "server": None if address is None else (address, 80),
     }  # fmt: skip
     asyncio.run(front(scope, receive, send))
-    return int(said[0]["status"])
+    return int(sent[0]["status"])
 
 
 async def app(_scope: Any, _receive: Any, send: Any) -> None:

@@ -22,7 +22,7 @@ from tests.serving.servers import Running, running
 pytestmark = pytest.mark.integration  # a running app
 
 TEXTS = [texts_of(task, 4, "hostile")[i] for i in range(4) for task in TASKS]
-SAID = [{"role": "user", "content": TEXTS[0]}]
+MESSAGES = [{"role": "user", "content": TEXTS[0]}]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ def test_tiny_temperature_is_greedy_and_touches_nobody_else(
 ) -> None:
     def ask(number: int) -> str:
         more = sampling if number == 0 else {}
-        said = server.good("/v1/completions", prompt=TEXTS[number], max_tokens=8, **more)
-        return str(said["choices"][0]["text"])
+        response = server.good("/v1/completions", prompt=TEXTS[number], max_tokens=8, **more)
+        return str(response["choices"][0]["text"])
 
     with ThreadPoolExecutor(11) as pool:
         assert list(pool.map(ask, range(11))) == model.predict(TEXTS[:11], max_new_tokens=8)
@@ -80,8 +80,8 @@ def test_a_pass_that_one_text_breaks_is_repeated_without_it(
         answer = server.post(path, **{name: text})
         if answer.status_code != 200:
             return answer.status_code
-        said = answer.json()
-        return said["choices"][0]["text"] if kind == "completions" else said["data"][0]["label"]
+        response = answer.json()
+        return response["choices"][0]["text"] if kind == "completions" else response["data"][0]["label"]
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(ask, TEXTS[:8]))
@@ -99,8 +99,8 @@ EXPLOSIONS: list[tuple[type[Any], dict[str, Any]]] = [
     (wire.ChatRequest, {"messages": [{}] * 100_000}),
     (wire.ChatRequest, {"messages": [{"a": 1, "b": 2}] * 1_000}),
     (wire.ChatRequest, {"messages": [{"role": "user", "content": [1] * 1_000}] * 100}),
-    (wire.ChatRequest, {"messages": SAID, "tools": [{}] * 100_000}),
-    (wire.ChatRequest, {"messages": SAID, "metadata": {str(n): 1 for n in range(50_000)}}),
+    (wire.ChatRequest, {"messages": MESSAGES, "tools": [{}] * 100_000}),
+    (wire.ChatRequest, {"messages": MESSAGES, "metadata": {str(n): 1 for n in range(50_000)}}),
     (wire.ClassificationRequest, {"input": [None] * 100_000}),
     (wire.ClassificationRequest, {"input": "red", "labels": [1] * 1_000}),
 ]
@@ -141,7 +141,7 @@ USUAL: list[tuple[str, dict[str, Any]]] = [
     *(("/v1/completions", {"prompt": TEXTS[0], **more}) for more in (
         *USUAL_OF_BOTH, {"suffix": None}, {"suffix": ""}, {"echo": False}, {"best_of": 1}, {"logprobs": None},
     )),
-    *(("/v1/chat/completions", {"messages": SAID, **more}) for more in (
+    *(("/v1/chat/completions", {"messages": MESSAGES, **more}) for more in (
         *USUAL_OF_BOTH, {"response_format": {"type": "text"}}, {"response_format": None}, {"tools": []}, {"tools": None},
         {"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}, {"functions": []},
         {"function_call": "none"}, {"store": False}, {"store": None}, {"metadata": {}}, {"metadata": None},
@@ -151,7 +151,7 @@ USUAL: list[tuple[str, dict[str, Any]]] = [
         {"moderation": None},
         {"prediction": None}, {"safety_identifier": "a"}, {"prompt_cache_key": "b"}, {"max_completion_tokens": None},
     )),
-    *(("/v1/chat/completions", {"messages": [*SAID, turn]}) for turn in (
+    *(("/v1/chat/completions", {"messages": [*MESSAGES, turn]}) for turn in (
         {"role": "assistant", "type": "text"},
         {"role": "assistant", "content": None}, {"role": "assistant"}, {"role": "assistant", "content": ""},
         {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "audio": None, "function_call": None,
@@ -184,7 +184,7 @@ def test_usual_values_are_taken_and_change_nothing(
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(server: Running, more: dict[str, Any], name: str) -> None:
-    answer = server.post("/v1/chat/completions", **{"messages": SAID, **more})
+    answer = server.post("/v1/chat/completions", **{"messages": MESSAGES, **more})
     assert answer.status_code == 400 and name in answer.json()["error"]["message"]
 
 
@@ -197,18 +197,18 @@ def test_what_is_not_there_is_refused_by_name(server: Running, more: dict[str, A
         ("/v1/completions", {"prompt": "red", "\ud800": 1}),
         ("/v1/completions", {"prompt": "red", "stream_options": {"a": 1, "b": 1, "\ud800": 1}}),
         ("/v1/completions", {"prompt": "red", **dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 1), "\ud800": 1}),
-        ("/v1/chat/completions", {"messages": SAID, "response_format": {"type": "text", "\ud800": 1}}),
-        ("/v1/chat/completions", {"messages": SAID, "metadata": {"\ud800": 1}, "logit_bias": {"\ud800": 1}}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "text", "\ud800": 1}}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "metadata": {"\ud800": 1}, "logit_bias": {"\ud800": 1}}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "\ud800": 1}]}]}),
         ("/v1/completions", {"prompt": "red", "raw": True, "stop": ["\ud800"]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "red \ud800"}]}),
         ("/v1/chat/completions", {"messages": [{"role": "\ud800", "content": "red"}]}),
-        ("/v1/chat/completions", {"messages": [{"role": "system", "content": "\ud800"}, *SAID]}),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": "\ud800"}, *MESSAGES]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}),
         ("/v1/classifications", {"input": "red \ud800"}), ("/v1/classifications", {"input": "red", "labels": ["\ud800"]}),
     ],
 )  # fmt: skip
-def test_surrogate_alone_is_refused_wherever_it_stands(server: Running, path: str, body: dict[str, Any]) -> None:
+def test_surrogate_alone_is_refused_wherever_it_is(server: Running, path: str, body: dict[str, Any]) -> None:
     answer = server.client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
@@ -260,14 +260,14 @@ def test_slow_sockets_are_closed(model: AMLoRAModel, sent: bytes, status: bytes)
     with running(ServedBank(model, "words"), read_timeout_s=0.5) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         with socket.create_connection(address, timeout=30) as connection:
-            said = b""
+            response = b""
             try:
                 connection.sendall(sent)
                 while part := connection.recv(4096):
-                    said += part
+                    response += part
             except ConnectionError:
                 pass  # closed as well
-            assert said.split(b" ")[1:2] == ([status] if status else [])
+            assert response.split(b" ")[1:2] == ([status] if status else [])
         assert server.client.get("/healthz").status_code == 200
 
 
@@ -300,7 +300,7 @@ def test_what_is_too_large_is_answered_although_the_client_is_still_sending(mode
 def test_mutated_requests_meet_no_fault_and_change_no_row_of_another_client(
     model: AMLoRAModel, requests: int
 ) -> None:
-    """Beside every one of them somebody asks something usual and gets the usual answer."""
+    """Next to every one of them somebody asks something usual and gets the usual answer."""
     right = dict(zip(TEXTS, model.predict(TEXTS, max_new_tokens=6), strict=True))
     labels = {text: one.label for text, one in zip(TEXTS, model.classify(TEXTS), strict=True)}
     with running(ServedBank(model, "words"), max_new_tokens=12, request_timeout_s=30) as server:

@@ -28,8 +28,8 @@ def expected(model: AMLoRAModel, prompt: str, count: int) -> tuple[list[int], to
 def test_an_echoed_prompt_has_the_models_own_log_probabilities(server: Running, model: AMLoRAModel, form: str) -> None:
     prompts = [f"{text}\nAnswer:" for text in TEXTS]
     given: Any = prompts if form == "text" else [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    said = server.good("/v1/completions", model="words", prompt=given, echo=True, logprobs=2, max_tokens=1)
-    for prompt, choice in zip(prompts, said["choices"], strict=True):
+    response = server.good("/v1/completions", model="words", prompt=given, echo=True, logprobs=2, max_tokens=1)
+    for prompt, choice in zip(prompts, response["choices"], strict=True):
         ids, scores_SV = expected(model, prompt, 1)
         found = choice["logprobs"]
         assert len(found["tokens"]) == len(ids) + 1, "the prompt's and the one that was written, be it the end"
@@ -63,8 +63,8 @@ def test_pieces_of_a_stream_have_the_log_probabilities_of_the_whole(server: Runn
     whole = server.good("/v1/completions", **body)["choices"]
     pieces: list[dict[str, list[Any]]] = [{}, {}]
     texts = ["", ""]
-    for said in events(server.post("/v1/completions", **body, stream=True))[:-1]:
-        for choice in json.loads(said)["choices"]:
+    for response in events(server.post("/v1/completions", **body, stream=True))[:-1]:
+        for choice in json.loads(response)["choices"]:
             texts[choice["index"]] += choice["text"]
             for key, values in (choice["logprobs"] or {}).items():
                 pieces[choice["index"]].setdefault(key, []).extend(values)
@@ -76,24 +76,24 @@ def test_pieces_of_a_stream_have_the_log_probabilities_of_the_whole(server: Runn
 
 def test_a_chat_has_the_likeliest_tokens_of_its_answer(server: Running) -> None:
     turns = [{"role": "user", "content": TEXTS[0]}]
-    said = server.good("/v1/chat/completions", messages=turns, logprobs=True, top_logprobs=3, max_tokens=4)["choices"][0]
-    for token in said["logprobs"]["content"]:
+    response = server.good("/v1/chat/completions", messages=turns, logprobs=True, top_logprobs=3, max_tokens=4)["choices"][0]
+    for token in response["logprobs"]["content"]:
         assert token["logprob"] <= 0 and len(token["top_logprobs"]) == 3
         assert token["top_logprobs"][0]["logprob"] == pytest.approx(token["logprob"]), "the answer is greedy"
         assert bytes(token["bytes"]).decode() == token["token"]
     bare = server.good("/v1/chat/completions", messages=turns, logprobs=True, max_tokens=4)["choices"][0]
     assert all(token["top_logprobs"] == [] for token in bare["logprobs"]["content"])
-    assert bare["message"] == said["message"]
+    assert bare["message"] == response["message"]
 
 
 def test_a_harness_scores_continuations_as_it_does_with_other_servers(server: Running, model: AMLoRAModel) -> None:
     """The request and the reading of the answer are lm-evaluation-harness's (``local-completions``)."""
     context, continuation = model.tokenizer(TEXTS[1])["input_ids"], model.tokenizer("red green")["input_ids"]
-    said = server.good(
+    response = server.good(
         "/v1/completions", model="words:sizes", prompt=[[*context, *continuation]], max_tokens=1, logprobs=1, seed=1234,
         echo=True, temperature=0,
     )  # fmt: skip
-    found = said["choices"][0]["logprobs"]
+    found = response["choices"][0]["logprobs"]
     total = sum(found["token_logprobs"][len(context) : -1])
     gate = torch.tensor([[0.0, 0.0, 1.0]])
     with torch.no_grad():

@@ -49,11 +49,11 @@ def test_a_text_is_classified_and_answered_and_its_routing_shown(
             await page.until("document.getElementById('note').textContent.includes('ms')")
             assert await page.value("document.getElementById('answer').textContent") == model.predict(TEXT)[0]
             assert (await page.value("document.getElementById('note').textContent")).startswith("as shapes, ")
-            # what a bank's author wrote is text, never markup; and errors are told
+            # what a bank's author wrote is text, never markup; and errors are shown
             await page.value("document.getElementById('text').value = 'x'.repeat(40000)")
             await page.value("document.getElementById('classify').click()")
-            told = await page.until("document.getElementById('error').textContent")
-            assert "expected at most 32768" in told
+            error_text = await page.until("document.getElementById('error').textContent")
+            assert "expected at most 32768" in error_text
             assert page.complaints == ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]
 
     asyncio.run(visit())

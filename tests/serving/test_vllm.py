@@ -193,12 +193,12 @@ def test_the_exported_folder_is_served_by_vllm_itself_and_its_client_asks_for_th
         assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
         for task in FOUR:
             (text,) = texts_of(task, 1, "exported")
-            said = subprocess.run(
+            done = subprocess.run(
                 [sys.executable, str(folder / "client.py"), str(banks[0]), text, f"http://127.0.0.1:{port}"],
                 capture_output=True, text=True, timeout=300, check=True,
             )  # fmt: skip
             (own,) = model.answer([text], task=model.route(text)[0].task, free=True)
-            found = json.loads(said.stdout.splitlines()[-1])
+            found = json.loads(done.stdout.splitlines()[-1])
             assert (found["task"], found["model"], found["answer"]) == (task, task, own.text)
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -223,7 +223,7 @@ def test_a_text_of_no_task_is_answered_by_the_base_model(
     assert set(fake.asked) == {"base"}
 
 
-def test_a_prompt_is_not_scored_beside_loras(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
+def test_a_prompt_is_not_scored_with_loras(bank: ServedBank, fake: FakeVllm, tmp_path: Path) -> None:
     with running(bank, engine=engine(fake.url, tmp_path)) as server:
         answer = server.post("/v1/completions", prompt=TEXT, echo=True, logprobs=1)
         assert answer.status_code == 400 and "echo: found true" in answer.json()["error"]["message"]

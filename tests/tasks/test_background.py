@@ -30,7 +30,7 @@ def words(text: str) -> set[str]:
     return set(text.lower().split())
 
 
-def test_parts_hold_every_kind_and_each_kind_of_comparison_stands_alone() -> None:
+def test_parts_hold_every_kind_and_each_kind_of_comparison_is_a_part_of_its_own() -> None:
     parts = background.parts()
     assert list(parts) == sorted(parts)
     assert {*COMPARISONS, "news", "questions", "chat", "code", "lists", "languages", "noise"} <= set(parts)
@@ -55,7 +55,7 @@ def test_no_text_is_empty_and_only_noise_has_fewer_than_three_words(part: str) -
         assert part == "noise" or unspaced or len(text.split()) >= 3, text
 
 
-def test_no_text_stands_twice_whatever_its_case_and_spaces() -> None:
+def test_no_text_is_there_twice_whatever_its_case_and_spaces() -> None:
     texts = [text for part in background.parts() for text in background.texts(part)]
     assert len({" ".join(text.lower().split()) for text in texts}) == len(texts)
 

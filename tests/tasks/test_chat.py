@@ -53,8 +53,8 @@ def conversations(most_turns: int) -> list[tuple[Turn, ...]]:
     words = "The parcel was due on Monday; where is it? 24 euros, again:\nno\n\n  yes  don't 12345 ünï 漢字 (a) {b: 1}"
 
     def text() -> str:
-        said = " ".join(draw.choices(words.split(" "), k=draw.randint(1, 9))) + "."
-        return draw.choice(["", "", "", " ", "\n", "\n\n"]) + said + draw.choice(["", "", "", "\n", " "])
+        texts = " ".join(draw.choices(words.split(" "), k=draw.randint(1, 9))) + "."
+        return draw.choice(["", "", "", " ", "\n", "\n\n"]) + texts + draw.choice(["", "", "", "\n", " "])
 
     made = []
     for _ in range(ROWS):
@@ -76,8 +76,8 @@ def spec_of(**prompt: Any) -> TaskSpec:
 
 def encoded(rows: list[tuple[Turn, ...]], family: str, max_length: int = 4000, **prompt: Any) -> list[Example]:
     spec = spec_of(**prompt)
-    said = [[turn.text for turn in turns if turn.role == "user"][-1] for turns in rows]
-    made = [Row(n, {}, text, None, turns[-1].text, turns) for n, (text, turns) in enumerate(zip(said, rows, strict=True))]
+    texts = [[turn.text for turn in turns if turn.role == "user"][-1] for turns in rows]
+    made = [Row(n, {}, text, None, turns[-1].text, turns) for n, (text, turns) in enumerate(zip(texts, rows, strict=True))]
     return encode(
         made, spec, template_for(spec), chat_tokenizer(family), max_length=max_length, encoder_decoder=False,
         prompt_format=PromptFormat(2, 64),
@@ -151,7 +151,7 @@ def test_special_tokens_in_a_users_text_are_split_and_those_of_the_template_are_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_router_reads_what_the_user_said_last_and_not_the_system_or_markers(family: str) -> None:
+def test_the_router_reads_the_users_last_turn_and_not_the_system_or_markers(family: str) -> None:
     turns = (Turn("system", "Be polite."), Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "where is it?"))
     (mine,) = encoded([(*turns, Turn("assistant", "there"))], family)
     assert [mine.text] == text_ids(["where is it?"], chat_tokenizer(family), 64)
@@ -236,7 +236,7 @@ THINKING = FORGETFUL.replace(
     ("tokenizer", "prompt", "reason"),
     [
         (altered("smollm2", None), {}, "no chat template"),
-        (altered("smollm2", THINKING), {"train_on": "all"}, "writes what stands before an answer otherwise.*train_on: last"),
+        (altered("smollm2", THINKING), {"train_on": "all"}, "changes what is before an answer once.*train_on: last"),
         (altered("qwen2_5", chat_tokenizer("qwen2_5").chat_template, eos_token="<pad>"), {}, "set eos_token to <.im_end"),
         (altered("smollm2", "{{ raise_exception('only tools') }}"), {}, "refuses the conversation: only tools"),
         (altered("smollm2", "{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}"), {}, "user's words|otherwise"),

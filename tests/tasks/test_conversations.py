@@ -115,9 +115,9 @@ def test_bad_rows_are_counted_and_named_each_with_its_reason(tmp_path: Path) -> 
     spec = task(tmp_path, "auto")
     with pytest.raises(FaultsError) as caught:
         loaded(spec)
-    said = str(caught.value)
+    message = str(caught.value)
     for place, (_, reason) in enumerate(BAD, start=2):
-        assert reason in said and f"row {place}" in said
+        assert reason in message and f"row {place}" in message
     data = loaded(spec, on_bad_row="skip")
     assert len(data.rows["train"]) == 1 and len(data.bad) == len(BAD)
 
@@ -141,8 +141,8 @@ def test_the_classic_format_reads_the_turns_below_each_other(tmp_path: Path) -> 
     ("columns", "more", "message"),
     [
         ({"messages": "m", "text": "t"}, {}, "one form of rows"),
-        ({"prompt": "p"}, {}, "`prompt` and `completion` stand together"),
-        ({"instruction": "i"}, {}, "`instruction` and `output` stand together"),
+        ({"prompt": "p"}, {}, "`prompt` and `completion` go together"),
+        ({"instruction": "i"}, {}, "`instruction` and `output` go together"),
         ({}, {}, "`text` names the columns"),
         ("auto", {"labels": ["a", "b"]}, "needs `columns.label`"),
         ({"text": "t", "answer": "a"}, {"prompt": {"train_on": "all"}}, "`prompt.train_on` is for rows"),

@@ -52,7 +52,7 @@ def test_conversations_are_whole_and_what_is_to_be_done_is_not_in_the_users_word
 
 
 @pytest.mark.parametrize("task", free_text.TASKS)
-def test_free_text_answers_stand_in_the_text_and_no_row_is_bad(task: str) -> None:
+def test_free_text_answers_are_in_the_text_and_no_row_is_bad(task: str) -> None:
     data = load_task(resolve_task(f"helpdesk/{task}", base_dir=Path(), defaults=TaskDefaults()))
     assert {split: len(rows) for split, rows in data.rows.items()} == free_text.ROWS
     for row in (row for rows in data.rows.values() for row in rows):
@@ -69,7 +69,7 @@ def test_stream_has_rows_enough_balanced_labels_and_no_bad_row(stream: dict[str,
             assert max(counts.values()) - min(counts.values()) == 0
 
 
-def test_no_text_stands_twice_in_the_whole_stream_and_lengths_keep_their_bounds() -> None:
+def test_no_text_is_there_twice_in_the_whole_stream_and_lengths_keep_their_bounds() -> None:
     texts = []
     for task in generate.TASKS:
         for split in generate.ROWS:

@@ -17,7 +17,7 @@ from amlora_dist.tasks.files import LONGEST_LINE, Fixes, RawRow, form_of, read_f
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec, read_mapping
 
-MENDS = Fixes("name another column", "give the format")
+FIX = Fixes("name another column", "give the format")
 GOOD = [{"text": f"the wall {number} is {colour}", "label": colour} for number, colour in enumerate(["red", "blue"] * 5)]
 
 
@@ -25,10 +25,10 @@ def read(path: Path, content: str | bytes, needed: list[str] | None = None) -> l
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     form = form_of(path)
     assert form is not None
-    return list(read_file(path, form, needed or ["text"], None, MENDS))
+    return list(read_file(path, form, needed or ["text"], None, FIX))
 
 
-def told(path: Path, content: str | bytes) -> str:
+def refusal(path: Path, content: str | bytes) -> str:
     with pytest.raises(UserError) as error:
         read(path, content)
     message = str(error.value)
@@ -70,8 +70,8 @@ def test_csv_unquoted_comma_is_a_fault_of_its_line(tmp_path: Path) -> None:
         ('id,"text\n1,a\n', 1),
     ],
 )
-def test_csv_unclosed_quote_is_told_with_its_line(tmp_path: Path, content: str, line: int) -> None:
-    assert told(tmp_path / "a.csv", content).startswith(f", line {line}: found a quote that is never closed")
+def test_csv_unclosed_quote_is_reported_with_its_line(tmp_path: Path, content: str, line: int) -> None:
+    assert refusal(tmp_path / "a.csv", content).startswith(f", line {line}: found a quote that is never closed")
 
 
 def test_csv_of_other_programs_is_read(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_csv_of_other_programs_is_read(tmp_path: Path) -> None:
         (b"PK\x03\x04abc", ": not UTF-8 text but a zip archive (or a spreadsheet)"),
     ],
 )
-def test_what_is_no_csv_of_that_column_is_told(tmp_path: Path, content: str | bytes, message: str) -> None:
-    assert told(tmp_path / "a.csv", content).startswith(message)
+def test_what_is_no_csv_of_that_column_is_reported(tmp_path: Path, content: str | bytes, message: str) -> None:
+    assert refusal(tmp_path / "a.csv", content).startswith(message)
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def test_json_array_is_read_as_rows(tmp_path: Path) -> None:
     ],
     ids=range(12),
 )
-def test_what_is_no_json_is_told_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
-    assert told(tmp_path / "a.jsonl", content).startswith(message)
+def test_what_is_no_json_is_reported_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    assert refusal(tmp_path / "a.jsonl", content).startswith(message)
 
 
 def test_json_lines_keep_line_separators_of_other_kinds(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_save_to_disk_folder_of_all_splits_says_what_it_is(tmp_path: Path) -> No
         load_task(task(tmp_path, "plain"))
 
 
-def test_save_to_disk_folder_that_is_damaged_is_told(tmp_path: Path) -> None:
+def test_save_to_disk_folder_that_is_damaged_is_reported(tmp_path: Path) -> None:
     datasets.Dataset.from_list(GOOD).save_to_disk(str(tmp_path / "train"))
     next((tmp_path / "train").glob("*.arrow")).write_bytes(b"torn")
     with pytest.raises(UserError, match=r"train: cannot be read as a saved data set"):

@@ -41,7 +41,7 @@ def test_a_text_may_begin_as_other_files_do(first: str) -> None:
     assert [line for _, line in lines_of(io.BytesIO(f"{first}\nb\n".encode()), "rows")] == [f"{first}\n", "b\n"]
 
 
-def test_a_headers_open_quote_is_told_in_a_file_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_headers_open_quote_is_reported_in_a_file_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "CELL_BYTES", 50)
     (tmp_path / "rows.csv").write_text('"text,label\n' + "the wall,red\n" * 20)
     with pytest.raises(UserError, match=r"rows\.csv, line 1: found a quote that is never closed"):
@@ -65,7 +65,7 @@ def test_a_headers_open_quote_is_told_in_a_file_of_any_size(tmp_path: Path, monk
         ("base.csv", b"SQLite format 3\0\x10", "not UTF-8 text but an SQLite database"),
     ],
 )
-def test_a_file_that_is_something_else_is_told(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_is_something_else_is_reported(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{message}"):
         _rows(str(tmp_path / name))
@@ -91,7 +91,7 @@ def test_a_table_of_a_hundred_thousand_columns_is_read_at_once_and_not_listed(tm
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
-def test_a_name_that_no_file_can_have_is_told_in_one_line(name: str) -> None:
+def test_a_name_that_no_file_can_have_is_reported_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match="give a file, or - for standard input") as error:
         _rows(name)
     assert len(str(error.value)) < 400
@@ -138,7 +138,7 @@ def test_validate_finds_the_templates_of_all_tasks_at_once(tmp_path: Path) -> No
     assert len(faults) == 4 and {path[1] for path in faults} == {0, 1, 2, 3}
 
 
-def test_parts_that_are_the_same_in_every_row_may_stand_beside_one_that_is_not(tmp_path: Path) -> None:
+def test_parts_that_are_the_same_in_every_row_may_be_next_to_one_that_is_not(tmp_path: Path) -> None:
     columns = {"text": [{"value": "Of a customer:"}, "text"], "label": "label"}
     spec = resolve_task(
         str(_task(tmp_path, columns=columns, on_bad_row="skip")), base_dir=tmp_path, defaults=TaskDefaults()

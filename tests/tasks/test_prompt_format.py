@@ -59,7 +59,7 @@ def test_an_encoder_reads_its_end_token_behind_the_question() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", CAUSAL)
-def test_the_router_reads_the_text_and_not_what_stands_around_it(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_the_router_reads_the_text_and_not_what_is_around_it(tokenizer) -> None:  # type: ignore[no-untyped-def]
     spec = make_spec()
     made = encode(
         ROWS[:2], spec, template_for(spec, "options"), tokenizer, max_length=300, encoder_decoder=False,

@@ -75,14 +75,14 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_template_bomb_is_told_in_one_message_within_bounds(case: str) -> None:
+def test_template_bomb_is_reported_in_one_message_within_bounds(case: str) -> None:
     source, message = BOMBS[case]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="prompt template of") as told:
+    with pytest.raises(UserError, match="prompt template of") as caught:
         PromptTemplate(source, task="colours").render_text("It rains.")
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 300
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "bounded memory (KiB)"
 
 

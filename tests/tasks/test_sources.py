@@ -179,7 +179,7 @@ def test_each_kind_of_bad_row_is_named_in_its_own_words_under_its_own_split(tmp_
     assert f"{train}, row 2: found an unknown label ('Sprots'), expected one of 0, 1" in message
     assert f"{train}, row 3: found an empty text, expected a text in the columns of `columns.text`" in message
     assert f"{train}, row 4" not in message, "one of 21 is left out and counted"
-    shared = "row 1: found a text that also stands in test (1 of the 5 rows of dev, 20%), expected at most 10%"
+    shared = "row 1: found a text that is also in test (1 of the 5 rows of dev, 20%), expected at most 10%"
     assert f"dev ({tmp_path / 'dev.jsonl'}), {shared}" in message
     assert "on_bad_row: skip" in message and "4 faults" in message
     assert message.index(f"{train}, row 3") < message.index("dev (")
@@ -196,14 +196,14 @@ def test_texts_of_two_splits_are_left_out_and_counted_unless_they_are_many(tmp_p
     write_jsonl(tmp_path, {"train": [*TRAIN, TEST[0], DEV[0]]})
     data = load_task(make_spec(tmp_path))
     assert digests(data) == digests(clean)
-    left = "1 of train (a text that also stands in test), 1 of train (a text that also stands in dev)"
+    left = "1 of train (a text that is also in test), 1 of train (a text that is also in dev)"
     assert data.remarks == f"task 'news': left out 2 rows: {left}"
     write_jsonl(tmp_path, {"train": [*TRAIN, *TEST[:3]]})
     with pytest.raises(FaultsError, match=r"3 of the 23 rows of train, 13%\), expected at most 10%"):
         load_task(make_spec(tmp_path))
 
 
-def test_dev_data_that_are_the_test_data_are_said_to_be(tmp_path: Path) -> None:
+def test_dev_data_that_are_the_test_data_are_reported(tmp_path: Path) -> None:
     write_jsonl(tmp_path, {**SPLITS, "dev": TEST})
     with pytest.raises(FaultsError, match=r"all 6 rows of dev do, it is the same data.*leave `splits.dev` out"):
         load_task(make_spec(tmp_path))
@@ -251,7 +251,7 @@ def test_labels_auto_of_a_mirror_are_its_verbalisers(tmp_path: Path) -> None:
     assert data.spec.label_texts == ["Sports", "World"]
 
 
-def test_rows_may_be_an_array_or_stand_below_keys_of_one_object(tmp_path: Path) -> None:
+def test_rows_may_be_an_array_or_below_keys_of_one_object(tmp_path: Path) -> None:
     write_jsonl(tmp_path)
     lines = digests(load_task(make_spec(tmp_path)))
     for split, rows in SPLITS.items():
@@ -393,7 +393,7 @@ def test_max_read_takes_rows_from_the_whole_of_a_sorted_file(tmp_path: Path) -> 
     assert Counter(row.target for row in data.rows["train"]) == {"World": 5, "Sports": 5}
 
 
-def test_free_text_answers_are_taken_as_they_stand(tmp_path: Path) -> None:
+def test_free_text_answers_are_taken_as_they_are(tmp_path: Path) -> None:
     rows = {split: [{"q": f"{split} {n}", "a": f" answer {n} "} for n in range(5)] for split in SPLITS}
     write_jsonl(tmp_path, rows)
     mapping = make_spec(tmp_path).to_mapping() | {"columns": {"text": "q", "answer": "a"}}

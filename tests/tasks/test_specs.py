@@ -54,7 +54,7 @@ def test_package_brings_the_long_sequence_and_the_demo_stream() -> None:
 
 
 @pytest.mark.parametrize("name", LONG_SEQUENCE)
-def test_columns_and_splits_stand_in_the_recorded_schema(name: str) -> None:
+def test_columns_and_splits_are_in_the_recorded_schema(name: str) -> None:
     spec, schema = SPECS[name], recorded(SPECS[name])
     assert read_columns(spec) <= set(schema["columns"])
     assert {spec.splits.train, spec.splits.test} <= set(schema["splits"])

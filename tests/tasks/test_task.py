@@ -1,4 +1,4 @@
-"""Finding and checking tasks: names, files, overrides, and what a wrong file is told."""
+"""Finding and checking tasks: names, files, overrides, and the message about a wrong file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_data_dir_leaves_tasks_that_are_not_on_the_hub_alone(tmp_path: Path) -> 
     assert spec.source.kind == "builtin"
 
 
-def test_task_file_is_found_beside_the_run_and_its_data_beside_itself(tmp_path: Path) -> None:
+def test_task_file_is_found_next_to_the_run_and_its_data_next_to_itself(tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "mine.yaml").write_text(json.dumps(MINIMAL))
@@ -90,7 +90,7 @@ def test_task_file_is_found_beside_the_run_and_its_data_beside_itself(tmp_path: 
         resolve("tasks/other.yaml", base_dir=tmp_path)
 
 
-def test_task_may_stand_in_the_run_itself(tmp_path: Path) -> None:
+def test_task_may_be_in_the_run_itself(tmp_path: Path) -> None:
     assert resolve(MINIMAL, base_dir=tmp_path).splits.test == str(tmp_path / "test.jsonl")
 
 
@@ -110,7 +110,7 @@ def test_every_fault_of_a_file_is_named_at_once(tmp_path: Path) -> None:
         ({"metric": "rouge_l"}, "has metric `accuracy`, found 'rouge_l'"),
         ({"labels": ...}, "needs `columns.answer`"),
         ({"columns": {"text": "t", "answer": "a"}}, "needs `columns.label`"),
-        ({"labels": ["a", "a"]}, "label values stand twice: a"),
+        ({"labels": ["a", "a"]}, "label values are there twice: a"),
         ({"labels": [{"value": 0, "text": "a"}, {"value": 1, "text": "a"}]}, "two different texts"),
         ({"source": {"kind": "hub", "repository": "x/y"}}, "pinned `revision`"),
         ({"columns": {"text": [{"column": "a", "value": "{{ a }}"}], "label": "l"}}, "either `column` or `value`"),

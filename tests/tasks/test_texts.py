@@ -1,4 +1,4 @@
-"""What stands for a text, and what does not: nowhere does Python's notation of a value become one."""
+"""What is taken as a text, and what is not: nowhere does Python's notation of a value become one."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_text_numbers_and_booleans_are_taken(value: Any, text: str) -> None:
     ],
 )
 def test_what_is_no_text_is_refused_by_its_kind(value: Any, found: str) -> None:
-    with pytest.raises(NoTextError) as told:
+    with pytest.raises(NoTextError) as caught:
         text_of(value)
-    assert found in str(told.value)
+    assert found in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u202e", "\x00", "\u200d"])
@@ -60,7 +60,7 @@ def test_a_text_of_which_nothing_can_be_read_is_blank(text: str) -> None:
     assert is_blank(text) and not is_blank(f"{text}a") and not is_blank(f"{text}\U0001f600")
 
 
-def test_a_label_in_other_code_points_is_told_as_that() -> None:
+def test_a_label_in_other_code_points_is_reported_as_that() -> None:
     assert meant("cafe\u0301", ["tea", "caf\u00e9"]) == (
         " (it looks like 'caf\u00e9', which is written with other code points: 'caf\\xe9'; write both in NFC)"
     )

@@ -72,7 +72,7 @@ def test_losers_of_a_race_cost_no_more_than_their_share() -> None:
 
 
 def runner(*, distributed: bool = False, stop_at: int | None = None) -> Callable[[StageWork], None]:
-    """``stop_at``: a step of the second stage before which it is told to stop; 0: before it begins."""
+    """``stop_at``: a step of the second stage before which it is asked to stop; 0: before it begins."""
 
     def run(work: StageWork) -> None:
         def report(event: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_what_is_kept_and_how_recipes_start_is_in_the_fingerprint_where_it_is_no
         assert reads(1, *plain, f"recipe.start={start}") == reads(1, *plain), "a first stage has no recipe"
 
 
-def test_a_recipe_starts_as_it_is_told_to(tmp_path: Path) -> None:
+def test_a_recipe_starts_as_configured(tmp_path: Path) -> None:
     config = write_config(tmp_path, rows=24, tasks=("colours", "shapes"), training=TRAINING | {"keep": "last"})
     first = tmp_path / "first"
     results(config, first, f"tasks=[{tmp_path / 'tasks' / 'colours.yaml'}]")
@@ -139,9 +139,9 @@ def test_a_recipe_starts_as_it_is_told_to(tmp_path: Path) -> None:
     never, always, race = second("never"), second("always"), second("race")
     assert never.training["recipe_from"] is None and never.training["race"] is None
     assert always.training["recipe_from"] == "colours"
-    told = race.training["race"]
-    assert told["steps"] == 12 and told["losses"].keys() == {"none", "colours"}
-    wins = told["losses"]["colours"] < told["losses"]["none"] * 0.99
+    race_record = race.training["race"]
+    assert race_record["steps"] == 12 and race_record["losses"].keys() == {"none", "colours"}
+    wins = race_record["losses"]["colours"] < race_record["losses"]["none"] * 0.99
     assert race.training["recipe_from"] == ("colours" if wins else None)
     alike = always if wins else never
     assert race.training["losses"] == alike.training["losses"], "the winner's steps are the stage's own"

@@ -33,15 +33,15 @@ class Interrupted(BaseException):
 
 
 def run_saying(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], dies_at_text: int | None = None
+    cache: Path, monkeypatch: pytest.MonkeyPatch, kinds: list[str], dies_at_text: int | None = None
 ) -> Callable[[StageWork], None]:
     """What runs a stage and notes its events, and every batch of texts that is read for statistics; the process dies at
     the one of this number, once."""
     inner, fatal = stage_statistics.read_texts, [dies_at_text]
 
     def reading(*given: Any, **named: Any) -> Any:
-        said.append(READ)
-        if said.count(READ) == fatal[0]:
+        kinds.append(READ)
+        if kinds.count(READ) == fatal[0]:
             fatal[0] = None
             raise Interrupted
         return inner(*given, **named)
@@ -50,7 +50,7 @@ def run_saying(
 
     def run(work: StageWork) -> None:
         work = replace(work, cache=str(cache))
-        run_stage(work, distributed=False, report=lambda event: said.append(event["kind"]), device=torch.device("cpu"))
+        run_stage(work, distributed=False, report=lambda event: kinds.append(event["kind"]), device=torch.device("cpu"))
 
     return run
 
@@ -60,13 +60,13 @@ def learned(done: list[Stage]) -> list[Any]:
 
 
 def test_no_step_waits_for_the_reading_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    run = run_saying(tmp_path / "cache", monkeypatch, said)
+    kinds: list[str] = []
+    run = run_saying(tmp_path / "cache", monkeypatch, kinds)
     stages(load_config(write_config(tmp_path, tasks=TASKS), WITH_BACKGROUND), tmp_path, run)
-    assert said.count("statistics") == said.count("trainable") == 2
-    assert said.count(READ) > len(background.parts()), "the texts of the background among them"
-    first_of_second = said.index("trainable", said.index("statistics"))
-    for events in (said[:first_of_second], said[first_of_second:]):
+    assert kinds.count("statistics") == kinds.count("trainable") == 2
+    assert kinds.count(READ) > len(background.parts()), "the texts of the background among them"
+    first_of_second = kinds.index("trainable", kinds.index("statistics"))
+    for events in (kinds[:first_of_second], kinds[first_of_second:]):
         last = len(events) - 1 - events[::-1].index("step")
         assert READ not in events[:last]
         assert "statistics" not in events[:last]
@@ -77,30 +77,30 @@ def test_a_stage_that_dies_while_texts_are_read_takes_no_step_again_and_ends_the
 ) -> None:
     config = load_config(write_config(tmp_path, tasks=TASKS), WITH_BACKGROUND)
     undisturbed = stages(config, tmp_path / "undisturbed", run_saying(tmp_path / "other", monkeypatch, []))
-    said: list[str] = []
-    run = run_saying(tmp_path / "cache", monkeypatch, said, dies_at_text=3)
+    kinds: list[str] = []
+    run = run_saying(tmp_path / "cache", monkeypatch, kinds, dies_at_text=3)
 
     def run_again(work: StageWork) -> None:
         try:
             run(work)
         except Interrupted:
-            before = said.count("step")
+            before = kinds.count("step")
             run(work)
-            assert said.count("resumed") == 1 and said.count("step") == before
+            assert kinds.count("resumed") == 1 and kinds.count("step") == before
 
     assert learned(stages(config, tmp_path / "killed", run_again)) == learned(undisturbed)
-    assert said.count("resumed") == 1, "it died"
+    assert kinds.count("resumed") == 1, "it died"
 
 
 def probes(folder: Path, config: RunConfig) -> list[Any]:
     """What each stage found of the rows of earlier tasks."""
-    said: list[dict[str, Any]] = []
+    kinds: list[dict[str, Any]] = []
 
     def run(work: StageWork) -> None:
-        run_stage(work, distributed=False, report=said.append, device=torch.device("cpu"))
+        run_stage(work, distributed=False, report=kinds.append, device=torch.device("cpu"))
 
     stages(config, folder, run, score=False)
-    return [(event["losses"], event["base"]) for event in said if event["kind"] == "probe"]
+    return [(event["losses"], event["base"]) for event in kinds if event["kind"] == "probe"]
 
 
 def test_the_probe_of_many_adapters_runs_the_layers_below_them_once(

@@ -29,7 +29,7 @@ FEW = ["training.epochs=1", "training.batch_size=12", "adapters.targets=[q_proj,
 
 
 def many_tasks(folder: Path) -> Path:
-    """A run of thirty tasks on a model whose file is large beside everything else that a stage reads."""
+    """A run of thirty tasks on a model whose file is large next to everything else that a stage reads."""
     draw = random.Random(0)
     names = [f"task{number:02d}" for number in range(STAGES)]
     for name in names:

@@ -73,7 +73,7 @@ def test_a_store_that_is_away_costs_no_training(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("url", "workers", "told"),
+    ("url", "workers", "message"),
     [
         ("memory://x", 2, "a URL that all workers reach"),
         ("file:///mnt/x", 2, None),
@@ -81,12 +81,12 @@ def test_a_store_that_is_away_costs_no_training(tmp_path: Path, caplog: pytest.L
         ("memory://x", 0, None),
     ],
 )
-def test_a_url_is_taken_where_it_can_work(url: str, workers: int, told: str | None, tmp_path: Path) -> None:
+def test_a_url_is_taken_where_it_can_work(url: str, workers: int, message: str | None, tmp_path: Path) -> None:
     config = write_config(tmp_path, workers=workers, storage=url)
-    if told is None:
+    if message is None:
         assert load_config(config).storage == url
         return
-    with pytest.raises(FaultsError, match=told):
+    with pytest.raises(FaultsError, match=message):
         load_config(config)
 
 

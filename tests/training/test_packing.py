@@ -110,7 +110,7 @@ def test_rows_lie_in_one_piece_and_the_sequences_come_out_nearly_equal() -> None
     ids_BL = torch.where(packed.mask_BL, torch.arange(packed.mask_BL.numel()).view(packed.mask_BL.shape), -1)
     assert torch.equal(packed.unpack(packed.pack(ids_BL, -1))[packed.mask_BL], ids_BL[packed.mask_BL])
     for row, length in enumerate(LENGTHS):
-        assert packed.place_PS[packed.row_PS == row].tolist() == list(range(length)), "positions start anew"
+        assert packed.place_PS[packed.row_PS == row].tolist() == list(range(length)), "positions start again"
     assert PackedRows.of(LENGTHS, WIDTH).row_PS.shape == (1, sum(LENGTHS)), "short rows share one sequence"
     assert PackedRows.of([300, 20, 20], WIDTH).row_PS.shape == (2, 300), "a long one is none longer for it"
 

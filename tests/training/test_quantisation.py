@@ -71,18 +71,19 @@ def quantised_bank(folder: Path, quantisation: str = "nf4") -> Path:
 # ---- without the package ------------------------------------------------------------------------------------------
 
 
-def test_what_is_lacking_and_zero_3_are_told_at_once_before_anything_starts(
+def test_what_is_lacking_and_zero_3_are_reported_at_once_before_anything_starts(
     tmp_path: Path, home: Path, without_package: None
 ) -> None:
     config = write_config(tmp_path, tasks=("colours",))
     wanted = ["model.quantisation=nf4", "workers=2", "deepspeed.zero_stage=3", "training.epochs=0"]
     with pytest.raises(FaultsError) as error:
         validate_config(config, wanted)
-    told = {fault.where: str(fault) for fault in error.value.faults}
-    assert told.keys() == {"model.quantisation", "deepspeed.zero_stage", "training.epochs"}
+    faults = {fault.where: str(fault) for fault in error.value.faults}
+    assert faults.keys() == {"model.quantisation", "deepspeed.zero_stage", "training.epochs"}
     for part in ("nf4", "bitsandbytes", "pip install 'amlora-dist[quantise]'"):
-        assert part in told["model.quantisation"]
-    assert "3 with model.quantisation: nf4" in told["deepspeed.zero_stage"] and "0, 1 or 2" in told["deepspeed.zero_stage"]
+        assert part in faults["model.quantisation"]
+    assert "3 with model.quantisation: nf4" in faults["deepspeed.zero_stage"]
+    assert "0, 1 or 2" in faults["deepspeed.zero_stage"]
     with pytest.raises(FaultsError, match="did you mean 'nf4'"):
         validate_config(config, ["model.quantisation=nf5"])
     for zero in (0, 1, 2):
@@ -124,11 +125,11 @@ def test_fingerprints_are_what_they_were_without_it_and_others_with_it(tmp_path:
 
 def test_the_manifest_says_it_only_where_it_is_so(tmp_path: Path) -> None:
     bank = quantised_bank(tmp_path)
-    said, plain = read_manifest(bank), read_manifest(tmp_path / "plain")
-    assert said.base.quantisation == "nf4" and '"quantisation": "nf4"' in said.to_json()
+    manifest, plain = read_manifest(bank), read_manifest(tmp_path / "plain")
+    assert manifest.base.quantisation == "nf4" and '"quantisation": "nf4"' in manifest.to_json()
     assert "quantisation" not in plain.to_mapping()["base"], "what was written before reads the same"
-    assert parse_manifest(said.to_json()) == said and parse_manifest(plain.to_json()) == plain
-    assert said.parent_digest() != plain.parent_digest(), "a stage on top of it is another stage"
+    assert parse_manifest(manifest.to_json()) == manifest and parse_manifest(plain.to_json()) == plain
+    assert manifest.parent_digest() != plain.parent_digest(), "a stage on top of it is another stage"
 
 
 def test_a_bank_is_refused_without_the_package_unless_the_unquantised_base_is_asked_for(
@@ -171,7 +172,7 @@ def test_what_cannot_have_a_quantised_base_says_so_in_one_line_and_takes_the_oth
         pass
     list(export_bank(str(bank), tmp_path / "peft", Export(form="peft"), options))
     index = json.loads((tmp_path / "peft" / "export.json").read_text(encoding="utf-8"))
-    assert index["base"]["quantisation"] == "nf4", "whoever loads the adapters is told on what they were trained"
+    assert index["base"]["quantisation"] == "nf4", "whoever loads the adapters sees on what they were trained"
 
 
 def test_a_plan_counts_the_base_at_its_quantisation() -> None:
@@ -292,7 +293,7 @@ def test_two_ranks_under_zero_0_to_2_learn_what_one_process_learns(kind: str, dt
     overrides = [f"model.quantisation={kind}", f"dtype={dtype}", "training.epochs=1"]
     alone = stages(load_config(config, overrides), tmp_path / "alone", score=False)[-1].result.training["losses"]
     found = on_ranks(2, zero_losses, config, tmp_path, kind, dtype)[0]
-    # In 8 bits outliers are told over a whole pass, and in bf16 two ranks round other sums.
+    # In 8 bits outliers are found over a whole pass, and in bf16 two ranks round other sums.
     most = 1e-4 if (kind, dtype) == ("nf4", "fp32") else 0.1
     for zero, losses in found.items():
         assert max(abs(x - y) for x, y in zip(losses, alone, strict=True)) < most, zero

@@ -218,7 +218,7 @@ def test_what_one_process_kept_serves_another_and_another_base_has_files_of_its_
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
-def test_a_damaged_file_is_computed_anew(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_computed_again(damage: str, tmp_path: Path) -> None:
     counted(tmp_path)[0].states([(1, 2, 3)])
     (file,) = stored(tmp_path)
     whole = file.read_bytes()

@@ -1,4 +1,4 @@
-"""What a stage is told to do, on a node that has other folders than the driver."""
+"""What a stage is asked to do, on a node that has other folders than the driver."""
 
 from __future__ import annotations
 

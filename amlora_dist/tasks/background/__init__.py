@@ -1,6 +1,6 @@
 """The background: short texts of many kinds that belong to no task, written by the project and shipped as data.
 
-Keys made of them stand next to a bank's: a text that is likelier under the background than under every task belongs to
+Keys made of them are next to a bank's: a text that is likelier under the background than under every task belongs to
 no task. One Gaussian is fitted for each part, so a part is one kind of text and its texts are as varied as the kind is.
 Each part is one file, ``PART.jsonl``, of lines ``{"text": ...}``. A comparison with a public data set leaves out the parts
 of the set's own kind (``reading_yes_no`` for yes-or-no reading, ``pairs_inference`` for inference, and so on).

@@ -2,7 +2,7 @@
 
 What a support desk has a model do all day: answer a question from the desk's own policy (``policy_answer``, a third of it
 with a second question), say a curt draft politely (``polite_reply``), and note a mail's product, order and wish as JSON
-(``order_note``). Rows are ``messages``; what is to be done stands in the tasks' system turn, not in the user's words.
+(``order_note``). Rows are ``messages``; what is to be done is in the tasks' system turn, not in the user's words.
 """
 
 from __future__ import annotations
@@ -92,19 +92,19 @@ Turns = list[dict[str, str]]
 
 
 def rows(task: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split; no conversation stands twice, in any split."""
+    """Rows by split; no conversation is there twice, in any split."""
     make = {"policy_answer": _policy, "polite_reply": _polite, "order_note": _note}[task]
     grammar = Grammar("email_route")
     found: dict[str, list[dict[str, Any]]] = {split: [] for split in ROWS}
     seen: set[str] = set()
-    for split, kept in found.items():
+    for split, made in found.items():
         dice = Dice(f"{task}|{split}")
-        while len(kept) < ROWS[split]:
+        while len(made) < ROWS[split]:
             turns = make(grammar, dice, split == "train")
-            said = turns[-2]["content"] + turns[0]["content"]
-            if said not in seen:
-                seen.add(said)
-                kept.append({"messages": turns})
+            text = turns[-2]["content"] + turns[0]["content"]
+            if text not in seen:
+                seen.add(text)
+                made.append({"messages": turns})
     return found
 
 

@@ -30,17 +30,17 @@ SUBJECTS = (
 
 
 def rows(task: str) -> dict[str, list[dict[str, str]]]:
-    """Rows by split; no text stands twice, in any split."""
+    """Rows by split; no text is there twice, in any split."""
     grammar, make = Grammar("email_route"), _gist if task == "mail_gist" else _facts
     found: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
     seen: set[str] = set()
-    for split, kept in found.items():
+    for split, made in found.items():
         dice = Dice(f"{task}|{split}")
-        while len(kept) < ROWS[split]:
+        while len(made) < ROWS[split]:
             row = make(grammar, dice, split == "train")
             if row["text"].lower() not in seen:
                 seen.add(row["text"].lower())
-                kept.append(row)
+                made.append(row)
     return found
 
 

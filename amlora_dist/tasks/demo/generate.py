@@ -2,8 +2,8 @@
 
 Four sources of text of one support desk, each with its task, from the grammars in ``grammar/*.yaml``. Two things keep
 word counts from being enough, as in real life: all sources speak of the same products and the same trouble, and every
-label's words also stand in texts of other labels (settled matters, irony, side issues). Moreover each fifth wording
-is kept for the dev and test splits. ``tests/tasks/test_demo.py`` measures how far word counts get.
+label's words are also in texts of other labels (settled matters, irony, side issues). Moreover each fifth phrase
+is held out for the dev and test splits. ``tests/tasks/test_demo.py`` measures how far word counts get.
 
 The output depends on nothing but the grammars and ``SEED``: the same on every machine and Python version.
 """
@@ -27,8 +27,8 @@ TASKS = ("email_route", "chat_mood", "call_urgency", "review_topic")
 ROWS = {"train": 240, "dev": 60, "test": 180}
 WORDS = (15, 60)
 """Fewest and most words of a text."""
-KEPT_BACK = 5
-"""Each ``KEPT_BACK``-th wording of a long list is never used in training rows."""
+HELD_OUT = 5
+"""Each ``HELD_OUT``-th phrase of a long list is never used in training rows."""
 LONG_LIST = 12
 
 _HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ class Dice:
 class Grammar:
     """The rules of one task together with the common ones.
 
-    A rule is a list of wordings, or a mapping from label to such a list. Slots ``{name}`` are filled by bindings
+    A rule is a list of phrases, or a mapping from label to such a list. Slots ``{name}`` are filled by bindings
     (chosen once for a text) or rules. ``settled`` and ``minor`` are taken from a label other than the row's.
     """
 
@@ -97,10 +97,10 @@ class Grammar:
             rule = self.rules[name]
             if isinstance(rule, dict):
                 rule = rule[others.pop() if name in self.elsewhere else label]
-            wordings = [one for one in allowed(rule, training) if not one or one not in used]
-            wording = dice.pick(wordings)
-            used.add(wording)
-            return SLOT.sub(fill, wording)
+            phrases = [one for one in allowed(rule, training) if not one or one not in used]
+            phrase = dice.pick(phrases)
+            used.add(phrase)
+            return SLOT.sub(fill, phrase)
 
         return _finished(SLOT.sub(fill, dice.pick(self.forms)), self.style, dice)
 
@@ -120,11 +120,11 @@ _CAPITALS = {"I", "I'd", "I've", "I'm", "Lumora", "Christmas"}.union(
 )
 
 
-def allowed(wordings: list[str], training: bool) -> list[str]:
-    """Wordings that a split may use: training rows do not get each ``KEPT_BACK``-th of a long list."""
-    if not training or len(wordings) < LONG_LIST:
-        return wordings
-    return [one for place, one in enumerate(wordings, start=1) if place % KEPT_BACK]
+def allowed(phrases: list[str], training: bool) -> list[str]:
+    """Phrases that a split may use: training rows do not get each ``HELD_OUT``-th of a long list."""
+    if not training or len(phrases) < LONG_LIST:
+        return phrases
+    return [one for place, one in enumerate(phrases, start=1) if place % HELD_OUT]
 
 
 def _finished(text: str, style: str, dice: Dice) -> str:
@@ -169,7 +169,7 @@ def _typed_fast(text: str, dice: Dice) -> str:
 
 
 def rows() -> dict[str, list[dict[str, str]]]:
-    """All rows by file name. No text stands twice, in any case or task; labels are as even as the counts allow."""
+    """All rows by file name. No text is there twice, in any case or task; labels are as even as the counts allow."""
     files: dict[str, list[dict[str, str]]] = {}
     seen: set[str] = set()
     for task in TASKS:
@@ -198,9 +198,9 @@ def write(folder: Path) -> list[Path]:
     return write_files(folder, rows())
 
 
-def filled(wording: str, bound: dict[str, str]) -> str:
-    """A wording with its slots filled, beginning with a capital letter."""
-    text = SLOT.sub(lambda match: bound[match[1]], wording)
+def filled(phrase: str, bound: dict[str, str]) -> str:
+    """A phrase with its slots filled, beginning with a capital letter."""
+    text = SLOT.sub(lambda match: bound[match[1]], phrase)
     return re.sub(r"^[a-z]", lambda match: match[0].upper(), text)
 
 

@@ -40,9 +40,9 @@ def test_too_much_is_refused_with_the_largest_files_named(tmp_path: Path, monkey
     monkeypatch.setattr(working_dir, "MOST_BYTES", 1000)
     for number in range(8):
         (tmp_path / f"file{number}").write_bytes(b"x" * 100 * (number + 1))
-    with pytest.raises(UserError, match=r"the largest are file7 .*file6 .*file3 .*Name in \.gitignore") as told:
+    with pytest.raises(UserError, match=r"the largest are file7 .*file6 .*file3 .*Name in \.gitignore") as caught:
         working_dir.collect(tmp_path)
-    assert "file2" not in str(told.value)
+    assert "file2" not in str(caught.value)
     with pytest.raises(UserError, match="no folder"):
         working_dir.collect(tmp_path / "nowhere")
 

@@ -37,13 +37,13 @@ FILES = [
 ]  # fmt: skip
 
 
-def write(folder: Path, ignoring: dict[str, str]) -> Path:
+def write(folder: Path, files: dict[str, str]) -> Path:
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     for name in FILES:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("x")
-    for name, text in ignoring.items():
+    for name, text in files.items():
         (folder / name).write_text(text)
     return folder
 
@@ -52,8 +52,8 @@ def git(folder: Path) -> list[str]:
     """What git would add, below ``folder``."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--others", "--exclude-per-directory=.gitignore"]
     environment = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return sorted(filter(None, told.split("\0")))
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return sorted(filter(None, output.split("\0")))
 
 
 @pytest.mark.parametrize("text", CASES)

@@ -44,15 +44,15 @@ def test_what_fits_lacks_nothing() -> None:
     ids=["CPUs", "GPUs", "memory", "memory of one node", "disk"],
 )
 def test_what_is_missing_is_named_with_the_fix(demand: Demand, supply: Supply, expected: list[str]) -> None:
-    (told,) = shortfalls(demand, supply)
-    assert all(part in told for part in expected), told
+    (lines,) = shortfalls(demand, supply)
+    assert all(part in lines for part in expected), lines
 
 
-def test_everything_is_told_at_once() -> None:
-    told = shortfalls(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
-    assert [line.partition(":")[0] for line in told] == ["workers", "workers", "storage"]
+def test_all_shortfalls_are_reported_at_once() -> None:
+    lines = shortfalls(SMALL, Supply(cpus=1, gpus=0, memory=GIB // 4, disk=0, storage=Path("/data")))
+    assert [line.partition(":")[0] for line in lines] == ["workers", "workers", "storage"]
     with pytest.raises(UserError, match=r"never fit here:\n  - workers: .*CPUs.*\n  - workers: .*memory.*\n  - storage: "):
-        require(told)
+        require(lines)
     require([])
 
 
