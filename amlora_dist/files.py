@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -34,10 +36,37 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def rename_synced(source: Path, target: Path) -> None:
-    """Rename within a disk, and keep the name over a loss of power; what ``source`` holds is synced before."""
+    """Rename within a disk, also to where an empty folder is, and keep the name over a loss of power; what ``source`` holds
+    is synced before."""
     sync_tree(source)
+    if target.is_dir():
+        target.unlink() if target.is_symlink() else target.rmdir()
     source.replace(target)
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong.
+
+    What ``folder`` held by then is deleted (``replace``); else it may at most be an empty folder.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{what}") for what in ("new", "old"))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if replace and folder.exists():
+            folder.replace(old)
+        rename_synced(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes into a folder that may be new; who renames the folder afterwards syncs them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def sync_files(folder: Path, names: Iterable[str], *, above: int = 0) -> None:

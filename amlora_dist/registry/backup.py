@@ -18,15 +18,14 @@ import json
 import logging
 import shutil
 import sqlite3
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError, plain_reason
-from amlora_dist.files import rename_synced, write_bytes
+from amlora_dist.files import new_folder, write_bytes
 from amlora_dist.registry.places import ARTIFACTS, DATABASE, settle
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def backup(home: Path, dest: Path, *, storage: bool = False) -> Copied:
             f"DEST: found {dest}, which lies in AMLORA_HOME {home}; expected a folder outside, best on another disk"
         )
     _refuse_full(dest, "DEST")
-    with _made_aside(dest) as part:
+    with new_folder(dest) as part:
         _copy_database(home / DATABASE, part / DATABASE)
         _copy_tree(home / ARTIFACTS, part / ARTIFACTS)
         if (home / "bases").is_dir():
@@ -97,7 +96,7 @@ def restore(source: Path, home: Path) -> Copied:
     home = home.absolute()
     listed = _read_list(source)
     _refuse_full(home, "AMLORA_HOME")
-    with _made_aside(home) as part:
+    with new_folder(home) as part:
         for name, expected in listed.items():
             _copy_file(source / name, part / name)
             found = (part / name).stat().st_size, file_digest(part / name)
@@ -181,18 +180,3 @@ def _refuse_full(folder: Path, what: str) -> None:
     names: Iterable[Path] = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
     if first := next(iter(names), None):
         raise UserError(f"{what}: found {folder} with {first.name!r} in it, expected no such folder, or an empty one")
-
-
-@contextlib.contextmanager
-def _made_aside(folder: Path) -> Iterator[Path]:
-    """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        part.chmod(0o755)
-        yield part
-        if folder.is_dir():
-            folder.rmdir()
-        rename_synced(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
