@@ -8,10 +8,14 @@ file, its name by ``fsync`` of its folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from amlora_dist.errors import UserError
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -45,10 +49,54 @@ def make_folders(folder: Path) -> None:
 
 
 def rename_synced(source: Path, target: Path) -> None:
-    """Rename within a disk, and keep the name over a loss of power; what ``source`` holds is synced before."""
+    """Rename within a disk, also to where an empty folder is, and keep the name over a loss of power; what ``source`` holds
+    is synced before."""
     sync_tree(source)
+    if target.is_dir():
+        target.unlink() if target.is_symlink() else target.rmdir()
     source.replace(target)
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong.
+
+    What ``folder`` held by then is deleted (``replace``); else it may at most be an empty folder.
+    """
+    make_folders(folder.parent)
+    stem = f".{folder.name[:100]}.{uuid.uuid4().hex[:12]}"
+    part, old = folder.with_name(f"{stem}.new"), folder.with_name(f"{stem}.old")
+    part.mkdir()
+    try:
+        yield part
+        before = replace and folder.exists()
+        if before:
+            _move_away(folder, old)
+        try:
+            rename_synced(part, folder)
+        except BaseException:
+            if before:
+                old.replace(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _move_away(folder: Path, old: Path) -> None:
+    try:
+        folder.replace(old)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise UserError(f"{folder}: something is mounted there, expected a folder to rename; name another") from error
+        raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes into a folder that may be new; who renames the folder afterwards syncs them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def sync_files(folder: Path, names: Iterable[str], *, above: int = 0) -> None:

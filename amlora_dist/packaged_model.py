@@ -13,13 +13,12 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError, no_room, plain_reason
-from amlora_dist.files import rename_synced
+from amlora_dist.files import new_folder
 from amlora_dist.model_folder import short
 
 log = logging.getLogger(__name__)
@@ -135,8 +134,7 @@ def _convert(file: Path, target: Path) -> int:
             f"{file}: found no weights for {len(lacking)} of the {len(model.state_dict())} tensors of"
             f" {type(model).__name__}, first {lacking[0]}; get the whole file, or the model as a transformers folder"
         )
-    tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as tmp:
         tokenizer.save_pretrained(tmp)
         # transformers does not save a model that it read from GGUF, because it counts as quantised.
         if hasattr(model.config, "quantization_config"):
@@ -148,11 +146,6 @@ def _convert(file: Path, target: Path) -> int:
         save_file(dict(model.named_parameters()), weights, metadata={"format": "pt"})  # names a tied weight once
         mark = {"from": file.name, "bytes": weights.stat().st_size, "sha256": file_digest(weights)}
         (tmp / "CONVERTED").write_text(json.dumps(mark))
-        tmp.chmod(0o755)
-        rename_synced(tmp, target)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
     return sum(weight.numel() for weight in model.parameters())
 
 

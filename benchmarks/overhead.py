@@ -175,7 +175,7 @@ def measure_run(folder: Path, config: Path, overrides: list[str], prepared: Path
     for stage in result["stages"]:
         place = home / "storage" / "stages" / stage["fingerprint"]
         events.append([json.loads(line) for line in (place / "progress.jsonl").read_text().splitlines()])
-        learned.append(hashlib.sha256((place / "trained" / "adapter.safetensors").read_bytes()).hexdigest())
+        learned.append(hashlib.sha256((place / "trained" / "adapter_model.safetensors").read_bytes()).hexdigest())
 
     steps = [event for event in events[0] if event["kind"] == "step"]
     found: dict[str, Any] = {

@@ -7,6 +7,7 @@ follows from the bank's manifest, and is compared with it when it is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,16 @@ ADAPTER_FILES = (MODEL_FILE, RECIPE_FILE)
 _PEFT = "base_model.model."
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write the two tensor files of an adapter."""
-    peft = {f"{_PEFT}{module}.lora_A.weight": tensor for module, tensor in adapter.a.items()}
-    peft |= {f"{_PEFT}{module}.lora_B.weight": tensor for module, tensor in adapter.b.items()}
-    rest = {name: tensor for name, tensor in adapter.tensors().items() if not name.startswith(("a.", "b."))}
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the two tensor files of an adapter, given ``Adapter.tensors``."""
+    pairs = {name: tensor for name, tensor in tensors.items() if name.startswith(("a.", "b."))}
+    peft = {f"{_PEFT}{name[2:]}.lora_{name[0].upper()}.weight": tensor for name, tensor in pairs.items()}
     write_tensors(folder / MODEL_FILE, peft)
-    write_tensors(folder / RECIPE_FILE, rest)
+    write_tensors(folder / RECIPE_FILE, {name: tensor for name, tensor in tensors.items() if name not in pairs})
 
 
 def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapter:
-    """Read one adapter and compare names, shapes, dtypes, values and digest with the manifest."""
-    from amlora_dist.adapters.adapter import Adapter
-
+    """Read one adapter of a bank, as ``read_parts``, and compare its configuration with the manifest."""
     home = folder / line.folder
     if not (home / MODEL_FILE).exists() and line.stored is not None:
         where = f"run {line.stored.run}, {line.stored.artifact_path}"
@@ -49,10 +47,17 @@ def read_adapter(folder: Path, manifest: Manifest, line: AdapterEntry) -> Adapte
             "make a self-contained folder with: amlora pull"
         )
     _check_config(home / CONFIG_FILE, peft_config(manifest, line))
-    a, b = _read_pairs(home / MODEL_FILE, line)
-    rest = _read_rest(home / RECIPE_FILE, line)
+    return read_parts(home, line)
+
+
+def read_parts(folder: Path, line: AdapterEntry) -> Adapter:
+    """Read the two tensor files of an adapter and compare names, shapes, dtypes, values and digest with its entry."""
+    from amlora_dist.adapters.adapter import Adapter
+
+    a, b = _read_pairs(folder / MODEL_FILE, line)
+    rest = _read_rest(folder / RECIPE_FILE, line)
     adapter = Adapter(line.task, line.rank, line.alpha, a, b, **rest)
-    check_digest(home, adapter.digest(), line.digest)
+    check_digest(folder, adapter.digest(), line.digest)
     return adapter
 
 

@@ -17,22 +17,20 @@ The adapter as PEFT loads it leaves the recipe out; a task's whole row is what `
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.digests import tensors_digest
-from amlora_dist.errors import BankError, UserError
-from amlora_dist.files import make_folders, rename_synced
+from amlora_dist.errors import BankError
+from amlora_dist.files import copy_file, new_folder
 from amlora_dist.registry import card
 from amlora_dist.registry.adapter_folder import (
     CONFIG_FILE,
+    MODEL_FILE,
     check_digest,
     peft_config,
     read_adapter,
@@ -139,16 +137,20 @@ def write_bank(
         BankError: what is given does not agree with the manifest, or could not be read back.
     """
     _check_given(manifest, adapters)
-    return _write(folder, manifest, adapters, router, statistics or {}, read_bank)
+    given = statistics or {}
+
+    def write_parts(tmp: Path) -> None:
+        for line, adapter in zip(manifest.adapters, adapters, strict=True):
+            write_adapter(tmp / line.folder, adapter.tensors())
+        for part in manifest.statistics:
+            if part.task in given:
+                write_tensors(tmp / part.file, given[part.task])
+
+    return _write(folder, manifest, manifest.adapters, router, write_parts, read_bank)
 
 
 def write_version(
-    folder: Path,
-    manifest: Manifest,
-    run: str,
-    adapters: list[Adapter],
-    router: Mapping[str, Tensor],
-    statistics: Mapping[str, Mapping[str, Tensor]],
+    folder: Path, manifest: Manifest, run: str, router: Mapping[str, Tensor], files: Mapping[str, Path]
 ) -> Manifest:
     """Write what a version about to be published stores itself, however many adapters it refers to; as ``write_bank``.
 
@@ -156,41 +158,36 @@ def write_version(
         folder: for ``Store.publish``.
         manifest: of the whole bank.
         run: the MLflow run that will keep the version's artifacts.
-        adapters: those whose ``stored`` is that run.
         router: the bank's.
-        statistics: by task, of the same stages.
+        files: those of adapters and statistics whose ``stored`` is that run, by their paths in the bank; they are copied.
     """
-    return _write(folder, manifest, adapters, router, statistics, lambda tmp: read_version(tmp, run))
+
+    def write_parts(tmp: Path) -> None:
+        for path, file in files.items():
+            copy_file(file, tmp / path)
+
+    own = [line for line in manifest.adapters if f"{line.folder}/{MODEL_FILE}" in files]
+    return _write(folder, manifest, own, router, write_parts, lambda tmp: read_version(tmp, run))
 
 
 def _write(
     folder: Path,
     manifest: Manifest,
-    adapters: list[Adapter],
+    adapters: Sequence[AdapterEntry],
     router: Mapping[str, Tensor],
-    statistics: Mapping[str, Mapping[str, Tensor]],
+    write_parts: Callable[[Path], None],
     read: Callable[[Path], object],
 ) -> Manifest:
     settings = manifest.router.settings
     entry = dataclasses.replace(manifest.router, digest=router_digest(router, manifest.router.kind, settings))
     manifest = replace(manifest, router=entry)
-    lines = {line.task: line for line in manifest.adapters}
-    make_folders(folder.parent)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write_frame(tmp, manifest, [lines[adapter.task] for adapter in adapters])
-        for adapter in adapters:
-            write_adapter(tmp / lines[adapter.task].folder, adapter)
+    with new_folder(folder, replace=True) as tmp:
+        write_frame(tmp, manifest, adapters)
+        write_parts(tmp)
         write_tensors(tmp / ROUTER_FILE, router)
-        for part in manifest.statistics:
-            if part.task in statistics:
-                write_tensors(tmp / part.file, statistics[part.task])
         manifest = _listed(tmp, manifest)
         write_text(tmp / FILE, manifest.to_json())
         read(tmp)
-        swap_in(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     return manifest
 
 
@@ -332,28 +329,6 @@ def check_list(folder: Path, manifest: Manifest, *, whole: bool = False) -> None
         path = folder / file.path
         if path.is_file():
             check_file(folder, file.path, manifest, whole=whole or not path.name.endswith(".safetensors"))
-
-
-def swap_in(tmp: Path, folder: Path) -> None:
-    """Rename ``tmp`` to ``folder``; what stood there moves out of the way first and is then deleted."""
-    if not folder.exists():
-        rename_synced(tmp, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    try:
-        folder.replace(old / folder.name)
-    except OSError as error:
-        old.rmdir()
-        if error.errno == errno.EBUSY:
-            raise UserError(f"{folder}: something is mounted there, expected a folder to rename; name another") from error
-        raise
-    try:
-        rename_synced(tmp, folder)
-    except BaseException:
-        (old / folder.name).replace(folder)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_given(manifest: Manifest, adapters: list[Adapter]) -> None:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
-from amlora_dist.files import make_folders, sync_files, write_bytes
+from amlora_dist.files import make_folders, rename_synced, sync_files, write_bytes
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES, CONFIG_FILE, read_adapter
 from amlora_dist.registry.bank_files import (
     README_FILE,
@@ -31,7 +31,6 @@ from amlora_dist.registry.bank_folder import (
     read_bank,
     read_router,
     read_statistics,
-    swap_in,
     write_frame,
 )
 from amlora_dist.registry.manifest import FILE, MAX_BYTES, ROUTER_FILE, FileEntry, Manifest, Stored, read_manifest
@@ -318,7 +317,7 @@ def assemble(
     read_bank(part)
     if check is not None:
         check(part)
-    swap_in(part, dest)
+    rename_synced(part, dest)
     tell(total, total, "done")
     return dest
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from amlora_dist.adapters.adapter import Adapter
 from amlora_dist.errors import UserError
-from amlora_dist.files import rename_synced
+from amlora_dist.files import new_folder
 from amlora_dist.registry.bank_folder import Bank
 from amlora_dist.registry.exports import row_adapter, served_names, write_lora
 from amlora_dist.registry.manifest import Manifest, slug
@@ -79,13 +77,9 @@ def write_rows(bank: Bank, name: str, version: str, home: Path, limit: int) -> R
 
 def _write(folder: Path, manifest: Manifest, adapter: Adapter) -> None:
     """Fill the folder under another name, then rename: it is whole, or not there."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        write_lora(part, manifest, adapter)
-        rename_synced(part, folder)
+        with new_folder(folder) as part:
+            write_lora(part, manifest, adapter)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         if not folder.is_dir():  # another replica was quicker
             raise UserError(f"{folder}: cannot be written ({error}); give AMLORA_HOME a place that can") from error

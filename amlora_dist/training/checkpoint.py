@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError
-from amlora_dist.files import make_folders, rename_synced, sync_folder
+from amlora_dist.files import new_folder, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +70,9 @@ def checkpoint_name(step: int) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, flush to disk, rename into place."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tmp.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
+        write_bytes(path, text.encode())
     except OSError as error:
-        tmp.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; make room or fix the permissions, then run again") from error
 
 
@@ -90,24 +83,17 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: StagePr
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder / checkpoint_name(progress.step)
-    tmp = folder / f".{target.name}.{os.getpid()}"
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        make_folders(folder)
-        tmp.mkdir()
-        save_file(dict(state), tmp / "state.safetensors")
-        write_text(tmp / "progress.json", json.dumps(asdict(progress)))
+        with new_folder(target, replace=True) as tmp:
+            save_file(dict(state), tmp / "state.safetensors")
+            write_text(tmp / "progress.json", json.dumps(asdict(progress)))
+            reach("checkpoint_written")
+        write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
     except (OSError, SafetensorError, UserError) as error:
-        shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(
             f"cannot write a checkpoint under {folder}: {error}; the last good one is kept: make room, then start the same"
             " command again"
         ) from error
-    reach("checkpoint_written")
-    shutil.rmtree(target, ignore_errors=True)
-    rename_synced(tmp, target)
-    write_text(target / "COMMIT", json.dumps({"format": FORMAT, "files": _digests(target)}))
-    sync_folder(target)  # the marker's name, before an older checkpoint goes
     reach("checkpoint_committed")
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

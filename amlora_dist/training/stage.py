@@ -273,7 +273,7 @@ class _Stage:
                 "recipe": recipe_summary(adapter, [parent.task for parent in work.parents]),
                 "mixed": mixed_shares(statistics),
             }
-            write_result(work.trained, Result(adapter, statistics[-1], training, state))
+            write_result(work.trained, Result(adapter, statistics[-1], training, work.index, state))
             if work.copies is not None:
                 work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there

@@ -86,7 +86,7 @@ class StageWork:
 
     fingerprint: str
     index: int
-    """1-based place of the stage in its sequence."""
+    """1-based place of the stage's adapter in its bank."""
     task: str
     folder: str
     """Absolute; ``trained/``, ``checkpoints/`` and ``progress.jsonl`` go here."""

@@ -6,16 +6,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import amlora_dist
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.errors import BankError
+from amlora_dist.files import copy_file
 from amlora_dist.registry import tags
-from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
+from amlora_dist.registry.bank_folder import statistics_entry, write_version
 from amlora_dist.registry.manifest import (
     AccuracyMatrix,
+    AdapterEntry,
     BaseEntry,
     Lineage,
     Manifest,
@@ -27,7 +30,7 @@ from amlora_dist.registry.manifest import (
 )
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.task_entry import task_entry
-from amlora_dist.training.result import Result, is_whole, read_result, split_continuation, write_result
+from amlora_dist.training.result import Result, in_bank, is_whole, new_result, read_result
 from amlora_dist.training.stage_spec import Parent
 
 if TYPE_CHECKING:
@@ -71,18 +74,18 @@ class BankVersions:
 
     def materialise(self, version: Version) -> list[Parent]:
         """The adapters of a published version as folders that workers can read; fetched once."""
-        bank = read_bank(self._pulled(version))
-        out = []
-        for entry, adapter in zip(bank.manifest.adapters, bank.adapters, strict=True):
-            folder = self._storage / "adapters" / entry.digest
+        pulled, out = self._pulled(version), []
+        for line in read_manifest(pulled).adapters:
+            folder = self._storage / "adapters" / line.digest
             if not is_whole(folder):
-                own, memory = split_continuation(bank.statistics[entry.task])
-                statistics = TaskStatistics.from_tensors(entry.task, own)
-                training = {"fingerprint": entry.training_fingerprint, "seconds": 0.0, "tokens": 0, "losses": []}
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                write_result(folder, Result(adapter, statistics, training, memory))
-            out.append(Parent(entry.task, entry.digest, str(folder)))
+                _copy_result(pulled, line, folder)
+            out.append(Parent(line.task, line.digest, str(folder)))
         return out
+
+    def copy_newest(self, version: Version, folder: Path) -> None:
+        """Make ``folder`` what training left of a published version's stage."""
+        pulled = self._pulled(version)
+        _copy_result(pulled, read_manifest(pulled).adapters[-1], folder)
 
     def write(
         self,
@@ -114,10 +117,8 @@ class BankVersions:
         before = None if below is None else self.manifest_of(below)
         index, spec = len(parents), inputs.specs.get(record.task)
         stored, stored_statistics = self._stored(placement, original, index, record.task)
-        entry = adapter_entry(
-            newest.adapter,
-            index,
-            training_fingerprint=record.fingerprint,
+        entry = replace(
+            newest.entry,
             parent=before.parent_digest() if before else None,
             stored=stored,
             task_spec=None if spec is None else task_entry(spec),
@@ -145,11 +146,9 @@ class BankVersions:
             stage=record.index,
             **about,
         )
-        adapters = [newest.adapter] if original is None else []
-        own = {record.task: newest.continuation()} if original is None else {}
-        manifest = write_version(folder, manifest, record.run, adapters, tensors, own)
+        files = {path: Path(parents[-1].folder) / name for name, path in in_bank(entry).items()} if original is None else {}
         self._statistics[parents[-1].folder] = newest.statistics
-        return manifest
+        return write_version(folder, manifest, record.run, tensors, files)
 
     def _router(
         self, inputs: RunInputs, parents: Sequence[Parent], newest: Result
@@ -188,6 +187,14 @@ class BankVersions:
         log.warning("%s: the copy of %s is damaged: fetching it again", dest, version.uri)
         shutil.rmtree(dest, ignore_errors=True)
         return self._store.pull_version(version, dest)
+
+
+def _copy_result(bank: Path, line: AdapterEntry, folder: Path) -> None:
+    """Make ``folder`` a stage's result again, of what a pulled bank has of it."""
+    training = {"fingerprint": line.training_fingerprint, "seconds": 0.0, "tokens": 0, "losses": []}
+    with new_result(folder, line, training) as tmp:
+        for name, path in in_bank(line).items():
+            copy_file(bank / path, tmp / name)
 
 
 def library_versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.newest import take_up
 from amlora_dist.registry.records import describe_run
 from amlora_dist.registry.runs import RESULT
-from amlora_dist.training.result import Result, read_result, write_result
+from amlora_dist.training.result import Result, read_result, renew
 from amlora_dist.training.stage_spec import Parent
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
@@ -168,9 +168,9 @@ class RunJournal:
     def open_work(self, plan: StagePlan, record: StageRecord) -> StageWork | None:
         """What is still to be done of a stage; None where all is there."""
         work = plan.work(self.inputs)
+        renew(work.trained, work.index)
         if record.original is not None and not work.is_trained:
-            parents = self.versions.materialise(record.original)
-            write_result(work.trained, read_result(Path(parents[-1].folder)))
+            self.versions.copy_newest(record.original, work.trained)
         cells = record.open_cells(plan.cells)
         record.scored_now = bool(cells)
         if not plan.trains:

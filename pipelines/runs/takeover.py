@@ -3,9 +3,7 @@ is put back where it was."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
+from amlora_dist.files import copy_file
 from amlora_dist.registry import tags
-from amlora_dist.registry.adapter_folder import CONFIG_FILE, peft_config, write_adapter
 from amlora_dist.registry.bank_files import BankFile, fits
 from amlora_dist.registry.bank_folder import write_frame
 from amlora_dist.registry.pulling import manifest_of
-from amlora_dist.registry.tensor_files import write_tensors, write_text
 from amlora_dist.registry.transfer import missing_files
-from amlora_dist.training.result import Result, is_whole, read_result
+from amlora_dist.training.result import STATISTICS, Result, in_bank, is_whole, read_result, renew
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import AdapterEntry, Manifest
@@ -58,8 +55,7 @@ def is_there(store: Store, version: Version, storage: Path) -> bool:
         for folder in _pulled_banks(version, storage):
             for file in lost:
                 if not fits(made, file.path, manifest) and _is_listed(manifest, file) and fits(folder, file.path, manifest):
-                    (made / file.path).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / file.path, made / file.path)
+                    copy_file(folder / file.path, made / file.path)
         if missing := [file.path for file in lost if not fits(made, file.path, manifest)]:
             log.warning(
                 "%s is not taken over: the store has lost %s, and the storage has no %s", version.uri, places, missing[0]
@@ -74,26 +70,25 @@ def is_there(store: Store, version: Version, storage: Path) -> bool:
 
 def _write_parts(made: Path, manifest: Manifest, lost: list[BankFile], storage: Path) -> None:
     """What follows from the manifest, and what the storage has of the stages that are concerned."""
-    paths = {file.path for file in lost}
-    write_frame(made, manifest, [])
-    statistics = {part.index: part for part in manifest.statistics}
+    wanted = {file.path for file in lost}
+    write_frame(made, manifest, manifest.adapters)
+    statistics = {part.index: part.digest for part in manifest.statistics}
     for line in manifest.adapters:
-        part = statistics.get(line.index)
-        wanted = part is not None and part.file in paths
-        if not wanted and not any(path.startswith(f"{line.folder}/") for path in paths):
+        paths = in_bank(line)
+        if not wanted.intersection(paths.values()):
             continue
-        for result in _results(line, storage):
-            write_adapter(made / line.folder, result.adapter)
-            config = json.dumps(peft_config(manifest, line), indent=1, sort_keys=True) + "\n"
-            write_text(made / line.folder / CONFIG_FILE, config)
-            if part is not None and tensors_digest(result.continuation()) == part.digest:
-                write_tensors(made / part.file, result.continuation())
+        for folder, result in _results(line, storage):
+            if tensors_digest(result.continuation()) != statistics.get(line.index):
+                del paths[STATISTICS]
+            for name, path in paths.items():
+                copy_file(folder / name, made / path)
             break
 
 
-def _results(line: AdapterEntry, storage: Path) -> Iterator[Result]:
+def _results(line: AdapterEntry, storage: Path) -> Iterator[tuple[Path, Result]]:
     """The trained stage of an adapter, as far as the storage has it."""
     for folder in (storage / "stages" / line.training_fingerprint / "trained", storage / "adapters" / line.digest):
+        renew(folder, line.index)
         if is_whole(folder):
             try:
                 result = read_result(folder)
@@ -101,7 +96,7 @@ def _results(line: AdapterEntry, storage: Path) -> Iterator[Result]:
                 log.warning("%s: passed over: %s", folder, error)
                 continue
             if result.adapter.digest() == line.digest:
-                yield result
+                yield folder, result
 
 
 def _pulled_banks(version: Version, storage: Path) -> list[Path]:
@@ -120,7 +115,7 @@ def _put_back(store: Store, version: Version, made: Path, file: BankFile) -> Non
     place = f"{version.artifact_path}/{file.path}" if file.stored is None else file.stored.artifact_path
     with tempfile.TemporaryDirectory(prefix="file-", dir=made.parent) as name:
         above, _, last = place.rpartition("/")
-        shutil.copyfile(made / file.path, Path(name) / last)
+        copy_file(made / file.path, Path(name) / last)
         store.log_artifacts(run, Path(name), above or None)
 
 

@@ -58,7 +58,7 @@ def test_a_url_is_all_that_workers_and_driver_need_to_share(theirs: Path, tmp_pa
     assert (theirs / "storage" / "stages" / stage / "checkpoints").is_dir(), "workers have folders of their own"
     assert not (amlora_home / "storage" / "stages" / stage / "checkpoints").exists(), "and the driver has its own"
     copied = {path.name for path in (tmp_path / "bucket").rglob("*") if path.is_file()}
-    assert {"COMMIT", "adapter.safetensors", "summary.json", "predictions.jsonl"} <= copied
+    assert {"COMMIT", "adapter_model.safetensors", "summary.json", "predictions.jsonl"} <= copied
     assert not list((tmp_path / "bucket").glob("stages/*/checkpoints")), "published: nobody needs checkpoints"
 
     os.environ["AMLORA_HOME"] = str(tmp_path / "alone")
@@ -86,5 +86,5 @@ def test_what_was_stopped_and_killed_ends_as_with_a_shared_folder(theirs: Path, 
     (amlora_home / "mlflow.db").rename(tmp_path / "mlflow.db")  # so that nothing is taken over from the run above
     shared = run(config, "shared", Silent(), f"storage={tmp_path}/folder")
     assert {key: apart[key] for key in SAME} == {key: shared[key] for key in SAME}, "equal number for number"
-    below = f"stages/{apart['stages'][0]['fingerprint']}/trained/adapter.safetensors"
+    below = f"stages/{apart['stages'][0]['fingerprint']}/trained/adapter_model.safetensors"
     assert (amlora_home / "storage" / below).read_bytes() == (tmp_path / "folder" / below).read_bytes(), "bit for bit"

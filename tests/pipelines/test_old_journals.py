@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.registry.bank_folder import read_bank
-from amlora_dist.registry.manifest import SCHEMA_VERSION
+from amlora_dist.registry.manifest import SCHEMA_VERSION, read_manifest
 from amlora_dist.registry.store import Store
+from amlora_dist.training.result import in_bank, is_whole, read_result, renew
 from tests.fork_server import Server
 from tests.journals.make import PLACE, RUN, rewrite_texts
 from tests.pipelines.crash_cases import outcome_of
@@ -21,6 +22,31 @@ ARCHIVES = sorted(JOURNALS.glob("schema-*.tar.xz"))
 
 def test_every_schema_so_far_has_a_journal() -> None:
     assert [archive.name for archive in ARCHIVES] == [f"schema-{n}.tar.xz" for n in range(1, SCHEMA_VERSION + 1)]
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=[archive.name.partition(".")[0] for archive in ARCHIVES])
+def test_what_training_left_then_becomes_byte_for_byte_what_its_bank_keeps(archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    home = tmp_path / "home"
+    manifests = [read_manifest(file.parent) for file in sorted(home.glob("artifacts/old/*/artifacts/bank-e1/manifest.json"))]
+    assert len(manifests) == 2
+    for manifest in manifests:
+        line = manifest.adapters[-1]
+        trained = home / "storage" / "stages" / line.training_fingerprint / "trained"
+        before = json.loads((trained / "training.json").read_text(encoding="utf-8"))
+        assert not is_whole(trained)
+        renew(trained, line.index)
+        now = read_result(trained)
+        assert (now.adapter.digest(), now.index) == (line.digest, line.index)
+        assert now.training == {key: value for key, value in before.items() if key != "adapter"}
+        assert line.stored is not None
+        bank = home / "artifacts" / "old" / line.stored.run / "artifacts" / "bank-e1"
+        for name, path in in_bank(line).items():
+            assert (trained / name).read_bytes() == (bank / path).read_bytes(), path
+        marked = (trained / "COMMIT").stat().st_mtime_ns
+        renew(trained, line.index)
+        assert (trained / "COMMIT").stat().st_mtime_ns == marked, "what is as it should be stays"
 
 
 @pytest.mark.slow

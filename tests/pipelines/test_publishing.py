@@ -147,7 +147,7 @@ def test_what_failed_is_reported_at_the_next_stages_end_and_nothing_is_trained_t
     run = start(forking, config, home, "start", AMLORA_CRASH="artifacts_uploaded:raise:1")
     assert run.wait() == 1
     assert "artifacts_uploaded" in run.stderr and "version 1" not in run.stderr
-    assert len(list(home.glob("storage/stages/*/trained/adapter.safetensors"))) == 2, "the second stage was trained"
+    assert len(list(home.glob("storage/stages/*/trained/adapter_model.safetensors"))) == 2, "the second stage was trained"
     assert (published(home), held(home)) == (0, [])
     again = start(forking, config, home, "again")
     assert again.wait() == 0, again.stderr

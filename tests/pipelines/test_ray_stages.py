@@ -54,7 +54,7 @@ def test_workers_that_stay_equal_workers_of_one_stage(tmp_path: Path, amlora_hom
         os.environ["AMLORA_HOME"] = str(home)
         result = run(config, "same", "workers=2", "deepspeed.zero_stage=2", f"worker_lifetime={lifetime}")
         stages = [home / "storage" / "stages" / stage["fingerprint"] for stage in result["stages"]]
-        adapters = [(stage / "trained" / "adapter.safetensors").read_bytes() for stage in stages]
+        adapters = [(stage / "trained" / "adapter_model.safetensors").read_bytes() for stage in stages]
         events = [json.loads(line) for stage in stages for line in (stage / "progress.jsonl").read_text().splitlines()]
         processes = [event["process"] for event in events if event["kind"] == "worker"]
         found[lifetime] = result["accuracy_matrix"], result["metrics"], result["untrained"], result["oracle"], adapters

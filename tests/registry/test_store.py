@@ -12,6 +12,7 @@ import torch
 
 from amlora_dist.errors import BankError, LeaseLostError, UserError
 from amlora_dist.registry import tags
+from amlora_dist.registry.adapter_folder import ADAPTER_FILES, write_adapter
 from amlora_dist.registry.bank_folder import adapter_entry, read_bank, statistics_entry, write_version
 from amlora_dist.registry.leases import Timing
 from amlora_dist.registry.manifest import Lineage, Stored, read_manifest, replace
@@ -84,8 +85,11 @@ def test_a_version_is_written_and_published_from_its_own_parts_alone(store: Stor
     )
     folder = tmp_path / "third"
     with pytest.raises(BankError, match="adapters/3-third"):
-        write_version(folder, draft, run, [], whole.router, {})
-    written = write_version(folder, draft, run, [made], whole.router, {"third": whole.statistics[TASKS[0]]})
+        write_version(folder, draft, run, whole.router, {})
+    write_adapter(tmp_path / "made", made.tensors())
+    files = {f"{line.folder}/{name}": tmp_path / "made" / name for name in ADAPTER_FILES}
+    files[part.file] = tmp_path / f"{name}-2-e1" / whole.manifest.statistics[0].file
+    written = write_version(folder, draft, run, whole.router, files)
     assert [path.name for path in (folder / "adapters").iterdir()] == ["3-third"]
     values = {tags.TRAINING_FINGERPRINT: fingerprint(name, 3), tags.RUN_ID: name}
     version = store.publish(name, folder, stage_run=run, tags=values, epoch=1, guard=lambda: None)

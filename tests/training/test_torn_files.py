@@ -23,7 +23,7 @@ from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
 from amlora_dist.training.checkpoint import StageProgress, newest_checkpoint, save_checkpoint
-from amlora_dist.training.result import Result, is_whole, read_result, write_result
+from amlora_dist.training.result import FILES, Result, is_whole, read_result, write_result
 from amlora_dist.training.stage_spec import Cell
 from tests.registry.tiny_banks import tiny_adapter
 
@@ -149,7 +149,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_rubbish(size: int, c
 
 def a_result(seed: int = 0) -> Result:
     features = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
-    return Result(tiny_adapter("agnews", 2, seed=seed), TaskStatistics.from_features("agnews", features), {"losses": [1.0]})
+    statistics = TaskStatistics.from_features("agnews", features)
+    return Result(tiny_adapter("agnews", 2, seed=seed), statistics, {"fingerprint": FINGERPRINT, "losses": [1.0]}, 2)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_a_full_disk_leaves_no_half_result(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "statistics.safetensors", "training.json", "COMMIT"])
+@pytest.mark.parametrize("name", [*FILES, "COMMIT"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "pickle"])
 def test_a_damaged_result_does_not_count_and_is_written_again(name: str, damage: str, trained: Path) -> None:
     file = trained / name
@@ -186,7 +187,7 @@ def test_a_damaged_result_does_not_count_and_is_written_again(name: str, damage:
     assert read_result(trained).adapter.digest() == a_result().adapter.digest()
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "statistics.safetensors", "training.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_what_is_committed_but_no_result_is_refused(name: str, trained: Path) -> None:
     (trained / name).write_bytes(pickle.dumps({"a": 1}))
     marks = {file: file_digest(trained / file) for file in json.loads((trained / "COMMIT").read_text())}
