@@ -52,8 +52,12 @@ def rename_synced(source: Path, target: Path) -> None:
     """Rename within a disk, also to where an empty folder is, and keep the name over a loss of power; what ``source`` holds
     is synced before."""
     sync_tree(source)
-    if target.is_dir():
-        target.unlink() if target.is_symlink() else target.rmdir()
+    _rename(source, target)
+
+
+def _rename(source: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        target.rmdir()
     source.replace(target)
     sync_folder(target.parent)
 
@@ -64,24 +68,34 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     What ``folder`` held by then is deleted (``replace``); else it may at most be an empty folder.
     """
+    folder = folder.resolve()  # what is behind a link is replaced, not the link
     make_folders(folder.parent)
     stem = f".{folder.name[:100]}.{uuid.uuid4().hex[:12]}"
     part, old = folder.with_name(f"{stem}.new"), folder.with_name(f"{stem}.old")
     part.mkdir()
     try:
         yield part
+        sync_tree(part)  # before the old one goes: between the two lie no more than two renames
         before = replace and folder.exists()
         if before:
             _move_away(folder, old)
         try:
-            rename_synced(part, folder)
+            _rename(part, folder)
         except BaseException:
-            if before:
+            if before and not folder.exists():
                 old.replace(folder)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            _remove(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _move_away(folder: Path, old: Path) -> None:

@@ -272,8 +272,11 @@ def _made_aside(folder: Path, last: str) -> Iterator[Path]:
             for path in sorted(part.iterdir(), key=lambda one: one.name == last):
                 if path.name == last:
                     sync_folder(folder)  # with the names of all the others
-                moved.append(folder / path.name)
-                path.rename(moved[-1])
+                place = folder / path.name
+                if os.path.lexists(place):
+                    raise UserError(f"{place}: somebody else has made it meanwhile, and it stays; name another place")
+                path.rename(place)
+                moved.append(place)
             sync_folder(folder)
         else:
             rename_synced(part, folder)

@@ -82,7 +82,7 @@ def own_place(place: str, home: Path) -> str:
     """Where artifacts of a run of this project lie in ``home``, whatever its store says: who opens the same folder by
     another path (a container's mount) sets the places of all to that, while somebody writes by this one."""
     parts = PurePath(_path(place)).parts
-    if len(parts) > 4 and parts[-4] == ARTIFACTS and parts[-1] == "artifacts":
+    if not _is_remote(place) and len(parts) > 4 and parts[-4] == ARTIFACTS and parts[-1] == "artifacts":
         return str(home.joinpath(ARTIFACTS, *parts[-3:]))
     return place
 
@@ -92,10 +92,14 @@ def _other_root(name: str, place: str | None, home: Path, ours: bool) -> str | N
     none of this project's runs, and lies where it says, is somebody's own."""
     root, slash, last = (place or "").rpartition("/")
     here = str(home / ARTIFACTS)
-    if not slash or PurePath(_path(root)).name != ARTIFACTS or root == here:
+    if not slash or _is_remote(root) or PurePath(_path(root)).name != ARTIFACTS or root == here:
         return None
     named = last == name.replace(" ", "_") and not Path(_path(place or "")).is_dir()
     return root if ours or named or (home / ARTIFACTS / last).is_dir() else None
+
+
+def _is_remote(place: str) -> bool:
+    return "://" in place and not place.startswith("file:")
 
 
 def _path(place: str) -> str:

@@ -83,6 +83,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], progress: StagePr
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder / checkpoint_name(progress.step)
+    for left in folder.glob(".step-*"):  # by a writer that was killed; there is one at a time
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with new_folder(target, replace=True) as tmp:
             save_file(dict(state), tmp / "state.safetensors")

@@ -103,6 +103,8 @@ def new_result(folder: Path, entry: AdapterEntry, training: Mapping[str, Any]) -
             write_text(tmp / RECORD, json.dumps({"adapter": asdict(own), **training}))
             write_text(tmp / MARK, json.dumps({name: file_digest(tmp / name) for name in FILES}))
     except OSError as error:
+        if is_whole(folder):
+            return  # another run was quicker
         raise UserError(f"cannot write the trained adapter to {folder}: {error}; make room, then run again") from error
 
 
@@ -140,13 +142,21 @@ def read_result(folder: Path) -> Result:
 
 
 def renew(folder: Path, index: int) -> None:
-    """Write what release 0.1 left as a result again, in today's form; ``index`` is the adapter's place in its bank."""
+    """Write what release 0.1 left as a result again, in today's form; ``index`` is the adapter's place in its bank.
+
+    Raises:
+        BankError: it is committed, but no result of that release.
+        UserError: the disk is full or not writable.
+    """
     if not _is_committed(folder, _OLD_FILES):
         return
-    training = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    tensors, fingerprint = read_tensors(folder / _OLD_FILES[0]), training["fingerprint"]
-    targets = sorted(name.removeprefix("a.") for name in tensors if name.startswith("a."))
-    entry = AdapterEntry(**training.pop("adapter"), index=index, targets=targets, training_fingerprint=fingerprint)
+    try:
+        training = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        tensors, fingerprint = read_tensors(folder / _OLD_FILES[0]), training["fingerprint"]
+        targets = sorted(name.removeprefix("a.") for name in tensors if name.startswith("a."))
+        entry = AdapterEntry(**training.pop("adapter"), index=index, targets=targets, training_fingerprint=fingerprint)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BankError(f"{folder}: not a training result of release 0.1 ({error}); remove it and start again") from error
     with new_result(folder, entry, training) as tmp:
         write_adapter(tmp, tensors)
         write_tensors(tmp / STATISTICS, read_tensors(folder / STATISTICS))

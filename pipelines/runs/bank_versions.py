@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import amlora_dist
 from amlora_dist.adapters.statistics import TaskStatistics
+from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
 from amlora_dist.files import copy_file
 from amlora_dist.registry import tags
@@ -75,8 +76,10 @@ class BankVersions:
     def materialise(self, version: Version) -> list[Parent]:
         """The adapters of a published version as folders that workers can read; fetched once."""
         pulled, out = self._pulled(version), []
-        for line in read_manifest(pulled).adapters:
-            folder = self._storage / "adapters" / line.digest
+        manifest = read_manifest(pulled)
+        statistics = {part.index: part.digest for part in manifest.statistics}
+        for line in manifest.adapters:
+            folder = parent_folder(self._storage, line, statistics.get(line.index))
             if not is_whole(folder):
                 _copy_result(pulled, line, folder)
             out.append(Parent(line.task, line.digest, str(folder)))
@@ -126,7 +129,10 @@ class BankVersions:
         statistics = statistics_entry(index, record.task, newest.continuation(), stored_statistics)
         tensors, router = self._router(inputs, parents, newest)
         known = {} if before is None else dict(before.files or {})
-        known |= {} if original is None else self.manifest_of(original).files or {}
+        if original is not None:
+            theirs = self.manifest_of(original)
+            listed = theirs.files or {}
+            known |= {path: listed[path] for path in in_bank(theirs.adapters[-1]).values() if path in listed}
         manifest = Manifest(
             base=BaseEntry.of(inputs.base),
             bank_template=BANK_TEMPLATE,
@@ -187,6 +193,11 @@ class BankVersions:
         log.warning("%s: the copy of %s is damaged: fetching it again", dest, version.uri)
         shutil.rmtree(dest, ignore_errors=True)
         return self._store.pull_version(version, dest)
+
+
+def parent_folder(storage: Path, line: AdapterEntry, statistics: str | None) -> Path:
+    """Where the storage has a published adapter for workers: an equal one may have other statistics in another bank."""
+    return storage / "adapters" / value_digest([line.digest, statistics])
 
 
 def _copy_result(bank: Path, line: AdapterEntry, folder: Path) -> None:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amlora_dist.digests import tensors_digest
-from amlora_dist.errors import BankError
+from amlora_dist.errors import BankError, UserError
 from amlora_dist.files import copy_file
 from amlora_dist.registry import tags
 from amlora_dist.registry.bank_files import BankFile, fits
 from amlora_dist.registry.bank_folder import write_frame
 from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.transfer import missing_files
-from amlora_dist.training.result import STATISTICS, Result, in_bank, is_whole, read_result, renew
+from amlora_dist.training.result import STATISTICS, Result, in_bank, read_result, renew
+from pipelines.runs.bank_versions import parent_folder
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import AdapterEntry, Manifest
@@ -77,7 +78,7 @@ def _write_parts(made: Path, manifest: Manifest, lost: list[BankFile], storage: 
         paths = in_bank(line)
         if not wanted.intersection(paths.values()):
             continue
-        for folder, result in _results(line, storage):
+        for folder, result in _results(line, statistics.get(line.index), storage):
             if tensors_digest(result.continuation()) != statistics.get(line.index):
                 del paths[STATISTICS]
             for name, path in paths.items():
@@ -85,14 +86,14 @@ def _write_parts(made: Path, manifest: Manifest, lost: list[BankFile], storage: 
             break
 
 
-def _results(line: AdapterEntry, storage: Path) -> Iterator[tuple[Path, Result]]:
+def _results(line: AdapterEntry, statistics: str | None, storage: Path) -> Iterator[tuple[Path, Result]]:
     """The trained stage of an adapter, as far as the storage has it."""
-    for folder in (storage / "stages" / line.training_fingerprint / "trained", storage / "adapters" / line.digest):
-        renew(folder, line.index)
-        if is_whole(folder):
+    for folder in (storage / "stages" / line.training_fingerprint / "trained", parent_folder(storage, line, statistics)):
+        if folder.is_dir():
             try:
+                renew(folder, line.index)
                 result = read_result(folder)
-            except BankError as error:
+            except (BankError, UserError) as error:
                 log.warning("%s: passed over: %s", folder, error)
                 continue
             if result.adapter.digest() == line.digest:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from amlora_dist.errors import UserError
+from amlora_dist.registry import backup as backup_module
 from amlora_dist.registry.backup import FILE, backup, restore
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.store import Store
@@ -124,6 +125,26 @@ def test_a_folder_that_is_there_and_empty_is_filled_where_it_is(home: Path, tmp_
         assert len(digests(tmp_path / name, tmp_path / f"pulled-{name}")) == 1
     assert number == {name: (tmp_path / name).stat().st_ino for name in ("backup", "home")}
     assert {path.name for path in (tmp_path / "backup").iterdir()} == {"lost+found", "mlflow.db", "artifacts", "backup.json"}
+
+
+@pytest.mark.parametrize("name", ["artifacts/of", "mlflow.db"])
+def test_what_somebody_else_makes_in_the_home_meanwhile_stays_theirs(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup(home, tmp_path / "backup")
+    (tmp_path / "home").mkdir()
+    theirs, inner = tmp_path / "home" / name, backup_module.sync_tree
+
+    def syncing(path: Path) -> None:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("theirs")
+        inner(path)
+
+    monkeypatch.setattr(backup_module, "sync_tree", syncing)
+    with pytest.raises(UserError, match=f"{Path(name).parts[0]}: somebody else has made it meanwhile"):
+        restore(tmp_path / "backup", tmp_path / "home")
+    assert theirs.read_text() == "theirs"
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [Path(name).parts[0]]
 
 
 def test_what_was_moved_to_another_disk_behind_a_link_is_in_the_backup(home: Path, tmp_path: Path) -> None:

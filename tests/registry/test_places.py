@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amlora_dist.registry.bank_folder import read_bank
-from amlora_dist.registry.places import settle
+from amlora_dist.registry.places import own_place, settle
 from amlora_dist.registry.store import Store
 from tests.registry.tiny_banks import TASKS, publish_sequence
 
@@ -130,3 +130,10 @@ def test_who_opens_a_home_by_another_path_moves_nothing_of_who_writes_by_this_on
     assert len(read_bank(store.pull("models:/banks@current", tmp_path / "pulled")).adapters) == 2
     assert not (tmp_path / "mounted").exists(), "nothing is written outside"
     assert len(read_bank(Store.open(home).pull("models:/banks@current", tmp_path / "again")).adapters) == 2
+
+
+def test_a_place_in_an_object_store_is_no_home_that_was_moved(tmp_path: Path) -> None:
+    place = "s3://bucket/artifacts/of/0123/artifacts"
+    assert own_place(place, tmp_path) == place
+    assert own_place("/old/artifacts/of/0123/artifacts", tmp_path) == str(tmp_path / "artifacts/of/0123/artifacts")
+    assert own_place("file:///old/artifacts/of/0123/artifacts", tmp_path) == str(tmp_path / "artifacts/of/0123/artifacts")

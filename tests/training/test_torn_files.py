@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import BankError, UserError
+from amlora_dist.training import result as result_module
 from amlora_dist.training.checkpoint import StageProgress, newest_checkpoint, save_checkpoint
 from amlora_dist.training.result import FILES, Result, is_whole, read_result, write_result
 from amlora_dist.training.stage_spec import Cell
@@ -164,6 +165,22 @@ def test_a_whole_result_is_left_as_it_is_by_who_comes_late(trained: Path) -> Non
     write_result(trained, a_result(seed=5))
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
     assert read_result(trained).adapter.digest() == a_result().adapter.digest()
+
+
+def test_of_two_that_write_one_result_the_slower_takes_the_other_s(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, folder = read_result(trained), tmp_path / "stage" / "trained"
+    inner = result_module.write_adapter
+
+    def writing(*given: Any) -> None:
+        monkeypatch.setattr(result_module, "write_adapter", inner)
+        write_result(folder, result)  # who is quicker
+        inner(*given)
+
+    monkeypatch.setattr(result_module, "write_adapter", writing)
+    write_result(folder, result)
+    assert is_whole(folder) and [path.name for path in folder.parent.iterdir()] == ["trained"]
 
 
 def test_a_full_disk_leaves_no_half_result(tmp_path: Path) -> None:
