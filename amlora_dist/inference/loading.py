@@ -127,6 +127,21 @@ def answer_settings(manifest: Manifest) -> AnswerSettings:
         raise BankError(f"manifest: the settings of its answers do not fit this version: {error}") from error
 
 
+def check_description(bank: Bank, abstain: float | None) -> None:
+    """See that a bank's router and layers can be made of what its manifest says, before a weight is read.
+
+    Raises:
+        UserError: as ``described_router``.
+        BankError: as ``bank_layers``.
+    """
+    described_router(bank, abstain)
+    try:
+        router = RouterSettings(**completed(bank.manifest.training_configuration).get("router", {}))
+    except (ValidationError, TypeError) as error:
+        raise BankError(f"manifest: the settings of its router do not fit this version: {error}") from error
+    bank_layers(bank.manifest, router)
+
+
 def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
     """Settings of a bank's router, with abstention as it is asked for here instead of as it was published.
 

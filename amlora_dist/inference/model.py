@@ -44,11 +44,11 @@ from amlora_dist.evaluation.requests import (
 from amlora_dist.inference.loading import (
     answer_settings,
     bank_format,
+    check_description,
     check_quantisation,
     chosen_attention,
     chosen_device,
     chosen_dtype,
-    described_router,
     inject_bank,
     pulled,
     resolve_bank_base,
@@ -180,7 +180,7 @@ class AMLoRAModel:
         else:
             folder = Path(bank).expanduser()
         loaded = trust.read(folder, statistics=False)
-        described_router(loaded, abstain)  # says what is wrong before a weight is read
+        check_description(loaded, abstain)
         check_quantisation(loaded.manifest.base, quantisation)
         found = resolve_bank_base(loaded.manifest.base, base, quantisation)
         if beside is not None and beside.base.identity == found.identity:

@@ -24,6 +24,11 @@ def backward_blocks(facts: RunFacts) -> list[Block]:
         return []
     stages = range(1, len(facts.stages) + 1)
     answers = [[facts.cell("router", task, stage) for task in facts.tasks] for stage in stages]
+    for place in range(len(facts.tasks)):  # of a run that went on with other rows there is nothing to compare
+        known = {tuple(one.row for one in cell) for cell in (of_stage[place] for of_stage in answers) if cell is not None}
+        if len(known) > 1:
+            for of_stage in answers:
+                of_stage[place] = None
     changes = stage_changes(facts.tasks, facts.matrix, answers, seed=int(facts.result["seed"]))
     if not changes:
         return []

@@ -46,7 +46,7 @@ class Result:
     index: int
     """1-based place of the adapter in its bank."""
     method_state: dict[str, Tensor] = field(default_factory=dict)
-    """What the method keeps for later stages (``Method.method_state``)."""
+    """What the method keeps for later stages (``Method.finished``)."""
 
     @property
     def entry(self) -> AdapterEntry:

@@ -263,7 +263,7 @@ def _check_installed() -> None:
 
 def _checked(bank: str, options: dict[str, Any]) -> tuple[str, Bank]:
     """The version to serve and its bank, after all that can be looked at before Ray starts."""
-    from amlora_dist.inference.loading import check_quantisation, described_router, pulled, resolve_bank_base
+    from amlora_dist.inference.loading import check_description, check_quantisation, pulled, resolve_bank_base
     from amlora_dist.registry.signing import Trust
 
     trust = Trust.of(options.get("require_signature"), options.get("expect_digest"))
@@ -272,7 +272,7 @@ def _checked(bank: str, options: dict[str, Any]) -> tuple[str, Bank]:
     else:
         version, folder = bank, Path(bank)
     read = trust.read(folder, statistics=False)
-    described_router(read, options.get("abstain"))
+    check_description(read, options.get("abstain"))
     check_quantisation(read.manifest.base, options.get("quantisation"))
     resolve_bank_base(read.manifest.base, options["base"])
     return version, read

@@ -152,6 +152,11 @@ def test_a_drop_that_a_new_task_causes_is_a_line_and_its_rows_are_named(facts: R
     assert [(line["stage"], line["task"], line["change"]) for line in lines] == [(2, "mood", -0.25), (2, ALL, -0.25)]
     assert lines[0]["worse, rerouted"] == lines[0]["changed"] == 1 and lines[0]["better"] == 0
     assert worse.table.rows == [[2, "route", "mood", 2, "happy", "happy", "billing", "mood", "route"]]
+    facts.predictions["mood-2"] = [*after[:3], replace(after[3], row=99)]
+    (table,) = backward_blocks(facts)
+    assert isinstance(table, TableBlock)
+    lines = [dict(zip(table.table.columns, line, strict=True)) for line in table.table.rows]
+    assert lines[0]["change"] == -0.25 and lines[0]["low"] is lines[0]["changed"] is None, "other rows are not compared"
     facts.result["accuracy_matrix"][1] = [None] * 3
     assert backward_blocks(facts) == [], "earlier tasks were not scored at that stage"
 
