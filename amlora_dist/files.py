@@ -86,7 +86,8 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
                 old.replace(folder)
             raise
         finally:
-            _remove(old)
+            if folder.exists():  # else the old one is all there is
+                _remove(old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -23,6 +23,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +33,8 @@ from typing import Any
 
 import aiohttp
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 from tests.ports import free_port

@@ -61,8 +61,9 @@ from amlora_dist.tasks.prompts import template_for
 from amlora_dist.tasks.sources import Row, load_task
 from amlora_dist.tasks.task import TaskDefaults, TaskSpec, resolve_task
 from amlora_dist.training.batching import Layout, LossComputer
+from amlora_dist.training.checkpoint import StageProgress
 from amlora_dist.training.engine import Alone, PlainEngine
-from amlora_dist.training.loop import Learner, Progress
+from amlora_dist.training.loop import Learner
 from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.settings import TrainingSettings
@@ -407,7 +408,7 @@ class Bench:
             objective=lambda batch: batch.cross_entropy(batch.answers(gate)), report=lambda event: None,
         )  # fmt: skip
         mixture.model.train()
-        learner.run(Progress(fingerprint=folder.name, step=0))
+        learner.run(StageProgress(fingerprint=folder.name, step=0))
         mixture.model.eval()
         return mixture, pad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -172,6 +173,24 @@ def test_a_class_name_means_one_thing():
             if isinstance(node, ast.ClassDef):
                 where.setdefault(node.name, []).append(str(file.relative_to(REPOSITORY)))
     assert {name: files for name, files in where.items() if len(files) > 1} == {}
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_what_a_benchmark_imports_of_the_project_is_there(file: Path):
+    """Nothing else looks at them: types are not checked there, and most take minutes to run."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    ours = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("amlora_dist", "pipelines", "tests")
+    ]  # fmt: skip
+    for node in ours:
+        assert node.module is not None
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            if not hasattr(module, name):
+                importlib.import_module(f"{node.module}.{name}")  # a module, or the error says what is missing
+    if any(node.module and node.module.startswith("tests") for node in ours):
+        assert "sys.path" in file.read_text(encoding="utf-8"), "`python benchmarks/...` has only its own folder there"
 
 
 def test_every_module_is_short_enough_to_be_one_idea():

@@ -46,6 +46,21 @@ def test_what_cannot_take_its_place_leaves_the_one_before(tmp_path: Path, monkey
     assert (tmp_path / "one" / "file").read_text() == "before" and not left(tmp_path)
 
 
+def test_what_cannot_be_put_back_either_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "one", "before")
+
+    def failing(source: Path, target: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(files, "_rename", failing)
+    inner = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: failing(path, to) if path.suffix == ".old" else inner(path, to))
+    with pytest.raises(OSError, match="no"):
+        make(tmp_path / "one", "after", replace=True)
+    (kept,) = left(tmp_path)
+    assert (tmp_path / kept / "file").read_text() == "before"
+
+
 def test_who_comes_late_to_a_place_is_told_and_the_first_stays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "one") as part:
         (part / "file").write_text("late")

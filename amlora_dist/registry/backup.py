@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from amlora_dist.digests import file_digest
 from amlora_dist.errors import UserError, is_full, plain_reason
-from amlora_dist.files import make_folders, rename_synced, sync_folder, sync_tree, write_bytes
+from amlora_dist.files import new_folder, sync_folder, sync_tree, write_bytes
 from amlora_dist.registry.connection import NO_ROOM, check_home
 from amlora_dist.registry.places import ARTIFACTS, DATABASE, settle
 
@@ -254,35 +254,36 @@ def _refuse_full(folder: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def _made_aside(folder: Path, last: str) -> Iterator[Path]:
-    """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong.
-
-    One that is there already may be a disk of its own, over which nothing can be renamed: it is filled from inside, with
-    ``last``, without which it is nothing, as the last.
-    """
-    there = folder.is_dir()
-    moved: list[Path] = []
-    part: Path | None = None
+    """A folder that becomes ``folder``, synced, when all of it is there; removed where something went wrong."""
     try:
-        make_folders(folder.parent)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.unfinished-", dir=folder if there else folder.parent))
-        part.chmod(0o755)
-        yield part
-        if there:
-            sync_tree(part)
-            for path in sorted(part.iterdir(), key=lambda one: one.name == last):
-                if path.name == last:
-                    sync_folder(folder)  # with the names of all the others
-                place = folder / path.name
-                if os.path.lexists(place):
-                    raise UserError(f"{place}: somebody else has made it meanwhile, and it stays; name another place")
-                path.rename(place)
-                moved.append(place)
-            sync_folder(folder)
-        else:
-            rename_synced(part, folder)
-        moved = []
+        with _filled(folder, last) if folder.is_dir() else new_folder(folder) as part:
+            yield part
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({plain_reason(error)}); make room, or name another place") from error
+
+
+@contextlib.contextmanager
+def _filled(folder: Path, last: str) -> Iterator[Path]:
+    """A folder inside one that is there, whose content moves up when all of it is there.
+
+    ``folder`` may be a disk of its own, over which nothing can be renamed: it is filled from inside, with ``last``, without
+    which it is nothing, as the last.
+    """
+    moved: list[Path] = []
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.unfinished-", dir=folder))
+    try:
+        yield part
+        sync_tree(part)
+        for path in sorted(part.iterdir(), key=lambda one: one.name == last):
+            if path.name == last:
+                sync_folder(folder)  # with the names of all the others
+            place = folder / path.name
+            if os.path.lexists(place):
+                raise UserError(f"{place}: somebody else has made it meanwhile, and it stays; name another place")
+            path.rename(place)
+            moved.append(place)
+        sync_folder(folder)
+        moved = []
     finally:
-        for path in [*moved, *([] if part is None else [part])]:
+        for path in [*moved, part]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

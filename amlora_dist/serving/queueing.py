@@ -14,8 +14,8 @@ from amlora_dist.serving.settings import ServeSettings
 
 HEAVY_SHARE = 0.15
 """Of the engine's time, seconds of heavy work for each second of other work; all of it where there is no other."""
-MOST_CREDIT_S = 1.0
-"""Heavy work may save up so much of it."""
+MOST_CREDIT_S = 0.1
+"""Heavy work may save up so much of it: a pass or two, and no second that others would wait for after a quiet while."""
 GAP_S = 0.1
 """So long after the last other work heavy work still gives way: a client that has its answer asks again at once."""
 

@@ -88,7 +88,8 @@ def _write_parts(made: Path, manifest: Manifest, lost: list[BankFile], storage: 
 
 def _results(line: AdapterEntry, statistics: str | None, storage: Path) -> Iterator[tuple[Path, Result]]:
     """The trained stage of an adapter, as far as the storage has it."""
-    for folder in (storage / "stages" / line.training_fingerprint / "trained", parent_folder(storage, line, statistics)):
+    stage, parent = storage / "stages" / line.training_fingerprint / "trained", parent_folder(storage, line, statistics)
+    for folder in (stage, parent, parent.with_name(line.digest)):  # the last is where parents were before
         if folder.is_dir():
             try:
                 renew(folder, line.index)

@@ -95,12 +95,17 @@ def test_a_bank_that_was_made_again_with_right_digests_is_not_signed_for_it(bank
         Trust.of(keys / "ours.pub").check(bank)
 
 
-def test_a_signed_version_is_pulled_promoted_and_loaded_and_an_unsigned_one_is_not(
-    keys: Path, tmp_path: Path, amlora_home: Path, empty_home: Path
-) -> None:
+@pytest.fixture
+def store(tmp_path: Path, amlora_home: Path, empty_home: Path) -> Store:
+    """An empty one, and ``work`` to make banks in."""
     shutil.copytree(empty_home, amlora_home)
     (tmp_path / "work").mkdir()
-    store = Store.open(amlora_home)
+    return Store.open(amlora_home)
+
+
+def test_a_signed_version_is_pulled_promoted_and_loaded_and_an_unsigned_one_is_not(
+    keys: Path, tmp_path: Path, store: Store
+) -> None:
     publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS[:2])
     trust = Trust.of(keys / "ours.pub")
     with pytest.raises(BankError, match="not signed"):
@@ -237,11 +242,8 @@ def test_a_bank_whose_files_were_written_anew_is_not_signed(bank: Path, keys: Pa
 
 
 def test_a_signature_in_the_store_that_does_not_hold_changes_no_copy_that_is_here(
-    keys: Path, tmp_path: Path, amlora_home: Path, empty_home: Path
+    keys: Path, tmp_path: Path, store: Store
 ) -> None:
-    shutil.copytree(empty_home, amlora_home)
-    (tmp_path / "work").mkdir()
-    store = Store.open(amlora_home)
     publish_sequence(store, "banks", tmp_path / "work", tasks=TASKS[:1])
     sign_bank("models:/banks/1", keys / "ours.key", None)
     pull_to("models:/banks/1", tmp_path / "here", None, statistics=True)

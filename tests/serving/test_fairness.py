@@ -76,6 +76,17 @@ def test_heavy_work_gets_its_share_next_to_other_work_and_all_of_the_time_alone(
     assert share.wait_s() == 0, "nobody else is there any more"
 
 
+def test_heavy_work_that_comes_after_a_quiet_while_does_not_take_what_it_has_missed_at_once() -> None:
+    share = Share(lambda: 0.0)
+    for _ in range(1000):
+        share.other(0.1)
+    heavy = 0.0
+    while share.wait_s() == 0:
+        share.heavy(0.02)
+        heavy += 0.02
+    assert heavy <= 0.15, "of the 15 s that its share would be"
+
+
 @pytest.mark.parametrize(
     ("texts", "labels", "heavy"),
     [(1, ["red"] * 256, False), (32, ["red"] * 8, False), (1, ["red"] * 257, True), (64, ["red"] * 5, True),
