@@ -52,13 +52,11 @@ def reach(point: str) -> None:
             continue
         if _first_process(point):
             _die(point, kind)
-        elif kind != "hold":
-            _happened.set()  # in the process before, which may have died of it before anybody was held
 
 
 def _die(point: str, kind: str) -> None:
     if kind == "hold":
-        if not _happened.wait(HOLD_DEADLINE_S):
+        if not (_happened_in_another_process() or _happened.wait(HOLD_DEADLINE_S)):
             raise CrashedOnPurposeError(f"crash point {point!r}: held for {HOLD_DEADLINE_S:.0f} s (AMLORA_CRASH={_SPEC})")
         return
     _happened.set()
@@ -72,6 +70,13 @@ def _die(point: str, kind: str) -> None:
     if kind == "exit":
         os._exit(70)
     raise CrashedOnPurposeError(f"crash point {point!r} (AMLORA_CRASH={_SPEC})")
+
+
+def _happened_in_another_process() -> bool:
+    """Whether what a held thread waits for has happened already, in a process that died of it before anybody was held."""
+    marker = os.environ.get("AMLORA_CRASH_ONCE")
+    others = (spec.split(":") for spec in _SPEC.split(","))
+    return any(kind != "hold" and os.path.exists(f"{marker}.{point}") for point, kind, *_ in others) if marker else False
 
 
 def _first_process(point: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from amlora_dist.serving.jobs import BusyError, Job
 from amlora_dist.serving.settings import ServeSettings
 
-HEAVY_SHARE = 0.15
+HEAVY_SHARE = 0.1
 """Of the engine's time, seconds of heavy work for each second of other work; all of it where there is no other."""
 MOST_CREDIT_S = 0.1
 """Heavy work may save up so much of it: a pass or two, and no second that others would wait for after a quiet while."""
