@@ -47,6 +47,8 @@ def task_file() -> str:
 
 def page(title: str, about: str, root: Any) -> str:
     """A tree of settings, a table for each section."""
+    from amlora_dist.tasks.task import TaskDefaults
+
     lines = [NOTE, f"# {title}\n", f"{about}\n"]
     for path, cls in sections(root, ()):
         lines += [f"## `{'.'.join(path)}`\n" if path else "## At the top\n", sentence(inspect.getdoc(cls) or ""), ""]
@@ -57,6 +59,8 @@ def page(title: str, about: str, root: Any) -> str:
                 continue
             mark, key = " ○" if is_marked(field) else "", ".".join((*path, name))
             text = texts.get(name, "") or ("The section below." if inner_sections(field.annotation) else "")
+            if not text and name in fields(TaskDefaults):
+                text = f"As `task_defaults.{name}` of a run, for this task alone."
             lines.append(f"| `{key}`{mark} | {kind_of(cls, name)} | {default_of(field)} | {cell(text)} |")
         lines.append("")
     return "\n".join(lines)

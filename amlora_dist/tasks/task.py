@@ -239,7 +239,10 @@ class TaskDefaults:
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class TaskSpec:
-    """One task. The settings at the end override the run's ``task_defaults``; ``resolve_task`` fills them in."""
+    """One task. The settings at the end override the run's ``task_defaults``.
+
+    ``resolve_task`` fills them in.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)?$", max_length=80)
     """What the task is called in runs, banks and tables; perhaps a group and a name, such as ``helpdesk/chat_mood``."""
@@ -263,7 +266,6 @@ class TaskSpec:
     seed: int | None = None
     """Of the sample that row limits take; default: the run's seed."""
     max_train: Limit | None = None
-    """This and what follows: as in the run's ``task_defaults``, for this task alone."""
     max_dev: Limit | None = None
     max_test: Limit | None = None
     prompt_style: PromptStyle | None = None
