@@ -27,9 +27,9 @@ def configuration() -> str:
     from amlora_dist.config.loading import RunConfig
 
     about = (
-        "Every key of a run's YAML. `amlora run FILE key.path=value` overrides one; `amlora validate FILE` names every fault at"
-        " once. A key marked ○ changes no result: it may differ between two starts of one run. The keys of a task's own file:"
-        " [a task's keys](task.md)."
+        "Every key of a run's YAML. `amlora run FILE key.path=value` overrides one; `amlora validate FILE` names every fault"
+        " at once. A key marked ○ changes no result: it may differ between two starts of one run. The keys of a task's own"
+        " file: [a task's keys](task.md)."
     )
     return page("Configuration", about, RunConfig)
 
@@ -39,8 +39,8 @@ def task_file() -> str:
     from amlora_dist.tasks.task import TaskSpec
 
     about = (
-        "Every key of a task's YAML. How they are used, with examples: [a task's file](../tasks.md). `amlora tasks FILE` shows a"
-        " task and its first prompt."
+        "Every key of a task's YAML. How they are used, with examples: [a task's file](../tasks.md). `amlora tasks FILE`"
+        " shows a task and its first prompt."
     )
     return page("A task's keys", about, TaskSpec)
 
