@@ -127,7 +127,8 @@ def annotation_text(node: ast.expr, names: dict[str, Any]) -> str:
             return ", ".join([annotation_text(inner.elts[0], names), *bounds])
         if node.value.id == "Literal":
             values = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            return " ".join(f"`{one.value}`" for one in values if isinstance(one, ast.Constant))
+            listed = [one.value for one in values if isinstance(one, ast.Constant)]
+            return " ".join("`true`" if value is True else f"`{value}`" for value in listed)
         if node.value.id in ("list", "tuple"):
             first = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
             return f"list of {annotation_text(first, names)}"
@@ -137,7 +138,7 @@ def annotation_text(node: ast.expr, names: dict[str, Any]) -> str:
         return " or ".join(text for one in (node.left, node.right) if (text := annotation_text(one, names)))
     words = {
         "str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Path": "path", "None": "",
-        "Name": "name", "Any": "anything",
+        "Name": "name", "Any": "anything", "DeepSpeedSection": "mapping",
     }  # fmt: skip
     text = ast.unparse(node)
     if text not in words and (values := get_args(names.get(text))) and all(isinstance(one, str | int) for one in values):
@@ -152,7 +153,8 @@ def bounds_text(node: ast.expr | None) -> str:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field"):
         return ""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return ", ".join(f"{words[k.arg]} {ast.unparse(k.value)}" for k in node.keywords if k.arg in words)
+    values = {k.arg: ast.unparse(k.value).replace(" ** ", "^") for k in node.keywords if k.arg in words}
+    return ", ".join(f"{words[name]} {value}" for name, value in values.items() if name)
 
 
 def default_of(field: Any) -> str:

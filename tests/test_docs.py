@@ -89,6 +89,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or other.suffix != ".md" or anchor in anchors(other), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_lists_and_tables_have_an_empty_line_in_front(page: Path) -> None:
+    """MkDocs would make them part of the paragraph before."""
+    before = ""
+    for line in re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines():
+        if re.match(r"(- |1\. |\|)", line):
+            assert not before.strip() or re.match(r"(\s|- |\d+\. |\||#)", before), f"{page.name}: {before} / {line}"
+        before = line
+
+
 def test_benchmarks_are_one_page_of_five_tables_whose_figures_are_in_the_evidence() -> None:
     page = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     tables = page.split("\n## ")[1:6]
