@@ -45,6 +45,8 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
         "source": _source(spec),
     }
     for key, value in lines.items():
+        if not value:
+            continue
         console.print(f"{key:8} {value}", markup=False, soft_wrap=True)
     show_prompt(spec, data_dir=data_dir, style=style)
 

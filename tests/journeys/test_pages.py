@@ -143,7 +143,7 @@ class TestTyped:
     def test_rows_are_looked_at_and_a_run_is_planned(self, at_home: Path) -> None:
         typed("amlora init my.csv --force")
         (rows,) = typed_page("tasks.md")
-        assert "finance" in rows and "train" in rows
+        assert "garden" in rows and "train" in rows
         assert all("fits" in printed for printed in typed_page("planning.md"))
 
     def test_a_run_is_reported(self, at_home: Path) -> None:
