@@ -90,6 +90,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_install_lines_name_extras_that_are_there_and_enough(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {extra for extras in re.findall(r"pip install '\.\[([\w,]+)\]'", text) for extra in extras.split(",")}
+    declared = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]\n")[2]
+    assert named <= set(re.findall(r"^(\w+) = \[", declared.partition("\n[")[0], flags=re.MULTILINE)), named
+    assert "from openai import" not in text or "client" in named, "the line that installs the client is on the page"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_lists_and_tables_have_an_empty_line_in_front(page: Path) -> None:
     """MkDocs would make them part of the paragraph before."""
     before = ""
