@@ -34,6 +34,7 @@ from torch import Tensor
 from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
+from amlora_dist.digests import tensors_digest, value_digest
 from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
@@ -247,17 +248,59 @@ def keyed_router(
         whole = fit(statistics, "task", shrinkages, [fitted.columns])
         router = replace(router, whole=whole.keys, whole_temperature=whole.temperature)
         if label_keys == "stage":
-            stages = [fit(statistics[:stage], rule, shrinkages, choices) for stage in range(1, len(statistics))] + [fitted]
-            router = replace(router, own=_own_keys(stages), betas=tuple(one.betas[-1] for one in stages))
+            stages = own_keys(statistics, rule, shrinkages, choices, fitted)
+            weights, bias = (torch.cat([getattr(one, name) for one in stages]) for name in ("weights", "bias"))
+            router = replace(
+                router, own=replace(fitted.keys, weights=weights, bias=bias), betas=tuple(one.beta for one in stages)
+            )
     return with_background(router, fitted, statistics, rule, background) if background else router
 
 
-def _own_keys(stages: Sequence[Fitted]) -> RouterKeys:
-    """The keys of each stage's newest task as that stage fitted them, divided by its temperature."""
-    newest = [[place for place, task in enumerate(one.keys.task) if task == at] for at, one in enumerate(stages)]
-    weights = [one.keys.weights[rows] / one.temperature for one, rows in zip(stages, newest, strict=True)]
-    bias = [one.keys.bias[rows] / one.temperature for one, rows in zip(stages, newest, strict=True)]
-    return replace(stages[-1].keys, weights=torch.cat(weights), bias=torch.cat(bias))
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """What tells a task's labels apart after its own stage."""
+
+    weights: Tensor
+    """(labels of the task, d) fp64, divided by the temperature."""
+    bias: Tensor
+    """(labels of the task,) fp64, divided by the temperature."""
+    beta: float
+    """Weight of this evidence next to the model's."""
+
+
+_KNOWN: dict[str, OwnKeys] = {}
+"""By what they follow from: a worker or a driver that stays fits the keys of each stage once."""
+MOST_KNOWN = 128
+
+
+def own_keys(
+    statistics: Sequence[TaskStatistics],
+    rule: KeyRule,
+    shrinkages: Sequence[float],
+    choices: Sequence[Tensor],
+    fitted: Fitted,
+) -> list[OwnKeys]:
+    """Of each task, from the statistics of the tasks up to it; ``fitted`` is what all give, the rest as for ``fit``."""
+    found = []
+    reads = value_digest([rule, *shrinkages, *(len(columns) for columns in choices)])
+    for place, newest in enumerate(statistics):
+        reads = tensors_digest(newest.tensors(), before=reads)
+        own = _KNOWN.get(reads)
+        if own is None:
+            last = place == len(statistics) - 1
+            own = _newest(fitted if last else fit(statistics[: place + 1], rule, shrinkages, choices))
+            _KNOWN[reads] = own
+            if len(_KNOWN) > MOST_KNOWN:
+                _KNOWN.pop(next(iter(_KNOWN)), None)
+        found.append(own)
+    return found
+
+
+def _newest(fitted: Fitted) -> OwnKeys:
+    """Keys of the last task."""
+    keys = fitted.keys
+    rows = [place for place, task in enumerate(keys.task) if task == keys.tasks - 1]
+    return OwnKeys(keys.weights[rows] / fitted.temperature, keys.bias[rows] / fitted.temperature, fitted.betas[-1])
 
 
 def with_background(

@@ -45,11 +45,6 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
         faults |= _same_names(config)
     if config.method == "keys" and not any(faulty(path) for path in (("router",), ("prompt_format",))):
         faults |= _keys_faults(config)
-    router, inner = config.router, ("router", "label_keys")
-    told = router.kind in ("posterior", "permuted") and router.keys == "label" and config.prompt_format == 2
-    if router.label_keys == "stage" and not told and not any(faulty(path) for path in (("router",), ("prompt_format",))):
-        expected = "bank where labels have no keys (router.kind posterior, router.keys label and prompt_format 2 give some)"
-        faults[inner] = Fault("router.label_keys", "stage", expected)
     for place, name in enumerate(config.tracking):
         if not faulty(("tracking",)) and importlib.util.find_spec(TRACKER_MODULES[name]) is None:
             where = f"tracking[{place}]"

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from amlora_dist.adapters import keyed_router as module
 from amlora_dist.adapters.keyed_router import KeyedRouter, LabelKeys, keyed_router, keyed_router_from
-from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, depth_choices, fit, fit_betas, make_keys
+from amlora_dist.adapters.keys import (
+    FEWEST_ROWS,
+    PRIOR_BETA,
+    PRIOR_TEMPERATURE,
+    Fitted,
+    depth_choices,
+    fit,
+    fit_betas,
+    make_keys,
+)
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
@@ -286,3 +298,22 @@ def test_keys_of_own_stages_come_back_as_they_were_stored_and_a_bank_without_the
     assert "own" not in plain.settings() and not any(name.startswith("own.") for name in plain.tensors())
     with pytest.raises(BankError, match="keys of own stages do not fit"):
         replace(router, own=plain.whole)
+
+
+def test_the_keys_of_each_stage_are_fitted_once_in_a_process_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[int] = []
+
+    def counting(statistics: Sequence[TaskStatistics], *more: Any) -> Fitted:
+        fitted.append(len(statistics))
+        return fit(statistics, *more)
+
+    monkeypatch.setattr(module, "fit", counting)
+    monkeypatch.setattr(module, "_KNOWN", {})
+    routers = [
+        keyed_router(known, rule="label", shrinkage=None, gate=GateSettings(), label_keys="stage")
+        for known in (BANK[:1], BANK[:2], BANK, [BANK[1], BANK[0]])
+    ]
+    assert fitted == [1, 1, 2, 2, 3, 3, 2, 2, 1], "the bank's, of labels and of tasks; of another order its first stage"
+    monkeypatch.setattr(module, "_KNOWN", {})
+    again = keyed_router(BANK, rule="label", shrinkage=None, gate=GateSettings(), label_keys="stage")
+    assert again.own is not None and routers[2].own is not None and torch.equal(again.own.weights, routers[2].own.weights)
