@@ -15,6 +15,10 @@ next to the bank's find most: the text is foreign where
 over the K background keys and the bank's J is above a threshold, which is a quantile of the bank's own held-out rows. The
 keys of both are those that have not seen the held-out rows: these then look as foreign as any other row of their task.
 
+With ``label_keys: stage`` the labels of a task are told apart by the keys that the bank had after the task's own stage, at
+their temperature and with their weight next to the model's: the covariance of later tasks moves the routes alone. They
+follow from the statistics of the tasks up to it, so nothing of an earlier bank is read.
+
 Shapes: B texts, T tasks, J keys, K background keys, d features.
 """
 
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +34,14 @@ from torch import Tensor
 from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
+from amlora_dist.digests import tensors_digest, value_digest
 from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.keys import KeyRule
     from amlora_dist.adapters.statistics import TaskStatistics
 
+LabelKeys = Literal["bank", "stage"]
 SHRINKAGES: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
 """Of which held-out rows choose, where the configuration leaves it to them."""
 MOST_TAKEN = 0.01
@@ -52,6 +58,8 @@ class Evidence:
     """p(t | text) before thresholds, fp64."""
     scores_BJ: Tensor
     """Of every key, fp64: ``RouterKeys.scores``."""
+    labels_BJ: Tensor
+    """What tells the labels of a task apart, for ``KeyedRouter.of_labels``: the same, or those of each task's own stage."""
     foreign_B: Tensor
     """log of the background's mass over the bank's, fp64; minus infinity without a background."""
 
@@ -74,6 +82,7 @@ class KeyedRouter:
         unseen: the bank's keys that the background is compared with: those that have not seen the held-out rows.
         parts: their names.
         foreign_above: by share of own rows lost, the score from which on a text is foreign.
+        own: for the same labels as ``keys``, those of each task's own stage, divided by their temperature; None: ``keys``.
     """
 
     tasks: list[str]
@@ -89,6 +98,7 @@ class KeyedRouter:
     betas: tuple[float, ...] = ()
     parts: tuple[str, ...] = ()
     foreign_above: tuple[tuple[float, float], ...] = ()
+    own: RouterKeys | None = None
     kind: str = "posterior"
     needs_features: bool = True
 
@@ -99,6 +109,9 @@ class KeyedRouter:
             raise BankError(f"router: keys of {self.keys.tasks} tasks do not fit {len(self.tasks)} tasks")
         if self.keys.weights.dim() != 2 or self.keys.weights.shape[0] != len(self.keys.task):
             raise BankError(f"router: keys {tuple(self.keys.weights.shape)} do not fit {len(self.keys.task)} entries")
+        if self.own is not None and (self.own.task, self.own.label) != (self.keys.task, self.keys.label):
+            found = f"{len(self.own.task)} keys of own stages do not fit"
+            raise BankError(f"router: {found} the {len(self.keys.task)} of the bank")
 
     @property
     def chosen_temperature(self) -> float:
@@ -124,7 +137,8 @@ class KeyedRouter:
         foreign = self.foreign(features)
         if self.threshold is not None:
             gates = gates * (foreign <= self.threshold).float()[:, None]
-        return Evidence(gates, posterior, scores, foreign)
+        labels = scores if self.own is None else self.own.scores(features, 1.0)
+        return Evidence(gates, posterior, scores, labels, foreign)
 
     def foreign(self, features_BD: Tensor) -> Tensor:
         """log of the background's mass over the bank's, (B,) fp64; minus infinity without a background."""
@@ -155,10 +169,10 @@ class KeyedRouter:
             raise ValueError(f"the posterior router needs features of all {batch} inputs")
         return self.evidence(features_BD).gates_BT
 
-    def of_labels(self, scores_BJ: Tensor, task: int) -> Tensor | None:
-        """log p(label | text, task), (B, labels); None where the task has no keys for labels."""
+    def of_labels(self, labels_BJ: Tensor, task: int) -> Tensor | None:
+        """log p(label | text, task), (B, labels), of ``Evidence.labels_BJ``; None where the task has no keys for labels."""
         count = self.labels[task]
-        return self.keys.of_labels(scores_BJ, task, count) if count else None
+        return self.keys.of_labels(labels_BJ, task, count) if count else None
 
     def only(self, tasks: Sequence[int]) -> KeyedRouter:
         """The same router, as if the bank held these tasks alone: the gates of the others are 0."""
@@ -168,15 +182,15 @@ class KeyedRouter:
     def to(self, device: torch.device | str) -> KeyedRouter:
         """See ``Router``."""
         background = self.background and (self.background[0].to(device), self.background[1].to(device))
-        whole, unseen = (keys and keys.to(device) for keys in (self.whole, self.unseen))
-        return replace(self, keys=self.keys.to(device), background=background, whole=whole, unseen=unseen)
+        whole, unseen, own = (keys and keys.to(device) for keys in (self.whole, self.unseen, self.own))
+        return replace(self, keys=self.keys.to(device), background=background, whole=whole, unseen=unseen, own=own)
 
     def tensors(self) -> dict[str, Tensor]:
         """``weights``, ``bias``, ``log_prior`` and, with a background, its own and those that it is compared with."""
         named = {"weights": self.keys.weights, "bias": self.keys.bias, "log_prior": self.keys.log_prior}
         if self.background is not None:
             named |= {"background.weights": self.background[0], "background.bias": self.background[1]}
-        for group, keys in (("whole", self.whole), ("unseen", self.unseen)):
+        for group, keys in (("whole", self.whole), ("unseen", self.unseen), ("own", self.own)):
             if keys is not None:
                 named |= {f"{group}.{name}": getattr(keys, name) for name in ("weights", "bias", "log_prior")}
         return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
@@ -194,6 +208,7 @@ class KeyedRouter:
                 for group, keys in (("whole", self.whole), ("unseen", self.unseen))
             },
             "whole_temperature": self.whole_temperature,
+            **({} if self.own is None else {"own": {"task": list(self.own.task), "label": list(self.own.label)}}),
         }  # fmt: skip
 
 
@@ -209,6 +224,7 @@ def keyed_router(
     gate: GateSettings,
     depths: int = 1,
     background: Mapping[str, Tensor] | None = None,
+    label_keys: LabelKeys = "bank",
 ) -> KeyedRouter:
     """The router of a bank from the statistics of its tasks, in their order.
 
@@ -219,9 +235,11 @@ def keyed_router(
         gate: thresholds.
         depths: of the trunk whose states lie side by side in the features; held-out rows choose among them.
         background: mean features (d,) of each part of a background; None for none.
+        label_keys: which keys tell the labels of a task apart.
     """
     shrinkages = SHRINKAGES if shrinkage is None else (shrinkage,)
-    fitted = fit(statistics, rule, shrinkages, depth_choices(len(statistics[0].mean), depths))
+    choices = depth_choices(len(statistics[0].mean), depths)
+    fitted = fit(statistics, rule, shrinkages, choices)
     labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
     router = KeyedRouter(
         [s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate, betas=fitted.betas
@@ -229,7 +247,60 @@ def keyed_router(
     if any(label >= 0 for label in fitted.keys.label):
         whole = fit(statistics, "task", shrinkages, [fitted.columns])
         router = replace(router, whole=whole.keys, whole_temperature=whole.temperature)
+        if label_keys == "stage":
+            stages = own_keys(statistics, rule, shrinkages, choices, fitted)
+            weights, bias = (torch.cat([getattr(one, name) for one in stages]) for name in ("weights", "bias"))
+            router = replace(
+                router, own=replace(fitted.keys, weights=weights, bias=bias), betas=tuple(one.beta for one in stages)
+            )
     return with_background(router, fitted, statistics, rule, background) if background else router
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """What tells a task's labels apart after its own stage."""
+
+    weights: Tensor
+    """(labels of the task, d) fp64, divided by the temperature."""
+    bias: Tensor
+    """(labels of the task,) fp64, divided by the temperature."""
+    beta: float
+    """Weight of this evidence next to the model's."""
+
+
+_KNOWN: dict[str, OwnKeys] = {}
+"""By what they follow from: a worker or a driver that stays fits the keys of each stage once."""
+MOST_KNOWN = 128
+
+
+def own_keys(
+    statistics: Sequence[TaskStatistics],
+    rule: KeyRule,
+    shrinkages: Sequence[float],
+    choices: Sequence[Tensor],
+    fitted: Fitted,
+) -> list[OwnKeys]:
+    """Of each task, from the statistics of the tasks up to it; ``fitted`` is what all give, the rest as for ``fit``."""
+    found = []
+    reads = value_digest([rule, *shrinkages, *(len(columns) for columns in choices)])
+    for place, newest in enumerate(statistics):
+        reads = tensors_digest(newest.tensors(), before=reads)
+        own = _KNOWN.get(reads)
+        if own is None:
+            last = place == len(statistics) - 1
+            own = _newest(fitted if last else fit(statistics[: place + 1], rule, shrinkages, choices))
+            _KNOWN[reads] = own
+            if len(_KNOWN) > MOST_KNOWN:
+                _KNOWN.pop(next(iter(_KNOWN)), None)
+        found.append(own)
+    return found
+
+
+def _newest(fitted: Fitted) -> OwnKeys:
+    """Keys of the last task."""
+    keys = fitted.keys
+    rows = [place for place, task in enumerate(keys.task) if task == keys.tasks - 1]
+    return OwnKeys(keys.weights[rows] / fitted.temperature, keys.bias[rows] / fitted.temperature, fitted.betas[-1])
 
 
 def with_background(
@@ -279,13 +350,13 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         BankError: numbers that are not finite, or that do not fit.
     """
     named = {name: tensors[name].double() for name in ("weights", "bias", "log_prior")}
-    extra = {n: t.double() for n, t in tensors.items() if n.startswith(("background.", "unseen.", "whole."))}
+    extra = {n: t.double() for n, t in tensors.items() if n.startswith(("background.", "unseen.", "whole.", "own."))}
     if not all(bool(torch.isfinite(t).all()) for t in (*named.values(), *extra.values())):
         raise BankError("router: keys hold NaN or infinity")
     keys = _keys_from(named, settings["keys"])
-    whole, unseen = (
+    whole, unseen, own = (
         _keys_from({name: extra[f"{group}.{name}"] for name in named}, settings[group]) if settings.get(group) else None
-        for group in ("whole", "unseen")
+        for group in ("whole", "unseen", "own")
     )
     has_background = "background.weights" in extra
     return KeyedRouter(
@@ -295,7 +366,7 @@ def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         (extra["background.weights"], extra["background.bias"]) if has_background else None,
         whole, float(settings.get("whole_temperature", 1.0)), unseen,
         tuple(map(float, settings.get("betas", ()))),
-        tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]),
+        tuple(settings["parts"]), tuple((float(a), float(b)) for a, b in settings["foreign_above"]), own,
     )  # fmt: skip
 
 

@@ -312,7 +312,7 @@ def build_router(
         shrinkage = None if settings.shrinkage == "held_out" else settings.shrinkage
         router = keyed_router(
             statistics, rule=settings.keys, shrinkage=shrinkage, gate=gate, depths=len(settings.depths or ()) + 1,
-            background=background,
+            background=background, label_keys=settings.label_keys,
         )  # fmt: skip
     else:
         router = posterior_router(statistics, shrinkage=settings.fixed_shrinkage, gate=gate)

@@ -86,6 +86,9 @@ class RouterSettings:
     comparisons: ``uniform`` weighs all adapters alike, ``permuted`` gives each task another one's gate."""
     keys: Literal["label", "task"] = "label"
     """A key for every label, or one for every task, as 0.1 had it."""
+    label_keys: Literal["stage", "bank"] = "stage"
+    """Whose keys tell a task's labels apart: those that the bank had after the task's own stage, so that no later task
+    changes what they say of its labels (``stage``), or the bank's, which every stage makes again (``bank``)."""
     layer: int | None = Field(default=None, ge=0)
     """k: hidden states after this many layers are features; default: the middle of the depth."""
     depths: list[Annotated[int, Field(ge=0)]] | None = None

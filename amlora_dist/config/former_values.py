@@ -14,6 +14,7 @@ from typing import Any
 FORMER: dict[str, Any] = {
     "prompt_format": 1,
     "router.keys": "task",
+    "router.label_keys": "bank",
     "router.depths": [],
     "router.max_text_tokens": None,
     "router.background": False,

@@ -434,7 +434,7 @@ class Answering:
         if task is None or entry is None or tuple(entry.labels or ()) != names:
             return None
         place = self.router.tasks.index(task)
-        found = self.router.of_labels(known.evidence.scores_BJ[row : row + 1], place)
+        found = self.router.of_labels(known.evidence.labels_BJ[row : row + 1], place)
         return None if found is None else tuple(found[0].tolist())
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:

@@ -180,7 +180,7 @@ def rescored(
         weighed = None
         if one.loglikelihoods is not None and one.labels is not None and one.route is not None:
             keys = answering.router.of_labels(
-                evidence.scores_BJ[place : place + 1], answering.router.tasks.index(one.route)
+                evidence.labels_BJ[place : place + 1], answering.router.tasks.index(one.route)
             )
             weighed = Weighed(
                 tuple(one.labels), tuple(one.loglikelihoods), None if keys is None else tuple(keys[0].tolist()),

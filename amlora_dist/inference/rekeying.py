@@ -89,10 +89,13 @@ def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str |
     statistics = [
         _statistics(model, mixture, prompter, found, task, prompter.entry(task), rows[task]) for task in manifest.tasks
     ]
-    router = keyed_router(statistics, rule="label", shrinkage=None, gate=settings.gate, depths=len(depths) + 1)
+    label_keys = RouterSettings().label_keys
+    router = keyed_router(
+        statistics, rule="label", shrinkage=None, gate=settings.gate, depths=len(depths) + 1, label_keys=label_keys
+    )
     section = {
-        **stored.get("router", {}), "keys": "label", "depths": depths, "layer": layer, "max_text_tokens": longest,
-        "shrinkage": "held_out",
+        **stored.get("router", {}), "keys": "label", "label_keys": label_keys, "shrinkage": "held_out", "depths": depths,
+        "layer": layer, "max_text_tokens": longest,
     }  # fmt: skip
     configuration = {
         **stored, "prompt_format": 2, "router": section, "answer": {"evidence": "both", "beta": "calibrated"},

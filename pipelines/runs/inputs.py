@@ -172,6 +172,7 @@ class RunInputs:
         if self.plain_texts and mode != "untrained":
             router |= {"prompts": "served", "answer": asdict(self.config.answer), "keys_rule": KEYS_RULE}
             router |= {key: getattr(self.config.router, key) for key in ("keys", "shrinkage")}
+            router |= unlike_former("router", {"label_keys": self.config.router.label_keys})
             if self.config.router.gate.abstention:
                 router |= {"background": background.digest()}
             free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
@@ -213,6 +214,7 @@ class RunInputs:
         if self.plain_texts:
             router |= {"prompts": "served", "answer": asdict(AnswerSettings()), "keys_rule": KEYS_RULE}
             router |= {key: getattr(RouterSettings(), key) for key in ("keys", "shrinkage")}
+            router |= unlike_former("router", {"label_keys": RouterSettings().label_keys})
         return self._scoring(bank, "router", router, task)
 
     def _scoring(self, bank: list[str], mode: str, router: dict[str, Any], task: str) -> str:

@@ -24,8 +24,8 @@ FREE_IN_RUN = (*IRRELEVANT, "search")
 
 
 OF_A_BANK = (
-    "prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer", "router.skip_tokens",
-    "model.quantisation",
+    "prompt_format", "router.keys", "router.label_keys", "router.depths", "router.max_text_tokens", "router.layer",
+    "router.skip_tokens", "model.quantisation",
 )  # fmt: skip
 """What a bank has one of for life: how its texts are read, and what its keys are of."""
 AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers", "training.learning_rate")

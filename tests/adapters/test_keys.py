@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
-from amlora_dist.adapters.keys import FEWEST_ROWS, PRIOR_BETA, PRIOR_TEMPERATURE, depth_choices, fit, fit_betas, make_keys
+from amlora_dist.adapters import keyed_router as module
+from amlora_dist.adapters.keyed_router import KeyedRouter, LabelKeys, keyed_router, keyed_router_from
+from amlora_dist.adapters.keys import (
+    FEWEST_ROWS,
+    PRIOR_BETA,
+    PRIOR_TEMPERATURE,
+    Fitted,
+    depth_choices,
+    fit,
+    fit_betas,
+    make_keys,
+)
 from amlora_dist.adapters.router import posterior_router
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
+from amlora_dist.errors import BankError
 
 WIDTH = 6
 
@@ -118,7 +132,7 @@ def test_a_label_without_rows_takes_the_least_of_the_others() -> None:
     features = torch.cat([rows_of(0, 0, 20), rows_of(0, 1, 20)])
     odd = TaskStatistics.from_features("odd", features, [0] * 20 + [1] * 20, 3)
     router = keyed_router([odd, BANK[1]], rule="label", shrinkage=0.1, gate=GateSettings())
-    found = router.of_labels(router.evidence(rows_of(0, 0, 4, seed=9)).scores_BJ, 0)
+    found = router.of_labels(router.evidence(rows_of(0, 0, 4, seed=9)).labels_BJ, 0)
     assert found is not None and found.shape == (4, 3)
     torch.testing.assert_close(found[:, 2], found[:, :2].amin(dim=1))
 
@@ -240,3 +254,66 @@ def test_a_task_whose_model_knows_less_leans_more_on_the_keys() -> None:
     assert each[1] > each[0] == each[2] and each[0] <= pooled <= each[1]
     nobody = [replace(one, held=None) for one in mixed]
     assert fit_betas(nobody, keys, PRIOR_TEMPERATURE) == (PRIOR_BETA, (PRIOR_BETA,) * 3)
+
+
+def test_what_keys_say_of_a_tasks_labels_stays_where_they_are_those_of_its_own_stage() -> None:
+    """The keys to the bit, what they say to rounding; routes follow all tasks of the bank either way."""
+    known = []
+    for one in BANK:
+        assert one.held is not None and one.by_label is not None
+        logits = torch.randn(len(one.held.labels), len(one.by_label.counts), generator=torch.Generator().manual_seed(5))
+        known.append(replace(one, held=replace(one.held, loglikelihoods=logits)))
+    rows = torch.cat([rows_of(0, label, 4, seed=13) for label in range(3)])
+
+    def made(stage: int, which: LabelKeys) -> KeyedRouter:
+        return keyed_router(known[:stage], rule="label", shrinkage=None, gate=GateSettings(), label_keys=which)
+
+    def said(router: KeyedRouter) -> Tensor:
+        found = router.of_labels(router.evidence(rows).labels_BJ, 0)
+        assert found is not None
+        return router.betas[0] * found
+
+    steady = [made(stage, "stage") for stage in (1, 2, 3)]
+    for later in steady[1:]:
+        assert later.own is not None and steady[0].own is not None
+        assert torch.equal(later.own.weights[:3], steady[0].own.weights) and later.betas[0] == steady[0].betas[0]
+        torch.testing.assert_close(said(later), said(steady[0]), rtol=0, atol=1e-9)
+    moving = [made(stage, "bank") for stage in (1, 2, 3)]
+    assert torch.allclose(said(moving[0]), said(steady[0])) and not torch.allclose(said(moving[0]), said(moving[2]))
+    for before, after in zip(moving, steady, strict=True):
+        assert torch.equal(before.gates(rows, len(rows)), after.gates(rows, len(rows)))
+        last = len(before.tasks) - 1
+        new = rows_of(last, 0, 4, seed=14)
+        now, then = (one.of_labels(one.evidence(new).labels_BJ, last) for one in (after, before))
+        assert now is not None and then is not None and torch.allclose(now, then) and after.betas[last] == before.betas[last]
+
+
+def test_keys_of_own_stages_come_back_as_they_were_stored_and_a_bank_without_them_stores_what_it_did() -> None:
+    router = keyed_router(BANK, rule="label", shrinkage=None, gate=GateSettings(), label_keys="stage")
+    back = keyed_router_from(router.tensors(), router.settings())
+    rows = rows_of(1, 1, 5, seed=15)
+    for one in (back, router.to("cpu"), router.only([1, 2])):
+        assert torch.equal(one.evidence(rows).labels_BJ, router.evidence(rows).labels_BJ)
+    plain = keyed_router(BANK, rule="label", shrinkage=None, gate=GateSettings())
+    assert "own" not in plain.settings() and not any(name.startswith("own.") for name in plain.tensors())
+    with pytest.raises(BankError, match="keys of own stages do not fit"):
+        replace(router, own=plain.whole)
+
+
+def test_the_keys_of_each_stage_are_fitted_once_in_a_process_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[int] = []
+
+    def counting(statistics: Sequence[TaskStatistics], *more: Any) -> Fitted:
+        fitted.append(len(statistics))
+        return fit(statistics, *more)
+
+    monkeypatch.setattr(module, "fit", counting)
+    monkeypatch.setattr(module, "_KNOWN", {})
+    routers = [
+        keyed_router(known, rule="label", shrinkage=None, gate=GateSettings(), label_keys="stage")
+        for known in (BANK[:1], BANK[:2], BANK, [BANK[1], BANK[0]])
+    ]
+    assert fitted == [1, 1, 2, 2, 3, 3, 2, 2, 1], "the bank's, of labels and of tasks; of another order its first stage"
+    monkeypatch.setattr(module, "_KNOWN", {})
+    again = keyed_router(BANK, rule="label", shrinkage=None, gate=GateSettings(), label_keys="stage")
+    assert again.own is not None and routers[2].own is not None and torch.equal(again.own.weights, routers[2].own.weights)

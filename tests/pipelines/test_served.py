@@ -183,6 +183,29 @@ def test_changed_answers_between_two_versions_are_counted_and_listed(
     assert [one["after"] for one in shown["answers"]] == [o for b, o in zip(before, now, strict=True) if b != o]
 
 
+def test_with_label_keys_of_its_own_stage_another_route_alone_changes_an_answer_and_nothing_is_trained_again(
+    run: Any,
+) -> None:
+    folder, _, trained = run
+    config = load_config(folder / "run.yaml", ["evaluate=all", "router.background=true", "router.label_keys=stage"])
+    run_sequence(config, run_id="steady", progress=Silent())
+    models = [AMLoRAModel.from_bank(f"models:/steady/{version}", device="cpu") for version in (1, 2, 3)]
+    digests = [[one.digest for one in model.bank.manifest.adapters] for model in (trained, models[-1])]
+    assert digests[0] == digests[1]
+    for place, task in enumerate(TASKS[:2]):
+        texts = texts_of(folder, task)
+        found = [model.classify(texts) for model in models[place:]]
+        kept = 0
+        for answers in zip(*found, strict=True):
+            routes = [{name: share for name, share in one.route.tasks.items() if share} for one in answers]
+            if all(route == routes[0] for route in routes):
+                kept += 1
+                assert len({one.label for one in answers}) == 1
+                for one in answers[1:]:
+                    assert one.scores == pytest.approx(answers[0].scores, abs=1e-4)
+        assert kept, "some route is as it was"
+
+
 def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: Any, tmp_path: Path) -> None:
     folder, _, _ = run
     config = load_config(folder / "run.yaml", ["evaluate=last", "prompt_format=1", "evaluation.prompts=own"])
