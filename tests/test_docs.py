@@ -90,6 +90,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_no_page_names_a_folder_of_somebodys_machine(page: Path) -> None:
+    found = re.findall(r"(?<![\w.])/(?:root|work|tmp|home|Users)/[\w./-]+", page.read_text(encoding="utf-8"))
+    assert {place for place in found if not place.startswith("/tmp/ray")} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_install_lines_name_extras_that_are_there_and_enough(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = {extra for extras in re.findall(r"pip install '\.\[([\w,]+)\]'", text) for extra in extras.split(",")}
