@@ -21,7 +21,8 @@ WIDTH, HEIGHT, GAP, LIFT = 168, 46, 24, 58
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1b1f24}.s{font-size:11px;fill:#57606a}rect{rx:6;stroke:#8c959f}"
     ".p{fill:#ddf4ff}.a{fill:#fff8c5}path{fill:none;stroke:#8c959f;stroke-width:1;opacity:.55}"
-    "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9198a1}.p{fill:#0c2d6b}.a{fill:#3b2300}}"
+    ".ground{fill:#fff;stroke:none}"
+    "@media(prefers-color-scheme:dark){.ground{fill:#0d1117}text{fill:#e6edf3}.s{fill:#9198a1}.p{fill:#0c2d6b}.a{fill:#3b2300}}"
 )
 
 
@@ -110,7 +111,7 @@ def drawing() -> str:
         left = (width - len(level) * (WIDTH + GAP) + GAP) / 2
         for column, room in enumerate(level):
             place[room] = (left + column * (WIDTH + GAP), GAP + number * (HEIGHT + LIFT))
-    lines = []
+    lines = [f'<rect class="ground" width="{width}" height="{height}"/>']  # a reader's page may be darker than their system
     below = reached(edges)
     for room in sorted(edges):
         x, y = place[room]

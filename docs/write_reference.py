@@ -1,4 +1,4 @@
-"""Write ``docs/reference/configuration.md`` and ``docs/reference/commands.md`` from the code.
+"""Write ``docs/reference/`` from the code: ``configuration.md``, ``task.md`` and ``commands.md``.
 
     python docs/write_reference.py
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 FOLDER = Path(__file__).resolve().parent / "reference"
-PAGES = ("configuration.md", "commands.md")
+PAGES = ("configuration.md", "task.md", "commands.md")
+INTERNAL = {"origin"}
+"""Fields that no file may give: who reads it fills them in."""
 NOTE = "<!-- Written by docs/write_reference.py from the code; change it there. -->\n"
 
 
@@ -24,20 +26,42 @@ def configuration() -> str:
     """Every key of a run's YAML, by section."""
     from amlora_dist.config.loading import RunConfig
 
-    lines = [
-        NOTE, "# Configuration\n",
+    about = (
         "Every key of a run's YAML. `amlora run FILE key.path=value` overrides one; `amlora validate FILE` names every fault"
-        " at once. A key marked ○ changes no result: it may differ between two starts of one run.\n",
-    ]  # fmt: skip
-    for path, cls in sections(RunConfig, ()):
-        title = f"`{'.'.join(path)}`" if path else "At the top"
-        lines += [f"## {title}\n", sentence(inspect.getdoc(cls) or ""), ""]
-        lines += ["| key | values | default | |", "|---|---|---|---|"]
+        " at once. A key marked ○ changes no result: it may differ between two starts of one run. The keys of a task's own"
+        " file: [a task's keys](task.md)."
+    )
+    return page("Configuration", about, RunConfig)
+
+
+def task_file() -> str:
+    """Every key of a task's YAML, by section."""
+    from amlora_dist.tasks.task import TaskSpec
+
+    about = (
+        "Every key of a task's YAML. How they are used, with examples: [a task's file](../tasks.md). `amlora tasks FILE`"
+        " shows a task and its first prompt."
+    )
+    return page("A task's keys", about, TaskSpec)
+
+
+def page(title: str, about: str, root: Any) -> str:
+    """A tree of settings, a table for each section."""
+    from amlora_dist.tasks.task import TaskDefaults
+
+    lines = [NOTE, f"# {title}\n", f"{about}\n"]
+    for path, cls in sections(root, ()):
+        lines += [f"## `{'.'.join(path)}`\n" if path else "## At the top\n", sentence(inspect.getdoc(cls) or ""), ""]
+        lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
         texts = field_texts(cls)
         for name, field in fields(cls).items():
-            mark = " ○" if is_marked(field) else ""
-            key = ".".join((*path, name))
-            lines.append(f"| `{key}`{mark} | {kind_of(cls, name)} | {default_of(field)} | {cell(texts.get(name, ''))} |")
+            if name in INTERNAL:
+                continue
+            mark, key = " ○" if is_marked(field) else "", ".".join((*path, name))
+            text = texts.get(name, "") or ("The section below." if inner_sections(field.annotation) else "")
+            if not text and name in fields(TaskDefaults):
+                text = f"As `task_defaults.{name}` of a run, for this task alone."
+            lines.append(f"| `{key}`{mark} | {kind_of(cls, name)} | {default_of(field)} | {cell(text)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -52,9 +76,15 @@ def sections(cls: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
     """A tree of dataclasses, the outer ones first."""
     yield path, cls
     for name, field in fields(cls).items():
-        for inner in (field.annotation, *get_args(field.annotation)):
-            if hasattr(inner, "__pydantic_fields__"):
-                yield from sections(inner, (*path, name))
+        for inner in inner_sections(field.annotation):
+            yield from sections(inner, (*path, name))
+
+
+def inner_sections(annotation: Any) -> list[Any]:
+    """Dataclasses of settings that a field's type holds, in lists and alternatives too."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in inner_sections(part)]
 
 
 def is_marked(field: Any) -> bool:
@@ -97,7 +127,8 @@ def annotation_text(node: ast.expr, names: dict[str, Any]) -> str:
             return ", ".join([annotation_text(inner.elts[0], names), *bounds])
         if node.value.id == "Literal":
             values = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            return " ".join(f"`{one.value}`" for one in values if isinstance(one, ast.Constant))
+            listed = [one.value for one in values if isinstance(one, ast.Constant)]
+            return " ".join("`true`" if value is True else f"`{value}`" for value in listed)
         if node.value.id in ("list", "tuple"):
             first = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
             return f"list of {annotation_text(first, names)}"
@@ -107,14 +138,14 @@ def annotation_text(node: ast.expr, names: dict[str, Any]) -> str:
         return " or ".join(text for one in (node.left, node.right) if (text := annotation_text(one, names)))
     words = {
         "str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Path": "path", "None": "",
-        "Name": "name", "Any": "anything",
+        "Name": "name", "Any": "anything", "DeepSpeedSection": "mapping",
     }  # fmt: skip
     text = ast.unparse(node)
     if text not in words and (values := get_args(names.get(text))) and all(isinstance(one, str | int) for one in values):
         return " ".join(f"`{one}`" for one in values)  # the alias of a Literal
     if text == "Limit":
         return "whole number, at least 1"
-    return words.get(text, "section" if text.endswith(("Settings", "Section", "Defaults")) else f"{text}")
+    return words.get(text, "section" if inner_sections(names.get(text)) else f"{text}")
 
 
 def bounds_text(node: ast.expr | None) -> str:
@@ -122,12 +153,15 @@ def bounds_text(node: ast.expr | None) -> str:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field"):
         return ""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return ", ".join(f"{words[k.arg]} {ast.unparse(k.value)}" for k in node.keywords if k.arg in words)
+    values = {k.arg: ast.unparse(k.value).replace(" ** ", "^") for k in node.keywords if k.arg in words}
+    return ", ".join(f"{words[name]} {value}" for name, value in values.items() if name)
 
 
 def default_of(field: Any) -> str:
-    """The default as YAML has it."""
+    """The default as YAML has it; empty where there is none, or where the key's text tells it."""
     from pydantic_core import PydanticUndefined
+
+    from amlora_dist.tasks.task import UNSET
 
     if field.is_required():
         return "required"
@@ -135,7 +169,7 @@ def default_of(field: Any) -> str:
         value = field.default_factory()
         return "" if dataclasses.is_dataclass(value) else f"`{value}`"
     value = field.default
-    if value is None:
+    if value in (None, "", UNSET):
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -162,12 +196,13 @@ def commands() -> str:
     for name in sorted(group.commands):
         command = group.commands[name]
         usage = " ".join(usage_of(one) for one in command.params if one.param_type_name == "argument")
-        lines += [f"## `amlora {name}`\n", sentence(command.help or ""), "", f"    amlora {name} {usage} [OPTIONS]\n"]
-        lines += ["| | | default |", "|---|---|---|"]
+        line = " ".join(filter(None, ("amlora", name, usage, "[OPTIONS]")))
+        lines += [f"## `amlora {name}`\n", sentence(command.help or ""), "", f"    {line}\n"]
+        lines += ["| argument, option | meaning | default |", "|---|---|---|"]
         for one in command.params:
             if one.name == "help":
                 continue
-            called = f"`{usage_of(one)}`"
+            called = cell(f"`{usage_of(one)}`")
             lines.append(f"| {called} | {cell(sentence(getattr(one, 'help', None) or ''))} | {shown_default(one)} |")
         lines.append("")
     return "\n".join(lines)
@@ -184,18 +219,20 @@ def usage_of(parameter: Any) -> str:
 
 def shown_default(parameter: Any) -> str:
     """The default of an argument or option, if it says anything."""
+    if parameter.required:
+        return "required"
     stated = getattr(parameter, "show_default", None)
     if isinstance(stated, str):
         return stated
     value = parameter.default
-    if callable(value) or value in (None, False, (), []) or parameter.required:
+    if callable(value) or value in (None, False, (), [], ""):
         return ""
     return f"`{value}`" if value is not True else "on"
 
 
 def pages() -> dict[str, str]:
-    """Both pages by file name."""
-    return dict(zip(PAGES, (configuration(), commands()), strict=True))
+    """All pages by file name."""
+    return dict(zip(PAGES, (configuration(), task_file(), commands()), strict=True))
 
 
 if __name__ == "__main__":

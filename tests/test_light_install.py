@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_the_light_list_is_pinned_as_the_project_is_tested(repository: Path) -> 
     assert light and set(light) <= set(listed(repository / "constraints.txt"))
     names = {line.partition("==")[0].lower() for line in light}
     assert not names & {*ABSENT, "torch"}, "torch is chosen by the machine, and comes first"
+
+
+def megabytes(distribution: metadata.Distribution) -> float:
+    """Of its files as its wheel lists them."""
+    return sum(file.size or 0 for file in distribution.files or []) / 1e6
+
+
+def test_the_light_list_is_as_large_as_the_page_says(repository: Path) -> None:
+    page = (repository / "docs" / "evidence" / "memory.md").read_text(encoding="utf-8")
+    (stated,) = re.findall(r"^\| light \| \d+ \| (\d+) \| (\d+) \|", page, flags=re.MULTILINE)
+    rest = int(stated[0]) - int(stated[1])
+    names = [line.partition("==")[0] for line in listed(repository / "requirements-light.txt")]
+    found = sum(megabytes(metadata.distribution(name)) for name in names)
+    assert 0.85 * rest < found < 1.1 * rest, "torch and what it needs are the machine's own choice"
+    assert found < 0.5 * sum(megabytes(metadata.distribution(name)) for name in ("ray", "mlflow", "deepspeed", "pyarrow"))
 
 
 @pytest.mark.integration

@@ -48,13 +48,16 @@ class GateSettings:
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class LiteralSettings:
-    """What the paper leaves open in its selector (METHOD in docs/method.md); used by ``router.kind: literal``."""
+    """What the paper leaves open in its selector (docs/method.md, section 1); used by ``router.kind: literal``."""
 
     activation: Literal["tanh", "relu", "identity"] = "tanh"
+    """What a selector's scores go through before ``map``."""
     map: Literal["softmax", "entmax15", "sparsemax", "relu", "abs_sigmoid", "top_k"] = "softmax"
     """From scores to gates; ``relu`` and ``abs_sigmoid`` (|2 sigmoid - 1|) do not make them sum to 1."""
     top_k: int = Field(default=1, ge=1)
+    """Adapters with a weight under ``map: top_k``."""
     granularity: Literal["token", "sequence"] = "token"
+    """A gate for each token, or one from the mean over the prompt."""
     residual: bool = False
     """Give the current adapter weight 1 while it is learned, next to its gate."""
     freeze_old: bool = False
@@ -79,6 +82,8 @@ class RouterSettings:
     """What weighs the adapters for an input."""
 
     kind: Literal["posterior", "literal", "uniform", "permuted"] = "posterior"
+    """``posterior``: closed-form statistics of each label's texts; ``literal``: the paper's learned selectors. Controls for
+    comparisons: ``uniform`` weighs all adapters alike, ``permuted`` gives each task another one's gate."""
     keys: Literal["label", "task"] = "label"
     """A key for every label, or one for every task, as 0.1 had it."""
     label_keys: Literal["stage", "bank"] = "stage"

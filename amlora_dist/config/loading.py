@@ -55,6 +55,7 @@ class RunConfig:
     name: Annotated[Name, CHANGES_NO_RESULT]
     """What the run is called where it is listed."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything that is drawn: rows within limits, their order, first weights, dropout."""
     method: str = "am_lora"
     """The continual-learning algorithm, by its name in ``amlora_dist.methods``."""
     workers: Annotated[int, CHANGES_NO_RESULT] = Field(default=2, ge=0, le=4096)

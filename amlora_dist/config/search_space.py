@@ -43,6 +43,7 @@ class SearchSettings:
     space: dict[str, Any] = Field(min_length=1)
     """Configuration paths, and how the values of each are drawn."""
     algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """``grid``: every point; ``random``: drawn by the seed; ``optuna``: TPE, which learns from the results."""
     num_samples: int | None = Field(default=None, ge=1)
     """Trials. Of a grid: at most so many of its points, drawn by the seed; default: all."""
     objective: Objective | list[Objective] = "average_performance"

@@ -25,7 +25,10 @@ class EvaluationSettings:
     """Which cells of the accuracy matrix are scored, and how."""
 
     cells: Literal["seen+next", "seen", "all", "last"] = "seen+next"
+    """Tasks that are scored after a stage: those learned so far (``seen``), and the one that comes next; all of them; or
+    (``last``) only once, after the last stage."""
     split: Literal["test", "dev"] = "test"
+    """Rows that are scored; searches use ``dev``."""
     prompts: Literal["served", "own"] = "served"
     """``served``: a row's text and nothing else, as a user sends it. ``own``: each row behind its own task's prompt, which
     names the task to whoever can read; reports flag it."""

@@ -72,7 +72,7 @@ def settle(file: Path, home: Path) -> list[str]:
         connection.execute("COMMIT")
     for root in old:
         log.warning(
-            "%s: this home was in %s before (moved, copied or restored); what its store says of places is set right",
+            "%s: this home was in %s before (moved, copied or restored); the paths in its store are corrected",
             home, PurePath(_path(root)).parent,
         )  # fmt: skip
     return old

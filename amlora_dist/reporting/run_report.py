@@ -233,18 +233,18 @@ def _learned_text(facts: RunFacts) -> str:
     name = run_charts.capital(facts.measure)
     if facts.plain_texts:
         meaning = (
-            f"{name}, 0 to 1, over the {split} rows as plain text, of the served answers. The text alone is given,"
-            " except to the oracle and in rows called told: these know the task."
+            f"{name} over the {split} rows, as served: the text goes in and nothing else. Only the oracle, and rows that are"
+            " called told, are given the task."
         )
     else:
         meaning = (
-            f"{name} is the task's metric on unrestricted greedy output, 0 to 1, over the {split} rows, each behind its"
-            " own task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
+            f"{name} is the task's metric on unrestricted greedy output over the {split} rows, each asked with its own"
+            " task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
             " routed and answered worse than these numbers say."
         )
     return (
-        f"{meaning} Intervals are 95% bootstrap intervals over rows: what other test rows would have given. They say nothing"
-        " of other seeds. All scores and shares on this page are fractions, 0 to 1."
+        f"{meaning} Intervals (95%, bootstrap) say what other test rows would have given, and nothing of other seeds. All"
+        " scores and shares on this page are fractions from 0 to 1."
     )
 
 

@@ -107,10 +107,13 @@ class Columns:
     prompt: str | None = None
     """With ``completion``: the request (a text, or messages) and the answer to it."""
     completion: str | None = None
+    """The answer to ``prompt``."""
     instruction: str | None = None
     """With ``output``: what was asked, with ``input`` below it, and the answer."""
     input: str | None = None
+    """What the instruction is about, if a column has it."""
     output: str | None = None
+    """The answer to ``instruction``."""
     auto: Literal[True] | None = None
     """``columns: auto``: whichever of these forms of conversation the rows have."""
 
@@ -153,7 +156,8 @@ class SourceSpec:
     """Where the rows are."""
 
     kind: Literal["hub", "files", "builtin", "data_dir"]
-    """``data_dir``: files below the run's ``data_dir``, as the authors of a suite give them away."""
+    """``hub``: a data set of the Hugging Face Hub; ``files``: local files; ``builtin``: rows of this package; ``data_dir``:
+    files below the run's ``data_dir``, as the authors of a suite give them away."""
     repository: str | None = None
     """Hub data set id, ``owner/name``."""
     revision: str | None = None
@@ -183,10 +187,13 @@ class Splits:
     """Names of Hub splits, or paths / globs of local files (relative to the task's YAML)."""
 
     train: str
+    """Rows that are learned."""
     test: str
+    """Rows that are scored, and never learned."""
     dev: str | None = None
     """Left out: ``dev_rows`` rows are held out of ``train``, chosen by their content."""
     dev_rows: int = Field(default=200, ge=1)
+    """How many are held out without ``dev``; at most a fifth of the training rows."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -216,26 +223,35 @@ class TaskDefaults:
     max_train: Limit | None = None
     """At most this many training rows; a label-balanced sample that depends on seed and rows, not on their order."""
     max_dev: Limit | None = None
+    """At most this many dev rows, drawn likewise."""
     max_test: Limit | None = None
+    """At most this many test rows, drawn likewise."""
     prompt_style: PromptStyle = "question"
-    """``named`` gives the task away and makes routing trivial; reports say so."""
+    """``question``: the text and the task's question; ``options``: with the labels listed; ``bare``: the text alone;
+    ``named``: with the task's and data set's names, which gives the task away and makes routing trivial; reports say so."""
     field_markers: Literal["strip", "keep"] = "strip"
     """``strip`` takes ``Title:``, ``Text:``, ``Question:`` away, which tell tasks apart; ``keep`` is flagged."""
     max_length: int = Field(default=512, ge=8)
     """Tokens of the prompt; the text is cut to fit, never the question."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run before anything trains, or is left out and counted in the report."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class TaskSpec:
-    """One task. The settings at the end override the run's ``task_defaults``; ``resolve_task`` fills them in."""
+    """One task. The settings at the end override the run's ``task_defaults``.
+
+    ``resolve_task`` fills them in.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(/[a-z0-9][a-z0-9_.-]*)?$", max_length=80)
+    """What the task is called in runs, banks and tables; perhaps a group and a name, such as ``helpdesk/chat_mood``."""
     version: int = Field(ge=1)
     """Raised whenever rows, labels or prompts of the task change."""
     kind: str
     """What sort of work it is, in a word or two; shown by the ``named`` prompt style."""
     description: str = ""
+    """A line about the task, for people."""
     source: SourceSpec
     splits: Splits
     columns: Annotated[Columns, BeforeValidator(_columns)]

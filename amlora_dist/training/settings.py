@@ -24,6 +24,7 @@ class TrainingSettings:
     """How one stage learns its adapter. Batch sizes are global: they do not depend on the number of workers."""
 
     epochs: int = Field(default=2, ge=1)
+    """How often a stage sees each training row; under ``keep: best`` at most."""
     batch_size: int = Field(default=8, ge=1)
     """Examples per optimizer step over all workers."""
     micro_batch_size: Annotated[int | None, CHANGES_NO_RESULT] = Field(default=None, ge=1)
@@ -39,14 +40,18 @@ class TrainingSettings:
     l1: float = Field(default=0.1, ge=0)
     """lambda: the L1 coefficient on the recipe, a proximal step inside the optimizer's own."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes down to 0 after the warm-up, within each stage; ``constant``: it does not."""
     warmup_steps: int = Field(default=10, ge=0)
+    """Optimizer steps over which the learning rate rises; at most half of a stage."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, of the adapter; weights on earlier adapters have none."""
     lora_plus: float = Field(default=1.0, ge=1)
     """Learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, who take 16)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of an answer token's target that is spread over the vocabulary, for rows with a label; free text is learned
     as it is."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient over all trainable parameters; 0 turns clipping off."""
     keep: Literal["last", "best"] = "last"
@@ -61,6 +66,7 @@ class TrainingSettings:
     checkpoint_every: Annotated[int, CHANGES_NO_RESULT] = Field(default=50, ge=1)
     """Optimizer steps between checkpoints."""
     gradient_checkpointing: Annotated[bool, CHANGES_NO_RESULT] = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     cache_trunk: Annotated[bool, CHANGES_NO_RESULT] = False
     """Keep what the layers below the first adapted one make of each row in files, and compute it once. Changes losses
     by rounding alone (rows are computed unpadded), so it is in no fingerprint. Without effect under ZeRO-3."""

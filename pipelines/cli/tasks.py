@@ -45,6 +45,8 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
         "source": _source(spec),
     }
     for key, value in lines.items():
+        if not value:
+            continue
         console.print(f"{key:8} {value}", markup=False, soft_wrap=True)
     show_prompt(spec, data_dir=data_dir, style=style)
 
@@ -61,6 +63,11 @@ def show_prompt(spec: TaskSpec, *, data_dir: Path | None = None, style: str | No
         prompt, answer = template.render(row), row.target
     else:
         prompt, answer = template.render_text("<text>"), "<answer>"
+    if spec.prompt.format == "chat":
+        system = [f"system: {spec.prompt.system}"] if spec.prompt.system is not None else []
+        prompt, answer = "\n".join([*system, f"user: {prompt}"]), f"assistant: {answer}"
+        console.print(f"{prompt}\n{answer}", markup=False, soft_wrap=True)
+        return
     console.print(f"{prompt}[ {answer}]", markup=False, soft_wrap=True)
 
 

@@ -73,8 +73,8 @@ def test_the_page_is_typed_from_rows_to_an_answer(demo: Path, monkeypatch: pytes
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     assert [shlex.split(line)[1] for line in lines] == ["init", "tasks", "add", "ask"]
     drafted = typed(lines[0])
-    assert "labels       3: finance 8, shipping 8, support 8" in drafted and "amlora add" in drafted
-    assert "finance, shipping, support" in typed(lines[1])
+    assert "labels       3: garden 8, kitchen 8, travel 8" in drafted and "amlora add" in drafted
+    assert "garden, kitchen, travel" in typed(lines[1])
     added = typed(lines[2])
     assert "models:/demo/2 -> models:/demo-my/1: my learned" in added
     for task in ("colours", "shapes", "my (new)"):
@@ -85,7 +85,7 @@ def test_the_page_is_typed_from_rows_to_an_answer(demo: Path, monkeypatch: pytes
     again = typed(lines[2])
     assert again == added, "the same command goes on where it was, and nothing is trained again"
     answer = json.loads(typed(f"{lines[3]} --json"))
-    assert answer["text"] == "The parcel arrived with a broken corner" and answer["answer"]
+    assert answer["text"] == "Water the roses in the evening" and answer["answer"]
     assert answer["task"] in ("colours", "shapes", "my")
 
 

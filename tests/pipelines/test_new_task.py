@@ -86,6 +86,16 @@ def test_one_csv_becomes_a_task_and_a_run_that_validate(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["init", "Tickets 2025.csv", "--force"]).exit_code == 0
 
 
+def test_a_prompt_for_the_models_chat_template_is_shown_as_turns() -> None:
+    made = CliRunner().invoke(app, ["init", write_csv("chat.csv"), "--chat"])
+    assert made.exit_code == 0, made.output
+    shown = made.output.partition("prompt, style question:\n")[2].splitlines()
+    assert shown[0].startswith("user: ") and shown[1] == "Which queue does this text belong to?"
+    assert shown[2].startswith("assistant: ") and "Answer:" not in made.output
+    task = CliRunner().invoke(app, ["tasks", "chat/task.yaml"])
+    assert task.exit_code == 0 and "\nabout" not in task.output, "a line that says nothing is left out"
+
+
 def test_the_split_depends_on_seed_and_texts_and_not_on_their_order() -> None:
     _, first = draft(write_csv("a.csv"), name="one")
     _, second = draft(write_csv("b.csv", ROWS[::-1]), name="two")

@@ -92,6 +92,6 @@ def test_after_thirty_stages_a_worker_holds_what_it_held_after_ten_and_has_read_
         beyond = [read - bank for read, bank in zip(rank["read"], banks, strict=True)]
         assert max(beyond[1:]) <= 0.02 * rank["model"], beyond
         if zero == 3:
-            continue  # memory moves by a tenth from stage to stage, and missed the goal: docs/operations.md
+            continue  # memory moves by a tenth from stage to stage, and missed the goal: docs/evidence/memory.md
         first, last = max(rank["resident"][:SPAN]), max(rank["resident"][-SPAN:])
         assert last - sum(rank["adapters"]) <= 1.05 * first, rank["resident"]
