@@ -1,7 +1,7 @@
 """What it costs to answer plain text, against text whose task is named.
 
 Texts of ``--tokens`` tokens are classified by a bank three ways, which take turns batch by batch, so that a busy machine
-slows all alike:
+slows all alike, in every order in turn, so that none always comes after the same other and finds the memory as that left it:
 
 - ``plain``: the text alone; it is read, routed, its task's own prompt is read behind it and the labels are ranked;
 - ``named``: the same with the task named by the caller, which is still read for the keys' evidence on its labels;
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for way in ways.values():
             way()  # warms up
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(args.rounds):
-            for name, way in ways.items():
+        orders = list(permutations(ways))
+        for turn in range(args.rounds):
+            for name in orders[turn % len(orders)]:
                 begun = time.perf_counter()
-                way()
+                ways[name]()
                 seconds[name].append(time.perf_counter() - begun)
         ratios = {
             f"of_{name}": quartiles([a / b for a, b in zip(seconds["plain"], seconds[name], strict=True)])

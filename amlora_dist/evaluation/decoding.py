@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from amlora_dist.errors import UserError
 
@@ -194,7 +195,7 @@ def check_room(config: Any, prompt_tokens: int, new_tokens: int) -> None:
 
 def repeated(state: Prefilled, repeats: int) -> Prefilled:
     """A copy of ``state`` with each row repeated; the original can be continued as if the copy did not exist."""
-    cache = copy.deepcopy(state.cache)
+    cache = _twin(state.cache)
     cache.batch_repeat_interleave(repeats)
     outputs = state.encoder_outputs
     if outputs is not None:
@@ -210,13 +211,20 @@ def repeated(state: Prefilled, repeats: int) -> Prefilled:
 
 def picked(state: Prefilled, rows: Sequence[int]) -> Prefilled:
     """A copy of ``state`` with some of its rows; the original can be continued as if the copy did not exist."""
-    cache = copy.deepcopy(state.cache)
+    cache = _twin(state.cache)
     chosen = torch.tensor(rows, device=state.logits.device)
     cache.batch_select_indices(chosen)
     outputs = state.encoder_outputs
     if outputs is not None:
         outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[chosen])
     return Prefilled(cache, state.logits[chosen], state.mask[chosen], state.position[chosen], outputs)
+
+
+def _twin(cache: Any) -> Any:
+    """A copy whose rows are about to be picked or repeated: keys and values that this replaces are not copied before."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if type(layer) is DynamicLayer and layer.is_initialized]
+    kept = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return copy.deepcopy(cache, {id(tensor): tensor for tensor in kept})
 
 
 def encoded(output: Any) -> Any:

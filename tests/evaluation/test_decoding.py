@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.decoding import Decoder, picked, repeated
 from amlora_dist.evaluation.label_plan import plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
 from tests.evaluation.tiny_models import EOS, PAD, tiny
@@ -43,3 +44,24 @@ def test_prefill_projects_only_the_last_position_onto_the_vocabulary() -> None:
     with torch.no_grad():
         decoder.prefill(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
     assert shapes == [(1, 1, model.config.vocab_size)]
+
+
+def test_rows_that_are_picked_or_repeated_copy_no_other_row_and_leave_the_state_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = Decoder(tiny("llama"), pad_id=PAD, eos_id=EOS, encoder_decoder=False)
+    prompts = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 2], [12, 17, 3, 2]])
+    with torch.no_grad():
+        wanted = decoder.greedy(decoder.prefill(prompts, torch.ones_like(prompts)), 3)
+        state = decoder.prefill(prompts, torch.ones_like(prompts))
+        before = [(layer.keys, layer.keys.clone()) for layer in state.cache.layers]
+        copied: list[torch.Size] = []
+        plain = torch.Tensor.__deepcopy__
+        monkeypatch.setattr(torch.Tensor, "__deepcopy__", lambda one, memo: (copied.append(one.shape), plain(one, memo))[1])
+        some, twice = picked(state, [2, 0]), repeated(state, 2)
+        assert not any(len(shape) == 4 for shape in copied), "keys and values of all rows"
+        assert decoder.greedy(some, 3) == [wanted[2], wanted[0]]
+        assert all(torch.equal(layer.keys[::2], keys) for layer, (keys, _) in zip(twice.cache.layers, before, strict=True))
+        for layer, (keys, was) in zip(state.cache.layers, before, strict=True):
+            assert layer.keys is keys and torch.equal(keys, was)
+        assert decoder.greedy(state, 3) == wanted
