@@ -24,6 +24,7 @@ from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, j
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.special_tokens import SpecialTokens
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
@@ -292,9 +293,12 @@ class Prompter:
         if question is None and task in self._made:
             return self._made[task]
         # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
-        template, where = self.template(task, question), task or "the bank"
+        chat, where = self.is_chat(task), task or "the bank"
+        # A question of the task's own is its author's; another one is a user's text. A turn is guarded as a whole.
+        guarded = question if question is None or chat else SpecialTokens(self._one_at_a_time).guarded(question)
+        template = self.template(task, guarded)
         made: TextPrompts | ChatPrompts
-        if self.is_chat(task):
+        if chat:
             entry = None if task is None else self.entries.get(task)
             made = ChatPrompts(template, self._template_of_chat(), None if entry is None else entry.system, where)
         else:
@@ -377,7 +381,8 @@ class Prompter:
         if chat:
             return [answer_ids(self._template_of_chat(), text) for text in texts]
         with self._lock:
-            return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+            split = self.format.text_alone
+            return [answer_tokens(text, self.tokenizer, self.encoder_decoder, split=split) for text in texts]
 
     def _planned(self, labels: tuple[str, ...], chat: bool) -> LabelPlan:
         return plan_labels(self.labels(labels, chat=chat), int(self.tokenizer.eos_token_id))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 _MOST_REPEATS, _LONGEST = 6, 2000
 """Bounds of a pattern: Python's matching takes a time that grows with the power of its repeats."""
+PATIENCE_S = 2.0
+"""For one name: a pattern within these bounds can still take hours, for names that were made for it."""
 
 
 def _number(value: object) -> bool:
@@ -215,7 +218,7 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module's path, as PEFT looks it up."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matched(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
@@ -249,15 +252,26 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
         return True
     given = config.get("layers_pattern") or r"[^.]*"
     before = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    matches = (re.match(rf"{before}{one}\.(\d+)\.", module) for one in ([given] if isinstance(given, str) else given))
+    matches = (_matched(rf"{before}{one}\.(\d+)\.", module) for one in ([given] if isinstance(given, str) else given))
     found = next((match for match in matches if match is not None), None)
     return found is not None and int(found[found.lastindex or 0]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _matches(names: str | list[str], module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return _matched(names, module, whole=True) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """A pattern at the beginning of a module's path, or all of it; raises UserError where that takes too long."""
+    try:
+        return (regex.fullmatch if whole else regex.match)(pattern, module, timeout=PATIENCE_S)
+    except (TimeoutError, regex.error) as error:
+        raise UserError(
+            f"{CONFIG_FILE}: found {shown(pattern)}, which cannot be compared with the name {shown(module)}"
+            f" ({'it takes too long' if isinstance(error, TimeoutError) else error}); give a list of names"
+        ) from None
 
 
 def _usable(pattern: str) -> bool:

@@ -202,6 +202,13 @@ def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:
     return text
 
 
+def check_words(option: str, *given: str | None) -> None:
+    """Raises UserError where a text of the command line is none, or has no words; what was not given is passed over."""
+    for text in given:
+        if text is not None and is_blank(_text(text, "command line", option, "write it in UTF-8")):
+            raise UserError(f"{option}: found {text[:20]!r}, expected a text with words; give some, or leave it out")
+
+
 def _text(value: object, where: str, key: str, fix: str) -> str:
     try:
         return text_of(value)
