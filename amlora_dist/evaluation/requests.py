@@ -24,7 +24,7 @@ from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, j
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
-from amlora_dist.tasks.special_tokens import SpecialTokens
+from amlora_dist.tasks.special_tokens import special_tokens
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
@@ -268,6 +268,8 @@ class Prompter:
             UserError: no room for the question and an answer.
         """
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
+        if room < 1:
+            raise UserError(f"found {new_tokens} new tokens asked for, the model has room for {self._positions} in all")
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
         prompts = self._prompts(request.task, request.question)
@@ -295,7 +297,7 @@ class Prompter:
         # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
         chat, where = self.is_chat(task), task or "the bank"
         # A question of the task's own is its author's; another one is a user's text. A turn is guarded as a whole.
-        guarded = question if question is None or chat else SpecialTokens(self._one_at_a_time).guarded(question)
+        guarded = question if question is None or chat else special_tokens(self._one_at_a_time).guarded(question)
         template = self.template(task, guarded)
         made: TextPrompts | ChatPrompts
         if chat:

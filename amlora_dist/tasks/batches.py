@@ -20,6 +20,7 @@ from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.special_tokens import plain_ids
 from amlora_dist.tasks.task import TaskSpec
 
 FIRST_FORMAT = PromptFormat(1)
@@ -245,8 +246,9 @@ def _token_ends(text: str, tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool, split: bool = False) -> tuple[int, ...]:
-    more = {"split_special_tokens": True} if split else {}
-    return tuple(tokenizer(text, add_special_tokens=special, verbose=False, **more)["input_ids"])
+    if split:
+        return tuple(plain_ids(tokenizer, [text])[0])
+    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _open_ended(ids: tuple[int, ...], tokenizer: Any, encoder_decoder: bool) -> tuple[int, ...]:

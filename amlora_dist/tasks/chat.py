@@ -20,7 +20,7 @@ from amlora_dist.tasks.chat_sandbox import render_chat
 from amlora_dist.tasks.conversations import Turn, last_user
 from amlora_dist.tasks.prompt_format import TextPrompt
 from amlora_dist.tasks.prompts import PromptTemplate
-from amlora_dist.tasks.special_tokens import GUARD, SpecialTokens
+from amlora_dist.tasks.special_tokens import GUARD, special_tokens
 from amlora_dist.tasks.task import TaskSpec
 
 TODAY = "26 Jul 2024"
@@ -73,7 +73,7 @@ class ChatTemplate:
         self._source = FIXED_DATE + source if "strftime_now" in source else source
         self._variables = {"tools": None, "documents": None, **tokenizer.special_tokens_map, "date_string": TODAY}
         self._end = tokenizer.eos_token_id
-        self._special = SpecialTokens(tokenizer)
+        self._special = special_tokens(tokenizer)
         self._options: dict[str, Any] = {"enable_thinking": False}
         if self.fault(all_turns=False):  # a template that has its thinking block some other way
             self._options = {}
@@ -176,11 +176,24 @@ class ChatTemplate:
         ends: list[int] = []
         length = 0
         for piece, plain in self._special.pieces(text):
-            more, places = self._encoded(piece, split=plain)
+            more, places = self._plain(piece) if plain else self._encoded(piece, split=False)
             ids += more
             ends += [length + place for place in places]
             length += len(piece)
         return tuple(ids), tuple(ends)
+
+    def _plain(self, text: str) -> tuple[list[int], list[int]]:
+        """As ``special_tokens.plain_ids``, with places."""
+        ids, ends = self._encoded(text, split=True)
+        if self._special.ids.isdisjoint(ids):
+            return ids, ends
+        ids, ends, length = [], [], 0
+        for part in self._special.parts(text):
+            more, places = self._encoded(part, split=True)
+            ids += more
+            ends += [length + place for place in places]
+            length += len(part)
+        return ids, ends
 
     def _encoded(self, text: str, *, split: bool) -> tuple[list[int], list[int]]:
         """Ids, and the character at which each token ends (none without a fast tokenizer)."""

@@ -114,6 +114,8 @@ def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput
     Raises:
         UserError: there is no such file, or its form cannot be recognised. Names what to give.
     """
+    if not column:
+        raise UserError("--column: found '', expected the key or column of the text")
     if source == "-":
         yield _stream(buffered(sys.stdin), "standard input", column, asked)
         return
@@ -143,6 +145,8 @@ def _stream(file: BinaryIO, name: str, column: str, asked: Asked) -> RowInput:
     form: Form
     if asked == "auto":
         form, lines = sniffed(lines, name, column)
+    elif asked == "parquet":
+        raise UserError(f"--format: found parquet for {name}, expected the form of a stream; give a file")
     else:
         form = cast("Form", asked)
     return RowInput(name, form, column, None, rows_of_lines(lines, name, form, _needed(form, column), MENDS, column))

@@ -89,7 +89,7 @@ def plan_extension(
         ) from error
     config.mlflow.tracking_uri = tracking_uri
     config = with_values(config, values)
-    known = {one.name: one for one in _at_hand([*check, *_references(manifest, tracking_uri)], config)}
+    known = {one.name: one for one in _at_hand([*_references(manifest, tracking_uri), *check], config)}  # what is given wins
     for one in check:
         if resolve_task(one, base_dir=Path.cwd(), defaults=TaskDefaults()).name not in manifest.tasks:
             raise UserError(f"--check: found {one!r}, which is no task of {parent}; it has {', '.join(manifest.tasks)}")

@@ -307,6 +307,8 @@ def test_no_column_is_lost_whatever_it_is_called(fake: FakeModel) -> None:
     [
         (["--question", "\udcff?"], "command line: --question: found half of a character"),
         (["--label", " ", "--label", "x"], "--label: found ' ', expected a text with words"),
+        (["--column", ""], "--column: found '', expected the key or column of the text"),
+        (["--format", "parquet"], "--format: found parquet for standard input, expected the form of a stream; give a file"),
     ],
 )
 def test_words_of_the_command_line_are_looked_at_before_the_model_is_loaded(

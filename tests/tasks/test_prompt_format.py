@@ -31,7 +31,7 @@ def test_the_text_has_the_same_ids_behind_every_style_and_question(tokenizer) ->
         assert (example.span[0] == len(special_ends(tokenizer, False).before)) == (style != "named")
 
 
-@pytest.mark.parametrize("tokenizer", CAUSAL)
+@pytest.mark.parametrize("tokenizer", [*CAUSAL, T5_LIKE])
 def test_special_tokens_that_a_user_typed_are_plain_text(tokenizer) -> None:  # type: ignore[no-untyped-def]
     typed = f"before {tokenizer.eos_token} after"
     (ids,) = text_ids([typed], tokenizer, 64)
@@ -67,6 +67,14 @@ def test_special_tokens_are_plain_text_in_answers_fields_and_questions(tokenizer
         prompter.ask(request, new_tokens=4)
     assert held(asked[0].tokens) == held(asked[1].tokens)
     assert not any(map(held, prompter.labels([f"yes {end}", "no"])))
+
+
+def test_more_new_tokens_than_a_model_has_room_for_are_named() -> None:
+    prompter = Prompter({}, BANK_TEMPLATE, CAUSAL[0], encoder_decoder=False, positions=64, prompt_format=SECOND)
+    request = Request(0, "the text")
+    prompter.read([request])
+    with pytest.raises(UserError, match="found 100 new tokens asked for, the model has room for 64 in all"):
+        prompter.ask(request, new_tokens=100)
 
 
 @pytest.mark.parametrize("tokenizer", CAUSAL)
