@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -228,6 +228,8 @@ class Prompter:
         Raises:
             UserError: nobody says anything, or a conversation in turns does not end in the user's.
         """
+        if route_by not in get_args(RouteBy):
+            raise UserError(f"route_by: found {route_by!r}, expected one of {', '.join(get_args(RouteBy))}")
         said = [turn for turn in turns if turn.text.strip()]
         if self.converses:
             check_open(said)
@@ -445,8 +447,16 @@ def _check_words(words: object, name: str, place: int, count: int) -> None:
         raise UserError(f"{name} {place + 1} of {count}: found {type(words).__name__}, expected a text (str)")
 
 
+def check_counts(batch_size: object, new_tokens: object = None) -> None:
+    """Raises UserError where texts of a pass, or new tokens of an answer (None: as many as it needs), are no count."""
+    for name, value, least in (("batch_size", batch_size, 1), ("max_new_tokens", new_tokens or 0, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}: found {value!r}, expected a whole number of at least 1")
+
+
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
     """Batches of requests that can share a pass: all with a gate or none; the longest first."""
+    check_counts(size)
     groups: dict[bool, list[Request]] = {}
     for request in requests:
         groups.setdefault(request.gate is None, []).append(request)

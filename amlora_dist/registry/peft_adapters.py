@@ -148,8 +148,8 @@ def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
         shapes = tuple(a[module].shape), tuple(b[module].shape)
         if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][0] != rank or shapes[1][1] != rank:
             raise BankError(
-                f"{folder / MODEL_FILE}: the A and B of {module} are not pairs of rank {rank}, as {CONFIG_FILE} says: found"
-                f" shapes {shapes[0]} and {shapes[1]}"
+                f"{folder / MODEL_FILE}: the A and B of {module} are not pairs of rank {shown(rank)}, as {CONFIG_FILE} says:"
+                f" found shapes {shapes[0]} and {shapes[1]}"
             )
     scales = {module: _scale(config, module, rank) for module, rank in ranks.items()}
     largest, first = max(ranks.values()), max(scales, key=scales.__getitem__)
