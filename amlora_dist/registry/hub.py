@@ -49,7 +49,7 @@ def parse_hub_uri(uri: str) -> tuple[str, str]:
 def check_repository(repository: str) -> str:
     """``OWNER/NAME``. Raises UserError for anything else."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is in its documentation
 
     try:
         validate_repo_id(repository)

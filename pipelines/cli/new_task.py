@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from amlora_dist.errors import UserError
 from amlora_dist.files import write_bytes
@@ -285,9 +286,10 @@ def _usable(rows: Sequence[dict[str, Any]], guess: Guess, where: str) -> tuple[l
             f"{where}: found {len(rows) - len(usable)} of {len(rows)} rows without {' or '.join(needed)}, expected at most"
             f" {1 - LEAST_USABLE:.0%}; fill them in, or name other columns: --text, --label, --answer"
         )
+    columns = TypeAdapter(Columns).validate_python(guess.columns)
     for number, row in whole.items() if guess.conversation else ():
         try:
-            turns_of(row, Columns(**guess.conversation))
+            turns_of(row, columns)
         except BadTurnsError as error:
             raise UserError(f"{where}, row {number}: found {error}; fix the row, or take it away") from None
     return usable, len(rows) - len(usable)

@@ -164,7 +164,8 @@ def _right_answers(
     for manifest in manifests:
         entries = {line.task: line.task_spec for line in manifest.adapters if line.task in lines}
         for task, entry in entries.items():
-            found[task] = [right_answer(line, label, entry and entry.labels, task) for line in lines[task]]
+            labels = None if entry is None else entry.labels
+            found[task] = [right_answer(line, label, labels, task) for line in lines[task]]
     return found
 
 

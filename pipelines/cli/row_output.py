@@ -221,7 +221,7 @@ class _Table:
     def __init__(self, file: TextIO, columns: Sequence[str] = (), *, spreadsheet: bool) -> None:
         self._file, self._spreadsheet = file, spreadsheet
         # Other signs than commas part cells too where somebody has set that; in quotes they do not.
-        quotes = csv.QUOTE_NONNUMERIC if spreadsheet else csv.QUOTE_MINIMAL
+        quotes: Literal[0, 2] = csv.QUOTE_NONNUMERIC if spreadsheet else csv.QUOTE_MINIMAL
         self._writer = csv.writer(_Rows(file), lineterminator="\r\n", quoting=quotes)
         self._columns: list[str] = []
         if columns:
