@@ -327,7 +327,7 @@ def expanded(overrides: list[str]) -> list[str]:
             found.append(text)
             continue
         try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"command line: found {text!r}, expected @FILE with an override a line ({error})") from error
         found += [line for line in lines if line.strip()]

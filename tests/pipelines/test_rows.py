@@ -422,6 +422,11 @@ def test_sample_of_import_and_export_is_read_the_same_way(fake: FakeModel, name:
         (["export", "bank", "file/dest"], "DEST: found file/dest, expected a folder that can be written"),
         (["import-peft", "a", "file", "--task", "t", "--sample", "s.txt"], "DEST: found file, expected a folder"),
         (["import-peft", "a", "dest", "--task", "t", "--sample", "s.txt"], "give the folder of a PEFT adapter"),
+        (
+            ["export", "bank", "dest", "--format", "vllm", "--bucket", "s3://me:secret@bucket/x"],
+            "--bucket: found s3://bucket/x with a password or a query, which would be written into DEST",
+        ),
+        (["rekey", "bank", "file/dest", "--rows", "colours=s.txt"], "DEST: found file/dest, expected a folder that can be"),
         (["report", "run", "-o", "folder"], "--output: found the folder folder, expected a file"),
         (["report", "run", "-o", "file/page.html"], "expected a folder that can be written"),
         (["pull", "models:/a/1", "file"], "DEST: found file, expected a folder that can be written"),
@@ -432,6 +437,14 @@ def test_sample_of_import_and_export_is_read_the_same_way(fake: FakeModel, name:
         (
             ["export", "bank", "dest", "--format", "merged", "--weights", "colours=nan", "--sample", "s.txt"],
             "--weights: found 'colours=nan', expected TASK=WEIGHT",
+        ),
+        (
+            ["export", "bank", "dest", "--format", "merged", "--weights", "colours=1e308", "--sample", "s.txt"],
+            "--weights: found 'colours=1e308', expected TASK=WEIGHT, such as helpdesk/email_route=0.5, of at most 100",
+        ),
+        (
+            ["export", "bank", "dest", "--format", "merged", *("--weights", "colours=1") * 2, "--sample", "s.txt"],
+            "--weights: found 'colours' twice, expected each task once",
         ),
     ],
 )
