@@ -30,7 +30,7 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 _MOST_REPEATS, _LONGEST = 6, 2000
 """Bounds of a pattern: Python's matching takes a time that grows with the power of its repeats."""
-PATIENCE_S = 2.0
+PATIENCE_S = 1.0
 """For one name: a pattern within these bounds can still take hours, for names that were made for it."""
 
 

@@ -157,7 +157,7 @@ def template_faults(spec: TaskSpec) -> list[Fault]:
             hint = did_you_mean(name, VARIABLES)
             faults.append(Fault("prompt.template", f"the variable {name!r}", f"one of {known}", hint))
         if (limit := _endless(own, spec)) is not None:
-            faults.append(Fault("prompt.template", limit, "a prompt that is made in few steps"))
+            faults.append(Fault("prompt.template", _short(own), "a prompt that is made in few steps", limit))
         if not read & {"text", "fields"}:
             faults.append(Fault("prompt.template", f"no text of a row in {_short(own)}", "{{ text }} somewhere in it"))
     values = [(place, part.value) for place, part in enumerate(spec.columns.text) if part.value is not None]
