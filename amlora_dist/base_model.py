@@ -38,6 +38,7 @@ _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tokenizer_config.json",
 )  # fmt: skip
+DEFAULT_TEMPLATE = "additional_chat_templates/default.jinja"
 _SMALL = ("*.json", "*.jinja")
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "merges.txt", "vocab.*")
@@ -350,16 +351,27 @@ def folder_digest(path: Path, home: Path) -> str:
         UserError: a file is cut off.
     """
     kinds = {".safetensors", ".json", ".model", ".txt", ".jinja"}
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in kinds)
-    stamp = value_digest([str(path), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+    files = {f.name: f for f in path.iterdir() if f.is_file() and f.suffix in kinds} | _read_elsewhere(path)
+    sizes = [(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in sorted(files.items())]
+    stamp = value_digest([str(path), sizes])
     memory = home / "cache" / "model-digests" / f"{stamp}.txt"
     if memory.is_file() and len(known := memory.read_text().strip()) == 64:
         return known
-    for file in files:
+    for file in files.values():
         _check_whole(file)
-    digest = value_digest([(f.name, file_digest(f)) for f in files])
+    digest = value_digest([(name, file_digest(f)) for name, f in sorted(files.items())])
     write_bytes(memory, digest.encode())
     return digest
+
+
+def _read_elsewhere(path: Path) -> dict[str, Path]:
+    """Files that few models have and transformers reads where they are: the default of several chat templates, and where
+    there is no ``tokenizer.json`` the vocabularies of Marian, PhoBERT and Mistral's own tokenizers."""
+    found = {name: path / name for name in (DEFAULT_TEMPLATE,) if (path / name).is_file()}
+    if not (path / "tokenizer.json").is_file():
+        odd = (f for f in path.iterdir() if f.suffix in (".spm", ".codes") or f.name.startswith("tokenizer.model."))
+        found |= {f.name: f for f in odd if f.is_file()}
+    return found
 
 
 def _check_whole(file: Path) -> None:

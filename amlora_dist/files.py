@@ -20,9 +20,13 @@ from amlora_dist.errors import UserError
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Write bytes under another name, then rename: a reader sees the old file or the new one, never half of one, also
-    after a loss of power."""
+    after a loss of power. A device or a pipe is written to, and stays what it is."""
     make_folders(file.parent)
-    part = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")  # pods all have the same few process ids
+    if file.exists() and not file.is_file() and not file.is_dir():
+        file.write_bytes(content)
+        return
+    # Of a long name only its beginning; pods all have the same few process ids.
+    part = file.with_name(f".{file.name[:60]}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         with part.open("wb") as opened:
             opened.write(content)

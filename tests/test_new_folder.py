@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from amlora_dist import files
-from amlora_dist.files import new_folder
+from amlora_dist.errors import UserError
+from amlora_dist.files import new_folder, write_bytes
+from amlora_dist.reporting.page import Page, write_page
 
 
 def make(folder: Path, text: str, *, replace: bool = False) -> None:
@@ -86,3 +89,29 @@ def test_a_file_in_the_place_is_replaced_too(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("a file")
     make(tmp_path / "one", "after", replace=True)
     assert (tmp_path / "one" / "file").read_text() == "after" and os.listdir(tmp_path) == ["one"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    write_bytes(pipe, b"a page")
+    reader.join(30)
+    assert found == [b"a page"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 250 + ".html")
+    write_bytes(file, b"a page")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_page_behind_a_link_is_written_where_the_link_points(tmp_path: Path) -> None:
+    (tmp_path / "link.html").symlink_to("real.html")
+    write_page(Page("title", "", (), None, ()), tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "real.html").is_file()
+    (tmp_path / "circle.html").symlink_to("circle.html")
+    with pytest.raises(UserError, match="give another --output"):
+        write_page(Page("title", "", (), None, ()), tmp_path / "circle.html")

@@ -164,7 +164,7 @@ def validate_config(
     Args:
         path: of the YAML.
         overrides: ``key.path=value``.
-        also: finds what else is wrong with a configuration whose model's small files are right.
+        also: finds what else is wrong; of the model only what the others do not say.
 
     Raises:
         FaultsError: every fault at once.
@@ -178,8 +178,9 @@ def validate_config(
             faults |= checks.model_faults(config.model)
             if config.training.packing and ("training", "packing") not in faults:
                 faults |= checks.packed_model_faults(config.model)
-        if also is not None and not any(key[0] == "model" for key in faults):
-            faults = also(config, specs) | faults
+        if also is not None:
+            known = any(key[0] == "model" for key in faults)  # what is wrong with a model makes more of the same
+            faults = {key: one for key, one in also(config, specs).items() if not (known and key[0] == "model")} | faults
     if config is None or faults:
         raise _error(path, faults, places)
     return config, specs
@@ -326,7 +327,7 @@ def expanded(overrides: list[str]) -> list[str]:
             found.append(text)
             continue
         try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(text[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"command line: found {text!r}, expected @FILE with an override a line ({error})") from error
         found += [line for line in lines if line.strip()]

@@ -27,7 +27,7 @@ from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
 from amlora_dist.adapters.reading import Reading, keeping_trunk, read_texts
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
-from amlora_dist.evaluation.requests import Prompter, Request, Route, routes
+from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
@@ -357,6 +357,7 @@ class Answering:
             all_done: whether all ranks are done, given whether this one is.
             on_batch: sees every batch after its labels were weighed and before anything is written.
         """
+        check_counts(batch_size, new_tokens)
         requests = list(requests)
         self.prompter.read(requests)
         order = sorted(range(len(requests)), key=lambda place: (-len(requests[place].text_ids), place))
@@ -384,6 +385,7 @@ class Answering:
         self, requests: Sequence[Request], *, batch_size: int, router: KeyedRouter | None = None
     ) -> list[Route]:
         """Which tasks and adapters texts would use, in their order."""
+        check_counts(batch_size)
         found: list[Route] = []
         for start in range(0, len(requests), batch_size):
             batch = list(requests[start : start + batch_size])

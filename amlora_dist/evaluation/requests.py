@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, j
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, special_ends, text_ids
 from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.special_tokens import special_tokens
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
@@ -227,6 +228,8 @@ class Prompter:
         Raises:
             UserError: nobody says anything, or a conversation in turns does not end in the user's.
         """
+        if route_by not in get_args(RouteBy):
+            raise UserError(f"route_by: found {route_by!r}, expected one of {', '.join(get_args(RouteBy))}")
         said = [turn for turn in turns if turn.text.strip()]
         if self.converses:
             check_open(said)
@@ -267,6 +270,8 @@ class Prompter:
             UserError: no room for the question and an answer.
         """
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
+        if room < 1:
+            raise UserError(f"found {new_tokens} new tokens asked for, the model has room for {self._positions} in all")
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
         prompts = self._prompts(request.task, request.question)
@@ -292,9 +297,12 @@ class Prompter:
         if question is None and task in self._made:
             return self._made[task]
         # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
-        template, where = self.template(task, question), task or "the bank"
+        chat, where = self.is_chat(task), task or "the bank"
+        # A question of the task's own is its author's; another one is a user's text. A turn is guarded as a whole.
+        guarded = question if question is None or chat else special_tokens(self._one_at_a_time).guarded(question)
+        template = self.template(task, guarded)
         made: TextPrompts | ChatPrompts
-        if self.is_chat(task):
+        if chat:
             entry = None if task is None else self.entries.get(task)
             made = ChatPrompts(template, self._template_of_chat(), None if entry is None else entry.system, where)
         else:
@@ -377,7 +385,8 @@ class Prompter:
         if chat:
             return [answer_ids(self._template_of_chat(), text) for text in texts]
         with self._lock:
-            return [answer_tokens(text, self.tokenizer, self.encoder_decoder) for text in texts]
+            split = self.format.text_alone
+            return [answer_tokens(text, self.tokenizer, self.encoder_decoder, split=split) for text in texts]
 
     def _planned(self, labels: tuple[str, ...], chat: bool) -> LabelPlan:
         return plan_labels(self.labels(labels, chat=chat), int(self.tokenizer.eos_token_id))
@@ -438,8 +447,16 @@ def _check_words(words: object, name: str, place: int, count: int) -> None:
         raise UserError(f"{name} {place + 1} of {count}: found {type(words).__name__}, expected a text (str)")
 
 
+def check_counts(batch_size: object, new_tokens: object = None) -> None:
+    """Raises UserError where texts of a pass, or new tokens of an answer (None: as many as it needs), are no count."""
+    for name, value, least in (("batch_size", batch_size, 1), ("max_new_tokens", new_tokens or 0, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}: found {value!r}, expected a whole number of at least 1")
+
+
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
     """Batches of requests that can share a pass: all with a gate or none; the longest first."""
+    check_counts(size)
     groups: dict[bool, list[Request]] = {}
     for request in requests:
         groups.setdefault(request.gate is None, []).append(request)

@@ -260,8 +260,18 @@ def pulled(uri: str, tracking_uri: str | None, trust: Trust | None = None) -> tu
 
 
 def chosen_device(asked: torch.device | str | None) -> torch.device:
-    """The device asked for; the first GPU, or the CPU."""
-    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for; the first GPU, or the CPU. Raises UserError for one that is not here."""
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device: found {asked!r}, expected cpu, cuda, cuda:1 or the like") from None
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"device: found {str(device)!r}, this machine has {gpus} GPUs that PyTorch can use; expected cpu"
+                        + (f", or cuda:0 to cuda:{gpus - 1}" if gpus else ""))  # fmt: skip
+    if device.type == "meta":
+        raise UserError("device: found 'meta', on which nothing is computed; expected cpu, cuda, cuda:1 or the like")
+    return device
 
 
 def chosen_dtype(asked: torch.dtype | str | None, device: torch.device) -> torch.dtype:

@@ -25,6 +25,7 @@ from amlora_dist.evaluation.requests import (
     Request,
     Route,
     batches,
+    check_counts,
     routes,
     tensors,
 )
@@ -59,6 +60,7 @@ class PromptAnswering:
     ) -> list[Answer]:
         """Greedy answers."""
         named = {request.task for request in requests}
+        check_counts(batch_size, max_new_tokens)
         steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
         self.prompter.fill(requests, new_tokens=steps)
         made: dict[int, Answer] = {}

@@ -12,6 +12,7 @@ from amlora_dist.errors import BankError, UserError
 from amlora_dist.registry import leases, tags
 from amlora_dist.registry.connection import is_code, mlflow_errors
 from amlora_dist.registry.pulling import manifest_of
+from amlora_dist.registry.runs import check_model_name
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
@@ -40,6 +41,7 @@ def aliases(store: Store, registered_model: str) -> dict[str, int]:
     Raises:
         UserError: there is no such registered model.
     """
+    check_model_name(registered_model)
     connection = store.connection
     try:
         model = connection.call(

@@ -48,8 +48,16 @@ def parse_hub_uri(uri: str) -> tuple[str, str]:
 
 def check_repository(repository: str) -> str:
     """``OWNER/NAME``. Raises UserError for anything else."""
-    if not _REPOSITORY.fullmatch(repository):
-        raise UserError(f"found repository {repository!r}, expected OWNER/NAME, such as my-team/helpdesk")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is in its documentation
+
+    try:
+        validate_repo_id(repository)
+        valid = _REPOSITORY.fullmatch(repository) is not None
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(f"found repository {repository!r}, expected OWNER/NAME as the Hub has it, such as my-team/helpdesk")
     return repository
 
 

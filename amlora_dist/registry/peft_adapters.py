@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 _MOST_REPEATS, _LONGEST = 6, 2000
 """Bounds of a pattern: Python's matching takes a time that grows with the power of its repeats."""
+PATIENCE_S = 1.0
+"""For one name: a pattern within these bounds can still take hours, for names that were made for it."""
 
 
 def _number(value: object) -> bool:
@@ -145,8 +148,8 @@ def read_peft(folder: Path, task: str) -> tuple[Adapter, dict[str, Any]]:
         shapes = tuple(a[module].shape), tuple(b[module].shape)
         if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][0] != rank or shapes[1][1] != rank:
             raise BankError(
-                f"{folder / MODEL_FILE}: the A and B of {module} are not pairs of rank {rank}, as {CONFIG_FILE} says: found"
-                f" shapes {shapes[0]} and {shapes[1]}"
+                f"{folder / MODEL_FILE}: the A and B of {module} are not pairs of rank {shown(rank)}, as {CONFIG_FILE} says:"
+                f" found shapes {shapes[0]} and {shapes[1]}"
             )
     scales = {module: _scale(config, module, rank) for module, rank in ranks.items()}
     largest, first = max(ranks.values()), max(scales, key=scales.__getitem__)
@@ -215,7 +218,7 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module's path, as PEFT looks it up."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matched(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
@@ -249,15 +252,26 @@ def _targeted(config: Mapping[str, Any], module: str) -> bool:
         return True
     given = config.get("layers_pattern") or r"[^.]*"
     before = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    matches = (re.match(rf"{before}{one}\.(\d+)\.", module) for one in ([given] if isinstance(given, str) else given))
+    matches = (_matched(rf"{before}{one}\.(\d+)\.", module) for one in ([given] if isinstance(given, str) else given))
     found = next((match for match in matches if match is not None), None)
     return found is not None and int(found[found.lastindex or 0]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _matches(names: str | list[str], module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return _matched(names, module, whole=True) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """A pattern at the beginning of a module's path, or all of it; raises UserError where that takes too long."""
+    try:
+        return (regex.fullmatch if whole else regex.match)(pattern, module, timeout=PATIENCE_S)
+    except (TimeoutError, regex.error) as error:
+        raise UserError(
+            f"{CONFIG_FILE}: found {shown(pattern)}, which cannot be compared with the name {shown(module)}"
+            f" ({'it takes too long' if isinstance(error, TimeoutError) else error}); give a list of names"
+        ) from None
 
 
 def _usable(pattern: str) -> bool:

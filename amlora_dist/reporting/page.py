@@ -114,8 +114,8 @@ def write_page(page: Page, file: Path) -> Path:
     """Write under a temporary name, sync, rename. Raises UserError where the place cannot be written."""
     text = page.html()
     try:
-        write_bytes(file, text.encode())
-    except OSError as error:
+        write_bytes(file.resolve() if file.is_symlink() else file, text.encode())
+    except (OSError, RuntimeError) as error:  # a full disk, links in a circle
         raise UserError(f"cannot write {file}: {error}; give another --output") from error
     return file
 

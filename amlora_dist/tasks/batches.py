@@ -20,6 +20,7 @@ from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompt_format import PromptFormat, TextPrompts, text_ids
 from amlora_dist.tasks.prompts import PromptTemplate
 from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.special_tokens import plain_ids
 from amlora_dist.tasks.task import TaskSpec
 
 FIRST_FORMAT = PromptFormat(1)
@@ -111,7 +112,7 @@ def encode(
     examples = []
     for row, prompt, text, span in zip(rows, prompts, texts, spans, strict=True):
         if row.target not in answers:
-            answers[row.target] = answer_tokens(row.target, tokenizer, encoder_decoder)
+            answers[row.target] = answer_tokens(row.target, tokenizer, encoder_decoder, split=prompt_format.text_alone)
         target = answers[row.target]
         if spec.free_text:
             target = target[: spec.max_answer_tokens]
@@ -157,16 +158,20 @@ def _chat_examples(
     return examples
 
 
-def label_tokens(spec: TaskSpec, tokenizer: Any, encoder_decoder: bool) -> list[tuple[int, ...]]:
-    """Tokens of each label text, without end-of-sequence, in the order of ``spec.label_texts``."""
+def label_tokens(
+    spec: TaskSpec, tokenizer: Any, encoder_decoder: bool, *, split: bool = True
+) -> list[tuple[int, ...]]:
+    """Tokens of each label text, without end-of-sequence, in the order of ``spec.label_texts``; ``split`` as for answers."""
     chat = ChatTemplate(tokenizer) if spec.chat else None
-    return [answer_tokens(text, tokenizer, encoder_decoder, chat=chat) for text in spec.label_texts]
+    return [answer_tokens(text, tokenizer, encoder_decoder, chat=chat, split=split) for text in spec.label_texts]
 
 
 def answer_tokens(
-    text: str, tokenizer: Any, encoder_decoder: bool, *, chat: ChatTemplate | None = None
+    text: str, tokenizer: Any, encoder_decoder: bool, *, chat: ChatTemplate | None = None, split: bool = True
 ) -> tuple[int, ...]:
     """Tokens of an answer as they follow a prompt (causal) or begin a decoder's output; ``chat``: as a turn.
+
+    Special tokens in its text are plain text (``split``), but in prompt format 1, which took them for what they are.
 
     A causal answer is tokenised behind ``Answer:`` and the prompt's tokens are taken off, because tokenisers differ in
     where the space goes: byte-level BPE has it in the answer's first token, sentencepiece would add one of its own in
@@ -175,13 +180,13 @@ def answer_tokens(
     if chat is not None:
         return answer_ids(chat, text)
     if encoder_decoder:
-        return _ids(tokenizer, text, special=False)
+        return _ids(tokenizer, text, special=False, split=split)
     before = _ids(tokenizer, PROMPT_END, special=False)
-    both = _ids(tokenizer, f"{PROMPT_END} {text}", special=False)
+    both = _ids(tokenizer, f"{PROMPT_END} {text}", special=False, split=split)
     if both[: len(before)] == before and len(both) > len(before):
         return both[len(before) :]
     # The tokeniser merges over the boundary; a prompt that was tokenised alone cannot, so neither may the answer.
-    return _ids(tokenizer, f" {text}", special=False)
+    return _ids(tokenizer, f" {text}", special=False, split=split)
 
 
 def prompt_tokens(
@@ -240,7 +245,9 @@ def _token_ends(text: str, tokenizer: Any) -> list[int]:
     return [len(text) * (place + 1) // len(pieces) for place in range(len(pieces))]
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
+def _ids(tokenizer: Any, text: str, *, special: bool, split: bool = False) -> tuple[int, ...]:
+    if split:
+        return tuple(plain_ids(tokenizer, [text])[0])
     return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

@@ -11,25 +11,21 @@ Only the template's special tokens are special: those in a turn's text are split
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from amlora_dist.errors import UserError
+from amlora_dist.tasks.chat_sandbox import render_chat
 from amlora_dist.tasks.conversations import Turn, last_user
 from amlora_dist.tasks.prompt_format import TextPrompt
 from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.special_tokens import GUARD, special_tokens
 from amlora_dist.tasks.task import TaskSpec
 
-GUARD = "\ue000\ue002"
-"""Is inside a special token that a turn's text holds, until the template has been rendered."""
 TODAY = "26 Jul 2024"
 """The date for templates that write it (Llama 3.1's own constant): ids must not change from day to day."""
 FIXED_DATE = f"{{% macro strftime_now(form) %}}{TODAY}{{% endmacro %}}"
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +64,16 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+        if (source := _default_template(tokenizer)) is None:
             raise UserError(
                 "prompt.format: found chat, but the model's tokenizer has no chat template; use an instruct model, add"
                 " chat_template.jinja to the model's folder, or set prompt.format: classic"
             )
         self._tokenizer = tokenizer
-        source = str(tokenizer.get_chat_template())
         self._source = FIXED_DATE + source if "strftime_now" in source else source
+        self._variables = {"tools": None, "documents": None, **tokenizer.special_tokens_map, "date_string": TODAY}
         self._end = tokenizer.eos_token_id
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(t, "special", False)}
-        self._special = sorted((one for one in special if one), key=len, reverse=True)
-        self._any_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._special = special_tokens(tokenizer)
         self._options: dict[str, Any] = {"enable_thinking": False}
         if self.fault(all_turns=False):  # a template that has its thinking block some other way
             self._options = {}
@@ -115,14 +108,9 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the turns, with its reason.
         """
-        words = [{"role": turn.role, "content": self._guarded(turn.text)} for turn in turns]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                words, chat_template=self._source, tokenize=False, add_generation_prompt=open_ended, date_string=TODAY,
-                **self._options,
-            )  # fmt: skip
-        except _FAILURES as error:
-            raise UserError(f"the chat template refuses the conversation: {_reason(error)}") from None
+        words = [{"role": turn.role, "content": self._special.guarded(turn.text)} for turn in turns]
+        values = {**self._variables, **self._options, "messages": words, "add_generation_prompt": open_ended}
+        text = render_chat(self._source, values)
         return Rendered(text, *self._tokens(text))
 
     def split(self, turns: Sequence[Turn], *, all_turns: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -172,7 +160,7 @@ class ChatTemplate:
         """The place behind the end of the turn that begins at ``start``."""
         if self._end in ids[start:]:
             return ids.index(self._end, start) + 1
-        found = next((name for token in ids[start:] if (name := self._name(token)) in self._special), None)
+        found = next((name for token in ids[start:] if (name := self._name(token)) in self._special.names), None)
         raise UserError(
             f"the chat template ends the assistant's turn by {found or 'no special token'}, and answers end by the"
             f" tokenizer's eos_token, which is {self._tokenizer.eos_token}; "
@@ -182,30 +170,30 @@ class ChatTemplate:
     def _name(self, token: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token))
 
-    def _guarded(self, text: str) -> str:
-        return self._any_special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], text)
-
     def _tokens(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of what the template wrote, and where each ends."""
         ids: list[int] = []
         ends: list[int] = []
         length = 0
-        for piece, plain in self._pieces(text) if GUARD in text else [(text, False)]:
-            more, places = self._encoded(piece, split=plain)
+        for piece, plain in self._special.pieces(text):
+            more, places = self._plain(piece) if plain else self._encoded(piece, split=False)
             ids += more
             ends += [length + place for place in places]
             length += len(piece)
         return tuple(ids), tuple(ends)
 
-    def _pieces(self, text: str) -> list[tuple[str, bool]]:
-        """The template's special tokens by themselves, and the texts between them, in which nothing is special."""
-        out: list[tuple[str, bool]] = []
-        start = 0
-        for found in self._any_special.finditer(text):
-            out += [(text[start : found.start()].replace(GUARD, ""), True), (found[0], False)]
-            start = found.end()
-        out.append((text[start:].replace(GUARD, ""), True))
-        return [piece for piece in out if piece[0]]
+    def _plain(self, text: str) -> tuple[list[int], list[int]]:
+        """As ``special_tokens.plain_ids``, with places."""
+        ids, ends = self._encoded(text, split=True)
+        if self._special.ids.isdisjoint(ids):
+            return ids, ends
+        ids, ends, length = [], [], 0
+        for part in self._special.parts(text):
+            more, places = self._encoded(part, split=True)
+            ids += more
+            ends += [length + place for place in places]
+            length += len(part)
+        return ids, ends
 
     def _encoded(self, text: str, *, split: bool) -> tuple[list[int], list[int]]:
         """Ids, and the character at which each token ends (none without a fast tokenizer)."""
@@ -271,6 +259,16 @@ class ChatPrompts:
         return [*turns[:place], Turn("user", words), *turns[place + 1 :]]
 
 
+def _default_template(tokenizer: Any) -> str | None:
+    """Source of a tokenizer's chat template; None where it has none, or several without a default."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return None
+
+
 def answer_ids(chat: ChatTemplate, text: str) -> tuple[int, ...]:
     """Ids of an answer behind a generation prompt, without the end of turn."""
     return chat.split([Turn("user", "w1"), Turn("assistant", text)], all_turns=False)[1][:-1]
@@ -295,7 +293,7 @@ def _refusal(spec: TaskSpec, tokenizer: Any, *, encoder_decoder: bool) -> str | 
     """Why a task cannot have the chat format; None where it can."""
     if encoder_decoder:
         return "expected classic: an encoder-decoder has no chat template"
-    if not getattr(tokenizer, "chat_template", None):
+    if _default_template(tokenizer) is None:
         return "but the model's tokenizer has no chat template; use an instruct model, or set prompt.format: classic"
     fault = ChatTemplate(tokenizer).fault(all_turns=spec.prompt.train_on == "all")
     return None if fault is None else f"but {fault}; or set prompt.format: classic" + (
@@ -310,6 +308,3 @@ def _without_earliest(turns: list[Turn]) -> list[Turn]:
         return turns
     return [turn for place, turn in enumerate(turns) if place >= users[1] or turn.role == "system"]
 
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())[:300] or type(error).__name__

@@ -6,6 +6,7 @@ What is guessed here is shown to the user and written to a file that can be edit
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ QUESTIONS = {
 LONGEST_LABEL = 60
 """Characters: a column whose values are longer on average holds texts and not labels."""
 TEST_SHARE, DEV_SHARE = 0.2, 0.1
+WHOLE = re.compile(r"-?[0-9]{1,18}")
+"""A whole number, which ``int`` reads; ``str.isdigit`` finds digits in more."""
 FEWEST_ROWS = 10
 
 
@@ -93,6 +96,11 @@ def guess_columns(
             )
     if text is None and label is None and answer is None and (conversation := _conversation(present)):
         return Guess(conversation=conversation)
+    if answer is not None and label is not None:
+        raise UserError(f"--answer: found {answer!r} next to --label {label!r}, expected one of them: a label or free text")
+    if text is not None and text in (label, answer):
+        option = "--label" if text == label else "--answer"
+        raise UserError(f"--text: found {text!r}, which {option} names too, expected another column; name another")
     profiles = {name: _profile(name, rows) for name in present}
     free = [one for one in profiles.values() if one.name not in (text, label, answer) and one.filled]
     if label is None and answer is None:
@@ -230,7 +238,7 @@ def labels_for(values: Iterable[str], names: Sequence[str] | None) -> Any:
     counts = Counter(value for value in values if value)
     if names is not None:
         return [{"value": str(n), "text": " ".join(name.replace("_", " ").split())} for n, name in enumerate(names)]
-    if all(value.lstrip("-").isdigit() for value in counts):
+    if all(WHOLE.fullmatch(value) for value in counts):
         return [{"value": value, "text": value} for value in sorted(counts, key=int)]
     return "auto"
 

@@ -320,6 +320,8 @@ def lists_of_rows(text: str) -> list[str]:
 
 def _lists_below(value: dict[str, Any], above: tuple[str, ...]) -> Iterator[str]:
     for key, inner in value.items():
+        if not re.fullmatch(r"[^.\s]+", key):
+            continue  # no `records` can say it
         if isinstance(inner, list) and inner and all(isinstance(one, dict) for one in inner):
             yield ".".join((*above, key))
         elif isinstance(inner, dict) and len(above) < 2:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.prompts import PromptTemplate
+from amlora_dist.tasks.special_tokens import GUARD, plain_ids, special_tokens
 
 DEFAULT_TEXT_TOKENS = 512
 TEXT_MARK = "\ue000\ue001"
@@ -60,10 +61,7 @@ class TextPrompt:
 
 def text_ids(texts: Sequence[str], tokenizer: Any, limit: int) -> list[tuple[int, ...]]:
     """Ids of texts alone, without special tokens of any kind, at most ``limit`` each."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [tuple(ids[:limit]) for ids in encoded]
+    return [tuple(ids[:limit]) for ids in plain_ids(tokenizer, texts)]
 
 
 def special_ends(tokenizer: Any, encoder_decoder: bool) -> Around:
@@ -83,7 +81,7 @@ class TextPrompts:
     prompts are tokenised whole, and nothing that was made of the text can be kept for them.
 
     Args:
-        template: the task's, or the bank's.
+        template: the task's, or the bank's; a question that a user asks in it is guarded (``special_tokens``).
         tokenizer: of the base model.
         encoder_decoder: whether prompts go to an encoder.
         where: the task, for messages.
@@ -119,17 +117,26 @@ class TextPrompts:
         return TextPrompt((*around.before, *short, *around.after), (len(around.before), len(around.before) + len(short)))
 
     def _around(self, fields: Mapping[str, str] | None) -> Around | None:
-        before, mark, after = self._template.render_text(TEXT_MARK, fields=fields).partition(TEXT_MARK)
+        given = {name: special_tokens(self._tokenizer).guarded(value) for name, value in (fields or {}).items()}
+        before, mark, after = self._template.render_text(TEXT_MARK, fields=given).partition(TEXT_MARK)
         if not mark or TEXT_MARK in after:
             return None
-        inner = [_ids(self._tokenizer, part) if part else () for part in (before, after)]
+        inner = [self._ids_of(part) if part else () for part in (before, after)]
         return Around((*self._ends.before, *inner[0]), (*inner[1], *self._ends.after))
+
+    def _ids_of(self, words: str) -> tuple[int, ...]:
+        """Of what is around the text: special tokens are the template's, but for those that are guarded."""
+        if GUARD not in words:
+            return _ids(self._tokenizer, words)
+        pieces = special_tokens(self._tokenizer).pieces(words)
+        return tuple(token for piece, plain in pieces for token in _ids(self._tokenizer, piece, split=plain))
 
     def _whole(self, text: str, fields: Mapping[str, str] | None, max_length: int) -> TextPrompt:
         """Cut the text, a share at a time, until the whole rendering fits."""
         short = text
         while True:
-            inner = _ids(self._tokenizer, self._template.render_text(short, fields=fields), split=True)
+            words = self._template.render_text(short, fields=fields).replace(GUARD, "")
+            inner = _ids(self._tokenizer, words, split=True)
             length = len(self._ends.before) + len(inner) + len(self._ends.after)
             if length <= max_length:
                 return TextPrompt((*self._ends.before, *inner, *self._ends.after), None)
@@ -144,5 +151,6 @@ class TextPrompts:
 
 
 def _ids(tokenizer: Any, text: str, *, split: bool = False) -> tuple[int, ...]:
-    more = {"split_special_tokens": True} if split else {}
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False, **more)["input_ids"])
+    if split:
+        return tuple(plain_ids(tokenizer, [text])[0])
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -15,7 +15,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from amlora_dist.config.schema import did_you_mean
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import Fault, UserError
-from amlora_dist.tasks.sandbox import PromptEnvironment, render_within
+from amlora_dist.tasks.sandbox import LimitError, PromptEnvironment, render_within
 from amlora_dist.tasks.texts import NoTextError
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ def template_faults(spec: TaskSpec) -> list[Fault]:
         for name in sorted(read - {*VARIABLES}) if not guarded else ():
             hint = did_you_mean(name, VARIABLES)
             faults.append(Fault("prompt.template", f"the variable {name!r}", f"one of {known}", hint))
+        if (limit := _endless(own, spec)) is not None:
+            faults.append(Fault("prompt.template", _short(own), "a prompt that is made in few steps", limit))
         if not read & {"text", "fields"}:
             faults.append(Fault("prompt.template", f"no text of a row in {_short(own)}", "{{ text }} somewhere in it"))
     values = [(place, part.value) for place, part in enumerate(spec.columns.text) if part.value is not None]
@@ -168,6 +170,19 @@ def template_faults(spec: TaskSpec) -> list[Fault]:
             hint = f"put the expression in braces: {{{{ {value} }}}}" if "{" not in value else ""
             faults.append(Fault(f"columns.text[{place}].value", _short(value), "a template that reads a column", hint))
     return faults
+
+
+def _endless(source: str, spec: TaskSpec) -> str | None:
+    """Why a template takes too long, or makes too much, for a text of one word; None where it does not."""
+    columns = {part.column or part.marker.lower(): "text" for part in spec.columns.text}
+    values = {"text": "text", "fields": columns, "question": "text", "options": spec.label_texts, "task": "x", "kind": "x"}
+    try:
+        render_within(compile_template(source, where=""), values, plain=False)
+    except LimitError as error:
+        return str(error)
+    except (NoTextError, *_FAILURES):
+        return None  # of what this text and these fields are not
+    return None
 
 
 def _compile_fault(source: str) -> tuple[str, str, str] | None:

@@ -7,6 +7,7 @@ filters and methods are those that are known. Templates come with banks, which m
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -59,7 +60,7 @@ _METHODS: list[tuple[type, tuple[str, ...]]] = [
     (Cycler, ("next", "reset")),
     (Macro, ()),
 ]
-_MAKERS = (safe_range, dict, Namespace, Cycler, Joiner)
+MAKERS = (safe_range, dict, Namespace, Cycler, Joiner)
 _SLOW = ("strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition")
 """Methods whose time is the product of two lengths."""
 
@@ -86,13 +87,12 @@ class Budget:
 _BUDGET: ContextVar[Budget] = ContextVar("budget")
 
 
-def render_within(template: Any, values: Mapping[str, object], *, plain: bool) -> str:
+def render_within(template: Any, values: Mapping[str, object], *, plain: bool, work: int = WORK) -> str:
     """The text of a template. Raises LimitError, NoTextError, and what Jinja and its filters raise."""
-    try:
-        work = WORK + WORK_OF_INPUT * _weight(values, 64 * WORK)
-    except LimitError:
-        work = WORK
-    token = _BUDGET.set(Budget(work, plain=plain))
+    more = 0
+    with contextlib.suppress(LimitError):
+        more = WORK_OF_INPUT * _weight(values, 64 * WORK)
+    token = _BUDGET.set(Budget(work + more, plain=plain))
     try:
         return text_of(template.render(values))
     finally:
@@ -265,7 +265,7 @@ def _priced(node: nodes.Node, name: str, *values: int) -> nodes.Filter:
 # ---- what templates call ----------------------------------------------------------------------------------------
 
 
-def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def paid_for(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A filter or test that is paid for, and whose numbers are small."""
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
     is_test = TESTS.get(name) is function
@@ -370,6 +370,9 @@ class _Format:
 class PromptEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with a budget; ``render_within`` sets it."""
 
+    makers: tuple[Callable[..., Any], ...] = MAKERS
+    """What a template may call besides its own macros and the methods of its values."""
+
     def __init__(self) -> None:
         # No autoescape: prompts are not HTML. Constants are worked out when rendered, where there is a budget.
         super().__init__(
@@ -377,10 +380,10 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         )
         self.intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
         del self.globals["lipsum"]
-        self.filters = {name: _guarded(FILTERS[name], name) for name in _FILTERS}
+        self.filters = {name: paid_for(FILTERS[name], name) for name in _FILTERS}
         self.filters |= {"tick ": _tick, "weighed ": _weighed, "compared ": _compared, "joined ": _joined}
         known: dict[str, Any] = dict(TESTS)
-        self.tests = {name: _guarded(test, name) for name, test in known.items()}
+        self.tests = {name: paid_for(test, name) for name, test in known.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = _Metered().visit(super()._parse(source, name, filename))
@@ -413,7 +416,7 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(__obj, (types.MethodType, types.BuiltinMethodType)):
             args = __self._checked(__obj, args, kwargs)
         elif not isinstance(__obj, (Macro, LoopContext, Undefined, Cycler, Joiner, _Format)) and not any(
-            __obj is maker for maker in _MAKERS
+            __obj is maker for maker in __self.makers
         ):
             raise SecurityError(f"a prompt may not call a value of type {type(__obj).__name__}")
         if budget.depth >= DEEPEST:

@@ -397,10 +397,11 @@ class Scoring:
     def _label_tokens(self, spec: TaskSpec, labels: Sequence[str] | None) -> list[tuple[int, ...]] | None:
         if spec.free_text:
             return None
+        split = self.work.settings.prompt_format.text_alone
         if labels is None:
-            return label_tokens(spec, self.tokenizer, self.encoder_decoder)
+            return label_tokens(spec, self.tokenizer, self.encoder_decoder, split=split)
         chat = None if self._bank_chat() is None else ChatTemplate(self.tokenizer)
-        return [answer_tokens(text, self.tokenizer, self.encoder_decoder, chat=chat) for text in labels]
+        return [answer_tokens(text, self.tokenizer, self.encoder_decoder, chat=chat, split=split) for text in labels]
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

@@ -262,7 +262,8 @@ class _Stage:
         if adapter is not made:
             mixture.set_new(adapter)
         if learns and self.rows.label_count:
-            labels = label_tokens(work.spec(work.task), self.tokenizer, self.base.encoder_decoder)
+            split, decoder = self.settings.prompt_format.text_alone, self.base.encoder_decoder
+            labels = label_tokens(work.spec(work.task), self.tokenizer, decoder, split=split)
             eos_id = int(self.tokenizer.eos_token_id)
             statistics[-1] = makes.with_likelihoods(statistics[-1], mixture, every, labels, eos_id)
         refit = RecipeRefit(mixture, loss, self.ranks, self.device, settings.training, self.layout.micro)

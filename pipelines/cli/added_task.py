@@ -65,8 +65,9 @@ def add_task(
     """
     with stdout_to_stderr():
         plan = plan_extension(bank, task, overrides, run_id=run_id, check=check, tracking_uri=tracking_uri)
+        chosen = _chosen(plan, rows) if rows else []
         result = Run(plan.config, run_id=plan.run_id).run(verbose=verbose)
-        asked = _compared(plan, result, rows, tracking_uri) if rows else []
+        asked = _compared(plan, result, chosen, tracking_uri) if rows else []
     console = console_for()
     console.print(f"{plan.parent} -> {result.bank}: {plan.task.name} learned", markup=False, highlight=False)
     if asked:
@@ -80,18 +81,22 @@ def add_task(
     console.print(f"try it: amlora ask models:/{model}@champion {shlex.quote(short)}", markup=False, soft_wrap=True)
 
 
-def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str | None) -> list[_SampleAnswers]:
-    """Answers of both banks to test rows of the bank's tasks, the new one's last."""
-    specs = [*plan.known, plan.task]
-    chosen: list[list[Row]] = []
-    kept: list[TaskSpec] = []
-    for spec in specs:
+def _chosen(plan: Extension, count: int) -> list[tuple[TaskSpec, list[Row]]]:
+    """Test rows of the bank's tasks, the new one's last; read before anything trains."""
+    found = []
+    for spec in [*plan.known, plan.task]:
         data = load_task(
             spec, defaults=plan.config.task_defaults, seed=plan.config.seed, data_dir=plan.config.data_dir, splits=("test",)
         )
-        chosen.append(sample(data.rows["test"], count, seed=plan.config.seed))
-        kept.append(data.spec)
-    texts = [row.text for rows in chosen for row in rows]
+        found.append((data.spec, sample(data.rows["test"], count, seed=plan.config.seed)))
+    return found
+
+
+def _compared(
+    plan: Extension, result: RunResult, chosen: Sequence[tuple[TaskSpec, list[Row]]], tracking_uri: str | None
+) -> list[_SampleAnswers]:
+    """Answers of both banks to the test rows that were chosen."""
+    texts = [row.text for _, rows in chosen for row in rows]
     answers = []
     for number, uri in enumerate((plan.parent, str(result.bank)), start=1):
         print(f"asking {uri} {len(texts)} test rows ({number} of 2)", file=sys.stderr, flush=True)
@@ -99,7 +104,7 @@ def _compared(plan: Extension, result: RunResult, count: int, tracking_uri: str 
         answers.append([one.text for one in model.answer(texts, batch_size=8)])
         del model  # one base model in memory at a time
     made, start = [], 0
-    for spec, rows in zip(kept, chosen, strict=True):
+    for spec, rows in chosen:
         here = slice(start, start + len(rows))
         made.append(_SampleAnswers(spec, rows, answers[0][here], answers[1][here]))
         start += len(rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
 from pipelines.cli.output import stdout_to_stderr
-from pipelines.cli.row_input import Asked, Line, opened
+from pipelines.cli.row_input import Asked, Line, check_words, opened
 from pipelines.cli.row_output import check_fields, checked_place, writer
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def _run(
 ) -> None:
     """Check the files, the rows and the tasks; only then load the model."""
     place = checked_place(files.output, files.source, spreadsheet=files.spreadsheet)
+    check_words("--question", call.get("question"))
+    check_words("--label", *(call.get("labels") or ()))
     with opened(files.source, files.column, files.form) as rows:
         written = place.of(rows.form)
         with stdout_to_stderr():
             folder, tasks = bank_and_tasks(bank, options)
-        named = call.get("task")
-        if named is not None and named not in tasks:
-            raise UserError(f"--task: found {named!r}, the bank's tasks are {', '.join(tasks)}")
+        check_task(call.get("task"), tasks)
         rows.check(tasks, partial(check_fields, form=written))
         with stdout_to_stderr():
             from amlora_dist.inference.model import AMLoRAModel
@@ -110,6 +110,12 @@ def bank_and_tasks(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]
     else:
         folder = Path(bank).expanduser()
     return folder, read_manifest(folder).tasks
+
+
+def check_task(task: str | None, tasks: Sequence[str]) -> None:
+    """Raises UserError where a bank with these tasks lacks the one that ``--task`` names."""
+    if task is not None and task not in tasks:
+        raise UserError(f"--task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
 
 
 def chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
@@ -173,5 +179,13 @@ def _routed(route: Route) -> dict[str, Any]:
 
 
 def _joined(fields: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """The row with its result; a field of the input that has a result's name stays as ``input_<name>``."""
-    return {f"input_{key}" if key in result else key: value for key, value in fields.items()} | result
+    """The row with its result; a field of the input that has a result's name stays as ``input_<name>``, or with one
+    ``input_`` more where the row has that, too."""
+    names = {key: key for key in fields if key not in result}
+    taken = {*fields, *result}
+    for key in fields.keys() & result.keys():
+        names[key] = f"input_{key}"
+        while names[key] in taken:
+            names[key] = f"input_{names[key]}"
+        taken.add(names[key])
+    return {names[key]: value for key, value in fields.items()} | result

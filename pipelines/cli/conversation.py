@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.markup import escape
+from rich.text import Text
 
 from amlora_dist.errors import UserError, visible
 from amlora_dist.tasks.texts import is_blank
 from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.row_input import check_words
 from pipelines.cli.scoring import bank_model
 from pipelines.cli.tables import console_for
 
@@ -40,6 +41,7 @@ def converse(
     Raises:
         UserError: no such bank or task; not on a terminal, a turn without room for its answer, and what is not text.
     """
+    check_words("--system", system)
     with stdout_to_stderr():
         model = bank_model(bank, options, task)
     opening = [] if system is None else [{"role": "system", "content": system}]
@@ -95,5 +97,5 @@ def _show(found: Answer, *, as_json: bool) -> None:
         print(f"[{where}]", file=sys.stderr, flush=True)
         print(found.text, flush=True)
     else:
-        console.print(f"[dim]\\[{escape(where)}][/dim]")
+        console.print(Text(f"[{where}]", style="dim"))
         console.print(found.text, markup=False, highlight=False, soft_wrap=True)

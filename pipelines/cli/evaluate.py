@@ -137,10 +137,17 @@ def scores(model: Any, asked: HarnessOptions, manager: Any) -> list[MetricCompar
     from lm_eval import simple_evaluate
 
     from amlora_dist.serving.bank import ServedBank
+    from amlora_dist.tasks.chat import ChatTemplate
+    from amlora_dist.tasks.conversations import Turn
     from pipelines.cli.harness import harness_models
 
     if asked.chat and not getattr(model.tokenizer, "chat_template", None):
         raise UserError("--chat: the base model's tokenizer has no chat template; leave the option out")
+    if asked.chat:
+        try:
+            ChatTemplate(model.tokenizer).render([Turn("user", "a")])  # the harness renders it without any bounds
+        except UserError as error:
+            raise UserError(f"--chat: {error}; leave the option out") from None
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     results: list[Mapping[str, Mapping[str, Any]]] = []
     with harness_models(ServedBank(model, "bank"), asked.batch_size) as models:

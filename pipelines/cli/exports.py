@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
+from amlora_dist.privacy import shown
 from pipelines.cli.batch_inference import bank_and_tasks
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import opened
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from amlora_dist.registry.manifest import BaseEntry
 
 SAMPLE_ROWS = 512
+MOST_WEIGHT = 100
+"""Of a task in a merged model; larger ones leave nothing of it, or no numbers at all."""
 ALIKE = 0.02
 """Share of texts with another first token up to which an export counts as answering like its bank."""
 
@@ -56,6 +58,11 @@ def export_bank(bank: str, dest: Path, asked: Export, options: dict[str, Any]) -
     for name, value in (("--served-base", asked.served_base), ("--bucket", asked.bucket)):
         if value is not None and form != "vllm":
             raise UserError(f"{name} belongs to --format vllm")
+    if asked.bucket is not None and re.search(r"://[^/]*:[^/]*@|[?#]", asked.bucket):
+        raise UserError(
+            f"--bucket: found {shown(asked.bucket)} with a password or a query, which would be written into DEST; give the"
+            " address alone, and what opens it to the servers"
+        )
     check_folder(dest, "DEST")
     if form == "merged":
         _check_mergeable(bank, options)
@@ -304,12 +311,17 @@ def _shares(given: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in given:
         task, equals, number = text.rpartition("=")
+        if task in found:
+            raise UserError(f"--weights: found {task!r} twice, expected each task once")
         try:
             found[task] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not task or not math.isfinite(found[task]):
-            raise UserError(f"--weights: found {text!r}, expected TASK=WEIGHT, such as helpdesk/email_route=0.5")
+        if not equals or not task or not abs(found[task]) <= MOST_WEIGHT:
+            raise UserError(
+                f"--weights: found {text!r}, expected TASK=WEIGHT, such as helpdesk/email_route=0.5, of at most"
+                f" {MOST_WEIGHT}"
+            )
     return found
 
 

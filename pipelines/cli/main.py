@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -267,7 +268,7 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         typer.echo(visible(f"error: {_too_short(error)}"), err=True)
         raise typer.Exit(1) from None
     except Exception as error:
-        if (reason := no_room(error)) is None:
+        if (reason := no_room(error) or _no_user(error)) is None:
             raise
         if verbose:
             typer.echo(shown(traceback.format_exc()), err=True)
@@ -283,6 +284,14 @@ def _answered(*, verbose: bool) -> Iterator[None]:
         if leaving.code == signal.SIGTERM:
             raise typer.Exit(TERMINATED) from None
         raise
+
+
+def _no_user(error: Exception) -> str | None:
+    """What is wrong with a path that begins with ``~`` and a name that no user of this machine has; None for others."""
+    if not isinstance(error, RuntimeError) or "home directory" not in str(error):
+        return None
+    named = next((text for text in sys.argv[1:] if re.match(r"([^/]*=)?~[^/]", text)), "a path that begins with ~")
+    return f"found {named}, expected the name of a user of this machine behind ~; write the whole path"
 
 
 def _too_short(error: EOFError) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from amlora_dist.errors import UserError
 from amlora_dist.files import write_bytes
+from amlora_dist.tasks.conversations import BadTurnsError, turns_of
 from amlora_dist.tasks.draft import (
     Guess,
     free_text_settings,
@@ -29,7 +31,9 @@ from amlora_dist.tasks.draft import (
 from amlora_dist.tasks.files import SUFFIXES, Fixes, RawRow, form_of, lists_of_rows, read_file
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.tasks.tables import between, is_saved
-from amlora_dist.tasks.task import SPLITS, read_mapping
+from amlora_dist.tasks.task import SPLITS, Columns, read_mapping
+from amlora_dist.tasks.texts import HALF, is_blank
+from pipelines.cluster.resources import check_folder
 
 PROFILED = 5000
 """Rows that are looked at where splits exist already."""
@@ -95,6 +99,7 @@ def draft_task(asked: Draft) -> Drafted:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
         raise UserError(f"--name: found {name!r}, expected small letters, digits, '_' and '-', a letter or digit first")
     folder = asked.folder or Path(name)
+    check_folder(folder, "--output")
     found = _read(asked.source, folder)
     guess = guess_columns(found.rows, asked.source, text=asked.text, label=asked.label, answer=asked.answer)
     usable, lacking = _usable(found.rows, guess, asked.source)
@@ -140,7 +145,7 @@ def _split(
     for split, own in places.items():
         found.splits[split] = f"data/{split}.jsonl"
         rows = ({name: usable[place].get(name) for name in guess.columns.values()} for place in own)
-        files[found.splits[split]] = "".join(_line(row, asked.source) for row in rows).encode()
+        files[found.splits[split]] = b"".join(_line(row, asked.source) for row in rows)
     return files, twice
 
 
@@ -167,7 +172,7 @@ def _file_rows(path: Path, most: int | None = None) -> tuple[list[dict[str, Any]
         raise UserError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}; convert it first")
     records = None
     if path.suffix.lower() == ".json":
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         inside = lists_of_rows(text)
         if len(inside) > 1:
             raise UserError(f"{path}: found lists of rows at {', '.join(inside)}, expected one; keep one of them")
@@ -270,18 +275,31 @@ def _usable(rows: Sequence[dict[str, Any]], guess: Guess, where: str) -> tuple[l
     """Rows with all that was asked for, and how many lack some of it."""
     needed = [name for key, name in guess.columns.items() if key != "input"]
     listed = {guess.answer, *guess.conversation.values()}
-    usable = [row for row in rows if all(value_of(row.get(name)) or (name in listed and row.get(name)) for name in needed)]
+    whole = {
+        number: row
+        for number, row in enumerate(rows, start=1)
+        if all(not is_blank(value_of(row.get(name))) or (name in listed and row.get(name)) for name in needed)
+    }
+    usable = list(whole.values())
     if len(usable) < LEAST_USABLE * len(rows):
         raise UserError(
             f"{where}: found {len(rows) - len(usable)} of {len(rows)} rows without {' or '.join(needed)}, expected at most"
             f" {1 - LEAST_USABLE:.0%}; fill them in, or name other columns: --text, --label, --answer"
         )
+    columns = TypeAdapter(Columns).validate_python(guess.columns)
+    for number, row in whole.items() if guess.conversation else ():
+        try:
+            turns_of(row, columns)
+        except BadTurnsError as error:
+            raise UserError(f"{where}, row {number}: found {error}; fix the row, or take it away") from None
     return usable, len(rows) - len(usable)
 
 
-def _line(row: Mapping[str, Any], where: str) -> str:
+def _line(row: Mapping[str, Any], where: str) -> bytes:
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: found {HALF} in {', '.join(row)}, expected text; fix the row, or take it away") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: found a value that JSON does not have ({error}); write the column as text") from None
 
@@ -326,7 +344,10 @@ def _checked(mapping: dict[str, Any], files: Mapping[str, bytes], folder: Path) 
             return None
         base = (Path(made) if files else folder).absolute()
         splits = {split: os.path.normpath(base / place) for split, place in mapping["splits"].items()}
-        return load_task(read_mapping({**mapping, "splits": splits}, origin=folder / "task.yaml"))
+        try:
+            return load_task(read_mapping({**mapping, "splits": splits}, origin=folder / "task.yaml"))
+        except UserError as error:  # the folder that it names is gone when somebody reads it
+            raise UserError(str(error).replace(f"{base}{os.sep}", "")) from error
 
 
 def _run(name: str, task: Path, model: str, rows: Sequence[dict[str, Any]], guess: Guess) -> dict[str, Any]:

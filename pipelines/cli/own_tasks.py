@@ -33,6 +33,7 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Draft a task and a run from rows: columns, labels, split and question are guessed, shown and written to be edited."""
+    from amlora_dist.errors import visible
     from amlora_dist.tasks.task import TaskDefaults, resolve_task
     from pipelines.cli.new_task import Draft, draft_task
     from pipelines.cli.tasks import show_prompt
@@ -43,7 +44,7 @@ def init(
     )  # fmt: skip
     made = draft_task(asked)
     for line in made.notes:
-        typer.echo(line)
+        typer.echo(visible(line))
     show_prompt(resolve_task(str(made.task), base_dir=Path.cwd(), defaults=TaskDefaults()))
     typer.echo(f"\nwrote {', '.join(map(str, made.wrote))}")
     typer.echo(f"next: {made.run}\n  or: {made.add}")

@@ -23,6 +23,7 @@ from pipelines.cli.tables import console_for
 if TYPE_CHECKING:
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.registry.manifest import Manifest
     from amlora_dist.registry.store import Store
     from amlora_dist.registry.versions import Version
 
@@ -105,21 +106,23 @@ def _examined(
     from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.registry.pulling import manifest_of
 
-    known = manifest_of(store, version).tasks
+    manifests = [manifest_of(store, one) for one in (version, replaced) if one is not None]
+    known = manifests[0].tasks
     lines = _by_task(asked.sample, known)
-    earlier = [] if replaced is None else manifest_of(store, replaced).tasks
+    earlier = [task for manifest in manifests[1:] for task in manifest.tasks]
     if missing := [task for task in earlier if task not in known]:
         raise UserError(f"{version.uri} lacks {', '.join(missing)}, which {replaced.uri if replaced else ''} serves")
     check_covered(requirements, list(lines), earlier)
     if not requirements and replaced is None:
         raise UserError(f"nothing to check: no other version is {asked.alias}; say what is required of this one: --require")
+    answers = _right_answers(lines, manifests, asked.sample.label)
     model = AMLoRAModel.from_bank(version.uri, **options)
-    new = _scored(model, lines, asked)
+    new = _scored(model, lines, answers, asked)
     old = None
     if replaced is not None:
         plain = {key: value for key, value in options.items() if key not in ("require_signature", "expect_digest")}
         other = AMLoRAModel.from_bank(replaced.uri, **plain, beside=model)
-        old = _scored(other, {task: rows for task, rows in lines.items() if task in earlier}, asked)
+        old = _scored(other, {task: rows for task, rows in lines.items() if task in earlier}, answers, asked)
     checks = judge(requirements, margin, new.scores, None if old is None else old.scores)
     passed = all(one.passed for one in checks)
     failed = [str(one) for one in checks if not one.passed]
@@ -153,14 +156,28 @@ def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[Line]]:
     return found
 
 
-def _scored(model: AMLoRAModel, lines: dict[str, list[Line]], asked: Promotion) -> _VersionScores:
+def _right_answers(
+    lines: dict[str, list[Line]], manifests: Sequence[Manifest], label: str
+) -> dict[str, list[str]]:
+    """Right answers of the rows by task, which each version must have among its task's labels."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests:
+        entries = {line.task: line.task_spec for line in manifest.adapters if line.task in lines}
+        for task, entry in entries.items():
+            labels = None if entry is None else entry.labels
+            found[task] = [right_answer(line, label, labels, task) for line in lines[task]]
+    return found
+
+
+def _scored(
+    model: AMLoRAModel, lines: dict[str, list[Line]], answers: dict[str, list[str]], asked: Promotion
+) -> _VersionScores:
     from amlora_dist.evaluation.scoring import routing_accuracy, summarise
 
     scores: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[Prediction]] = {}
     for task, own in lines.items():
-        answers = [right_answer(line, asked.sample.label, model.labels(task), task) for line in own]
-        rows[task] = predictions(model, own, answers, task, asked.batch_size)
+        rows[task] = predictions(model, own, answers[task], task, asked.batch_size)
         summary = summarise(rows[task])
         routed = routing_accuracy(rows[task], task, model.tasks)
         metric = model.prompter.entry(task).counted_by

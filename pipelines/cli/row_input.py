@@ -114,6 +114,8 @@ def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput
     Raises:
         UserError: there is no such file, or its form cannot be recognised. Names what to give.
     """
+    if not column:
+        raise UserError("--column: found '', expected the key or column of the text")
     if source == "-":
         yield _stream(buffered(sys.stdin), "standard input", column, asked)
         return
@@ -143,6 +145,8 @@ def _stream(file: BinaryIO, name: str, column: str, asked: Asked) -> RowInput:
     form: Form
     if asked == "auto":
         form, lines = sniffed(lines, name, column)
+    elif asked == "parquet":
+        raise UserError(f"--format: found parquet for {name}, expected the form of a stream; give a file")
     else:
         form = cast("Form", asked)
     return RowInput(name, form, column, None, rows_of_lines(lines, name, form, _needed(form, column), MENDS, column))
@@ -200,6 +204,13 @@ def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:
     if is_blank(text):
         raise UserError(f"{where}: {column}: found {text[:20]!r}, expected a text with words; leave the row out ({fix})")
     return text
+
+
+def check_words(option: str, *given: str | None) -> None:
+    """Raises UserError where a text of the command line is none, or has no words; what was not given is passed over."""
+    for text in given:
+        if text is not None and is_blank(_text(text, "command line", option, "write it in UTF-8")):
+            raise UserError(f"{option}: found {text[:20]!r}, expected a text with words; give some, or leave it out")
 
 
 def _text(value: object, where: str, key: str, fix: str) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ Write = Callable[[list[dict[str, Any]]], None]
 _SUFFIXES: dict[str, Written] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".txt": "jsonl", ".log": "jsonl", "": "jsonl",
 }  # fmt: skip
-_FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"
-"""First characters by which spreadsheets take a cell for a formula, with their wide forms."""
+_FORMULA = "=+-@\u2212"
+"""First characters by which spreadsheets take a cell for a formula; of their wide and small forms the plain ones."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
@@ -69,6 +70,10 @@ def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False
     if output is None or str(output) == "-":
         return OutputTarget(None, None, spreadsheet=spreadsheet)
     path = output.expanduser()
+    try:
+        target = path.resolve()  # what a link points at
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise UserError(f"--output: found {path}, expected a file ({plain_reason(error)}); name another one") from None
     if path.is_dir():
         raise UserError(f"--output: found the folder {path}, expected a file; name one in it, such as {path}/rows.jsonl")
     device = path.exists() and not path.is_file()
@@ -77,12 +82,12 @@ def checked_place(output: Path | None, source: str, *, spreadsheet: bool = False
         raise UserError(f"--output: found suffix {path.suffix!r} of {path}, expected .jsonl or .csv; name such a file")
     if source != "-" and path.exists() and Path(source).expanduser().exists() and path.samefile(Path(source).expanduser()):
         raise UserError(f"--output: found {path}, which is the input, expected another file; name another one")
-    folder = path.resolve().parent  # of what a link points at
+    folder = target.parent
     if not folder.is_dir():
         raise UserError(f"--output: found {path}, expected a file in a folder that is there; make {folder} first")
     if not os.access(path if device else folder, os.W_OK if device else os.W_OK | os.X_OK):
         raise UserError(f"--output: {path} cannot be written; name a file in a folder of yours")
-    return OutputTarget(path if device else path.resolve(), form, device, spreadsheet)
+    return OutputTarget(path if device else target, form, device, spreadsheet)
 
 
 @contextmanager
@@ -101,7 +106,7 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
         with place.path.open("w", encoding="utf-8", newline="") as file:
             yield _Table(file, spreadsheet=place.spreadsheet) if written == "csv" else _Objects(file)
         return
-    tmp = place.path.with_name(f".{place.path.name}.{os.getpid()}")
+    tmp = place.path.with_name(f".{place.path.name[:50]}.{os.getpid()}")  # of a long name only its beginning
     rows = tmp.with_name(f"{tmp.name}.rows")
     try:
         with (rows if written == "csv" else tmp).open("w", encoding="utf-8", newline="") as file:
@@ -215,7 +220,9 @@ class _Table:
 
     def __init__(self, file: TextIO, columns: Sequence[str] = (), *, spreadsheet: bool) -> None:
         self._file, self._spreadsheet = file, spreadsheet
-        self._writer = csv.writer(_Rows(file), lineterminator="\r\n")
+        # Other signs than commas part cells too where somebody has set that; in quotes they do not.
+        quotes: Literal[0, 2] = csv.QUOTE_NONNUMERIC if spreadsheet else csv.QUOTE_MINIMAL
+        self._writer = csv.writer(_Rows(file), lineterminator="\r\n", quoting=quotes)
         self._columns: list[str] = []
         if columns:
             self._begin(columns)
@@ -255,5 +262,5 @@ def _kept(cell: Any) -> Any:
     if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
         return cell
     seen = next((sign for sign in cell if not is_blank(sign)), "")  # spreadsheets pass over what cannot be seen
-    formula = cell[:1] in ("\t", "\r", "\n") or (seen != "" and seen in _FORMULA)
+    formula = cell[:1] in ("\t", "\r", "\n") or (seen != "" and unicodedata.normalize("NFKC", seen) in _FORMULA)
     return f"'{cell}" if formula else cell

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.conversations import joined
-from pipelines.cli.batch_inference import bank_and_tasks
+from pipelines.cli.batch_inference import bank_and_tasks, check_task
 from pipelines.cli.output import stdout_to_stderr
-from pipelines.cli.row_input import Line, opened
+from pipelines.cli.row_input import Line, check_words, opened
 from pipelines.cli.tables import console_for
+from pipelines.cluster.resources import check_folder
 
 if TYPE_CHECKING:
     from amlora_dist.evaluation.requests import Classification
@@ -45,6 +46,7 @@ def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bo
     Raises:
         UserError: an empty text, no such bank.
     """
+    check_words("TEXT", *texts)
     with stdout_to_stderr():
         model = bank_model(bank, options)
         found = model.classify(list(texts))
@@ -87,8 +89,10 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
     from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
     with stdout_to_stderr():
-        model = bank_model(bank, options, task)
-        lines, answers = _labelled(rows, model.labels(task), task)
+        folder, tasks = bank_and_tasks(bank, options)
+        check_task(task, tasks)
+        lines, answers = _labelled(rows, labels_by_task(folder)[task], task)
+        model = bank_model(bank, options, folder=folder)
         found = predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
     metric = model.prompter.entry(task).counted_by
@@ -161,33 +165,55 @@ def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options:
         if dest.exists():
             raise UserError(f"{dest} exists; give a folder that does not")
         folder, tasks = bank_and_tasks(bank, options)
-        files = dict(one.split("=", 1) for one in given if "=" in one)
-        if len(files) != len(given) or (odd := sorted(set(files) - set(tasks))):
-            found = ", ".join(repr(one) for one in given if "=" not in one) or ", ".join(odd)
-            raise UserError(f"--rows: found {found}, expected TASK=FILE of each task of the bank: {', '.join(tasks)}")
+        check_folder(dest, "DEST")
+        pairs = [one.partition("=")[::2] for one in given]
+        files = {task: file for task, file in pairs if file and task in tasks}
+        if odd := [task if file else repr(one) for one, (task, file) in zip(given, pairs, strict=True) if task not in files]:
+            raise UserError(f"--rows: found {odd[0]}, expected TASK=FILE of each task of the bank: {', '.join(tasks)}")
+        if len(files) < len(pairs):
+            twice = next(task for place, (task, _) in enumerate(pairs) if task in dict(pairs[:place]))
+            raise UserError(f"--rows: found {twice!r} twice, expected one file of each task; put its rows into one file")
         from amlora_dist.inference.rekeying import TaskRows, rekey
-        from amlora_dist.registry.manifest import read_manifest
 
-        entries = {line.task: line.task_spec for line in read_manifest(folder).adapters}
+        labels = labels_by_task(folder)
         rows = {}
         for task, file in files.items():
-            entry = entries[task]
-            lines, answers = _labelled(Rows(file, label=label), None if entry is None else entry.labels, task)
+            lines, answers = _labelled(Rows(file, label=label), labels[task], task)
             rows[task] = TaskRows([line.text for line in lines], answers)
         made = rekey(folder, dest, rows, base=options.get("base"))
     return f"{dest}: {len(made.tasks)} tasks, routed and answered by plain text"
 
 
-def bank_model(bank: str, options: dict[str, Any], task: str | None = None) -> AMLoRAModel:
-    """The bank in its base model; a task that it must have is looked for first."""
-    folder, tasks = bank_and_tasks(bank, options)
-    if task is not None and task not in tasks:
-        raise UserError(f"--task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
+def bank_model(
+    bank: str, options: dict[str, Any], task: str | None = None, *, folder: Path | None = None
+) -> AMLoRAModel:
+    """The bank in its base model; a task that it must have is looked for first.
+
+    Args:
+        bank: a version or a folder.
+        options: of ``AMLoRAModel.from_bank``.
+        task: that it must have.
+        folder: of the bank, if it is known already.
+
+    Raises:
+        UserError: no such bank or task.
+    """
+    if folder is None:
+        folder, tasks = bank_and_tasks(bank, options)
+        check_task(task, tasks)
     from amlora_dist.inference.model import AMLoRAModel
 
     model = AMLoRAModel.from_bank(folder, **options)
     model.uri = bank if bank.startswith("models:") else None
     return model
+
+
+def labels_by_task(folder: Path) -> dict[str, list[str] | None]:
+    """Labels of each task of a bank by its manifest; None of free text and of tasks that it does not describe."""
+    from amlora_dist.registry.manifest import read_manifest
+
+    entries = {line.task: line.task_spec for line in read_manifest(folder).adapters}
+    return {task: None if entry is None else entry.labels for task, entry in entries.items()}
 
 
 def _asked(model: AMLoRAModel, line: Line, task: str) -> tuple[str, tuple[Turn, ...]]:

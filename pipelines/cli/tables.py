@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from amlora_dist.errors import visible
 from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -36,10 +37,19 @@ METRICS = {
 _CELL_WIDTH = 8
 
 
+class PlainConsole(Console):
+    """Shows every text as it is, in tables too: brackets are no markup, colons no pictures, and what would move the cursor
+    is an escape."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See rich."""
+        return super().render_str(visible(text), **options | {"markup": False, "emoji": False})
+
+
 def console_for(stream: TextIO | None = None) -> Console:
     """A console on ``stream`` (default: standard output); in a pipe wide, without colours and control characters."""
     stream = stream or sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+    return PlainConsole(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 def show_result(result: Mapping[str, Any], console: Console, *, tracking_uri: str | None = None) -> None:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.loading import RunConfig, flat, named_file, named_keys, to_mapping, validate_config
+from amlora_dist.errors import UserError
+from amlora_dist.tasks.texts import kind_of
 from pipelines.runs.progress import Progress, Score, progress_for
 from pipelines.runs.run_ids import checked_run_id
 
@@ -78,7 +80,6 @@ class RunResult:
         Raises:
             UserError: the run has published none.
         """
-        from amlora_dist.errors import UserError
         from amlora_dist.inference.model import AMLoRAModel
 
         if self.bank is None:
@@ -164,8 +165,8 @@ class Sequence:
     def __init__(
         self, config: str | Path | RunConfig, overrides: Listed[str] = (), *, run_id: str | None = None
     ) -> None:
+        self._overrides = _checked_overrides(config, overrides)
         self._file = None if isinstance(config, RunConfig) else Path(config)
-        self._overrides = list(overrides)
         if isinstance(config, RunConfig):
             self.config, self._named = config, frozenset(flat(to_mapping(config)))
         else:
@@ -199,6 +200,9 @@ class Sequence:
         """
         from pipelines.cluster.library_output import quieten
 
+        for name, call in (("on_step", on_step), ("on_stage", on_stage), ("on_score", on_score)):
+            if call is not None and not callable(call):
+                raise UserError(f"{name}: found {kind_of(call)}, expected a function of one argument")
         if not verbose:
             quieten()
         from pipelines.runs.resume_check import going_on
@@ -213,6 +217,23 @@ class Sequence:
                     config, run_id=self.run_id, progress=shown, verbose=verbose, allow_changed_data=allow_changed_data
                 )
             )
+
+
+def _checked_overrides(config: object, overrides: object) -> list[str]:
+    """The overrides. Raises UserError where a run would be another one than was meant."""
+    if not isinstance(config, (str, Path, RunConfig)):
+        raise UserError(f"config: found {kind_of(config)}, expected the path of a run's YAML, or a RunConfig")
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise UserError(f"overrides: found {overrides!r}, expected a list of texts, such as ['workers=0', 'seed=1']")
+    listed = list(overrides)
+    if odd := [one for one in listed if not isinstance(one, str)]:
+        raise UserError(f"overrides: found {kind_of(odd[0])}, expected texts, such as 'seed=1'")
+    if listed and isinstance(config, RunConfig):
+        raise UserError(
+            "overrides: found some next to a RunConfig, expected none; give the file, or"
+            " amlora_dist.config.loading.with_values(config, {'seed': 1})"
+        )
+    return listed
 
 
 class _Calling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
+
+
+_OWN = ("parent", "tasks")
+"""Keys of the run that the command's arguments decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def plan_extension(
     from amlora_dist.inference.loading import pulled, resolve_bank_base
     from amlora_dist.registry.manifest import read_manifest
 
+    values = dict(_value(text) for text in expanded(list(overrides)))
     store = Store.open(home(), tracking_uri)
     spec = resolve_task(task, base_dir=Path.cwd(), defaults=TaskDefaults())
     parent = _version(store, bank)
@@ -82,8 +88,8 @@ def plan_extension(
             f" parent: {parent}"
         ) from error
     config.mlflow.tracking_uri = tracking_uri
-    config = with_values(config, dict(_value(text) for text in expanded(list(overrides))))
-    known = {one.name: one for one in _at_hand([*check, *_references(manifest, tracking_uri)], config)}
+    config = with_values(config, values)
+    known = {one.name: one for one in _at_hand([*_references(manifest, tracking_uri), *check], config)}  # what is given wins
     for one in check:
         if resolve_task(one, base_dir=Path.cwd(), defaults=TaskDefaults()).name not in manifest.tasks:
             raise UserError(f"--check: found {one!r}, which is no task of {parent}; it has {', '.join(manifest.tasks)}")
@@ -116,7 +122,12 @@ def _value(text: str) -> tuple[str, Any]:
     path, sign, value = text.partition("=")
     if not sign:
         raise UserError(f"command line: found {text!r}, expected KEY.PATH=VALUE, such as training.epochs=3")
-    return path, parse_value(value)
+    if re.split(r"[.\[]", path)[0] in _OWN:
+        raise UserError(f"command line: {path}: found a value, expected none: BANK-OR-RUN and TASK say it; leave it out")
+    try:
+        return path, parse_value(value)
+    except ValueError as error:
+        raise UserError(f"command line: {path}: found {value!r}, expected a YAML value ({error}); quote it") from None
 
 
 def _references(manifest: Manifest, tracking_uri: str | None) -> list[Any]:

@@ -22,6 +22,6 @@ def checked_search_id(search_id: str) -> str:
 
 
 def _checked(option: str, name: str, most: int) -> str:
-    if len(name) > most or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not isinstance(name, str) or len(name) > most or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UserError(f"{option}: found {name!r}, expected at most {most} letters, digits and _ . -")
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,10 +51,21 @@ def place_faults(config: RunConfig, specs: list[TaskSpec]) -> dict[KeyPath, Faul
 
     noted(("storage",), lambda: resources.check_folder(storage_of(config)[0], "storage"))
     if config.mlflow.tracking_uri:
-        noted(("mlflow", "tracking_uri"), lambda: store_uri(home(), config.mlflow.tracking_uri))
+        noted(("mlflow", "tracking_uri"), lambda: _check_store(config.mlflow.tracking_uri))
     if os.path.isdir(config.model.source):
         _model_faults(config, specs, noted)
     return found
+
+
+def _check_store(tracking_uri: str | None) -> None:
+    """See that a store can be where it is said to be. Raises UserError; opens no store."""
+    where, uri = store_uri(home(), tracking_uri)
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        resources.check_file(file, where)
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if (first := opened.read(16)) and first != b"SQLite format 3\0":
+                raise UserError(f"{where}: found {file}, which is no SQLite database; name another file")
 
 
 def _model_faults(config: RunConfig, specs: list[TaskSpec], noted: Noted) -> None:

@@ -288,7 +288,7 @@ CASES: dict[str, tuple[Damage, Fault]] = {
         of_task(
             {"prompt": {"template": "{{text}}{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"}}
         ),
-        Fault("prompt template of colours", "template", "too many steps", "make the template simpler"),
+        Fault("colours.yaml", "prompt.template:", "too many steps", "make the template simpler"),
     ),
     "unknown key of a task": (
         of_task({"colums": {"text": "text"}}), Fault("colours.yaml", "colums:", "an unknown key", "did you mean 'columns'?")

@@ -7,9 +7,10 @@ import re
 import time
 
 from rich.console import Console
+from rich.table import Table
 
 from amlora_dist.config.loading import load_config
-from pipelines.cli.tables import show_result
+from pipelines.cli.tables import console_for, show_result
 from pipelines.runs.executor import threads_remark
 from pipelines.runs.inputs import gather_inputs
 from pipelines.runs.outlook import Outlook, StageSize, stage_sizes
@@ -54,6 +55,18 @@ def test_scores_are_called_what_they_are():
     assert "scores" in mixed.splitlines() and "accuracy" in printed(RESULT).splitlines()
     score = Score("a", "router", "rouge_l", 0.25, 8, 3)
     assert str(score) == "router    a: ROUGE-L 0.250 (8 rows, 3 of them answered as before)"
+
+
+def test_a_text_in_a_table_is_shown_as_it_is():
+    stream = io.StringIO()
+    table = Table("name [b]", box=None)
+    table.add_row("accuracy[colours] >= 0.6 [/b] :smile: \x1b[31mred\u202e")
+    console = console_for(stream)
+    console.print(table)
+    console.print("[INST] a [/INST]")
+    shown = stream.getvalue()
+    assert "name [b]" in shown and "accuracy[colours] >= 0.6 [/b] :smile: \\x1b[31mred\\u202e" in shown
+    assert shown.splitlines()[-1] == "[INST] a [/INST]"
 
 
 def test_a_machine_that_others_use_is_reported_as_one(monkeypatch):

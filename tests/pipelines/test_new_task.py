@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,59 @@ def test_a_dev_split_that_is_the_test_split_again_is_left_out_with_a_note(tmp_pa
     assert "validation.csv is left out: every text of it is in the test split" in notes
     assert "dev" not in yaml.safe_load(made.task.read_text(encoding="utf-8"))["splits"]
     assert {split: len(rows) for split, rows in data.rows.items()} == {"train": 32, "dev": 8, "test": 20}
+
+
+@pytest.mark.parametrize("labels", ["²³", ["--5", "5"], ["9" * 5000, "5"]], ids=["superscripts", "signs", "digits"])
+def test_labels_that_only_look_like_numbers_are_words(labels: Sequence[str]) -> None:
+    rows = [{"text": f"some text number {n}", "label": labels[n % 2]} for n in range(40)]
+    made, data = draft(write_csv("odd.csv", rows), label="label")
+    assert yaml.safe_load(made.task.read_text())["labels"] == "auto"
+    assert {label.value for label in data.spec.known_labels} == set(labels)
+
+
+def said(text: str, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text}, {"role": "assistant", "content": "ho"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (said("half \ud800"), "talk.jsonl, row 13: found half of a character"),
+        (said("hi", "bot"), "talk.jsonl, row 13: found an unknown role ('bot')"),
+        ({**said("hi"), "messages": [*said("hi")["messages"], {"role": "user", "content": "\x1b"}]}, "row 13: found"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_is_named_by_its_own_row(row: dict[str, Any], message: str) -> None:
+    rows = [said(f"hi {n}") for n in range(20)]
+    Path("talk.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*rows[:12], row, *rows[12:]]))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        draft_task(Draft(source="talk.jsonl"))
+    assert "amlora-init" not in str(caught.value) and not Path("talk").exists()
+
+
+def test_texts_that_show_nothing_are_left_out() -> None:
+    made, data = draft(write_csv("seen.csv", [*ROWS, {**ROWS[0], "body": "\u200b"}]))
+    assert sum(len(rows) for rows in data.rows.values()) == len(ROWS)
+    assert any("1 without a text or an answer" in note for note in made.notes)
+
+
+def test_rows_inside_an_object_with_a_mark_in_front_are_found() -> None:
+    Path("marked.json").write_text("\ufeff" + json.dumps({"data": ROWS}), encoding="utf-8")
+    _, data = draft("marked.json")
+    assert sum(len(rows) for rows in data.rows.values()) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": "queue", "answer": "on"}, "--answer: found 'on' next to --label 'queue', expected one of them"),
+        ({"text": "queue", "label": "queue"}, "--text: found 'queue', which --label names too"),
+        ({"folder": Path("rows.csv")}, "--output: found rows.csv, expected a folder that can be written"),
+        ({"folder": Path("rows.csv/below")}, "--output: found rows.csv/below, expected a folder that can be written"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(options: dict[str, Any], message: str) -> None:
+    write_csv("rows.csv")
+    with pytest.raises(UserError, match=re.escape(message)):
+        draft_task(Draft(source="rows.csv", name="mine", **options))
+    assert sorted(path.name for path in Path().iterdir()) == ["rows.csv"]

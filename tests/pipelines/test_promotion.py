@@ -120,6 +120,20 @@ def test_a_promotion_that_cannot_be_decided_is_refused(
     assert tags.CHAMPION not in aliases(store, NAME)
 
 
+def test_rows_of_the_sample_are_looked_at_before_a_model_is_loaded(
+    published: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AMLoRAModel, "from_bank", lambda *a, **k: pytest.fail("a model was loaded"))
+    row = {"text": "a wall", "task": "shapes", "label": "pink"}
+    (tmp_path / "rows.jsonl").write_text((published / "golden.jsonl").read_text() + json.dumps(row) + "\n")
+    done = promote(published, 1, "--sample", tmp_path / "rows.jsonl", "--require", "accuracy >= 0")
+    assert done.exit_code == 2 and "line 13: label: found 'pink', the labels of 'shapes' are" in done.stderr, done.output
+    scored = CliRunner().invoke(app, ["score", f"models:/{NAME}/1", str(tmp_path / "none.jsonl"), "--task", "shapes"])
+    assert scored.exit_code == 2 and "none.jsonl: no such file" in scored.stderr
+    asked = CliRunner().invoke(app, ["ask", f"models:/{NAME}/1", "a wall", " "])
+    assert asked.exit_code == 2 and "TEXT: found ' ', expected a text with words" in asked.stderr
+
+
 def test_a_version_that_lacks_a_task_of_the_replaced_one_is_refused(
     published: Path, store: Store, tmp_path: Path
 ) -> None:

@@ -281,6 +281,42 @@ def test_output_is_looked_at_before_the_model_is_loaded(fake: FakeModel, output:
         assert refused(fake, "-o", output, stdin="a\n").startswith(message)
 
 
+def test_links_in_a_circle_and_names_without_a_user_are_one_line(fake: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("circle.jsonl").symlink_to("circle.jsonl")
+    assert refused(fake, "-o", "circle.jsonl", stdin="a\n").startswith("--output: found circle.jsonl, expected a file")
+    monkeypatch.setattr("sys.argv", ["amlora", "classify", "bank", "~nobody-here/in.csv"])
+    message = "found ~nobody-here/in.csv, expected the name of a user of this machine behind ~; write the whole path"
+    assert refused(fake, "~nobody-here/in.csv").strip() == message
+
+
+def test_the_longest_name_that_a_file_can_have_is_written(fake: FakeModel) -> None:
+    name = f"{'x' * 251}.csv"
+    assert amlora("-o", name, stdin="a\n").exit_code == 0
+    assert Path(name).is_file() and len(list(Path().iterdir())) == 2
+
+
+def test_no_column_is_lost_whatever_it_is_called(fake: FakeModel) -> None:
+    Path("in.jsonl").write_text('{"text": "a", "label": "gold", "input_label": "older", "input_input_label": "oldest"}\n')
+    (row,) = objects(amlora("in.jsonl").stdout)
+    assert row["label"] == "red"
+    assert {row[name] for name in row if "input_" in name} == {"gold", "older", "oldest"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--question", "\udcff?"], "command line: --question: found half of a character"),
+        (["--label", " ", "--label", "x"], "--label: found ' ', expected a text with words"),
+        (["--column", ""], "--column: found '', expected the key or column of the text"),
+        (["--format", "parquet"], "--format: found parquet for standard input, expected the form of a stream; give a file"),
+    ],
+)
+def test_words_of_the_command_line_are_looked_at_before_the_model_is_loaded(
+    fake: FakeModel, options: list[str], message: str
+) -> None:
+    assert message in refused(fake, *options, stdin="a\n")
+
+
 def test_output_that_is_no_plain_file_is_written_to_and_not_replaced(fake: FakeModel) -> None:
     assert amlora("-o", "/dev/null", stdin="a\n").exit_code == 0
     assert Path("/dev/null").is_char_device()
@@ -310,14 +346,20 @@ def test_csv_output_comes_back_as_it_went_out(fake: FakeModel) -> None:
 
 def test_spreadsheet_keeps_cells_from_being_formulas(fake: FakeModel) -> None:
     unseen = ["\u200b=1", "\ufeff=1", "\0=1"]
-    cells = ["=1+1", "+1 now", "-a", "@SUM(1)", "\t=1", " =1", "\uff1d1", *unseen, "-5", "+3.5e1", "\u200bok", "a=b", ""]
+    formulas = ["=1+1", "+1 now", "-a", "@SUM(1)", "\t=1", " =1", "\uff1d1", "\ufe661", *unseen]
+    cells = [*formulas, "-5", "+3.5e1", "\u200bok", "a=b", ""]
     Path("in.jsonl").write_text("".join(json.dumps({"text": "a", "=cell": cell}) + "\n" for cell in cells))
     assert amlora("in.jsonl", "-o", "out.csv", "--spreadsheet", command="generate").exit_code == 0
     with Path("out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    quoted = [*(f"'{cell}" for cell in cells[:10]), "-5", "+3.5e1", "\u200bok", "a=b", ""]
+    quoted = [*(f"'{cell}" for cell in formulas), *cells[len(formulas) :]]
     assert [row["'=cell"] for row in rows] == quoted
     assert {row["answer"] for row in rows} == {"'=red"}
+    parted = {"text": "a;=1", "tab": "b\t=2", "bar": "c|=3", "count": 4}
+    Path("parted.jsonl").write_text(json.dumps(parted) + "\n")
+    assert amlora("parted.jsonl", "-o", "parted.csv", "--spreadsheet", command="generate").exit_code == 0
+    made = Path("parted.csv").read_text()
+    assert all(f'"{one}"' in made for one in ("a;=1", "b\t=2", "c|=3")), "other signs part nothing"
     assert amlora("in.jsonl", "-o", "plain.csv", command="generate").exit_code == 0
     assert "\n=red" not in Path("plain.csv").read_text() and ",=red," in Path("plain.csv").read_text()
     assert "expected CSV; give -o FILE.csv" in refused(FakeModel(), "in.jsonl", "--spreadsheet")
@@ -380,6 +422,11 @@ def test_sample_of_import_and_export_is_read_the_same_way(fake: FakeModel, name:
         (["export", "bank", "file/dest"], "DEST: found file/dest, expected a folder that can be written"),
         (["import-peft", "a", "file", "--task", "t", "--sample", "s.txt"], "DEST: found file, expected a folder"),
         (["import-peft", "a", "dest", "--task", "t", "--sample", "s.txt"], "give the folder of a PEFT adapter"),
+        (
+            ["export", "bank", "dest", "--format", "vllm", "--bucket", "s3://me:secret@bucket/x"],
+            "--bucket: found s3://bucket/x with a password or a query, which would be written into DEST",
+        ),
+        (["rekey", "bank", "file/dest", "--rows", "colours=s.txt"], "DEST: found file/dest, expected a folder that can be"),
         (["report", "run", "-o", "folder"], "--output: found the folder folder, expected a file"),
         (["report", "run", "-o", "file/page.html"], "expected a folder that can be written"),
         (["pull", "models:/a/1", "file"], "DEST: found file, expected a folder that can be written"),
@@ -390,6 +437,14 @@ def test_sample_of_import_and_export_is_read_the_same_way(fake: FakeModel, name:
         (
             ["export", "bank", "dest", "--format", "merged", "--weights", "colours=nan", "--sample", "s.txt"],
             "--weights: found 'colours=nan', expected TASK=WEIGHT",
+        ),
+        (
+            ["export", "bank", "dest", "--format", "merged", "--weights", "colours=1e308", "--sample", "s.txt"],
+            "--weights: found 'colours=1e308', expected TASK=WEIGHT, such as helpdesk/email_route=0.5, of at most 100",
+        ),
+        (
+            ["export", "bank", "dest", "--format", "merged", *("--weights", "colours=1") * 2, "--sample", "s.txt"],
+            "--weights: found 'colours' twice, expected each task once",
         ),
     ],
 )

@@ -223,6 +223,8 @@ def test_a_bank_of_before_routes_plain_text_once_its_keys_are_made_again(run: An
     assert sum(routed) / len(routed) > 0.6
     with pytest.raises(UserError, match="--rows: found sizes2, expected TASK=FILE"):
         rekey_bank("models:/before@current", tmp_path / "x", [*given[:2], f"sizes2={given[2][6:]}"], "label", {})
+    with pytest.raises(UserError, match="--rows: found 'colours' twice, expected one file of each task"):
+        rekey_bank("models:/before@current", tmp_path / "x", [*given, given[0]], "label", {})
     with pytest.raises(UserError, match="found no rows of sizes"):
         rekey_bank("models:/before@current", tmp_path / "x", given[:2], "label", {})
     assert not (tmp_path / "x").exists()

@@ -132,6 +132,9 @@ def test_every_refusal_of_the_hub_is_one_line(
     good("push", bank, "me/open", "--public")
     assert "no such revision" in bad("pull", "hf://me/open@v7")
     assert "expected OWNER/NAME" in bad("push", bank, "bank") and "expected OWNER/NAME" in bad("pull", "hf://bank")
+    for name in ("me/a..b", "me/a--b", "me/a.git", f"me/{'b' * 120}"):
+        assert "expected OWNER/NAME as the Hub has it" in bad("push", bank, name)
+        assert "expected OWNER/NAME as the Hub has it" in bad("pull", f"hf://{name}")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "does not take this token for me/bank" in bad("push", bank, "me/bank")
     assert "hf auth login" in bad("pull", "hf://me/open")

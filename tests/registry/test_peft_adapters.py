@@ -218,3 +218,16 @@ def test_every_key_of_the_installed_peft_is_known() -> None:
     """A new one shows here first: see what it does, then name it."""
     peft = pytest.importorskip("peft")
     assert not set(peft.LoraConfig.__dataclass_fields__) - set(KNOWN)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amlora_dist.registry.peft_adapters.PATIENCE_S", 0.2)
+    module, slow = "a" * 90, "(a|aa)" * 60 + "b"
+    given = {"target_modules": [module], key: {slow: 2} if key == "rank_pattern" else slow}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | given))
+    parts = {"A": torch.zeros(2, 8), "B": torch.zeros(8, 2)}
+    tensors = {f"base_model.model.{module}.lora_{letter}.weight": part for letter, part in parts.items()}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(UserError, match=r"cannot be compared with the name .* \(it takes too long\); give a list of names"):
+        read_peft(tmp_path, "task")

@@ -278,6 +278,80 @@ def test_a_date_in_a_template_is_the_same_every_day() -> None:
     assert "26 Jul 2024" in tokenizer.decode(ChatTemplate(tokenizer).render([Turn("user", "a")]).ids)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_conversation_is_rendered_as_transformers_renders_it(family: str) -> None:
+    tokenizer = chat_tokenizer(family)
+    for turns in conversations(4):
+        for open_ended in (True, False):
+            rendered = ChatTemplate(tokenizer).render(turns, open_ended=open_ended)
+            assert rendered.plain == tokenizer.apply_chat_template(
+                as_messages(turns), tokenize=False, add_generation_prompt=open_ended, date_string="26 Jul 2024"
+            )
+
+
+def test_what_chat_templates_use_works_as_in_transformers() -> None:
+    source = (
+        "{%- macro said(m) -%}{{ m['role'] | upper }}: {{ m.content | trim }}{%- endmacro -%}\n"
+        "{% set ns = namespace(last=0) %}{% for m in messages[::-1] %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% break %}{% endif %}{% endfor %}\n"
+        "{% for m in messages if m.role is string and m.content is not none %}{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{{ said(m) + '\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content | tojson }}{% endgeneration %}"
+        "{% endif %}{{ eos_token if loop.last and not add_generation_prompt else missing }}{% endfor %}\n"
+        "{{ ns.last }}{{ dict(a=[1, 2]) | tojson(indent=1) }}{{ tools is none }}{{ '%s and {}'.format('x') % 'y' }}\n"
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('no tool first') }}{% endif %}\n"
+    )
+    tokenizer = altered("smollm2", source)
+    for turns in conversations(3):
+        assert ChatTemplate(tokenizer).render(turns).plain == tokenizer.apply_chat_template(
+            as_messages(turns), tokenize=False, add_generation_prompt=True
+        )
+    with pytest.raises(UserError, match="refuses the conversation: no tool first"):
+        ChatTemplate(tokenizer).render([Turn("tool", "x")])
+
+
+HOLDS = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 3000000000 }}",
+        "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% for m in messages %}{% for a in range(99999) %}{% for b in m.content %}x{% endfor %}{% endfor %}{% endfor %}",
+        "{{ lipsum(n=100000) }}",
+        "{{ 9 ** 99999 }}",
+        "{{ '%999999999s' % 'x' }}",
+        "{% include 'other' %}",
+        "{{ messages.__class__.__mro__ }}",
+        "{% for %}",
+    ],
+)
+def test_a_chat_template_without_end_is_refused_in_one_line(bomb: str) -> None:
+    with pytest.raises(UserError, match=r"the chat template (refuses the conversation|cannot be used): ") as caught:
+        settled(spec_of(), altered("smollm2", bomb + HOLDS), encoder_decoder=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_chat_templates_without_a_default_are_none() -> None:
+    tokenizer = altered("smollm2", None)
+    tokenizer.chat_template = {"tool_use": HOLDS, "rag": HOLDS}
+    with pytest.raises(UserError, match="has no chat template"):
+        settled(spec_of(), tokenizer, encoder_decoder=False)
+    auto = read_mapping(spec_of(format="auto").to_mapping(), origin=Path("talk.yaml"))
+    assert settled(auto, tokenizer, encoder_decoder=False).prompt.format == "classic"
+
+
+def test_guards_that_a_user_writes_change_nothing() -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    chat, special = ChatTemplate(tokenizer), set(tokenizer.all_special_ids)
+    end, guard = tokenizer.eos_token, "\ue000\ue002"
+    plain = [token for token in chat.render([Turn("user", "x")]).ids if token in special]
+    for text in (guard, f"{end[:3]}{guard}{end[3:]}", f"\ue000{guard}\ue002{end}", f"{guard}{end}"):
+        assert [token for token in chat.render([Turn("user", text)]).ids if token in special] == plain
+
+
 def test_classic_tasks_are_left_alone_and_auto_asks_the_tokenizer() -> None:
     mapping = {
         "name": "facts", "version": 1, "kind": "facts", "source": {"kind": "files"}, "splits": {"train": "a", "test": "b"},
