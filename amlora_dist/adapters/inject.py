@@ -72,7 +72,7 @@ class Mixture:
         self.router_layer = router_layer
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
         self.device: torch.device = next(iter(modules.values())).mix_bits.device
-        self.silent: int | None = None
+        self.disabled: int | None = None
         """The adapter that ``disable_adapter`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
@@ -105,9 +105,9 @@ class Mixture:
 
     def disable_adapter(self, adapter: int | None) -> None:
         """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: none is disabled. Between calls."""
-        self.silent = adapter
+        self.disabled = adapter
         for module in self.modules.values():
-            module.silent = adapter
+            module.disabled = adapter
 
     def try_row(self, row: dict[str, Tensor] | None) -> None:
         """Weigh the adapters by this row (N,) of each module path, whatever a call's gate; gradients reach it. None: by
@@ -249,14 +249,14 @@ class Mixture:
         for depth in routing.depths:
             hook = stack.layers[depth].register_forward_pre_hook(partial(read_hidden, depth), with_kwargs=True)
             self._undo.append(hook.remove)
-        trunk = None
+        encoder_forward = None
         if model.config.is_encoder_decoder:
             encoder = model.get_encoder()
-            trunk = RoutedForward(encoder.forward, routing, encoder=True)
-            self._replace(encoder, "forward", trunk)
-        self._forward = RoutedForward(model.forward, routing, trunk=trunk)
+            encoder_forward = RoutedForward(encoder.forward, routing, encoder=True)
+            self._replace(encoder, "forward", encoder_forward)
+        self._forward = RoutedForward(model.forward, routing, encoder_forward=encoder_forward)
         self._replace(model, "forward", self._forward)
-        if trunk is None and hasattr(model, "generate"):
+        if encoder_forward is None and hasattr(model, "generate"):
             self._replace(model, "generate", RoutedGenerate(model.generate, self._forward))
         self._replace(model, "_amlora_mixture", self)
         routing.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]

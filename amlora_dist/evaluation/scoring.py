@@ -1,4 +1,4 @@
-"""Score one task: greedy answers without task identity, and the ranking of the task's own labels beside them.
+"""Score one task: greedy answers without task identity, and the ranking of the task's own labels next to them.
 
 Batches are formed once from all examples, by length, and dealt out to the ranks: which rows share a forward pass does
 not depend on the number of ranks, so neither do the results. Every rank makes the same number of passes (ZeRO-3 hangs
@@ -221,7 +221,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float | int | None
 
 
 def by_label(one: Prediction, labels: Sequence[str], metric: str) -> Prediction:
-    """A prediction that counts by the words of the likeliest of ``labels``; what was written stands beside it.
+    """A prediction that counts by the words of the likeliest of ``labels``; what was written is next to it.
 
     Of free text, without labels, what was written is the answer.
     """

@@ -126,7 +126,7 @@ def write_bank(
     router: Mapping[str, Tensor],
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Manifest:
-    """Write a whole bank: all of it beside ``folder`` first, read back, then renamed into place.
+    """Write a whole bank: all of it next to ``folder`` first, read back, then renamed into place.
 
     An existing ``folder`` is replaced. The router's digest in ``manifest`` is computed here, so a draft may hold any.
 

@@ -20,7 +20,7 @@ from amlora_dist.registry.transfer import pull_place
 if TYPE_CHECKING:
     from amlora_dist.registry.signing import Trust
     from amlora_dist.registry.store import Store
-    from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.transfer import TransferProgress
     from amlora_dist.registry.versions import Version
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def pull_bank(
     dest: Path,
     *,
     nearby: Iterable[Path] = (),
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     statistics: bool = True,
     trust: Trust | None = None,
 ) -> Path:
@@ -56,7 +56,7 @@ def pull_bank(
 
 
 def pull_home(
-    store: Store, version: Version, banks: Path, progress: Progress | None = None, trust: Trust | None = None
+    store: Store, version: Version, banks: Path, progress: TransferProgress | None = None, trust: Trust | None = None
 ) -> Path:
     """The folder of a version below ``banks``, pulled once and without statistics: what inference needs."""
     dest = banks / f"{version.registered_model}-{version.number}-{version.tags.get(tags.MANIFEST_DIGEST, '')[:12]}"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
+TransferProgress = Callable[[int, int, str], None]
 """Called with (parts done, parts in all, name of the part)."""
 Fetch = Callable[[str, "Stored | None", Path], None]
 """Brings one file, given its path in the bank and where it is stored, to a local path."""
@@ -202,7 +202,7 @@ def pull(
     dest: Path,
     *,
     statistics: bool = True,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Make ``dest`` the self-contained folder of a version; see ``Store.pull``.
@@ -273,7 +273,7 @@ def assemble(
     fetch: Fetch,
     *,
     statistics: bool,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build a whole bank in ``part``, keeping what is already right there, check it and rename it to ``dest``.
@@ -283,7 +283,7 @@ def assemble(
         part: working folder; survives an interruption.
         dest: must not exist, or be empty.
         fetch: brings one file.
-        statistics: bring them too.
+        statistics: fetch them too.
         progress: called before each part.
         check: called with the whole folder before it becomes ``dest``; raises what it has against it.
     """

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.evaluation import metrics
 from amlora_dist.evaluation.intervals import Cells, cell_means, over_seeds, percentiles, resampled
@@ -20,7 +20,8 @@ from amlora_dist.reporting.baselines import baselines
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.routing_facts import routing_by_stage
 
-Number = float | None
+if TYPE_CHECKING:
+    from amlora_dist.reporting.figures import Number
 
 RESAMPLES = 1000
 UNIFORM = "uniform"

@@ -61,7 +61,7 @@ class Engine:
 
     Args:
         settings: limits.
-        observe: hears of every pass, in the engine's thread.
+        observe: called after every pass, in the engine's thread.
     """
 
     def __init__(self, settings: ServeSettings, observe: Observe | None = None) -> None:

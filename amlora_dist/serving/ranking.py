@@ -43,7 +43,7 @@ class Ranker:
 
     Args:
         settings: limits.
-        observe: hears of every classification: kind, rows, seconds.
+        observe: called after every classification: kind, rows, seconds.
         end: ends a job with its last event.
     """
 

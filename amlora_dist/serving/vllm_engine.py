@@ -35,7 +35,7 @@ from amlora_dist.serving.jobs import (
     Piece,
     StoppingError,
 )
-from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.queueing import Admission, FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS
 from amlora_dist.serving.row_routing import RowRequest, label_plan, routed_to_rows
@@ -86,7 +86,7 @@ class VllmEngine:
         UserError: the server is not there, or is no vLLM.
     """
 
-    def __init__(self, settings: ServeSettings, metrics: Meters, *, url: str, home: Path, rank: int) -> None:
+    def __init__(self, settings: ServeSettings, metrics: ServingMetrics, *, url: str, home: Path, rank: int) -> None:
         self._settings, self._metrics, self._home, self._rank = settings, metrics, home, rank
         self._wake = threading.Condition()
         self._queue = FairQueue()

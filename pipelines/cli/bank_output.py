@@ -29,7 +29,7 @@ from pipelines.cluster.resources import check_folder
 
 if TYPE_CHECKING:
     from amlora_dist.registry.signing import Trust
-    from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.transfer import TransferProgress
     from amlora_dist.registry.versions import Version
 
 
@@ -360,7 +360,7 @@ def _fraction(score: float | None) -> str:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress | None]:
+def _bar() -> Iterator[TransferProgress | None]:
     """A bar of parts on standard error where that is a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn

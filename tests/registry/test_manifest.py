@@ -171,5 +171,5 @@ def test_a_key_that_is_there_twice_is_refused_whatever_its_values(manifest: Mani
     text = manifest.to_json()
     for doubled in (text.replace("{", '{"method": "other",', 1), text.replace('"rank"', '"rank": 99, "rank"', 1)):
         assert doubled != text
-        with pytest.raises(BankError, match=r"not JSON \(the key '(method|rank)' stands twice\)"):
+        with pytest.raises(BankError, match=r"not JSON \(found the key '(method|rank)' twice\)"):
             parse_manifest(doubled)

@@ -119,7 +119,7 @@ def test_keys_that_are_new_have_in_an_old_run_the_value_of_what_was_done_then(co
 
 
 @pytest.mark.parametrize(("algorithm", "now"), [("random", "halving"), ("optuna", "none")])
-def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_stands_in_its_place(
+def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_replaces_it(
     algorithm: str, now: str, tmp_path: Path
 ) -> None:
     search = {"space": {"training.l1": {"choice": [0.0, 0.5]}}, "algorithm": algorithm, "num_samples": 2, "scheduler": now}
