@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amlora_dist.methods import LORA
+from amlora_dist.methods import LORA, offered
 from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _adapters(manifest: Manifest) -> list[str]:
 def _memory(manifest: Manifest) -> list[str]:
     """Whether rows of earlier tasks were looked at again, which a reader must know before comparing methods."""
     section = manifest.training_configuration.get("method_settings")
-    count = section.get("memory_rows", 0) if isinstance(section, dict) and manifest.method == "am_lora" else 0
+    count = section.get("memory_rows", 0) if isinstance(section, dict) and "memory" in offered(manifest.method) else 0
     note = f"Rows of G were refitted on a memory of at most {count} rows of each earlier task; none of them are in here."
     return [note] if count else []
 

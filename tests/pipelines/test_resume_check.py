@@ -131,6 +131,18 @@ def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_replaces_it(
     assert differences(stored, to_mapping(made), free=()) == ""
 
 
+def test_a_refusal_names_what_was_stored_and_not_what_replaces_it(tmp_path: Path) -> None:
+    search = {"space": {"training.l1": {"choice": [0.0, 0.5]}}, "algorithm": "random", "num_samples": 2}
+    file = write_config(tmp_path, search=search | {"scheduler": "none"})
+    mapping = to_mapping(load_config(file))
+    stored = mapping | {"search": mapping["search"] | {"scheduler": "asha"}}
+    assert differences(stored, mapping, free=()) == "search.scheduler: 'asha' then, 'none' now"
+    others = write_config(tmp_path, search=search | {"algorithm": "optuna"})
+    made = taken_up(load_config(others), stored, named_keys(others))
+    found = differences(stored, to_mapping(made), free=())
+    assert "search.algorithm: 'random' then, 'optuna' now" in found and "halving" not in found
+
+
 @pytest.mark.parametrize(
     ("asked", "cpu", "gpu"), [("auto", "eager", "sdpa"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")]
 )
