@@ -84,7 +84,7 @@ def submit(
     search_id: Annotated[
         str | None, typer.Option(help="The same for `amlora tune`, where CONFIG has a `search` section.")
     ] = None,
-    working_dir: Annotated[Path, typer.Option(help="Shipped but for what .gitignore names; at most 100 MB.")] = Path("."),
+    working_dir: Annotated[Path, typer.Option(help="Shipped but for what git ignores; at most 100 MB.")] = Path("."),
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the driver and its workers; repeat.")] = None,
     runtime_env: Annotated[Path | None, typer.Option(help="YAML of Ray's runtime environment, such as pip.")] = None,
     allow_changed_data: Annotated[

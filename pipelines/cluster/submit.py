@@ -74,7 +74,7 @@ def submit_run(
         _check_fit(jobs, least_demand(config, gpu_share=share))
     shipment = collect(working_dir)
     if shipped not in shipment.files:
-        raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
+        raise UserError(f"{config_file}: is not shipped, because git ignores it")
     what, named = ("tune", "--search-id") if search else ("run", "--run-id")
     private = [text for text in overrides if _is_private(text)]
     public = [*([f"@{PRIVATE}"] if private else []), *(text for text in overrides if text not in private)]
