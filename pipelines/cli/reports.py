@@ -8,8 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from pipelines.cli import banks
-from pipelines.cli.banks import Json, TrackingUri, Verbose
+from pipelines.cli.options import Json, TrackingUri, Verbose
 
 Number = TypeVar("Number", int, float)
 
@@ -20,7 +19,6 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Default: reports/NAME.html in AMLORA_HOME.", show_default=False)
     ] = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Write one self-contained HTML page about NAME, as far as it has come, with a diagnosis; MLflow gets it too."""
     from amlora_dist.config.loading import home
@@ -128,9 +126,4 @@ def _command() -> str:
     return shlex.join(["amlora", *sys.argv[1:]])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "report": report}
-
-
-def add_commands(app: typer.Typer, answered: banks.Answered) -> None:
-    """Add the commands of this module to the program."""
-    banks.add_commands(app, answered, COMMANDS)
+COMMANDS: tuple[Callable[..., None], ...] = (compare, report)
