@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipelines.cli.options import Config, JsonObject, Overrides
+from pipelines.cli.output import print_json, stdout_to_stderr
 
 Address = Annotated[
     str,
@@ -48,7 +49,6 @@ def plan(
 ) -> None:
     """Memory, hours and bytes of a run on a cluster, from the model's configuration alone; exit code 2 if it cannot fit."""
     from amlora_dist.errors import UserError
-    from pipelines.cli.output import stdout_to_stderr
     from pipelines.cli.plan import cluster_of, plan_of, show_plan
 
     with stdout_to_stderr():
@@ -61,7 +61,7 @@ def plan(
             config, overrides, cluster=cluster, tflops=peak, utilisation=utilisation, bandwidth=bandwidth, rows=rows
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
         show_plan(made)
     if not made.configured.fits:
@@ -131,7 +131,7 @@ def jobs(address: Address = DASHBOARD, as_json: JsonObject = False) -> None:
 
     found = Jobs(address).all()
     if as_json:
-        _print_json([asdict(job) for job in found])
+        print_json([asdict(job) for job in found])
         return
     from pipelines.cli.jobs import show_jobs
 
@@ -170,12 +170,6 @@ def stop(
         return
     ended = cluster.stop(found.id, deadline)
     typer.echo(f"job {ended.id}: {ended.status}; submit the same run id again to go on")
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (plan, submit, jobs, logs, stop)

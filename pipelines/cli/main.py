@@ -12,7 +12,6 @@ import functools
 import gc
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import re
@@ -31,6 +30,7 @@ from amlora_dist.errors import AmloraError, UserError, no_room, visible
 from amlora_dist.privacy import shown
 from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, serving, store
 from pipelines.cli.options import Config, JsonObject, Overrides, TrackingUri, Verbose
+from pipelines.cli.output import print_json, stdout_to_stderr
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def run(
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
         from pipelines.runs.api import Sequence
 
         sequence = Sequence(config, overrides or [], run_id=run_id)
@@ -95,13 +94,12 @@ def validate(
         settings, specs = validate_config(config, overrides, place_faults)
         read: list[TaskRowCounts] = []
         if rows:
-            from pipelines.cli.output import stdout_to_stderr
             from pipelines.cli.row_check import check_rows
 
             with stdout_to_stderr():
                 read = check_rows(settings, config)
         if as_json:
-            _print_json(to_mapping(settings) | ({"rows": [asdict(one) for one in read]} if rows else {}))
+            print_json(to_mapping(settings) | ({"rows": [asdict(one) for one in read]} if rows else {}))
             return
         most = settings.task_defaults.max_train
         typer.echo(f"{config}: valid")
@@ -132,7 +130,6 @@ def show(
 ) -> None:
     """Print the result of a run again, as far as it has come."""
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
 
         with stdout_to_stderr():
             from pipelines.runs.results import load_result
@@ -175,7 +172,6 @@ def doctor(
     Of this machine it prints what is not ok (all checks with -v); of a cluster every check of every node.
     """
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
         from pipelines.cluster.local_checks import count_of, examine, first_of, line_of
 
         if address is None:
@@ -309,16 +305,11 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def _print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from pipelines.cli.tables import console_for, show_result
 
     show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from pipelines.cli.options import Json, TrackingUri, Verbose
+from pipelines.cli.output import print_json, stdout_to_stderr
 
 Number = TypeVar("Number", int, float)
 
@@ -22,7 +23,6 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about NAME, as far as it has come, with a diagnosis; MLflow gets it too."""
     from amlora_dist.config.loading import home
-    from pipelines.cli.output import stdout_to_stderr
 
     with stdout_to_stderr():
         from amlora_dist.registry.store import Store
@@ -69,10 +69,7 @@ def compare(
 ) -> None:
     """Run CONFIG by each method, seed and task order, and show them in one table; the same command goes on where it was."""
     import contextlib
-    import json
-    import sys
 
-    from pipelines.cli.output import stdout_to_stderr
     from pipelines.runs.progress import progress_for
 
     progress = progress_for()
@@ -95,7 +92,7 @@ def compare(
                 plan, command=_command(), progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
             )
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        print_json(result)
         return
     from pipelines.cli.comparison_tables import show_comparison
     from pipelines.cli.tables import console_for

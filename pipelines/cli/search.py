@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.options import JsonObject, Verbose
+from pipelines.cli.output import print_json, stdout_to_stderr
 from pipelines.runs.run_ids import checked_search_id
 
 
@@ -38,7 +37,6 @@ def tune(
     import psutil
 
     from amlora_dist.config.loading import named_file, named_keys, validate_config
-    from pipelines.cli.output import stdout_to_stderr
     from pipelines.runs.progress import progress_for
 
     settings, _ = validate_config(config, overrides)
@@ -54,7 +52,7 @@ def tune(
             verbose=verbose, allow_changed_data=allow_changed_data,
         )  # fmt: skip
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        print_json(result)
         return
     from pipelines.cli.search_tables import show_search
     from pipelines.cli.tables import console_for
