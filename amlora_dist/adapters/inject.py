@@ -120,15 +120,6 @@ class Mixture:
         for path, rows_TN in rows.items():
             self.modules[path].set_rows(rows_TN)
 
-    def set_recipe(self, values: dict[str, Tensor]) -> None:
-        """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
-        for path, value in values.items():
-            recipe = self.modules[path].recipe
-            if recipe is None:
-                raise UserError(f"{path}: no recipe is being learned here")
-            with torch.no_grad():
-                recipe.copy_(value)
-
     def one_hot(self, task: int, batch: int) -> Tensor:
         """The gate that gives the whole batch row ``task``, (B, T) fp32. Stages train at the last row."""
         gate = torch.zeros(batch, len(self.task_names), device=self.device)
@@ -157,15 +148,6 @@ class Mixture:
         for path, module in self.modules.items():
             named |= {f"selector.{path}.{name}": parameter for name, parameter in module.more_trainable().items()}
         return named
-
-    def frozen(self) -> dict[str, nn.Parameter]:
-        """The old adapters' wide weights, by ``old_a.<module path>`` and ``old_b.<module path>``."""
-        return {
-            f"{kind}.{path}": getattr(module, kind)
-            for kind in ("old_a", "old_b")
-            for path, module in self.modules.items()
-            if getattr(module, kind) is not None
-        }
 
     def extract_new(self, gather: Gather | None = None) -> Adapter:
         """A copy, on the CPU, of the adapter in progress.

@@ -72,7 +72,7 @@ def metric_interval(
 
 
 def difference_interval(
-    first: Cells, second: Cells, metric: Metric, *, seed: int, resamples: int = RESAMPLES, level: float = 0.95
+    first: Cells, second: Cells, metric: Metric, *, seed: int
 ) -> Interval | None:
     """Interval of metric(first) - metric(second), paired: both scored the same rows, so the same rows are drawn.
 
@@ -89,8 +89,8 @@ def difference_interval(
     value = minus(metric(cell_means(first)), metric(cell_means(second)))
     if value is None:
         return None
-    drawn = [resampled(cells, seed=seed, resamples=resamples) for cells in (first, second)]
-    return percentiles(value, [minus(metric(a), metric(b)) for a, b in zip(*drawn, strict=True)], level)
+    drawn = [resampled(cells, seed=seed) for cells in (first, second)]
+    return percentiles(value, [minus(metric(a), metric(b)) for a, b in zip(*drawn, strict=True)])
 
 
 def over_seeds(values: Sequence[float | None]) -> Spread | None:

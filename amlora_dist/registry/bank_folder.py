@@ -88,7 +88,6 @@ def adapter_entry(
     *,
     training_fingerprint: str,
     parent: str | None,
-    stored: Stored | None = None,
     task_spec: TaskEntry | None = None,
 ) -> AdapterEntry:
     """The manifest's line for an adapter; ``parent`` is ``Manifest.parent_digest`` of the bank it was trained on."""
@@ -102,7 +101,7 @@ def adapter_entry(
         digest=adapter.digest(),
         training_fingerprint=training_fingerprint,
         parent=parent,
-        stored=stored,
+        stored=None,
         task_spec=task_spec,
     )
 

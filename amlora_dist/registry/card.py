@@ -152,18 +152,17 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def adapter_readme(manifest: Manifest, task: str, rank: int, base_model: str | None = None) -> str:
+def adapter_readme(manifest: Manifest, task: str, rank: int) -> str:
     """The card of one task's row as an adapter of its own, Markdown with the Hub's front matter.
 
     Args:
         manifest: of the bank that it is from.
         task: whose row it is.
         rank: of the row.
-        base_model: Hub id of the base model, where the bank's source is none.
     """
     entry = next(line.task_spec for line in manifest.adapters if line.task == task)
     lines = [
-        *_front_matter(manifest, base_model, model_index=False, only=task),
+        *_front_matter(manifest, None, model_index=False, only=task),
         f"# LoRA of task {task}",
         "",
         f"The row of task `{task}` in the bank of run `{manifest.run_id}`, stage {manifest.stage}, as one LoRA of rank",

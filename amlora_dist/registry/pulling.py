@@ -55,12 +55,10 @@ def pull_bank(
     return store.pull_version(version, dest, progress, statistics=statistics, check=check)
 
 
-def pull_home(
-    store: Store, version: Version, banks: Path, progress: TransferProgress | None = None, trust: Trust | None = None
-) -> Path:
+def pull_home(store: Store, version: Version, banks: Path, trust: Trust | None = None) -> Path:
     """The folder of a version below ``banks``, pulled once and without statistics: what inference needs."""
     dest = banks / f"{version.registered_model}-{version.number}-{version.tags.get(tags.MANIFEST_DIGEST, '')[:12]}"
-    return pull_bank(store, version, dest, progress=progress, statistics=False, trust=trust)
+    return pull_bank(store, version, dest, statistics=False, trust=trust)
 
 
 def manifest_of(store: Store, version: Version) -> Manifest:

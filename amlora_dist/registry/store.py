@@ -125,10 +125,6 @@ class Store(Runs):
         """
         return Placement(registered_model, stage_run, f"bank-e{epoch}")
 
-    def has(self, stored: Stored) -> bool:
-        """Whether this store has a part; False for a bank that came from another one."""
-        return self.has_artifact(stored.run, stored.artifact_path)
-
     def publish(
         self,
         registered_model: str,
@@ -275,12 +271,11 @@ class Store(Runs):
         *,
         label: str = "",
         deadline_s: float,
-        timing: Timing | None = None,
         on_wait: Callable[[], None] | None = None,
     ) -> Lease | None:
         """Claim a training fingerprint, or wait for who has it; see ``leases.claim_or_wait``."""
         return leases.claim_or_wait(
-            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing, on_wait=on_wait
+            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, on_wait=on_wait
         )
 
     def drop_claim(self, training_fingerprint: str, *, label: str) -> None:

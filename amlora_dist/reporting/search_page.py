@@ -21,13 +21,17 @@ BINS = 4
 
 SearchResult = Mapping[str, Any]
 TrialResult = Mapping[str, Any]
+_SPLITS = (
+    "Trials are compared on the dev rows, which are not test rows; the best of many trials looks better there than it"
+    " is. The winner alone was scored on the test rows, after the search."
+)
 
 
 def search_page(result: SearchResult) -> Page:
     """The report of a search."""
     finished = [_by_number(result)[number] for number in result["ranking"]]
     sections = [
-        Section("Which values are best", _split_text(result), _best(result, finished)),
+        Section("Which values are best", _SPLITS, _best(result, finished)),
         Section(
             "Which values matter",
             "Share of the variance of average performance between trials that one parameter explains by itself (its main"
@@ -294,13 +298,6 @@ def _summary(result: SearchResult) -> str:
     cost = result["cost"]
     saved = cost["stages_reused"] + cost["stages_pruned"] - cost.get("stages_surplus", 0)  # of the former scheduler asha
     return text + f" {cost['stages_trained']} stages were trained; {saved} were shared or never needed."
-
-
-def _split_text(result: SearchResult) -> str:
-    return (
-        "Trials are compared on the dev rows, which are not test rows; the best of many trials looks better there than it"
-        " is. The winner alone was scored on the test rows, after the search."
-    )
 
 
 def _test(winner: Mapping[str, Any]) -> float | None:

@@ -130,7 +130,6 @@ def show(
 ) -> None:
     """Print the result of a run again, as far as it has come."""
     with _answered(verbose=verbose):
-
         with stdout_to_stderr():
             from pipelines.runs.results import load_result
 
