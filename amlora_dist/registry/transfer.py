@@ -221,7 +221,7 @@ def pull(
     part = dest.with_name(f".{dest.name}.part")
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
-            manifest = _fetch_manifest(runs, run, root, expected, dest.parent)
+            manifest = fetch_manifest(runs, run, root, expected)
             signed = check_stored(runs, manifest, run, root)
 
             def fetch(path: str, stored: Stored | None, target: Path) -> None:
@@ -329,8 +329,13 @@ def _fetch_file(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *,
         fetch(file.path, file.stored, part / file.path)
 
 
-def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near: Path) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix=".manifest.", dir=near) as tmp:
+def fetch_manifest(runs: Runs, run: str, root: str, expected: str | None) -> Manifest:
+    """The manifest in a version's folder ``root``, with the digest ``expected`` if that was registered.
+
+    Raises:
+        BankError: it is not there, damaged, or another one than was registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as tmp:
         file = runs.download(run, f"{root}/{FILE}", Path(tmp), most=MAX_BYTES)
         if file is None:
             raise BankError(f"run {run} has no {root}/{FILE}; this version is no bank of amlora-dist, or was deleted")

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from amlora_dist.serving.jobs import (
     Job,
     Piece,
     StoppingError,
+    grouped,
 )
 from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.queueing import Admission, FairQueue
@@ -191,10 +192,7 @@ class VllmEngine:
         try:
             with torch.no_grad():
                 while jobs := self._next():
-                    groups: dict[Hashable, list[Job]] = {}
-                    for job in jobs:
-                        groups.setdefault((job.sampling is None, job.request.raw), []).append(job)
-                    for group in groups.values():
+                    for group in grouped(jobs, lambda job: (job.sampling is None, job.request.raw)):
                         self._route(group)
         finally:
             # A fault of this program may have ended it: nobody must wait for ever.
