@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from amlora_dist.evaluation.decoding import Decoder, Forward, check_room
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.text_metrics import METRICS, NAMES, score_of
+from amlora_dist.files import write_bytes
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
@@ -241,14 +241,7 @@ def routing_accuracy(predictions: Sequence[Prediction], task: str, tasks: Sequen
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """One JSON object a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions).encode())
 
 
 def read_predictions(path: Path) -> list[Prediction]:
