@@ -17,7 +17,7 @@ from amlora_dist.evaluation.intervals import (
     percentiles,
     resampled,
 )
-from amlora_dist.evaluation.metrics import Metric
+from amlora_dist.evaluation.metrics import MatrixMetric
 from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
 from amlora_dist.reporting.backward import backward_blocks
@@ -49,7 +49,7 @@ def run_metrics(facts: RunFacts) -> dict[str, tuple[float | None, Interval | Non
     """Every metric of a run with its bootstrap interval (None where predictions are missing), by name."""
     seed = int(facts.result["seed"])
     cells, matrix = facts.cells(), facts.matrix
-    whole: dict[str, Metric] = metrics.METRICS if facts.in_sequence else {"average_performance": last_row_mean}
+    whole: dict[str, MatrixMetric] = metrics.METRICS if facts.in_sequence else {"average_performance": last_row_mean}
     found: dict[str, tuple[float | None, Interval | None]] = {}
     means, drawn = cell_means(cells), resampled(cells, seed=seed)
     for name, metric in whole.items():

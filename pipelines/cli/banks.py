@@ -22,11 +22,11 @@ from pipelines.cli.options import (
     Format,
     Json,
     Label,
-    Name,
     NewFolder,
     Output,
     Quantisation,
     Question,
+    RegisteredName,
     Signature,
     Source,
     Spreadsheet,
@@ -177,7 +177,7 @@ def score(
 
 
 def alias(
-    name: Name,
+    name: RegisteredName,
     version: VersionNumber,
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
     require_signature: Signature = None,
@@ -192,7 +192,7 @@ def alias(
 
 
 def promote(
-    name: Name,
+    name: RegisteredName,
     version: VersionNumber,
     sample: Annotated[
         Path, typer.Option(help="Rows of text, task and right answer that both versions are scored on.", show_default=False)
@@ -240,7 +240,7 @@ def verify(bank: Bank, tracking_uri: TrackingUri = None) -> None:
 
 
 def prune(
-    name: Name,
+    name: RegisteredName,
     numbers: Annotated[
         list[int] | None,
         typer.Argument(metavar="[VERSION]...", help="Default: those that do not count.", show_default=False),

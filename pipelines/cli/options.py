@@ -16,7 +16,7 @@ JsonObject = Annotated[bool, typer.Option("--json", help="One JSON object on sta
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, the rest on standard error.")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
+RegisteredName = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
 Bank = Annotated[
     str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
 ]

@@ -11,7 +11,7 @@ import typer
 from pipelines.cli.options import Json, TrackingUri, Verbose
 from pipelines.cli.output import print_json, stdout_to_stderr
 
-Number = TypeVar("Number", int, float)
+NumberT = TypeVar("NumberT", int, float)
 
 
 def report(
@@ -104,7 +104,7 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def _numbers(option: str, text: str, kind: Callable[[str], NumberT]) -> list[NumberT]:
     from amlora_dist.errors import UserError
 
     found = []
