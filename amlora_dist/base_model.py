@@ -354,13 +354,13 @@ def folder_digest(path: Path, home: Path) -> str:
     files = {f.name: f for f in path.iterdir() if f.is_file() and f.suffix in kinds} | _read_elsewhere(path)
     sizes = [(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in sorted(files.items())]
     stamp = value_digest([str(path), sizes])
-    memory = home / "cache" / "model-digests" / f"{stamp}.txt"
-    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
+    cached = home / "cache" / "model-digests" / f"{stamp}.txt"
+    if cached.is_file() and len(known := cached.read_text().strip()) == 64:
         return known
     for file in files.values():
         _check_whole(file)
     digest = value_digest([(name, file_digest(f)) for name, f in sorted(files.items())])
-    write_bytes(memory, digest.encode())
+    write_bytes(cached, digest.encode())
     return digest
 
 

@@ -113,7 +113,7 @@ def answers_of(args: argparse.Namespace, rows: list[tuple[str, list[Row]]]) -> l
     names = [task for task, _ in rows]
     model: AMLoRAModel | None = None
     for uri in versions_of(args.bank):
-        model = AMLoRAModel.from_bank(uri, dtype=args.dtype) if model is None else AMLoRAModel.from_bank(uri, beside=model)
+        model = AMLoRAModel.from_bank(uri, dtype=args.dtype, share_base_with=model)
         learned = len(found) + 1
         if model.tasks != names[:learned] or not all(model.labels(task) for task in model.tasks):
             raise UserError(f"--tasks: {uri} holds {model.tasks}, expected {names[:learned]}, all with labels")

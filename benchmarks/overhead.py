@@ -7,7 +7,7 @@ Compared is the first stage, from its second step on, without the trunk's cache,
 The sequence is run twice, with workers that stay (``worker_lifetime: run``) and with workers of one stage, in homes of
 their own; what both have learned must be equal.
 
-Beside seconds stand CPU seconds, of the command and of all processes below it, Ray's own among them: they mean something
+Next to seconds are CPU seconds, of the command and of all processes below it, Ray's own among them: they mean something
 also where others use the machine.
 
     python benchmarks/overhead.py --json overhead.json     # the demo's model and rows
@@ -58,21 +58,21 @@ def main() -> None:
         overrides = [*overrides, "training.cache_trunk=false"]
         model = prepared_home(folder, config, overrides)
         lifetimes = {name: measure_run(folder, config, overrides, model, name) for name in ("run", "stage")}
-        told = lifetimes["run"]
-        plain = [measure_loop(folder, told["work"])["rate"] for _ in range(rounds)]
-    if told["learned"] != lifetimes["stage"]["learned"]:
+        stays = lifetimes["run"]
+        plain = [measure_loop(folder, stays["work"])["rate"] for _ in range(rounds)]
+    if stays["learned"] != lifetimes["stage"]["learned"]:
         sys.exit("workers that stay have learned something else than workers of one stage")
     out = {
         "tokens_per_second": {
-            "amlora": told["rate"], "plain_fastest": max(plain), "plain_median": statistics.median(plain),
-            "ratio_to_fastest": told["rate"] / max(plain), "ratio_to_median": told["rate"] / statistics.median(plain),
+            "amlora": stays["rate"], "plain_fastest": max(plain), "plain_median": statistics.median(plain),
+            "ratio_to_fastest": stays["rate"] / max(plain), "ratio_to_median": stays["rate"] / statistics.median(plain),
         },
         "equal": True,
     } | {
         f"{what}_{unit}": {name: found[unit][what] for name, found in lifetimes.items()}
         for unit in UNITS for what in ("whole_run", "first_step", "between_stages")
     } | {
-        f"{what}_{unit}": told[unit][what] for unit in UNITS for what in ("first_step_split", "between_stages_split")
+        f"{what}_{unit}": stays[unit][what] for unit in UNITS for what in ("first_step_split", "between_stages_split")
     } | {
         f"between_stages_split_of_fresh_workers_{unit}": lifetimes["stage"][unit]["between_stages_split"] for unit in UNITS
     }  # fmt: skip
@@ -262,8 +262,8 @@ def measure_loop(folder: Path, work: dict[str, Any]) -> dict[str, float]:
                 "AMLORA_HOME": work["home"], "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu",
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "DEEPSPEED_LOG_LEVEL": "error",
             }  # fmt: skip
-            told = json.dumps(work | {"rank": rank, "meet": meeting})
-            command = [sys.executable, __file__, "--loop", told]
+            given = json.dumps(work | {"rank": rank, "meet": meeting})
+            command = [sys.executable, __file__, "--loop", given]
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         out = [process.communicate(timeout=3600)[0] for process in started]
     if any(process.returncode for process in started):

@@ -28,7 +28,7 @@ TASKS = ("colours", "shapes", "sizes")
 
 
 def texts_of(task: str, count: int, seed: str = "") -> list[str]:
-    """Texts that belong to a task of ``tiny_folder``."""
+    """Texts that belong to a task of ``tiny_config``."""
     labels, words = TOPICS[task]
     draw = random.Random(f"{task}{seed}")
     own = [word for word in words if sum(word in others for _, others in TOPICS.values()) == 1]

@@ -234,9 +234,9 @@ def expressions() -> dict[str, str]:
 
 def test_alerts_and_dashboard_ask_for_figures_that_are_exported() -> None:
     from amlora_dist.evaluation.requests import Route
-    from amlora_dist.serving.metrics import Meters
+    from amlora_dist.serving.metrics import ServingMetrics
 
-    counters = Meters()
+    counters = ServingMetrics()
     counters.passed("prefill", 2, 0.1)
     counters.answered("/v1/completions", 200, 0.1)
     counters.tokens(read=1, written=1)

@@ -1,4 +1,4 @@
-"""A folder that is made beside its place takes it whole or not at all, whoever else writes there, and leaves nothing."""
+"""A folder that is made next to its place takes it whole or not at all, whoever else writes there, and leaves nothing."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class AdaptedLayers:
         return False
 
     def marked(self, marker: int) -> AdaptedLayers:
-        """The same with the tokenizer's token that stands at the places in front."""
+        """The same with the tokenizer's token that is at the places in front."""
         return replace(self, prefix=replace(self.prefix, marker=marker)) if self.prefix.tokens else self
 
     def targets(self, model: PreTrainedModel, settings: AdapterSettings, router_layer: int) -> list[Target]:

@@ -35,9 +35,9 @@ from amlora_dist.adapters.gate_context import (
     OnSelect,
     TrunkStates,
     active_call,
-    attach,
     cache_state_of,
     entered,
+    set_cache_state,
 )
 from amlora_dist.errors import UserError
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 GATE_KEY = "task_gate"
 """Under this key the gate travels in the encoder's outputs: ``generate`` expands it for beams with the rest."""
-TRUNK_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
+READ_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
 EXTRA = ("prompt_mask", "task_gate", "on_route", "on_select", "trunk_states", "dropout_keys", "packed_rows", "logits_at")
 
 
@@ -82,7 +82,7 @@ class Routing:
 class RoutedForward:
     """Replaces the ``forward`` of a model, or of its encoder (``encoder``).
 
-    ``trunk`` is the wrapped encoder of an encoder-decoder: features come from there.
+    ``encoder_forward`` is the wrapped encoder of an encoder-decoder: features come from there.
 
     Takes eight arguments more: ``prompt_mask`` (B, tokens), 1 on prompt tokens, default the attention mask;
     ``task_gate`` (B, T) or (1, T); ``on_route``, called with (features, task gate) when the routing layer is reached,
@@ -94,12 +94,13 @@ class RoutedForward:
     """
 
     def __init__(
-        self, inner: Callable[..., Any], routing: Routing, *, encoder: bool = False, trunk: RoutedForward | None = None
+        self, inner: Callable[..., Any], routing: Routing, *, encoder: bool = False,
+        encoder_forward: RoutedForward | None = None,
     ) -> None:
         self.inner = inner
         self.routing = routing
         self.encoder = encoder
-        self.trunk = trunk
+        self.encoder_forward = encoder_forward
         signature = inspect.signature(inner)
         self._names = list(signature.parameters)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -208,9 +209,9 @@ class RoutedForward:
         self, kwargs: dict[str, Any], mask: Tensor | None, *, stop: bool, packed: PackedRows | None = None
     ) -> Tensor:
         """Features (B, D) by a pass of the plain model, without gradient; ``stop``: it ends at the routing layer."""
-        trunk = self if self.trunk is None else self.trunk
-        inputs = {name: kwargs[name] for name in TRUNK_INPUTS if name in trunk._names and kwargs.get(name) is not None}
-        if not stop and "logits_to_keep" in trunk._names:
+        read = self.encoder_forward or self
+        inputs = {name: kwargs[name] for name in READ_INPUTS if name in read._names and kwargs.get(name) is not None}
+        if not stop and "logits_to_keep" in read._names:
             inputs["logits_to_keep"] = 1
         routing = self.routing
         call = ForwardContext(
@@ -218,7 +219,7 @@ class RoutedForward:
             options=LayerOptions(bypass=True, packed=packed),
         )  # fmt: skip
         with torch.no_grad(), entered(call), contextlib.suppress(FeaturesReady):
-            trunk.inner(**inputs)
+            read.inner(**inputs)
         if call.features is None:
             raise UserError("the routing layer was not reached: the model skipped it")
         return call.features
@@ -257,7 +258,7 @@ class RoutedForward:
         entries = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
         for item in (cache, *entries):
             if isinstance(item, Cache):
-                attach(item, cache_state)
+                set_cache_state(item, cache_state)
         return output
 
 

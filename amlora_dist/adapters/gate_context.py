@@ -348,7 +348,7 @@ def _cache_class(kind: type) -> type:
     return _CARRIERS.setdefault(kind, type(f"Gated{kind.__name__}", (GateCarrier, kind), {}))
 
 
-def attach(cache: Cache, cache_state: CacheState) -> None:
+def set_cache_state(cache: Cache, cache_state: CacheState) -> None:
     """Let ``cache`` carry ``cache_state``. Changes the object's class, so that its copies carry it too."""
     if not isinstance(cache, GateCarrier):
         cache.__class__ = _cache_class(type(cache))

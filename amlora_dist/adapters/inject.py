@@ -72,7 +72,7 @@ class Mixture:
         self.router_layer = router_layer
         self.task_names = [adapter.task for adapter in adapters] + ([new.task] if new is not None else [])
         self.device: torch.device = next(iter(modules.values())).mix_bits.device
-        self.silent: int | None = None
+        self.disabled: int | None = None
         """The adapter that ``disable_adapter`` named."""
         self._undo: list[Callable[[], None]] = []
         self._trunk: Trunk | None = None
@@ -105,9 +105,9 @@ class Mixture:
 
     def disable_adapter(self, adapter: int | None) -> None:
         """Let one adapter (0-based) add nothing, wherever gates or recipes use it; None: none is disabled. Between calls."""
-        self.silent = adapter
+        self.disabled = adapter
         for module in self.modules.values():
-            module.silent = adapter
+            module.disabled = adapter
 
     def try_row(self, row: dict[str, Tensor] | None) -> None:
         """Weigh the adapters by this row (N,) of each module path, whatever a call's gate; gradients reach it. None: by
@@ -119,15 +119,6 @@ class Mixture:
         """Take other rows of G (T, N), by module path; the row that is being learned stays. Between calls."""
         for path, rows_TN in rows.items():
             self.modules[path].set_rows(rows_TN)
-
-    def set_recipe(self, values: dict[str, Tensor]) -> None:
-        """Set the learned recipe, shape (earlier adapters,), of each module path in ``values``."""
-        for path, value in values.items():
-            recipe = self.modules[path].recipe
-            if recipe is None:
-                raise UserError(f"{path}: no recipe is being learned here")
-            with torch.no_grad():
-                recipe.copy_(value)
 
     def one_hot(self, task: int, batch: int) -> Tensor:
         """The gate that gives the whole batch row ``task``, (B, T) fp32. Stages train at the last row."""
@@ -157,15 +148,6 @@ class Mixture:
         for path, module in self.modules.items():
             named |= {f"selector.{path}.{name}": parameter for name, parameter in module.more_trainable().items()}
         return named
-
-    def frozen(self) -> dict[str, nn.Parameter]:
-        """The old adapters' wide weights, by ``old_a.<module path>`` and ``old_b.<module path>``."""
-        return {
-            f"{kind}.{path}": getattr(module, kind)
-            for kind in ("old_a", "old_b")
-            for path, module in self.modules.items()
-            if getattr(module, kind) is not None
-        }
 
     def extract_new(self, gather: Gather | None = None) -> Adapter:
         """A copy, on the CPU, of the adapter in progress.
@@ -249,14 +231,14 @@ class Mixture:
         for depth in routing.depths:
             hook = stack.layers[depth].register_forward_pre_hook(partial(read_hidden, depth), with_kwargs=True)
             self._undo.append(hook.remove)
-        trunk = None
+        encoder_forward = None
         if model.config.is_encoder_decoder:
             encoder = model.get_encoder()
-            trunk = RoutedForward(encoder.forward, routing, encoder=True)
-            self._replace(encoder, "forward", trunk)
-        self._forward = RoutedForward(model.forward, routing, trunk=trunk)
+            encoder_forward = RoutedForward(encoder.forward, routing, encoder=True)
+            self._replace(encoder, "forward", encoder_forward)
+        self._forward = RoutedForward(model.forward, routing, encoder_forward=encoder_forward)
         self._replace(model, "forward", self._forward)
-        if trunk is None and hasattr(model, "generate"):
+        if encoder_forward is None and hasattr(model, "generate"):
             self._replace(model, "generate", RoutedGenerate(model.generate, self._forward))
         self._replace(model, "_amlora_mixture", self)
         routing.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]

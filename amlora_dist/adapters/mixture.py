@@ -90,7 +90,7 @@ class MixtureLinear(nn.Module):
         self._dropout_key = layer_key(path)
         self.flat_input = False
         """Whether the model hands this layer the tokens of all sequences in one row, sequence after sequence."""
-        self.silent: int | None = None
+        self.disabled: int | None = None
         """Adapter that adds nothing, whatever weighs it (``Mixture.disable_adapter``)."""
         self.tried: Tensor | None = None
         """A row (N,), with gradient or not, that every input has instead of its gate (``Mixture.try_row``)."""
@@ -181,8 +181,8 @@ class MixtureLinear(nn.Module):
         return self._masked(task_gate_BT.to(mix_TR.device) @ mix_TR)
 
     def _masked(self, gate_R: Tensor) -> Tensor:
-        """Gates of rank columns (..., R), 0 in those of a silent adapter."""
-        return gate_R if self.silent is None else gate_R * (self.spread[self.silent] == 0)
+        """Gates of rank columns (..., R), 0 in those of a disabled adapter."""
+        return gate_R if self.disabled is None else gate_R * (self.spread[self.disabled] == 0)
 
     def forward(self, x: Tensor, task_gate: Tensor | None = None) -> Tensor:
         """The base layer's output plus the gated adapters'.
@@ -268,12 +268,12 @@ class MixtureLinear(nn.Module):
         """With the rank columns that ``cached`` reaches, from the first to the last: the others have gate 0."""
         assert isinstance(self.base, nn.Linear) and self.old_a is not None and self.old_b is not None
         found = cached.layers.get(self)
-        if found is None or found[0] != self.silent:
+        if found is None or found[0] != self.disabled:
             reached = [self._reach[task] for task in cached.tasks()]
             begin, end = min((r[0] for r in reached), default=0), max((r[1] for r in reached), default=0)
             gate_BR = self.rank_gates(cached.task_gate)[:, begin:end].expand(x.shape[0], -1).contiguous()
             parts = [(self.old_a[begin:end], self.old_b[:, begin:end])] if end > begin else []
-            found = cached.layers[self] = (self.silent, gate_BR, parts)
+            found = cached.layers[self] = (self.disabled, gate_BR, parts)
         _, gate_BR, parts = found
         y_XO = gated_linear(x.reshape(-1, self.in_features), gate_BR, self.base.weight, self.base.bias, parts)
         return y_XO.view(*x.shape[:-1], self.out_features)

@@ -1,7 +1,7 @@
 """Reading a text before anybody knows the question: its features, and what of the pass an answer can go on from.
 
 In a causal model a text's states do not depend on what follows it. So one pass over the text alone, through the layers
-below the first adapted one, gives the router its features; the keys, values and states of that pass are kept, the routed
+below the first adapted one, gives the router its features; the keys, values and states of that pass are reused, the routed
 task's question is appended, and no token goes through those layers twice.
 
 Where that cannot be (encoder-decoders look both ways; ZeRO-3 cannot end a pass early; adapters that begin below the
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Kept:
+class TextPass:
     """What a pass over texts leaves for their prompts: states and cache of the layers below the adapters."""
 
     trunk: Trunk
@@ -43,12 +43,12 @@ class Reading:
     ids_BL: Tensor
     """Padded on the left (of an encoder-decoder: on the right)."""
     mask_BL: Tensor
-    cached: Kept | None
+    cached: TextPass | None
     """None where the prompt must be read again."""
 
 
-def keeping_trunk(mixture: Mixture) -> Trunk | None:
-    """The layers whose pass over a text can be kept for its prompt, made ready; None where there are none."""
+def reusable_trunk(mixture: Mixture) -> Trunk | None:
+    """The layers whose pass over a text can be reused for its prompt, made ready; None where there are none."""
     model = mixture.model
     if model.config.is_encoder_decoder or mixture.routing.whole_passes or mixture.routing.partial_pass:
         return None
@@ -75,7 +75,7 @@ def read_texts(
 
     Args:
         mixture: of the model.
-        trunk: of ``keeping_trunk``; None to keep nothing.
+        trunk: of ``reusable_trunk``; None to reuse nothing.
         ids_BL: texts behind the tokenizer's special tokens.
         mask_BL: 1 but for padding.
         text_mask_BL: 1 on the texts' own tokens.
@@ -84,7 +84,7 @@ def read_texts(
     """
     if trunk is not None:
         features, states, cache = trunk.read(ids_BL, mask_BL, positions, text_mask_BL)
-        return Reading(features, ids_BL, mask_BL, Kept(trunk, states, cache))
+        return Reading(features, ids_BL, mask_BL, TextPass(trunk, states, cache))
     features = mixture.routing_features(
         prompt_mask=text_mask_BL, full_forward=full_forward, input_ids=ids_BL, attention_mask=mask_BL, **positions
     )

@@ -5,9 +5,10 @@ states (``trunk_states=``) passes the layers over: the last of them answers with
 masks and positions are made as always, so nothing about the architecture needs to be known, but that its layers hand
 on hidden states and nothing else; ``Trunk`` tries that once and refuses where it is not so.
 
-``Trunk.kept`` gives the keys and values of these layers next to the states, so that decoding can go on from there.
+``Trunk.states_and_kv`` gives the keys and values of these layers next to the states, so that decoding can go on from there.
 
-Shapes in names: B batch, L tokens, D hidden size, H heads of keys and values, E size of a head, W all kept of a token.
+Shapes in names: B batch, L tokens, D hidden size, H heads of keys and values, E size of a head, W states, keys and values of
+a token.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Trunk:
             self._plain_forward(input_ids=row_1L, past_key_values=cache, use_cache=True)
         return _captured(call)[0], cache
 
-    def kept(self, tokens: tuple[int, ...]) -> Tensor:
+    def states_and_kv(self, tokens: tuple[int, ...]) -> Tensor:
         """States, and keys and values of every layer of the trunk, for this row: (L, W) in the states' dtype."""
         states_LD, cache = self._run(tokens)
         parts = [states_LD]
@@ -118,15 +119,15 @@ class Trunk:
         return torch.cat(parts, dim=-1)
 
     @property
-    def kept_width(self) -> int:
+    def states_and_kv_width(self) -> int:
         """W."""
-        return int(self.kept((1,)).shape[-1])
+        return int(self.states_and_kv((1,)).shape[-1])
 
-    def fill(self, cache: Any, kept_BLW: Tensor) -> None:
+    def fill(self, cache: Any, cached_BLW: Tensor) -> None:
         """Put the trunk's keys and values into the cache of a pass that brought its states along."""
-        size = (kept_BLW.shape[-1] - self.width) // (2 * self.layer)
+        size = (cached_BLW.shape[-1] - self.width) // (2 * self.layer)
         heads = cache.layers[self.layer].keys.shape[1]
-        pairs = kept_BLW[..., self.width :].unflatten(-1, (2 * self.layer, heads, size // heads))
+        pairs = cached_BLW[..., self.width :].unflatten(-1, (2 * self.layer, heads, size // heads))
         for number in range(self.layer):
             keys_BHLE, values_BHLE = (pairs[:, :, 2 * number + i].transpose(1, 2).contiguous() for i in (0, 1))
             cache.update(keys_BHLE, values_BHLE, number)

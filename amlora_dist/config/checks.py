@@ -13,7 +13,7 @@ from amlora_dist.config.schema import did_you_mean, shown
 from amlora_dist.config.search_space import Dimension, dimensions, size_faults
 from amlora_dist.config.strict_yaml import KeyPath, dotted
 from amlora_dist.errors import Fault, FaultsError, UserError
-from amlora_dist.methods import METHODS, excluded, form_of
+from amlora_dist.methods import METHODS, excluded, form_of, offered
 from amlora_dist.model_folder import folder_faults, read_object, tokenizer_faults, unpackable
 from amlora_dist.packaged_model import PACKAGES
 from amlora_dist.quantisation import package_fault
@@ -73,7 +73,7 @@ def cross_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dict[K
     if config.workers and "zero_3" in excluded(config.method) and _zero_stage(config) == 3:
         found = f"3 with method: {config.method}, which reads the parameters that ZeRO-3 partitions"
         faults[("deepspeed", "zero_stage")] = Fault("deepspeed.zero_stage", found, "0, 1 or 2")
-    if config.method == "am_lora" and not faulty(("method_settings",)) and not faulty(("router",)):
+    if "memory" in offered(config.method) and not faulty(("method_settings",)) and not faulty(("router",)):
         faults |= _memory_faults(config)
     if config.workers and config.model.quantisation != "none" and _zero_stage(config) == 3:
         found = f"3 with model.quantisation: {config.model.quantisation}, whose weights ZeRO-3 cannot share out"
@@ -330,7 +330,7 @@ def _packing_faults(config: RunConfig, faulty: Callable[[KeyPath], bool]) -> dic
     reason = None
     if "packing" in excluded(config.method):
         reason = f"method: {config.method}, which puts {form_of(config.method)} in front of every row"
-    elif config.method == "am_lora" and config.router.kind == "literal" and not faulty(("router",)):
+    elif "selectors" in offered(config.method) and config.router.kind == "literal" and not faulty(("router",)):
         reason = "router.kind: literal, whose selectors read a sequence as one row"
     elif config.model.attention == "flash_attention_2" and not faulty(("model",)):
         reason = "model.attention: flash_attention_2, which takes no mask of rows (eager and sdpa do)"

@@ -61,6 +61,14 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def as_stored(stored: Mapping[str, Any], path: str, value: Any) -> Any:
+    """``value``, what a key of a stored configuration means today; or what is written there, where that is `GONE`."""
+    inner: Any = stored
+    for key in path.split("."):
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    return inner if isinstance(inner, str) and inner in GONE.get(path, {}) else value
+
+
 def unlike_former(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` (of the keys of one section) without new keys that are at their former value."""
     return {

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
-from amlora_dist.adapters.reading import Reading, keeping_trunk, read_texts
+from amlora_dist.adapters.reading import Reading, read_texts, reusable_trunk
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
@@ -159,7 +159,7 @@ class Answering:
         self.rows_TN = rows_TN
         self._whole = full_forward
         self._agree = agree or (lambda number: number)
-        self._trunk = None if full_forward else keeping_trunk(mixture)
+        self._trunk = None if full_forward else reusable_trunk(mixture)
 
     def beta_of(self, task: str | None) -> float:
         """Weight of the keys' evidence for the labels of a task."""
@@ -441,17 +441,17 @@ class Answering:
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:
         """The prompts' pass: the text's lower half as it was read where that can be, else everything."""
-        if reading.cached is None or any(request.kept is None for request in requests):
+        if reading.cached is None or any(request.reused is None for request in requests):
             left = not self.decoder.encoder_decoder
             ids = self._padded([request.tokens for request in requests], left, self.decoder.pad_id)
             mask = self._padded([(1,) * len(request.tokens) for request in requests], left, 0)
             return self.decoder.prefill(ids, mask, task_gate=gate_BT)
-        keep = torch.tensor([[request.kept] for request in requests], device=self.device)
-        kept_BL = reading.mask_BL * (reading.mask_BL.cumsum(dim=1) <= keep)
-        rest = [request.tokens[request.kept :] for request in requests]
+        reused = torch.tensor([[request.reused] for request in requests], device=self.device)
+        reused_BL = reading.mask_BL * (reading.mask_BL.cumsum(dim=1) <= reused)
+        rest = [request.tokens[request.reused :] for request in requests]
         rest_BR = self._padded(rest, True, self.decoder.pad_id)
         rest_mask_BR = self._padded([(1,) * len(one) for one in rest], True, 0)
-        return self.decoder.resume(reading, kept_BL, rest_BR, rest_mask_BR, task_gate=gate_BT)
+        return self.decoder.resume(reading, reused_BL, rest_BR, rest_mask_BR, task_gate=gate_BT)
 
     def _padded(self, rows: Sequence[tuple[int, ...]], left: bool, fill: int) -> Tensor:
         width = max(map(len, rows))

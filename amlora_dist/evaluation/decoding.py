@@ -92,21 +92,21 @@ class Decoder:
         return {"position_ids": (mask_BL.long().cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
 
     def resume(
-        self, reading: Reading, kept_BL: Tensor, rest_BR: Tensor, rest_mask_BR: Tensor, *, task_gate: Tensor
+        self, reading: Reading, reused_BL: Tensor, rest_BR: Tensor, rest_mask_BR: Tensor, *, task_gate: Tensor
     ) -> Prefilled:
         """The pass over prompts whose texts were read already (causal models): the layers below the adapters run over the
         rest of each prompt alone, those above over all of it.
 
         Args:
             reading: of the texts; its cache is consumed.
-            kept_BL: 1 on the tokens of each text that its prompt holds.
+            reused_BL: 1 on the tokens of each text that its prompt holds.
             rest_BR: the rest of each prompt, padded on the left, so that the last column is everybody's last token.
             rest_mask_BR: 1 but for padding.
             task_gate: (B, T).
         """
         assert reading.cached is not None, "a reading without its cache is prefilled again"
-        cached, length = reading.cached, kept_BL.shape[1]
-        mask_BS = torch.cat([kept_BL, rest_mask_BR], dim=1)
+        cached, length = reading.cached, reused_BL.shape[1]
+        mask_BS = torch.cat([reused_BL, rest_mask_BR], dim=1)
         positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)
         inputs = self.positions(mask_BS)
         later = {name: tensor[:, length:] for name, tensor in inputs.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from amlora_dist.evaluation.metrics import Metric, minus
+from amlora_dist.evaluation.metrics import MatrixMetric, minus
 
 Cells = Sequence[Sequence[Sequence[float] | None]]
 """``cells[t][i - 1]`` holds the score of each test row of task i after stage t, rows in one order; None: not scored."""
@@ -55,7 +55,7 @@ def mean_interval(
 
 
 def metric_interval(
-    cells: Cells, metric: Metric, *, seed: int, resamples: int = RESAMPLES, level: float = 0.95
+    cells: Cells, metric: MatrixMetric, *, seed: int, resamples: int = RESAMPLES, level: float = 0.95
 ) -> Interval | None:
     """Interval of a metric of the accuracy matrix.
 
@@ -72,7 +72,7 @@ def metric_interval(
 
 
 def difference_interval(
-    first: Cells, second: Cells, metric: Metric, *, seed: int, resamples: int = RESAMPLES, level: float = 0.95
+    first: Cells, second: Cells, metric: MatrixMetric, *, seed: int
 ) -> Interval | None:
     """Interval of metric(first) - metric(second), paired: both scored the same rows, so the same rows are drawn.
 
@@ -89,8 +89,8 @@ def difference_interval(
     value = minus(metric(cell_means(first)), metric(cell_means(second)))
     if value is None:
         return None
-    drawn = [resampled(cells, seed=seed, resamples=resamples) for cells in (first, second)]
-    return percentiles(value, [minus(metric(a), metric(b)) for a, b in zip(*drawn, strict=True)], level)
+    drawn = [resampled(cells, seed=seed) for cells in (first, second)]
+    return percentiles(value, [minus(metric(a), metric(b)) for a, b in zip(*drawn, strict=True)])
 
 
 def over_seeds(values: Sequence[float | None]) -> Spread | None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 
 Matrix = Sequence[Sequence[float | None]]
-Metric = Callable[[Matrix], float | None]
+MatrixMetric = Callable[[Matrix], float | None]
 
 
 def average_performance(matrix: Matrix) -> float | None:
@@ -103,7 +103,7 @@ def oracle_gap_recovered(found: float | None, uniform: float | None, oracle: flo
     return (found - uniform) / (oracle - uniform)
 
 
-METRICS: dict[str, Metric] = {
+METRICS: dict[str, MatrixMetric] = {
     "average_performance": average_performance,
     "average_incremental_performance": average_incremental_performance,
     "backward_transfer": backward_transfer,

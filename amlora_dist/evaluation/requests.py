@@ -117,18 +117,18 @@ class Request:
     tokens: tuple[int, ...] = ()
     """Of the prompt."""
     top: int | None = None
-    """How many of the likeliest tokens are named beside each of the answer's; None: nobody asks for log probabilities."""
+    """How many of the likeliest tokens are named next to each of the answer's; None: nobody asks for log probabilities."""
     echo: bool = False
     """Of a raw prompt: its own tokens are scored too."""
     text_ids: tuple[int, ...] = ()
     """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
     turns: tuple[Turn, ...] = ()
     """Of a conversation: all of it up to the answer; ``text`` is what the user said last."""
-    kept: int | None = None
-    """How many of ``text_ids`` the prompt begins with; None where it does not begin with them."""
+    reused: int | None = None
+    """How many of ``text_ids`` the prompt begins with, whose pass is not made again; None: it does not begin with them."""
 
 
-Said = str | Sequence[Mapping[str, Any] | Turn]
+TextOrTurns = str | Sequence[Mapping[str, Any] | Turn]
 """A plain text, or a conversation that waits for its answer: ``{"role": ..., "content": ...}`` each."""
 RouteBy = Literal["turn", "conversation"]
 """What routes a turn of a conversation: what the user said last, or what they said first, which keeps its route."""
@@ -230,21 +230,21 @@ class Prompter:
         """
         if route_by not in get_args(RouteBy):
             raise UserError(f"route_by: found {route_by!r}, expected one of {', '.join(get_args(RouteBy))}")
-        said = [turn for turn in turns if turn.text.strip()]
+        spoken = [turn for turn in turns if turn.text.strip()]
         if self.converses:
-            check_open(said)
-            users = [turn.text for turn in said if turn.role == "user"]
-            return Query(users[-1] if route_by == "turn" else users[0], None, tuple(said))
-        words = [turn for turn in said if turn.role != "system"]
+            check_open(spoken)
+            users = [turn.text for turn in spoken if turn.role == "user"]
+            return Query(users[-1] if route_by == "turn" else users[0], None, tuple(spoken))
+        words = [turn for turn in spoken if turn.role != "system"]
         if not words:
             raise UserError("messages: found no words of role user, expected a text to answer")
-        return Query(joined(words), joined([turn for turn in said if turn.role == "system"]) or None)
+        return Query(joined(words), joined([turn for turn in spoken if turn.role == "system"]) or None)
 
-    def heard(self, said: Said, route_by: RouteBy = "turn") -> Query:
+    def query(self, given: TextOrTurns, route_by: RouteBy = "turn") -> Query:
         """A plain text, or a conversation, as this bank is asked it. Raises UserError as ``asked`` and ``messages_of``."""
-        if isinstance(said, str) or not is_conversation(said):
-            return Query(said)  # type: ignore[arg-type]  # what is no text is refused where it is read
-        return self.asked(messages_of(said), route_by)
+        if isinstance(given, str) or not is_conversation(given):
+            return Query(given)  # type: ignore[arg-type]  # what is no text is refused where it is read
+        return self.asked(messages_of(given), route_by)
 
     def template(self, task: str | None, question: str | None) -> PromptTemplate:
         """The prompt of a task, or of the bank when no task is named (or it is not described)."""
@@ -264,7 +264,7 @@ class Prompter:
             request.text_ids = (*self.ends.before, *ids, *self.ends.after)
 
     def ask(self, request: Request, *, new_tokens: int, max_length: int | None = None) -> None:
-        """Set ``tokens`` and ``kept`` of a request that was read: the prompt of its task around its text.
+        """Set ``tokens`` and ``reused`` of a request that was read: the prompt of its task around its text.
 
         Raises:
             UserError: no room for the question and an answer.
@@ -277,21 +277,21 @@ class Prompter:
         prompts = self._prompts(request.task, request.question)
         if isinstance(prompts, ChatPrompts):
             turns = request.turns or (Turn("user", request.text),)
-            request.tokens, request.kept = prompts.prompt(turns, limit)[0].ids, None
+            request.tokens, request.reused = prompts.prompt(turns, limit)[0].ids, None
             return
         if request.turns:  # a task without turns is asked of all that was said
-            said, question = joined([turn for turn in request.turns if turn.role != "system"]), request.question
+            text, question = joined([turn for turn in request.turns if turn.role != "system"]), request.question
             asked = joined([turn for turn in request.turns if turn.role == "system"])
             prompts = self._prompts(request.task, question or asked or None)
             assert isinstance(prompts, TextPrompts)
-            (ids,) = text_ids([said], self._one_at_a_time, self.format.text_tokens)
-            request.tokens, request.kept = prompts.prompt(ids, limit, text=said).ids, None
+            (ids,) = text_ids([text], self._one_at_a_time, self.format.text_tokens)
+            request.tokens, request.reused = prompts.prompt(ids, limit, text=text).ids, None
             return
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
         prompt = prompts.prompt(own, limit, text=request.text)
         request.tokens = prompt.ids
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
-        request.kept = prompt.span[1] if begins and prompt.span is not None else None
+        request.reused = prompt.span[1] if begins and prompt.span is not None else None
 
     def _prompts(self, task: str | None, question: str | None) -> TextPrompts | ChatPrompts:
         if question is None and task in self._made:

@@ -1,4 +1,4 @@
-"""Score one task: greedy answers without task identity, and the ranking of the task's own labels beside them.
+"""Score one task: greedy answers without task identity, and the ranking of the task's own labels next to them.
 
 Batches are formed once from all examples, by length, and dealt out to the ranks: which rows share a forward pass does
 not depend on the number of ranks, so neither do the results. Every rank makes the same number of passes (ZeRO-3 hangs
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from amlora_dist.evaluation.decoding import Decoder, Forward, check_room
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.text_metrics import METRICS, NAMES, score_of
+from amlora_dist.files import write_bytes
 from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float | int | None
 
 
 def by_label(one: Prediction, labels: Sequence[str], metric: str) -> Prediction:
-    """A prediction that counts by the words of the likeliest of ``labels``; what was written stands beside it.
+    """A prediction that counts by the words of the likeliest of ``labels``; what was written is next to it.
 
     Of free text, without labels, what was written is the answer.
     """
@@ -241,14 +241,7 @@ def routing_accuracy(predictions: Sequence[Prediction], task: str, tasks: Sequen
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """One JSON object a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions).encode())
 
 
 def read_predictions(path: Path) -> list[Prediction]:

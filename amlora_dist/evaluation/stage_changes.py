@@ -13,7 +13,7 @@ from amlora_dist.evaluation.intervals import Cells, Interval, percentiles, resam
 from amlora_dist.evaluation.metrics import Matrix, mean, minus
 from amlora_dist.evaluation.scoring import Prediction
 
-Answers = Sequence[Sequence[Sequence[Prediction] | None]]
+StageAnswers = Sequence[Sequence[Sequence[Prediction] | None]]
 """``answers[t - 1][i]``: what was answered to the test rows of task i (0-based) after stage t; None: not known."""
 
 
@@ -61,7 +61,7 @@ class StageChange:
     """Whether a router chose a task for the rows."""
 
     def counts(self) -> dict[str, int | None]:
-        """Answers that changed, became worse, became better; and of each how many go to another task than before. None:
+        """StageAnswers that changed, became worse, became better; and of each how many go to another task than before. None:
         not known, or nothing routes."""
         found: dict[str, int | None] = {}
         kept = self.answers
@@ -72,7 +72,7 @@ class StageChange:
         return found
 
 
-def stage_changes(tasks: Sequence[str], matrix: Matrix, answers: Answers, *, seed: int) -> list[StageChange]:
+def stage_changes(tasks: Sequence[str], matrix: Matrix, answers: StageAnswers, *, seed: int) -> list[StageChange]:
     """What each stage from the second on did to the tasks before it: a line for each of these tasks, against the stage
     before, then one for all of them, against their own stages (Lopez-Paz and Ranzato's BWT of the sequence so far). Lines
     whose scores are not known are left out.

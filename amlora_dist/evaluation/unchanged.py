@@ -9,7 +9,6 @@ scoring after stage n then costs the rows of one or two tasks instead of n.
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.scoring import Prediction, read_predictions, summarise
+from amlora_dist.files import write_bytes
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.router import Router
@@ -33,14 +33,10 @@ def write_features(path: Path, features: dict[int, Tensor]) -> None:
     """Keep what the router read of each row, (d,) fp32 by row number; the file appears whole or not at all."""
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several runs write the same file, on nodes whose process numbers may be the same.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     rows = sorted(features)
     tensors = {"rows": torch.tensor(rows), "features": torch.stack([features[row] for row in rows])}
     # Not save_file, whose error for a full disk is not an OSError.
-    partial.write_bytes(save(tensors, {DIGEST: tensors_digest(tensors)}))
-    partial.replace(path)
+    write_bytes(path, save(tensors, {DIGEST: tensors_digest(tensors)}))
 
 
 def read_features(path: Path, rows: Sequence[int]) -> Tensor | None:

@@ -160,8 +160,8 @@ def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
         raise UserError(f"abstain: found {abstain:g}, expected a share of the bank's own rows from 0 (off) to 0.5")
     if abstain and not described.get("foreign_above"):
         raise UserError(
-            f"abstain: found {abstain:g}, but this bank stores no background by which texts of no task are told; train it"
-            " with router.background true and router.holdout above 0, or make its router again with `amlora rekey`"
+            f"abstain: found {abstain:g}, but this bank stores no background by which texts of no task are recognised; train"
+            " it with router.background true and router.holdout above 0, or make its router again with `amlora rekey`"
         )
     if "gate" in described:
         chosen = {"abstention": True, "lost": abstain} if abstain else {"abstention": False}

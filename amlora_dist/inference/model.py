@@ -38,7 +38,7 @@ from amlora_dist.evaluation.requests import (
     Route,
     RouteBy,
     RoutedPrompt,
-    Said,
+    TextOrTurns,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -144,7 +144,7 @@ class AMLoRAModel:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         tracking_uri: str | None = None,
-        beside: AMLoRAModel | None = None,
+        share_base_with: AMLoRAModel | None = None,
         require_signature: str | Path | None = None,
         expect_digest: str | None = None,
         abstain: float | None = None,
@@ -159,8 +159,8 @@ class AMLoRAModel:
             device: default: the first GPU, or the CPU.
             dtype: ``fp32``, ``bf16``, ``fp16`` or a torch dtype; default: bf16 where the device has it, else fp32.
             tracking_uri: MLflow that has the version; default: the store in ``AMLORA_HOME``.
-            beside: a model in use, whose base model's weights are shared instead of loaded again where both banks have
-                the same base model; ``device`` and ``dtype`` are then its own.
+            share_base_with: a model in use, whose base model's weights are shared instead of loaded again where both banks
+                have the same base model; ``device`` and ``dtype`` are then its own.
             require_signature: PEM file of the public key that must have signed the whole bank.
             expect_digest: of its manifest, as ``amlora verify`` prints it.
             abstain: share of its own rows that the bank may lose by giving texts of no task to the base model; 0: it takes
@@ -183,8 +183,8 @@ class AMLoRAModel:
         check_description(loaded, abstain)
         check_quantisation(loaded.manifest.base, quantisation)
         found = resolve_bank_base(loaded.manifest.base, base, quantisation)
-        if beside is not None and beside.base.identity == found.identity:
-            plain = beside._plain
+        if share_base_with is not None and share_base_with.base.identity == found.identity:
+            plain = share_base_with._plain
         else:
             where = chosen_device(device)
             attention = chosen_attention(loaded.manifest, where)
@@ -250,7 +250,7 @@ class AMLoRAModel:
 
     # ---- texts ------------------------------------------------------------------------------------------------
 
-    def route(self, texts: str | Sequence[Said], *, question: Names = None, batch_size: int = 16) -> list[Route]:
+    def route(self, texts: str | Sequence[TextOrTurns], *, question: Names = None, batch_size: int = 16) -> list[Route]:
         """Which tasks and adapters each text would use, and how strongly; a pass through half of the model's depth.
 
         Args:
@@ -263,7 +263,7 @@ class AMLoRAModel:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
 
-    def prompts(self, texts: str | Sequence[Said], *, batch_size: int = 16) -> list[RoutedPrompt]:
+    def prompts(self, texts: str | Sequence[TextOrTurns], *, batch_size: int = 16) -> list[RoutedPrompt]:
         """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
         have the bank's adapters but not its router.
 
@@ -280,7 +280,7 @@ class AMLoRAModel:
 
     def answer(
         self,
-        texts: str | Sequence[Said],
+        texts: str | Sequence[TextOrTurns],
         *,
         question: Names = None,
         task: Names = None,
@@ -339,13 +339,13 @@ class AMLoRAModel:
         (found,) = finished(work)
         return Answer(found.text, found.ended, found.route)
 
-    def predict(self, texts: str | Sequence[Said], **options: Any) -> list[str]:
+    def predict(self, texts: str | Sequence[TextOrTurns], **options: Any) -> list[str]:
         """``answer``, the texts alone."""
         return [answer.text for answer in self.answer(texts, **options)]
 
     def classify(
         self,
-        texts: str | Sequence[Said],
+        texts: str | Sequence[TextOrTurns],
         labels: Sequence[str] | None = None,
         *,
         task: Names = None,
@@ -463,10 +463,10 @@ class AMLoRAModel:
         return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
     def requests(
-        self, texts: str | Sequence[Said], *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
+        self, texts: str | Sequence[TextOrTurns], *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
     ) -> list[Request]:
         """One request for each text or conversation; errors as ``chat`` and ``answer``."""
-        listed = [self.prompter.heard(one, route_by) for one in ([texts] if isinstance(texts, str) else texts)]
+        listed = [self.prompter.query(one, route_by) for one in ([texts] if isinstance(texts, str) else texts)]
         questions, tasks = _each("question", question, len(listed)), _each("task", task, len(listed))
         pairs = enumerate(zip(listed, questions, tasks, strict=True))
         return [

@@ -19,6 +19,10 @@ inside of one, and ZeRO-3 partitions them. ``packing``: every row has tokens in 
 cannot have. ``caches``: rows reach the model changed, or gates follow from the training pass itself, so that no part of a
 pass is kept for another one (the trunk cache, and features by which scores are taken over)."""
 
+Offered = Literal["memory", "selectors"]
+"""``memory``: rows of G of earlier tasks are refitted on some of their rows (``method_settings.memory_rows``).
+``selectors``: layers may weigh the adapters by selectors of their own, where the router's kind says so."""
+
 
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
@@ -28,6 +32,8 @@ class MethodEntry:
     """``module:class``."""
     excludes: frozenset[Excluded] = frozenset()
     """What cannot be had together with it."""
+    offers: frozenset[Offered] = frozenset()
+    """What can be had with it alone."""
     form: str = LORA
     """What its adapters are; anything else is in layers that the method brings (``Method.layers``)."""
 
@@ -36,14 +42,14 @@ ZERO_3: frozenset[Excluded] = frozenset({"zero_3"})
 CACHES: frozenset[Excluded] = frozenset({"caches"})
 
 METHODS = {
-    "am_lora": MethodEntry("amlora_dist.methods.am_lora:AMLoRA"),
+    "am_lora": MethodEntry("amlora_dist.methods.am_lora:AMLoRA", offers=frozenset({"memory", "selectors"})),
     "seq_lora": MethodEntry("amlora_dist.methods.seq_lora:SeqLoRA"),
     "inc_lora": MethodEntry("amlora_dist.methods.inc_lora:IncLoRA"),
     "o_lora": MethodEntry("amlora_dist.methods.o_lora:OLoRA", ZERO_3),
     "replay": MethodEntry("amlora_dist.methods.replay:Replay"),
     "ewc": MethodEntry("amlora_dist.methods.ewc:EWC", ZERO_3),
     "lwf": MethodEntry("amlora_dist.methods.lwf:LwF"),
-    "l2p": MethodEntry("amlora_dist.methods.l2p:L2P", ZERO_3 | CACHES | {"packing"}, "prompts"),
+    "l2p": MethodEntry("amlora_dist.methods.l2p:L2P", ZERO_3 | CACHES | {"packing"}, form="prompts"),
     "keys": MethodEntry("amlora_dist.methods.keys:Keys"),
     "gainlora": MethodEntry("amlora_dist.methods.gainlora:GainLoRA", CACHES),
     "ella": MethodEntry("amlora_dist.methods.ella:ELLA", ZERO_3),
@@ -57,6 +63,11 @@ METHODS = {
 def excluded(name: str) -> frozenset[Excluded]:
     """What cannot be had together with the method of this name; nothing where there is none."""
     return METHODS[name].excludes if name in METHODS else frozenset()
+
+
+def offered(name: str) -> frozenset[Offered]:
+    """What can be had with the method of this name and not with all; nothing where there is none."""
+    return METHODS[name].offers if name in METHODS else frozenset()
 
 
 def form_of(name: str) -> str:

@@ -60,7 +60,6 @@ class Shape:
     intermediate: int
     """Width of the feed-forward part times the experts that a token is sent to."""
     vocabulary: int
-    decoder_only: bool
     linear: int = 0
     """Elements of the linear layers that ``model.quantisation`` is about."""
     quantisation: str = "none"
@@ -166,7 +165,6 @@ def _measured(model: Any, settings: ModelSettings, targets: list[Target], k: int
         heads=heads,
         intermediate=wide * top,
         vocabulary=_number(config, "vocab_size"),
-        decoder_only=not config.is_encoder_decoder,
         linear=_linear(model),
         quantisation=settings.quantisation,
     )

@@ -1,4 +1,4 @@
-"""One adapter as a folder in PEFT's own format, with our recipe and selector in a second file beside it.
+"""One adapter as a folder in PEFT's own format, with our recipe and selector in a second file next to it.
 
 Tensor names are PEFT's, without an adapter name: ``base_model.model.<module>.lora_A.weight``. The configuration
 follows from the bank's manifest, and is compared with it when it is read.

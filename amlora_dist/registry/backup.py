@@ -41,7 +41,7 @@ LOCKED_DEADLINE_S = 60.0
 _HELD = (5, 6)
 """SQLITE_BUSY and SQLITE_LOCKED, which Python names since 3.11."""
 FOLDERS = (ARTIFACTS, "bases", "storage")
-"""What a backup holds beside the database: no other folder of a home is taken from one (its caches are believed)."""
+"""What a backup holds besides the database: no other folder of a home is taken from one (its caches are believed)."""
 OF_THE_DISK = ("lost+found",)
 """What lies in a disk's own folder that is empty."""
 
@@ -160,7 +160,7 @@ def _read_list(source: Path) -> dict[str, dict[str, Any]]:
 
 
 def _copy_database(source: Path, target: Path) -> None:
-    # Where nobody can write, SQLite cannot make the files beside it by which readers and writers know of each other.
+    # Where nobody can write, SQLite cannot make the files next to it by which readers and writers know of each other.
     still = not _writable(source.parent) and not Path(f"{source}-wal").exists()
     address = f"file:{quote(str(source))}?mode=ro" + ("&immutable=1" if still else "")
     try:
@@ -169,7 +169,7 @@ def _copy_database(source: Path, target: Path) -> None:
             contextlib.closing(sqlite3.connect(target)) as copy,
         ):
             live.backup(copy, progress=_Patience())  # one moment, whoever writes meanwhile
-            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log next to it
     except sqlite3.Error as error:
         if not isinstance(error, sqlite3.OperationalError):
             raise UserError(f"{source}: damaged ({error}); restore an earlier backup") from error
@@ -211,7 +211,7 @@ def _check_database(file: Path, source: Path) -> None:
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """Copy files; those that are being written beside their place, and those that are deleted meanwhile, are passed over."""
+    """Copy files; those being written next to their place, and those deleted meanwhile, are passed over."""
     target.mkdir(parents=True, exist_ok=True)
     for path in _files(source):
         with contextlib.suppress(FileNotFoundError):

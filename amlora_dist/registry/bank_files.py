@@ -59,7 +59,7 @@ def entry_of(file: Path) -> FileEntry:
 
 
 def is_allowed(path: str) -> bool:
-    """Whether a file may lie beside the bank's own."""
+    """Whether a file may lie next to the bank's own."""
     return _ALLOWED.fullmatch(path) is not None
 
 

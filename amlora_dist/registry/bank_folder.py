@@ -88,7 +88,6 @@ def adapter_entry(
     *,
     training_fingerprint: str,
     parent: str | None,
-    stored: Stored | None = None,
     task_spec: TaskEntry | None = None,
 ) -> AdapterEntry:
     """The manifest's line for an adapter; ``parent`` is ``Manifest.parent_digest`` of the bank it was trained on."""
@@ -102,7 +101,7 @@ def adapter_entry(
         digest=adapter.digest(),
         training_fingerprint=training_fingerprint,
         parent=parent,
-        stored=stored,
+        stored=None,
         task_spec=task_spec,
     )
 
@@ -126,7 +125,7 @@ def write_bank(
     router: Mapping[str, Tensor],
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Manifest:
-    """Write a whole bank: all of it beside ``folder`` first, read back, then renamed into place.
+    """Write a whole bank: all of it next to ``folder`` first, read back, then renamed into place.
 
     An existing ``folder`` is replaced. The router's digest in ``manifest`` is computed here, so a draft may hold any.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amlora_dist.methods import LORA
+from amlora_dist.methods import LORA, offered
 from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _adapters(manifest: Manifest) -> list[str]:
 def _memory(manifest: Manifest) -> list[str]:
     """Whether rows of earlier tasks were looked at again, which a reader must know before comparing methods."""
     section = manifest.training_configuration.get("method_settings")
-    count = section.get("memory_rows", 0) if isinstance(section, dict) and manifest.method == "am_lora" else 0
+    count = section.get("memory_rows", 0) if isinstance(section, dict) and "memory" in offered(manifest.method) else 0
     note = f"Rows of G were refitted on a memory of at most {count} rows of each earlier task; none of them are in here."
     return [note] if count else []
 
@@ -152,18 +152,17 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def adapter_readme(manifest: Manifest, task: str, rank: int, base_model: str | None = None) -> str:
+def adapter_readme(manifest: Manifest, task: str, rank: int) -> str:
     """The card of one task's row as an adapter of its own, Markdown with the Hub's front matter.
 
     Args:
         manifest: of the bank that it is from.
         task: whose row it is.
         rank: of the row.
-        base_model: Hub id of the base model, where the bank's source is none.
     """
     entry = next(line.task_spec for line in manifest.adapters if line.task == task)
     lines = [
-        *_front_matter(manifest, base_model, model_index=False, only=task),
+        *_front_matter(manifest, None, model_index=False, only=task),
         f"# LoRA of task {task}",
         "",
         f"The row of task `{task}` in the bank of run `{manifest.run_id}`, stage {manifest.stage}, as one LoRA of rank",

@@ -114,7 +114,7 @@ def export_merged(
         folder: must not exist, or be empty.
         bank: to merge.
         model: the plain base model; its weights are changed.
-        tokenizer: saved beside it.
+        tokenizer: saved next to it.
         weights: of the tasks; those left out are 0.
         more: further entries of ``export.json``.
 

@@ -20,7 +20,7 @@ from amlora_dist.registry import card
 from amlora_dist.registry.bank_files import README_FILE, SIGNATURE_FILE, bank_files, is_allowed, refuse_unknown
 from amlora_dist.registry.bank_folder import check_list, check_publishable, read_bank
 from amlora_dist.registry.manifest import FILE, MAX_BYTES, Manifest, Stored, read_manifest
-from amlora_dist.registry.transfer import Progress, assemble, pull_place
+from amlora_dist.registry.transfer import TransferProgress, assemble, pull_place
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -113,7 +113,7 @@ def pull_from_hub(
     uri: str,
     dest: Path,
     *,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     statistics: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:

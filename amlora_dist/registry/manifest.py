@@ -324,11 +324,11 @@ def replace(manifest: Manifest, **changes: Any) -> Manifest:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand once: other readers of JSON may take the other value, which no digest is about."""
+    """An object that has each key once: other readers of JSON may take the other value, which no digest is about."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"found the key {next(name for name in names if names.count(name) > 1)!r} twice")
     return made
 
 

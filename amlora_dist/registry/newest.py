@@ -103,7 +103,7 @@ def ensure_current(
 
 
 def _order(versions: Sequence[Version]) -> Callable[[Version], tuple[int, int, int]]:
-    """How new each of some versions is. Epochs count only where one was taken up: who deletes a lease begins them anew."""
+    """How new each of some versions is. Epochs count only where one was taken up: who deletes a lease begins them again."""
     again = any(tags.TAKEN in version.tags for version in versions)
     return lambda version: (version.stage, version.taken if again else 0, version.number)
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +14,12 @@ from amlora_dist.errors import BankError
 from amlora_dist.registry import tags
 from amlora_dist.registry.adapter_folder import ADAPTER_FILES
 from amlora_dist.registry.manifest import FILE, Manifest, read_manifest
-from amlora_dist.registry.transfer import pull_place
+from amlora_dist.registry.transfer import fetch_manifest, pull_place
 
 if TYPE_CHECKING:
     from amlora_dist.registry.signing import Trust
     from amlora_dist.registry.store import Store
-    from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.transfer import TransferProgress
     from amlora_dist.registry.versions import Version
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def pull_bank(
     dest: Path,
     *,
     nearby: Iterable[Path] = (),
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     statistics: bool = True,
     trust: Trust | None = None,
 ) -> Path:
@@ -55,29 +54,15 @@ def pull_bank(
     return store.pull_version(version, dest, progress, statistics=statistics, check=check)
 
 
-def pull_home(
-    store: Store, version: Version, banks: Path, progress: Progress | None = None, trust: Trust | None = None
-) -> Path:
+def pull_home(store: Store, version: Version, banks: Path, trust: Trust | None = None) -> Path:
     """The folder of a version below ``banks``, pulled once and without statistics: what inference needs."""
     dest = banks / f"{version.registered_model}-{version.number}-{version.tags.get(tags.MANIFEST_DIGEST, '')[:12]}"
-    return pull_bank(store, version, dest, progress=progress, statistics=False, trust=trust)
+    return pull_bank(store, version, dest, statistics=False, trust=trust)
 
 
 def manifest_of(store: Store, version: Version) -> Manifest:
-    """A version's manifest, without anything else of it.
-
-    Raises:
-        BankError: it is not there, damaged, or another one than was registered.
-    """
-    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as tmp:
-        file = store.download(version.run, f"{version.artifact_path}/{FILE}", Path(tmp))
-        if file is None:
-            raise BankError(f"{version.uri}: run {version.run} has no {version.artifact_path}/{FILE}; was it deleted?")
-        manifest = read_manifest(file.parent)
-    expected = version.tags.get(tags.MANIFEST_DIGEST)
-    if expected is not None and manifest.digest() != expected:
-        raise BankError(f"{version.uri}: its manifest was changed after it was published")
-    return manifest
+    """A version's manifest, without anything else of it; errors as ``fetch_manifest``."""
+    return fetch_manifest(store, version.run, version.artifact_path, version.tags.get(tags.MANIFEST_DIGEST))
 
 
 def _seed(part: Path, manifest: Manifest, nearby: Iterable[Path]) -> None:

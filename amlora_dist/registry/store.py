@@ -16,7 +16,7 @@ from amlora_dist.registry.lease_entries import LeaseEntries
 from amlora_dist.registry.leases import Lease, Timing, counted
 from amlora_dist.registry.manifest import Manifest, Stored, read_manifest
 from amlora_dist.registry.runs import Runs, check_model_name
-from amlora_dist.registry.transfer import Progress
+from amlora_dist.registry.transfer import TransferProgress
 from amlora_dist.registry.versions import Placement, Version, parse_uri, read_version
 
 
@@ -125,10 +125,6 @@ class Store(Runs):
         """
         return Placement(registered_model, stage_run, f"bank-e{epoch}")
 
-    def has(self, stored: Stored) -> bool:
-        """Whether this store has a part; False for a bank that came from another one."""
-        return self.has_artifact(stored.run, stored.artifact_path)
-
     def publish(
         self,
         registered_model: str,
@@ -208,7 +204,7 @@ class Store(Runs):
         marked = {**tags, _REUSED_FROM: original.uri}
         return self.publish(registered_model, folder, stage_run=stage_run, tags=marked, epoch=epoch, guard=guard)
 
-    def pull(self, uri: str, dest: Path, progress: Progress | None = None, *, statistics: bool = True) -> Path:
+    def pull(self, uri: str, dest: Path, progress: TransferProgress | None = None, *, statistics: bool = True) -> Path:
         """Make a self-contained folder of a version: every adapter, checked by digest, ready for ``read_bank``.
 
         What an interrupted pull has fetched is kept in ``.<dest>.part`` next to ``dest``; ``dest`` appears when all
@@ -230,7 +226,7 @@ class Store(Runs):
         self,
         version: Version,
         dest: Path,
-        progress: Progress | None = None,
+        progress: TransferProgress | None = None,
         *,
         statistics: bool = True,
         check: Callable[[Path], None] | None = None,
@@ -275,12 +271,11 @@ class Store(Runs):
         *,
         label: str = "",
         deadline_s: float,
-        timing: Timing | None = None,
         on_wait: Callable[[], None] | None = None,
     ) -> Lease | None:
         """Claim a training fingerprint, or wait for who has it; see ``leases.claim_or_wait``."""
         return leases.claim_or_wait(
-            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, timing=timing, on_wait=on_wait
+            self.lease_entries, training_fingerprint, label=label, deadline_s=deadline_s, on_wait=on_wait
         )
 
     def drop_claim(self, training_fingerprint: str, *, label: str) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
+TransferProgress = Callable[[int, int, str], None]
 """Called with (parts done, parts in all, name of the part)."""
 Fetch = Callable[[str, "Stored | None", Path], None]
 """Brings one file, given its path in the bank and where it is stored, to a local path."""
@@ -202,7 +202,7 @@ def pull(
     dest: Path,
     *,
     statistics: bool = True,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Make ``dest`` the self-contained folder of a version; see ``Store.pull``.
@@ -221,7 +221,7 @@ def pull(
     part = dest.with_name(f".{dest.name}.part")
     try:
         with FileLock(dest.with_name(f".{dest.name}.lock"), timeout=PULL_DEADLINE_S):
-            manifest = _fetch_manifest(runs, run, root, expected, dest.parent)
+            manifest = fetch_manifest(runs, run, root, expected)
             signed = check_stored(runs, manifest, run, root)
 
             def fetch(path: str, stored: Stored | None, target: Path) -> None:
@@ -273,7 +273,7 @@ def assemble(
     fetch: Fetch,
     *,
     statistics: bool,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build a whole bank in ``part``, keeping what is already right there, check it and rename it to ``dest``.
@@ -283,7 +283,7 @@ def assemble(
         part: working folder; survives an interruption.
         dest: must not exist, or be empty.
         fetch: brings one file.
-        statistics: bring them too.
+        statistics: fetch them too.
         progress: called before each part.
         check: called with the whole folder before it becomes ``dest``; raises what it has against it.
     """
@@ -329,8 +329,13 @@ def _fetch_file(file: BankFile, part: Path, manifest: Manifest, fetch: Fetch, *,
         fetch(file.path, file.stored, part / file.path)
 
 
-def _fetch_manifest(runs: Runs, run: str, root: str, expected: str | None, near: Path) -> Manifest:
-    with tempfile.TemporaryDirectory(prefix=".manifest.", dir=near) as tmp:
+def fetch_manifest(runs: Runs, run: str, root: str, expected: str | None) -> Manifest:
+    """The manifest in a version's folder ``root``, with the digest ``expected`` if that was registered.
+
+    Raises:
+        BankError: it is not there, damaged, or another one than was registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="amlora-manifest-") as tmp:
         file = runs.download(run, f"{root}/{FILE}", Path(tmp), most=MAX_BYTES)
         if file is None:
             raise BankError(f"run {run} has no {root}/{FILE}; this version is no bank of amlora-dist, or was deleted")

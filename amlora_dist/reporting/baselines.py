@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from amlora_dist.evaluation import metrics
 from amlora_dist.reporting.facts import RunFacts
 
-Number = float | None
+if TYPE_CHECKING:
+    from amlora_dist.reporting.figures import Number
 
 CHANCE, MAJORITY = "chance", "majority label"
 """What figures and tables call the two."""

@@ -10,17 +10,18 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.evaluation import metrics
 from amlora_dist.evaluation.intervals import Cells, cell_means, over_seeds, percentiles, resampled
-from amlora_dist.evaluation.metrics import Metric
+from amlora_dist.evaluation.metrics import MatrixMetric
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.reporting.baselines import baselines
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.routing_facts import routing_by_stage
 
-Number = float | None
+if TYPE_CHECKING:
+    from amlora_dist.reporting.figures import Number
 
 RESAMPLES = 1000
 UNIFORM = "uniform"
@@ -135,7 +136,7 @@ def _references(entries: Sequence[Entry]) -> Callable[[Entry], dict[str, Sequenc
 
 
 def _sampled(
-    matrix: metrics.Matrix, cells: Cells, wanted: Mapping[str, Metric], *, places: Sequence[int]
+    matrix: metrics.Matrix, cells: Cells, wanted: Mapping[str, MatrixMetric], *, places: Sequence[int]
 ) -> dict[str, _Sample]:
     means, drawn = cell_means(cells), resampled(cells, seed=0, resamples=RESAMPLES, places=places)
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from amlora_dist.methods import offered
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY
 from amlora_dist.reporting.figures import Chart, Dot, Number, Series, Table, Value, dot_plot, heat_map, line_chart
 from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction
@@ -98,7 +99,7 @@ def method_table(comparison: dict[str, Any]) -> Table:
 def with_memory(comparison: dict[str, Any], method: str) -> str:
     """A method's name, with the memory of earlier rows that the configuration gives it and the name does not tell."""
     count = (comparison["config"].get("method_settings") or {}).get("memory_rows", 0)
-    own = method.partition(":")[0] == "am_lora" and "memory_rows" not in method
+    own = "memory" in offered(method.partition(":")[0]) and "memory_rows" not in method
     return f"{method} (memory: {count} rows a task)" if own and count else method
 
 

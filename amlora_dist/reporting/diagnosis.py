@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Number = float | None
+if TYPE_CHECKING:
+    from amlora_dist.reporting.figures import Number
 
 MIXED_ROWS = 0.15
 """Share of a stage's rows that look like another task's, from which on the boundary counts as mixed."""

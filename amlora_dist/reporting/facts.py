@@ -119,7 +119,7 @@ class RunFacts:
         ]
 
 
-def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts:
+def read_run(store: Store, run_id: str) -> RunFacts:
     """Read a run, as far as it has come.
 
     Raises:
@@ -143,9 +143,7 @@ def read_run(store: Store, run_id: str, *, predictions: bool = True) -> RunFacts
     runs = {one.tags.get(tags.TRAINING_FINGERPRINT): one for one in stage_runs}
     for public in result["stages"]:
         facts.stages.append(_stage(store, public, runs.get(public["fingerprint"])))
-    if predictions:
-        for stage in facts.stages:
-            _read_predictions(store, stage, facts.predictions)
+        _read_predictions(store, facts.stages[-1], facts.predictions)
     return facts
 
 

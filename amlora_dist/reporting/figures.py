@@ -139,7 +139,6 @@ def heat_map(
     values: Sequence[Sequence[Number]],
     *,
     low: float | None = None,
-    high: float | None = None,
     digits: int = 2,
     row_name: str = "",
     column_name: str = "",
@@ -150,13 +149,13 @@ def heat_map(
 
     Args:
         values: one line for each of ``rows``, one number for each of ``columns``.
-        low, high: ends of the colour map; None takes them from the values, so that close numbers look different.
-        diverging: colours run from orange through white at 0 to blue; ``low`` and ``high`` become symmetric.
+        low: end of the colour map; None takes it from the values, as the other one, so that close numbers look different.
+        diverging: colours run from orange through white at 0 to blue; both ends become symmetric.
         marked: (row, column) of cells with a frame, such as the diagonal.
     """
     known = [v for line in values for v in line if v is not None]
     low = min(known, default=0.0) if low is None else low
-    high = max(known, default=1.0) if high is None else high
+    high = max(known, default=1.0)
     if diverging:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
@@ -216,7 +215,6 @@ def line_chart(
     y_range: tuple[float | None, float | None] = (None, None),
     x_ticks: Sequence[str] | None = None,
     markers: bool = True,
-    height: float = 2.9,
 ) -> Chart:
     """Lines over one axis, with bands for intervals.
 
@@ -229,7 +227,7 @@ def line_chart(
         below = 0.19 * math.ceil(len(series) / per_row) + 0.08
         slanted = x_ticks is not None and sum(len(tick) for tick in x_ticks) > 34 * width / WIDTH
         foot = 0.5 + below + (0.045 * max(map(len, x_ticks)) if slanted and x_ticks else 0.0)
-        figure, axes = _figure(width, height + below + foot - 0.9)
+        figure, axes = _figure(width, 2.0 + below + foot)
         total = float(figure.get_figheight())
         axes.set_position((0.61 / width, foot / total, 1 - 0.75 / width, (total - foot - 0.12) / total))
         number = muted = 0
@@ -306,9 +304,7 @@ def dot_plot(
     dots: Sequence[Dot],
     *,
     x_name: str,
-    x_range: tuple[float | None, float | None] = (None, None),
     zero: bool = False,
-    digits: int = 3,
 ) -> Chart:
     """One value a line with its interval; ``zero`` draws a line at 0, for differences."""
     with mpl.rc_context(_STYLE):
@@ -326,9 +322,9 @@ def dot_plot(
             if dot.low is not None and dot.high is not None:
                 axes.plot([dot.low, dot.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
             axes.plot([dot.value], [place], marker="D" if dot.emphasised else "o", color=colour, markersize=5)
-            axes.annotate(f"{dot.value:.{digits}f}", (1, place), (4, 0), xycoords=("axes fraction", "data"),
+            axes.annotate(f"{dot.value:.3f}", (1, place), (4, 0), xycoords=("axes fraction", "data"),
                           textcoords="offset points", va="center", size=8)  # fmt: skip
-        axes.set(ylim=(len(dots) - 0.5, -0.5), xlabel=x_name, xlim=x_range)
+        axes.set(ylim=(len(dots) - 0.5, -0.5), xlabel=x_name)
         axes.set_yticks(range(len(dots)), names)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=PALE, linewidth=0.7)

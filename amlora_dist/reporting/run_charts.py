@@ -95,7 +95,7 @@ def _forgetting_curves(facts: RunFacts, tasks: Sequence[str], floor: Baselines) 
     )
 
 
-def routing_blocks(facts: RunFacts, routing: Sequence[StageRouting]) -> list[Block]:
+def routing_blocks(routing: Sequence[StageRouting]) -> list[Block]:
     """Attention mass, routing accuracy and drift from stage to stage, and the figures task by task."""
     if not routing:
         return []

@@ -17,7 +17,7 @@ from amlora_dist.evaluation.intervals import (
     percentiles,
     resampled,
 )
-from amlora_dist.evaluation.metrics import Metric
+from amlora_dist.evaluation.metrics import MatrixMetric
 from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
 from amlora_dist.reporting.backward import backward_blocks
@@ -49,7 +49,7 @@ def run_metrics(facts: RunFacts) -> dict[str, tuple[float | None, Interval | Non
     """Every metric of a run with its bootstrap interval (None where predictions are missing), by name."""
     seed = int(facts.result["seed"])
     cells, matrix = facts.cells(), facts.matrix
-    whole: dict[str, Metric] = metrics.METRICS if facts.in_sequence else {"average_performance": last_row_mean}
+    whole: dict[str, MatrixMetric] = metrics.METRICS if facts.in_sequence else {"average_performance": last_row_mean}
     found: dict[str, tuple[float | None, Interval | None]] = {}
     means, drawn = cell_means(cells), resampled(cells, seed=seed)
     for name, metric in whole.items():
@@ -74,7 +74,7 @@ def run_page(facts: RunFacts) -> Page:
     return Page(
         title=f"Run {facts.run_id}",
         summary=_summary(facts, found, findings),
-        tiles=_tiles(facts, found, routing),
+        tiles=_tiles(found, routing),
         findings=findings,
         sections=[
             Section("What was learned", _learned_text(facts), _learned(facts, found, floor)),
@@ -87,7 +87,7 @@ def run_page(facts: RunFacts) -> Page:
             Section(
                 "Routing",
                 "Which adapters answer for which task, over test rows; the router is never told the task.",
-                [*run_charts.routing_blocks(facts, routing), *run_charts.knockout_blocks(facts)],
+                [*run_charts.routing_blocks(routing), *run_charts.knockout_blocks(facts)],
             ),
             Section(
                 "What stages took over",
@@ -200,9 +200,7 @@ def _retained(facts: RunFacts) -> str:
     return f". Later stages changed earlier tasks by {signed(mean)} on average (the one that lost most: {lost})"
 
 
-def _tiles(
-    facts: RunFacts, found: dict[str, tuple[float | None, Interval | None]], routing: Sequence[StageRouting]
-) -> list[Tile]:
+def _tiles(found: dict[str, tuple[float | None, Interval | None]], routing: Sequence[StageRouting]) -> list[Tile]:
     names = {
         "average_performance": "average performance",
         "below_oracle": "below the oracle",

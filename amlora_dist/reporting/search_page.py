@@ -19,15 +19,19 @@ DRAWN = 24
 BINS = 4
 """Of a range, for importance and heat maps."""
 
-Result = Mapping[str, Any]
-Trial = Mapping[str, Any]
+SearchResult = Mapping[str, Any]
+TrialResult = Mapping[str, Any]
+_SPLITS = (
+    "Trials are compared on the dev rows, which are not test rows; the best of many trials looks better there than it"
+    " is. The winner alone was scored on the test rows, after the search."
+)
 
 
-def search_page(result: Result) -> Page:
+def search_page(result: SearchResult) -> Page:
     """The report of a search."""
     finished = [_by_number(result)[number] for number in result["ranking"]]
     sections = [
-        Section("Which values are best", _split_text(result), _best(result, finished)),
+        Section("Which values are best", _SPLITS, _best(result, finished)),
         Section(
             "Which values matter",
             "Share of the variance of average performance between trials that one parameter explains by itself (its main"
@@ -58,7 +62,7 @@ def search_page(result: Result) -> Page:
     )
 
 
-def importance(finished: Sequence[Trial], space: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, float | None]:
+def importance(finished: Sequence[TrialResult], space: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, float | None]:
     """Main effect of each parameter: Var(E[y | x]) / Var(y), y the average performance of the finished trials.
 
     The first-order index of Sobol 1993 over the trials that there are. None with fewer than two values or no variance.
@@ -99,7 +103,7 @@ def _group(value: Any, drawn: Mapping[str, Sequence[Any]]) -> str:
     return f"{brief(edges[0])} to {brief(edges[1])}"
 
 
-def _best(result: Result, finished: Sequence[Trial]) -> list[Block]:
+def _best(result: SearchResult, finished: Sequence[TrialResult]) -> list[Block]:
     dots = []
     for trial in finished[:TOP]:
         low, high = trial.get("interval") or (None, None)
@@ -116,7 +120,7 @@ def _best(result: Result, finished: Sequence[Trial]) -> list[Block]:
     return [*_heat_maps(result, finished), *_parallel(result, finished), top]
 
 
-def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
+def _heat_maps(result: SearchResult, finished: Sequence[TrialResult]) -> list[Chart]:
     """Average performance and forgetting over the first two parameters; means where others vary too."""
     space = result["space"]
     if len(space) < 2:
@@ -156,7 +160,7 @@ def _heat_maps(result: Result, finished: Sequence[Trial]) -> list[Chart]:
     return charts
 
 
-def _axis(result: Result, finished: Sequence[Trial], path: str) -> list[str]:
+def _axis(result: SearchResult, finished: Sequence[TrialResult], path: str) -> list[str]:
     """Values of a parameter in order, as text: of a list all, of a range the quarters that were met."""
     drawn = result["space"][path]
     ((kind, values),) = drawn.items()
@@ -166,7 +170,7 @@ def _axis(result: Result, finished: Sequence[Trial], path: str) -> list[str]:
     return list(dict.fromkeys(_group(value, drawn) for value in met))
 
 
-def _parallel(result: Result, finished: Sequence[Trial]) -> list[Chart]:
+def _parallel(result: SearchResult, finished: Sequence[TrialResult]) -> list[Chart]:
     """One line a trial through its values and its score, each axis from its lowest to its highest."""
     space = result["space"]
     drawn = finished[:DRAWN]
@@ -206,7 +210,7 @@ def _place(value: Any, drawn: Mapping[str, Sequence[Any]]) -> float:
     return (scale(value) - low) / (high - low)
 
 
-def _matter(result: Result, finished: Sequence[Trial]) -> list[Block]:
+def _matter(result: SearchResult, finished: Sequence[TrialResult]) -> list[Block]:
     found = importance(finished, result["space"])
     known = {path: share for path, share in found.items() if share is not None}
     if not known:
@@ -224,7 +228,7 @@ def _matter(result: Result, finished: Sequence[Trial]) -> list[Block]:
     return [chart]
 
 
-def _curves(result: Result) -> list[Block]:
+def _curves(result: SearchResult) -> list[Block]:
     ranked = [_by_number(result)[n] for n in result["ranking"]]
     others = [t for t in result["trials"] if t["number"] not in result["ranking"] and t["curve"]]
     series = []
@@ -245,7 +249,7 @@ def _curves(result: Result) -> list[Block]:
     return [chart]
 
 
-def _cost(result: Result) -> list[Block]:
+def _cost(result: SearchResult) -> list[Block]:
     trials = sorted(result["trials"], key=lambda t: t["number"])[:DRAWN]
     names = [f"{t['number']}: {described(t['values'])}" for t in trials]
     trained = [sum(stage["reused_from"] is None for stage in t["stages"]) for t in trials]
@@ -265,7 +269,7 @@ def _cost(result: Result) -> list[Block]:
     return [chart, TableBlock("cost", "In all", Table(["", "value"], rows), "Seconds are summed over trials.", digits=1)]
 
 
-def _raw(result: Result) -> list[Block]:
+def _raw(result: SearchResult) -> list[Block]:
     columns = ["trial", *result["space"], "outcome", "average performance", "low", "high", "forgetting", "error"]
     rows: list[list[Value]] = []
     for trial in sorted(result["trials"], key=lambda t: t["number"]):
@@ -281,7 +285,7 @@ def _raw(result: Result) -> list[Block]:
     ]
 
 
-def _summary(result: Result) -> str:
+def _summary(result: SearchResult) -> str:
     winner, runner_up = result["winner"], result["runner_up"]
     text = (
         f"{len(result['ranking'])} of {len(result['trials'])} trials finished. The best has {described(winner['values'])}:"
@@ -296,18 +300,11 @@ def _summary(result: Result) -> str:
     return text + f" {cost['stages_trained']} stages were trained; {saved} were shared or never needed."
 
 
-def _split_text(result: Result) -> str:
-    return (
-        "Trials are compared on the dev rows, which are not test rows; the best of many trials looks better there than it"
-        " is. The winner alone was scored on the test rows, after the search."
-    )
-
-
 def _test(winner: Mapping[str, Any]) -> float | None:
     return winner["test"]["metrics"]["average_performance"] if "test" in winner else None
 
 
-def _by_number(result: Result) -> dict[int, Trial]:
+def _by_number(result: SearchResult) -> dict[int, TrialResult]:
     return {trial["number"]: trial for trial in result["trials"]}
 
 

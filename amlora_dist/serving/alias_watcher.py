@@ -68,7 +68,7 @@ class Follower:
         if version.uri == serving.version or self._goes_back(version):
             return False
         bank = ServedBank.load(
-            version.uri, serving.name, tracking_uri=self._tracking_uri, beside=serving.model, **self._options
+            version.uri, serving.name, tracking_uri=self._tracking_uri, share_base_with=serving.model, **self._options
         )
         if self._stop.is_set():
             return False

@@ -23,7 +23,7 @@ from amlora_dist.tasks.conversations import Turn, joined
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AnswerPart:
     """What is new of one text's answer."""
 
     text: str | None = None
@@ -34,7 +34,7 @@ class Part:
     scores: tuple[TokenScore, ...] = ()
 
 
-Chunk = Callable[[int, Part], wire.Completion | wire.ChatChunk]
+ChunkMaker = Callable[[int, AnswerPart], wire.Completion | wire.ChatChunk]
 """Makes a chunk of a stream from the index of a text and what is new of it."""
 
 
@@ -106,7 +106,7 @@ class Writer:
         text = self.texts[index]
         return text if isinstance(text, str) else self.bank.words_of(text)
 
-    async def answers(self) -> tuple[list[Part], wire.Usage]:
+    async def answers(self) -> tuple[list[AnswerPart], wire.Usage]:
         """The whole answers, in the order of the texts."""
         exchange = await self.submit()
         begun: dict[int, Began] = {}
@@ -120,10 +120,10 @@ class Writer:
         for index in range(len(self.texts)):
             first, end = begun[index], ends[index]
             text = self.prompt_of(index) + end.text if self.echo else end.text
-            found.append(Part(text, first.route, end, (*first.scores, *end.scores)))
+            found.append(AnswerPart(text, first.route, end, (*first.scores, *end.scores)))
         return found, self._counted(exchange, list(ends.values()), [first.route for first in begun.values()])
 
-    async def stream(self, chunk: Chunk) -> AsyncIterator[bytes]:
+    async def stream(self, chunk: ChunkMaker) -> AsyncIterator[bytes]:
         """Server-sent events, beginning when the first text was read."""
         exchange = await self.submit()
         events = exchange.events()
@@ -131,7 +131,7 @@ class Writer:
         return self._events(exchange, first, events, chunk)
 
     async def _events(
-        self, exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any], None], chunk: Chunk
+        self, exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any], None], chunk: ChunkMaker
     ) -> AsyncIterator[bytes]:
         ends: list[Ended] = []
         routes: list[Route] = []
@@ -140,12 +140,12 @@ class Writer:
             if isinstance(event, Began):
                 routes.append(event.route)
                 text = self.prompt_of(index) if self.echo else None
-                return server_sent(chunk(index, Part(text, event.route, scores=event.scores)))
+                return server_sent(chunk(index, AnswerPart(text, event.route, scores=event.scores)))
             if isinstance(event, Ended):
                 ends.append(event)
-                return server_sent(chunk(index, Part(end=event)))
+                return server_sent(chunk(index, AnswerPart(end=event)))
             assert isinstance(event, Piece)
-            return server_sent(chunk(index, Part(event.text, scores=event.scores)))
+            return server_sent(chunk(index, AnswerPart(event.text, scores=event.scores)))
 
         try:
             yield to_bytes(*first)
@@ -158,7 +158,7 @@ class Writer:
         usage = self._counted(exchange, ends, routes)
         options = self.asked.stream_options
         if len(ends) == len(self.texts) and options is not None and options.include_usage:
-            last = chunk(0, Part())
+            last = chunk(0, AnswerPart())
             last.choices, last.usage = [], usage
             yield server_sent(last)
         yield b"data: [DONE]\n\n"

@@ -22,7 +22,7 @@ from amlora_dist import __version__
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
-from amlora_dist.serving.answers import Part, Writer, cards, classify, error_body, prompts_of, turns_of
+from amlora_dist.serving.answers import AnswerPart, Writer, cards, classify, error_body, prompts_of, turns_of
 from amlora_dist.serving.jobs import BusyError, EngineAwayError, LateError, StoppingError
 from amlora_dist.serving.malformed import detail_of, unread
 from amlora_dist.serving.metrics import CONTENT_TYPE
@@ -137,7 +137,7 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
         )  # fmt: skip
         head, seen = writer.head("cmpl"), dict.fromkeys(range(len(writer.texts)), 0)
 
-        def chunk(index: int, part: Part) -> wire.Completion:
+        def chunk(index: int, part: AnswerPart) -> wire.Completion:
             reason: Any = None if part.end is None else part.end.reason
             logprobs = None
             if part.scores:
@@ -170,10 +170,10 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
         )
         head = writer.head("chatcmpl")
 
-        def logprobs(part: Part) -> wire.ChatLogprobs | None:
+        def logprobs(part: AnswerPart) -> wire.ChatLogprobs | None:
             return chat_logprobs(part.scores, writer.bank.word_of) if part.scores else None
 
-        def chunk(index: int, part: Part) -> wire.ChatChunk:
+        def chunk(index: int, part: AnswerPart) -> wire.ChatChunk:
             first = part.route is not None
             delta = wire.Delta(role="assistant" if first else None, content="" if first else part.text)
             reason: Any = None if part.end is None else part.end.reason
@@ -186,7 +186,7 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
             return StreamingResponse(await writer.stream(chunk), media_type="text/event-stream")
         (part,), usage = await writer.answers()
         reason: Any = None if part.end is None else part.end.reason
-        message = wire.SaidMessage(content=part.text or "")
+        message = wire.AssistantMessage(content=part.text or "")
         choice = wire.ChatChoice(
             index=0, message=message, finish_reason=reason, logprobs=logprobs(part), routing=writer.routing(part.route)
         )

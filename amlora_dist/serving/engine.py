@@ -23,7 +23,7 @@ from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.decoding import Prefilled
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.decode_batch import can_join, joined, keep
-from amlora_dist.serving.jobs import Began, Ended, Event, Failed, Job, Piece, StoppingError
+from amlora_dist.serving.jobs import Began, Ended, Event, Failed, Job, Piece, StoppingError, by_pass, grouped
 from amlora_dist.serving.queueing import Admission, FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS, Ranker
 from amlora_dist.serving.sampling import drawn
@@ -61,7 +61,7 @@ class Engine:
 
     Args:
         settings: limits.
-        observe: hears of every pass, in the engine's thread.
+        observe: called after every pass, in the engine's thread.
     """
 
     def __init__(self, settings: ServeSettings, observe: Observe | None = None) -> None:
@@ -200,10 +200,7 @@ class Engine:
 
     def _together(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
         """Do ``work`` for jobs that can share passes at once."""
-        groups: dict[Hashable, list[Job]] = {}
-        for job in jobs:
-            groups.setdefault(job.bank.group(job.request), []).append(job)
-        for group in groups.values():
+        for group in grouped(jobs, by_pass):
             self._guarded(group, work)
 
     def _guarded(self, jobs: list[Job], work: Callable[[list[Job]], None], group: Group | None = None) -> None:

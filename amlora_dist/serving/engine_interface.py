@@ -7,7 +7,7 @@ from typing import Protocol
 
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Job
-from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.settings import ServeSettings
 
 
@@ -63,5 +63,5 @@ class AnswerEngine(Protocol):
         """Texts that wait for their first pass."""
 
 
-EngineMaker = Callable[[ServeSettings, Meters], AnswerEngine]
+EngineMaker = Callable[[ServeSettings, ServingMetrics], AnswerEngine]
 """Makes an engine with these limits that notes its figures there."""

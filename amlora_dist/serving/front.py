@@ -13,9 +13,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 GUARDED = "/v1/"
@@ -87,7 +87,7 @@ class Front:
             return
         given = False
 
-        async def replay() -> Message:
+        async def replay() -> AsgiMessage:
             nonlocal given
             if given:
                 return await receive()  # waits for the client to go away

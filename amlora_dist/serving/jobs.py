@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from amlora_dist.errors import AmloraError
@@ -116,3 +116,16 @@ class Job:
         if time.monotonic() > self.deadline:
             return LateError("the request took longer than the server allows")
         return None
+
+
+def grouped(jobs: Iterable[Job], key: Callable[[Job], Hashable]) -> list[list[Job]]:
+    """Jobs of the same key together, in the order in which the first of each came."""
+    groups: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(key(job), []).append(job)
+    return list(groups.values())
+
+
+def by_pass(job: Job) -> Hashable:
+    """Jobs of which this is equal can share passes at once."""
+    return job.bank.group(job.request)

@@ -374,7 +374,7 @@ class ChatLogprobs(_ResponseModel):
     refusal: None = None
 
 
-class SaidMessage(_ResponseModel):
+class AssistantMessage(_ResponseModel):
     """The answer's turn."""
 
     role: Literal["assistant"] = "assistant"
@@ -386,7 +386,7 @@ class ChatChoice(_ResponseModel):
     """The answer."""
 
     index: int
-    message: SaidMessage
+    message: AssistantMessage
     finish_reason: Reason
     logprobs: ChatLogprobs | None = None
     routing: RoutingWeights | None = None

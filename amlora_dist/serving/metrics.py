@@ -16,7 +16,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Meters:
+class ServingMetrics:
     """A registry of its own, so that several servers can live in one process."""
 
     def __init__(self) -> None:

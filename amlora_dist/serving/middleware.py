@@ -8,7 +8,7 @@ import time
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from amlora_dist.serving.front import GUARDED, App, Front, Message, Receive, Send, refuse
+from amlora_dist.serving.front import GUARDED, App, AsgiMessage, Front, Receive, Send, refuse
 from amlora_dist.serving.service import Service
 
 
@@ -43,7 +43,7 @@ class Gatekeeper:
             return
         start, status = time.monotonic(), 500
 
-        async def noting(message: Message) -> None:
+        async def noting(message: AsgiMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from amlora_dist.errors import AmloraError
 from amlora_dist.evaluation.requests import Classification
-from amlora_dist.serving.jobs import Classified, Event, Failed, Job
+from amlora_dist.serving.jobs import Classified, Event, Failed, Job, by_pass, grouped
 from amlora_dist.serving.queueing import FairQueue, Share
 from amlora_dist.serving.settings import ServeSettings
 
@@ -43,7 +43,7 @@ class Ranker:
 
     Args:
         settings: limits.
-        observe: hears of every classification: kind, rows, seconds.
+        observe: called after every classification: kind, rows, seconds.
         end: ends a job with its last event.
     """
 
@@ -101,10 +101,7 @@ class Ranker:
     @staticmethod
     def _alike(jobs: list[Job]) -> list[Ranking]:
         """Jobs that can share passes at once."""
-        groups: dict[object, list[Job]] = {}
-        for job in jobs:
-            groups.setdefault(job.bank.group(job.request), []).append(job)
-        return [Ranking(group, open=set(group)) for group in groups.values()]
+        return [Ranking(group, open=set(group)) for group in grouped(jobs, by_pass)]
 
     def _advance(self, queue: deque[Ranking]) -> int:
         """One pass of the first in ``queue``, which then waits behind the others; returns its tokens, at least 1."""

@@ -13,7 +13,7 @@ from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
 from amlora_dist.serving.engine_interface import AnswerEngine, EngineMaker
 from amlora_dist.serving.jobs import Classified, Ended, EngineError, Event, Failed, Job, LateError, Sampling
-from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.settings import ServeSettings
 
 GRACE_S = 30.0
@@ -47,7 +47,7 @@ class Service:
         self.settings = settings
         self.bank = bank
         """New requests are answered by this one. Replaced whole, never changed."""
-        self.metrics = Meters()
+        self.metrics = ServingMetrics()
         self.engine: AnswerEngine = engine(settings, self.metrics) if engine else Engine(settings, self.metrics.passed)
         self.engine.load(bank)
         self.metrics.watch(self.engine)

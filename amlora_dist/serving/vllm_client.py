@@ -64,14 +64,13 @@ class VllmClient:
 
     Args:
         url: ``http://HOST:PORT``, without ``/v1``.
-        transport: in place of the network's.
     """
 
-    def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, url: str) -> None:
         self.url = checked_url(url)
         key = os.environ.get(KEY_VARIABLE)
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None, transport=transport,
+            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
             timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE_S),
         )  # fmt: skip

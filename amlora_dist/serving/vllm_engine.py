@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,8 +34,9 @@ from amlora_dist.serving.jobs import (
     Job,
     Piece,
     StoppingError,
+    grouped,
 )
-from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.queueing import Admission, FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS
 from amlora_dist.serving.row_routing import RowRequest, label_plan, routed_to_rows
@@ -86,7 +87,7 @@ class VllmEngine:
         UserError: the server is not there, or is no vLLM.
     """
 
-    def __init__(self, settings: ServeSettings, metrics: Meters, *, url: str, home: Path, rank: int) -> None:
+    def __init__(self, settings: ServeSettings, metrics: ServingMetrics, *, url: str, home: Path, rank: int) -> None:
         self._settings, self._metrics, self._home, self._rank = settings, metrics, home, rank
         self._wake = threading.Condition()
         self._queue = FairQueue()
@@ -191,10 +192,7 @@ class VllmEngine:
         try:
             with torch.no_grad():
                 while jobs := self._next():
-                    groups: dict[Hashable, list[Job]] = {}
-                    for job in jobs:
-                        groups.setdefault((job.sampling is None, job.request.raw), []).append(job)
-                    for group in groups.values():
+                    for group in grouped(jobs, lambda job: (job.sampling is None, job.request.raw)):
                         self._route(group)
         finally:
             # A fault of this program may have ended it: nobody must wait for ever.

@@ -289,7 +289,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, side: Side) -> dict[str
     }
 
 
-def collate_seq2seq(examples: Sequence[Example], *, pad_id: int, side: Side = "right") -> dict[str, Tensor]:
+def collate_seq2seq(examples: Sequence[Example], *, pad_id: int, side: Side) -> dict[str, Tensor]:
     """Batch for an encoder-decoder: prompts as ``input_ids`` (B, T), targets as ``labels`` (B, T of targets)."""
     return {
         **collate_prompts(examples, pad_id=pad_id, side=side),

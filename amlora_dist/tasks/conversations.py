@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from amlora_dist.tasks.task import Columns
 
 Role = Literal["system", "user", "assistant", "tool"]
-Form = Literal["messages", "conversations", "prompt", "instruction"]
+TurnForm = Literal["messages", "conversations", "prompt", "instruction"]
 
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -27,7 +27,7 @@ _SPEAKERS: dict[str, Role] = {
     "model": "assistant", "function_response": "tool", "observation": "tool",
 }  # fmt: skip
 """ShareGPT's words for who speaks."""
-FORMS: dict[Form, tuple[tuple[str, ...], tuple[str, ...]]] = {
+FORMS: dict[TurnForm, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ()),
     "conversations": (("conversations",), ()),
     "prompt": (("prompt", "completion"), ()),

@@ -71,7 +71,7 @@ _WORDS = {b"ARROW1", b"ORC", b"PAR1", b"BZh"}
 _NAME = re.compile(r"[^\W\d][\w-]*( [\w-]+){0,2}")
 """What may be the name of a column: up to three words, as no text has them behind a comma without a space."""
 
-Line = tuple[int, str]
+NumberedLine = tuple[int, str]
 """Number, from 1, and text with its end."""
 
 
@@ -123,7 +123,7 @@ def read_file(
 
 
 def rows_of_lines(
-    lines: Iterator[Line], name: str, form: Form, needed: Sequence[tables.Needed], fixes: Fixes, column: str = "text"
+    lines: Iterator[NumberedLine], name: str, form: Form, needed: Sequence[tables.Needed], fixes: Fixes, column: str = "text"
 ) -> Iterator[RawRow]:
     """Rows of what ``lines_of`` gives; a plain line becomes a row with ``column``. Otherwise as ``read_file``."""
     if form == "csv":
@@ -137,13 +137,13 @@ def rows_of_lines(
         raise UserError(f"{name}: a stream cannot be read as {form}; give a file")
 
 
-def sniffed(lines: Iterator[Line], name: str, column: str) -> tuple[Form, Iterator[Line]]:
+def sniffed(lines: Iterator[NumberedLine], name: str, column: str) -> tuple[Form, Iterator[NumberedLine]]:
     """What a stream is by its first line, and its lines from the first on.
 
     Raises:
         UserError: the form cannot be recognised: names what to give.
     """
-    first: list[Line] = []
+    first: list[NumberedLine] = []
     for line in lines:
         first.append(line)
         if line[1].strip():
@@ -188,7 +188,7 @@ def _is_array(line: str) -> bool:
 # ---- lines ----------------------------------------------------------------------------------------------------
 
 
-def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
+def lines_of(file: BinaryIO, name: str) -> Iterator[NumberedLine]:
     """Lines of UTF-8 text, as they come, without byte order marks in front: files with one that were joined have more.
 
     They end at newlines only: JSON text may hold other line separators.
@@ -227,7 +227,7 @@ def _is_text(line: bytes) -> bool:
         return False
 
 
-def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | None) -> Iterator[RawRow]:
+def _plain_rows(lines: Iterator[NumberedLine], name: str, column: str, objects: Fixes | None) -> Iterator[RawRow]:
     for number, line in lines:
         text = line.strip()
         if objects is not None and text.startswith("{"):
@@ -239,7 +239,7 @@ def _plain_rows(lines: Iterator[Line], name: str, column: str, objects: Fixes | 
 # ---- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Iterator[Line], name: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
+def _json_rows(lines: Iterator[NumberedLine], name: str, needed: Sequence[tables.Needed], fixes: Fixes) -> Iterator[RawRow]:
     seen: set[str] = set()
     for number, line in lines:
         if not line.strip():

@@ -52,13 +52,13 @@ class Learner:
         dropout: bool = False,
         two_phases: bool = False,
         report: Callable[[dict[str, Any]], None],
-        mirror: RemoteCheckpoints | None = None,
+        remote: RemoteCheckpoints | None = None,
         keeper: Callable[[int], BestKeeper] | None = None,
         stop_in: Path | None = None,
         refit: float = 0.0,
     ) -> None:
         """``objective``: ``Method.loss``. ``two_phases``: the layers' selectors learn alone, in the second half of the
-        steps, after the adapter. ``mirror``: where checkpoints are copied to, and fetched from where the folder has none as
+        steps, after the adapter. ``remote``: where checkpoints are copied to, and fetched from where the folder has none as
         new. ``keeper``, made for so many steps, holds the adapter that is best on held-out rows: that one is the result, in
         place of the last. ``stop_in``: folder of the stop file; default: ``folder``. ``refit``: share of the steps, the
         last ones, in which a recipe learns on its support."""
@@ -66,7 +66,7 @@ class Learner:
         self.layout, self.stage, self.folder, self.fingerprint = layout, stage, folder, fingerprint
         self.mixture, self.objective, self.report = mixture, objective, report
         self.seed, self.dropout, self.two_phases = seed, dropout, two_phases
-        self.mirror = mirror
+        self.remote = remote
         self.stop_file = (folder if stop_in is None else stop_in) / STOP_FILE
         self.schedule = Schedule(
             len(examples), batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, stage=stage
@@ -77,17 +77,17 @@ class Learner:
     def resume(self) -> StageProgress | None:
         """Take up the newest checkpoint of this stage, if there is one. The same one on every rank, by rank 0's word."""
         folder, ranks, shapes = self.folder / "checkpoints", self.engine.ranks, self.engine.state_shapes()
-        if self.mirror is not None:
-            self.mirror.fetch_newest(folder)
+        if self.remote is not None:
+            self.remote.fetch_newest(folder)
         found = newest_checkpoint(folder, self.fingerprint, shapes)
         steps = ranks.gather(-1 if found is None else found[1].step)
-        if self.mirror is not None and len(set(steps)) != 1:  # a node has one that was not copied any more
+        if self.remote is not None and len(set(steps)) != 1:  # a node has one that was not copied any more
             name = checkpoint_name(steps[0])
             if ranks.rank == 0 and found is not None:
-                self.mirror.upload(folder / name)
+                self.remote.upload(folder / name)
             ranks.gather(None)  # nobody looks for it before it is there
             if ranks.rank != 0:
-                self.mirror.fetch(name, folder)
+                self.remote.fetch(name, folder)
             found = newest_checkpoint(folder, self.fingerprint, shapes, at=steps[0])
             steps = ranks.gather(-1 if found is None else found[1].step)
         if len(set(steps)) != 1:
@@ -230,5 +230,5 @@ class Learner:
             state |= self.keeper.state()
         if self.engine.ranks.rank == 0:
             saved = save_checkpoint(self.folder / "checkpoints", state, progress)
-            if self.mirror is not None:
-                self.mirror.upload(saved)
+            if self.remote is not None:
+                self.remote.upload(saved)

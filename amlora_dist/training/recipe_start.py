@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters.adapter import Adapter, rows
-from amlora_dist.adapters.reading import keeping_trunk
+from amlora_dist.adapters.reading import reusable_trunk
 from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
@@ -120,7 +120,7 @@ class RecipeStart:
     def _mean_losses(self, gates: Sequence[Tensor]) -> list[float]:
         """Under each of the gates. What lies below the adapters is computed once for all of them."""
         engine = self.learner.engine
-        trunk = keeping_trunk(self.learner.mixture) if self.shares_lower else None
+        trunk = reusable_trunk(self.learner.mixture) if self.shares_lower else None
         probe = self.examples[: self.settings.training.probe_rows]
         ranks, totals = engine.ranks, torch.zeros(len(gates), device=engine.device)
         most = min(BATCH, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank

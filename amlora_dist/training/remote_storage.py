@@ -122,7 +122,7 @@ class RemoteStorage:
         except Exception as error:
             raise self._away("cannot write to", error) from error
 
-    def mirror(self, stage: Path) -> RemoteCheckpoints:
+    def checkpoints(self, stage: Path) -> RemoteCheckpoints:
         """The copies of a stage's checkpoints."""
         return RemoteCheckpoints(f"{self.url}/{self._relative(stage)}/checkpoints")
 

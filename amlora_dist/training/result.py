@@ -54,13 +54,13 @@ class Result:
         return adapter_entry(self.adapter, self.index, training_fingerprint=self.training["fingerprint"], parent=None)
 
     def continuation(self) -> dict[str, Tensor]:
-        """What only continuation needs, by name: the statistics and the method's memory."""
+        """What only continuation needs, by name: the statistics and the method state."""
         memory = {f"{MEMORY}{name}": tensor.contiguous() for name, tensor in self.method_state.items()}
         return self.statistics.tensors() | memory
 
 
 def split_continuation(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The statistics' tensors and the method's memory, from ``Result.continuation``."""
+    """The statistics' tensors and the method state, from ``Result.continuation``."""
     statistics = {name: tensor for name, tensor in tensors.items() if not name.startswith(MEMORY)}
     return statistics, {n.removeprefix(MEMORY): tensor for n, tensor in tensors.items() if n.startswith(MEMORY)}
 
@@ -134,11 +134,11 @@ def read_result(folder: Path) -> Result:
         training = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         entry = AdapterEntry(**training.pop("adapter"))
         adapter = read_parts(folder, entry)
-        kept, memory = split_continuation(read_tensors(folder / STATISTICS))
-        statistics = TaskStatistics.from_tensors(entry.task, kept)
+        stored, state = split_continuation(read_tensors(folder / STATISTICS))
+        statistics = TaskStatistics.from_tensors(entry.task, stored)
     except (BankError, KeyError, TypeError, AttributeError, ValueError) as error:  # committed, but not by this code
         raise BankError(f"{folder}: not a training result of this project ({error}); remove it and start again") from error
-    return Result(adapter, statistics, training, entry.index, memory)
+    return Result(adapter, statistics, training, entry.index, state)
 
 
 def renew(folder: Path, index: int) -> None:

@@ -79,7 +79,7 @@ class Scoring:
     mixture: Mixture | None
     adapters: list[Adapter]
     forward_for: Callable[[Sequence[Example]], Forward]
-    """What passes over these rows call in place of ``model``, with the same arguments: it, or what stands in front of it."""
+    """What passes over these rows call in place of ``model``, with the same arguments: it, or what is in front of it."""
     examples: Examples
     plain_rows: Callable[[str, str], list[Row]]
     """Rows of a task's split, as they are in the data."""
@@ -125,17 +125,17 @@ class Scoring:
         row = self._row(cell)
         self._set_up(cell, row)
         began = time.monotonic()
-        kept = self.ranks.gather(self._kept(cell, examples, row) if self.ranks.rank == 0 else [])[0]
-        known = {prediction.row for prediction in kept}
+        reused = self.ranks.gather(self._reused(cell, examples, row) if self.ranks.rank == 0 else [])[0]
+        known = {prediction.row for prediction in reused}
         rest = [example for example in examples if example.row not in known]
         features: dict[int, Tensor] = {}
         on_rows = self._telling(cell, len(rest))
-        share = self._answers(cell, rest, row, features if cell.mode == "router" and not kept else None, on_rows)
-        found = merge([kept, *self.ranks.gather(share)])
+        share = self._answers(cell, rest, row, features if cell.mode == "router" and not reused else None, on_rows)
+        found = merge([reused, *self.ranks.gather(share)])
         if self.work.plain_texts and cell.mode != "untrained":
             spec = self.work.spec(cell.task)
             found = [by_label(one, spec.label_texts, str(spec.metric)) for one in found]
-        self._write(cell, found, len(kept), features, began)
+        self._write(cell, found, len(reused), features, began)
 
     def _telling(self, cell: Cell, rows: int) -> Callable[[int], None]:
         """Says that a score of so many rows begins; what it returns says, now and then, how many are done, as far as this
@@ -154,7 +154,7 @@ class Scoring:
         return tell
 
     def _write(
-        self, cell: Cell, predictions: list[Prediction], kept: int, features: dict[int, Tensor], began: float
+        self, cell: Cell, predictions: list[Prediction], reused: int, features: dict[int, Tensor], began: float
     ) -> None:
         """Rank 0 writes the score, with all ranks' ``features`` where they are new."""
         if cell.features is not None:
@@ -171,9 +171,9 @@ class Scoring:
                 write_features(Path(cell.features), features)
             write_predictions(folder / "predictions.jsonl", predictions)
             seconds = time.monotonic() - began
-            write_text(folder / "summary.json", json.dumps(summary | {"seconds": seconds, "kept": kept} | about))
+            write_text(folder / "summary.json", json.dumps(summary | {"seconds": seconds, "kept": reused} | about))
         metric = str(self.work.spec(cell.task).metric)
-        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "metric": metric, "kept": kept} | summary)
+        self.report({"kind": "scored", "task": cell.task, "mode": cell.mode, "metric": metric, "kept": reused} | summary)
 
     # -- plain texts, as they are served ------------------------------------------------------------------------
 
@@ -205,9 +205,9 @@ class Scoring:
         form = self.work.settings.prompt_format
         limit, chat = int(spec.max_length or form.text_tokens), self._bank_chat()
         prompts = TextPrompts(PromptTemplate(BANK_TEMPLATE), self.tokenizer, self.encoder_decoder, "the bank")
-        said = [row.text if chat or not row.turns else joined(row.turns[:-1]) for row in rows]
+        texts = [row.text if chat or not row.turns else joined(row.turns[:-1]) for row in rows]
         examples = []
-        for row, text, ids in zip(rows, said, text_ids(said, self.tokenizer, form.text_tokens), strict=True):
+        for row, text, ids in zip(rows, texts, text_ids(texts, self.tokenizer, form.text_tokens), strict=True):
             turns = row.turns[:-1] or (Turn("user", text),)
             prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
             label = labels.index(row.target) if row.target in labels else None
@@ -258,8 +258,8 @@ class Scoring:
             PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references)
             for row in self.plain_rows(cell.task, cell.split)
         ]
-        kept = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
-        known = {prediction.row for prediction in kept}
+        reused = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
+        known = {prediction.row for prediction in reused}
         rest = [row for row in rows if row.number not in known]
         features: dict[int, Tensor] = {}
         on_rows = self._telling(cell, len(rest))
@@ -270,10 +270,10 @@ class Scoring:
                 rank=self.ranks.rank,
                 world=self.ranks.world,
                 all_done=self._all_done if mixture.routing.whole_passes else bool,
-                on_features=features.__setitem__ if cell.features is not None and not kept else None,
+                on_features=features.__setitem__ if cell.features is not None and not reused else None,
                 on_rows=on_rows,
             )
-        self._write(cell, merge([kept, *self.ranks.gather(share)]), len(kept), features, began)
+        self._write(cell, merge([reused, *self.ranks.gather(share)]), len(reused), features, began)
 
     def _answering(self, mixture: Mixture) -> Answering:
         """The bank of this stage as it will be served."""
@@ -315,7 +315,7 @@ class Scoring:
         gates = router.to("cpu").gates(features, len(numbers))
         if scorer.task is not None:
             gates = mixture.one_hot(mixture.task_names.index(scorer.task), len(numbers)).cpu()
-        changed = [] if mixture.silent is None else tasks_using(self.adapters, mixture.silent)
+        changed = [] if mixture.disabled is None else tasks_using(self.adapters, mixture.disabled)
         before = [Path(folder) for folder in cell.before]
         found = unchanged(before, numbers, gates, noted=not named, changed=changed)
         return rescored(
@@ -344,7 +344,7 @@ class Scoring:
         if self.method.layers.selects:
             self.mixture.use_selectors(row is None)  # the task's row alone, or none, is what the others mean
 
-    def _kept(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
+    def _reused(self, cell: Cell, examples: Sequence[Example], row: int | None) -> list[Prediction]:
         """Predictions of earlier scores that hold for this cell too."""
         mixture = self.mixture
         if mixture is None or mixture.router is None or not cell.before or self.work.plain_texts:
@@ -352,7 +352,7 @@ class Scoring:
         rows = [example.row for example in examples]
         path = None if cell.features is None else Path(cell.features)
         gates = gates_from(mixture.router, path, rows) if row is None else mixture.one_hot(row, len(rows)).cpu()
-        changed = [] if mixture.silent is None else tasks_using(self.adapters, mixture.silent)
+        changed = [] if mixture.disabled is None else tasks_using(self.adapters, mixture.disabled)
         before = [Path(folder) for folder in cell.before]
         return [] if gates is None else unchanged(before, rows, gates, noted=row is None, changed=changed)
 

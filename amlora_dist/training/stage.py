@@ -89,11 +89,11 @@ def run_stage(
     """
     if distributed:
         join_process_group()
-    kept = cache or WorkerCache()
+    worker_cache = cache or WorkerCache()
 
     def begun(one: StageWork, steps: int) -> float:
-        with kept.stage():
-            return _Stage(one, distributed, report, device, kept).begin(steps)
+        with worker_cache.stage():
+            return _Stage(one, distributed, report, device, worker_cache).begin(steps)
 
     with disk_watched():
         if work.race is not None:
@@ -101,7 +101,7 @@ def run_stage(
             run_rate_race(work, work.race, begun, writes=ranks.rank == 0)
             return
         with contextlib.nullcontext() if cache is None else cache.stage():
-            stage = _Stage(work, distributed, report, device, kept)
+            stage = _Stage(work, distributed, report, device, worker_cache)
             is_trained = stage.agree()
             if stage.method.trains is Trains.NOTHING:
                 stage.score_base()
@@ -111,7 +111,7 @@ def run_stage(
 
 
 @dataclass(frozen=True, slots=True)
-class _Bank:
+class _LoadedBank:
     """A bank in its model, with what its router is made of."""
 
     mixture: Mixture
@@ -141,7 +141,7 @@ class _Stage:
         """Lets go of the model that the stage has used, after its last pass."""
 
     def agree(self) -> bool:
-        """Whether the stage is trained, by rank 0's word; and bring what this node lacks, where nodes share no folder.
+        """Whether the stage is trained, by rank 0's word; and fetch what this node lacks, where nodes share no folder.
 
         Raises:
             UserError: the store of the copies is away, or what should be there is not.
@@ -161,16 +161,16 @@ class _Stage:
             copies.fetch(work.trained, partial(is_whole, work.trained))
         return trained
 
-    def restored(self) -> _Bank:
+    def restored(self) -> _LoadedBank:
         """The bank of a stage that is trained, from its folders."""
         results = [*self._parents(), read_result(self.work.trained)]
         model = self._load_base()
         adapters = [result.adapter for result in results]
         mixture = self._inject(model, adapters, new=None)
         mixture.model = self._ready(model)
-        return _Bank(mixture, adapters, [result.statistics for result in results])
+        return _LoadedBank(mixture, adapters, [result.statistics for result in results])
 
-    def score(self, bank: _Bank) -> None:
+    def score(self, bank: _LoadedBank) -> None:
         """Score the cells, as the finished bank answers."""
         mixture = bank.mixture
         mixture.set_router(self.method.router(bank.statistics))
@@ -218,7 +218,7 @@ class _Stage:
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def train(self) -> _Bank:
+    def train(self) -> _LoadedBank:
         """Train the new adapter, and leave the stage's result in its folder."""
         work, settings, parents = self.work, self.settings, self._parents()
         model = self._load_base()
@@ -278,7 +278,7 @@ class _Stage:
             if work.copies is not None:
                 work.copies.upload(work.trained)
         self.ranks.gather(None)  # nobody goes on before the result is there
-        return _Bank(mixture, [*adapters, adapter], statistics)
+        return _LoadedBank(mixture, [*adapters, adapter], statistics)
 
     def begin(self, steps: int) -> float:
         """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
@@ -352,7 +352,7 @@ class _Stage:
             dropout=settings.adapters.dropout > 0,
             two_phases=self.layers.selectors_alone,
             report=self.report,
-            mirror=work.mirror,
+            remote=work.remote_checkpoints,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
             refit=settings.recipe.refit,
             stop_in=None if work.stop_in is None else Path(work.stop_in),
@@ -396,7 +396,7 @@ class _Stage:
     def _all_statistics(
         self, makes: StageStatistics, mixture: Mixture, every: list[Example], parents: list[Result], cache: TrunkCache | None
     ) -> list[TaskStatistics]:
-        """Of the bank's tasks, the newest last, with those of generic texts, by which texts of no task are told. They
+        """Of the bank's tasks, the newest last, with those of generic texts, by which texts of no task are recognised. They
         are of the plain model, so that training changes nothing about them."""
         router, earlier = self.settings.router, [parent.statistics for parent in parents]
         features_of = None

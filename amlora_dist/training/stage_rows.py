@@ -80,7 +80,7 @@ class StageRows:
 
     @property
     def alone(self) -> bool:
-        """Whether all rows that are learned are of the stage's own task, as it was told."""
+        """Whether all rows that are learned are of the stage's own task, as it was given."""
         named = (self.work.rows or {self.work.task: None}).items()
         learned = {task: limit for task, limit in named if limit is None or not self.memory_rows}
         return learned == {self.work.task: None} and not self.work.mixed

@@ -117,7 +117,7 @@ class StageWork:
     root: str = ""
     """The folder below which all others lie; absolute."""
     url: str | None = None
-    """Where checkpoints are copied to, if nodes share no folder (``training.mirror``)."""
+    """Where checkpoints are copied to, if nodes share no folder (``training.remote_storage``)."""
     apart: bool = False
     """Whether workers have folders of their own: then what is finished goes to ``url`` too, and comes from there."""
     race: RateRace | None = None
@@ -149,15 +149,15 @@ class StageWork:
         return RemoteStorage(self.url, Path(self.root)) if self.url is not None and self.apart else None
 
     @property
-    def mirror(self) -> RemoteCheckpoints | None:
+    def remote_checkpoints(self) -> RemoteCheckpoints | None:
         """Copies of this stage's checkpoints."""
-        return None if self.url is None else RemoteStorage(self.url, Path(self.root)).mirror(self.path)
+        return None if self.url is None else RemoteStorage(self.url, Path(self.root)).checkpoints(self.path)
 
     def progress(self) -> tuple[int, int]:
         """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
         names = [mark.parent.name for mark in self.path.glob("checkpoints/step-*/COMMIT")]
-        if self.apart and self.mirror is not None:
-            names += self.mirror.committed()
+        if self.apart and self.remote_checkpoints is not None:
+            names += self.remote_checkpoints.committed()
         steps = [int(name.removeprefix("step-")) for name in names]
         return max(steps, default=0), sum(cell.done for cell in self.cells) + self.is_trained
 

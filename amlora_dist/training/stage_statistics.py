@@ -1,7 +1,7 @@
 """The router's statistics of one stage: features of its rows, reduced over ranks, and the rows that are held out.
 
 In prompt format 2 the held-out rows are seen by nobody: the adapter does not train on them, the statistics do not count
-them, and what the finished model says of their labels is kept beside their features. In format 1 they are kept out of the
+them, and what the finished model says of their labels is kept next to their features. In format 1 they are kept out of the
 statistics alone.
 
 Shapes in names: B rows, L tokens, D features, T tasks.
@@ -95,7 +95,7 @@ class StageStatistics:
         prompt_features: Callable[[Sequence[Example]], Tensor] | None,
         label_count: int,
     ) -> TaskStatistics:
-        """Statistics of all rows but the held-out ones, which go beside them.
+        """Statistics of all rows but the held-out ones, which go next to them.
 
         Args:
             mixture: of the model.
@@ -176,7 +176,7 @@ class StageStatistics:
         Args:
             mixture: of the model.
             cache: folder of files that may be deleted at any time.
-            decided_by: what beside the texts decides them: base model, dtype, layers.
+            decided_by: what besides the texts decides them: base model, dtype, layers.
         """
         own = {"texts": background.digest(), "limit": PART_TEXTS, "skip": self.router.skip_tokens}
         key = value_digest({**decided_by, **own})

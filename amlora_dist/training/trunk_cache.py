@@ -6,7 +6,7 @@ unpadded, so that a hit and a miss give the same bits, whoever wrote the file. F
 with a checksum: several workers share a folder without a lock, and one that was cut off leaves nothing that is read. When
 the files of all folders together pass the limit, those that were used longest ago go.
 
-The cache stands in front of a model (``TrunkCache.attach`` for training, ``TrunkCache.forward_for`` for prompts): whoever
+The cache is in front of a model (``TrunkCache.attach`` for training, ``TrunkCache.forward_for`` for prompts): whoever
 calls the model knows nothing of it.
 """
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.8
+RETAINED_SHARE = 0.8
 """Of the limit, what is left after old files went."""
 ROOM = 8
-"""Sets of rows (the splits of tasks) for which the limit must have room if one of them is to be kept for decoding."""
+"""Sets of rows (the splits of tasks) for which the limit must have room if one of them is to be cached for decoding."""
 LOOKS = 16
 """The files are counted after every 1/LOOKS of the limit that this process has written."""
 
@@ -55,8 +55,8 @@ class TrunkCache:
         folder: of all trunks' files; shared by processes.
         limit: of its size, bytes.
         dtype: of the states.
-        decided_by: what beside layer, dtype and library versions decides them.
-        decodes: keep the layers' keys and values beside the states, for prompts that are decoded from.
+        decided_by: what besides layer, dtype and library versions decides them.
+        decodes: keep the layers' keys and values next to the states, for prompts that are decoded from.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class TrunkCache:
         decodes: bool = False,
     ) -> None:
         self.trunk, self._root, self._limit, self._dtype = trunk, folder, limit, dtype
-        self._compute = trunk.kept if decodes else trunk.states
-        self.width = trunk.kept_width if decodes else trunk.width
-        """Numbers kept of a token."""
+        self._compute = trunk.states_and_kv if decodes else trunk.states
+        self.width = trunk.states_and_kv_width if decodes else trunk.width
+        """Numbers cached of a token."""
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         versions["cpu"] = torch.backends.cpu.get_cpu_capability()  # another one rounds in another way
         key = {**decided_by, **versions, "layer": str(trunk.layer), "dtype": str(dtype), "width": str(self.width)}
@@ -83,7 +83,7 @@ class TrunkCache:
         self.hits = self.misses = 0
 
     def attach(self, model: nn.Module) -> RemovableHandle:
-        """Stand in front of ``model``: passes over whole rows that leave nothing for later ones (``use_cache=False``:
+        """Go in front of ``model``: passes over whole rows that leave nothing for later ones (``use_cache=False``:
         training) begin above the trunk. Until the handle is removed, or the model is given back as it was loaded."""
         return model.register_forward_pre_hook(self._bring, with_kwargs=True)
 
@@ -102,18 +102,18 @@ class TrunkCache:
 
     def states(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """States of these rows, (B, L, D), padded on the left with zeros, on the CPU."""
-        return self.states_in(self.kept(rows))
+        return self.states_in(self.cached(rows))
 
-    def states_in(self, kept_BLW: Tensor) -> Tensor:
-        """The states among what is kept, (B, L, D)."""
-        return kept_BLW[..., : self.trunk.width]
+    def states_in(self, cached_BLW: Tensor) -> Tensor:
+        """The states among what is cached, (B, L, D)."""
+        return cached_BLW[..., : self.trunk.width]
 
-    def fill(self, cache: Any, kept_BLW: Tensor) -> None:
+    def fill(self, cache: Any, cached_BLW: Tensor) -> None:
         """Put the keys and values among it into the KV cache of the pass that was given the states."""
-        self.trunk.fill(cache, kept_BLW)
+        self.trunk.fill(cache, cached_BLW)
 
-    def kept(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """All that is kept of these rows, (B, L, W); the first D are the states."""
+    def cached(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """All that is cached of these rows, (B, L, W); the first D are the states."""
         longest = max(map(len, rows))
         out_BLW = torch.zeros(len(rows), longest, self.width, dtype=self._dtype)
         for place, row in enumerate(rows):
@@ -138,9 +138,9 @@ class TrunkCache:
             self.hits += 1
             return found
         self.misses += 1
-        kept_LW = self._compute(tokens).to("cpu", self._dtype).contiguous()
-        self._write(file, kept_LW)
-        return kept_LW
+        row_LW = self._compute(tokens).to("cpu", self._dtype).contiguous()
+        self._write(file, row_LW)
+        return row_LW
 
     def _read(self, file: Path, name: str, length: int) -> Tensor | None:
         """The mapped file; None where there is none, or where it is not whole."""
@@ -154,7 +154,7 @@ class TrunkCache:
                     stream.seek(-4, os.SEEK_END)
                     expected = struct.unpack("<I", stream.read(4))[0]
                 if _checksum(flat) != expected:
-                    log.warning("%s: damaged, computed anew", file)
+                    log.warning("%s: damaged, computed again", file)
                     return None
                 os.utime(file)  # used now: the last to go
                 self._checked.add(name)
@@ -162,20 +162,20 @@ class TrunkCache:
             return None
         return flat.view(length, self.width)
 
-    def _write(self, file: Path, kept: Tensor) -> None:
+    def _write(self, file: Path, row: Tensor) -> None:
         tmp = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tmp.open("wb") as stream:
-                stream.write(_bytes(kept))
-                stream.write(struct.pack("<I", _checksum(kept)))
+                stream.write(_bytes(row))
+                stream.write(struct.pack("<I", _checksum(row)))
             tmp.replace(file)
         except OSError as error:
             log.warning("the trunk cache cannot keep %s: %s; going on without", file, error)
             with contextlib.suppress(OSError):
                 tmp.unlink(missing_ok=True)
             return
-        self._written += kept.numel() * kept.element_size()
+        self._written += row.numel() * row.element_size()
         if self._written * LOOKS >= self._limit:
             self._written = 0
             make_room(self._root, self._limit)
@@ -198,9 +198,9 @@ class CachedForward:
             return self._model(**inputs)
         if inputs.get("task_gate") is None and not self._cache.trunk.can_route:
             return self._model(**inputs)
-        kept_BLW = self._cache.kept(_rows_of(inputs)).to(inputs["input_ids"].device)
-        output = self._model(**inputs, trunk_states=self._cache.states_in(kept_BLW))
-        self._cache.fill(output.past_key_values, kept_BLW)
+        cached_BLW = self._cache.cached(_rows_of(inputs)).to(inputs["input_ids"].device)
+        output = self._model(**inputs, trunk_states=self._cache.states_in(cached_BLW))
+        self._cache.fill(output.past_key_values, cached_BLW)
         return output
 
 
@@ -227,7 +227,7 @@ def make_room(folder: Path, limit: int) -> None:
         if total <= limit:
             return
         for _, size, file in sorted(files):
-            if total <= KEPT_SHARE * limit:
+            if total <= RETAINED_SHARE * limit:
                 return
             with contextlib.suppress(OSError):
                 file.unlink()

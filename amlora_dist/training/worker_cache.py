@@ -36,7 +36,7 @@ MOST_TOKENS = 8_000_000
 MOST_FEATURES = 32_000_000
 """Numbers among the features that are kept, of all ranks: 128 MB. Those that were used longest ago go."""
 
-Rows = TypeVar("Rows", bound=Sequence[Any])
+RowsT = TypeVar("RowsT", bound=Sequence[Any])
 
 
 class WorkerCache:
@@ -138,7 +138,7 @@ class WorkerCache:
             self._tokenizer = f"{base.digest} {base.path}", load_tokenizer(base.path)
         return self._tokenizer[1]
 
-    def rows(self, key: Hashable | None, make: Callable[[], Rows], size: Callable[[Rows], int]) -> Rows:
+    def rows(self, key: Hashable | None, make: Callable[[], RowsT], size: Callable[[RowsT], int]) -> RowsT:
         """What ``make`` gives, from the second time on as it was.
 
         Args:
@@ -154,7 +154,7 @@ class WorkerCache:
         self._rows.move_to_end(key)
         while len(self._rows) > 1 and sum(tokens for _, tokens in self._rows.values()) > MOST_TOKENS:
             self._rows.popitem(last=False)
-        rows: Rows = self._rows[key][0]
+        rows: RowsT = self._rows[key][0]
         return rows
 
     def features(self, key: Hashable, rows: int, make: Callable[[], Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -23,13 +22,13 @@ from amlora_dist.registry.manifest import Manifest, read_manifest
 from amlora_dist.registry.newest import newest
 from amlora_dist.registry.pulling import manifest_of, pull_bank
 from amlora_dist.registry.store import Store
-from pipelines.cli.output import stdout_to_stderr
+from pipelines.cli.output import print_json, stdout_to_stderr
 from pipelines.cli.tables import console_for
 from pipelines.cluster.resources import check_folder
 
 if TYPE_CHECKING:
     from amlora_dist.registry.signing import Trust
-    from amlora_dist.registry.transfer import Progress
+    from amlora_dist.registry.transfer import TransferProgress
     from amlora_dist.registry.versions import Version
 
 
@@ -55,7 +54,7 @@ def show_models(tracking_uri: str | None, *, as_json: bool) -> None:
                     "aliases": dict(aliases(store, name)),
                 })  # fmt: skip
     if as_json:
-        _print_json(listed)
+        print_json(listed)
         return
     if not listed:
         print(f"no banks at {store.connection.shown}: amlora run CONFIG makes the first one", file=sys.stderr)
@@ -79,7 +78,7 @@ def show_versions(name: str, tracking_uri: str | None, *, as_json: bool) -> None
     with stdout_to_stderr():
         listed = list(_version_lines(store, name))
     if as_json:
-        _print_json(listed)
+        print_json(listed)
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("version", "aliases", "tasks", "last task", "average", "run", "note"):
@@ -291,7 +290,7 @@ def show_difference(first: str, second: str, tracking_uri: str | None, *, as_jso
         before, after = (_manifest(bank, tracking_uri) for bank in (first, second))
     found = difference(before, after)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     console = console_for()
     console.print(f"{first} -> {second}")
@@ -360,7 +359,7 @@ def _fraction(score: float | None) -> str:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress | None]:
+def _bar() -> Iterator[TransferProgress | None]:
     """A bar of parts on standard error where that is a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -373,8 +372,3 @@ def _bar() -> Iterator[Progress | None]:
     with Bar(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("looking", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()

@@ -4,65 +4,37 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-Answered = Callable[..., AbstractContextManager[None]]
-"""Turns errors into messages and exit codes; takes ``verbose``."""
-
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, the rest on standard error.")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.", show_default=False)]
-Bank = Annotated[
-    str, typer.Argument(metavar="BANK", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder.", show_default=False)
-]
-Uri = Annotated[
-    str, typer.Argument(metavar="URI", help="models:/NAME@ALIAS, models:/NAME/VERSION or hf://OWNER/NAME[@REVISION].")
-]
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="[FILE]", help="JSON lines, CSV, Parquet or plain lines; - is standard input.", show_default=False
-    ),
-]
-Format = Annotated[
-    Literal["auto", "jsonl", "csv", "parquet", "text"],
-    typer.Option(help="Of the input; auto goes by its suffix or, without one, by its first line."),
-]
-Spreadsheet = Annotated[
-    bool, typer.Option("--spreadsheet", help="CSV whose texts no spreadsheet takes for formulas: a ' in front of = + - @.")
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File for the results; default: standard output.")]
-Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if it is not where the bank says.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-Abstain = Annotated[
-    float | None,
-    typer.Option(
-        min=0, help="Share of own rows that may be lost by giving texts of no task to the base model; 0: off.",
-        show_default="as the bank was published",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Quantisation = Annotated[
-    Literal["none", "nf4", "int8"] | None,
-    typer.Option(help="Of the base model; another than the bank's answers otherwise.", show_default="the bank's own"),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one pass.")]
-Task = Annotated[str | None, typer.Option(help="Use this task's row and prompt instead of the router.")]
-Question = Annotated[str | None, typer.Option(help="Asked of every text.")]
-Column = Annotated[str, typer.Option(help="Key or column of the text; `task` and `question` are read too.")]
-
-
-Signature = Annotated[
-    Path | None, typer.Option("--require-signature", help="PEM of the public key that must have signed the bank.")
-]
-Expected = Annotated[str | None, typer.Option("--expect-digest", help="The manifest's, as `amlora verify` prints it.")]
+from pipelines.cli.options import (
+    Abstain,
+    Bank,
+    Base,
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    Expected,
+    Format,
+    Json,
+    Label,
+    NewFolder,
+    Output,
+    Quantisation,
+    Question,
+    RegisteredName,
+    Signature,
+    Source,
+    Spreadsheet,
+    Task,
+    TrackingUri,
+    Uri,
+    VersionNumber,
+)
 
 
 def versions(
@@ -71,7 +43,6 @@ def versions(
     ] = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """List the versions of a registered model, with their tasks, scores and aliases; or all registered models."""
     from pipelines.cli.bank_output import show_models, show_versions
@@ -89,7 +60,6 @@ def pull(
     require_signature: Signature = None,
     expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Make a self-contained folder of a version; what an interrupted pull has fetched is not fetched again."""
     from amlora_dist.registry.signing import Trust
@@ -108,7 +78,6 @@ def push(
     ] = None,
     statistics: Annotated[bool, typer.Option(help="Send what only further training needs, too.")] = False,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Push a bank to the Hugging Face Hub, never its base model; `amlora pull hf://REPO` gets it back."""
     from pipelines.cli.bank_output import push as push_bank
@@ -127,7 +96,6 @@ def diff(
     base: Base = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """What two banks differ in: base model, tasks, adapters, router, scores; with --sample, which answers."""
     from pipelines.cli.bank_output import show_difference
@@ -150,7 +118,6 @@ def ask(
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
     from pipelines.cli.scoring import ask as ask_bank
@@ -175,7 +142,6 @@ def chat(
     quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Talk to a bank: every line is a turn, answered with its route; /new begins again, /quit leaves."""
     from pipelines.cli.conversation import converse
@@ -191,7 +157,7 @@ def score(
     data: Annotated[str, typer.Argument(metavar="DATA", help="Rows of text and right answer.", show_default=False)],
     task: Annotated[str, typer.Option(help="The rows' task, which the bank does not get.", show_default=False)],
     column: Column = "text",
-    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    label: Label = "label",
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -200,7 +166,6 @@ def score(
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Score rows of your own at any version, as plain text: accuracy, routing, and each kind of evidence."""
     from pipelines.cli.scoring import Rows
@@ -212,13 +177,12 @@ def score(
 
 
 def alias(
-    name: Name,
-    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    name: RegisteredName,
+    version: VersionNumber,
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.", show_default=False)],
     require_signature: Signature = None,
     expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Point an alias at a version."""
     from amlora_dist.registry.signing import Trust
@@ -228,8 +192,8 @@ def alias(
 
 
 def promote(
-    name: Name,
-    version: Annotated[int, typer.Argument(metavar="VERSION", help="Number of the version.", show_default=False)],
+    name: RegisteredName,
+    version: VersionNumber,
     sample: Annotated[
         Path, typer.Option(help="Rows of text, task and right answer that both versions are scored on.", show_default=False)
     ],
@@ -242,7 +206,7 @@ def promote(
         float, typer.Option(help="Share of a task's rows by which it may be worse than the version it replaces.")
     ] = 0.02,
     column: Column = "text",
-    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    label: Label = "label",
     batch_size: BatchSize = 8,
     base: Base = None,
     device: Device = None,
@@ -252,7 +216,6 @@ def promote(
     expect_digest: Expected = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Point an alias at a version if it passes, as served, and is not worse than the one it replaces; exit code 5 if not."""
     from pipelines.cli.promotion import Promotion
@@ -269,7 +232,7 @@ def promote(
     promote_version(asked, options, as_json=as_json)
 
 
-def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = False) -> None:
+def verify(bank: Bank, tracking_uri: TrackingUri = None) -> None:
     """Read every part of a bank and compare it with its digest; a version is fetched as a whole for that."""
     from pipelines.cli.bank_output import verify_bank
 
@@ -277,14 +240,13 @@ def verify(bank: Bank, tracking_uri: TrackingUri = None, verbose: Verbose = Fals
 
 
 def prune(
-    name: Name,
+    name: RegisteredName,
     numbers: Annotated[
         list[int] | None,
         typer.Argument(metavar="[VERSION]...", help="Default: those that do not count.", show_default=False),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what would be deleted.")] = False,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Delete versions that nothing refers to: no alias, no other version, no run at work.
 
@@ -298,7 +260,7 @@ def prune(
 
 def export(
     bank: Bank,
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
+    dest: NewFolder,
     format: Annotated[  # noqa: A002 (the option's name)
         Literal["peft", "merged", "top1", "vllm", "gguf"], typer.Option(help="What to make of the bank.")
     ] = "peft",
@@ -320,7 +282,6 @@ def export(
     dtype: Dtype = "auto",
     quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Write a bank for other tools: PEFT adapters, one merged model, one adapter a prompt, for vLLM, llama.cpp (gguf)."""
     from pipelines.cli.exports import Export, export_bank
@@ -346,7 +307,6 @@ def import_peft(
     column: Column = "text",
     base: Base = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Make an existing PEFT LoRA an adapter of a bank, with statistics for the router from a sample of its texts."""
     from pipelines.cli.exports import import_adapter
@@ -375,7 +335,6 @@ def generate(
     quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Answer texts from a file or standard input, line by line as they come; greedy, routed unless --task."""
     from pipelines.cli.batch_inference import Files, answer_texts
@@ -406,7 +365,6 @@ def classify(
     quantisation: Quantisation = None,
     abstain: Abstain = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """The most likely label of each text from a file or standard input: of the routed task, unless --label or --task."""
     from pipelines.cli.batch_inference import Files, classify_texts
@@ -422,10 +380,9 @@ def rekey(
     bank: Bank,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.", show_default=False)],
     rows: Annotated[list[str], typer.Option(help="TASK=FILE, once for each task of the bank.", show_default=False)],
-    label: Annotated[str, typer.Option(help="Key or column of the right answer.")] = "label",
+    label: Label = "label",
     base: Base = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Give a bank of before 0.2 a router for plain text, made of rows; its adapters stay as they are."""
     from pipelines.cli.scoring import rekey_bank
@@ -433,36 +390,7 @@ def rekey(
     typer.echo(rekey_bank(bank, dest, rows, label, {"base": base, "tracking_uri": tracking_uri}))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "versions": versions,
-    "pull": pull,
-    "push": push,
-    "diff": diff,
-    "alias": alias,
-    "promote": promote,
-    "verify": verify,
-    "prune": prune,
-    "export": export,
-    "import-peft": import_peft,
-    "ask": ask,
-    "chat": chat,
-    "score": score,
-    "rekey": rekey,
-    "generate": generate,
-    "classify": classify,
-}
-
-
-def add_commands(app: typer.Typer, answered: Answered, commands: Mapping[str, Callable[..., None]] = COMMANDS) -> None:
-    """Add commands to the program: those of this module, or another one's."""
-    for name, command in commands.items():
-        app.command(name)(_guarded(command, answered))
-
-
-def _guarded(command: Callable[..., None], answered: Answered) -> Callable[..., None]:
-    @functools.wraps(command)
-    def guarded(*args: Any, verbose: bool = False, **options: Any) -> None:
-        with answered(verbose=verbose):
-            command(*args, verbose=verbose, **options)
-
-    return guarded
+COMMANDS: tuple[Callable[..., None], ...] = (
+    versions, pull, push, diff, alias, promote, verify, prune, export, import_peft, ask, chat, score, rekey, generate,
+    classify,
+)  # fmt: skip

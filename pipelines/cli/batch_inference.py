@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import UserError
 from pipelines.cli.output import stdout_to_stderr
-from pipelines.cli.row_input import Asked, Line, check_words, opened
+from pipelines.cli.row_input import Asked, InputRow, check_words, opened
 from pipelines.cli.row_output import check_fields, checked_place, writer
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def answer_texts(
         UserError: a row without text, a task that the bank does not have, an unreadable file.
     """
 
-    def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    def work(model: AMLoRAModel, lines: Sequence[InputRow]) -> list[dict[str, Any]]:
         found = model.answer([line.request for line in lines], **_call(lines, call), batch_size=batch_size)
         return [{"answer": one.text, "ended": one.ended, **_routed(one.route)} for one in found]
 
@@ -56,7 +56,7 @@ def classify_texts(
 ) -> None:
     """``amlora classify``: adds ``label``, ``score`` and ``route`` to every row; errors as ``answer_texts``."""
 
-    def work(model: AMLoRAModel, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    def work(model: AMLoRAModel, lines: Sequence[InputRow]) -> list[dict[str, Any]]:
         found = model.classify([line.request for line in lines], **_call(lines, call), batch_size=batch_size)
         return [
             {
@@ -75,7 +75,7 @@ def _run(
     batch_size: int,
     call: dict[str, Any],
     options: dict[str, Any],
-    work: Callable[[AMLoRAModel, Sequence[Line]], list[dict[str, Any]]],
+    work: Callable[[AMLoRAModel, Sequence[InputRow]], list[dict[str, Any]]],
 ) -> None:
     """Check the files, the rows and the tasks; only then load the model."""
     place = checked_place(files.output, files.source, spreadsheet=files.spreadsheet)
@@ -118,14 +118,14 @@ def check_task(task: str | None, tasks: Sequence[str]) -> None:
         raise UserError(f"--task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
 
 
-def chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+def chunks(lines: Iterable[InputRow], size: int) -> Iterator[list[InputRow]]:
     """Batches of ``size`` lines."""
     iterator = iter(lines)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
-def drained(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+def drained(lines: Iterable[InputRow], size: int) -> Iterator[list[InputRow]]:
     """Batches of what has come in, ``size`` at most: a line is never kept waiting for the next one.
 
     Raises:
@@ -144,9 +144,9 @@ def drained(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
     threading.Thread(target=read, daemon=True, name="amlora-stdin").start()
     ending: Any = None
     while ending is None:
-        batch: list[Line] = []
+        batch: list[InputRow] = []
         item = waiting.get()
-        while isinstance(item, Line):
+        while isinstance(item, InputRow):
             batch.append(item)
             if len(batch) == size:
                 break
@@ -154,7 +154,7 @@ def drained(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
                 item = waiting.get_nowait()
             except queue.Empty:
                 break
-        if not isinstance(item, Line):
+        if not isinstance(item, InputRow):
             ending = item
         if batch:
             yield batch
@@ -164,7 +164,7 @@ def drained(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
         raise UserError(f"standard input: {ending}") from ending
 
 
-def _call(lines: Sequence[Line], call: dict[str, Any]) -> dict[str, Any]:
+def _call(lines: Sequence[InputRow], call: dict[str, Any]) -> dict[str, Any]:
     """The call's options, with ``task`` and ``question`` of each row where the command line names none."""
     given = dict(call)
     for key in ("task", "question"):

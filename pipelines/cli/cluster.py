@@ -5,16 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
+from pipelines.cli.options import Config, JsonObject, Overrides
+from pipelines.cli.output import print_json, stdout_to_stderr
+
 Address = Annotated[
     str,
     typer.Option(
@@ -24,7 +21,6 @@ Address = Annotated[
 ]  # fmt: skip
 DASHBOARD = "http://127.0.0.1:8265"
 Named = Annotated[str, typer.Argument(metavar="JOB", help="Submission id, or a run id for its newest attempt.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
 
 
 def plan(
@@ -49,12 +45,10 @@ def plan(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of tasks on the Hub that have no limit.")
     ] = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
+    as_json: JsonObject = False,
 ) -> None:
     """Memory, hours and bytes of a run on a cluster, from the model's configuration alone; exit code 2 if it cannot fit."""
     from amlora_dist.errors import UserError
-    from pipelines.cli.output import stdout_to_stderr
     from pipelines.cli.plan import cluster_of, plan_of, show_plan
 
     with stdout_to_stderr():
@@ -67,7 +61,7 @@ def plan(
             config, overrides, cluster=cluster, tflops=peak, utilisation=utilisation, bandwidth=bandwidth, rows=rows
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
         show_plan(made)
     if not made.configured.fits:
@@ -84,14 +78,13 @@ def submit(
     search_id: Annotated[
         str | None, typer.Option(help="The same for `amlora tune`, where CONFIG has a `search` section.")
     ] = None,
-    working_dir: Annotated[Path, typer.Option(help="Shipped but for what .gitignore names; at most 100 MB.")] = Path("."),
+    working_dir: Annotated[Path, typer.Option(help="Shipped but for what git ignores; at most 100 MB.")] = Path("."),
     env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the driver and its workers; repeat.")] = None,
     runtime_env: Annotated[Path | None, typer.Option(help="YAML of Ray's runtime environment, such as pip.")] = None,
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="As of `amlora run` and `amlora tune`.")
     ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the submission id and leave.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Run CONFIG as a job on a Ray cluster, print what it prints, and exit with its exit code.
 
@@ -130,7 +123,7 @@ def submit(
     raise typer.Exit(exit_code_of(job))
 
 
-def jobs(address: Address = DASHBOARD, as_json: Json = False, verbose: Verbose = False) -> None:
+def jobs(address: Address = DASHBOARD, as_json: JsonObject = False) -> None:
     """List the jobs of a cluster, with their runs and attempts."""
     from dataclasses import asdict
 
@@ -138,7 +131,7 @@ def jobs(address: Address = DASHBOARD, as_json: Json = False, verbose: Verbose =
 
     found = Jobs(address).all()
     if as_json:
-        _print_json([asdict(job) for job in found])
+        print_json([asdict(job) for job in found])
         return
     from pipelines.cli.jobs import show_jobs
 
@@ -149,7 +142,6 @@ def logs(
     job: Named,
     address: Address = DASHBOARD,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; exit with its code.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Print what a job has printed."""
     from pipelines.cluster.jobs import Jobs
@@ -167,7 +159,6 @@ def stop(
     job: Named,
     address: Address = DASHBOARD,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds to wait for its checkpoint.")] = 600.0,
-    verbose: Verbose = False,
 ) -> None:
     """Let a job finish its step, write a checkpoint and end; submitting its run id again goes on from there."""
     from pipelines.cluster.jobs import Jobs
@@ -181,10 +172,4 @@ def stop(
     typer.echo(f"job {ended.id}: {ended.status}; submit the same run id again to go on")
 
 
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "submit": submit, "jobs": jobs, "logs": logs, "stop": stop}
+COMMANDS: tuple[Callable[..., None], ...] = (plan, submit, jobs, logs, stop)

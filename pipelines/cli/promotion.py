@@ -16,7 +16,7 @@ from rich.table import Table
 from amlora_dist.errors import NotPromotedError, UserError
 from amlora_dist.evaluation.promotion import DEFAULT_MARGIN, Requirement, check_covered, check_margin, judge
 from pipelines.cli.output import stdout_to_stderr
-from pipelines.cli.row_input import Line, opened
+from pipelines.cli.row_input import InputRow, opened
 from pipelines.cli.scoring import Rows, predictions, right_answer
 from pipelines.cli.tables import console_for
 
@@ -121,7 +121,7 @@ def _examined(
     old = None
     if replaced is not None:
         plain = {key: value for key, value in options.items() if key not in ("require_signature", "expect_digest")}
-        other = AMLoRAModel.from_bank(replaced.uri, **plain, beside=model)
+        other = AMLoRAModel.from_bank(replaced.uri, **plain, share_base_with=model)
         old = _scored(other, {task: rows for task, rows in lines.items() if task in earlier}, answers, asked)
     checks = judge(requirements, margin, new.scores, None if old is None else old.scores)
     passed = all(one.passed for one in checks)
@@ -139,11 +139,11 @@ def _examined(
     }  # fmt: skip
 
 
-def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[Line]]:
+def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[InputRow]]:
     """The sample's rows by their key ``task``, which a bank of one task does not need."""
     if not Path(sample.source).expanduser().is_file():
         raise UserError(f"--sample: found {sample.source!r}, expected a file of rows")
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[InputRow]] = {}
     with opened(sample.source, sample.column) as rows:
         for line in rows.lines():
             task = line.option("task") or (tasks[0] if len(tasks) == 1 else None)
@@ -157,7 +157,7 @@ def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[Line]]:
 
 
 def _right_answers(
-    lines: dict[str, list[Line]], manifests: Sequence[Manifest], label: str
+    lines: dict[str, list[InputRow]], manifests: Sequence[Manifest], label: str
 ) -> dict[str, list[str]]:
     """Right answers of the rows by task, which each version must have among its task's labels."""
     found: dict[str, list[str]] = {}
@@ -170,7 +170,7 @@ def _right_answers(
 
 
 def _scored(
-    model: AMLoRAModel, lines: dict[str, list[Line]], answers: dict[str, list[str]], asked: Promotion
+    model: AMLoRAModel, lines: dict[str, list[InputRow]], answers: dict[str, list[str]], asked: Promotion
 ) -> _VersionScores:
     from amlora_dist.evaluation.scoring import routing_accuracy, summarise
 
@@ -188,7 +188,7 @@ def _scored(
 
 
 def _changed(
-    lines: dict[str, list[Line]], old: _VersionScores | None, new: _VersionScores
+    lines: dict[str, list[InputRow]], old: _VersionScores | None, new: _VersionScores
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows that were answered better before, by place and answers; and how many are answered better now."""
     worse, better = [], 0

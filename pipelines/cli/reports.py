@@ -8,10 +8,10 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from pipelines.cli import banks
-from pipelines.cli.banks import Json, TrackingUri, Verbose
+from pipelines.cli.options import Json, TrackingUri, Verbose
+from pipelines.cli.output import print_json, stdout_to_stderr
 
-Number = TypeVar("Number", int, float)
+NumberT = TypeVar("NumberT", int, float)
 
 
 def report(
@@ -20,11 +20,9 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Default: reports/NAME.html in AMLORA_HOME.", show_default=False)
     ] = None,
     tracking_uri: TrackingUri = None,
-    verbose: Verbose = False,
 ) -> None:
     """Write one self-contained HTML page about NAME, as far as it has come, with a diagnosis; MLflow gets it too."""
     from amlora_dist.config.loading import home
-    from pipelines.cli.output import stdout_to_stderr
 
     with stdout_to_stderr():
         from amlora_dist.registry.store import Store
@@ -71,10 +69,7 @@ def compare(
 ) -> None:
     """Run CONFIG by each method, seed and task order, and show them in one table; the same command goes on where it was."""
     import contextlib
-    import json
-    import sys
 
-    from pipelines.cli.output import stdout_to_stderr
     from pipelines.runs.progress import progress_for
 
     progress = progress_for()
@@ -97,7 +92,7 @@ def compare(
                 plan, command=_command(), progress=progress, verbose=verbose, allow_changed_data=allow_changed_data
             )
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        print_json(result)
         return
     from pipelines.cli.comparison_tables import show_comparison
     from pipelines.cli.tables import console_for
@@ -109,7 +104,7 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def _numbers(option: str, text: str, kind: Callable[[str], NumberT]) -> list[NumberT]:
     from amlora_dist.errors import UserError
 
     found = []
@@ -128,9 +123,4 @@ def _command() -> str:
     return shlex.join(["amlora", *sys.argv[1:]])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "report": report}
-
-
-def add_commands(app: typer.Typer, answered: banks.Answered) -> None:
-    """Add the commands of this module to the program."""
-    banks.add_commands(app, answered, COMMANDS)
+COMMANDS: tuple[Callable[..., None], ...] = (compare, report)

@@ -44,7 +44,7 @@ MENDS = Fixes("name the one with the text: --column", "give --format")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class InputRow:
     """One row of the input: all its fields, and where it is."""
 
     where: str
@@ -80,7 +80,7 @@ class RowInput:
         self._file, self._rows = file, rows
         self.again = file is not None
 
-    def lines(self, asked: Sequence[str] | None = None) -> Iterator[Line]:
+    def lines(self, asked: Sequence[str] | None = None) -> Iterator[InputRow]:
         """The rows, as they come; ``asked`` columns alone where the form keeps columns apart.
 
         Raises:
@@ -180,7 +180,7 @@ def _needed(form: Form, column: str) -> Sequence[Needed]:
     return ((column, *FIRST_COLUMNS),) if column == TEXT else (column,)
 
 
-def _line(row: RawRow, column: str) -> Line:
+def _line(row: RawRow, column: str) -> InputRow:
     if row.fault is not None:
         expected = "as many as the header has" if row.fault == UNEVEN else "a row that can be read"
         fix = "put a cell with a comma or a line break in quotes" if row.fault == UNEVEN else "take the line away"
@@ -189,12 +189,12 @@ def _line(row: RawRow, column: str) -> Line:
     listed = is_conversation(given)
     formed = column == TEXT and column not in row.values and any(row.values.get(name) is not None for name in FIRST_COLUMNS)
     if not listed and not formed:
-        return Line(row.where, row.values, text_in(row.values, row.where, column))
+        return InputRow(row.where, row.values, text_in(row.values, row.where, column))
     try:
         turns, answer = waiting_turns(row.values, column if listed else None)
     except BadTurnsError as error:
         raise UserError(f"{row.where}: found {error}; fix the row, or leave it out") from None
-    return Line(row.where, row.values, turns[last_user(turns)].text, turns, answer)
+    return InputRow(row.where, row.values, turns[last_user(turns)].text, turns, answer)
 
 
 def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:

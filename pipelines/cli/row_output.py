@@ -100,11 +100,11 @@ def writer(place: OutputTarget, written: Written) -> Iterator[Write]:
         UserError: a value that neither JSON nor CSV can hold, a full disk.
     """
     if place.path is None:
-        yield _Table(sys.stdout, spreadsheet=place.spreadsheet) if written == "csv" else _Objects(sys.stdout)
+        yield _CsvWriter(sys.stdout, spreadsheet=place.spreadsheet) if written == "csv" else _Objects(sys.stdout)
         return
     if place.device:
         with place.path.open("w", encoding="utf-8", newline="") as file:
-            yield _Table(file, spreadsheet=place.spreadsheet) if written == "csv" else _Objects(file)
+            yield _CsvWriter(file, spreadsheet=place.spreadsheet) if written == "csv" else _Objects(file)
         return
     tmp = place.path.with_name(f".{place.path.name[:50]}.{os.getpid()}")  # of a long name only its beginning
     rows = tmp.with_name(f"{tmp.name}.rows")
@@ -142,7 +142,7 @@ def _as_table(rows: Path, dest: Path, *, spreadsheet: bool) -> None:
         for line in file:
             columns |= dict.fromkeys(json.loads(line))
     with rows.open(encoding="utf-8", newline="\n") as file, dest.open("w", encoding="utf-8", newline="") as out:
-        write = _Table(out, list(columns), spreadsheet=spreadsheet)
+        write = _CsvWriter(out, list(columns), spreadsheet=spreadsheet)
         for line in file:
             write([json.loads(line)])
 
@@ -205,7 +205,7 @@ def check_fields(fields: dict[str, Any], where: str, *, form: Written) -> None:
             raise UserError(f"{where}: column {column!r}: found {HALF}, expected text; fix the row, or write JSON lines")
 
 
-class _Rows:
+class _CsvLines:
     """Takes the rows of ``csv.writer``. With CR LF as their end it puts quotes around a cell with a CR, as it must."""
 
     def __init__(self, file: TextIO) -> None:
@@ -215,14 +215,14 @@ class _Rows:
         self._file.write(text.removesuffix("\r\n") + "\n")
 
 
-class _Table:
+class _CsvWriter:
     """Writes CSV; its columns are those given, or the first row's."""
 
     def __init__(self, file: TextIO, columns: Sequence[str] = (), *, spreadsheet: bool) -> None:
         self._file, self._spreadsheet = file, spreadsheet
         # Other signs than commas part cells too where somebody has set that; in quotes they do not.
         quotes: Literal[0, 2] = csv.QUOTE_NONNUMERIC if spreadsheet else csv.QUOTE_MINIMAL
-        self._writer = csv.writer(_Rows(file), lineterminator="\r\n", quoting=quotes)
+        self._writer = csv.writer(_CsvLines(file), lineterminator="\r\n", quoting=quotes)
         self._columns: list[str] = []
         if columns:
             self._begin(columns)
@@ -243,7 +243,7 @@ class _Table:
     def _write(self, values: Sequence[Any]) -> None:
         cells = ["" if value is None else _cell(value) for value in values]
         try:
-            self._writer.writerow([_kept(cell) for cell in cells] if self._spreadsheet else cells)
+            self._writer.writerow([_text_cell(cell) for cell in cells] if self._spreadsheet else cells)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"found {error.object[error.start : error.end]!a}, which CSV in {self._file.encoding} cannot hold;"
@@ -257,7 +257,7 @@ def _cell(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else _plain(value)
 
 
-def _kept(cell: Any) -> Any:
+def _text_cell(cell: Any) -> Any:
     """A cell that a spreadsheet shows as the text that it is; numbers stay numbers."""
     if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
         return cell

@@ -15,7 +15,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.tasks.conversations import joined
 from pipelines.cli.batch_inference import bank_and_tasks, check_task
 from pipelines.cli.output import stdout_to_stderr
-from pipelines.cli.row_input import Line, check_words, opened
+from pipelines.cli.row_input import InputRow, check_words, opened
 from pipelines.cli.tables import console_for
 from pipelines.cluster.resources import check_folder
 
@@ -216,14 +216,14 @@ def labels_by_task(folder: Path) -> dict[str, list[str] | None]:
     return {task: None if entry is None else entry.labels for task, entry in entries.items()}
 
 
-def _asked(model: AMLoRAModel, line: Line, task: str) -> tuple[str, tuple[Turn, ...]]:
+def _asked(model: AMLoRAModel, line: InputRow, task: str) -> tuple[str, tuple[Turn, ...]]:
     """A row as the accuracy matrix has the task's rows: what the router reads, and the turns where it is asked in turns."""
     if line.turns and not model.prompter.is_chat(task):
         return joined(line.turns).strip(), ()
     return line.text, line.turns
 
 
-def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Line], list[str]]:
+def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[InputRow], list[str]]:
     """The rows of a file with their right answers."""
     with ExitStack() as stack:
         read = stack.enter_context(opened(rows.source, rows.column))
@@ -233,7 +233,7 @@ def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[Lin
     return lines, [right_answer(line, rows.label, labels, task) for line in lines]
 
 
-def right_answer(line: Line, label: str, labels: list[str] | None, task: str) -> str:
+def right_answer(line: InputRow, label: str, labels: list[str] | None, task: str) -> str:
     """The right answer of a row; of a conversation its last turn, if that is the assistant's.
 
     Args:
@@ -260,7 +260,7 @@ def right_answer(line: Line, label: str, labels: list[str] | None, task: str) ->
 
 
 def predictions(
-    model: AMLoRAModel, lines: Sequence[Line], answers: Sequence[str], task: str, batch_size: int
+    model: AMLoRAModel, lines: Sequence[InputRow], answers: Sequence[str], task: str, batch_size: int
 ) -> list[Prediction]:
     """What a bank answers to rows of a task, without being told the task, and how each counts by the task's metric."""
     from amlora_dist.evaluation.scoring import Prediction

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amlora_dist.config.search_space import brief, described
+from pipelines.cli.tables import print_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,13 +17,7 @@ if TYPE_CHECKING:
 
 def show_search(result: dict[str, Any], console: Console) -> None:
     """Print a result of ``pipelines.search.outcome``; in a pipe without trailing blanks."""
-    parts = Group(*_parts(result))
-    if console.is_terminal:
-        console.print(parts)
-        return
-    with console.capture() as captured:
-        console.print(parts)
-    console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    print_parts(console, Group(*_parts(result)))
 
 
 def _parts(result: dict[str, Any]) -> list[Any]:

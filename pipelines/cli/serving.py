@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from amlora_dist.errors import UserError
-from pipelines.cli.banks import Abstain, Bank, Base, Device, Dtype, Expected, Quantisation, Signature, TrackingUri, Verbose
+from pipelines.cli.options import (
+    Abstain,
+    Bank,
+    Base,
+    Device,
+    Dtype,
+    Expected,
+    Quantisation,
+    Signature,
+    TrackingUri,
+    Verbose,
+)
 
 if TYPE_CHECKING:
     from pipelines.cluster.vllm_process import VllmSettings
@@ -102,4 +113,4 @@ def _vllm(engine: str, url: str | None, python: Path | None, rank: int | None) -
     return VllmSettings(url=url, python=python, rank=DEFAULT_RANK if rank is None else rank)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"serve": serve}
+COMMANDS: tuple[Callable[..., None], ...] = (serve,)

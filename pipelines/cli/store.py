@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.cli.options import NewFolder, TrackingUri
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log lines of all libraries, tracebacks of errors.")]
-
 
 def backup(
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="New folder.", show_default=False)],
+    dest: NewFolder,
     storage: Annotated[bool, typer.Option("--storage", help="Copy trained stages too, not only what is published.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Copy the store in AMLORA_HOME (journal, banks, results) to a folder, while runs go on."""
     from amlora_dist.config.loading import home
@@ -31,7 +30,6 @@ def backup(
 
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that backup made.", show_default=False)],
-    verbose: Verbose = False,
 ) -> None:
     """Make AMLORA_HOME, which must be empty or not there, of a backup; every file is checked."""
     from amlora_dist.config.loading import home
@@ -48,10 +46,7 @@ def sign(
         str, typer.Argument(metavar="BANK", help="models:/NAME/VERSION or a folder.", show_default=False)
     ],
     key: Annotated[Path, typer.Option(help="PEM of an elliptic curve's private key.", show_default=False)],
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, or the store in AMLORA_HOME.")
-    ] = None,
-    verbose: Verbose = False,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Sign a whole bank with a private key (Sigstore's model-signing, without a network)."""
     from pipelines.cli.bank_output import sign_bank
@@ -73,4 +68,4 @@ def _check_in_use(home: Path) -> None:
         )
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"backup": backup, "restore": restore, "sign": sign}
+COMMANDS: tuple[Callable[..., None], ...] = (backup, restore, sign)

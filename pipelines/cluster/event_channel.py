@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.runs.executor import Event
 
 log = logging.getLogger(__name__)
-
-Event = dict[str, Any]
 
 WAIT_S = 20.0
 """For which a question waits in the channel for its answer, before it is asked again."""

@@ -11,7 +11,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from amlora_dist.serving.connections import MARGIN_S, closing
-from amlora_dist.serving.front import App, Front, Message, Receive, Send, error_json, refuse
+from amlora_dist.serving.front import App, AsgiMessage, Front, Receive, Send, error_json, refuse
 from amlora_dist.serving.settings import ServeSettings
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -58,7 +58,7 @@ class Relay:
             return
         began = ended = streams = replaced = False
 
-        async def relayed(message: Message) -> None:
+        async def relayed(message: AsgiMessage) -> None:
             nonlocal began, ended, streams, replaced
             if message["type"] == "http.response.start":
                 began = True

@@ -74,7 +74,7 @@ def submit_run(
         _check_fit(jobs, least_demand(config, gpu_share=share))
     shipment = collect(working_dir)
     if shipped not in shipment.files:
-        raise UserError(f"{config_file}: is not shipped, because .gitignore names it")
+        raise UserError(f"{config_file}: is not shipped, because git ignores it")
     what, named = ("tune", "--search-id") if search else ("run", "--run-id")
     private = [text for text in overrides if _is_private(text)]
     public = [*([f"@{PRIVATE}"] if private else []), *(text for text in overrides if text not in private)]
@@ -154,7 +154,7 @@ def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
     """The job's environment; what outlives the job must lie on shared storage."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **given}
     url = config.storage is not None and "://" in config.storage
-    if config.storage is not None and not url and not _is_absolute(config.storage):
+    if config.storage is not None and not url and not Path(config.storage).is_absolute():
         raise UserError(
             f"storage: found {config.storage!r}, expected an absolute path that all nodes share: a job's current directory"
             " is thrown away with the job"
@@ -172,10 +172,6 @@ def _variables(config: RunConfig, given: dict[str, str]) -> dict[str, str]:
             )
         variables["AMLORA_HOME"] = str(Path(config.storage) / HOME)
     return variables
-
-
-def _is_absolute(path: str) -> bool:
-    return Path(path).is_absolute()
 
 
 def environment_from(pairs: list[str]) -> dict[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import AmloraError, TrainingError, UserError
 
-Event = dict[str, Any]
+if TYPE_CHECKING:
+    from pipelines.runs.executor import Event
 
 
 class WorkersLostError(AmloraError):

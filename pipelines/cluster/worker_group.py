@@ -143,11 +143,11 @@ class _RunningStage:
     def take(self, event: Event) -> None:
         """Take note of an event; called in the channel's thread, which must not end by it."""
         try:
-            self._hear(event)
+            self._receive(event)
         except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
             self.broken = error
 
-    def _hear(self, event: Event) -> None:
+    def _receive(self, event: Event) -> None:
         kind = event["kind"]
         if kind == DONE_EVENT:
             self.residents[event["rank"]] = event["resident"]

@@ -213,8 +213,8 @@ class RunJournal:
                     record.published = self._registered(folder, manifest, record)
                 if record.published is not None:
                     self._banks[bank.fingerprints] = record.published
-                if work.mirror is not None:
-                    work.mirror.forget()
+                if work.remote_checkpoints is not None:
+                    work.remote_checkpoints.forget()
             finally:
                 if claim is not None:
                     claim.release(forget=True)

@@ -131,8 +131,8 @@ class Outlook:
             self._work = "train"
         self._trained = rows
 
-    def rows(self, task: str, mode: str, done: int, total: int) -> None:
-        """``done`` of ``total`` rows of one score are done."""
+    def rows(self, task: str, mode: str, done: int) -> None:
+        """``done`` rows of one score are done."""
         self._spend("score" if self._work == "score" else "other")
         self._work = "score"
         self._count(task, mode, done)

@@ -193,8 +193,8 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
     if evaluation.oracle and last and method.stages is Stages.CHAINED:
         cells += [_cell(inputs, "oracle", task, bank, routed[task]) for task in tasks]
     if evaluation.knockout and last and method.stages is Stages.CHAINED:
-        silent = [f"{WITHOUT}{n}" for n in range(1, len(bank) + 1)]
-        cells += [_cell(inputs, mode, task, bank, routed[task]) for mode in silent for task in tasks]
+        disabled = [f"{WITHOUT}{n}" for n in range(1, len(bank) + 1)]
+        cells += [_cell(inputs, mode, task, bank, routed[task]) for mode in disabled for task in tasks]
     return cells
 
 

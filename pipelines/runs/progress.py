@@ -140,7 +140,7 @@ class _Lines:
 
     def rows(self, task: str, mode: str, done: int, total: int) -> None:
         with self._lock:
-            self._outlook.rows(task, mode, done, total)
+            self._outlook.rows(task, mode, done)
             if done and not self._too_soon():
                 self._tell([f"  scoring {task} ({mode}): {done}/{total} rows"])
 
@@ -229,7 +229,7 @@ class _Bar:
 
     def rows(self, task: str, mode: str, done: int, total: int) -> None:
         with self._lock:
-            self._outlook.rows(task, mode, done, total)
+            self._outlook.rows(task, mode, done)
             self._show(f"scoring {task} ({mode})" + (f" {done}/{total}" if total else ""))
 
     def score(self, score: Score) -> None:

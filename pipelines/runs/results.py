@@ -20,7 +20,7 @@ INPUTS = "materials.json"
 STAGE_FILE = "stage.json"
 """Artifact of a stage's MLflow run: its scores and how it was trained."""
 
-Row = list[float | None]
+MatrixRow = list[float | None]
 METRICS = (
     "average_performance", "average_incremental_performance", "backward_transfer", "forward_transfer_gem",
     "forward_transfer_single", "forgetting", "learning_accuracy",
@@ -31,15 +31,15 @@ METRICS = (
 class Matrices:
     """R by two scores: row 0 untrained, then one row a stage; None where not scored."""
 
-    accuracy: list[Row]
-    ranked_accuracy: list[Row]
-    oracle: Row | None
+    accuracy: list[MatrixRow]
+    ranked_accuracy: list[MatrixRow]
+    oracle: MatrixRow | None
 
 
 def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
     """The accuracy matrices of the stages so far, one column a task."""
 
-    def rows(score: str) -> list[Row]:
+    def rows(score: str) -> list[MatrixRow]:
         untrained = _row(tasks, [s for stage in stages for s in stage.scores], "untrained", score)
         return [untrained, *(_row(tasks, stage.scores, "router", score) for stage in stages)]
 
@@ -47,7 +47,7 @@ def matrices(tasks: Sequence[str], stages: Sequence[StageRecord]) -> Matrices:
     return Matrices(rows("accuracy"), rows("ranked_accuracy"), oracle if any(v is not None for v in oracle) else None)
 
 
-def _knockout(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[Row] | None:
+def _knockout(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> list[MatrixRow] | None:
     """Accuracy with each adapter of the bank disabled, in its order; None where that was not scored."""
     count = len({one["mode"] for one in scores if one["mode"].startswith(WITHOUT)})
     return [_row(tasks, scores, f"{WITHOUT}{n}", "accuracy") for n in range(1, count + 1)] or None
@@ -70,14 +70,14 @@ LAST = {
 """Rows about the last bank, by name: the mode and the score that they are of."""
 
 
-def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, Row]:
+def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, MatrixRow]:
     """What is known of the last bank's answers to plain texts besides their accuracy, one score a task; what was not scored
     is left out."""
     found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
     return {name: row for name, row in found.items() if any(value is not None for value in row)}
 
 
-def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> Row:
+def _row(tasks: Sequence[str], scores: Sequence[dict[str, Any]], mode: str, score: str) -> MatrixRow:
     found = {one["task"]: one.get(score) for one in scores if one["mode"] == mode}
     return [found.get(task) for task in tasks]
 

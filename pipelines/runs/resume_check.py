@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from amlora_dist.config.former_values import completed
+from amlora_dist.config.former_values import as_stored, completed
 from amlora_dist.config.loading import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.config.schema import CHANGES_NO_RESULT, keys_marked
 from amlora_dist.errors import FaultsError, UserError
@@ -97,7 +97,7 @@ def taken_up(
         inner = made
         for section in sections:
             inner = inner[section]
-        inner[last] = former[key]
+        inner[last] = as_stored(stored, key, former[key])  # what replaces it may hang on what was named
     return from_mapping(made)
 
 
@@ -144,23 +144,25 @@ def differences(
         free: keys that may differ.
         grows: whether tasks may be appended.
     """
+    written = stored
     with contextlib.suppress(FaultsError):
         stored = to_mapping(from_mapping(stored))  # what versions since then have added is at what was done then
     stored, mapping = public_configuration(stored), public_configuration(mapping)  # older code kept paths
+    then, now = flat(stored), flat(mapping)
     differing = sorted(
         key
-        for key in flat(stored).keys() | flat(mapping).keys()
-        if flat(stored).get(key) != flat(mapping).get(key)
-        and not (key in UNSETTLED and flat(mapping).get(key) == UNSETTLED[key])
-        and not (key == "dtype" and flat(stored).get(key) == "auto")  # 0.1 noted what it meant with the data
+        for key in then.keys() | now.keys()
+        if then.get(key) != now.get(key)
+        and not (key in UNSETTLED and now.get(key) == UNSETTLED[key])
+        and not (key == "dtype" and then.get(key) == "auto")  # 0.1 noted what it meant with the data
         and not (grows and key == "tasks")
         and not _free(key, free)
     )
-    before, now = list(stored.get("tasks", [])), list(mapping["tasks"])
-    if grows and now[: len(before)] != before:
+    before, after = list(stored.get("tasks", [])), list(mapping["tasks"])
+    if grows and after[: len(before)] != before:
         differing.append(f"tasks (they may be appended to, the run has {len(before)}: {before})")
     return "; ".join(
-        f"{key}: {flat(stored).get(key)!r} then, {flat(mapping).get(key)!r} now" if "(" not in key else key
+        key if "(" in key else f"{key}: {as_stored(written, key, then.get(key))!r} then, {now.get(key)!r} now"
         for key in differing
     )
 

@@ -57,8 +57,9 @@ def test_only_the_new_adapter_reads_less_and_only_where_a_call_says_so() -> None
         targets = targets_of(model, targets="all-linear")
         old = random_adapters(targets, [2], size=0.2)
         mixture = inject(model, targets, old, new=NewAdapter(task="new", rank=2, alpha=4.0, dropout=rate))
-        mixture.set_recipe({target.path: torch.ones(1) for target in targets})
         with torch.no_grad():
+            for module in mixture.modules.values():
+                module.recipe.fill_(1.0)  # type: ignore[union-attr]
             for name, parameter in mixture.trainable().items():
                 if name.startswith("b."):
                     parameter.fill_(b)

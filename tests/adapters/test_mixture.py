@@ -294,8 +294,8 @@ def test_a_silent_adapter_adds_nothing_whatever_uses_it() -> None:
     before = layer(x, gate)
     adapters[0].b[PATH] = torch.zeros_like(adapters[0].b[PATH])
     expected = MixtureLinear(base, PATH, adapters)(x, gate)
-    layer.silent = 0
+    layer.disabled = 0
     torch.testing.assert_close(layer(x, gate), expected)
     assert not torch.allclose(before, expected), "the second row's recipe uses it too"
-    layer.silent = None
+    layer.disabled = None
     assert torch.equal(layer(x, gate), before)

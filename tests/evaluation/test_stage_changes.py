@@ -10,7 +10,7 @@ import pytest
 from amlora_dist.evaluation.intervals import Cells, cell_means, metric_interval
 from amlora_dist.evaluation.metrics import backward_transfer
 from amlora_dist.evaluation.scoring import Prediction
-from amlora_dist.evaluation.stage_changes import Answers, stage_changes
+from amlora_dist.evaluation.stage_changes import StageAnswers, stage_changes
 
 TASKS = ["mood", "route", "topic"]
 
@@ -24,11 +24,11 @@ def said(rows: str, routes: str) -> list[Prediction]:
     ]
 
 
-def cells_of(answers: Answers) -> Cells:
+def cells_of(answers: StageAnswers) -> Cells:
     return [[None] * 3, *([None if rows is None else [p.correct for p in rows] for rows in line] for line in answers)]
 
 
-def matrix_of(answers: Answers) -> list[list[float | None]]:
+def matrix_of(answers: StageAnswers) -> list[list[float | None]]:
     return cell_means(cells_of(answers))
 
 

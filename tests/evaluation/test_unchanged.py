@@ -103,14 +103,14 @@ def test_the_oracle_takes_over_what_the_router_gave_wholly_to_the_right_task(
     agree(kept, [oracle[p.row] for p in kept])
 
 
-@pytest.mark.parametrize("silent", [0, 1, 2])
-def test_a_silent_adapter_changes_the_rows_that_use_it(silent: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("disabled", [0, 1, 2])
+def test_a_disabled_adapter_changes_the_rows_that_use_it(disabled: int, tmp_path: Path) -> None:
     mixture = with_bank(3, "llama")
     before = score(mixture, "llama")
     keep(tmp_path, before)
-    mixture.disable_adapter(silent)
-    changed = tasks_using(bank(tiny("llama"))[:3], silent)
-    assert changed == {0: [0, 2], 1: [1], 2: [2]}[silent], "the third task's recipe uses the first adapter"
+    mixture.disable_adapter(disabled)
+    changed = tasks_using(bank(tiny("llama"))[:3], disabled)
+    assert changed == {0: [0, 2], 1: [1], 2: [2]}[disabled], "the third task's recipe uses the first adapter"
     gates = torch.tensor([p.gates for p in before])
     kept = unchanged([tmp_path], [p.row for p in before], gates, noted=True, changed=changed)
     assert 0 < len(kept) < ROWS

@@ -11,7 +11,7 @@ BROUGHT = {
     "the pool of prompts": (r"(?i)l2p|prompt_?pool", 3),
     "the literal selectors": (r"\bliteral\b|Literal(?:Settings|Selector)", 10),
 }
-"""Names of what is brought, and in how many files of the code they may stand."""
+"""Names of what is brought, and in how many files of the code they may be."""
 
 
 @pytest.mark.parametrize("what", BROUGHT)

@@ -32,7 +32,7 @@ from amlora_dist.registry.manifest import BaseEntry
 from amlora_dist.registry.runs import Runs
 from amlora_dist.registry.store import Store
 from pipelines.cli.bank_output import difference
-from pipelines.cli.batch_inference import Line, drained
+from pipelines.cli.batch_inference import InputRow, drained
 from pipelines.cli.exports import measure_gap
 from pipelines.cli.main import app
 from tests.bank_with_base import TASKS, texts_of, write_keyed_bank, write_working_bank
@@ -123,10 +123,10 @@ def test_a_line_is_answered_before_the_next_one_comes() -> None:
     come = threading.Event()
 
     def slow():
-        yield Line("1", {}, "a")
+        yield InputRow("1", {}, "a")
         assert come.wait(timeout=30), "the first line was kept waiting"
         for number in range(5):
-            yield Line("2", {}, str(number))
+            yield InputRow("2", {}, str(number))
 
     batches = drained(slow(), 2)
     assert [line.text for line in next(batches)] == ["a"]

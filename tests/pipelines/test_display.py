@@ -175,7 +175,7 @@ def test_the_share_that_is_done_is_of_the_whole_run_and_never_less_than_before()
     timed(lambda: outlook.scored("chat", "router", 40))  # an early end of training
     timed(lambda: outlook.stage(2))
     timed(lambda: outlook.step(60, 60))
-    timed(lambda: outlook.rows("chat", "router", 20, 20))
+    timed(lambda: outlook.rows("chat", "router", 20))
     timed(lambda: outlook.scored("chat", "router", 20))  # 20 rows fewer than were planned
     timed(lambda: outlook.other())
     assert shares == [0.0, 0.15, 0.2, 0.4, 0.5, 0.8, 0.9, 0.9, 0.9]
@@ -189,12 +189,12 @@ def test_rows_that_are_scored_again_after_a_restart_count_once():
     outlook.outline([StageSize("chat", 0, 100), StageSize("email", 0, 100)])
     outlook.stage(1)
     for attempt in range(3):  # workers die in the middle of the second score, and begin with the first one again
-        outlook.rows("chat", "router", 0, 40)
+        outlook.rows("chat", "router", 0)
         now[0] += 40
         outlook.scored("chat", "router", 40)
-        outlook.rows("email", "router", 0, 60)
+        outlook.rows("email", "router", 0)
         now[0] += 20
-        outlook.rows("email", "router", 20, 60)
+        outlook.rows("email", "router", 20)
         assert outlook.share == 60 / 200, attempt
     assert outlook.left_s == 140 * 3, "a row takes three times as long"
 

@@ -1,15 +1,15 @@
-"""What ``.gitignore`` files exclude is what git excludes, pattern by pattern."""
+"""What is shipped is what git keeps or would add, in a repository and in a folder of none."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from amlora_dist.errors import UserError
 from pipelines.cluster.working_dir import collect
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="compared with git, which is not installed")
@@ -37,8 +37,18 @@ FILES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nobodys_own_git(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this may ignore files everywhere."""
+    home = str(tmp_path_factory.mktemp("home"))
+    own = {"HOME": home, "XDG_CONFIG_HOME": home, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+
 def write(folder: Path, files: dict[str, str]) -> Path:
-    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    folder.mkdir(exist_ok=True)
+    git(folder, "init", "-q")
     for name in FILES:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,38 +58,92 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def git(folder: Path) -> list[str]:
+def git(folder: Path, *command: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always")
+    return subprocess.run(["git", "-C", str(folder), *who, *command], check=True, capture_output=True, text=True).stdout
+
+
+def others(folder: Path) -> list[str]:
     """What git would add, below ``folder``."""
-    command = ["git", "-C", str(folder), "ls-files", "-z", "--others", "--exclude-per-directory=.gitignore"]
-    environment = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    output = git(folder, "ls-files", "-z", "--others", "--exclude-per-directory=.gitignore")
     return sorted(filter(None, output.split("\0")))
 
 
+def shipped(folder: Path) -> list[str]:
+    return list(collect(folder).files)
+
+
 @pytest.mark.parametrize("text", CASES)
-def test_a_file_says_what_it_says_to_git(tmp_path: Path, text: str) -> None:
+def test_a_file_says_what_it_says_to_git_in_a_repository_and_in_none(tmp_path: Path, text: str) -> None:
     write(tmp_path, {".gitignore": text})
-    assert list(collect(tmp_path).files) == git(tmp_path)
+    expected = others(tmp_path)
+    assert shipped(tmp_path) == expected
+    shutil.rmtree(tmp_path / ".git")
+    assert shipped(tmp_path) == expected
 
 
 def test_the_innermost_file_is_right_and_those_above_the_shipped_folder_count(tmp_path: Path) -> None:
     write(tmp_path, {".gitignore": "*.py\n/sub/build\ndeep/", "sub/.gitignore": "!a.py\n"})
-    assert list(collect(tmp_path).files) == git(tmp_path)
-    assert list(collect(tmp_path / "sub").files) == git(tmp_path / "sub") == [".gitignore", "a.py"]
+    assert shipped(tmp_path) == others(tmp_path)
+    assert shipped(tmp_path / "sub") == others(tmp_path / "sub") == [".gitignore", "a.py"]
 
 
-def test_lines_put_together_at_random_say_the_same(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    parts = ["*", "**", "a", "data", "sub", "deep", "keep.py", "*.py", "?", "[a-x]*", "b", "x*"]
-    write(tmp_path, {})
-    for _ in range(60):
-        lines = [
-            "!" * (draw.random() < 0.3) + "/" * (draw.random() < 0.2) + "/".join(draw.choices(parts, k=draw.randint(1, 3)))
-            + "/" * (draw.random() < 0.2)
-            for _ in range(draw.randint(1, 5))
-        ]  # fmt: skip
-        (tmp_path / ".gitignore").write_text("\n".join(lines))
-        assert list(collect(tmp_path).files) == git(tmp_path), lines
+def test_what_is_in_the_index_is_shipped_though_a_rule_names_it_and_what_is_gone_is_not(tmp_path: Path) -> None:
+    write(tmp_path, {".gitignore": "*\n!/sub/\n", ".git/info/exclude": "sub/build\n"})
+    git(tmp_path, "add", "--force", "keep.log", "b.log", "data/rows")
+    (tmp_path / "b.log").unlink()
+    assert shipped(tmp_path) == ["data/rows", "keep.log"]
+
+
+def test_repositories_inside_are_shipped_each_by_its_own_rules(tmp_path: Path) -> None:
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    for folder in (part, whole, whole / "nested"):
+        folder.mkdir()
+        git(folder, "init", "-q")
+        (folder / "a.py").write_text("x")
+        (folder / "a.log").write_text("x")
+        (folder / ".gitignore").write_text("*.log\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "one")
+    git(whole, "submodule", "--quiet", "add", str(part), "module")
+    (whole / "nested" / ".gitignore").write_text("*.py\n")
+    git(whole / "nested", "rm", "-q", "--cached", "a.py")
+    assert shipped(whole) == [
+        ".gitignore", ".gitmodules", "a.py", "module/.gitignore", "module/a.py", "nested/.gitignore", "nested/a.log",
+    ]  # fmt: skip
+
+
+def test_an_ignored_folder_that_is_named_itself_is_shipped(tmp_path: Path) -> None:
+    write(tmp_path, {".gitignore": "/data/\n", "data/.gitignore": "deep\n"})
+    assert shipped(tmp_path / "data") == [".gitignore", "keep.py", "rows"]
+
+
+def test_a_hook_that_runs_it_does_not_change_whose_files_are_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "another", {})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.py").write_text("x")
+    for name, value in {"GIT_DIR": ".git", "GIT_WORK_TREE": ".", "GIT_INDEX_FILE": ".git/index"}.items():
+        monkeypatch.setenv(name, str(tmp_path / "another" / value))
+    assert shipped(tmp_path / "here") == ["a.py"]
+
+
+def test_without_git_all_is_shipped_but_rules_that_nobody_can_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    (folder / "__pycache__").mkdir(parents=True)
+    for name in ("a.py", "b.log", "__pycache__/a.pyc"):
+        (folder / name).write_text("x")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "rows").write_text("x")
+    (folder / "data").symlink_to(tmp_path / "else")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shipped(folder) == ["a.py", "b.log", "data/rows"]
+    (folder / ".gitignore").write_text("*.log\n")
+    with pytest.raises(UserError, match=r"here/\.gitignore says what is not shipped, and git.* is not installed"):
+        collect(folder)
 
 
 def test_what_a_link_points_to_is_shipped_and_a_circle_ends(tmp_path: Path) -> None:
@@ -90,6 +154,12 @@ def test_what_a_link_points_to_is_shipped_and_a_circle_ends(tmp_path: Path) -> N
     (folder / "data").symlink_to(tmp_path / "else")
     (folder / "self").symlink_to(folder)
     (folder / "nowhere").symlink_to(tmp_path / "gone")
-    assert list(collect(folder).files) == ["data/rows/train.jsonl"]
+    (tmp_path / "else" / "back").symlink_to(folder)
+    assert shipped(folder) == ["data/rows/train.jsonl"]
     (folder / ".gitignore").write_text("data/\n")
-    assert list(collect(folder).files) == [".gitignore"]
+    assert shipped(folder) == [".gitignore"]
+    (folder / ".gitignore").write_text("/data\n!data/\n")
+    assert shipped(folder) == [".gitignore"], "a link is no folder to git, and the first line names it"
+    git(folder, "init", "-q")
+    (folder / ".gitignore").write_text("data/\n")
+    assert shipped(folder) == [".gitignore"], "to us it is"

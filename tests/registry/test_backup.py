@@ -161,7 +161,7 @@ def test_what_was_moved_to_another_disk_behind_a_link_is_in_the_backup(home: Pat
 
 
 def test_a_backup_that_lists_what_no_backup_holds_makes_no_home(home: Path, tmp_path: Path) -> None:
-    """Caches of a home are believed: a digest that stands there would be taken for a model's."""
+    """Caches of a home are believed: a digest that is there would be taken for a model's."""
     backup(home, tmp_path / "backup")
     listed = json.loads((tmp_path / "backup" / FILE).read_text(encoding="utf-8"))
 

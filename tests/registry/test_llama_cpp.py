@@ -134,7 +134,7 @@ def test_the_exported_client_gets_the_bank_s_own_answers_from_the_server(
 
 
 def test_what_the_client_leaves_to_llama_cpp_would_be_wrong(server: str, model: AMLoRAModel) -> None:
-    """Why it sends every scale and no ``cache_prompt``; where this fails, llama.cpp has mended it (#28674, #26207)."""
+    """Why it sends every scale and no ``cache_prompt``; where this fails, llama.cpp has fixed it (#28674, #26207)."""
     beginning = PROMPTS[0]
     difference(server, model, [*beginning, 20], (0.0, 1.0, 0.0), cache_prompt=True)
     difference(server, model, PROMPTS[1], (1.0, 0.0, 0.0), cache_prompt=True)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amlora_dist.errors import BankError
+from amlora_dist.methods import METHODS, MethodEntry
+from amlora_dist.registry.card import readme
 from amlora_dist.registry.manifest import (
     AccuracyMatrix,
     Manifest,
@@ -171,5 +173,17 @@ def test_a_key_that_is_there_twice_is_refused_whatever_its_values(manifest: Mani
     text = manifest.to_json()
     for doubled in (text.replace("{", '{"method": "other",', 1), text.replace('"rank"', '"rank": 99, "rank"', 1)):
         assert doubled != text
-        with pytest.raises(BankError, match=r"not JSON \(the key '(method|rank)' stands twice\)"):
+        with pytest.raises(BankError, match=r"not JSON \(found the key '(method|rank)' twice\)"):
             parse_manifest(doubled)
+
+
+def test_the_card_tells_of_a_memory_where_the_method_offers_one(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "mine", MethodEntry("nowhere:Mine", offers=frozenset({"memory"})))
+    asked = manifest.training_configuration | {"method_settings": {"memory_rows": 8}}
+    found = {
+        method: "a memory of at most 8 rows" in readme(replace(manifest, method=method, training_configuration=asked))
+        for method in ("am_lora", "replay", "mine", "not_known_here")
+    }
+    assert found == {"am_lora": True, "replay": False, "mine": True, "not_known_here": False}

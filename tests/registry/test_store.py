@@ -219,7 +219,7 @@ def test_a_bank_of_another_store_must_be_published_here_first(store: Store, name
     parent = store.parent_run(name, name, {})
     run = store.stage_run(parent, "1 a", fingerprint(name))
     elsewhere = Stored(version_of="theirs", run="f" * 32, artifact_path="bank-e1/adapters/1-a")
-    assert not store.has(elsewhere)
+    assert not store.has_artifact(elsewhere.run, elsewhere.artifact_path)
     draft = tiny_bank(tmp_path / "bank", ["a"])
     place = store.placement(name, run, 1)
     parts = [dataclasses.replace(draft.statistics[0], stored=place.of(draft.statistics[0].file))]

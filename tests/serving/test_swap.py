@@ -24,7 +24,7 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> list[ServedBank]:
     """Three versions that share their base model's weights."""
     first, *others = write_versions(tmp_path_factory.mktemp("versions"))
     one = AMLoRAModel.from_bank(first, device="cpu")
-    models = [one, *(AMLoRAModel.from_bank(folder, beside=one) for folder in others)]
+    models = [one, *(AMLoRAModel.from_bank(folder, share_base_with=one) for folder in others)]
     return [ServedBank(model, f"v{number}") for number, model in enumerate(models, start=1)]
 
 

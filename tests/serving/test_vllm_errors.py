@@ -16,7 +16,7 @@ from amlora_dist.evaluation.requests import Request, Route
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving import vllm_engine
 from amlora_dist.serving.bank import ServedBank
-from amlora_dist.serving.metrics import Meters
+from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.row_routing import RowRequest, routed_to_rows
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.vllm_engine import VllmEngine
@@ -60,7 +60,7 @@ def engine(url: str, home: Path, rank: int = 64) -> partial[VllmEngine]:
 def refused(bank: ServedBank, url: str, home: Path, rank: int = 64) -> str:
     """The message with which a server does not start."""
     with pytest.raises(UserError) as error:
-        made = engine(url, home, rank)(ServeSettings(), Meters())
+        made = engine(url, home, rank)(ServeSettings(), ServingMetrics())
         made.load(bank)
     return str(error.value)
 

@@ -181,7 +181,7 @@ def test_causal_batch_puts_labels_on_targets_only_whatever_the_side() -> None:
 
 
 def test_encoder_decoder_batch_pads_prompts_and_labels_apart() -> None:
-    batch = collate_seq2seq(TWO, pad_id=0)
+    batch = collate_seq2seq(TWO, pad_id=0, side="right")
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
     assert batch["labels"].tolist() == [[8, 2, IGNORED, IGNORED], [9, 9, 9, 2]]
     assert batch["prompt_mask"].equal(batch["attention_mask"])

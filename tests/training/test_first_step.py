@@ -117,7 +117,7 @@ def test_the_probe_of_many_adapters_runs_the_layers_below_them_once(
     monkeypatch.setattr(Trunk, "batch_states", counting)
     shared = probes(tmp_path / "shared", config)
     assert batches == [8, 8], "of each of two stages the rows of its probe"
-    monkeypatch.setattr(recipe_start, "keeping_trunk", lambda mixture: None)
+    monkeypatch.setattr(recipe_start, "reusable_trunk", lambda mixture: None)
     assert probes(tmp_path / "plain", config) == shared, "bit for bit"
     assert len(batches) == len(shared) == 2 and [len(losses) for losses, _ in shared] == [1, 2]
 

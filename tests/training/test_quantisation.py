@@ -317,11 +317,11 @@ def test_a_run_publishes_a_bank_that_says_so_and_answers_as_it_was_measured(
     rows = [json.loads(line) for line in (tmp_path / "tasks/colours/test.jsonl").read_text(encoding="utf-8").splitlines()]
     right = [answer.text == row["label"] for answer, row in zip(model.answer([r["text"] for r in rows]), rows, strict=True)]
     assert sum(right) / len(right) == pytest.approx(result["accuracy_matrix"][-1][0])
-    again = AMLoRAModel.from_bank(folder, device="cpu", dtype="fp32", beside=model)
+    again = AMLoRAModel.from_bank(folder, device="cpu", dtype="fp32", share_base_with=model)
     logits = model.next_token_logits(TEXTS)
     assert torch.equal(again.next_token_logits(TEXTS), logits) and torch.equal(model.next_token_logits(TEXTS), logits)
     assert {p.data_ptr() for p in again._plain.parameters()} == {p.data_ptr() for p in model._plain.parameters()}
-    plain = AMLoRAModel.from_bank(folder, device="cpu", dtype="fp32", beside=model, quantisation="none")
+    plain = AMLoRAModel.from_bank(folder, device="cpu", dtype="fp32", share_base_with=model, quantisation="none")
     assert not torch.equal(plain.next_token_logits(TEXTS), logits), "another base model, though it was offered this one"
     more = [f"tasks={json.dumps([str(write_task(tmp_path / 'tasks', 'sizes'))])}", "parent=models:/bits@current"]
     with pytest.raises(UserError, match=f"model.quantisation 'none', expected those of .*model.quantisation=\"{kind}\""):

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from amlora_dist.files import write_bytes
+
 SEED = 20240919
 TASKS = ("email_route", "chat_mood", "call_urgency", "review_topic")
 ROWS = {"train": 240, "dev": 60, "test": 180}
@@ -206,15 +208,9 @@ def filled(phrase: str, bound: dict[str, str]) -> str:
 
 def write_files(folder: Path, contents: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
     """Write rows as JSON lines, by file name; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
     for name, content in contents.items():
-        path = folder / name
-        part = path.with_suffix(".part")
-        part.write_text(as_lines(content), encoding="utf-8", newline="\n")
-        part.replace(path)
-        paths.append(path)
-    return paths
+        write_bytes(folder / name, as_lines(content).encode())
+    return [folder / name for name in contents]
 
 
 def as_lines(content: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from amlora_dist.adapters.gate_context import CacheState, attach, cache_state_of
+from amlora_dist.adapters.gate_context import CacheState, cache_state_of, set_cache_state
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.selector_layer import Selectors
 from amlora_dist.adapters.settings import LiteralSettings
@@ -244,8 +244,8 @@ def test_an_unknown_kind_of_cache_is_an_error() -> None:
 
 def test_attaching_twice_replaces_the_cache_state() -> None:
     cache = DynamicCache()
-    attach(cache, CacheState(torch.zeros(1, 2), {}))
-    attach(cache, CacheState(torch.ones(1, 2), {}))
+    set_cache_state(cache, CacheState(torch.zeros(1, 2), {}))
+    set_cache_state(cache, CacheState(torch.ones(1, 2), {}))
     assert torch.equal(gate_in(cache), torch.ones(1, 2))
     assert type(cache).__mro__.count(DynamicCache) == 1
 

@@ -119,7 +119,7 @@ def test_keys_that_are_new_have_in_an_old_run_the_value_of_what_was_done_then(co
 
 
 @pytest.mark.parametrize(("algorithm", "now"), [("random", "halving"), ("optuna", "none")])
-def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_stands_in_its_place(
+def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_replaces_it(
     algorithm: str, now: str, tmp_path: Path
 ) -> None:
     search = {"space": {"training.l1": {"choice": [0.0, 0.5]}}, "algorithm": algorithm, "num_samples": 2, "scheduler": now}
@@ -129,6 +129,18 @@ def test_what_was_begun_with_a_value_that_is_gone_goes_on_with_what_stands_in_it
     made = taken_up(load_config(file), stored, named_keys(file))
     assert made.seed == 3 and made.search is not None and made.search.scheduler == now
     assert differences(stored, to_mapping(made), free=()) == ""
+
+
+def test_a_refusal_names_what_was_stored_and_not_what_replaces_it(tmp_path: Path) -> None:
+    search = {"space": {"training.l1": {"choice": [0.0, 0.5]}}, "algorithm": "random", "num_samples": 2}
+    file = write_config(tmp_path, search=search | {"scheduler": "none"})
+    mapping = to_mapping(load_config(file))
+    stored = mapping | {"search": mapping["search"] | {"scheduler": "asha"}}
+    assert differences(stored, mapping, free=()) == "search.scheduler: 'asha' then, 'none' now"
+    others = write_config(tmp_path, search=search | {"algorithm": "optuna"})
+    made = taken_up(load_config(others), stored, named_keys(others))
+    found = differences(stored, to_mapping(made), free=())
+    assert "search.algorithm: 'random' then, 'optuna' now" in found and "halving" not in found
 
 
 @pytest.mark.parametrize(
