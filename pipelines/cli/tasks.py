@@ -42,7 +42,7 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
         "answers": "free text" if spec.free_text else ", ".join(spec.label_texts) or "labels from the rows",
         "metric": str(spec.metric),
         "rows": _rows(spec, data_dir),
-        "source": _source(spec),
+        "source": _source(spec) + (f", revision {spec.source.revision}" if spec.source.kind == "hub" else ""),
     }
     for key, value in lines.items():
         if not value:
