@@ -167,6 +167,14 @@ def load_task(
     return TaskData(spec=spec, rows=used, bad=bad, took=maker.took)
 
 
+def at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
+    """Whether rows of a task can be read without the network; does not look into the files."""
+    spec = placed(spec, data_dir)
+    if spec.source.kind == "data_dir":
+        return data_dir is not None and (data_dir / spec.splits.train).is_file()
+    return spec.source.kind != "hub" or data_dir is not None
+
+
 def _suite_folder(spec: TaskSpec, data_dir: Path | None) -> Path:
     """Folder below which the files of a suite's task are. Raises UserError where none was given."""
     if data_dir is None:

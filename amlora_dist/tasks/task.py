@@ -205,6 +205,7 @@ class SuiteFiles:
     """A Hub task's rows as the authors of its suite give them away: files below the run's ``data_dir``."""
 
     splits: Splits
+    """Paths below ``data_dir``."""
     columns: Annotated[Columns, BeforeValidator(_columns)]
     records: str | None = None
     """As of ``source``."""
@@ -271,7 +272,7 @@ class TaskSpec:
     columns: Annotated[Columns, BeforeValidator(_columns)]
     """Which columns make a row, or ``auto``: a form of conversation, recognised by its columns."""
     in_data_dir: SuiteFiles | None = None
-    """Of a Hub source: what replaces it, its splits and columns in a run with ``data_dir``."""
+    """Of a Hub source: what replaces it, its splits and its columns in a run with ``data_dir``."""
     prompt: PromptSettings = Field(default_factory=PromptSettings)
     labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | Literal["auto"] | None = None
     """Left out: answers are free text. ``auto``: what the training rows have, underscores as spaces (``auto_labels``)."""
@@ -293,8 +294,6 @@ class TaskSpec:
 
     @model_validator(mode="after")
     def _labels_and_metric_agree(self) -> TaskSpec:
-        if self.in_data_dir is not None and self.source.kind != "hub":
-            raise ValueError("`in_data_dir` is for a Hub source")
         conversational = self.columns.conversational
         if self.metric is None:
             free = "rouge_l" if conversational else "exact_match"
@@ -412,8 +411,7 @@ def resolve_task(
 
 def placed(spec: TaskSpec, data_dir: Path | None) -> TaskSpec:
     """The task with the source that its rows have in a run with this ``data_dir``."""
-    files = spec.in_data_dir
-    if files is None or data_dir is None:
+    if data_dir is None or (files := spec.in_data_dir) is None:
         return spec
     source = SourceSpec(kind="data_dir", records=files.records)
     return dataclasses.replace(spec, source=source, splits=files.splits, columns=files.columns, in_data_dir=None)
@@ -436,14 +434,6 @@ def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
             f"it holds {', '.join(there) or 'no task'}: put the mirror there, or fix data_dir"
         )
     return folder
-
-
-def at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
-    """Whether rows of a task can be read without the network; does not look into the files."""
-    spec = placed(spec, data_dir)
-    if spec.source.kind == "data_dir":
-        return data_dir is not None and (data_dir / spec.splits.train).is_file()
-    return spec.source.kind != "hub" or data_dir is not None
 
 
 def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:

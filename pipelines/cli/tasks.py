@@ -9,8 +9,8 @@ from rich.table import Table
 
 from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompts import template_for
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, at_hand, builtin_tasks, placed, resolve_task
+from amlora_dist.tasks.sources import at_hand, load_task
+from amlora_dist.tasks.task import TaskDefaults, builtin_tasks, placed, resolve_task
 from pipelines.cli.tables import console_for
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.evaluation.text_metrics import METRICS
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, TaskSpec, at_hand, builtin_tasks, placed, resolve_task
+from amlora_dist.tasks.sources import at_hand, load_task
+from amlora_dist.tasks.task import TaskDefaults, TaskSpec, builtin_tasks, placed, resolve_task
 
 ON_HUB = {spec.name: spec for spec in builtin_tasks() if spec.name.startswith("superni/") and spec.source.kind == "hub"}
 SUPERNI = [placed(spec, Path("SAPT")) for spec in builtin_tasks() if spec.name.startswith("superni/")]
