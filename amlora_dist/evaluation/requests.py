@@ -236,7 +236,7 @@ class Prompter:
             users = [turn.text for turn in spoken if turn.role == "user"]
             return Query(users[-1] if route_by == "turn" else users[0], None, tuple(spoken))
         words = [turn for turn in spoken if turn.role != "system"]
-        if not words:
+        if all(turn.role == "tool" for turn in words):
             raise UserError("messages: found no words of role user, expected a text to answer")
         return Query(joined(words), joined([turn for turn in spoken if turn.role == "system"]) or None)
 

@@ -78,6 +78,8 @@ NoItems = Annotated[list[None], Field(max_length=0), _at_most(0)]
 NoEntries = Annotated[dict[str, None], Field(max_length=0), _at_most(0)]
 Ignored = Annotated[str, Field(max_length=4096)]
 """What clients may send and nothing depends on."""
+TagName = Annotated[str, Field(max_length=64)]
+"""The key of an entry of metadata."""
 
 
 class _RequestModel(BaseModel):
@@ -177,10 +179,12 @@ class TextPart(_RequestModel):
 class ChatMessage(_RequestModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Words | Annotated[list[TextPart], Field(fail_fast=True)] | None, _at_most(MOST_TURNS)] = None
     """Null or left out: no content, which only ``assistant`` may have."""
     name: Ignored | None = None
+    """Has no effect."""
+    tool_call_id: Ignored | None = None
     """Has no effect."""
     refusal: None = None
     audio: None = None
@@ -245,8 +249,8 @@ class ChatRequest(Writing):
     """Has no effect: there are no functions."""
     store: Off | None = None
     """Only false: nothing is kept."""
-    metadata: NoEntries | None = None
-    """Only empty: nothing is kept."""
+    metadata: Annotated[dict[TagName, Ignored], _at_most(16)] | None = None
+    """Has no effect: nothing is kept. At most 16 entries, as OpenAI takes them."""
     prediction: None = None
     reasoning_effort: Literal["none"] | None = None
     """Has no effect: there is no reasoning."""

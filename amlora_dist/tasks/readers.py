@@ -105,9 +105,12 @@ def _read_hub(spec: TaskSpec, split: str) -> Iterator[RawRow]:
     import datasets
 
     source = spec.source
-    where = f"{source.repository}@{source.revision}" + (f" ({source.config})" if source.config else "")
+    part = source.config or source.files
+    where = f"{source.repository}@{source.revision}" + (f" ({part})" if part else "")
     try:
-        data = datasets.load_dataset(source.repository, source.config, split=split, revision=source.revision)
+        data = datasets.load_dataset(
+            source.repository, source.config, data_files=source.files, split=split, revision=source.revision
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"task {spec.name!r}: Hub data set {where}, split {split!r} cannot be loaded: "

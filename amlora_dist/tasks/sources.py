@@ -41,8 +41,8 @@ from amlora_dist.tasks.task import (
     TextField,
     meant,
     mirror_folder,
+    placed,
     plain_value,
-    suite_folder,
     with_defaults,
 )
 from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
@@ -128,7 +128,7 @@ def load_task(
         FaultsError: bad rows, with files and row numbers, unless ``on_bad_row: skip``; too many texts in two splits.
         UserError: missing files or columns, a split without rows, a template that cannot be rendered.
     """
-    spec = with_defaults(spec, defaults or TaskDefaults())
+    spec = placed(with_defaults(spec, defaults or TaskDefaults()), data_dir)
     if faults := template_faults(spec):
         raise FaultsError(spec.origin or f"task {spec.name!r}", faults)
     mirror = mirror_folder(spec, data_dir) if data_dir is not None and spec.source.kind == "hub" else None
@@ -136,7 +136,7 @@ def load_task(
         spec = with_found_labels(spec, read_split(spec, "train", mirror=mirror) or (), mirrored=mirror is not None)
     maker = _RowMaker(spec, mirrored=mirror is not None)
     if spec.source.kind == "data_dir":
-        mirror = suite_folder(spec, data_dir)
+        mirror = _suite_folder(spec, data_dir)
     found: dict[str, list[tuple[Row, str]]] = {}
     bad: list[BadRow] = []
     needed = ("test",) if tuple(splits) == ("test",) else SPLITS
@@ -165,6 +165,24 @@ def load_task(
         if spec.prompt.template is not None:  # one that cannot be rendered is found here, and not by a stage
             template_for(spec).render(used[split][0])
     return TaskData(spec=spec, rows=used, bad=bad, took=maker.took)
+
+
+def at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
+    """Whether rows of a task can be read without the network; does not look into the files."""
+    spec = placed(spec, data_dir)
+    if spec.source.kind == "data_dir":
+        return data_dir is not None and (data_dir / spec.splits.train).is_file()
+    return spec.source.kind != "hub" or data_dir is not None
+
+
+def _suite_folder(spec: TaskSpec, data_dir: Path | None) -> Path:
+    """Folder below which the files of a suite's task are. Raises UserError where none was given."""
+    if data_dir is None:
+        raise UserError(
+            f"task {spec.name!r} is read from the files of its suite: give data_dir, the folder that holds"
+            f" {spec.splits.train} (docs/suites.md says where to get it)"
+        )
+    return data_dir
 
 
 def sample(rows: Sequence[Row], limit: int | None, *, seed: int) -> list[Row]:

@@ -164,6 +164,8 @@ class SourceSpec:
     """Commit or reference of the Hub data set; never left open."""
     config: str | None = None
     """Configuration (subset) of the Hub data set."""
+    files: str | None = None
+    """Of a Hub data set: the file in it (or a glob) that holds the rows; the splits cut it, as in ``train[:80%]``."""
     format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
     """Of local files; ``auto`` goes by the file's suffix."""
     records: str | None = Field(default=None, pattern=r"^[^.\s]+(\.[^.\s]+)*$")
@@ -177,6 +179,8 @@ class SourceSpec:
     def _hub_is_pinned(self) -> SourceSpec:
         if self.kind == "hub" and not (self.repository and self.revision):
             raise ValueError("a Hub source needs `repository` and a pinned `revision`")
+        if self.files is not None and self.kind != "hub":
+            raise ValueError("`files` is for a Hub source")
         if self.records is not None and (self.kind not in ("files", "data_dir") or self.format not in ("auto", "jsonl")):
             raise ValueError("`records` is for local files that are JSON")
         return self
@@ -194,6 +198,17 @@ class Splits:
     """Left out: ``dev_rows`` rows are held out of ``train``, chosen by their content."""
     dev_rows: int = Field(default=200, ge=1)
     """How many are held out without ``dev``; at most a fifth of the training rows."""
+
+
+@dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
+class SuiteFiles:
+    """A Hub task's rows as the authors of its suite give them away: files below the run's ``data_dir``."""
+
+    splits: Splits
+    """Paths below ``data_dir``."""
+    columns: Annotated[Columns, BeforeValidator(_columns)]
+    records: str | None = None
+    """As of ``source``."""
 
 
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
@@ -256,6 +271,8 @@ class TaskSpec:
     splits: Splits
     columns: Annotated[Columns, BeforeValidator(_columns)]
     """Which columns make a row, or ``auto``: a form of conversation, recognised by its columns."""
+    in_data_dir: SuiteFiles | None = None
+    """Of a Hub source: what replaces it, its splits and its columns in a run with ``data_dir``."""
     prompt: PromptSettings = Field(default_factory=PromptSettings)
     labels: Annotated[list[Annotated[Label, BeforeValidator(_label)]], Field(min_length=2)] | Literal["auto"] | None = None
     """Left out: answers are free text. ``auto``: what the training rows have, underscores as spaces (``auto_labels``)."""
@@ -386,10 +403,18 @@ def resolve_task(
         path = _find(str(name), base_dir)
         document = read_document(path)
         spec = _overridden(document, overrides, path)
-    spec = with_defaults(spec, defaults)
+    spec = placed(with_defaults(spec, defaults), data_dir)
     if data_dir is not None and spec.source.kind == "hub":
         mirror_folder(spec, data_dir)
     return spec
+
+
+def placed(spec: TaskSpec, data_dir: Path | None) -> TaskSpec:
+    """The task with the source that its rows have in a run with this ``data_dir``."""
+    if data_dir is None or (files := spec.in_data_dir) is None:
+        return spec
+    source = SourceSpec(kind="data_dir", records=files.records)
+    return dataclasses.replace(spec, source=source, splits=files.splits, columns=files.columns, in_data_dir=None)
 
 
 def with_defaults(spec: TaskSpec, defaults: TaskDefaults) -> TaskSpec:
@@ -409,23 +434,6 @@ def mirror_folder(spec: TaskSpec, data_dir: Path) -> Path:
             f"it holds {', '.join(there) or 'no task'}: put the mirror there, or fix data_dir"
         )
     return folder
-
-
-def at_hand(spec: TaskSpec, data_dir: Path | None) -> bool:
-    """Whether rows of a task can be read without the network; does not look into the files."""
-    if spec.source.kind == "data_dir":
-        return data_dir is not None and (data_dir / spec.splits.train).is_file()
-    return spec.source.kind != "hub" or data_dir is not None
-
-
-def suite_folder(spec: TaskSpec, data_dir: Path | None) -> Path:
-    """Folder below which the files of a suite's task are. Raises UserError where none was given."""
-    if data_dir is None:
-        raise UserError(
-            f"task {spec.name!r} is read from the files of its suite: give data_dir, the folder that holds"
-            f" {spec.splits.train} (docs/suites.md says where to get it)"
-        )
-    return data_dir
 
 
 def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:

@@ -18,8 +18,7 @@ from amlora_dist.planning.memory import FRAGMENTATION, GIB, PROCESS, RESERVED, M
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
 from amlora_dist.planning.work import Machine, TaskShape, TrainingPlan
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import at_hand
+from amlora_dist.tasks.sources import at_hand, load_task
 from amlora_dist.training.batching import Layout as BatchLayout
 from pipelines.cli.tables import console_for
 

@@ -31,6 +31,8 @@ class TaskRowCounts:
     """Rows of each label, by split; empty for free text. A label of the task that no row has is there with 0."""
     left_out: str
     """How many rows were left out and why; empty where none was."""
+    columns: str = ""
+    """Of ``columns: auto``: those that were recognised."""
 
     def lines(self) -> Iterator[str]:
         """For the terminal: the counts, the labels, what was left out."""
@@ -39,6 +41,8 @@ class TaskRowCounts:
             shown = ", ".join(f"{label} {count}" for label, count in list(counts.items())[:SHOWN_LABELS])
             more = f" and {len(counts) - SHOWN_LABELS} more labels" if len(counts) > SHOWN_LABELS else ""
             yield f"  {split:5} {shown}{more}"
+        if self.columns:
+            yield f"  columns: auto: {self.columns}"
         if self.left_out:
             yield f"  {self.left_out}"
 
@@ -77,4 +81,4 @@ def _counted(data: TaskData) -> TaskRowCounts:
         for split, rows in data.rows.items():
             counts = Counter(row.target for row in rows)
             labels[split] = {text: counts[text] for text in spec.label_texts}
-    return TaskRowCounts(spec.name, {split: len(rows) for split, rows in data.rows.items()}, labels, data.remarks)
+    return TaskRowCounts(spec.name, {split: len(rows) for split, rows in data.rows.items()}, labels, data.remarks, data.took)

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from amlora_dist.tasks.conversations import Turn
 from amlora_dist.tasks.prompts import template_for
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, at_hand, builtin_tasks, resolve_task
+from amlora_dist.tasks.sources import at_hand, load_task
+from amlora_dist.tasks.task import TaskDefaults, builtin_tasks, placed, resolve_task
 from pipelines.cli.tables import console_for
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def show_tasks(data_dir: Path | None) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "kind", "answers", "rows", "source"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "rows"))
-    for spec in builtin_tasks():
+    for spec in (placed(one, data_dir) for one in builtin_tasks()):
         table.add_row(spec.name, spec.kind, _answers(spec), _rows(spec, data_dir), _source(spec))
     console_for().print(table)
 
@@ -42,7 +42,7 @@ def show_task(name: str, *, data_dir: Path | None, style: str | None) -> None:
         "answers": "free text" if spec.free_text else ", ".join(spec.label_texts) or "labels from the rows",
         "metric": str(spec.metric),
         "rows": _rows(spec, data_dir),
-        "source": _source(spec),
+        "source": _source(spec) + (f", revision {spec.source.revision}" if spec.source.kind == "hub" else ""),
     }
     for key, value in lines.items():
         if not value:

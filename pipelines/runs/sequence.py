@@ -220,6 +220,8 @@ def _opened(
         progress.phase("reading the rows and the model")
         inputs = gather_inputs(config, home(), run_id=run_id, gpus=_gpus(config, executor))
         _check_places(inputs, within)
+        for name, took in ((name, data.took) for name, data in inputs.data.items() if data.took):
+            progress.note(f"task {name!r}: columns: auto: {took}")
         for remark in dict.fromkeys(data.remarks for data in inputs.data.values() if data.remarks):
             progress.note(remark)
         progress.phase("opening MLflow")

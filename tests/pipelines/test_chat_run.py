@@ -21,8 +21,8 @@ from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.conversations import Turn
 from pipelines.cli.main import app
-from pipelines.runs.progress import Silent
 from pipelines.runs.sequence import run_sequence
+from tests.recording_progress import Watching
 from tests.serving.servers import Running, running
 from tests.tiny_chat import write_chat_config
 
@@ -36,7 +36,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("chat")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLORA_HOME", str(folder / "home"))
-        run_sequence(load_config(write_chat_config(folder), ["evaluate=all"]), run_id="chat", progress=Silent())
+        progress = Watching()
+        run_sequence(load_config(write_chat_config(folder), ["evaluate=all"]), run_id="chat", progress=progress)
+        (folder / "notes").write_text("\n".join(progress.lines))
         yield folder
 
 
@@ -51,6 +53,10 @@ def model(place: Path) -> AMLoRAModel:
 def server(model: AMLoRAModel) -> Any:
     with running(ServedBank(model, "chat")) as one:
         yield one
+
+
+def test_a_run_says_which_columns_it_took_for_a_conversation(place: Path) -> None:
+    assert "task 'talk': columns: auto: messages" in (place / "notes").read_text().splitlines()
 
 
 def test_a_bank_says_that_its_tasks_are_asked_in_turns(model: AMLoRAModel) -> None:
@@ -123,6 +129,9 @@ def test_a_conversation_over_http_is_the_librarys_streamed_or_not(server: Runnin
         kept = server.good("/v1/chat/completions", messages=turns, route_by="conversation", routing=True)
         assert kept["choices"][0]["routing"]["task"] == model.route(FIRST["content"])[0].task
         turns.append({"role": "assistant", "content": wanted.text or "-"})
+    turns.append({"role": "tool", "content": "It is red.", "tool_call_id": "call-1"})
+    reply = client.chat.completions.create(model="chat", messages=turns, metadata={"ticket": "17"})
+    assert reply.choices[0].message.content == model.chat(turns).text, "what a tool says is a turn as in training"
 
 
 class _Terminal(io.StringIO):

@@ -213,6 +213,11 @@ def test_tasks_lists_the_built_in_ones(amlora):
     assert "dbpedia" in done.stdout
 
 
+def test_tasks_says_which_revision_of_the_hub_is_read(amlora):
+    done = amlora("tasks", "superni/task875_emotion_classification")
+    assert "Hub Muennighoff/natural-instructions, revision a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c\n" in done.stdout
+
+
 def test_tasks_shows_the_turns_of_a_conversation(amlora):
     output = amlora("tasks", "helpdesk/polite_reply").stdout
     assert "system: Say this politely." in output and "\nuser: " in output and "\nassistant: " in output

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.manifest import SCHEMA_VERSION, read_manifest
 from amlora_dist.registry.store import Store
@@ -47,6 +48,34 @@ def test_what_training_left_then_becomes_byte_for_byte_what_its_bank_keeps(archi
         marked = (trained / "COMMIT").stat().st_mtime_ns
         renew(trained, line.index)
         assert (trained / "COMMIT").stat().st_mtime_ns == marked, "what is as it should be stays"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("archive", ARCHIVES, ids=[archive.name.partition(".")[0] for archive in ARCHIVES])
+def test_a_bank_of_then_answers_as_it_did(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    home = tmp_path / "home"
+    rewrite_texts(home, PLACE, str(tmp_path))
+    monkeypatch.setenv("AMLORA_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    model = AMLoRAModel.from_bank("models:/old@current", base=tmp_path / "model-llama", device="cpu", dtype="fp32")
+    compared = 0
+    for file in home.glob("storage/scores/*/summary.json"):
+        score = json.loads(file.read_text(encoding="utf-8"))
+        lines = file.with_name("predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        then = [json.loads(line) for line in lines]
+        if score["task"] not in model.tasks or len(then[0]["gates"] or ()) != len(model.tasks):
+            continue  # of the untrained model, or of an earlier version
+        rows = (tmp_path / "tasks" / score["task"] / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(rows[one["row"] - 1])["text"] for one in then]
+        labels = model.labels_of(score["task"])
+        for one, answer, label in zip(then, model.answer(texts), model.classify(texts, labels), strict=True):
+            assert (answer.text, answer.ended) == (one["output"], one["ended"])
+            assert label.label == labels[one["ranked"]]
+            assert list(answer.route.tasks.values()) == pytest.approx(one["gates"], abs=1e-5)
+            compared += 1
+    assert compared == 2 * 9
 
 
 @pytest.mark.slow

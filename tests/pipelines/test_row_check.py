@@ -35,6 +35,20 @@ def test_validate_reads_the_rows_of_every_task_without_a_model(tmp_path: Path) -
     assert checked["name"] == "rows"
 
 
+def test_validate_says_which_columns_were_recognised(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows = [{"instruction": f"{split} {n}?", "input": "", "output": "yes", "id": n} for n in range(5)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = "name: talk\nversion: 1\nkind: chat\nsource: {kind: files}\nsplits: {train: train.jsonl, test: test.jsonl}\n"
+    (tmp_path / "talk.yaml").write_text(f"{task}columns: auto\n", encoding="utf-8")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"name: rows\nmodel: {{source: some/model}}\ntasks: [{tmp_path}/talk.yaml]\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["validate", str(config), "--rows"])
+    assert "      columns: auto: instruction, output, input\n" in done.stdout, done.output
+    checked = json.loads(CliRunner().invoke(app, ["validate", str(config), "--rows", "--json"]).stdout)
+    assert checked["rows"][0]["columns"] == "instruction, output, input"
+
+
 def test_validate_names_the_bad_rows_of_all_tasks_at_once(tmp_path: Path) -> None:
     one = task_of(tmp_path, "one", "a wall,red\na sea,green\nice,blue", "a rose,red")
     two = task_of(tmp_path, "two", "a wall,red\nice,blue", "a rose,red\nan owl,")

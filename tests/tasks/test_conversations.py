@@ -80,6 +80,29 @@ def test_every_form_is_read_named_or_recognised(
     assert sorted(data.took.split(", ")) == ([""] if columns == "named" else sorted(named))
 
 
+@pytest.mark.parametrize("row", [row for row, _, _ in FORMS], ids=[str(n) for n in range(len(FORMS))])
+def test_every_form_is_read_from_the_hub(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*_: Any, split: str, **__: Any) -> Any:
+        text = json.dumps({"id": 7, **row})
+        return datasets.Dataset.from_list([json.loads(text.replace("re?", f"re? {split}").replace("Find", split))])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = {"kind": "hub", "repository": "someone/talk", "revision": "abc"}
+    data = loaded(task(Path(), "auto", source=source, splits={"train": "train", "dev": "dev", "test": "test"}))
+    (made,) = data.rows["train"]
+    assert made.target == "there" and "train" in made.text and data.took
+
+
+def test_what_a_tool_said_is_a_turn_and_the_text_is_the_user_s_last(tmp_path: Path) -> None:
+    told = [{"role": "assistant", "content": "One moment."}, {"role": "tool", "content": "aisle 4", "tool_call_id": "1"}]
+    write(tmp_path, [{"messages": [USER, *told, ASSISTANT]}])
+    (made,) = loaded(task(tmp_path, "auto")).rows["train"]
+    assert [turn.role for turn in made.turns] == ["user", "assistant", "tool", "assistant"]
+    assert made.text == "where?" and made.turns[2].text == "aisle 4"
+
+
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     write(tmp_path, [{"asked": "where?", "said": "there"}])
     assert loaded(task(tmp_path, {"prompt": "asked", "completion": "said"})).rows["train"][0].turns == TURNS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.evaluation.text_metrics import METRICS
-from amlora_dist.tasks.sources import load_task
-from amlora_dist.tasks.task import TaskDefaults, TaskSpec, at_hand, builtin_tasks, resolve_task
+from amlora_dist.tasks.sources import at_hand, load_task
+from amlora_dist.tasks.task import TaskDefaults, TaskSpec, builtin_tasks, placed, resolve_task
 
-SUPERNI = [spec for spec in builtin_tasks() if spec.name.startswith("superni/")]
+ON_HUB = {spec.name: spec for spec in builtin_tasks() if spec.name.startswith("superni/") and spec.source.kind == "hub"}
+SUPERNI = [placed(spec, Path("SAPT")) for spec in builtin_tasks() if spec.name.startswith("superni/")]
+"""As the authors' files hold them."""
 TRACE = [spec for spec in builtin_tasks() if spec.name.startswith("trace/")]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -76,8 +80,46 @@ def test_a_task_of_trace_is_read_from_the_authors_files(tmp_path: Path, name: st
     assert all(len(rows) == 4 for rows in data.rows.values())
 
 
+def test_twelve_tasks_of_superni_are_read_from_the_hub_at_a_pinned_commit_where_no_files_are_given() -> None:
+    recorded = json.loads(Path(__file__).with_name("recorded").joinpath("hub_schemas.json").read_text())
+    schema = recorded["Muennighoff/natural-instructions|"]
+    assert len(ON_HUB) == 12
+    for name, spec in ON_HUB.items():
+        source, columns = spec.source, spec.columns
+        assert source.repository == "Muennighoff/natural-instructions" and re.fullmatch("[0-9a-f]{40}", str(source.revision))
+        assert source.files == schema["files"].replace("TASK", name.partition("/")[2])
+        assert {columns.text[0].column, columns.answer or columns.label} <= set(schema["columns"])
+        assert spec.in_data_dir is not None and not at_hand(spec, None)
+
+
+@pytest.mark.parametrize("name", ["superni/task363_sst2_polarity_classification", "superni/task181_outcome_extraction"])
+def test_rows_of_the_hub_are_cut_into_three_splits(tmp_path: Path, name: str) -> None:
+    spec = _resolved(ON_HUB[name], None)
+    answers = spec.label_texts or ["one", "two"]
+    rows = [
+        {"id": f"x{n}", "task_name": name, "definition": "Do it.", "inputs": f"text {n}", "targets": answers[n % 2]}
+        for n in range(20)
+    ]
+    path = tmp_path / "hub" / str(spec.source.files)
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("task1_other_train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    local = dataclasses.replace(spec.source, repository=str(tmp_path / "hub"))  # a folder stands in for the repository
+    data = load_task(dataclasses.replace(spec, source=local))
+    assert [len(data.rows[split]) for split in ("train", "dev", "test")] == [16, 2, 2]
+    assert {row.text for row in data.rows["test"]} == {"text 18", "text 19"}
+    assert {row.target for row in data.rows["train"]} == set(answers)
+
+
+def test_a_copy_of_a_suite_on_the_hub_is_named_in_the_run(tmp_path: Path) -> None:
+    named = {"task": "trace/fomc", "source": {"kind": "hub", "repository": "me/trace", "revision": "abc", "config": "fomc"},
+             "splits": {"train": "train", "dev": "eval", "test": "test"}}  # fmt: skip
+    spec = resolve_task(named, base_dir=tmp_path, defaults=TaskDefaults())
+    assert (spec.source.repository, spec.splits.dev, spec.columns.answer) == ("me/trace", "eval", "answer")
+
+
 def test_without_the_files_the_task_says_where_to_get_them(tmp_path: Path) -> None:
-    spec = _resolved(SUPERNI[0], None)
+    spec = _resolved(next(one for one in SUPERNI if one.name not in ON_HUB and one.free_text), None)
     with pytest.raises(UserError, match=rf"give data_dir, the folder that holds SuperNI/.*{spec.name[8:]}.*docs/suites.md"):
         load_task(spec)
     with pytest.raises(UserError, match="does not exist"):
@@ -98,6 +140,9 @@ def test_a_run_without_its_suites_files_is_refused_before_anything_starts(tmp_pa
         faults = resolve_tasks(load_config(CONFIGS / "trace.yaml", overrides))[1]
         assert {path[1] for path in faults} == set(range(8))
         assert all(fault.found.startswith(found) for fault in faults.values())
+    faults = resolve_tasks(load_config(CONFIGS / "superni_order1.yaml", []))[1]
+    assert len(faults) == 15 - len(ON_HUB) and all(fault.found.startswith("no data_dir") for fault in faults.values())
+    assert len(resolve_tasks(load_config(CONFIGS / "superni_order1.yaml", [f"data_dir={tmp_path}"]))[1]) >= 15
 
 
 @pytest.mark.parametrize(
