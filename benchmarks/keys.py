@@ -43,7 +43,7 @@ from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import SHRINKAGES, keyed_router
 from amlora_dist.adapters.keys import KeyRule, RouterKeys, fit_temperature, keys_under
-from amlora_dist.adapters.settings import GateSettings
+from amlora_dist.adapters.settings import GateSettings, RouterSettings
 from amlora_dist.adapters.statistics import TEMPERATURES, Covariance, HeldOut, TaskStatistics
 from amlora_dist.adapters.targets import default_depths
 from amlora_dist.tasks import background
@@ -283,12 +283,13 @@ def gaussian(data: Data, rule: KeyRule, layers: list[int], *, by_feature: bool, 
 def served(data: Data, depths: list[int]) -> Answers:
     """The router of a bank, as it is built."""
     own = statistics_of(data, depths)
-    router = keyed_router(own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths))
+    which = RouterSettings().label_keys
+    router = keyed_router(own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths), label_keys=which)
     read = (router.keys.weights != 0).any(dim=0).view(len(depths), -1).any(dim=1)
     print(f"the default reads depths {[depth for depth, on in zip(depths, read.tolist(), strict=True) if on]}", flush=True)
 
     def labels(features: Features, task: Tensor) -> list[int]:
-        scores = router.keys.scores(at(features, depths), router.temperature)
+        scores = router.evidence(at(features, depths)).labels_BJ
         found = []
         for row, place in enumerate(task.tolist()):
             logs = router.of_labels(scores[row : row + 1], place)
