@@ -344,14 +344,21 @@ def _known(base: BaseModel) -> bool:
     return base.model_type in both[0 if base.encoder_decoder else 1]
 
 
-def folder_digest(path: Path, home: Path) -> str:
+def folder_digest(path: Path, home: Path, *, as_before: bool = False) -> str:
     """sha256 over names and contents of the folder's model files, cached by size and modification time.
+
+    Args:
+        path: of the folder.
+        home: whose cache is used.
+        as_before: without the few files that 0.1 did not cover (``_read_elsewhere``), which its banks do not know.
 
     Raises:
         UserError: a file is cut off.
     """
     kinds = {".safetensors", ".json", ".model", ".txt", ".jinja"}
-    files = {f.name: f for f in path.iterdir() if f.is_file() and f.suffix in kinds} | _read_elsewhere(path)
+    files = {f.name: f for f in path.iterdir() if f.is_file() and f.suffix in kinds}
+    if not as_before:
+        files |= _read_elsewhere(path)
     sizes = [(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in sorted(files.items())]
     stamp = value_digest([str(path), sizes])
     cached = home / "cache" / "model-digests" / f"{stamp}.txt"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from amlora_dist.base_model import folder_digest
+from amlora_dist.base_model import ModelSettings, folder_digest, resolve_base
+from amlora_dist.errors import UserError
+from amlora_dist.inference.loading import resolve_bank_base
+from amlora_dist.registry.manifest import BaseEntry
 from tests.tiny_config import write_model
 
 
@@ -38,3 +42,20 @@ def test_vocabularies_with_other_endings_are_covered_where_they_are_read(model: 
     without = folder_digest(model, tmp_path)
     (model / name).write_bytes(b"another vocabulary")
     assert folder_digest(model, tmp_path) != without
+    assert folder_digest(model, tmp_path, as_before=True) == folder_digest(model, tmp_path, as_before=True) != without
+
+
+def test_a_bank_of_before_finds_its_base_by_the_digest_of_then(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMLORA_HOME", str(tmp_path / "home"))
+    file = model / "additional_chat_templates" / "default.jinja"
+    file.parent.mkdir()
+    file.write_text("a template")
+    found = resolve_base(ModelSettings(source=str(model)), tmp_path / "home")
+    then = folder_digest(model, tmp_path / "home", as_before=True)
+    assert then != found.digest
+    entry = BaseEntry(source=str(model), digest=found.digest, architecture="llama")
+    assert resolve_bank_base(replace(entry, digest=then), None).path == found.path
+    with pytest.raises(UserError, match="digest: found"):
+        resolve_bank_base(replace(entry, digest="0" * 64), None)

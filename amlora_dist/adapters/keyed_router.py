@@ -24,6 +24,7 @@ Shapes: B texts, T tasks, J keys, K background keys, d features.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +35,7 @@ from torch import Tensor
 from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
 from amlora_dist.adapters.settings import GateSettings
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
-from amlora_dist.digests import tensors_digest, value_digest
+from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ class OwnKeys:
 
 _KNOWN: dict[str, OwnKeys] = {}
 """By what they follow from: a worker or a driver that stays fits the keys of each stage once."""
+_KNOWN_LOCK = threading.Lock()
 MOST_KNOWN = 128
 
 
@@ -282,16 +284,17 @@ def own_keys(
 ) -> list[OwnKeys]:
     """Of each task, from the statistics of the tasks up to it; ``fitted`` is what all give, the rest as for ``fit``."""
     found = []
-    reads = value_digest([rule, *shrinkages, *(len(columns) for columns in choices)])
+    reads = tensors_digest({str(n): columns for n, columns in enumerate(choices)}, rule=rule, shrinkages=list(shrinkages))
     for place, newest in enumerate(statistics):
         reads = tensors_digest(newest.tensors(), before=reads)
         own = _KNOWN.get(reads)
         if own is None:
             last = place == len(statistics) - 1
             own = _newest(fitted if last else fit(statistics[: place + 1], rule, shrinkages, choices))
-            _KNOWN[reads] = own
-            if len(_KNOWN) > MOST_KNOWN:
-                _KNOWN.pop(next(iter(_KNOWN)), None)
+            with _KNOWN_LOCK:
+                _KNOWN[reads] = own
+                while len(_KNOWN) > MOST_KNOWN:
+                    del _KNOWN[next(iter(_KNOWN))]
         found.append(own)
     return found
 

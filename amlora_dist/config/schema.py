@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import math
+import unicodedata
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -111,6 +112,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the nearest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def meant(word: str, known: list[str]) -> str:
+    """``" (did you mean 'x'?)"`` or nothing, for the end of a clause."""
+    same = unicodedata.normalize("NFC", word)
+    if alike := next((one for one in known if one != word and unicodedata.normalize("NFC", one) == same), None):
+        return f" (it looks like {alike!r}, which is written with other code points: {alike!a}; write both in NFC)"
+    hint = did_you_mean(word, known)
+    return f" ({hint})" if hint else ""
 
 
 def unknown_key(cls: type[Any], path: KeyPath) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from amlora_dist.adapters.router import PRIOR_KEY, router_from
 from amlora_dist.adapters.router_override import OverridableRouter
 from amlora_dist.adapters.selector_layer import Selectors
 from amlora_dist.adapters.settings import AdapterSettings, LiteralSettings, RouterSettings
-from amlora_dist.base_model import BaseModel, ModelSettings, resolve_base
+from amlora_dist.base_model import BaseModel, ModelSettings, folder_digest, resolve_base
 from amlora_dist.config.former_values import completed
 from amlora_dist.config.loading import home
 from amlora_dist.errors import BankError, UserError
@@ -220,7 +220,7 @@ def _bank_base(entry: BaseEntry, base: str | Path | None) -> BaseModel:
             f"the bank's base model {entry.source!r} cannot be had from there ({error}); give the folder or Hub id "
             f"of the model whose files have sha256 {entry.digest[:12]}... as base= (on the command line --base)"
         ) from error
-    if found.digest != entry.digest:
+    if found.digest != entry.digest and folder_digest(found.path, home(), as_before=True) != entry.digest:
         raise UserError(
             f"base model {source!r}: digest: found {found.digest[:12]}..., the bank was trained on "
             f"{entry.digest[:12]}... ({entry.source!r}, revision {entry.revision or 'not pinned'}); with other "

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.chat_sandbox import render_chat
+from amlora_dist.tasks.chat_sandbox import TooMuchError, render_chat
 from amlora_dist.tasks.conversations import Turn, last_user
 from amlora_dist.tasks.prompt_format import TextPrompt
 from amlora_dist.tasks.prompts import PromptTemplate
@@ -239,7 +239,13 @@ class ChatPrompts:
         user_text = text
         while True:
             asked = self._asked(remaining, user_text, fields)
-            found = self._chat.render(asked)
+            try:
+                found = self._chat.render(asked)
+            except TooMuchError:  # templates may take steps for every pair of turns: half of them take a quarter
+                if len(fewer := _without_earliest(remaining, 0.5)) == len(remaining):
+                    raise
+                remaining = fewer
+                continue
             if len(found.ids) <= max_length:
                 return TextPrompt(found.ids, found.tokens_of(user_text.strip())), asked
             shorter = _without_earliest(remaining)
@@ -301,10 +307,12 @@ def _refusal(spec: TaskSpec, tokenizer: Any, *, encoder_decoder: bool) -> str | 
     )
 
 
-def _without_earliest(turns: list[Turn]) -> list[Turn]:
-    """Without the first turns up to the user's next one; the same where only one of the user's is left."""
+def _without_earliest(turns: list[Turn], share: float = 0.0) -> list[Turn]:
+    """Without the first turns up to the user's next one, or up to a share of the user's; the same where only one of the
+    user's is left."""
     users = [place for place, turn in enumerate(turns) if turn.role == "user"]
     if len(users) < 2:
         return turns
-    return [turn for place, turn in enumerate(turns) if place >= users[1] or turn.role == "system"]
+    first = users[max(1, int(len(users) * share))]
+    return [turn for place, turn in enumerate(turns) if place >= first or turn.role == "system"]
 

@@ -12,11 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateRuntimeError, TemplateSyntaxError, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.sandbox import MAKERS, PromptEnvironment, paid_for, render_within
+from amlora_dist.tasks.sandbox import MAKERS, LimitError, PromptEnvironment, paid_for, render_within
 
 WORK = 10_000_000
 """As ``sandbox.WORK``: these templates have many words of their own."""
@@ -33,7 +34,8 @@ def render_chat(source: str, values: Mapping[str, object]) -> str:
         values: its variables.
 
     Raises:
-        UserError: it is no template, does what the sandbox forbids or too much, or refuses the conversation.
+        TooMuchError: it takes too many steps for so many turns.
+        UserError: it is no template, does what the sandbox forbids, or refuses the conversation.
     """
     try:
         template = _compiled(source)
@@ -44,7 +46,12 @@ def render_chat(source: str, values: Mapping[str, object]) -> str:
     try:
         return render_within(template, values, plain=False, work=WORK)
     except _FAILURES as error:
-        raise UserError(f"the chat template refuses the conversation: {_reason(error)}") from None
+        kind = TooMuchError if isinstance(error, LimitError) else UserError
+        raise kind(f"the chat template refuses the conversation: {_reason(error)}") from None
+
+
+class TooMuchError(UserError):
+    """A template takes too many steps, or makes too long a text, of a conversation."""
 
 
 @lru_cache(maxsize=16)
@@ -91,3 +98,11 @@ class ChatEnvironment(PromptEnvironment):
         self.filters["tojson"] = paid_for(_to_json, "tojson")
         for extension in (_Generation, LoopControlExtension):
             self.add_extension(extension)
+
+    def unknown(self, kind: str, node: nodes.Filter | nodes.Test) -> None:
+        """A filter or test that is not known, perhaps in a part for tools: refused where it is reached, as by Jinja."""
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise SecurityError(f"it uses the {kind} {node.name!r}, which is not known here")
+
+        (self.filters if kind == "filter" else self.tests)[node.name] = refuse

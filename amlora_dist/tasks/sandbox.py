@@ -61,6 +61,13 @@ _METHODS: list[tuple[type, tuple[str, ...]]] = [
     (Macro, ()),
 ]
 MAKERS = (safe_range, dict, Namespace, Cycler, Joiner)
+_UNWEIGHED = frozenset({
+    "boolean", "callable", "count", "defined", "false", "float", "integer", "iterable", "length", "mapping", "none",
+    "number", "sequence", "string", "true", "undefined",
+})  # fmt: skip
+"""Filters and tests that look at no more of a value than what it is and how long."""
+_HIDDEN = frozenset({"_loop_vars", "_block_vars"})
+"""What Jinja hands on with each call inside a loop or a block: nobody's argument."""
 _SLOW = ("strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition")
 """Methods whose time is the product of two lengths."""
 
@@ -189,15 +196,18 @@ def _joined(context: Context, values: list[Any]) -> str:
 class _Metered(NodeTransformer):
     """Puts a price on every loop, macro, comparison and list, and refuses what is not known."""
 
+    def __init__(self, environment: PromptEnvironment) -> None:
+        self._environment = environment
+
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         if isinstance(node, (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)):
             self._refuse("templates inside templates", node)
         if isinstance(node, (nodes.EvalContextModifier, nodes.ScopedEvalContextModifier)):
             self._refuse("autoescape", node)
-        if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-            self._refuse(f"the filter {node.name!r}", node)
-        if isinstance(node, nodes.Test) and node.name not in TESTS:
-            self._refuse(f"the test {node.name!r}", node)
+        if isinstance(node, nodes.Filter) and node.name not in self._environment.filters:
+            self._environment.unknown("filter", node)
+        if isinstance(node, nodes.Test) and node.name not in self._environment.tests:
+            self._environment.unknown("test", node)
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802 (the visitor's name)
@@ -274,7 +284,7 @@ def paid_for(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         first, given = args[:skipped], list(args[skipped:])
         value, others = (given[0] if given else None), [*given[1:], *kwargs.values()]
-        spend(STEP + sum(map(weigh, [value, *others])))
+        spend(STEP + sum(map(weigh, others if name in _UNWEIGHED else [value, *others])))
         if not is_test:
             for other in others:
                 _check_number(other)
@@ -386,9 +396,13 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         self.tests = {name: paid_for(test, name) for name, test in known.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Metered().visit(super()._parse(source, name, filename))
+        tree = _Metered(self).visit(super()._parse(source, name, filename))
         assert isinstance(tree, nodes.Template)
         return tree
+
+    def unknown(self, kind: str, node: nodes.Filter | nodes.Test) -> None:
+        """A filter or test that is not known. Raises TemplateSyntaxError."""
+        raise TemplateSyntaxError(f"a prompt may not use the {kind} {node.name!r}", node.lineno)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
@@ -412,9 +426,10 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         budget = _BUDGET.get()
-        spend(STEP + weigh(args) + weigh(kwargs))
+        given = {key: value for key, value in kwargs.items() if key not in _HIDDEN}
+        spend(STEP + weigh(args) + weigh(given))
         if isinstance(__obj, (types.MethodType, types.BuiltinMethodType)):
-            args = __self._checked(__obj, args, kwargs)
+            args = __self._checked(__obj, args, given)
         elif not isinstance(__obj, (Macro, LoopContext, Undefined, Cycler, Joiner, _Format)) and not any(
             __obj is maker for maker in __self.makers
         ):

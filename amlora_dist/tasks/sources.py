@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from amlora_dist.config.schema import meant
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.tasks.auto_labels import with_found_labels
@@ -39,7 +40,6 @@ from amlora_dist.tasks.task import (
     TaskDefaults,
     TaskSpec,
     TextField,
-    meant,
     mirror_folder,
     placed,
     plain_value,

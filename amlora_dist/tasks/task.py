@@ -7,7 +7,6 @@ name; ``sources`` reads their rows, ``prompts`` renders them. Nothing here impor
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from amlora_dist.config.schema import check, did_you_mean
+from amlora_dist.config.schema import check, meant
 from amlora_dist.config.strict_yaml import Document, read_document
 from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.tasks.texts import TAKEN, NoTextError, text_of
@@ -452,19 +451,15 @@ def read_mapping(mapping: dict[str, Any], *, origin: Path) -> TaskSpec:
     return spec
 
 
-def meant(word: str, known: list[str]) -> str:
-    """``" (did you mean 'x'?)"`` or nothing, for the end of a clause."""
-    same = unicodedata.normalize("NFC", word)
-    if alike := next((one for one in known if one != word and unicodedata.normalize("NFC", one) == same), None):
-        return f" (it looks like {alike!r}, which is written with other code points: {alike!a}; write both in NFC)"
-    hint = did_you_mean(word, known)
-    return f" ({hint})" if hint else ""
-
-
 def _overridden(document: Document, overrides: dict[str, Any], path: Path) -> TaskSpec:
     if document.faults:
         raise FaultsError(document.name, document.faults)
     mapping = _merged(document.data, overrides)
+    if "source" in overrides:  # that one, wherever the run's rows are
+        mapping.pop("in_data_dir", None)
+    elif isinstance(files := mapping.get("in_data_dir"), dict):
+        own = {key: overrides[key] for key in ("splits", "columns") if key in overrides}
+        mapping["in_data_dir"] = _merged(files, own | overrides.get("in_data_dir", {}))
     source = mapping.get("source")
     if "name" in overrides and isinstance(source, dict):
         # A task under another name (the same data with other labels or prompts, say) keeps its mirror.

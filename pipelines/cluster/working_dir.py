@@ -84,12 +84,16 @@ def _listed(folder: Path) -> set[str]:
     """Files, links, and repositories of their own below ``folder``, but for those that ignore files name."""
     root = next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
     try:
-        found = _git(folder, "ls-files", "-co", "--exclude-standard")
-        if not found:  # in no repository that git opens; or in an ignored folder of one, and asked for all the same
-            root = root if found is None else folder
+        kept = _git(folder, "ls-files", "-co", "--exclude-standard")
+        # An ignored folder that is asked for all the same is read as if it were none.
+        ignored = bool(kept is not None and _git(folder, "check-ignore", "--no-index", "--stdin", given=["."]))
+        found = kept or set()
+        if kept is None or ignored:
+            root = folder if ignored else root
             with _repository() as made:
-                found = _git(folder, f"--git-dir={made}/.git", f"--work-tree={root}", "ls-files", "-o", "--exclude-standard")
-        found = found or set()
+                found |= _git(
+                    folder, f"--git-dir={made}/.git", f"--work-tree={root}", "ls-files", "-o", "--exclude-standard"
+                ) or set()  # fmt: skip
         links = {name for name in found if (folder / name).is_symlink() and (folder / name).is_dir()}
         return found - _ignored_folders(root, folder, links) if links else found
     except FileNotFoundError:

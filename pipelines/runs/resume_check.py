@@ -24,11 +24,11 @@ FREE_IN_RUN = (*IRRELEVANT, "search")
 
 
 OF_A_BANK = (
-    "prompt_format", "router.keys", "router.label_keys", "router.depths", "router.max_text_tokens", "router.layer",
+    "prompt_format", "router.keys", "router.depths", "router.max_text_tokens", "router.layer",
     "router.skip_tokens", "model.quantisation",
 )  # fmt: skip
 """What a bank has one of for life: how its texts are read, and what its keys are of."""
-AS_THE_BANK = (*OF_A_BANK, "adapters.targets", "adapters.layers", "training.learning_rate")
+AS_THE_BANK = (*OF_A_BANK, "router.label_keys", "adapters.targets", "adapters.layers", "training.learning_rate")
 """Keys that a run on a published bank takes from it, where its file does not name them."""
 UNSETTLED: dict[str, Any] = {
     "dtype": "auto", "model.attention": "auto", "router.depths": None, "router.max_text_tokens": None,

@@ -116,6 +116,8 @@ def test_repositories_inside_are_shipped_each_by_its_own_rules(tmp_path: Path) -
 def test_an_ignored_folder_that_is_named_itself_is_shipped(tmp_path: Path) -> None:
     write(tmp_path, {".gitignore": "/data/\n", "data/.gitignore": "deep\n"})
     assert shipped(tmp_path / "data") == [".gitignore", "keep.py", "rows"]
+    git(tmp_path, "add", "--force", "data/deep/x")
+    assert shipped(tmp_path / "data") == [".gitignore", "deep/x", "keep.py", "rows"], "with what was added all the same"
 
 
 def test_a_hook_that_runs_it_does_not_change_whose_files_are_shipped(

@@ -289,6 +289,49 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(family: str) -> N
             )
 
 
+LOOPING = (
+    "{% for m in messages %}{% set content = m.content.strip() %}{% if loop.index0 == messages | length - 1 and content is"
+    " string and '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's and Llama 2's: methods of texts inside the loop, and how many messages there are for each of them."""
+
+
+def test_long_texts_and_many_turns_cost_a_template_no_more_than_they_are_long() -> None:
+    tokenizer = altered("smollm2", LOOPING)
+    chat = ChatTemplate(tokenizer)
+    long = [Turn("user", "a"), Turn("assistant", "<think>" + "b" * 60_000 + "</think>" + "c" * 60_000)]
+    many = [Turn(role, "word " * 40) for _ in range(300) for role in ("user", "assistant")]
+    for turns in (long, many):
+        expected = tokenizer.apply_chat_template(as_messages(turns), tokenize=False, add_generation_prompt=False)
+        assert chat.render(turns, open_ended=False).text == expected
+
+
+def test_of_a_conversation_that_is_too_much_for_a_template_the_earliest_turns_go() -> None:
+    inner = "{% for n in messages %}{{ '' if n.content == m.content else ' ' }}{% endfor %}"
+    pairs = f"{{% for m in messages %}}{inner}{{% endfor %}}"
+    chat = ChatTemplate(altered("smollm2", f"{{% set _ %}}{pairs}{{% endset %}}{LOOPING}"))
+    many = [Turn(role, f"word {n} " * 40) for n in range(400) for role in ("user", "assistant")]
+    with pytest.raises(UserError, match="too many steps"):
+        chat.render(many, open_ended=False)
+    prompts = ChatPrompts(PromptTemplate("{{ text }}"), chat, None, "a")
+    found, kept = prompts.prompt([Turn("system", "s"), *many, Turn("user", "last")], 3000)
+    assert len(found.ids) <= 3000 and kept[0].role == "system" and len(kept) > 2 and "last" in kept[-1].text
+    loops = "{% for a in range(999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    endless = ChatTemplate(altered("smollm2", loops))
+    with pytest.raises(UserError, match="too many steps"):
+        ChatPrompts(PromptTemplate("{{ text }}"), endless, None, "a").prompt(many[:1], 300)
+
+
+def test_what_only_a_part_for_tools_uses_may_be_unknown() -> None:
+    chat = ChatTemplate(altered("smollm2", "{% if tools %}{{ tools | fromjson }}{{ 1 is odder }}{% endif %}" + LOOPING))
+    assert chat.render([Turn("user", "a")]).ids
+    reached = ChatTemplate(altered("smollm2", LOOPING + "{% if messages | length > 1 %}{{ 'a' | fromjson }}{% endif %}"))
+    with pytest.raises(UserError, match="the filter 'fromjson', which is not known here"):
+        reached.render([Turn("user", "a"), Turn("assistant", "b")])
+
+
 def test_what_chat_templates_use_works_as_in_transformers() -> None:
     source = (
         "{%- macro said(m) -%}{{ m['role'] | upper }}: {{ m.content | trim }}{%- endmacro -%}\n"

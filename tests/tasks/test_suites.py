@@ -111,6 +111,20 @@ def test_rows_of_the_hub_are_cut_into_three_splits(tmp_path: Path, name: str) ->
     assert {row.target for row in data.rows["train"]} == set(answers)
 
 
+def test_splits_and_columns_that_a_run_names_are_those_of_the_suites_files_too(tmp_path: Path) -> None:
+    name, own_splits = "superni/task002_quoref_answer_generation", {"test": "my/test.json"}
+    own = {"task": name, "splits": own_splits, "columns": {"answer": "a"}}
+    found = resolve_task(own, base_dir=tmp_path, defaults=TaskDefaults(), data_dir=tmp_path)
+    assert found.source.kind == "data_dir" and found.splits.test == "my/test.json" and found.columns.answer == "a"
+    assert found.splits.train == "SuperNI/task002_quoref_answer_generation/train.json"
+    inner = {"task": own["task"], "in_data_dir": {"splits": {"test": "other.json"}}}
+    assert resolve_task(inner, base_dir=tmp_path, defaults=TaskDefaults(), data_dir=tmp_path).splits.test == "other.json"
+    (tmp_path / "mine").mkdir()
+    source = {"kind": "hub", "repository": "me/mine", "revision": "abc", "mirror": "mine"}
+    elsewhere = resolve_task(own | {"source": source}, base_dir=tmp_path, defaults=TaskDefaults(), data_dir=tmp_path)
+    assert elsewhere.source.repository == "me/mine"
+
+
 def test_a_copy_of_a_suite_on_the_hub_is_named_in_the_run(tmp_path: Path) -> None:
     named = {"task": "trace/fomc", "source": {"kind": "hub", "repository": "me/trace", "revision": "abc", "config": "fomc"},
              "splits": {"train": "train", "dev": "eval", "test": "test"}}  # fmt: skip

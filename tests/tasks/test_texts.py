@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 
-from amlora_dist.tasks.task import meant
+from amlora_dist.config.schema import meant
 from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
 
 
