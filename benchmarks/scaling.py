@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.runs.progress import Silent
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -80,7 +82,7 @@ def law(lines: list[dict[str, Any]], key: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-class Watch:
+class Watch(Silent):
     """What a run tells while it goes on: when steps end, and what is held after the last one of each stage."""
 
     def __init__(self, artifacts: Path) -> None:
@@ -102,12 +104,6 @@ class Watch:
             stored = sum(file.stat().st_size for file in self._artifacts.rglob("*") if file.is_file())
             self.published.append(stored - self._stored)
             self._stored = stored
-
-    def score(self, score: Any) -> None: ...
-
-    def stage_done(self, result: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def held_bytes() -> int:

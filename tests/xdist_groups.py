@@ -29,6 +29,7 @@ LONGEST = (
     "a tracking server", "tests/pipelines/test_submit.py", "tests/pipelines/test_tune.py",
     "tests/pipelines/test_serving.py", "tests/pipelines/test_apart.py", "tests/pipelines/test_comparison.py",
     "tests/pipelines/test_chat_run.py", "tests/pipelines/test_served.py",
+    "tests/journeys/test_readme.py", "tests/journeys/test_application_developer.py", "tests/journeys/test_notebooks.py",
 )  # fmt: skip
 """What takes longer than a minute, the longest first, but not all of Ray at once."""
 _GROUP = {file: group for group, files in TOGETHER.items() for file in files}

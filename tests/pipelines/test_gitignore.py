@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +11,10 @@ import pytest
 from amlora_dist.errors import UserError
 from pipelines.cluster.working_dir import collect
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="compared with git, which is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("git") is None, reason="compared with git, which is not installed"),
+    pytest.mark.usefixtures("nobodys_own_git"),
+]
 
 CASES = [
     "*.log\n/data/\n!keep.log\nbuild",
@@ -35,15 +37,6 @@ FILES = [
     "sub/data/keep.py", "sub/build", "sub/deep/keep.py", "a/b", "a/c/b", "a/c/d/b", "#x", "!y", "xa.py", "xc.py", "yc.py",
     "z]", "z-", "wa", "foo ", "foo", "bar", "x.y", "1x", "x1", "\\",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nobodys_own_git(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs this may ignore files everywhere."""
-    home = str(tmp_path_factory.mktemp("home"))
-    own = {"HOME": home, "XDG_CONFIG_HOME": home, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,10 @@ from pipelines.cluster.jobs import Jobs
 from tests.ray_nodes import Nodes
 from tests.tiny_config import write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400),
+    pytest.mark.skipif(shutil.which("git") is None, reason="jobs with an ignore file need git, which is not installed"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git reads ignore files, and is not installed")
+@pytest.mark.usefixtures("nobodys_own_git")
 def test_ignore_files_are_obeyed_as_git_obeys_them(tmp_path: Path) -> None:
     write(
         tmp_path, **{

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from amlora_dist.config.checks import resolve_tasks
@@ -93,7 +94,8 @@ def test_twelve_tasks_of_superni_are_read_from_the_hub_at_a_pinned_commit_where_
 
 
 @pytest.mark.parametrize("name", ["superni/task363_sst2_polarity_classification", "superni/task181_outcome_extraction"])
-def test_rows_of_the_hub_are_cut_into_three_splits(tmp_path: Path, name: str) -> None:
+def test_rows_of_the_hub_are_cut_into_three_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     spec = _resolved(ON_HUB[name], None)
     answers = spec.label_texts or ["one", "two"]
     rows = [
