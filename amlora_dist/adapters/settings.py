@@ -38,7 +38,8 @@ class GateSettings:
     form: Literal["relative", "absolute"] = "relative"
     """``relative``: relu(p - lambda_g max p), rescaled to sum 1. ``absolute``: max(p - lambda_g, 0), not rescaled."""
     temperature: Literal["calibrated"] | Annotated[float, Field(gt=0)] = "calibrated"
-    """T of softmax(scores / T); ``calibrated`` takes the one that the held-out training rows prefer."""
+    """T of softmax(scores / T); ``calibrated`` takes the one that the held-out training rows prefer.
+    A number is for routes: what tells labels apart keeps the temperature of its own stage (``router.label_keys``)."""
     abstention: bool = False
     """Give texts that belong to no task to the base model: by background keys (banks of prompt format 2), or a share of
     them by relative Mahalanobis distance (banks before)."""
