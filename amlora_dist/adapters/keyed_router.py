@@ -27,13 +27,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
-from amlora_dist.adapters.settings import GateSettings
+from amlora_dist.adapters.settings import GateSettings, LabelKeys
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import BankError
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.keys import KeyRule
     from amlora_dist.adapters.statistics import TaskStatistics
 
-LabelKeys = Literal["bank", "stage"]
 SHRINKAGES: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
 """Of which held-out rows choose, where the configuration leaves it to them."""
 MOST_TAKEN = 0.01

@@ -10,6 +10,9 @@ from pydantic.dataclasses import dataclass
 STRICT_KEYS = ConfigDict(extra="forbid")
 
 
+LabelKeys = Literal["stage", "bank"]
+
+
 @dataclass(config=STRICT_KEYS, kw_only=True, slots=True)
 class AdapterSettings:
     """The LoRA that each stage trains."""
@@ -87,7 +90,7 @@ class RouterSettings:
     comparisons: ``uniform`` weighs all adapters alike, ``permuted`` gives each task another one's gate."""
     keys: Literal["label", "task"] = "label"
     """A key for every label, or one for every task, as 0.1 had it."""
-    label_keys: Literal["stage", "bank"] = "stage"
+    label_keys: LabelKeys = "stage"
     """Whose keys tell a task's labels apart: those that the bank had after the task's own stage, so that no later task
     changes what they say of its labels (``stage``), or the bank's, which every stage makes again (``bank``)."""
     layer: int | None = Field(default=None, ge=0)

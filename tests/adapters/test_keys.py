@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amlora_dist.adapters import keyed_router as module
-from amlora_dist.adapters.keyed_router import KeyedRouter, LabelKeys, keyed_router, keyed_router_from
+from amlora_dist.adapters.keyed_router import KeyedRouter, keyed_router, keyed_router_from
 from amlora_dist.adapters.keys import (
     FEWEST_ROWS,
     PRIOR_BETA,
@@ -23,7 +23,7 @@ from amlora_dist.adapters.keys import (
     make_keys,
 )
 from amlora_dist.adapters.router import posterior_router
-from amlora_dist.adapters.settings import GateSettings
+from amlora_dist.adapters.settings import GateSettings, LabelKeys
 from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge
 from amlora_dist.errors import BankError
 
