@@ -15,7 +15,7 @@ from amlora_dist.config.loading import flat, from_mapping, load_config, named_ke
 from amlora_dist.errors import UserError
 from pipelines.cluster.jobs import ClusterJob
 from pipelines.cluster.submit import _attached
-from pipelines.runs.resume_check import IRRELEVANT, differences, refuse_other_configuration, taken_up
+from pipelines.runs.resume_check import IRRELEVANT, check_rule_of_bank, differences, refuse_other_configuration, taken_up
 from tests.tiny_config import write_config
 
 FREE = {
@@ -107,6 +107,15 @@ def test_a_run_that_exists_has_what_its_file_does_not_name_from_its_start_before
     eager = ["model.attention=eager"]
     named = taken_up(load_config(config, eager), stored, named_keys(config, eager))
     assert named.model.attention == "eager", "an implementation that is named is another configuration"
+
+
+def test_a_bank_of_before_is_a_parent_whosever_keys_tell_its_labels_apart(config: Path) -> None:
+    """How texts are read is a bank's for life; its keys are made again from their statistics at every version."""
+    stored = of_version_01(config)
+    as_then = ["prompt_format=1", "router.keys=task", "router.depths=[]"]
+    check_rule_of_bank(load_config(config, as_then), stored, "models:/old/1")
+    with pytest.raises(UserError, match=r"router\.keys 'label', expected those of models:/old/1"):
+        check_rule_of_bank(load_config(config, ["prompt_format=1", "router.depths=[]"]), stored, "models:/old/1")
 
 
 def test_keys_that_are_new_have_in_an_old_run_the_value_of_what_was_done_then(config: Path) -> None:
