@@ -192,6 +192,7 @@ def run_comparison(
     comparison = _resumed(plan, stored) | {"command": command}
     driver = _Driver(plan, store, journal, progress, verbose, comparison)
     driver.check_data(allow=allow_changed_data)
+    driver.save()  # before the first run: killed in it, and with other defaults since, the same command still goes on
     driver.tune()
     driver.run_grid()
     store.end_run(journal, "FAILED" if comparison["failed"] else "FINISHED")
@@ -227,7 +228,7 @@ class _Driver:
             ids += [plan.candidate_id(contender, rate) for contender in plan.contenders for rate in plan.learning_rates]
             begun = {run.tags[tags.RUN_ID] for run in self.store.find_runs({tags.KIND: "sequence"})}
             self.comparison |= {"tuning": {}, "again": [one for one in ids if one in begun]}
-            self._save()
+            self.save()
         self.store.log_json(self.journal, results.INPUTS, facts)
 
     def tune(self) -> None:
@@ -245,13 +246,13 @@ class _Driver:
                 if f"{rate:g}" not in scores:
                     scores[f"{rate:g}"] = self._candidate(contender, order, seed, rate)
                     tuning[contender.name] = {"scores": scores, "chosen": None}
-                    self._save()
+                    self.save()
             known = {rate: scores[f"{rate:g}"] for rate in plan.learning_rates if scores[f"{rate:g}"] is not None}
             if not known:
                 raise TrainingError(f"--learning-rates: {contender.name} diverged at each of them; give smaller ones")
             best = max(sorted(known), key=known.__getitem__)
             tuning[contender.name] = {"scores": scores, "chosen": best}
-            self._save()
+            self.save()
             self.progress.note(f"{contender.name}: learning rate {best:g} of {len(scores)} tried on dev")
         for contender in plan.contenders:
             if contender.tuned_as in tuning and contender.name not in tuning:
@@ -275,11 +276,11 @@ class _Driver:
             entries.append(Entry(contender.name, order, seed, read_run(self.store, run_id)))
             if number % len(plan.contenders) == 0 and number < len(grid):
                 self.comparison |= compare(entries, plan.contenders[0].name)
-                self._save()
+                self.save()
         if not entries:
             raise TrainingError(f"no run of {plan.comparison_id!r} ended: {self.comparison['failed'][0]['reason']}")
         self.comparison |= compare(entries, plan.contenders[0].name)
-        self._save()
+        self.save()
 
     def _candidate(self, contender: Contender, order: str, seed: int, rate: float) -> float | None:
         """Average performance on the dev split, None where training diverged."""
@@ -313,10 +314,11 @@ class _Driver:
             self.comparison["again"].remove(run_id)
             if not self.comparison["again"]:
                 del self.comparison["again"]
-            self._save()
+            self.save()
         return made
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the plan, and what is known so far, into the journal."""
         self.store.log_json(self.journal, FILE, self.comparison)
 
 

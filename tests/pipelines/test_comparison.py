@@ -16,6 +16,7 @@ import yaml
 from amlora_dist.errors import UserError
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.report import report
+from amlora_dist.training.failures import StoppedError
 from pipelines.runs import comparison as comparison_module
 from pipelines.runs.comparison import ComparisonPlan, plan_comparison, run_comparison
 from pipelines.runs.progress import Silent
@@ -279,6 +280,29 @@ def test_a_comparison_that_an_older_version_began_goes_on(config: Path) -> None:
     old["config"]["training"]["epochs"] = 7
     with pytest.raises(UserError, match=r"training\.epochs: 7 then, 1 now"):
         comparison_module._resumed(made, old)
+
+
+def test_stopped_in_its_first_run_a_comparison_keeps_the_defaults_it_began_with(
+    config: Path, monkeypatch: pytest.MonkeyPatch, amlora_home: Path
+) -> None:
+    begun: list[Any] = []
+
+    def stops(settings: Any, **more: Any) -> Any:
+        begun.append(settings)
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr(comparison_module, "run_sequence", stops)
+    with pytest.raises(StoppedError):
+        run_comparison(plan(config, methods=["am_lora"]), command="", progress=Silent())
+    store = Store.open(amlora_home)
+    journal = store.grouping_run(comparison_module.KIND, "c")
+    kept = store.load_json(journal, comparison_module.FILE)
+    assert kept is not None and kept["config"]["router"]["label_keys"] == "stage", "today's default"
+    del kept["config"]["router"]["label_keys"]  # as a version wrote it that did not know the key
+    store.log_json(journal, comparison_module.FILE, kept)
+    with pytest.raises(StoppedError):
+        run_comparison(plan(config, methods=["am_lora"]), command="", progress=Silent())
+    assert [one.router.label_keys for one in begun] == ["stage", "bank"]
 
 
 @pytest.mark.crash
