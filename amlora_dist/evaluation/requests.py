@@ -18,6 +18,7 @@ from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.adapters.adapter import rows
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
+from amlora_dist.evaluation.locked_tokenizer import LockedTokenizer
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
 from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, joined, messages_of
@@ -114,6 +115,8 @@ class Request:
     """The text is the prompt: no template is put around it, and it is never cut."""
     free: bool = False
     """Write freely, whatever task it is."""
+    new_tokens: int | None = None
+    """Of an answer that is written, at most, by its caller's word; None: what the answers of its task need."""
     tokens: tuple[int, ...] = ()
     """Of the prompt."""
     top: int | None = None
@@ -174,8 +177,9 @@ class Prompter:
         self.chat_bank = bool(described) and all(entry.chat for entry in described)
         """Whether texts of no task are asked in the base model's chat template too: as those of every task are."""
         self._made: dict[str | None, TextPrompts | ChatPrompts] = {}
+        self._limits: dict[str | None, int] = {}
         self._lock = threading.Lock()
-        self._one_at_a_time = _Locked(tokenizer, self._lock)
+        self._one_at_a_time = LockedTokenizer(tokenizer, self._lock)
         self._chat: ChatTemplate | None = None
         self._plan: Callable[[tuple[str, ...], bool], LabelPlan] = lru_cache(PLANS)(self._planned)
 
@@ -407,6 +411,21 @@ class Prompter:
 
     def answer_limit(self, task: str | None) -> int:
         """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""
+        if task not in self._limits:
+            self._limits[task] = self._needed(task)
+        return self._limits[task]
+
+    def limit_of(self, request: Request) -> int:
+        """New tokens that an answer may have which is written for a request that was routed: those that its caller allows,
+        else those that its task needs."""
+        return request.new_tokens or self.answer_limit(request.task)
+
+    @property
+    def longest(self) -> int:
+        """New tokens that no answer exceeds unless its caller allows more."""
+        return max(map(self.answer_limit, (None, *self.entries)))
+
+    def _needed(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         limits = [
             1 + max(map(len, self.labels(entry.labels, chat=entry.chat))) if entry.labels else entry.max_answer_tokens
@@ -418,24 +437,6 @@ class Prompter:
     def _prompt_limit(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
-
-
-class _Locked:
-    """A tokenizer whose calls wait for each other."""
-
-    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
-        self._tokenizer, self._lock = tokenizer, lock
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        with self._lock:
-            return self._tokenizer(*args, **options)
-
-    def tokenize(self, text: str) -> Any:
-        with self._lock:
-            return self._tokenizer.tokenize(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
 
 
 def _check_words(words: object, name: str, place: int, count: int) -> None:

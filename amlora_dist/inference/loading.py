@@ -119,6 +119,16 @@ def bank_format(manifest: Manifest) -> PromptFormat:
     return PromptFormat(version, int(router.get("max_text_tokens") or DEFAULT_TEXT_TOKENS))
 
 
+def warn_of_former(prompt_format: PromptFormat, bank: str) -> None:
+    """Say of a bank that was made before 0.2 what that means; ``bank`` is how it is called."""
+    if not prompt_format.text_alone:
+        log.warning(
+            "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be routed"
+            " worse; `amlora rekey` gives it a router for plain text",
+            bank,
+        )
+
+
 def answer_settings(manifest: Manifest) -> AnswerSettings:
     """How a bank weighs the labels of a task. Raises BankError where the settings do not fit this version."""
     try:

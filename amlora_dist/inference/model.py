@@ -12,7 +12,6 @@ A pulled folder needs neither MLflow nor Ray nor DeepSpeed.
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from amlora_dist.evaluation.requests import (
     RouteBy,
     RoutedPrompt,
     TextOrTurns,
+    check_counts,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -53,6 +53,7 @@ from amlora_dist.inference.loading import (
     pulled,
     resolve_bank_base,
     sharing_copy,
+    warn_of_former,
 )
 from amlora_dist.inference.prompt_answering import PromptAnswering
 from amlora_dist.quantisation import Quantisation
@@ -62,8 +63,6 @@ from amlora_dist.tasks.conversations import Turn, messages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 __all__ = ["AMLoRAModel", "Answer", "Classification", "Route"]
 
@@ -119,12 +118,7 @@ class AMLoRAModel:
         router = mixture.router.inner if isinstance(mixture.router, OverridableRouter) else mixture.router
         self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
         """What answers where ``answering`` is None, and reads raw prompts."""
-        if not self.prompter.format.text_alone:
-            log.warning(
-                "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be"
-                " routed worse; `amlora rekey` gives it a router for plain text",
-                uri or f"bank of run {manifest.run_id!r}",
-            )
+        warn_of_former(self.prompter.format, uri or f"bank of run {manifest.run_id!r}")
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
         if isinstance(router, KeyedRouter) and not mixture.routing.select:
@@ -299,15 +293,14 @@ class AMLoRAModel:
             free: write, whatever the task.
             batch_size: texts of one pass.
         """
+        check_counts(batch_size, max_new_tokens)
         requests = self.requests(texts, question=question, task=task)
+        for request in requests:
+            request.free, request.new_tokens = free, max_new_tokens or None
         if self.answering is not None:
-            for request in requests:
-                request.free = free
-            work = self.answering.answering(
-                requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed, shares=False
-            )
+            work = self.answering.answering(requests, batch_size=batch_size, router=self._keyed, shares=False)
             return [Answer(one.text, one.ended, one.route) for one in finished(work)]
-        return self.former.answered(requests, batch_size, max_new_tokens, self._router)
+        return self.former.answered(requests, batch_size, self._router)
 
     def chat(
         self,
@@ -331,11 +324,12 @@ class AMLoRAModel:
         Raises:
             UserError: what is no conversation that waits for an answer, an unknown task, no room for the prompt.
         """
+        check_counts(1, max_new_tokens)
         requests = self.requests([messages_of(messages)], task=task, route_by=route_by)
-        requests[0].free = free
+        requests[0].free, requests[0].new_tokens = free, max_new_tokens or None
         if self.answering is None:
-            return self.former.answered(requests, 1, max_new_tokens, self._router)[0]
-        work = self.answering.answering(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
+            return self.former.answered(requests, 1, self._router)[0]
+        work = self.answering.answering(requests, batch_size=1, router=self._keyed)
         (found,) = finished(work)
         return Answer(found.text, found.ended, found.route)
 
@@ -444,7 +438,7 @@ class AMLoRAModel:
         for request in requests:
             request.gate = None if gate_BT is None else gate_BT[request.place].to(self.device)
         if self.answering is not None:
-            return self.answering.next_token_logits(requests, batch_size=batch_size)
+            return self.answering.next_token_logits(requests, batch_size=batch_size, router=self._keyed)
         return self.former.next_token_logits(requests, batch_size, self._router)
 
     # ---- inside -----------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ class Writer:
         texts: to answer, or the tokens of raw prompts.
         question: asked of them.
         raw: they are whole prompts.
-        new_tokens: that the request allows, if it says so.
+        new_tokens: that the request allows; default: what the task needs that each text is routed to, of whole prompts what
+            any task of the bank needs.
         top: how many likeliest tokens are named next to each of the answer's; None: no log probabilities.
         echo: whether the prompt comes back in front of its answer.
         turns: of the conversation that the one text is from.
@@ -72,13 +73,17 @@ class Writer:
         self.service, self.asked, self.texts, self.turns = service, asked, texts, turns
         self.bank = service.bank
         self.task = service.task_of(self.bank, asked.model)
-        self.question, self.raw, self.top, self.echo = question, raw or echo, top, echo
+        self.question, self.top, self.echo = question, top, echo
+        self.raw = raw or echo or not all(isinstance(text, str) for text in texts)
         service.check_texts([joined(turns)] if turns else texts, question)
         most = service.settings.max_new_tokens
         if new_tokens is not None and new_tokens > most:
             raise UserError(f"max_tokens: found {new_tokens}, expected at most {most}")
+        self.new_tokens = new_tokens
+        if new_tokens is None and self.raw:
+            self.new_tokens = min(self.bank.answer_limit(self.task), most)
         self.sampling = Sampling(
-            new_tokens=new_tokens or min(self.bank.answer_limit(self.task), most),
+            new_tokens=self.new_tokens or most,
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
@@ -92,10 +97,9 @@ class Writer:
         return self.service.submit(self.bank, requests, self.sampling, stream=bool(self.asked.stream))
 
     def _requests(self) -> list[Request]:
-        limit = self.sampling.new_tokens
         return [
             self.bank.to_generate(
-                text, question=self.question, task=self.task, raw=self.raw or not isinstance(text, str), new_tokens=limit,
+                text, question=self.question, task=self.task, raw=self.raw, new_tokens=self.new_tokens,
                 turns=self.turns, top=self.top, echo=self.echo and self.top is not None,
             )
             for text in self.texts

@@ -158,7 +158,7 @@ class CompletionRequest(Writing):
     raw: bool = False
     """Read the prompt as it is, without the bank's template. So are tokens, and prompts with ``echo``."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens at most; default: what the answers of the bank's tasks need."""
+    """New tokens at most; default: what the answers of the task need that a text is routed to."""
     best_of: One | None = None
     echo: Boolean | None = None
     """Give the prompt back in front of the answer; with ``logprobs`` also what the model thought of its tokens."""
@@ -227,7 +227,7 @@ class ChatRequest(Writing):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens at most; default: what the answers of the bank's tasks need."""
+    """New tokens at most; default: what the answers of the task need that a text is routed to."""
     logprobs: Boolean | None = None
     """Give the log probability of each token of the answer, the one that ended it among them."""
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
