@@ -28,6 +28,7 @@ from amlora_dist.adapters.reading import Reading, read_texts, reusable_trunk
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
+from amlora_dist.tasks.named_fields import MissingFieldsError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
@@ -232,7 +233,15 @@ class Answering:
                 entry = self.prompter.entries.get(request.task)
                 request.labels = None if entry is None or entry.labels is None else tuple(entry.labels)
             limit = self.prompter.answer_limit(request.task) if request.labels else self.prompter.limit_of(request)
-            self.prompter.ask(request, new_tokens=limit)
+            try:
+                self.prompter.ask(request, new_tokens=limit)
+            except MissingFieldsError:
+                if request.unasked is None:
+                    raise
+                request.unasked = True
+                task, request.task = request.task, None
+                self.prompter.ask(request, new_tokens=limit)
+                request.task = task
         return Prepared(requests, gate_BT, evidence, routes(gate_BT, self.mixture.task_names, self.rows_TN))
 
     def by_keys(self, evidence: Evidence) -> list[str | None]:
@@ -406,7 +415,8 @@ class Answering:
             return {}
         limits = [self.prompter.limit_of(begun.requests[row]) for row in rows]
         # Under ZeRO-3 other ranks have rows of other tasks, and must make as many passes.
-        steps = max([self.prompter.longest, *limits] if self._whole else limits)
+        others = map(self.prompter.answer_limit, (None, *self.prompter.entries)) if self._whole else ()
+        steps = max([*limits, *others])
         state = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
         with torch.no_grad():
             outputs = self.decoder.greedy(state, steps, all_done, limits)

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AMLoRAModel", "Answer", "Classification", "Route"]
 
+Texts = str | Mapping[str, str] | Sequence[TextOrTurns]
+"""One text (or its fields by name), or several, conversations among them."""
 Names = str | None | Sequence[str | None]
 """One for all texts, or one for each."""
 
@@ -244,7 +246,7 @@ class AMLoRAModel:
 
     # ---- texts ------------------------------------------------------------------------------------------------
 
-    def route(self, texts: str | Sequence[TextOrTurns], *, question: Names = None, batch_size: int = 16) -> list[Route]:
+    def route(self, texts: Texts, *, question: Names = None, batch_size: int = 16) -> list[Route]:
         """Which tasks and adapters each text would use, and how strongly; a pass through half of the model's depth.
 
         Args:
@@ -257,7 +259,7 @@ class AMLoRAModel:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
 
-    def prompts(self, texts: str | Sequence[TextOrTurns], *, batch_size: int = 16) -> list[RoutedPrompt]:
+    def prompts(self, texts: Texts, *, batch_size: int = 16) -> list[RoutedPrompt]:
         """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
         have the bank's adapters but not its router.
 
@@ -274,7 +276,7 @@ class AMLoRAModel:
 
     def answer(
         self,
-        texts: str | Sequence[TextOrTurns],
+        texts: Texts,
         *,
         question: Names = None,
         task: Names = None,
@@ -286,7 +288,8 @@ class AMLoRAModel:
         routed to has labels, else what the model writes, greedily.
 
         Args:
-            texts: plain texts or conversations (lists of messages); the prompt of the routed or named task is put around.
+            texts: plain texts, their fields by name (``{"premise": ..., "hypothesis": ...}``, joined as the task's rows are)
+                or conversations (lists of messages); the prompt of the routed or named task is put around.
             question: asked of the text in place of the task's own, for one or each.
             task: use this task's row and prompt instead of the router, for all or (None: route) for each.
             max_new_tokens: longest answer that is written; default: what the task needs.
@@ -333,13 +336,13 @@ class AMLoRAModel:
         (found,) = finished(work)
         return Answer(found.text, found.ended, found.route)
 
-    def predict(self, texts: str | Sequence[TextOrTurns], **options: Any) -> list[str]:
+    def predict(self, texts: Texts, **options: Any) -> list[str]:
         """``answer``, the texts alone."""
         return [answer.text for answer in self.answer(texts, **options)]
 
     def classify(
         self,
-        texts: str | Sequence[TextOrTurns],
+        texts: Texts,
         labels: Sequence[str] | None = None,
         *,
         task: Names = None,
@@ -352,7 +355,7 @@ class AMLoRAModel:
         its own prompt, with the gate that chose it.
 
         Args:
-            texts: plain texts or conversations (lists of messages).
+            texts: plain texts, fields by name or conversations, as for ``answer``.
             labels: to choose from, for all texts; default: those of the task.
             task: named by the caller, for all or (None: route) for each.
             question: asked of the text, in place of the task's own.
@@ -457,16 +460,16 @@ class AMLoRAModel:
         return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
     def requests(
-        self, texts: str | Sequence[TextOrTurns], *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
+        self, texts: Texts, *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
     ) -> list[Request]:
         """One request for each text or conversation; errors as ``chat`` and ``answer``."""
-        listed = [self.prompter.query(one, route_by) for one in ([texts] if isinstance(texts, str) else texts)]
-        questions, tasks = _each("question", question, len(listed)), _each("task", task, len(listed))
-        pairs = enumerate(zip(listed, questions, tasks, strict=True))
-        return [
-            Request(n, one.text, own or one.question, named, gate=self._row(named), turns=one.turns)
-            for n, (one, own, named) in pairs
-        ]
+        given: Sequence[TextOrTurns] = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
+        questions, tasks = _each("question", question, len(given)), _each("task", task, len(given))
+        made = []
+        for n, (text, own, named) in enumerate(zip(given, questions, tasks, strict=True)):
+            gate, one = self._row(named), self.prompter.query(text, route_by, named)
+            made.append(Request(n, one.text, own or one.question, named, gate=gate, turns=one.turns, fields=one.fields))
+        return made
 
     def prefill(
         self, batch: Sequence[Request], on_logits: Callable[[Tensor], None] | None = None
