@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,7 @@ class ServedBank:
         turns: tuple[Turn, ...] = (),
         top: int | None = None,
         echo: bool = False,
+        fields: Mapping[str, str] | None = None,
     ) -> Request:
         """A text on its way to an answer, tokenised.
 
@@ -113,6 +114,7 @@ class ServedBank:
             turns: of the conversation that it is the last of.
             top: how many likeliest tokens are named next to each; None: no log probabilities.
             echo: whether the prompt's own tokens are scored too.
+            fields: that the text is made of, by name.
 
         Raises:
             UserError: an empty text, an unknown task, no room for the prompt; an encoder-decoder that should score its
@@ -123,7 +125,7 @@ class ServedBank:
         tokens = None if isinstance(text, str) else text
         (request,) = self.model.requests(text if isinstance(text, str) else "", question=question, task=task)
         request.raw, request.turns, request.top, request.echo = raw, turns, top, echo
-        request.new_tokens = new_tokens
+        request.new_tokens, request.fields = new_tokens, fields or {}
         if tokens is None:
             self._tokenise(request, self.limit_of(request))
         else:
@@ -140,7 +142,13 @@ class ServedBank:
             self.model.prompter.ask(request, new_tokens=request.new_tokens or 1)
 
     def to_classify(
-        self, text: str, *, labels: Sequence[str] | None = None, question: str | None = None, task: str | None = None
+        self,
+        text: str,
+        *,
+        labels: Sequence[str] | None = None,
+        question: str | None = None,
+        task: str | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> Request:
         """A text on its way to a label.
 
@@ -148,6 +156,7 @@ class ServedBank:
             UserError: as ``to_generate``; labels that are the same to the tokenizer; a task without labels.
         """
         (request,) = self.model.requests(text, question=question, task=task)
+        request.fields = fields or {}
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
             self.model.prompter.plan(request.labels, task)
