@@ -441,11 +441,15 @@ class Answering:
     def _of_keys(self, known: Prepared, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
         task = known.requests[row].task
         entry = None if task is None else self.prompter.entries.get(task)
-        if task is None or entry is None or tuple(entry.labels or ()) != names:
+        own = [] if entry is None else list(entry.labels or ())
+        if task is None or not own or sorted(own) != sorted(names):
             return None
         place = self.router.tasks.index(task)
         found = self.router.of_labels(known.evidence.labels_BJ[row : row + 1], place)
-        return None if found is None else tuple(found[0].tolist())
+        if found is None:
+            return None
+        shares = dict(zip(own, found[0].tolist(), strict=True))
+        return tuple(shares[name] for name in names)
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:
         """The prompts' pass: the text's lower half as it was read where that can be, else everything."""

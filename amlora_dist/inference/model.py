@@ -250,8 +250,8 @@ class AMLoRAModel:
         """Which tasks and adapters each text would use, and how strongly; a pass through half of the model's depth.
 
         Args:
-            texts: plain texts or conversations (lists of messages); the bank's prompt is put around them.
-            question: asked of the text, for one or each.
+            texts: plain texts, fields by name or conversations, as for ``answer``; the text alone is read.
+            question: for one or each; changes a route only where the bank's router reads whole prompts (no keys for text).
             batch_size: texts of one pass.
         """
         requests = self.requests(texts, question=question)
@@ -433,7 +433,8 @@ class AMLoRAModel:
         """Scores of the first token of each answer, (B, vocabulary) fp32 on the CPU; what exports are compared by.
 
         Args:
-            texts: plain texts, behind the bank's prompt.
+            texts: plain texts, each behind the prompt of the task that it is routed to, whatever ``gate_BT`` says (of a bank
+                without keys for plain text behind the bank's own).
             gate_BT: weights of the tasks for each text; default: the router's.
             batch_size: texts of one pass.
         """
