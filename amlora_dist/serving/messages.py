@@ -402,7 +402,8 @@ class ClassificationData(_ResponseModel):
     label: str | None
     """Null where there are none to choose from: the router abstained, or chose a task with free-text answers."""
     task: str | None
-    """Whose labels and prompt were used; null where the caller named the labels and no task."""
+    """Whose prompt was used, and whose labels unless the request names some; null for a text of no task, and of banks
+    without keys where the request names labels and no task."""
     scores: dict[str, float]
     """Share of each label: softmax over what model and keys say of each."""
     foreign: float | None = None
