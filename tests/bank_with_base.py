@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,11 @@ def write_working_bank(
     literal: LiteralSettings | None = None,
     described: bool = True,
     gate: GateSettings | None = None,
+    entries: Mapping[str, TaskEntry] | None = None,
     **changes: Any,
 ) -> Manifest:
-    """Write a bank to ``folder`` and, unless it is there, its base model to ``base_folder``."""
+    """Write a bank to ``folder`` and, unless it is there, its base model to ``base_folder``; ``entries`` in place of those
+    of some tasks."""
     if not base_folder.is_dir():
         write_model(base_folder, kind)
     base = resolve_base(ModelSettings(source=str(base_folder)), folder.parent / "home")
@@ -82,10 +84,10 @@ def write_working_bank(
         statistics.append(TaskStatistics.from_features(task, features))
     mixture.remove()
     chosen = router or posterior_router(statistics, shrinkage=0.1, gate=gate or GateSettings())
-    entries = {
+    described_as = {
         task: TaskEntry(kind="words", question="what ?", labels=TOPICS[task][0], template=BANK_TEMPLATE, max_length=24)
         for task in tasks
-    }
+    } | dict(entries or {})
     fields: dict[str, Any] = {
         "base": BaseEntry(
             source=str(base_folder), digest=base.digest, architecture=base.model_type,
@@ -96,7 +98,7 @@ def write_working_bank(
         "adapters": [
             adapter_entry(
                 adapter, k, training_fingerprint=fingerprint(adapter.task), parent=None,
-                task_spec=entries[adapter.task] if described else None,
+                task_spec=described_as[adapter.task] if described else None,
             )
             for k, adapter in enumerate(adapters, start=1)
         ],
@@ -120,11 +122,13 @@ def write_working_bank(
     )
 
 
-def write_keyed_bank(folder: Path, base_folder: Path, *, tasks: Sequence[str] = TASKS) -> Manifest:
+def write_keyed_bank(
+    folder: Path, base_folder: Path, *, tasks: Sequence[str] = TASKS, entries: Mapping[str, TaskEntry] | None = None
+) -> Manifest:
     """A working bank that is routed and answered by plain text, as runs make them since 0.2."""
     from amlora_dist.inference.rekeying import TaskRows, rekey
 
-    write_working_bank(folder.with_name(f"{folder.name}-before"), base_folder, tasks=tasks)
+    write_working_bank(folder.with_name(f"{folder.name}-before"), base_folder, tasks=tasks, entries=entries)
     texts = {task: texts_of(task, 40) for task in tasks}
     rows = {task: TaskRows(own, [text.rpartition(" ")[2] for text in own]) for task, own in texts.items()}
     return rekey(folder.with_name(f"{folder.name}-before"), folder, rows)

@@ -28,6 +28,7 @@ from amlora_dist.adapters.reading import Reading, read_texts, reusable_trunk
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
+from amlora_dist.tasks.named_fields import MissingFieldsError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
@@ -202,14 +203,12 @@ class Answering:
         return torch.stack([request.gate for request in requests if request.gate is not None])
 
     def begin(
-        self, requests: Sequence[Request], *, new_tokens: int | None = None, router: KeyedRouter | None = None,
-        reading: Reading | None = None,
-    ) -> Begun:  # fmt: skip
+        self, requests: Sequence[Request], *, router: KeyedRouter | None = None, reading: Reading | None = None
+    ) -> Begun:
         """Read texts, route them, and read their prompts.
 
         Args:
             requests: of one batch; their ``task``, ``gate``, ``tokens`` and ``labels`` are filled in.
-            new_tokens: that an answer may have; default: what the task's answers need.
             router: in place of the bank's own.
             reading: of these requests, if they were read before.
 
@@ -218,16 +217,14 @@ class Answering:
         """
         requests = list(requests)
         reading = self.read(requests) if reading is None else reading
-        known = self.prepare(requests, reading, new_tokens=new_tokens, router=router)
+        known = self.prepare(requests, reading, router=router)
         with torch.no_grad():
             state = self._prefilled(requests, reading, known.gate_BT)
         best = self.by_keys(known.evidence)
         return Begun(requests, known.gate_BT, known.evidence, known.routes, state, reading.features_BF, best)
 
     @torch.no_grad()
-    def prepare(
-        self, requests: list[Request], reading: Reading, *, new_tokens: int | None = None, router: KeyedRouter | None = None
-    ) -> Prepared:
+    def prepare(self, requests: list[Request], reading: Reading, *, router: KeyedRouter | None = None) -> Prepared:
         """Route texts that were read, and put the prompts of their tasks around them; see ``begin``."""
         evidence = self.evidence(reading, router)
         gate_BT = self.route(requests, evidence)
@@ -235,8 +232,16 @@ class Answering:
             if request.labels is None and request.task is not None and not request.free:
                 entry = self.prompter.entries.get(request.task)
                 request.labels = None if entry is None or entry.labels is None else tuple(entry.labels)
-            room = self.prompter.answer_limit(request.task) if new_tokens is None else new_tokens
-            self.prompter.ask(request, new_tokens=room)
+            limit = self.prompter.answer_limit(request.task) if request.labels else self.prompter.limit_of(request)
+            try:
+                self.prompter.ask(request, new_tokens=limit)
+            except MissingFieldsError:
+                if request.unasked is None:
+                    raise
+                request.unasked = True
+                task, request.task = request.task, None
+                self.prompter.ask(request, new_tokens=limit)
+                request.task = task
         return Prepared(requests, gate_BT, evidence, routes(gate_BT, self.mixture.task_names, self.rows_TN))
 
     def by_keys(self, evidence: Evidence) -> list[str | None]:
@@ -336,7 +341,6 @@ class Answering:
         requests: Sequence[Request],
         *,
         batch_size: int,
-        new_tokens: int | None = None,
         router: KeyedRouter | None = None,
         write: bool = True,
         write_all: bool = False,
@@ -349,7 +353,6 @@ class Answering:
         Args:
             requests: plain texts, with the options of their callers.
             batch_size: texts of one pass.
-            new_tokens: longest answer that is written; default: what the task's answers need.
             router: in place of the bank's own.
             write: write answers where there are no labels.
             write_all: also write freely where a label is served.
@@ -357,14 +360,14 @@ class Answering:
             all_done: whether all ranks are done, given whether this one is.
             on_batch: sees every batch after its labels were weighed and before anything is written.
         """
-        check_counts(batch_size, new_tokens)
+        check_counts(batch_size)
         requests = list(requests)
         self.prompter.read(requests)
         order = sorted(range(len(requests)), key=lambda place: (-len(requests[place].text_ids), place))
         made: dict[int, Answered] = {}
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            begun = self.begin([requests[place] for place in places], new_tokens=new_tokens, router=router)
+            begun = self.begin([requests[place] for place in places], router=router)
             yield sum(len(request.tokens) for request in begun.requests)
             decided: list[Decided | None]
             if shares:
@@ -376,7 +379,7 @@ class Answering:
             if on_batch is not None:
                 on_batch(begun)
             free = [row for row, one in enumerate(decided) if write_all or (write and one is None)]
-            written = self.written(begun, free, new_tokens, all_done)
+            written = self.written(begun, free, all_done)
             for row, (place, one) in enumerate(zip(places, decided, strict=True)):
                 made[place] = self._answered(begun, row, one, written.get(row))
         return [made[place] for place in range(len(requests))]
@@ -393,25 +396,30 @@ class Answering:
             found += routes(gate_BT, self.mixture.task_names, self.rows_TN)
         return found
 
-    def next_token_logits(self, requests: Sequence[Request], *, batch_size: int) -> Tensor:
+    def next_token_logits(
+        self, requests: Sequence[Request], *, batch_size: int, router: KeyedRouter | None = None
+    ) -> Tensor:
         """Scores of the first token of each answer behind the routed task's prompt, (B, vocabulary) fp32 on the CPU."""
         found = []
         for start in range(0, len(requests), batch_size):
-            begun = self.begin(list(requests[start : start + batch_size]), new_tokens=1)
+            begun = self.begin(list(requests[start : start + batch_size]), router=router)
             found.append(begun.state.logits.float().cpu())
         return torch.cat(found)
 
     def written(
-        self, begun: Begun, rows: Sequence[int], new_tokens: int | None, all_done: Callable[[bool], bool] = bool
+        self, begun: Begun, rows: Sequence[int], all_done: Callable[[bool], bool] = bool
     ) -> dict[int, tuple[str, bool]]:
-        """What the model writes after some rows, greedily, and whether it ended; consumes the state."""
+        """What the model writes after some rows, greedily, and whether it ended within the row's own limit, whoever shares
+        its passes; consumes the state."""
         if not rows:
             return {}
-        limit = self.prompter.answer_limit
-        steps = new_tokens or max(limit(None if self._whole else begun.requests[row].task) for row in rows)
+        limits = [self.prompter.limit_of(begun.requests[row]) for row in rows]
+        # Under ZeRO-3 other ranks have rows of other tasks, and must make as many passes.
+        others = map(self.prompter.answer_limit, (None, *self.prompter.entries)) if self._whole else ()
+        steps = max([*limits, *others])
         state = begun.state if len(rows) == len(begun.requests) else picked(begun.state, rows)
         with torch.no_grad():
-            outputs = self.decoder.greedy(state, steps, all_done)
+            outputs = self.decoder.greedy(state, steps, all_done, limits)
         return {row: (self.prompter.decode(ids), ended) for row, (ids, ended) in zip(rows, outputs, strict=True)}
 
     def _answered(
@@ -433,11 +441,15 @@ class Answering:
     def _of_keys(self, known: Prepared, row: int, names: tuple[str, ...]) -> tuple[float, ...] | None:
         task = known.requests[row].task
         entry = None if task is None else self.prompter.entries.get(task)
-        if task is None or entry is None or tuple(entry.labels or ()) != names:
+        own = [] if entry is None else list(entry.labels or ())
+        if task is None or not own or sorted(own) != sorted(names):
             return None
         place = self.router.tasks.index(task)
         found = self.router.of_labels(known.evidence.labels_BJ[row : row + 1], place)
-        return None if found is None else tuple(found[0].tolist())
+        if found is None:
+            return None
+        shares = dict(zip(own, found[0].tolist(), strict=True))
+        return tuple(shares[name] for name in names)
 
     def _prefilled(self, requests: list[Request], reading: Reading, gate_BT: Tensor) -> Prefilled:
         """The prompts' pass: the text's lower half as it was read where that can be, else everything."""

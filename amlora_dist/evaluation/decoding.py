@@ -155,28 +155,38 @@ class Decoder:
         return logits
 
     def greedy(
-        self, state: Prefilled, steps: int, all_done: Callable[[bool], bool] | None = None
+        self,
+        state: Prefilled,
+        steps: int,
+        all_done: Callable[[bool], bool] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[tuple[list[int], bool]]:
         """The most likely next token, ``steps`` times; consumes ``state``.
 
         Makes exactly ``steps - 1`` passes unless ``all_done`` is given: it is asked before each pass whether to stop,
         with this rank's answer, and must give every rank the same one.
 
+        Args:
+            limits: tokens of each row, at most ``steps``: it is cut there, as if it had been alone. Default: ``steps``.
+
         Returns:
-            for each row its tokens before EOS, and whether EOS came within ``steps`` tokens.
+            for each row its tokens before EOS, and whether EOS came within its limit.
         """
+        most = list(limits) if limits is not None else [steps] * len(state.logits)
+        most_B1 = torch.tensor(most, device=state.logits.device)[:, None]
         token_B1 = state.logits.argmax(-1, keepdim=True)
         ended_B1 = token_B1 == self.eos_id
         tokens = [token_B1]
         for _ in range(steps - 1):
-            if all_done is not None and all_done(bool(ended_B1.all())):
+            if all_done is not None and all_done(bool((ended_B1 | (most_B1 <= len(tokens))).all())):
                 break
             token_B1 = self.advance(state, token_B1)[:, -1].argmax(-1, keepdim=True)
             token_B1 = token_B1.masked_fill(ended_B1, self.eos_id)
             ended_B1 = ended_B1 | (token_B1 == self.eos_id)
             tokens.append(token_B1)
         rows: list[list[int]] = torch.cat(tokens, dim=-1).tolist()
-        return [(row[: row.index(self.eos_id)], True) if self.eos_id in row else (row, False) for row in rows]
+        cut = [row[:limit] for row, limit in zip(rows, most, strict=True)]
+        return [(row[: row.index(self.eos_id)], True) if self.eos_id in row else (row, False) for row in cut]
 
 
 def check_room(config: Any, prompt_tokens: int, new_tokens: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.adapters.adapter import rows
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.field_texts import check_words, fields_for, joined_text
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
+from amlora_dist.evaluation.locked_tokenizer import LockedTokenizer
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
 from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate, answer_ids
 from amlora_dist.tasks.conversations import Turn, check_open, is_conversation, joined, messages_of
@@ -26,7 +28,7 @@ from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, PromptTemplate
 from amlora_dist.tasks.sources import Row
 from amlora_dist.tasks.special_tokens import special_tokens
 from amlora_dist.tasks.task_entry import TaskEntry
-from amlora_dist.tasks.texts import NoTextError, is_blank, text_of
+from amlora_dist.tasks.texts import is_blank
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.adapter import Adapter
@@ -114,6 +116,8 @@ class Request:
     """The text is the prompt: no template is put around it, and it is never cut."""
     free: bool = False
     """Write freely, whatever task it is."""
+    new_tokens: int | None = None
+    """Of an answer that is written, at most, by its caller's word; None: what the answers of its task need."""
     tokens: tuple[int, ...] = ()
     """Of the prompt."""
     top: int | None = None
@@ -124,24 +128,30 @@ class Request:
     """Prompt format 2: of the text alone, behind the tokenizer's special tokens."""
     turns: tuple[Turn, ...] = ()
     """Of a conversation: all of it up to the answer; ``text`` is what the user said last."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """By name, those that ``text`` was put together of, for templates that read them; empty: nobody named any."""
+    unasked: bool | None = None
+    """Of a row that is scored (else None): whether its task's prompt reads fields that it has not. Servers refuse such a
+    text; its passes are made behind the bank's own prompt, and it counts as wrong."""
     reused: int | None = None
     """How many of ``text_ids`` the prompt begins with, whose pass is not made again; None: it does not begin with them."""
 
 
-TextOrTurns = str | Sequence[Mapping[str, Any] | Turn]
-"""A plain text, or a conversation that waits for its answer: ``{"role": ..., "content": ...}`` each."""
+TextOrTurns = str | Mapping[str, str] | Sequence[Mapping[str, Any] | Turn]
+"""A plain text, its fields by name, or a conversation that waits for its answer: ``{"role": ..., "content": ...}`` each."""
 RouteBy = Literal["turn", "conversation"]
 """What routes a turn of a conversation: what the user said last, or what they said first, which keeps its route."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A conversation as a bank is asked it."""
+    """A text, its fields or a conversation as a bank is asked it."""
 
     text: str
     """What the router reads."""
     question: str | None = None
     turns: tuple[Turn, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 class Prompter:
@@ -174,8 +184,9 @@ class Prompter:
         self.chat_bank = bool(described) and all(entry.chat for entry in described)
         """Whether texts of no task are asked in the base model's chat template too: as those of every task are."""
         self._made: dict[str | None, TextPrompts | ChatPrompts] = {}
+        self._limits: dict[str | None, int] = {}
         self._lock = threading.Lock()
-        self._one_at_a_time = _Locked(tokenizer, self._lock)
+        self._one_at_a_time = LockedTokenizer(tokenizer, self._lock)
         self._chat: ChatTemplate | None = None
         self._plan: Callable[[tuple[str, ...], bool], LabelPlan] = lru_cache(PLANS)(self._planned)
 
@@ -240,8 +251,12 @@ class Prompter:
             raise UserError("messages: found no words of role user, expected a text to answer")
         return Query(joined(words), joined([turn for turn in spoken if turn.role == "system"]) or None)
 
-    def query(self, given: TextOrTurns, route_by: RouteBy = "turn") -> Query:
-        """A plain text, or a conversation, as this bank is asked it. Raises UserError as ``asked`` and ``messages_of``."""
+    def query(self, given: TextOrTurns, route_by: RouteBy = "turn", task: str | None = None) -> Query:
+        """A plain text, named fields (of ``task``, if its caller names one) or a conversation, as this bank is asked it.
+        Raises UserError as ``asked``, ``messages_of`` and ``field_texts.joined_text``."""
+        if isinstance(given, Mapping):
+            text, fields = joined_text(given, self.entries, task)
+            return Query(text, fields=fields)
         if isinstance(given, str) or not is_conversation(given):
             return Query(given)  # type: ignore[arg-type]  # what is no text is refused where it is read
         return self.asked(messages_of(given), route_by)
@@ -267,7 +282,7 @@ class Prompter:
         """Set ``tokens`` and ``reused`` of a request that was read: the prompt of its task around its text.
 
         Raises:
-            UserError: no room for the question and an answer.
+            UserError: no room for the question and an answer; a template that reads fields which the text has not.
         """
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens
         if room < 1:
@@ -275,20 +290,22 @@ class Prompter:
         limit = min(max_length or self._prompt_limit(request.task), room)
         first = len(self.ends.before)
         prompts = self._prompts(request.task, request.question)
+        words = [turn for turn in request.turns if turn.role != "system"]
+        text = joined(words) if words and isinstance(prompts, TextPrompts) else request.text
+        fields = fields_for(request.task, self.entries, text, request.fields)
         if isinstance(prompts, ChatPrompts):
             turns = request.turns or (Turn("user", request.text),)
-            request.tokens, request.reused = prompts.prompt(turns, limit)[0].ids, None
+            request.tokens, request.reused = prompts.prompt(turns, limit, fields=fields)[0].ids, None
             return
         if request.turns:  # a task without turns is asked of all that was said
-            text, question = joined([turn for turn in request.turns if turn.role != "system"]), request.question
             asked = joined([turn for turn in request.turns if turn.role == "system"])
-            prompts = self._prompts(request.task, question or asked or None)
+            prompts = self._prompts(request.task, request.question or asked or None)
             assert isinstance(prompts, TextPrompts)
             (ids,) = text_ids([text], self._one_at_a_time, self.format.text_tokens)
-            request.tokens, request.reused = prompts.prompt(ids, limit, text=text).ids, None
+            request.tokens, request.reused = prompts.prompt(ids, limit, text=text, fields=fields).ids, None
             return
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
-        prompt = prompts.prompt(own, limit, text=request.text)
+        prompt = prompts.prompt(own, limit, text=request.text, fields=fields)
         request.tokens = prompt.ids
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
         request.reused = prompt.span[1] if begins and prompt.span is not None else None
@@ -321,7 +338,7 @@ class Prompter:
         for request in requests:
             for name, words in (("text", request.text), ("question", request.question)):
                 if words is not None or name == "text":
-                    _check_words(words, name, request.place, len(requests))
+                    check_words(words, name, request.place, len(requests))
             if is_blank(request.text):
                 raise UserError(f"text {request.place + 1} of {len(requests)} is empty; leave it out or give it words")
 
@@ -346,7 +363,9 @@ class Prompter:
         room = MAX_PROMPT_TOKENS if self._positions is None else self._positions - new_tokens - self.prefix.tokens
         for (task, question, raw), group in groups.items():
             limit = MAX_PROMPT_TOKENS if raw else min(max_length or self._prompt_limit(task), room)
-            given = [Row(number, {}, request.text, None, "") for number, request in enumerate(group, start=1)]
+            named = None if raw else task
+            fields = [dict(fields_for(named, self.entries, one.text, one.fields) or {}) for one in group]
+            given = [Row(n, own, one.text, None, "") for n, (one, own) in enumerate(zip(group, fields, strict=True), 1)]
             template = PromptTemplate(RAW_TEMPLATE) if raw else self.template(task, question)
             # The template is rendered outside of the lock: a bank's own may take its time, and decoding needs the lock.
             found = prompt_tokens(
@@ -379,7 +398,7 @@ class Prompter:
         """Token ids of labels, without end-of-sequence; ``chat``: as turns of the assistant. Raises UserError for a label
         that is no text, or has no words."""
         for place, text in enumerate(texts):
-            _check_words(text, "label", place, len(texts))
+            check_words(text, "label", place, len(texts))
             if is_blank(text):
                 raise UserError(f"label {place + 1} of {len(texts)} is empty; leave it out or give it words")
         if chat:
@@ -407,6 +426,16 @@ class Prompter:
 
     def answer_limit(self, task: str | None) -> int:
         """New tokens that an answer may need: the task's, or the most that any task of the bank needs."""
+        if task not in self._limits:
+            self._limits[task] = self._needed(task)
+        return self._limits[task]
+
+    def limit_of(self, request: Request) -> int:
+        """New tokens that an answer may have which is written for a request that was routed: those that its caller allows,
+        else those that its task needs."""
+        return request.new_tokens or self.answer_limit(request.task)
+
+    def _needed(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         limits = [
             1 + max(map(len, self.labels(entry.labels, chat=entry.chat))) if entry.labels else entry.max_answer_tokens
@@ -418,33 +447,6 @@ class Prompter:
     def _prompt_limit(self, task: str | None) -> int:
         asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
         return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
-
-
-class _Locked:
-    """A tokenizer whose calls wait for each other."""
-
-    def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
-        self._tokenizer, self._lock = tokenizer, lock
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        with self._lock:
-            return self._tokenizer(*args, **options)
-
-    def tokenize(self, text: str) -> Any:
-        with self._lock:
-            return self._tokenizer.tokenize(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
-def _check_words(words: object, name: str, place: int, count: int) -> None:
-    try:
-        text_of(words)
-    except NoTextError as error:
-        raise UserError(f"{name} {place + 1} of {count}: found {error}, expected a text") from None
-    if not isinstance(words, str):
-        raise UserError(f"{name} {place + 1} of {count}: found {type(words).__name__}, expected a text (str)")
 
 
 def check_counts(batch_size: object, new_tokens: object = None) -> None:

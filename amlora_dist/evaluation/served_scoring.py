@@ -10,7 +10,7 @@ them (``unchanged``); the decision is made again with today's keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class PlainRow:
     """Of a conversation: all of it up to the answer."""
     references: tuple[str, ...] = ()
     """Of free text: further right answers."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """That its text was put together of, for templates that read them."""
 
 
 @dataclass(slots=True)
@@ -106,7 +108,9 @@ class ServedScore:
         if self.task is not None:
             mixture = self.answering.mixture
             gate = mixture.one_hot(mixture.task_names.index(self.task), 1)[0]
-        return Request(place, row.text, self.question, self.task, gate=gate, turns=row.turns)
+        return Request(
+            place, row.text, self.question, self.task, gate=gate, turns=row.turns, fields=row.fields, unasked=False
+        )
 
     def _of_true_labels(self, begun: Begun) -> dict[int, Weighed]:
         """What the model says of the true task's labels, where the routed task has others."""
@@ -119,6 +123,8 @@ class ServedScore:
     def _prediction(
         self, row: PlainRow, one: Answered, begun: Begun, place: int, ranked: Weighed | None
     ) -> Prediction:
+        if one.request.unasked:  # a server refuses it
+            one, ranked = replace(one, weighed=None, written=None), None
         written, ended = one.written or ("", False)
         true = ranked if ranked is not None else one.weighed
         gates = begun.gate_BT[place].float().tolist() if self.task is None else None

@@ -4,6 +4,9 @@ Base model and old adapters are frozen, and so are the features that the router 
 disabled adapter can change for a row is its gate: where that is, number for number, what it was when the row was last
 scored, and 0 for every task that came since, the answer is the same. Sparse gates make this the rule and not the exception;
 scoring after stage n then costs the rows of one or two tasks instead of n.
+
+A row that no task has a weight for is always scored again: the base model answers it behind the bank's own prompt and within
+the bank's own limit, and a new task may change both.
 """
 
 from __future__ import annotations
@@ -81,6 +84,8 @@ def unchanged(
         for old in _predictions(folder, wanted.keys()):
             gates = wanted[old.row]
             if old.gates is None or len(old.gates) > len(gates) or any(gates[task] for task in changed):
+                continue
+            if not any(gates):
                 continue
             if [*old.gates, *[0.0] * (len(gates) - len(old.gates))] == gates:
                 found.setdefault(old.row, replace(old, gates=gates if noted else None))

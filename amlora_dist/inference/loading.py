@@ -119,6 +119,16 @@ def bank_format(manifest: Manifest) -> PromptFormat:
     return PromptFormat(version, int(router.get("max_text_tokens") or DEFAULT_TEXT_TOKENS))
 
 
+def warn_of_former(prompt_format: PromptFormat, bank: str) -> None:
+    """Say of a bank that was made before 0.2 what that means; ``bank`` is how it is called."""
+    if not prompt_format.text_alone:
+        log.warning(
+            "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be routed"
+            " worse; `amlora rekey` gives it a router for plain text",
+            bank,
+        )
+
+
 def answer_settings(manifest: Manifest) -> AnswerSettings:
     """How a bank weighs the labels of a task. Raises BankError where the settings do not fit this version."""
     try:
@@ -134,7 +144,11 @@ def check_description(bank: Bank, abstain: float | None) -> None:
         UserError: as ``described_router``.
         BankError: as ``bank_layers``.
     """
-    described_router(bank, abstain)
+    described = described_router(bank, abstain)
+    if abstain:
+        nearest = min((float(share) for share, _ in described["foreign_above"]), key=lambda share: abs(share - abstain))
+        if nearest != abstain:
+            log.warning("abstain: %g acts as %g, the nearest share for which this bank stores a threshold", abstain, nearest)
     try:
         router = RouterSettings(**completed(bank.manifest.training_configuration).get("router", {}))
     except (ValidationError, TypeError) as error:
@@ -147,11 +161,13 @@ def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
 
     Args:
         bank: as read.
-        abstain: share of its own rows that may be lost by giving texts of no task to the base model, of which the nearest
-            stored threshold is taken; 0: every text is taken for one of the bank's; None: as published.
+        abstain: share of its own rows that may be lost by giving texts of no task to the base model; between two for which
+            thresholds are stored the nearer one is taken, and a line says so. 0: every text is taken for one of the
+            bank's; None: as published.
 
     Raises:
-        UserError: a share that is none, or a bank without the background that tells such texts.
+        UserError: a share that is none, or beyond those that are stored; a bank without the background that tells such
+            texts.
     """
     described = dict(bank.router_settings)
     if abstain is None:
@@ -163,6 +179,11 @@ def described_router(bank: Bank, abstain: float | None) -> dict[str, Any]:
             f"abstain: found {abstain:g}, but this bank stores no background by which texts of no task are recognised; train"
             " it with router.background true and router.holdout above 0, or make its router again with `amlora rekey`"
         )
+    if abstain:
+        stored = sorted(float(share) for share, _ in described["foreign_above"])
+        if not stored[0] <= abstain <= stored[-1]:
+            shares = ", ".join(f"{share:g}" for share in stored)
+            raise UserError(f"abstain: found {abstain:g}, this bank stores thresholds for {shares}; give one of them, or 0")
     if "gate" in described:
         chosen = {"abstention": True, "lost": abstain} if abstain else {"abstention": False}
         described["gate"] = described["gate"] | chosen

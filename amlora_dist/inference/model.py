@@ -12,7 +12,6 @@ A pulled folder needs neither MLflow nor Ray nor DeepSpeed.
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from amlora_dist.evaluation.requests import (
     RouteBy,
     RoutedPrompt,
     TextOrTurns,
+    check_counts,
     mean_rows,
 )
 from amlora_dist.inference.loading import (
@@ -53,6 +53,7 @@ from amlora_dist.inference.loading import (
     pulled,
     resolve_bank_base,
     sharing_copy,
+    warn_of_former,
 )
 from amlora_dist.inference.prompt_answering import PromptAnswering
 from amlora_dist.quantisation import Quantisation
@@ -63,10 +64,10 @@ from amlora_dist.tasks.conversations import Turn, messages_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
 __all__ = ["AMLoRAModel", "Answer", "Classification", "Route"]
 
+Texts = str | Mapping[str, str] | Sequence[TextOrTurns]
+"""One text (or its fields by name), or several, conversations among them."""
 Names = str | None | Sequence[str | None]
 """One for all texts, or one for each."""
 
@@ -119,12 +120,7 @@ class AMLoRAModel:
         router = mixture.router.inner if isinstance(mixture.router, OverridableRouter) else mixture.router
         self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
         """What answers where ``answering`` is None, and reads raw prompts."""
-        if not self.prompter.format.text_alone:
-            log.warning(
-                "%s was made before 0.2: its routing was measured behind its tasks' questions, and a plain text may be"
-                " routed worse; `amlora rekey` gives it a router for plain text",
-                uri or f"bank of run {manifest.run_id!r}",
-            )
+        warn_of_former(self.prompter.format, uri or f"bank of run {manifest.run_id!r}")
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
         if isinstance(router, KeyedRouter) and not mixture.routing.select:
@@ -250,12 +246,12 @@ class AMLoRAModel:
 
     # ---- texts ------------------------------------------------------------------------------------------------
 
-    def route(self, texts: str | Sequence[TextOrTurns], *, question: Names = None, batch_size: int = 16) -> list[Route]:
+    def route(self, texts: Texts, *, question: Names = None, batch_size: int = 16) -> list[Route]:
         """Which tasks and adapters each text would use, and how strongly; a pass through half of the model's depth.
 
         Args:
-            texts: plain texts or conversations (lists of messages); the bank's prompt is put around them.
-            question: asked of the text, for one or each.
+            texts: plain texts, fields by name or conversations, as for ``answer``; the text alone is read.
+            question: for one or each; changes a route only where the bank's router reads whole prompts (no keys for text).
             batch_size: texts of one pass.
         """
         requests = self.requests(texts, question=question)
@@ -263,7 +259,7 @@ class AMLoRAModel:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
 
-    def prompts(self, texts: str | Sequence[TextOrTurns], *, batch_size: int = 16) -> list[RoutedPrompt]:
+    def prompts(self, texts: Texts, *, batch_size: int = 16) -> list[RoutedPrompt]:
         """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
         have the bank's adapters but not its router.
 
@@ -280,7 +276,7 @@ class AMLoRAModel:
 
     def answer(
         self,
-        texts: str | Sequence[TextOrTurns],
+        texts: Texts,
         *,
         question: Names = None,
         task: Names = None,
@@ -292,22 +288,22 @@ class AMLoRAModel:
         routed to has labels, else what the model writes, greedily.
 
         Args:
-            texts: plain texts or conversations (lists of messages); the prompt of the routed or named task is put around.
+            texts: plain texts, their fields by name (``{"premise": ..., "hypothesis": ...}``, joined as the task's rows are)
+                or conversations (lists of messages); the prompt of the routed or named task is put around.
             question: asked of the text in place of the task's own, for one or each.
             task: use this task's row and prompt instead of the router, for all or (None: route) for each.
             max_new_tokens: longest answer that is written; default: what the task needs.
             free: write, whatever the task.
             batch_size: texts of one pass.
         """
+        check_counts(batch_size, max_new_tokens)
         requests = self.requests(texts, question=question, task=task)
+        for request in requests:
+            request.free, request.new_tokens = free, max_new_tokens or None
         if self.answering is not None:
-            for request in requests:
-                request.free = free
-            work = self.answering.answering(
-                requests, batch_size=batch_size, new_tokens=max_new_tokens, router=self._keyed, shares=False
-            )
+            work = self.answering.answering(requests, batch_size=batch_size, router=self._keyed, shares=False)
             return [Answer(one.text, one.ended, one.route) for one in finished(work)]
-        return self.former.answered(requests, batch_size, max_new_tokens, self._router)
+        return self.former.answered(requests, batch_size, self._router)
 
     def chat(
         self,
@@ -331,21 +327,22 @@ class AMLoRAModel:
         Raises:
             UserError: what is no conversation that waits for an answer, an unknown task, no room for the prompt.
         """
+        check_counts(1, max_new_tokens)
         requests = self.requests([messages_of(messages)], task=task, route_by=route_by)
-        requests[0].free = free
+        requests[0].free, requests[0].new_tokens = free, max_new_tokens or None
         if self.answering is None:
-            return self.former.answered(requests, 1, max_new_tokens, self._router)[0]
-        work = self.answering.answering(requests, batch_size=1, new_tokens=max_new_tokens, router=self._keyed)
+            return self.former.answered(requests, 1, self._router)[0]
+        work = self.answering.answering(requests, batch_size=1, router=self._keyed)
         (found,) = finished(work)
         return Answer(found.text, found.ended, found.route)
 
-    def predict(self, texts: str | Sequence[TextOrTurns], **options: Any) -> list[str]:
+    def predict(self, texts: Texts, **options: Any) -> list[str]:
         """``answer``, the texts alone."""
         return [answer.text for answer in self.answer(texts, **options)]
 
     def classify(
         self,
-        texts: str | Sequence[TextOrTurns],
+        texts: Texts,
         labels: Sequence[str] | None = None,
         *,
         task: Names = None,
@@ -358,7 +355,7 @@ class AMLoRAModel:
         its own prompt, with the gate that chose it.
 
         Args:
-            texts: plain texts or conversations (lists of messages).
+            texts: plain texts, fields by name or conversations, as for ``answer``.
             labels: to choose from, for all texts; default: those of the task.
             task: named by the caller, for all or (None: route) for each.
             question: asked of the text, in place of the task's own.
@@ -436,7 +433,8 @@ class AMLoRAModel:
         """Scores of the first token of each answer, (B, vocabulary) fp32 on the CPU; what exports are compared by.
 
         Args:
-            texts: plain texts, behind the bank's prompt.
+            texts: plain texts, each behind the prompt of the task that it is routed to, whatever ``gate_BT`` says (of a bank
+                without keys for plain text behind the bank's own).
             gate_BT: weights of the tasks for each text; default: the router's.
             batch_size: texts of one pass.
         """
@@ -444,7 +442,7 @@ class AMLoRAModel:
         for request in requests:
             request.gate = None if gate_BT is None else gate_BT[request.place].to(self.device)
         if self.answering is not None:
-            return self.answering.next_token_logits(requests, batch_size=batch_size)
+            return self.answering.next_token_logits(requests, batch_size=batch_size, router=self._keyed)
         return self.former.next_token_logits(requests, batch_size, self._router)
 
     # ---- inside -----------------------------------------------------------------------------------------------
@@ -463,16 +461,16 @@ class AMLoRAModel:
         return [Classification(one.label, one.request.task, one.shares, one.route, one.foreign) for one in found]
 
     def requests(
-        self, texts: str | Sequence[TextOrTurns], *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
+        self, texts: Texts, *, question: Names = None, task: Names = None, route_by: RouteBy = "turn"
     ) -> list[Request]:
         """One request for each text or conversation; errors as ``chat`` and ``answer``."""
-        listed = [self.prompter.query(one, route_by) for one in ([texts] if isinstance(texts, str) else texts)]
-        questions, tasks = _each("question", question, len(listed)), _each("task", task, len(listed))
-        pairs = enumerate(zip(listed, questions, tasks, strict=True))
-        return [
-            Request(n, one.text, own or one.question, named, gate=self._row(named), turns=one.turns)
-            for n, (one, own, named) in pairs
-        ]
+        given: Sequence[TextOrTurns] = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
+        questions, tasks = _each("question", question, len(given)), _each("task", task, len(given))
+        made = []
+        for n, (text, own, named) in enumerate(zip(given, questions, tasks, strict=True)):
+            gate, one = self._row(named), self.prompter.query(text, route_by, named)
+            made.append(Request(n, one.text, own or one.question, named, gate=gate, turns=one.turns, fields=one.fields))
+        return made
 
     def prefill(
         self, batch: Sequence[Request], on_logits: Callable[[Tensor], None] | None = None

@@ -55,19 +55,20 @@ class PromptAnswering:
         self.prompter.fill(requests, new_tokens=0)
         return routes(self.gates(requests, batch_size, router), self.tasks, self.rows_TN)
 
-    def answered(
-        self, requests: Sequence[Request], batch_size: int, max_new_tokens: int | None, router: Router | None
-    ) -> list[Answer]:
-        """Greedy answers."""
-        named = {request.task for request in requests}
-        check_counts(batch_size, max_new_tokens)
-        steps = max_new_tokens or max(map(self.prompter.answer_limit, named), default=1)
-        self.prompter.fill(requests, new_tokens=steps)
+    def answered(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Answer]:
+        """Greedy answers, each within its own limit."""
+        check_counts(batch_size)
+        sizes: dict[int, list[Request]] = {}
+        for request in requests:
+            sizes.setdefault(self.prompter.limit_of(request), []).append(request)
+        for limit, group in sizes.items():
+            self.prompter.fill(group, new_tokens=limit)
         made: dict[int, Answer] = {}
         for batch in batches(requests, batch_size):
             state, gate_BT = self.prefill(batch, router)
             with torch.no_grad(), routed_by(router):
-                outputs = self.decoder.greedy(state, steps, bool)
+                limits = [self.prompter.limit_of(request) for request in batch]
+                outputs = self.decoder.greedy(state, max(limits), bool, limits)
             ways = routes(gate_BT, self.tasks, self.rows_TN)
             for request, (tokens, ended), route in zip(batch, outputs, ways, strict=True):
                 made[request.place] = Answer(self.prompter.decode(tokens), ended, route)

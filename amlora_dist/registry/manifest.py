@@ -293,6 +293,8 @@ class Manifest:
                 del line["task_spec"]["chat"], line["task_spec"]["system"]
             if line["task_spec"]["metric"] is None:
                 del line["task_spec"]["metric"]
+            if line["task_spec"]["fields"] is None:
+                del line["task_spec"]["fields"]
         if mapping["files"] is None:
             del mapping["files"]
         if self.base.quantisation == "none":

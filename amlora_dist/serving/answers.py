@@ -6,14 +6,14 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pydantic import BaseModel
 
 from amlora_dist.errors import AmloraError, UserError
-from amlora_dist.evaluation.requests import Request, Route
+from amlora_dist.evaluation.requests import Query, Request, Route
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import Began, Classified, Ended, Piece, Sampling
@@ -47,10 +47,12 @@ class Writer:
         texts: to answer, or the tokens of raw prompts.
         question: asked of them.
         raw: they are whole prompts.
-        new_tokens: that the request allows, if it says so.
+        new_tokens: that the request allows; default: what the task needs that each text is routed to, of whole prompts what
+            any task of the bank needs.
         top: how many likeliest tokens are named next to each of the answer's; None: no log probabilities.
         echo: whether the prompt comes back in front of its answer.
         turns: of the conversation that the one text is from.
+        fields: that the one text is made of.
 
     Raises:
         UserError: beyond a limit, or a model that is not served.
@@ -68,17 +70,22 @@ class Writer:
         top: int | None = None,
         echo: bool = False,
         turns: tuple[Turn, ...] = (),
+        fields: Mapping[str, str] | None = None,
     ) -> None:
-        self.service, self.asked, self.texts, self.turns = service, asked, texts, turns
+        self.service, self.asked, self.texts, self.turns, self.fields = service, asked, texts, turns, fields or {}
         self.bank = service.bank
         self.task = service.task_of(self.bank, asked.model)
-        self.question, self.raw, self.top, self.echo = question, raw or echo, top, echo
+        self.question, self.top, self.echo = question, top, echo
+        self.raw = raw or echo or not all(isinstance(text, str) for text in texts)
         service.check_texts([joined(turns)] if turns else texts, question)
         most = service.settings.max_new_tokens
         if new_tokens is not None and new_tokens > most:
             raise UserError(f"max_tokens: found {new_tokens}, expected at most {most}")
+        self.new_tokens = new_tokens
+        if new_tokens is None and self.raw:
+            self.new_tokens = min(self.bank.answer_limit(self.task), most)
         self.sampling = Sampling(
-            new_tokens=new_tokens or min(self.bank.answer_limit(self.task), most),
+            new_tokens=self.new_tokens or most,
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
@@ -92,11 +99,10 @@ class Writer:
         return self.service.submit(self.bank, requests, self.sampling, stream=bool(self.asked.stream))
 
     def _requests(self) -> list[Request]:
-        limit = self.sampling.new_tokens
         return [
             self.bank.to_generate(
-                text, question=self.question, task=self.task, raw=self.raw or not isinstance(text, str), new_tokens=limit,
-                turns=self.turns, top=self.top, echo=self.echo and self.top is not None,
+                text, question=self.question, task=self.task, raw=self.raw, new_tokens=self.new_tokens,
+                fields=self.fields, turns=self.turns, top=self.top, echo=self.echo and self.top is not None,
             )
             for text in self.texts
         ]
@@ -185,13 +191,17 @@ class Writer:
 async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.Classifications:
     """Labels for the texts of a request."""
     bank = service.bank
-    texts = listed(asked.input)
     task = service.task_of(bank, asked.model)
+    named = named_fields(service, asked.fields, asked.model)
+    texts = listed(asked.input or []) if named is None else [named.text]
     service.check_texts(texts, asked.question, asked.labels)
 
     def prepared() -> list[Request]:
         return [
-            bank.to_classify(text, labels=asked.labels, question=asked.question, task=task) for text in texts
+            bank.to_classify(
+                text, labels=asked.labels, question=asked.question, task=task, fields=named.fields if named else {}
+            )
+            for text in texts
         ]
 
     exchange = service.submit(bank, await asyncio.to_thread(prepared), None)
@@ -201,7 +211,7 @@ async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.
             found = event.found
             service.metrics.routed(found.route)
             made[index] = wire.ClassificationData(
-                index=index, label=found.label, task=found.task, scores=found.scores,
+                index=index, label=found.label, task=found.task, scores=found.scores, foreign=found.foreign,
                 routing=routing(found.route) if asked.routing else None,
             )  # fmt: skip
     service.metrics.tokens(read=exchange.prompt_tokens, written=0)
@@ -209,6 +219,17 @@ async def classify(service: Service, asked: wire.ClassificationRequest) -> wire.
         id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=bank.name, system_fingerprint=bank.version,
         data=[made[index] for index in range(len(texts))], usage=counted(exchange.prompt_tokens, 0),
     )  # fmt: skip
+
+
+def named_fields(service: Service, fields: Mapping[str, str] | None, model: str | None) -> Query | None:
+    """The text that is given in parts; None where it is not.
+
+    Raises:
+        UserError: fields of no task of the bank, or that its tasks join differently; a model that is not served.
+    """
+    if fields is None:
+        return None
+    return service.bank.model.prompter.query(fields, task=service.task_of(service.bank, model))
 
 
 def cards(bank: ServedBank) -> list[wire.ModelCard]:
@@ -231,10 +252,10 @@ def listed(given: str | list[str]) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+def prompts_of(given: str | list[str] | list[int] | list[list[int]] | None) -> list[str | list[int]]:
     """One prompt or several, each a text or its tokens."""
-    if isinstance(given, str):
-        return [given]
+    if given is None or isinstance(given, str):
+        return [] if given is None else [given]
     if isinstance(given[0], int):
         return [given]
     return [*cast("list[str | list[int]]", given)]

@@ -22,7 +22,7 @@ from amlora_dist import __version__
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.serving import messages as wire
 from amlora_dist.serving.alias_watcher import Follower
-from amlora_dist.serving.answers import AnswerPart, Writer, cards, classify, error_body, prompts_of, turns_of
+from amlora_dist.serving.answers import AnswerPart, Writer, cards, classify, error_body, named_fields, prompts_of, turns_of
 from amlora_dist.serving.jobs import BusyError, EngineAwayError, LateError, StoppingError
 from amlora_dist.serving.malformed import detail_of, unread
 from amlora_dist.serving.metrics import CONTENT_TYPE
@@ -131,9 +131,13 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     )
     async def completions(asked: wire.CompletionRequest) -> Response:
         """Answer texts."""
+        named = named_fields(service, asked.fields, asked.model)
+        if named is not None and (asked.raw or asked.echo):
+            raise UserError("fields: found some with raw or echo, expected a prompt: what is read as it is has no parts")
         writer = Writer(
-            service, asked, prompts_of(asked.prompt), question=asked.question, raw=asked.raw, new_tokens=asked.max_tokens,
-            top=asked.logprobs, echo=bool(asked.echo),
+            service, asked, prompts_of(asked.prompt) if named is None else [named.text], question=asked.question,
+            raw=asked.raw, new_tokens=asked.max_tokens, top=asked.logprobs, echo=bool(asked.echo),
+            fields=None if named is None else named.fields,
         )  # fmt: skip
         head, seen = writer.head("cmpl"), dict.fromkeys(range(len(writer.texts)), 0)
 
@@ -162,12 +166,15 @@ def add_v1(app: FastAPI, service: Service, errors: dict[int | str, dict[str, Any
     )
     async def chat(asked: wire.ChatRequest) -> Response:
         """Answer a conversation."""
-        talk = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
+        talk = named_fields(service, asked.fields, asked.model)
+        if talk is None:
+            talk = service.bank.model.prompter.asked(turns_of(asked.messages), asked.route_by or "turn")
         limit = asked.max_completion_tokens or asked.max_tokens
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         writer = Writer(
-            service, asked, [talk.text], question=talk.question, raw=False, new_tokens=limit, top=top, turns=talk.turns
-        )
+            service, asked, [talk.text], question=talk.question, raw=False, new_tokens=limit, top=top, turns=talk.turns,
+            fields=talk.fields,
+        )  # fmt: skip
         head = writer.head("chatcmpl")
 
         def logprobs(part: AnswerPart) -> wire.ChatLogprobs | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,10 @@ class ServedBank:
         """Tokens as they are in text, special ones too."""
         self.word_of = functools.lru_cache(1 << 14)(self._word)
         """The same of one token."""
-        self.answer_limit = functools.cache(model.prompter.answer_limit)
+        self.answer_limit = model.prompter.answer_limit
         """New tokens that a task's answers may need; of None, those of any task."""
+        self.limit_of = model.prompter.limit_of
+        """New tokens of an answer that is written for a request that was routed."""
 
     @classmethod
     def load(cls, bank: str | Path, name: str | None = None, **options: Any) -> ServedBank:
@@ -95,10 +97,11 @@ class ServedBank:
         question: str | None = None,
         task: str | None = None,
         raw: bool = False,
-        new_tokens: int,
+        new_tokens: int | None = None,
         turns: tuple[Turn, ...] = (),
         top: int | None = None,
         echo: bool = False,
+        fields: Mapping[str, str] | None = None,
     ) -> Request:
         """A text on its way to an answer, tokenised.
 
@@ -107,10 +110,11 @@ class ServedBank:
             question: in place of the task's own.
             task: named by the caller.
             raw: it is the prompt.
-            new_tokens: of the answer at most.
+            new_tokens: of the answer at most; default: what the task needs that the text is routed to.
             turns: of the conversation that it is the last of.
             top: how many likeliest tokens are named next to each; None: no log probabilities.
             echo: whether the prompt's own tokens are scored too.
+            fields: that the text is made of, by name.
 
         Raises:
             UserError: an empty text, an unknown task, no room for the prompt; an encoder-decoder that should score its
@@ -121,10 +125,11 @@ class ServedBank:
         tokens = None if isinstance(text, str) else text
         (request,) = self.model.requests(text if isinstance(text, str) else "", question=question, task=task)
         request.raw, request.turns, request.top, request.echo = raw, turns, top, echo
+        request.new_tokens, request.fields = new_tokens, fields or {}
         if tokens is None:
-            self._tokenise(request, new_tokens)
+            self._tokenise(request, self.limit_of(request))
         else:
-            self.model.prompter.take(request, tokens, new_tokens=new_tokens)
+            self.model.prompter.take(request, tokens, new_tokens=self.limit_of(request))
         return request
 
     def _tokenise(self, request: Request, new_tokens: int) -> None:
@@ -134,10 +139,16 @@ class ServedBank:
             self.model.prompter.fill([request], new_tokens=new_tokens)
         else:
             self.model.prompter.read([request])
-            self.model.prompter.ask(request, new_tokens=new_tokens)
+            self.model.prompter.ask(request, new_tokens=request.new_tokens or 1)
 
     def to_classify(
-        self, text: str, *, labels: Sequence[str] | None = None, question: str | None = None, task: str | None = None
+        self,
+        text: str,
+        *,
+        labels: Sequence[str] | None = None,
+        question: str | None = None,
+        task: str | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> Request:
         """A text on its way to a label.
 
@@ -145,6 +156,7 @@ class ServedBank:
             UserError: as ``to_generate``; labels that are the same to the tokenizer; a task without labels.
         """
         (request,) = self.model.requests(text, question=question, task=task)
+        request.fields = fields or {}
         if labels is not None:
             request.labels = tuple(dict.fromkeys(labels))
             self.model.prompter.plan(request.labels, task)

@@ -12,74 +12,29 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from amlora_dist.serving.settings import MOST_TEXTS
-
-MOST_TURNS = 1024
-"""Of a conversation, and parts of one turn."""
-MOST_LABELS = 1000
-MOST_TOKENS = 1 << 18
-"""Of a prompt that is given in tokens."""
-MOST_LIKELY = 20
-"""Tokens that are named next to each."""
-
-
-def _boolean(value: object) -> object:
-    if not isinstance(value, bool):
-        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
-    return value
-
-
-def _writable(value: str) -> str:
-    """Half of a pair of surrogates is no character: no tokenizer takes it. Pydantic checks only where it counts."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError(
-            "string_unicode", "Input should be a valid unicode string, found a lone surrogate in it"
-        ) from None
-    return value
-
-
-def _at_most(most: int) -> BeforeValidator:
-    """Counts before anybody looks at the items: half a million wrong ones are one error, not as many."""
-
-    def checked(value: object) -> object:
-        if isinstance(value, (list, dict)) and len(value) > most:
-            expected = f"expected at most {most}" if most else "expected none: this server does without"
-            raise PydanticCustomError(
-                "too_long", "found {found} items, {expected}", {"found": len(value), "expected": expected}
-            )
-        return value
-
-    return BeforeValidator(checked)
-
-
-def _counted_prompt(value: object) -> object:
-    """As ``_at_most``, of texts or of tokens."""
-    most = MOST_TOKENS if isinstance(value, list) and value and isinstance(value[0], int) else MOST_TEXTS
-    if isinstance(value, list) and len(value) > most:
-        raise PydanticCustomError(
-            "too_long", "found {found} items, expected at most {expected}", {"found": len(value), "expected": most}
-        )
-    return value
-
-
-Words = Annotated[str, AfterValidator(_writable)]
-Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-# A bare Literal takes whatever Python finds equal: 0.0 for False, true for 1.
-One = Annotated[int, Field(ge=1, le=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-Off = Annotated[Literal[False], BeforeValidator(_boolean)]
-Boolean = Annotated[bool, BeforeValidator(_boolean)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
-TokenLists = Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-NoItems = Annotated[list[None], Field(max_length=0), _at_most(0)]
-NoEntries = Annotated[dict[str, None], Field(max_length=0), _at_most(0)]
-Ignored = Annotated[str, Field(max_length=4096)]
-"""What clients may send and nothing depends on."""
-TagName = Annotated[str, Field(max_length=64)]
-"""The key of an entry of metadata."""
+from amlora_dist.serving.wire_values import (
+    MOST_LABELS,
+    MOST_LIKELY,
+    MOST_TURNS,
+    Boolean,
+    Fields,
+    Ignored,
+    NoEntries,
+    NoItems,
+    Off,
+    One,
+    Stop,
+    TagName,
+    Text,
+    Texts,
+    TokenLists,
+    Tokens,
+    Words,
+    Zero,
+    at_most,
+    counted_prompt,
+    text_or_fields,
+)
 
 
 class _RequestModel(BaseModel):
@@ -125,7 +80,7 @@ class Writing(_RequestModel):
     """Of 0 only the most likely token is left."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The same seed draws the same answer, on the same machine."""
-    stop: Annotated[Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None, _at_most(4)] = None
+    stop: Annotated[Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None, at_most(4)] = None
     """At most 4 sequences of 256 characters."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -150,7 +105,12 @@ class Writing(_RequestModel):
 class CompletionRequest(Writing):
     """Texts to answer."""
 
-    prompt: Annotated[Text | Texts | Tokens | TokenLists, BeforeValidator(_counted_prompt)]
+    fields: Fields | None = None
+    """The parts of one text by name, in place of ``prompt``: joined as the rows were that the task learned, and routed by
+    what they say. Never raw."""
+    prompt: Annotated[
+        Text | Texts | Tokens | TokenLists | None, BeforeValidator(counted_prompt), AfterValidator(text_or_fields)
+    ] = Field(None, validate_default=True)
     """One text or several, each routed by itself; the prompt of the task that it belongs to is put around it. Or the tokens
     of one prompt or several, which are read as they are."""
     question: Text | None = None
@@ -158,7 +118,7 @@ class CompletionRequest(Writing):
     raw: bool = False
     """Read the prompt as it is, without the bank's template. So are tokens, and prompts with ``echo``."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens at most; default: what the answers of the bank's tasks need."""
+    """New tokens at most; default: what the answers of the task need that a text is routed to."""
     best_of: One | None = None
     echo: Boolean | None = None
     """Give the prompt back in front of the answer; with ``logprobs`` also what the model thought of its tokens."""
@@ -180,7 +140,7 @@ class ChatMessage(_RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Words | Annotated[list[TextPart], Field(fail_fast=True)] | None, _at_most(MOST_TURNS)] = None
+    content: Annotated[Words | Annotated[list[TextPart], Field(fail_fast=True)] | None, at_most(MOST_TURNS)] = None
     """Null or left out: no content, which only ``assistant`` may have."""
     name: Ignored | None = None
     """Has no effect."""
@@ -220,21 +180,25 @@ class ChatRequest(Writing):
     another the bank's prompt is put around the turns of user and assistant, joined by newlines, and what ``system`` or
     ``developer`` say is the question asked of them."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MOST_TURNS)]
+    fields: Fields | None = None
+    """In place of ``messages``: what the user says, in parts by name, as for completions."""
+    messages: Annotated[
+        list[ChatMessage], Field(fail_fast=True), at_most(MOST_TURNS), AfterValidator(text_or_fields)
+    ] = Field(default_factory=list, validate_default=True)
     route_by: Literal["turn", "conversation"] | None = None
     """What routes a conversation in turns: the user's last turn (``turn``, the default), or their first one, so
     that it keeps its route."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """As ``max_completion_tokens``."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """New tokens at most; default: what the answers of the bank's tasks need."""
+    """New tokens at most; default: what the answers of the task need that a text is routed to."""
     logprobs: Boolean | None = None
     """Give the log probability of each token of the answer, the one that ended it among them."""
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     """And so many of the likeliest in its place; above 0 only with ``logprobs``."""
     response_format: TextFormat | None = None
     """Only ``{"type": "text"}``."""
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1), _at_most(1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1), at_most(1)] | None = None
     """Only ``["text"]``."""
     audio: None = None
     tools: NoItems | None = None
@@ -249,7 +213,7 @@ class ChatRequest(Writing):
     """Has no effect: there are no functions."""
     store: Off | None = None
     """Only false: nothing is kept."""
-    metadata: Annotated[dict[TagName, Ignored], _at_most(16)] | None = None
+    metadata: Annotated[dict[TagName, Ignored], at_most(16)] | None = None
     """Has no effect: nothing is kept. At most 16 entries, as OpenAI takes them."""
     prediction: None = None
     reasoning_effort: Literal["none"] | None = None
@@ -279,10 +243,14 @@ class ClassificationRequest(_RequestModel):
 
     model: str | None = None
     """As for completions."""
-    input: Annotated[Text | Texts, _at_most(MOST_TEXTS)]
+    fields: Fields | None = None
+    """The parts of one text by name, in place of ``input``, as for completions."""
+    input: Annotated[Text | Texts | None, at_most(MOST_TEXTS), AfterValidator(text_or_fields)] = Field(
+        None, validate_default=True
+    )
     """One text or several."""
     labels: Annotated[
-        Annotated[list[Text], Field(min_length=1, max_length=MOST_LABELS, fail_fast=True)] | None, _at_most(MOST_LABELS)
+        Annotated[list[Text], Field(min_length=1, max_length=MOST_LABELS, fail_fast=True)] | None, at_most(MOST_LABELS)
     ] = None
     """To choose from; default: those of the task that each text is routed to."""
     question: Text | None = None
@@ -434,9 +402,13 @@ class ClassificationData(_ResponseModel):
     label: str | None
     """Null where there are none to choose from: the router abstained, or chose a task with free-text answers."""
     task: str | None
-    """Whose labels and prompt were used; null where the caller named the labels and no task."""
+    """Whose prompt was used, and whose labels unless the request names some; null for a text of no task, and of banks
+    without keys where the request names labels and no task."""
     scores: dict[str, float]
-    """Share of each label: softmax over the labels' log-likelihoods."""
+    """Share of each label: softmax over what model and keys say of each."""
+    foreign: float | None = None
+    """How much more the text looks like the background than like the bank's tasks, log odds; left out where the bank has no
+    background."""
     routing: RoutingWeights | None = None
 
 
@@ -495,5 +467,5 @@ class ErrorBody(_ResponseModel):
 def sparse(value: Any) -> Any:
     """JSON values without the keys of ours, and ``usage``, where they are null: clients may know no such keys."""
     if isinstance(value, dict):
-        return {key: sparse(v) for key, v in value.items() if v is not None or key not in ("usage", "routing")}
+        return {key: sparse(v) for key, v in value.items() if v is not None or key not in ("usage", "routing", "foreign")}
     return [sparse(item) for item in value] if isinstance(value, list) else value

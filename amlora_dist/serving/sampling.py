@@ -15,6 +15,7 @@ class Sampling:
     """How an answer is written."""
 
     new_tokens: int
+    """At most, whatever the task that a text is routed to needs."""
     temperature: float = 0.0
     """0: greedy, as the bank's free-text answers were scored."""
     top_p: float = 1.0

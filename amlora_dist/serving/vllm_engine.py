@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -293,7 +293,6 @@ class VllmEngine:
         if request.labels:
             await self._labelled(flight, asked, model)
             return
-        self._check_positions(request.tokens, job.sampling.new_tokens)
         await self._streamed(flight, asked, model)
 
     async def _labelled(self, flight: Flight, asked: RowRequest, model: str) -> None:
@@ -316,9 +315,9 @@ class VllmEngine:
         """Tell the answer as it comes."""
         job, row = flight.job, AnswerRow.of(flight.job)
         assert job.sampling is not None
-        chunks = self._client.write(
-            model, asked.request.tokens, job.sampling, eos_id=job.bank.eos_id, top=asked.request.top
-        )
+        self._check_positions(asked.request.tokens, row.limit)
+        sampling = replace(job.sampling, new_tokens=row.limit)
+        chunks = self._client.write(model, asked.request.tokens, sampling, eos_id=job.bank.eos_id, top=asked.request.top)
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 if not flight.answering:

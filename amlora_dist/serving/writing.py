@@ -17,6 +17,8 @@ class AnswerRow:
 
     job: Job
     detokenizer: Detokenizer
+    limit: int
+    """Of its tokens: its caller's, else that of the task which the text was routed to; at most what the server allows."""
     generator: torch.Generator | None = None
     """What draws its tokens; None where the most likely one is taken, or another engine draws."""
     scores: list[TokenScore] = field(default_factory=list)
@@ -26,9 +28,10 @@ class AnswerRow:
 
     @staticmethod
     def of(job: Job) -> AnswerRow:
-        """A row without a word yet."""
+        """A row without a word yet, of a text that was routed."""
         assert job.sampling is not None
-        return AnswerRow(job, Detokenizer(job.bank.decode, job.sampling.stops, live=job.stream))
+        limit = min(job.sampling.new_tokens, job.bank.limit_of(job.request))
+        return AnswerRow(job, Detokenizer(job.bank.decode, job.sampling.stops, live=job.stream), limit)
 
     def take(self, token: int) -> Event | None:
         """Its next token: tells the job of the text that it makes certain, and returns the job's last event, or None
@@ -36,12 +39,11 @@ class AnswerRow:
         job, detokenizer = self.job, self.detokenizer
         if (error := job.over()) is not None:
             return Failed(error)
-        assert job.sampling is not None
         ended = token == job.bank.eos_id
         count = len(detokenizer.tokens) + (not ended)
         piece = "" if ended else detokenizer.grow(token)
         ended = ended or detokenizer.stopped
-        full = count == job.sampling.new_tokens
+        full = count == self.limit
         if ended or full:
             piece += detokenizer.finish()
         fresh = tuple(self.scores[self.sent :])

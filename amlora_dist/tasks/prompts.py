@@ -15,6 +15,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from amlora_dist.config.schema import did_you_mean
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import Fault, UserError
+from amlora_dist.tasks.named_fields import unknown_fields
 from amlora_dist.tasks.sandbox import LimitError, PromptEnvironment, render_within
 from amlora_dist.tasks.texts import NoTextError
 
@@ -158,6 +159,7 @@ def template_faults(spec: TaskSpec) -> list[Fault]:
             faults.append(Fault("prompt.template", f"the variable {name!r}", f"one of {known}", hint))
         if (limit := _endless(own, spec)) is not None:
             faults.append(Fault("prompt.template", _short(own), "a prompt that is made in few steps", limit))
+        faults += unknown_fields(own, spec)
         if not read & {"text", "fields"}:
             faults.append(Fault("prompt.template", f"no text of a row in {_short(own)}", "{{ text }} somewhere in it"))
     values = [(place, part.value) for place, part in enumerate(spec.columns.text) if part.value is not None]

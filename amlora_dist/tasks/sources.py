@@ -32,6 +32,7 @@ from amlora_dist.tasks.bad_rows import (
 )
 from amlora_dist.tasks.conversations import BadTurnsError, Turn, joined, last_user, recognised, turns_of
 from amlora_dist.tasks.files import RawRow
+from amlora_dist.tasks.named_fields import joined_fields, parts_of
 from amlora_dist.tasks.prompts import compile_template, render_value, template_faults, template_for
 from amlora_dist.tasks.readers import read_split
 from amlora_dist.tasks.task import (
@@ -212,9 +213,8 @@ class _RowMaker:
         self._columns: Columns = spec.columns
         self.parts = spec.columns.text
         self.answer_column = "label" if mirrored else spec.columns.label or spec.columns.answer or ""
-        self.names = [
-            part.column or part.marker.lower() or f"field{number}" for number, part in enumerate(self.parts, start=1)
-        ]
+        self._shown = parts_of(spec)
+        self.names = [part.name for part in self._shown]
         self.templates = [
             None if part.value is None else compile_template(part.value, where=f"{spec.origin}: columns.text")
             for part in self.parts
@@ -254,7 +254,7 @@ class _RowMaker:
         if self.spec.columns.conversational:
             return self._conversation(raw)
         fields = self._mirrored_fields(raw.values) if self.mirrored else self._fields(raw.values)
-        text = self._join(fields)
+        text = joined_fields(fields, self._shown)
         if all(map(is_blank, fields.values())):
             return EMPTY_TEXT
         answers = self._answers(raw.values.get(self.answer_column))
@@ -301,15 +301,6 @@ class _RowMaker:
             cut = _next_part(rest, self.parts[place + 1 :])
             out[name], rest = rest[:cut].strip(), rest[cut:].strip()
         return out
-
-    def _join(self, fields: dict[str, str]) -> str:
-        lines = []
-        for name, part in zip(self.names, self.parts, strict=True):
-            value = fields.get(name, "")
-            shown = part.marker and (part.neutral or self.spec.field_markers == "keep")
-            if value:
-                lines.append(f"{part.marker}: {value}" if shown else value)
-        return "\n".join(lines)
 
 
 class _NotTextError(ValueError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from amlora_dist.tasks.named_fields import FieldEntry, fields_read, parts_of
 from amlora_dist.tasks.prompts import PromptTemplate, template_for
 from amlora_dist.tasks.task import Metric
 
@@ -36,6 +37,9 @@ class TaskEntry:
     system: _Text | None = None
     """In the chat format: the system's turn of conversations that have none."""
 
+    fields: list[FieldEntry] | None = None
+    """The parts that its texts are made of, where there are several, one behind a label, or a template that reads them by
+    name; None: a text is one part."""
     metric: Metric | None = None
     """Of free text; None: what banks counted by that do not say it, exact match."""
 
@@ -72,5 +76,12 @@ def task_entry(spec: TaskSpec) -> TaskEntry:
         max_answer_tokens=spec.max_answer_tokens,
         chat=spec.chat,
         system=spec.prompt.system,
+        fields=_parts(spec),
         metric=spec.metric if spec.free_text and spec.metric != "exact_match" else None,
     )
+
+
+def _parts(spec: TaskSpec) -> list[FieldEntry] | None:
+    parts = parts_of(spec)
+    read = spec.prompt.template is not None and fields_read(spec.prompt.template) is not None
+    return parts if read or len(parts) > 1 or any(part.label for part in parts) else None

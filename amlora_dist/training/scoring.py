@@ -255,7 +255,7 @@ class Scoring:
             question=spec.prompt.question if ".paraphrase" in cell.task else None,
         )
         rows = [
-            PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references)
+            PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references, row.fields)
             for row in self.plain_rows(cell.task, cell.split)
         ]
         reused = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]

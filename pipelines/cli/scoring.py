@@ -13,6 +13,7 @@ from rich.table import Table
 
 from amlora_dist.errors import UserError
 from amlora_dist.tasks.conversations import joined
+from amlora_dist.tasks.texts import NoTextError, text_of
 from pipelines.cli.batch_inference import bank_and_tasks, check_task
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import InputRow, check_words, opened
@@ -20,10 +21,9 @@ from pipelines.cli.tables import console_for
 from pipelines.cluster.resources import check_folder
 
 if TYPE_CHECKING:
-    from amlora_dist.evaluation.requests import Classification
+    from amlora_dist.evaluation.requests import Classification, Query
     from amlora_dist.evaluation.scoring import Prediction
     from amlora_dist.inference.model import AMLoRAModel
-    from amlora_dist.tasks.conversations import Turn
 
 SCORED = {"accuracy": "served answers that are right", "exact_match": "served answers that are right"}
 NAMED = 20
@@ -216,11 +216,20 @@ def labels_by_task(folder: Path) -> dict[str, list[str] | None]:
     return {task: None if entry is None else entry.labels for task, entry in entries.items()}
 
 
-def _asked(model: AMLoRAModel, line: InputRow, task: str) -> tuple[str, tuple[Turn, ...]]:
-    """A row as the accuracy matrix has the task's rows: what the router reads, and the turns where it is asked in turns."""
+def _asked(model: AMLoRAModel, line: InputRow, task: str) -> Query:
+    """A row as the accuracy matrix has the task's rows: what the router reads, with the turns where it is asked in turns,
+    and with the fields that its text is made of, where the row has them all."""
+    from amlora_dist.evaluation.requests import Query
+
+    parts = model.prompter.entry(task).fields or []
+    if parts and not line.turns and all(line.fields.get(part.name) is not None for part in parts):
+        try:
+            return model.prompter.query({part.name: text_of(line.fields[part.name]) for part in parts}, task=task)
+        except (NoTextError, UserError) as error:
+            raise UserError(f"{line.where}: {error}") from None
     if line.turns and not model.prompter.is_chat(task):
-        return joined(line.turns).strip(), ()
-    return line.text, line.turns
+        return Query(joined(line.turns).strip())
+    return Query(line.text, turns=line.turns)
 
 
 def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[InputRow], list[str]]:
@@ -270,14 +279,17 @@ def predictions(
     labels, metric = model.labels(task), model.prompter.entry(task).counted_by
     asked = [_asked(model, line, task) for line in lines]
     if model.answering is not None:
-        pairs = enumerate(zip(asked, answers, strict=True), start=1)
-        rows = [PlainRow(n, text, answer, turns) for n, ((text, turns), answer) in pairs]
+        rows = [
+            PlainRow(n, one.text, answer, one.turns, fields=one.fields)
+            for n, (one, answer) in enumerate(zip(asked, answers, strict=True), start=1)
+        ]
         scorer = ServedScore(model.answering, metric, None if labels is None else tuple(labels))
         return scorer.score(rows, batch_size=batch_size)
-    found = model.answer([turns or text for text, turns in asked], batch_size=batch_size)
+    found = model.answer([one.turns or one.text for one in asked], batch_size=batch_size)
     return [
         Prediction(
-            n, answer, one.text, one.ended, score_of(metric, one.text, [answer], text), served=one.text, route=one.route.task
+            n, answer, one.text, one.ended, score_of(metric, one.text, [answer], row.text), served=one.text,
+            route=one.route.task,
         )
-        for n, (one, answer, (text, _)) in enumerate(zip(found, answers, asked, strict=True), start=1)
+        for n, (one, answer, row) in enumerate(zip(found, answers, asked, strict=True), start=1)
     ]

@@ -119,6 +119,14 @@ def test_a_disabled_adapter_changes_the_rows_that_use_it(disabled: int, tmp_path
     assert any(full[p.row].loglikelihoods != pytest.approx(p.loglikelihoods, abs=1e-3) for p in before)
 
 
+def test_a_text_of_no_task_is_scored_again_whatever_came_since(tmp_path: Path) -> None:
+    before = [replace(p, gates=[0.0, 0.0] if p.row % 2 else p.gates) for p in score(with_bank(2, "llama"), "llama")]
+    keep(tmp_path, before)
+    gates = torch.tensor([[*(p.gates or ()), 0.0] for p in before])
+    kept = unchanged([tmp_path], [p.row for p in before], gates, noted=True)
+    assert [p.row for p in kept] == [p.row for p in before if p.row % 2 == 0]
+
+
 def test_routers_without_features_are_asked_without_a_file() -> None:
     gates = gates_from(FixedRouter.newest(["a", "b"]), None, [1, 2, 3])
     assert gates is not None and gates.tolist() == [[0.0, 1.0]] * 3

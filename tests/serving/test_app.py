@@ -213,6 +213,11 @@ MALFORMED: list[tuple[str, str, Any, int, str]] = [
     ("no labels", "/v1/classifications", {"input": "red", "labels": []}, 400, "labels"),
     ("a question too long", "/v1/classifications", {"input": "red", "question": "what " * 60}, 400, "max_length"),
     ("a list", "/v1/classifications", [], 400, "dictionary"),
+    ("neither text nor fields", "/v1/classifications", {"labels": ["red"]}, 400, "input: Field required (or `fields`"),
+    ("text and fields", "/v1/completions", {"prompt": "red", "fields": {"a": "red"}}, 400, "expected one of them"),
+    ("fields of no task", "/v1/classifications", {"fields": {"third": "red"}}, 400, "fields: found third"),
+    ("fields without words", "/v1/chat/completions", {"fields": {"a": " "}}, 400, "fields: found no words"),
+    ("a field that is no text", "/v1/completions", {"fields": {"a": 3}}, 400, "fields"),
     ("no such path", "/v1/embeddings", {}, 404, "Not Found"),
 ]  # fmt: skip
 
