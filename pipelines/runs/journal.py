@@ -31,7 +31,7 @@ from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
 from pipelines.runs.plan import BankState
 from pipelines.runs.publisher import Publisher
-from pipelines.runs.resume_check import check_rule_of_bank
+from pipelines.runs.resume_check import check_layers_of_bank, check_rule_of_bank
 from pipelines.runs.stage_pages import run_description, show_stage
 from pipelines.runs.stage_record import StageRecord
 from pipelines.runs.takeover import first_there
@@ -107,6 +107,7 @@ class RunJournal:
                 f" model.source {base.source} has digest {base.digest[:12]}"
             )
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
+        check_layers_of_bank(config, manifest, version.uri, base, self.inputs.method)
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
             raise UserError(f"tasks: {', '.join(both)} are in the parent bank {version.uri} already; rename or leave out")
