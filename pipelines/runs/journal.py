@@ -135,6 +135,10 @@ class RunJournal:
         facts = self.inputs.facts() | {"parent_tasks": [parent.task for parent in bank.parents], "rate": rate}
         self.store.log_json(self.run, results.INPUTS, facts | {"versions": library_versions()})
 
+    def has_published(self, fingerprint: str) -> bool:
+        """Whether a stage of this training fingerprint is published that this run would take over."""
+        return self._share and bool(self.store.find_stage(fingerprint))
+
     # -- one stage ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -85,8 +85,8 @@ def _of_its_manifest(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     """``config`` with what a bank's manifest says of how the bank was trained, among the keys ``AS_THE_BANK``."""
     known = flat(completed(manifest.training_configuration))
     if not {"adapters.targets", "adapters.layers"} <= known.keys():  # then its adapters say which layers they adapt
-        if (found := adapted_by(manifest, resolve_base(config.model, home()), known.get("router.layer"))) is not None:
-            known["adapters.targets"], known["adapters.layers"] = found
+        found = adapted_by(manifest, resolve_base(config.model, home()), known.get("router.layer"))
+        known |= {} if found is None else dict(zip(("adapters.targets", "adapters.layers"), found, strict=True))
     made = to_mapping(config)
     for key in AS_THE_BANK:
         if key in known:

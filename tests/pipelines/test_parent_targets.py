@@ -19,7 +19,6 @@ from pipelines.runs.resume_check import check_layers_of_bank, going_on
 from tests.registry.tiny_banks import publish_sequence, tiny_adapter, tiny_bank
 from tests.tiny_config import write_config
 
-
 ABOVE = {f"model.layers.{layer}.self_attn.{name}": size for layer in (2, 3) for name, size in
          (("q_proj", (32, 32)), ("v_proj", (32, 16)))}  # fmt: skip
 """What ``targets: auto`` adapts of the tiny model: q and v above the routing layer."""

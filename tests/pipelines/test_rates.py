@@ -133,7 +133,7 @@ def test_a_bank_from_elsewhere_brings_its_rate_or_the_default_is_taken(
     training: dict[str, Any] | None, rate: float, how: str
 ) -> None:
     notes = Notes()
-    search = RateSearch(None, None, notes)  # type: ignore[arg-type]
+    search = RateSearch(None, None, None, notes)  # type: ignore[arg-type]
     chosen = search.of_bank({} if training is None else {"training": training}, "models:/there/1")
     assert (chosen.rate, chosen.facts["how"]) == (rate, how)
     assert f"learning rate {rate:g}" in notes.notes[0] and "models:/there/1" in notes.notes[0]
