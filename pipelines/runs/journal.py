@@ -132,6 +132,7 @@ class RunJournal:
 
     def note_inputs(self, bank: BankState, rate: dict[str, Any] | None) -> None:
         """Store what the run is made of, and how its learning rate was found."""
+        self.inputs.rate = rate
         facts = self.inputs.facts() | {"parent_tasks": [parent.task for parent in bank.parents], "rate": rate}
         self.store.log_json(self.run, results.INPUTS, facts | {"versions": library_versions()})
 
@@ -197,7 +198,7 @@ class RunJournal:
         work = plan.work(self.inputs)
         if plan.trains:
             result = read_result(work.trained)
-            record.take(result)
+            record.take(result, learns_recipe=self.inputs.method.recipe(plan.index - 1).learned)
             parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
             bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
         record.score(plan.cells)

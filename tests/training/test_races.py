@@ -1,4 +1,4 @@
-"""Races and looks at held-out rows: what diverges has lost, and nothing of it stays; passes are no larger than configured."""
+"""Races and looks at held-out rows: what diverges has lost and leaves nothing behind; passes are no larger than asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from amlora_dist.training.best_checkpoint import best_of, exhausted
 from amlora_dist.training.checkpoint import StageProgress, save_checkpoint
 from amlora_dist.training.engine import PlainEngine
 from amlora_dist.training.failures import DeviceMemoryError, NonFiniteLossError
-from amlora_dist.training.held_loss import HeldLoss, beats, first_lowest, pass_rows
+from amlora_dist.training.held_loss import beats, first_lowest, pass_rows
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.race import Candidate
 from amlora_dist.training.rate_race import Raced, run_rate_race
@@ -71,8 +71,10 @@ def test_a_loss_that_is_not_finite_loses_wherever_it_stands() -> None:
 
 
 def second_stage(config: Path, folder: Path, *overrides: str, distributed: bool = False, events: Any = None) -> Result:
+    report = (lambda event: None) if events is None else events.append
+
     def run(work: StageWork) -> None:
-        run_stage(work, distributed=distributed, report=([] if events is None else events).append, device=torch.device("cpu"))
+        run_stage(work, distributed=distributed, report=report, device=torch.device("cpu"))
 
     done = stages(load_config(config, list(overrides)), folder, run, score=False)
     return read_result(done[-1].work.trained)
