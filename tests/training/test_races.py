@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from amlora_dist.training.failures import DeviceMemoryError, NonFiniteLossError
 from amlora_dist.training.held_loss import beats, first_lowest, pass_rows
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.race import Candidate
-from amlora_dist.training.rate_race import Raced, run_rate_race
+from amlora_dist.training.rate_race import Raced, at_rate, run_rate_race
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.settings import TrainingSettings
 from amlora_dist.training.stage import run_stage
 from amlora_dist.training.stage_spec import RateRace, StageWork
+from amlora_dist.training.worker_cache import WorkerCache
 from tests.methods.stages import stages
 from tests.tiny_config import write_config
 from tests.training.ranks import on_ranks
@@ -221,6 +223,48 @@ def test_a_rate_that_diverges_has_lost_and_its_engine_is_let_go_of(tmp_path: Pat
     assert '"1e+30": null' in found and "NaN" not in found and '"seconds"' in found
     assert len(made) == 3 and destroyed == made
     assert work.progress()[0] >= 16, "how far the race has come, so that workers may be lost at several places in it"
+
+
+def race_on_two_ranks(work: StageWork) -> tuple[dict[str, Any], int, str]:
+    from deepspeed.runtime.zero import parameter_offload
+
+    cache = WorkerCache()
+    device = torch.device("cpu")
+    run_stage(work, distributed=True, report=lambda event: None, device=device, cache=cache)
+    dist.barrier()
+    found = json.loads(work.race_file.read_text())
+    left = len(parameter_offload.FWD_MODULE_STACK)
+    assert work.race is not None
+    one = at_rate(work, work.race, 1e-3)  # as the driver hands the winner's steps on
+    stage = replace(one, stop_in=None)
+    resumed: list[int] = []
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "resumed":
+            resumed.append(event["step"])
+
+    run_stage(stage, distributed=True, report=report, device=device, cache=cache)
+    assert resumed == ([8] if dist.get_rank() == 0 else [])
+    return found, left, read_result(stage.trained).adapter.digest()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_race_of_rates_on_two_ranks_is_that_of_one_process_and_nothing_of_what_diverged_is_left(
+    zero: int, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    alone = racing(tmp_path / "one")
+    run_stage(alone, distributed=False, report=lambda event: None, device=torch.device("cpu"))
+    expected = json.loads(alone.race_file.read_text())
+    (tmp_path / "two").mkdir()
+    work = racing(tmp_path / "two", deepspeed={"zero_stage": zero})
+    (found, left, digest), (other, also_left, same) = on_ranks(2, race_on_two_ranks, work)
+    assert found == other and digest == same and left == also_left == 0
+    assert found["losses"]["1e+30"] is None and found["steps"] == 8 and all(one > 0 for one in found["seconds"].values())
+    for rate in ("0.001", "0.01"):
+        assert found["losses"][rate] == pytest.approx(expected["losses"][rate], rel=1e-4)
 
 
 @pytest.mark.parametrize("published", [(), ("0.001",)])
