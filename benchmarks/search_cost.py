@@ -131,6 +131,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> Path:
         }  # fmt: skip
     config |= {"name": "search-cost", "workers": 0}
     config["training"]["cache_trunk"] = True
+    config["recipe"] = {"start": "always"}  # L1 acts on recipes: every stage from the second on has one
     config["evaluation"] = config.get("evaluation", {}) | {"cells": "seen", "untrained": False, "oracle": False}
     settings = {"scheduler": "halving", "grace_stages": args.grace, "reduction": args.reduction}
     config["search"] = {"space": values, **settings}

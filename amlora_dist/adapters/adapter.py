@@ -74,6 +74,13 @@ def tasks_using(adapters: Sequence[Adapter], place: int) -> list[int]:
     return [place, *(t for t in used_T.nonzero().flatten().tolist() if t != place)]
 
 
+def recipe_zeros(adapter: Adapter) -> float | None:
+    """Share of a recipe's weights that are exactly 0, which is where L1 has reached; None where there is no recipe."""
+    if not adapter.recipe or not any(weights.numel() for weights in adapter.recipe.values()):
+        return None
+    return torch.stack([weights == 0 for weights in adapter.recipe.values()]).double().mean().item()
+
+
 def recipe_summary(adapter: Adapter, earlier: Sequence[str]) -> dict[str, Any] | None:
     """A recipe in a few numbers, for reports; None where there is none.
 
@@ -90,5 +97,5 @@ def recipe_summary(adapter: Adapter, earlier: Sequence[str]) -> dict[str, Any] |
     weights_MN = torch.stack([weights.float() for weights in adapter.recipe.values()])
     return {
         "weights": dict(zip(earlier, weights_MN.abs().mean(dim=0).tolist(), strict=True)),
-        "zeros": (weights_MN == 0).double().mean().item(),
+        "zeros": recipe_zeros(adapter),
     }

@@ -6,6 +6,7 @@ under ZeRO-3 a partitioned weight is empty. Everything here works on a model on 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -209,6 +210,28 @@ def bank_targets(model: PreTrainedModel, paths: Sequence[str]) -> list[Target]:
             "it belongs to another base model"
         )
     return found
+
+
+def settings_of_paths(
+    model: PreTrainedModel, paths: Sequence[str], router_layer: int
+) -> tuple[list[str], str] | None:
+    """``targets`` and ``layers`` of `AdapterSettings` that select these very modules; None where no settings do.
+
+    Args:
+        model: the base model; the meta device will do.
+        paths: the modules that a bank adapts.
+        router_layer: as in `find_targets`.
+    """
+    from amlora_dist.adapters.settings import AdapterSettings
+
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    deepest = min(len(stack.layers) for stack in layer_stacks(model))
+    for layers in ("above_router", "all", *(f"last:{count}" for count in range(1, deepest + 1))):
+        with contextlib.suppress(UserError):
+            found = find_targets(model, AdapterSettings(targets=names, layers=layers), router_layer)
+            if {target.path for target in found} == set(paths):
+                return names, layers
+    return None
 
 
 def _linear_layers(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

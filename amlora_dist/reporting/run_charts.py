@@ -274,13 +274,44 @@ def training_blocks(facts: RunFacts) -> list[Block]:
     )
     rows: list[list[Value]] = [
         [stage.task, *(stage.public.get(key) for key in ("reused", *parts.values(), "tokens", "tokens_per_second")),
-         stage.public.get("recipe_from"), _won_by(stage.public), stage.public.get("kept_step")]
+         stage.public.get("recipe_from"), _won_by(stage.public), (stage.public.get("race") or {}).get("losers_seconds"),
+         stage.public.get("kept_step"), stage.public.get("held_seconds")]
         for stage in facts.stages
     ]  # fmt: skip
     columns = ["stage", "reused", *(f"{name}, s" for name in parts), "tokens", "tokens/s", "recipe started from"]
-    columns += ["its race won by", "step kept, where the best is"]
-    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), digits=2))
-    return blocks
+    columns += ["its race won by", "its losers, s", "step kept, where the best is", "looks at held-out rows, s"]
+    caption = (
+        "Looks are part of the training's seconds; the losers of the race for a recipe's start are not, nor are those of the"
+        " race for the learning rate. A stage that was taken over does not say what its race and its looks took."
+    )
+    blocks.append(TableBlock("cost", "Cost of each stage", Table(columns, rows), caption, digits=2))
+    return [*blocks, *_rate_blocks(facts)]
+
+
+HOW_RATE = {
+    "parent": "that of the bank that the run began on",
+    "default": "the documented default: there was no race",
+}
+
+
+def _rate_blocks(facts: RunFacts) -> list[Block]:
+    """How ``training.learning_rate: auto`` was settled; nothing where the rate was given, or nobody noted it."""
+    rate = facts.inputs.get("rate")
+    if not rate:
+        return []
+    text = f"training.learning_rate was auto, and came to {rate['chosen']:g}."
+    losses, seconds = rate.get("losses"), rate.get("seconds") or {}
+    if not losses:
+        how = Table(["rate", "what it is"], [[rate["chosen"], HOW_RATE.get(rate["how"], rate["how"])]])
+        return [TableBlock("rates", "Learning rate", how, text, digits=4)]
+    rows: list[list[Value]] = [
+        [name, loss, seconds.get(name), float(name) == rate["chosen"]] for name, loss in losses.items()
+    ]
+    lost = sum(spent for name, spent in seconds.items() if float(name) != rate["chosen"])
+    text += f" Each took the first {rate['steps']} steps of the first stage; the winner's are the stage's own."
+    text += f" The losers took {lost:.0f} s." if seconds else ""
+    columns = ["rate", "loss on held-out rows", "seconds", "won"]
+    return [TableBlock("rates", "The race for the learning rate", Table(columns, rows), text, digits=4)]
 
 
 def _won_by(stage: Mapping[str, Any]) -> float | None:
@@ -288,8 +319,9 @@ def _won_by(stage: Mapping[str, Any]) -> float | None:
     race = stage.get("race")
     if race is None:
         return None
-    losses: dict[str, float] = race["losses"]
-    return 1.0 - losses[stage.get("recipe_from") or "none"] / losses["none"]
+    losses: dict[str, float | None] = race["losses"]
+    won, none = losses[stage.get("recipe_from") or "none"], losses["none"]
+    return 1.0 if none is None or won is None else 1.0 - won / none  # None: it diverged
 
 
 def _loss_chart(curves: dict[str, list[float]]) -> Chart:

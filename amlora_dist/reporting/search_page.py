@@ -16,6 +16,7 @@ from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, Tab
 TOP = 5
 DRAWN = 24
 """Trials in a chart with a line each; the table behind the page has all."""
+L1 = "training.l1"
 BINS = 4
 """Of a range, for importance and heat maps."""
 
@@ -36,7 +37,7 @@ def search_page(result: SearchResult) -> Page:
             "Which values matter",
             "Share of the variance of average performance between trials that one parameter explains by itself (its main"
             " effect, a range in quarters): what is left is interaction and noise.",
-            _matter(result, finished),
+            [*_matter(result, finished), *_reach_of_l1(result)],
         ),
         Section("Stage by stage", "What the scheduler saw.", _curves(result)),
         Section("What it cost", "", _cost(result)),
@@ -226,6 +227,23 @@ def _matter(result: SearchResult, finished: Sequence[TrialResult]) -> list[Block
         digits=2,
     )
     return [chart]
+
+
+def _reach_of_l1(result: SearchResult) -> list[Block]:
+    """In how many stages L1 reached anything, where it was varied and stages noted it."""
+    known = [trial for trial in result["trials"] if trial.get("l1")]
+    if L1 not in result["space"] or not known:
+        return []
+    rows: list[list[Value]] = []
+    for group in _axis(result, known, L1):
+        own = [trial["l1"] for trial in known if _group(trial["values"][L1], result["space"][L1]) == group]
+        rows.append([group, *(sum(one[key] for one in own) for key in ("recipes", "reached"))])
+    columns = [L1, "stages with a recipe", "of these, stages where L1 set weights to 0"]
+    caption = (
+        "Where L1 reaches nothing its values cannot differ but by chance. Over all trials; a stage that several share counts"
+        " in each. Of a learned recipe L1 makes exact zeros; the shrinking of weights that stay is not counted."
+    )
+    return [TableBlock("l1-reach", "What L1 reached", Table(columns, rows), caption)]
 
 
 def _curves(result: SearchResult) -> list[Block]:

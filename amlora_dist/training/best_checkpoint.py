@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from amlora_dist.training.held_loss import HeldLoss, beats
 from amlora_dist.training.settings import TrainingSettings
 
 MOST_CHECKS = 8
+Look = Sequence[Any]
+"""(step, loss on the held-out rows in nats per target token, or None where it was not finite)."""
 
 
 def check_interval(settings: TrainingSettings, steps: int, held: int) -> int:
@@ -30,16 +33,17 @@ def check_interval(settings: TrainingSettings, steps: int, held: int) -> int:
     return math.ceil(steps / looks)
 
 
-def best_of(losses: Sequence[Sequence[float]], margin: float) -> int | None:
-    """Which of the entries (step, loss) is kept: an earlier one, unless a later one is better by more than ``margin``."""
+def best_of(losses: Sequence[Look], margin: float) -> int | None:
+    """Which of the entries is kept: an earlier one, unless a later one is better by more than ``margin``; None where none
+    is finite."""
     best: int | None = None
     for place, (_, loss) in enumerate(losses):
-        if best is None or beats(loss, losses[best][1], margin):
+        if beats(loss, None if best is None else losses[best][1], margin):
             best = place
     return best
 
 
-def exhausted(losses: Sequence[Sequence[float]], settings: TrainingSettings) -> bool:
+def exhausted(losses: Sequence[Look], settings: TrainingSettings) -> bool:
     """Whether so many looks in a row have brought nothing better that the stage ends."""
     best = best_of(losses, settings.near_tie)
     return bool(settings.patience) and best is not None and len(losses) - 1 - best >= settings.patience
@@ -53,7 +57,7 @@ class BestKeeper:
         self._every = check_interval(settings, steps, len(held.rows))
         self._best: dict[str, Tensor] = {}
 
-    def look(self, step: int, losses: list[list[float]]) -> bool:
+    def look(self, step: int, losses: list[list[Any]]) -> bool:
         """Called after every optimizer step, 1-based: adds to ``losses`` where it is time to look; whether it did."""
         if step % self._every and step != self._steps:
             return False

@@ -49,12 +49,15 @@ class StageProgress:
     """Task whose row the recipe started from; None if it started at zero."""
     trained_with: dict[str, Any] = field(default_factory=dict)
     """World size, ZeRO stage and versions: recorded, not part of the fingerprint."""
-    held_losses: list[list[float]] = field(default_factory=list)
-    """(step, loss on the held-out rows in nats per target token) of every look at them."""
+    held_losses: list[list[Any]] = field(default_factory=list)
+    """(step, loss on the held-out rows in nats per target token) of every look at them; None for one that is not finite."""
+    held_seconds: float = 0.0
+    """Of ``seconds``, those that the looks took."""
     kept_step: int | None = None
     """The step whose adapter is the stage's result, where the best one is kept; None: the last."""
     race: dict[str, Any] | None = None
-    """How the starts of the recipe raced: steps of each, held-out losses by name; None: there was no race."""
+    """How the starts of the recipe raced: steps of each, held-out losses by name (None of those that diverged), and
+    seconds of the losers; None: there was no race."""
 
     def copied(self) -> StageProgress:
         """One that can go on by itself."""

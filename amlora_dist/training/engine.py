@@ -86,6 +86,10 @@ class TrainingEngine(Protocol):
     def step(self, factor: float, phase: int = 1, *, refit: bool = False) -> None:
         """One optimizer step at ``factor`` times the base learning rates."""
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that is not taken, on every rank. What the weights and moments are then is nobody's
+        to read before ``import_state``."""
+
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
         """Inside, the given parameters are whole on every rank; to be entered by all ranks."""
     def export_state(self) -> dict[str, Tensor]:
@@ -150,6 +154,10 @@ class PlainEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._copy_masters()
+
+    def drop_gradients(self) -> None:
+        for parameter in (*self._parameters.values(), *self._masters.values()):
+            parameter.grad = None
 
     def _copy_masters(self) -> None:
         with torch.no_grad():
@@ -242,6 +250,10 @@ class DeepSpeedEngine:
     def step(self, factor: float, phase: int = 1, *, refit: bool = False) -> None:
         set_rates(self._client, factor, phase, refit=refit)
         self._engine.step()
+
+    def drop_gradients(self) -> None:
+        # Gradients lie in ZeRO's buckets and partitions, and micro-batches are counted: only a step ends both.
+        self.step(0.0)
 
     def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
         return whole_parameters(parameters)
@@ -432,14 +444,16 @@ def _destroy(engine: Any) -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    engine.empty_partition_cache()  # small parameters stay whole between passes
-    engine.destroy()
-    parameter_offload.FWD_MODULE_STACK.clear()  # each engine adds its model, and takes nothing away
-    for member in vars(PartitionedParameterCoordinator).values():
-        within = [cell.cell_contents for cell in getattr(member, "__closure__", None) or ()]  # of a decorated one
-        for function in (member, *within):
-            if hasattr(function, "cache_clear"):  # remembers every coordinator that asked, and so its model
-                function.cache_clear()
+    try:
+        engine.empty_partition_cache()  # small parameters stay whole between passes
+    finally:
+        engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # each engine adds its model, and takes nothing away
+        for member in vars(PartitionedParameterCoordinator).values():
+            within = [cell.cell_contents for cell in getattr(member, "__closure__", None) or ()]  # of a decorated one
+            for function in (member, *within):
+                if hasattr(function, "cache_clear"):  # remembers every coordinator that asked, and so its model
+                    function.cache_clear()
 
 
 def join_process_group() -> None:

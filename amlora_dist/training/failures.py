@@ -41,6 +41,8 @@ LESS_MEMORY = (
     " raise deepspeed.zero_stage"
 )
 
+SLOWER = "lower training.learning_rate, keep training.clip above 0, or look at those rows"
+
 
 def batch_text(step: int, rows: Sequence[int]) -> str:
     """``step 8 (rows 3, 17, 20 of the training split)``; long batches are cut."""

@@ -19,7 +19,7 @@ from amlora_dist.training.batching import Layout, LossComputer, Schedule, all_to
 from amlora_dist.training.best_checkpoint import BestKeeper, best_of, exhausted
 from amlora_dist.training.checkpoint import StageProgress, checkpoint_name, newest_checkpoint, save_checkpoint
 from amlora_dist.training.engine import TrainingEngine
-from amlora_dist.training.failures import LESS_MEMORY, NonFiniteLossError, StoppedError, batch_text, memory_watched
+from amlora_dist.training.failures import LESS_MEMORY, SLOWER, NonFiniteLossError, StoppedError, batch_text, memory_watched
 from amlora_dist.training.micro_batch import MicroBatch
 from amlora_dist.training.optimizer import rate_factor
 from amlora_dist.training.settings import TrainingSettings
@@ -118,7 +118,7 @@ class Learner:
             if self._ended(progress):
                 break
             stop = self._step(progress, step)
-            looked = self.keeper is not None and self.keeper.look(progress.step, progress.held_losses)
+            looked = self._look(progress)
             progress.seconds = before + time.monotonic() - began
             self.report(
                 {
@@ -153,12 +153,24 @@ class Learner:
         for step in range(steps):
             if self._step(progress, step):
                 raise StoppedError(f"stage {self.stage!r} stopped while its starts raced; the race begins again")
+            self.report(
+                {"kind": "racing", "step": progress.step, "steps": self.schedule.steps, "loss": progress.losses[-1]}
+            )
         progress.seconds += time.monotonic() - began
         return progress
 
     def commit(self, progress: StageProgress) -> None:
         """Write a checkpoint of the present state."""
         self._checkpoint(progress)
+
+    def _look(self, progress: StageProgress) -> bool:
+        """Look at the held-out rows where it is time to; whether it did."""
+        if self.keeper is None:
+            return False
+        began = time.monotonic()
+        looked = self.keeper.look(progress.step, progress.held_losses)
+        progress.held_seconds += time.monotonic() - began if looked else 0.0
+        return looked
 
     def _ended(self, progress: StageProgress) -> bool:
         """Whether held-out rows say that it gets no better."""
@@ -201,9 +213,7 @@ class Learner:
                 self.engine.step(rate_factor(step, steps, self.settings), phase, refit=number >= self._refit_from)
         if not (math.isfinite(reported) and math.isfinite(whole)):
             raise NonFiniteLossError(
-                f"{place}: the loss is not finite; lower training.learning_rate, keep training.clip above 0, or look at"
-                " those rows",
-                number + 1,
+                f"{place}: the loss is not finite; {SLOWER}", number + 1
             )
         progress.step = number + 1
         progress.losses.append(reported)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from amlora_dist.training.checkpoint import StageProgress
-from amlora_dist.training.held_loss import HeldLoss, beats
+from amlora_dist.training.failures import SLOWER, NonFiniteLossError
+from amlora_dist.training.held_loss import HeldLoss, beats, first_lowest
 from amlora_dist.training.loop import Learner
 
 log = logging.getLogger(__name__)
@@ -43,33 +44,45 @@ def race_steps(steps: int, candidates: int, most: int) -> int:
 
 def run_race(
     learner: Learner, held: HeldLoss, candidates: Sequence[Candidate], steps: int, near_tie: float, fresh: StageProgress
-) -> tuple[Candidate, StageProgress, dict[str, float]]:
-    """Let every candidate take ``steps`` steps from the engine's present state.
+) -> tuple[Candidate, StageProgress, dict[str, float | None]]:
+    """Let every candidate take ``steps`` steps from the engine's present state. One that diverges has lost.
 
     Args:
-        candidates: the first one wins near-ties.
+        candidates: of those that are near-ties with the lowest loss the first one wins.
         near_tie: share by which a held-out loss has to be lower.
         fresh: progress at step 0.
 
     Returns:
         The winner, whose state is in the engine; the stage's progress, ``steps`` steps in; the held-out losses by name
-        (``none`` for a candidate without one).
+        (``none`` for a candidate without one), None of those that diverged.
 
     Raises:
         StoppedError: asked to stop; the race will begin again.
-        NonFiniteLossError: a candidate's loss became NaN, as it would have in the stage itself.
+        NonFiniteLossError: the loss became NaN under every candidate, as it would have in the stage itself.
+        DeviceMemoryError: a step or a pass does not fit in memory.
     """
-    start = learner.engine.export_state()
-    best: tuple[Candidate, StageProgress, float, dict[str, Tensor]] | None = None
-    losses: dict[str, float] = {}
-    for candidate in candidates:
-        learner.engine.import_state(start | dict(candidate.state), 0)
-        progress = learner.warm(fresh.copied(), steps)
-        loss = held()
-        losses[candidate.name or "none"] = loss
-        if best is None or beats(loss, best[2], near_tie):
-            best = (candidate, progress, loss, learner.engine.export_state())
-    assert best is not None
-    winner, progress, _, state = best
-    learner.engine.import_state(state, steps)
-    return winner, progress, losses
+    engine = learner.engine
+    start = engine.export_state()
+    ended: dict[int, tuple[StageProgress, dict[str, Tensor]]] = {}  # those that may still win
+    losses: list[float | None] = []
+    diverged: NonFiniteLossError | None = None
+    for place, candidate in enumerate(candidates):
+        engine.import_state(start | dict(candidate.state), 0)
+        loss, progress = None, fresh.copied()
+        try:
+            progress = learner.warm(progress, steps)
+            loss = held()
+        except NonFiniteLossError as error:
+            engine.drop_gradients()
+            diverged = diverged or error
+        losses.append(loss)
+        if loss is not None:
+            ended[place] = progress, engine.export_state()
+        ended = {one: kept for one, kept in ended.items() if not any(beats(loss, losses[one], near_tie) for loss in losses)}
+    winner = first_lowest(losses, near_tie)
+    if winner is None:
+        raise diverged or NonFiniteLossError(f"the loss on the held-out rows is not finite after {steps} steps; {SLOWER}")
+    progress, state = ended[winner]
+    engine.import_state(state, steps)
+    named = {one.name or "none": loss for one, loss in zip(candidates, losses, strict=True)}
+    return candidates[winner], progress, named

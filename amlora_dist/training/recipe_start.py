@@ -17,12 +17,11 @@ from amlora_dist.evaluation.scoring import deal
 from amlora_dist.tasks.batches import Example
 from amlora_dist.training.batching import LossComputer
 from amlora_dist.training.checkpoint import StageProgress
-from amlora_dist.training.held_loss import HeldLoss
+from amlora_dist.training.failures import LESS_MEMORY, memory_watched
+from amlora_dist.training.held_loss import HeldLoss, pass_rows
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.race import Candidate, race_steps, run_race
 from amlora_dist.training.settings import StageSettings
-
-BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +114,24 @@ class RecipeStart:
 
     def _report_probe(self, losses: Sequence[float], base: float | None) -> None:
         names = [adapter.task for adapter in self.adapters]
-        self.report({"kind": "probe", "losses": dict(zip(names, losses, strict=True)), "base": base})
+        finite = [loss if math.isfinite(loss) else None for loss in losses]
+        base = base if base is not None and math.isfinite(base) else None
+        self.report({"kind": "probe", "losses": dict(zip(names, finite, strict=True)), "base": base})
 
     def _mean_losses(self, gates: Sequence[Tensor]) -> list[float]:
-        """Under each of the gates. What lies below the adapters is computed once for all of them."""
+        """Under each of the gates, infinite where it is not finite. What lies below them is computed once."""
         engine = self.learner.engine
         trunk = reusable_trunk(self.learner.mixture) if self.shares_lower else None
         probe = self.examples[: self.settings.training.probe_rows]
         ranks, totals = engine.ranks, torch.zeros(len(gates), device=engine.device)
-        most = min(BATCH, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank
-        with torch.no_grad():
+        fits = pass_rows(self.settings.training.micro_batch_size)
+        most = min(fits, math.ceil(len(probe) / ranks.world))  # few rows too are work for every rank
+        with memory_watched("the loss under earlier tasks' rows", LESS_MEMORY), torch.no_grad():
             for indices, counts in deal(probe, most, ranks.rank, ranks.world):
                 batch = [probe[i] for i in indices]
                 states_BLD = self.loss.lower_states(trunk, batch)
                 for place, gate in enumerate(gates):
                     part = self.loss(engine.model, batch, gate, states_BLD)
                     totals[place] += part if counts else 0.0 * part
-        return [total / len(probe) for total in ranks.sum(totals).tolist()]
+        means = [total / len(probe) for total in ranks.sum(totals).tolist()]
+        return [mean if math.isfinite(mean) else math.inf for mean in means]

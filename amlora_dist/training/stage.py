@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,10 +49,10 @@ from amlora_dist.training.engine import (
     join_process_group,
 )
 from amlora_dist.training.failures import StoppedError, disk_watched, memory_watched
-from amlora_dist.training.held_loss import HeldLoss
+from amlora_dist.training.held_loss import HeldLoss, pass_rows
 from amlora_dist.training.loop import Learner
 from amlora_dist.training.optimizer import parameter_groups
-from amlora_dist.training.rate_race import run_rate_race
+from amlora_dist.training.rate_race import Raced, run_rate_race
 from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.recipe_start import RecipeStart
 from amlora_dist.training.result import Result, is_whole, read_result, write_result
@@ -91,7 +92,7 @@ def run_stage(
         join_process_group()
     worker_cache = cache or WorkerCache()
 
-    def begun(one: StageWork, steps: int) -> float:
+    def begun(one: StageWork, steps: int) -> Raced:
         with worker_cache.stage():
             return _Stage(one, distributed, report, device, worker_cache).begin(steps)
 
@@ -102,12 +103,12 @@ def run_stage(
             return
         with contextlib.nullcontext() if cache is None else cache.stage():
             stage = _Stage(work, distributed, report, device, worker_cache)
-            is_trained = stage.agree()
-            if stage.method.trains is Trains.NOTHING:
-                stage.score_base()
-            else:
-                stage.score(stage.restored() if is_trained else stage.train())
-            stage.end()
+            with stage.released():
+                is_trained = stage.agree()
+                if stage.method.trains is Trains.NOTHING:
+                    stage.score_base()
+                else:
+                    stage.score(stage.restored() if is_trained else stage.train())
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,22 +194,12 @@ class _Stage:
         return parents
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], cache: TrunkCache | None) -> Scoring:
+        forward = (lambda _: model) if cache is None else partial(cache.forward_for, model)
         return Scoring(
-            self.work,
-            self.method,
-            model,
-            mixture,
-            adapters,
-            (lambda _: model) if cache is None else partial(cache.forward_for, model),
-            examples=self.rows.examples,
-            plain_rows=self.rows.plain,
-            tokenizer=self.tokenizer,
-            encoder_decoder=self.base.encoder_decoder,
-            ranks=self.ranks,
-            device=self.device,
-            report=self.report,
-            prefix=self.layers.prefix,
-        )
+            self.work, self.method, model, mixture, adapters, forward, examples=self.rows.examples,
+            plain_rows=self.rows.plain, tokenizer=self.tokenizer, encoder_decoder=self.base.encoder_decoder,
+            ranks=self.ranks, device=self.device, report=self.report, prefix=self.layers.prefix,
+        )  # fmt: skip
 
     def _ready(self, model: Any) -> Any:
         """A model that nothing will train, where it runs."""
@@ -280,29 +271,41 @@ class _Stage:
         self.ranks.gather(None)  # nobody goes on before the result is there
         return _LoadedBank(mixture, [*adapters, adapter], statistics)
 
-    def begin(self, steps: int) -> float:
+    def begin(self, steps: int) -> Raced:
         """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
-        are held out, nats per target token."""
-        model = self._load_base()
-        mixture = self._inject(model, [], new=self._new_adapter([]))
-        engine = self._engine(mixture)
-        self._release = engine.destroy
-        self.report(trainable_facts(mixture))
-        every, replayed = self.rows.training()
-        check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
-        own, unseen = self._divided(self._statistics(engine), every)
-        loss = self._loss(mixture, self._trunk_cache(mixture))
-        self.method.prepare(mixture, [])
-        learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
-        if held_loss is None:
-            raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
-        learner.run(learner.resume() or StageProgress(fingerprint=self.work.fingerprint, step=0), until=steps)
-        lost = held_loss()
-        self.end()
-        return lost
+        are held out. The model is let go of however it ends."""
+        began = time.monotonic()
+        with self.released():
+            model = self._load_base()
+            mixture = self._inject(model, [], new=self._new_adapter([]))
+            engine = self._engine(mixture)
+            self._release = engine.destroy
+            self.report(trainable_facts(mixture))
+            every, replayed = self.rows.training()
+            check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
+            own, unseen = self._divided(self._statistics(engine), every)
+            loss = self._loss(mixture, self._trunk_cache(mixture))
+            self.method.prepare(mixture, [])
+            learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
+            if held_loss is None:
+                raise TrainingError(f"stage {self.work.task!r}: no rows are held out, so nothing can be raced on them")
+            progress = learner.resume() or StageProgress(fingerprint=self.work.fingerprint, step=0)
+            before = progress.seconds
+            learner.run(progress, until=steps)
+            return Raced(held_loss(), before + time.monotonic() - began)
 
-    def end(self) -> None:
-        """Let go of the model."""
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside, the stage uses its model; it lets go of it at the end, of an error too: a process may go on with another
+        stage, or with another candidate of a race. An error of letting go does not hide the one that ended the stage."""
+        try:
+            yield
+        except BaseException:
+            release, self._release = self._release, None
+            if release is not None:
+                with contextlib.suppress(Exception):
+                    release()
+            raise
         if self._release is not None:
             self._release()
         self.ranks.gather(None)  # a stage has ended when it has on every rank
@@ -335,7 +338,8 @@ class _Stage:
         """The optimizer loop over the stage's rows, and the loss on those that it does not see."""
         work, settings = self.work, self.settings
         gate = self.method.training_gate(len(mixture.task_names))
-        held_loss = HeldLoss(engine, loss, unseen, gate) if unseen else None
+        batch = pass_rows(settings.training.micro_batch_size)
+        held_loss = HeldLoss(engine, loss, unseen, gate, batch) if unseen else None
         keeps = held_loss is not None and settings.training.keep == "best" and not self.layers.selectors_alone
         learner = Learner(
             engine,
@@ -478,14 +482,11 @@ class _Stage:
         trunk = mixture.trunk()
         if decodes and (trunk.layer != mixture.router_layer or self.layers.selects):
             return None
+        decided_by = {"base": self.base.identity, "attention": settings.attention, "device": self.device.type}
         return TrunkCache(
-            trunk,
-            Path(self.work.cache) / "trunk",
-            limit=int(settings.training.cache_trunk_gb * 1e9),
-            dtype=DTYPES[settings.dtype],
-            decided_by={"base": self.base.identity, "attention": settings.attention, "device": self.device.type},
-            decodes=decodes,
-        )
+            trunk, Path(self.work.cache) / "trunk", limit=int(settings.training.cache_trunk_gb * 1e9),
+            dtype=DTYPES[settings.dtype], decided_by=decided_by, decodes=decodes,
+        )  # fmt: skip
 
     def _deepspeed_config(self) -> dict[str, Any]:
         return deepspeed_config(

@@ -78,6 +78,8 @@ class RateRace:
     """Rate -> training fingerprint of the stage at that rate."""
     steps: int
     """Of each."""
+    published: tuple[str, ...] = ()
+    """Rates at which somebody has the whole stage already: no checkpoint of them is of use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,13 @@ class StageWork:
         return None if self.url is None else RemoteStorage(self.url, Path(self.root)).checkpoints(self.path)
 
     def progress(self) -> tuple[int, int]:
-        """How far it has come: optimizer steps in committed checkpoints, and cells scored."""
+        """How far it has come: optimizer steps in committed checkpoints, and cells scored. A race: of all rates."""
+        if self.race is not None:
+            newest: dict[str, int] = {}
+            for mark in self.path.glob("rate-*/checkpoints/step-*/COMMIT"):
+                rate, step = mark.parts[-4], int(mark.parent.name.removeprefix("step-"))
+                newest[rate] = max(step, newest.get(rate, 0))
+            return sum(newest.values()), 0
         names = [mark.parent.name for mark in self.path.glob("checkpoints/step-*/COMMIT")]
         if self.apart and self.remote_checkpoints is not None:
             names += self.remote_checkpoints.committed()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+L1 = "training.l1"
+
+
 def show_search(result: dict[str, Any], console: Console) -> None:
     """Print a result of ``pipelines.search.outcome``; in a pipe without trailing blanks."""
     print_parts(console, Group(*_parts(result)))
@@ -42,7 +45,8 @@ def _table(result: dict[str, Any]) -> Table:
     table.add_column("trial", justify="right")
     for path in result["space"]:
         table.add_column(path, justify="right", no_wrap=True)
-    for heading in ("average performance", "forgetting", "stages", "reused"):
+    with_l1 = L1 in result["space"] and any(trial.get("l1") for trial in result["trials"])
+    for heading in ("average performance", "forgetting", "stages", "reused", *(["L1 reached"] if with_l1 else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("outcome")
     by_number = {trial["number"]: trial for trial in result["trials"]}
@@ -57,9 +61,15 @@ def _table(result: dict[str, Any]) -> Table:
             _score(trial["metrics"].get("forgetting")),
             f"{len(trial['stages'])}/{result['stages']}",
             str(reused),
+            *([_reached(trial.get("l1"))] if with_l1 else []),
             str(trial["outcome"]),
         )
     return table
+
+
+def _reached(l1: dict[str, int] | None) -> str:
+    """In how many stages, of those with a recipe, L1 has set weights to exactly 0."""
+    return "-" if l1 is None else f"{l1['reached']}/{l1['recipes']}"
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

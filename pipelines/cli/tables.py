@@ -75,6 +75,8 @@ def _parts(result: Mapping[str, Any], width: int, tracking_uri: str | None) -> I
         yield _last_table(result, width)
     yield _metrics_table(result["metrics"])
     yield _stages_table(result["stages"])
+    if rate := result.get("learning_rate"):
+        yield Text(f"\nrate     {_rate_line(rate)}")
     versions = [stage["version"] for stage in result["stages"] if stage.get("version") is not None]
     if versions:
         yield Text(f"\nmodel    models:/{result['registered_model']}/{versions[-1]}")
@@ -202,6 +204,18 @@ def _stages_table(stages: list[dict[str, Any]]) -> Table:
             str(stage.get("fingerprint") or "-")[:12],
         )
     return table
+
+
+def _rate_line(rate: Mapping[str, Any]) -> str:
+    """How ``training.learning_rate: auto`` was settled."""
+    if rate["how"] != "race":
+        why = "that of the bank it began on" if rate["how"] == "parent" else "the default, without a race"
+        return f"{rate['chosen']:g}, {why}"
+    seconds = rate.get("seconds") or {}
+    losses = [f"{name} {'diverged' if loss is None else f'{loss:.3f}'}" for name, loss in rate["losses"].items()]
+    lost = sum(spent for name, spent in seconds.items() if float(name) != rate["chosen"])
+    cost = f"; the losers took {lost:.0f} s" if seconds else ""
+    return f"{rate['chosen']:g} won over {rate['steps']} steps (held-out losses: {', '.join(losses)}{cost})"
 
 
 def _table(title: str, *, show_header: bool = True) -> Table:

@@ -50,6 +50,8 @@ class RunInputs:
     """Of the base model."""
     trainable: int = 0
     """Of the adapter that a stage trains."""
+    rate: dict[str, Any] | None = None
+    """How ``training.learning_rate: auto`` was settled, once it is; None where a number was given."""
 
     @property
     def model(self) -> str:

@@ -31,7 +31,7 @@ from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
 from pipelines.runs.plan import BankState
 from pipelines.runs.publisher import Publisher
-from pipelines.runs.resume_check import check_rule_of_bank
+from pipelines.runs.resume_check import check_layers_of_bank, check_rule_of_bank
 from pipelines.runs.stage_pages import run_description, show_stage
 from pipelines.runs.stage_record import StageRecord
 from pipelines.runs.takeover import first_there
@@ -107,6 +107,7 @@ class RunJournal:
                 f" model.source {base.source} has digest {base.digest[:12]}"
             )
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
+        check_layers_of_bank(config, manifest, version.uri, base, self.inputs.method)
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
         if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
             raise UserError(f"tasks: {', '.join(both)} are in the parent bank {version.uri} already; rename or leave out")
@@ -131,8 +132,13 @@ class RunJournal:
 
     def note_inputs(self, bank: BankState, rate: dict[str, Any] | None) -> None:
         """Store what the run is made of, and how its learning rate was found."""
+        self.inputs.rate = rate
         facts = self.inputs.facts() | {"parent_tasks": [parent.task for parent in bank.parents], "rate": rate}
         self.store.log_json(self.run, results.INPUTS, facts | {"versions": library_versions()})
+
+    def has_published(self, fingerprint: str) -> bool:
+        """Whether a stage of this training fingerprint is published that this run would take over."""
+        return self._share and bool(self.store.find_stage(fingerprint))
 
     # -- one stage ----------------------------------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ class RunJournal:
         work = plan.work(self.inputs)
         if plan.trains:
             result = read_result(work.trained)
-            record.take(result)
+            record.take(result, learns_recipe=self.inputs.method.recipe(plan.index - 1).learned)
             parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
             bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
         record.score(plan.cells)

@@ -36,20 +36,23 @@ log = logging.getLogger(__name__)
 
 KIND = "race"
 FILE = "race.json"
-"""Artifact of a race's MLflow run: steps, held-out losses, and the rate that won."""
+"""Artifact of a race's MLflow run: steps, held-out losses (null: it diverged) and seconds by rate, and the rate that won."""
 SCHEMA = 1
 DEADLINE_S = 24 * 3600.0
 """How long a run waits for another one that races the same."""
 RunStage = Callable[["StageWork"], None]
 
 
-def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: Progress) -> dict[str, Any] | None:
+def settle_rate(
+    journal: RunJournal, bank: BankState, run: RunStage, on_wait: Callable[[], None], progress: Progress
+) -> dict[str, Any] | None:
     """Put a number in the place of ``training.learning_rate: auto`` in all that a run reads and stores.
 
     Args:
         journal: of the run.
         bank: on which it begins.
         run: runs the race, if there is one.
+        on_wait: called before waiting for another run that races the same.
         progress: shows it.
 
     Returns:
@@ -64,7 +67,7 @@ def settle_rate(journal: RunJournal, bank: BankState, run: RunStage, progress: P
         stored: dict[str, Any] = journal.store.load_json(journal.run, results.INPUTS) or {}
         facts: dict[str, Any] | None = stored.get("rate")
         return facts
-    search = RateSearch(journal, run, progress)
+    search = RateSearch(journal, run, on_wait, progress)
     if (version := journal.version_of(bank)) is not None:
         manifest = journal.versions.manifest_of(version)
         chosen = search.of_bank(manifest.training_configuration, version.uri)
@@ -90,11 +93,13 @@ class RateSearch:
     Args:
         journal: of the run.
         run: runs the race.
+        on_wait: called before waiting for another run that races the same: it may need what this one has.
         progress: shows it.
     """
 
     journal: RunJournal
     run: RunStage
+    on_wait: Callable[[], None]
     progress: Progress
 
     def of_bank(self, configuration: Mapping[str, Any], uri: str) -> ChosenRate:
@@ -130,7 +135,8 @@ class RateSearch:
                 f"learning rate {DEFAULT_RATE:g}: the default, no race (few steps, no rows held out, or nothing to learn)"
             )
             return ChosenRate(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
-        race = RateRace({f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}, steps)
+        stages = {f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}
+        race = RateRace(stages, steps, tuple(name for name, one in stages.items() if self.journal.has_published(one)))
         near_tie = inputs.config.training.near_tie
         fingerprint = value_digest(
             {"schema": SCHEMA, "stages": race.fingerprints, "steps": steps, "near_tie": near_tie}
@@ -138,7 +144,7 @@ class RateSearch:
         label = f"learning rates of run {self.journal.inputs.run_id!r}"
         with contextlib.ExitStack() as stack:
             while (entry := self._entry(fingerprint)) is None:
-                claim = store.claim_stage(fingerprint, label=label, deadline_s=DEADLINE_S)
+                claim = store.claim_stage(fingerprint, label=label, deadline_s=DEADLINE_S, on_wait=self.on_wait)
                 if claim is None:
                     continue
                 stack.callback(claim.release, forget=True)
@@ -164,11 +170,13 @@ class RateSearch:
         found: dict[str, Any] = json.loads(racing.race_file.read_text(encoding="utf-8"))
         rate = best_rate({float(name): loss for name, loss in found["losses"].items()}, racing.settings.training.near_tie)
         # The winner's steps are the stage's first ones, unless somebody has that stage already.
-        begun = storage / "stages" / race.fingerprints[f"{rate:g}"]
-        begun.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):
-            if not begun.exists():
-                candidate_folder(racing.path, rate).rename(begun)
+        stage = race.fingerprints[f"{rate:g}"]
+        if not self.journal.has_published(stage):
+            begun = storage / "stages" / stage
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):
+                if not begun.exists():
+                    candidate_folder(racing.path, rate).rename(begun)
         entry = found | {"chosen": rate, "stages": race.fingerprints}
         run = store.grouping_run(KIND, fingerprint)
         store.log_json(run, FILE, entry)

@@ -108,6 +108,7 @@ def result(inputs: RunInputs, stages: Sequence[StageRecord]) -> dict[str, Any]:
         "knockout": _knockout(tasks, scores),
         "also": _also(tasks, scores),
         "metrics": {name: complete.get(name) for name in METRICS},
+        "learning_rate": inputs.rate,
         "stages": [stage.public() for stage in stages],
     }
 

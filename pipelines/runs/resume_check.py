@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.base_model import meta_model, resolve_base
 from amlora_dist.config.former_values import as_stored, completed
 from amlora_dist.config.loading import RunConfig, flat, from_mapping, home, to_mapping
 from amlora_dist.config.schema import CHANGES_NO_RESULT, keys_marked
@@ -15,6 +16,9 @@ from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.privacy import public_configuration
 
 if TYPE_CHECKING:
+    from amlora_dist.base_model import BaseModel
+    from amlora_dist.methods.base import Method
+    from amlora_dist.registry.manifest import Manifest
     from amlora_dist.registry.store import Store
 
 IRRELEVANT = keys_marked(RunConfig, CHANGES_NO_RESULT)
@@ -65,16 +69,45 @@ def going_on(config: RunConfig, *, named: Collection[str], run_id: str = "", sea
 
 def _on_parent(config: RunConfig, store: Store, named: Collection[str]) -> RunConfig:
     """A first start on a published bank: texts are read as the bank reads them and adapters lie where its do, unless the
-    file says otherwise."""
-    from amlora_dist.registry import tags
+    file says otherwise. What a bank was trained with is in its manifest, whoever trained it."""
+    from amlora_dist.registry.manifest import FILE, parse_manifest
 
-    run_id = store.resolve(str(config.parent)).run_id
-    found = store.find_runs({tags.KIND: "sequence", tags.RUN_ID: run_id}) if run_id else []
-    stored = store.load_json(found[-1].run, "config.json") if found else None
-    if stored is None:  # a bank that was brought from elsewhere
-        return config
+    version = store.resolve(str(config.parent))
+    found = store.load_json(version.run, f"{version.artifact_path}/{FILE}")
+    if found is None:
+        return config  # who fetches the bank says what is missing
     others = flat(to_mapping(config)).keys() - set(AS_THE_BANK)
+    stored = _of_its_manifest(config, parse_manifest(json.dumps(found), f"{version.uri}: {FILE}"))
     return taken_up(config, stored, {*named, *others})
+
+
+def _of_its_manifest(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """``config`` with what a bank's manifest says of how the bank was trained, among the keys ``AS_THE_BANK``."""
+    known = flat(completed(manifest.training_configuration))
+    if not {"adapters.targets", "adapters.layers"} <= known.keys():  # then its adapters say which layers they adapt
+        found = adapted_by(manifest, resolve_base(config.model, home()), known.get("router.layer"))
+        known |= {} if found is None else dict(zip(("adapters.targets", "adapters.layers"), found, strict=True))
+    made = to_mapping(config)
+    for key in AS_THE_BANK:
+        if key in known:
+            section, _, last = key.rpartition(".")
+            (made[section] if section else made)[last] = known[key]
+    return made
+
+
+def adapted_by(manifest: Manifest, base: BaseModel, router_layer: Any) -> tuple[list[str], str] | None:
+    """``adapters.targets`` and ``adapters.layers`` that select what a bank's adapters adapt; None where none do.
+
+    Args:
+        manifest: of the bank.
+        base: its base model.
+        router_layer: ``router.layer``, as it was configured.
+    """
+    from amlora_dist.adapters.targets import default_router_layer, settings_of_paths
+
+    model = meta_model(base)
+    layer = router_layer if isinstance(router_layer, int) else default_router_layer(model)
+    return settings_of_paths(model, manifest.adapters[-1].targets, layer) if manifest.adapters else None
 
 
 def taken_up(
@@ -251,3 +284,39 @@ def check_rule_of_bank(config: RunConfig, stored: Mapping[str, Any], uri: str) -
         found = ", ".join(f"{key} {now.get(key)!r}" for key in odd)
         fix = " ".join(f"{key}={json.dumps(then[key])}" for key in odd)
         raise UserError(f"parent: found {found}, expected those of {uri}, which a bank has for life; give the run {fix}")
+
+
+def check_layers_of_bank(
+    config: RunConfig, manifest: Manifest, uri: str, base: BaseModel, method: Method
+) -> None:
+    """See that a stage added to a published bank adapts the layers that the bank's adapters adapt.
+
+    Words that differ may mean the same layers: these are compared, on the model without its weights.
+
+    Args:
+        config: of the run, resolved.
+        manifest: of the bank.
+        uri: of the bank.
+        base: the base model of both.
+        method: of the run.
+
+    Raises:
+        UserError: it does not; says which keys to set.
+    """
+    keys = ("adapters.targets", "adapters.layers")
+    then, now = flat(completed(manifest.training_configuration)), flat(to_mapping(config))
+    odd = [key for key in keys if then.get(key) != now[key]]
+    if not odd or not manifest.adapters:
+        return
+    from amlora_dist.adapters.targets import default_router_layer
+
+    model, layer = meta_model(base), config.router.layer
+    layer = default_router_layer(model) if layer is None else layer
+    if {one.path for one in method.layers.targets(model, config.adapters, layer)} == set(manifest.adapters[-1].targets):
+        return
+    if not set(keys) <= then.keys() and (found := adapted_by(manifest, base, layer)) is not None:
+        then |= dict(zip(keys, found, strict=True))
+    differing = ", ".join(f"{key} {now[key]!r}" for key in odd)
+    fix = " ".join(f"{key}={json.dumps(then[key], separators=(',', ':'))}" for key in keys if key in then)
+    how = f"give the run {fix}" if fix else "no settings select them: start without a parent, or take another bank"
+    raise UserError(f"parent: found {differing}, expected the layers that {uri} adapts, which a bank has for life; {how}")

@@ -97,7 +97,7 @@ def run_sequence(
         inputs, bank, plans = journal.inputs, journal.starting_bank(), list[StagePlan]()
         if (start := journal.version_of(bank)) is not None:
             progress.note(f"starting from {start.uri}: {', '.join(parent.task for parent in bank.parents)}")
-        journal.note_inputs(bank, settle_rate(journal, bank, attempts.run, progress))
+        journal.note_inputs(bank, settle_rate(journal, bank, attempts.run, attempts.release, progress))
         progress.outline(stage_sizes(inputs, bank))
         for number, task in enumerate(inputs.stage_names, start=1):
             progress.stage(task, number, len(inputs.stage_names))
@@ -185,6 +185,8 @@ class Attempts:
         if kind == "step":
             rate = event["tokens"] / event["seconds"] if event["seconds"] else None
             self._progress.step(event["step"], event["steps"], event["loss"], rate)
+        elif kind == "racing":
+            self._progress.step(event["step"], event["steps"], event["loss"], None)
         elif kind == "trainable":
             total = sum(event["parameters"].values())
             parts = ", ".join(f"{name} {count:,}" for name, count in event["parameters"].items())

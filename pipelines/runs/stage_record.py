@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from amlora_dist.adapters.adapter import recipe_zeros
 from amlora_dist.registry import tags
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class StageRecord:
     score_seconds: float = 0.0
     other_seconds: float = 0.0
     tokens: int = 0
+    recipe_zeros: float | None = None
+    """Share of the recipe's weights that are exactly 0; None without a recipe that was learned."""
     scores: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -63,9 +66,10 @@ class StageRecord:
         """Those that nobody has scored."""
         return [cell for cell in cells if cell.fingerprint not in self.known and not cell.done]
 
-    def take(self, result: Result) -> None:
-        """Fill in what training gave."""
+    def take(self, result: Result, *, learns_recipe: bool) -> None:
+        """Fill in what training gave; ``learns_recipe``: the stage's recipe was learned, and is no constant."""
         self.training = result.training
+        self.recipe_zeros = recipe_zeros(result.adapter) if learns_recipe else None
         self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
 
     def score(self, cells: Sequence[Cell]) -> None:
@@ -105,5 +109,7 @@ class StageRecord:
             "tokens_per_second": rate,
             "recipe_from": self.training.get("recipe_from"),
             "race": self.training.get("race"),
+            "recipe_zeros": self.recipe_zeros,
             "kept_step": self.training.get("kept_step"),
+            "held_seconds": self.training.get("held_seconds"),
         }

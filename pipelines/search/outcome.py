@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.config.search_space import DIRECTIONS
@@ -88,7 +88,18 @@ def _entry(trial: Trial, search_id: str) -> dict[str, Any]:
         "curve": report.get("curve", []),
         "accuracy_matrix": report.get("accuracy_matrix", []),
         "stages": report.get("records", []),
+        "l1": reach_of_l1(report.get("records", [])),
     }
+
+
+def reach_of_l1(stages: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """What ``training.l1`` came to in some stages: ``recipes``, how many have one that was learned, and ``reached``, in how
+    many of them weights are exactly 0. None where nobody noted it (stages of older code)."""
+    known = [stage["recipe_zeros"] for stage in stages if "recipe_zeros" in stage]
+    if len(known) < len(stages) or not stages:
+        return None
+    found = [zeros for zeros in known if zeros is not None]
+    return {"recipes": len(found), "reached": sum(zeros > 0 for zeros in found)}
 
 
 def _short(trial: Trial, search_id: str) -> dict[str, Any]:

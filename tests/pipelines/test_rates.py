@@ -18,6 +18,8 @@ from pipelines.runs.progress import Silent
 from pipelines.runs.rates import FILE, KIND, RateSearch
 from pipelines.runs.resume_check import going_on
 from pipelines.runs.sequence import run_sequence
+from tests.fork_server import Server
+from tests.pipelines.crash_cases import calm, crash, faults
 from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
@@ -125,6 +127,20 @@ def test_what_the_winner_trained_is_bit_for_bit_what_its_number_trains(
     assert adapters(named, elsewhere) == adapters(raced, home)
 
 
+@pytest.mark.slow
+@pytest.mark.crash
+def test_a_run_that_is_killed_in_the_middle_of_its_race_ends_as_if_it_had_not_been(
+    tmp_path: Path, forking: Server, empty_home: Path
+) -> None:
+    config = write_config(tmp_path, rows=36, tasks=("colours", "shapes"), training=TRAINING)
+    undisturbed = calm(forking.start, tmp_path / "calm", config, empty_home)
+    crashed = crash(forking.start, tmp_path / "killed", config, empty_home, "step_done", "kill", 13)
+    assert faults(crashed, undisturbed) == [] and crashed.codes == [-9, 0]
+    resumed = crashed.stderr.count("resumed after step 9")
+    assert resumed == 2, "the first rate was done, and the winner's steps are the stage's own"
+    assert not list((tmp_path / "killed" / "home" / "storage" / "races").iterdir())
+
+
 @pytest.mark.parametrize(
     ("training", "rate", "how"),
     [({"learning_rate": 0.02}, 0.02, "parent"), ({"learning_rate": "auto"}, 3e-3, "default"), (None, 3e-3, "default")],
@@ -133,7 +149,7 @@ def test_a_bank_from_elsewhere_brings_its_rate_or_the_default_is_taken(
     training: dict[str, Any] | None, rate: float, how: str
 ) -> None:
     notes = Notes()
-    search = RateSearch(None, None, notes)  # type: ignore[arg-type]
+    search = RateSearch(None, None, None, notes)  # type: ignore[arg-type]
     chosen = search.of_bank({} if training is None else {"training": training}, "models:/there/1")
     assert (chosen.rate, chosen.facts["how"]) == (rate, how)
     assert f"learning rate {rate:g}" in notes.notes[0] and "models:/there/1" in notes.notes[0]

@@ -86,10 +86,11 @@ def publish_sequence(
     guard: Any = lambda: None,
     adapters: Sequence[Adapter] | None = None,
     start: int = 1,
+    **changes: Any,
 ) -> list[Version]:
     """What a driver does: one stage after the other, each adapter stored once by its own stage's run.
 
-    Stages before ``start`` are there already, from epoch 1.
+    Stages before ``start`` are there already, from epoch 1. ``changes`` are fields of the manifests.
     """
     run_id = run_id or name
     parent = store.parent_run(name, run_id, {"name": name})
@@ -101,7 +102,7 @@ def publish_sequence(
         run = store.stage_run(parent, f"{index} {task}", print_of)
         places.append(store.placement(name, run, epoch if index >= start else 1))
         folder = work / f"{name}-{index}-e{epoch}"
-        draft = tiny_bank(folder, tasks[:index], adapters=list(adapters[:index]))
+        draft = tiny_bank(folder, tasks[:index], adapters=list(adapters[:index]), **changes)
         lines = [
             dataclasses.replace(line, stored=place.of(line.folder), training_fingerprint=print_of)
             for line, place in zip(draft.adapters, places, strict=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from typing import Any
 
 import pytest
 
 from amlora_dist.reporting.search_page import importance, search_page
+from pipelines.cli.search_tables import show_search
+from pipelines.cli.tables import console_for
+from pipelines.search.outcome import reach_of_l1
 
 pytestmark = pytest.mark.integration  # draws whole pages
 
@@ -59,6 +63,22 @@ def test_the_page_has_every_picture_and_the_numbers_behind_it(result: dict[str, 
     html = page.html()
     assert "l1 0, rank 8" in html and "0.450" in html and "script" not in html
     assert html.count("<svg") == len(charts)
+
+
+def test_where_l1_was_varied_the_page_says_in_how_many_stages_it_reached_anything(result: dict[str, Any]) -> None:
+    def table(made: dict[str, Any]) -> list[Any]:
+        return [b for section in search_page(made).sections for b in section.blocks if getattr(b, "name", "") == "l1-reach"]
+
+    assert table(result) == [], "a search of older code, which did not note it, has its page too"
+    for one in result["trials"]:
+        one["l1"] = reach_of_l1([{"recipe_zeros": None}, {"recipe_zeros": 0.5 if one["values"]["training.l1"] else 0.0}])
+    (block,) = table(result)
+    assert block.table.rows == [["0", 2, 0], ["0.1", 2, 2], ["1", 2, 2]]
+    assert reach_of_l1([]) is None and reach_of_l1([{"task": "a"}]) is None
+    show_search(result | {"winner": result["winner"] | {"version": "models:/s/1"}}, console_for(text := io.StringIO()))
+    assert "L1 reached" in text.getvalue() and "1/1" in text.getvalue() and "0/1" in text.getvalue()
+    result["space"] = {"adapters.rank": SPACE["adapters.rank"]}
+    assert table(result) == [], "it was not varied"
 
 
 def test_importance_is_the_share_of_variance_that_a_parameter_explains(result: dict[str, Any]) -> None:

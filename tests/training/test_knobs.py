@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from amlora_dist.adapters.adapter import Adapter
@@ -22,8 +23,13 @@ from amlora_dist.methods.kinds import Trains
 from amlora_dist.registry.adapter_folder import peft_config
 from amlora_dist.tasks.batches import IGNORED, Example
 from amlora_dist.training.batching import LossComputer
+from amlora_dist.training.failures import StoppedError
+from amlora_dist.training.loop import STOP_FILE
 from amlora_dist.training.optimizer import ProximalAdamW, parameter_groups, set_rates
+from amlora_dist.training.result import Result, read_result
 from amlora_dist.training.settings import StageSettings, TrainingSettings
+from amlora_dist.training.stage import run_stage
+from amlora_dist.training.stage_spec import StageWork
 from tests.methods.stages import stages
 from tests.registry.tiny_banks import tiny_bank
 from tests.tiny_config import write_config
@@ -121,6 +127,43 @@ def test_a_refit_moves_the_weights_that_the_penalty_left_and_keeps_its_zeros() -
     assert float(shrunk[2]) == float(refitted[2]) == 0.0, "what was left out stays out"
     assert float(shrunk[0]) < 0.9, "the penalty pulls"
     torch.testing.assert_close(refitted[:2], wanted[:2], atol=0.02, rtol=0)
+
+
+def test_in_its_last_steps_a_stage_refits_what_the_penalty_left_and_a_stop_changes_nothing(
+    config: Path, tmp_path: Path
+) -> None:
+    training = {"epochs": 4, "checkpoint_every": 8, "l1": 2.0, "recipe_learning_rate": 0.05}
+    given = ["recipe.start=always", *(f"training.{key}={value}" for key, value in training.items())]
+
+    def second(folder: Path, *overrides: str, stop_at: int | None = None) -> Result:
+        def run(work: StageWork) -> None:
+            def report(event: dict[str, Any]) -> None:
+                if work.index == 2 and event["kind"] == "step" and event["step"] == stop_at:
+                    (work.path / STOP_FILE).touch()
+
+            work.path.mkdir(parents=True, exist_ok=True)
+            run_stage(work, distributed=False, report=report, device=torch.device("cpu"))
+
+        done = stages(load_config(config, [*given, *overrides]), folder, run, score=False)
+        return read_result(done[-1].work.trained)
+
+    plain, refit = second(tmp_path / "plain"), second(tmp_path / "refit", "recipe.refit=0.5")
+    assert len(plain.training["losses"]) == 16 and plain.adapter.digest() != refit.adapter.digest()
+    assert plain.training["losses"][:9] == refit.training["losses"][:9], "of the first half, and the next step's"
+    assert plain.training["losses"][9:] != refit.training["losses"][9:]
+    half_way = load_file(tmp_path / "refit" / "stages" / "shapes" / "checkpoints" / "step-00000008" / "state.safetensors")
+    zeros = {name: half_way[f"master.recipe.{name}"] == 0 for name in refit.adapter.recipe}
+    assert any(bool(one.any()) for one in zeros.values()) and not all(bool(one.all()) for one in zeros.values())
+    for name, weights in refit.adapter.recipe.items():
+        assert bool((weights[zeros[name]] == 0).all()), "what the penalty has left out stays out"
+        assert bool((weights[~zeros[name]] != 0).all()), "and the penalty takes nothing more"
+    for at in (5, 11):
+        folder = tmp_path / f"stopped-{at}"
+        with pytest.raises(StoppedError):
+            second(folder, "recipe.refit=0.5", stop_at=at)
+        (folder / "stages" / "shapes" / STOP_FILE).unlink()
+        again = second(folder, "recipe.refit=0.5")
+        assert again.adapter.digest() == refit.adapter.digest() and again.training["losses"] == refit.training["losses"]
 
 
 def test_labels_are_smoothed_and_free_text_is_not() -> None:

@@ -148,6 +148,7 @@ def test_a_bank_is_refused_without_the_package_unless_the_unquantised_base_is_as
     caplog.clear()
     asked = AMLoRAModel.from_bank(bank, device="cpu", quantisation="none")
     assert "answers otherwise than it was measured" in caplog.text
+    assert "lost 2.5 and 5.6 points" in caplog.text and "docs/evidence/quantised.md" in caplog.text
     plain = AMLoRAModel.from_bank(tmp_path / "plain", device="cpu")
     assert torch.equal(asked.next_token_logits(TEXTS), plain.next_token_logits(TEXTS))
 
