@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.registry import tags
+from amlora_dist.registry.how_scored import HowScored, how_scored
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
@@ -76,10 +76,14 @@ class RunFacts:
         return common_name(known.get(task, "accuracy") for task in self.tasks)
 
     @property
-    def plain_texts(self) -> bool:
-        """Whether rows were scored as plain texts, as a user sends them; otherwise behind their own tasks' prompts."""
-        config = completed(self.config)
-        return bool(config["prompt_format"] == 2 and config["evaluation"]["prompts"] == "served")
+    def split(self) -> str:
+        """Whose rows were scored."""
+        return str(self.config.get("evaluation", {}).get("split", "test"))
+
+    @property
+    def how(self) -> HowScored:
+        """How rows were scored: as plain texts, behind their own tasks' prompts, or told the task."""
+        return how_scored(self.config, str(self.result["method"]))
 
     @property
     def matrix(self) -> list[list[float | None]]:
