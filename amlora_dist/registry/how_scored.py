@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from amlora_dist.config.former_values import completed
 from amlora_dist.methods import METHODS, method_class
@@ -15,14 +15,19 @@ from amlora_dist.methods.kinds import Stages, Trains
 class HowScored:
     """What a test row was asked with, and what of the answer was counted."""
 
-    plain: bool
-    """Whether the text alone went in, as a user sends it."""
+    asked: Literal["plain text", "own prompt", "told the task"]
+    """``plain text``: the text alone went in, as a user sends it."""
     what: str
     """What is right or wrong of a labelled row, as in "share of test rows whose WHAT is right"."""
     sentence: str
     """All that the model was given, and what that means for plain text."""
     router: str
     """What the router read."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the text went in."""
+        return self.asked == "plain text"
 
 
 def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
@@ -38,7 +43,7 @@ def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
     kind = method_class(method) if method in METHODS else None
     if kind is not None and kind.stages is Stages.APART:
         return HowScored(
-            plain=False,
+            asked="told the task",
             what="likeliest label behind the task's own prompt" if served else "greedy output behind the task's own prompt",
             sentence="Each row was told its task: asked behind that task's own prompt, and answered by its adapter. It says"
             " nothing of plain text.",
@@ -46,13 +51,13 @@ def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
         )
     if served and (kind is None or kind.trains is not Trains.NOTHING):
         return HowScored(
-            plain=True,
+            asked="plain text",
             what="served answer",
             sentence="Each row's text was asked by itself, as a user sends it: nothing told its task.",
             router="The router read the text alone.",
         )
     return HowScored(
-        plain=False,
+        asked="own prompt",
         what="greedy output behind the task's own prompt",
         sentence="Each row was asked behind its own task's prompt, whose question or list of labels can tell the task: a"
         " user's plain text may be answered worse than these scores say.",

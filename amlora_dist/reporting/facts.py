@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
@@ -16,6 +16,8 @@ from amlora_dist.registry.how_scored import HowScored, how_scored
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
+Counted = Literal["correct", "ranked_correct", "greedy_correct"]
+"""Which score of a prediction: of the answer that counts, of the best label, of what was written freely."""
 STAGE, CONFIG, INPUTS = "stage.json", "config.json", "materials.json"
 
 
@@ -100,18 +102,19 @@ class RunFacts:
                     return self.predictions[score["fingerprint"]]
         return None
 
-    def row_scores(self, mode: str, task: str, stage: int | None = None, *, ranked: bool = False) -> list[float] | None:
-        """Score of each test row, in the order of rows."""
+    def row_scores(self, mode: str, task: str, stage: int | None = None, *, of: Counted = "correct") -> list[float] | None:
+        """Score of each test row, in the order of rows; None where one of them has none."""
         found = self.cell(mode, task, stage)
-        if found is None or (ranked and any(p.ranked_correct is None for p in found)):
+        if found is None:
             return None
-        return [float(p.ranked_correct or 0) if ranked else p.correct for p in found]
+        scores = [getattr(prediction, of) for prediction in found]
+        return None if any(score is None for score in scores) else [float(score) for score in scores]
 
-    def cells(self, *, ranked: bool = False) -> Cells:
+    def cells(self, *, of: Counted = "correct") -> Cells:
         """Scores of every test row behind the accuracy matrix, row 0 untrained."""
-        lines: list[list[list[float] | None]] = [[self.row_scores("untrained", task, ranked=ranked) for task in self.tasks]]
+        lines: list[list[list[float] | None]] = [[self.row_scores("untrained", task, of=of) for task in self.tasks]]
         for number in range(1, len(self.stages) + 1):
-            lines.append([self.row_scores("router", task, number, ranked=ranked) for task in self.tasks])
+            lines.append([self.row_scores("router", task, number, of=of) for task in self.tasks])
         return lines
 
     def oracle_cells(self) -> Cells:
