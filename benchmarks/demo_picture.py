@@ -1,4 +1,4 @@
-"""What ``make demo`` ends with, as a picture of the terminal: ``python benchmarks/demo_picture.py demo docs/images/demo.svg``.
+"""What `make demo` ends with, as a picture: ``python benchmarks/demo_picture.py demo docs/images/demo.svg``.
 
 The run's tables as ``amlora show`` prints them, and the answers of its served bank to the five tickets of the Makefile as
 ``amlora ask`` prints them.

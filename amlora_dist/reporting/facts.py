@@ -13,6 +13,7 @@ from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.how_scored import HowScored, how_scored
+from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
@@ -50,6 +51,8 @@ class RunFacts:
     """By scoring fingerprint; what a store no longer has is missing."""
     page: str = ""
     """Address of the run's page in MLflow."""
+    foreign_above: list[tuple[float, float]] = field(default_factory=list)
+    """Of the last bank: share of held-out rows lost, and the score from which on a text is then one of no task."""
 
     @property
     def tasks(self) -> list[str]:
@@ -152,6 +155,18 @@ def read_run(store: Store, run_id: str) -> RunFacts:
         facts.stages.append(_stage(store, public, runs.get(public["fingerprint"])))
         _read_predictions(store, facts.stages[-1], facts.predictions)
     return facts
+
+
+def read_thresholds(store: Store, facts: RunFacts) -> list[tuple[float, float]]:
+    """``RunFacts.foreign_above``, from the last version's manifest; empty where there is none, or it has no background."""
+    number = facts.stages[-1].public.get("version")
+    if number is None:
+        return []
+    try:
+        manifest = manifest_of(store, store.resolve(f"models:/{facts.result['registered_model']}/{number}"))
+    except UserError:  # deleted since, or damaged: the rest of the report needs none of it
+        return []
+    return [(float(lost), float(score)) for lost, score in manifest.router.settings.get("foreign_above") or []]
 
 
 def _stage(store: Store, public: dict[str, Any], run: RunInfo | None) -> StageFacts:

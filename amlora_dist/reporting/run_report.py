@@ -25,6 +25,7 @@ from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselin
 from amlora_dist.reporting.diagnosis import Finding, Recipe, RunFigures, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
+from amlora_dist.reporting.foreign_texts import foreign_blocks
 from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction, signed
 from amlora_dist.reporting.routing_facts import StageRouting, routing_by_stage
 
@@ -87,7 +88,7 @@ def run_page(facts: RunFacts) -> Page:
             Section(
                 "Routing",
                 f"Which adapters answer for which task, over {facts.split} rows. {facts.how.router}",
-                [*run_charts.routing_blocks(routing), *run_charts.knockout_blocks(facts)],
+                [*run_charts.routing_blocks(routing), *foreign_blocks(facts), *run_charts.knockout_blocks(facts)],
             ),
             Section(
                 "What stages took over",

@@ -15,6 +15,7 @@ from amlora_dist.reporting.backward import ALL, backward_blocks
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, baselines
 from amlora_dist.reporting.facts import RunFacts, StageFacts
 from amlora_dist.reporting.figures import WIDE, WIDTH
+from amlora_dist.reporting.foreign_texts import foreign_blocks
 from amlora_dist.reporting.page import TableBlock
 from amlora_dist.reporting.run_report import _by_evidence, _learned_text, _retained, run_page
 
@@ -225,3 +226,24 @@ def test_rows_whose_keys_prefer_another_task_s_label_are_counted_in_the_table_of
     facts.result["last"] = {"greedy_accuracy": [0.5, 0.25, 0.0]}
     (table,) = _by_evidence(facts)
     assert isinstance(table, TableBlock) and "evidence:" not in table.caption, "of a method without keys"
+
+
+def test_what_abstention_would_lose_and_catch_is_counted_at_every_stored_threshold(facts: RunFacts) -> None:
+    assert foreign_blocks(facts) == [], "a bank without thresholds"
+    facts.foreign_above = [(0.1, 0.0), (0.01, 2.0)]
+    assert foreign_blocks(facts) == [], "rows that were scored without a background"
+    for task, foreign in (("mood", [-3.0, -1.0, 1.0, 3.0]), ("route", [-3.0] * 4), ("note", [0.0])):
+        facts.predictions[task] = [replace(p, foreign=f) for p, f in zip(facts.predictions[task], foreign, strict=True)]
+    other = [replace(facts.predictions["mood"][0], foreign=f) for f in (1.0, 5.0, 5.0, 5.0)]
+    facts.predictions |= {"other": other, "mood.paraphrase": other}
+    facts.result["also"] = [{"task": "other"}, {"task": "mood.paraphrase"}]
+    facts.stages[-1].scores += [{"mode": "router", "task": t, "fingerprint": t} for t in ("other", "mood.paraphrase")]
+    chart, table = foreign_blocks(facts)
+    assert isinstance(table, TableBlock) and not isinstance(chart, TableBlock)
+    assert table.table.columns == ["held-out rows lost", "0.01", "0.1"]
+    shares = {str(row[0]): row[1:] for row in table.table.rows}
+    assert shares["mood"] == [0.25, 0.5] and shares["route"] == [0.0, 0.0] and shares["note"] == [0.0, 0.0]
+    assert shares["all of them"] == [1 / 9, 2 / 9] and shares["other"] == [0.75, 1.0], "above the threshold, not at it"
+    assert "mood.paraphrase" not in shares, "its texts are mood's own"
+    drawn = {(row[0], row[1]): row[2] for row in chart.data.rows}  # type: ignore[union-attr]
+    assert drawn["other", 1] == 0.75 and drawn["lost: held-out rows", 2] == 0.1
