@@ -20,7 +20,7 @@ from typing import Any
 
 from sweeps import REPOSITORY, config_of, mean, paired, parser_of, show, sweep, write_json
 
-from amlora_dist.reporting.facts import RunFacts
+from amlora_dist.reporting.facts import Counted, RunFacts
 
 SCRATCH = "am_lora:router.recipes=false"
 KEYS = ("l1", "oracle", "routed", "ranked", "difference", "interval", "deviation", "wins", "routed_difference",
@@ -64,15 +64,15 @@ def line(name: float | str, runs: list[RunFacts], scratch: list[RunFacts]) -> di
         row[f"{prefix}interval"] = None if interval is None else [interval.low, interval.high]
         row[f"{prefix}deviation"] = statistics.stdev(apart) if len(apart) > 1 else None
         row[f"{prefix}wins"] = sum(value > 0 for value in apart)
-    row["ranked"] = mean([mean(scores(one, "oracle", ranked=True)) for one in runs])
+    row["ranked"] = mean([mean(scores(one, "oracle", of="ranked_correct")) for one in runs])
     recipes = [one.stages[-1].training.get("recipe") for one in runs]
     row["zeros"] = mean([recipe["zeros"] for recipe in recipes if recipe])
     return row
 
 
-def scores(facts: RunFacts, mode: str, *, ranked: bool = False) -> list[float]:
+def scores(facts: RunFacts, mode: str, *, of: Counted = "correct") -> list[float]:
     """Score of each test row of the last task."""
-    found = facts.row_scores(mode, facts.tasks[-1], ranked=ranked)
+    found = facts.row_scores(mode, facts.tasks[-1], of=of)
     assert found is not None, f"{facts.run_id} has no predictions of {facts.tasks[-1]} as {mode}"
     return found
 

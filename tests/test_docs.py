@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,6 +48,16 @@ def test_the_picture_is_of_todays_imports(monkeypatch: pytest.MonkeyPatch) -> No
     assert draw_architecture.FILE.read_text(encoding="utf-8") == draw_architecture.drawing(), (
         "draw it again: python docs/draw_architecture.py"
     )
+
+
+def test_the_demo_s_picture_ends_with_the_tickets_that_the_makefile_asks() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    asked = re.search(r"^TICKETS = ((?:.*\\\n)*.*)", makefile, re.MULTILINE)
+    drawn = html.unescape((REPOSITORY / "docs" / "images" / "demo.svg").read_text(encoding="utf-8")).replace("\xa0", " ")
+    assert asked is not None
+    tickets = shlex.split(asked[1].replace("\\\n", " "))
+    missing = [text for text in tickets if text not in drawn]
+    assert len(tickets) == 5 and not missing, "draw it again: python benchmarks/demo_picture.py demo docs/images/demo.svg"
 
 
 def test_reference_pages_are_of_todays_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,8 @@ class AMLoRAModel:
         free: bool = False,
         batch_size: int = 8,
     ) -> list[Answer]:
-        """Answers to plain texts, as the bank's accuracy was measured: a label's words where the task that a text is
+        """Answers to plain texts, as ``evaluation.prompts: served`` scores them (banks of prompt format 1 were scored
+        behind each task's own prompt and answer behind the bank's): a label's words where the task that a text is
         routed to has labels, else what the model writes, greedily.
 
         Args:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from amlora_dist.methods import LORA, offered
+from amlora_dist.registry.how_scored import how_scored
 from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
@@ -123,14 +124,14 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
         "| k | task | rank | alpha | accuracy now | sha256 |",
         "|---|---|---|---|---|---|",
     ]
-    last = _last(manifest)
+    last, how = _last(manifest), how_scored(manifest.training_configuration, manifest.method)
     for line in manifest.adapters:
         score = last.get(line.task)
         shown = "-" if score is None else f"{score:.3f}"
         lines.append(f"| {line.index} | {line.task} | {line.rank} | {line.alpha:g} | {shown} | `{line.digest[:12]}` |")
     lines += [
         "",
-        f"Accuracy is the share of test rows whose {_what(manifest)} is right, without being told the task.",
+        f"Accuracy is the share of test rows whose {how.what} is right. {how.sentence}",
         *_other_metrics(manifest),
         "",
         "## Loading",
@@ -202,14 +203,15 @@ def _front_matter(manifest: Manifest, base_model: str | None, *, model_index: bo
 
 def _results(manifest: Manifest) -> list[dict[str, Any]]:
     """Scores of the bank's tasks after its last stage, in the form of the Hub's ``model-index``."""
-    last, results = _last(manifest), []
+    last, how = _last(manifest), how_scored(manifest.training_configuration, manifest.method)
+    results = []
     for line in manifest.adapters:
         if (score := last.get(line.task)) is None:
             continue
         free = line.task_spec is not None and line.task_spec.labels is None
         kind = "text-generation" if free else "text-classification"
         counted = _metric(line.task_spec) if free else "accuracy"
-        metric = {"type": counted, "value": round(score, 6), "name": f"{_what(manifest)}, test rows"}
+        metric = {"type": counted, "value": round(score, 6), "name": f"{how.what}, test rows"}
         data = next(iter(_data_sets(manifest, line.task)), line.task)
         results.append({"task": {"type": kind}, "dataset": {"name": line.task, "type": data}, "metrics": [metric]})
     return results
@@ -237,11 +239,6 @@ def _chat_example(manifest: Manifest) -> list[str]:
     if not _converses(manifest):
         return []
     return ['model.chat([{"role": "user", "content": "..."}]).text   # in the base model\'s chat template']
-
-
-def _what(manifest: Manifest) -> str:
-    """What was scored: banks of before 0.2 were scored by what they wrote."""
-    return "served answer" if manifest.training_configuration.get("prompt_format") == 2 else "greedy output"
 
 
 def _data_sets(manifest: Manifest, task: str) -> list[str]:

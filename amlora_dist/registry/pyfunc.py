@@ -34,7 +34,8 @@ class BankModel:
         self.model = model
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One answer for each row, as the bank's accuracy was measured: given plain text or a conversation and nothing else.
+        """One answer for each row, given plain text or a conversation: as ``evaluation.prompts: served`` scores it. The rows
+        of banks of prompt format 1 were scored behind their own task's prompt, which can tell more than a plain text.
 
         Args:
             model_input: a pandas.DataFrame with a column ``text``, or ``messages`` (lists of turns) or another form of

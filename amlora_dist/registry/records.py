@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.digests import value_digest
 from amlora_dist.registry import tags
 from amlora_dist.registry.connection import StoreAwayError, StoreError
+from amlora_dist.registry.how_scored import how_scored
 
 if TYPE_CHECKING:
     from amlora_dist.registry.manifest import Manifest
@@ -173,7 +174,7 @@ def describe_run(store: Store, run: str, text: str) -> None:
 
 def version_description(version: Version, manifest: Manifest) -> str:
     """Markdown for the page of a version."""
-    matrix = manifest.accuracy_matrix
+    matrix, how = manifest.accuracy_matrix, how_scored(manifest.training_configuration, manifest.method)
     last = dict(zip(matrix.tasks, matrix.accuracy[-1], strict=True)) if matrix.accuracy else {}
     best = {
         task: max((value for row in matrix.accuracy if (value := row[place]) is not None), default=None)
@@ -185,7 +186,7 @@ def version_description(version: Version, manifest: Manifest) -> str:
         "| task | accuracy now | best so far |", "|---|---|---|",
         *(f"| {task} | {_shown(last.get(task))} | {_shown(best.get(task))} |" for task in manifest.tasks),
         "",
-        "Share of the test rows whose answer is right, as plain text, without being told the task.",
+        f"Accuracy: share of test rows whose {how.what} is right (of free text: the task's metric). {how.sentence}",
         "",
         "```python", "from amlora_dist import AMLoRAModel", f'model = AMLoRAModel.from_bank("{version.uri}")', "```",
         "",

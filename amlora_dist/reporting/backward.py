@@ -32,7 +32,7 @@ def backward_blocks(facts: RunFacts) -> list[Block]:
     changes = stage_changes(facts.tasks, facts.matrix, answers, seed=int(facts.result["seed"]))
     if not changes:
         return []
-    return [_table(changes, served=facts.plain_texts), *_worse(facts, changes)]
+    return [_table(changes, served=facts.how.plain), *_worse(facts, changes)]
 
 
 def change_line(one: StageChange) -> dict[str, Value]:

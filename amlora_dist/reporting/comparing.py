@@ -60,8 +60,10 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
     Returns:
         ``measure``: what the scores are called. ``baselines``: of each task the scores that need no learning, ``chance``
         and ``majority`` (None for free text). ``methods``: for each its ``runs`` (number), ``train_seconds`` (mean of a
-        run) and ``metrics``: by name ``mean``, ``deviation`` and ``range`` over runs, and the ``interval`` of the mean over
-        test rows. ``differences``: for each other method the average performance of the reference minus its own over the
+        run), ``asked`` (what its rows were asked with, in two words) and ``metrics``: by name ``mean``, ``deviation`` and
+        ``range`` over runs, and the ``interval`` of the mean over test rows. Of methods that find no task by themselves
+        ``told`` is the score behind each task's own prompt; ``written_freely`` that of unrestricted output.
+        ``differences``: for each other method the average performance of the reference minus its own over the
         runs both have, with ``interval``, ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by
         method. ``also``: the same of test sets that no stage learned. ``by_order``: average performance by method and
         order. ``runs``: one line a run.
@@ -97,7 +99,8 @@ def _method(
     names = list(dict.fromkeys(name for one in samples.values() for name in one))
     seconds = [sum(stage.public["train_seconds"] or 0.0 for stage in entry.facts.stages) for entry in entries]
     found = {name: _summary([one[name] for one in samples.values() if name in one]) for name in names}
-    return {"runs": len(entries), "train_seconds": statistics.fmean(seconds), "metrics": found}, samples
+    line = {"runs": len(entries), "train_seconds": statistics.fmean(seconds), "asked": entries[0].facts.how.asked}
+    return line | {"metrics": found}, samples
 
 
 def _samples(
@@ -107,10 +110,15 @@ def _samples(
     facts = entry.facts
     sampled = partial(_sampled, places=[places[task] for task in facts.tasks])
     ranked = facts.result["ranked_accuracy_matrix"][-1:]
-    ranked_sample = sampled(ranked, facts.cells(ranked=True)[-1:], {"ranked_average_performance": _mean})
+    besides = sampled(ranked, facts.cells(of="ranked_correct")[-1:], {"ranked_average_performance": _mean})
+    last = facts.result.get("last") or {}
+    if (own := last.get("own_prompt")) is not None:
+        besides |= sampled([own], [[facts.row_scores("own", task) for task in facts.tasks]], {"told": _mean})
+    if (freely := last.get("greedy_accuracy")) is not None:
+        besides |= sampled([freely], facts.cells(of="greedy_correct")[-1:], {"written_freely": _mean})
     if not facts.in_sequence:
-        return sampled(facts.matrix[-1:], facts.cells()[-1:], {"average_performance": _mean}) | ranked_sample
-    found = sampled(facts.matrix, facts.cells(), metrics.METRICS) | ranked_sample
+        return sampled(facts.matrix[-1:], facts.cells()[-1:], {"average_performance": _mean}) | besides
+    found = sampled(facts.matrix, facts.cells(), metrics.METRICS) | besides
     if (oracle := facts.result.get("oracle")) is not None:
         found |= sampled([oracle], facts.oracle_cells()[1:], {"oracle": _mean})
     if (single := references.get("single")) is not None:

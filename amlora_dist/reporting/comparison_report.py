@@ -16,6 +16,8 @@ from amlora_dist.reporting.run_charts import FLOOR, capital, short_names
 
 SHOWN = {
     "average_performance": "AP",
+    "written_freely": "written freely",
+    "told": "told, own prompt",
     "ranked_average_performance": "ranked AP",
     "backward_transfer": "BWT",
     "forgetting": "forgetting",
@@ -88,7 +90,7 @@ def method_table(comparison: dict[str, Any]) -> Table:
         low, high = own.get("interval") or [None, None]
         others = [_mean(one, name) for name in names[1:]]
         rate = comparison["tuning"].get(method, {}).get("chosen")
-        shown = with_memory(comparison, method)
+        shown = with_memory(comparison, method) + _unlike_plain(one)
         rows.append(
             [shown, own.get("mean"), own.get("deviation"), low, high, *others, one["runs"], one["train_seconds"],
              None if rate is None else f"{rate:g}"]
@@ -101,6 +103,12 @@ def with_memory(comparison: dict[str, Any], method: str) -> str:
     count = (comparison["config"].get("method_settings") or {}).get("memory_rows", 0)
     own = "memory" in offered(method.partition(":")[0]) and "memory_rows" not in method
     return f"{method} (memory: {count} rows a task)" if own and count else method
+
+
+def _unlike_plain(one: dict[str, Any]) -> str:
+    """What belongs behind a method's name whose scores are not of plain text; comparisons of before say nothing."""
+    asked = one.get("asked", "plain text")
+    return "" if asked == "plain text" else f" ({asked})"
 
 
 def difference_table(comparison: dict[str, Any]) -> Table:
@@ -171,7 +179,14 @@ def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Blo
         )
     if (curves := _curves(comparison)) is not None:
         blocks.append(curves)
-    caption = (
+    asked = ""
+    if any("asked" in one for one in found.values()):
+        asked = (
+            "AP and all that follows from it are of plain text, unless the name says what else went in; methods that find no"
+            " task by themselves rank the labels of all tasks learned so far. Written freely: unrestricted output to the"
+            " same rows. Told, own prompt: the same bank behind each task's own prompt and labels, which tells it the task. "
+        )
+    caption = asked + (
         "AP average performance, BWT backward transfer, FWT forward transfer, LA learning accuracy, AIP average incremental"
         " performance; formulas in docs/comparing.md. – is undefined. low and high: of AP, over test rows."
     )

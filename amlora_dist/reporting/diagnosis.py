@@ -49,6 +49,10 @@ class Recipe:
     """Share of weights that are exactly 0."""
 
 
+NAMED = "prompt_style: named"
+"""As ``TaskSpec.leaks`` has it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
     """The numbers of one run. Lists are in the order of ``tasks``; what is not known is None or empty."""
@@ -81,6 +85,8 @@ class RunFigures:
     """Training loss of every step, by task."""
     leaks: dict[str, list[str]] = field(default_factory=dict)
     """Settings that give tasks away, by task."""
+    text_alone: bool = True
+    """Whether rows were scored with a router that read nothing but their texts."""
     bad_rows: dict[str, int] = field(default_factory=dict)
 
     def routing_accuracy(self, task: str) -> Number:
@@ -331,16 +337,23 @@ def diverged(e: RunFigures) -> Iterator[Finding]:
 
 
 def task_in_prompts(e: RunFigures) -> Iterator[Finding]:
-    """Prompts that name the task."""
+    """Prompts that name the task, and texts that keep what tells tasks apart."""
     kinds = sorted({leak for leaks in e.leaks.values() for leak in leaks})
-    if kinds:
-        yield Finding(
-            "note",
-            "prompts_tell_the_task",
-            "The prompts give the task away",
-            f"{', '.join(kinds)} in {len(e.leaks)} tasks: routing is easier than for a user's text.",
-            "Report the same run with prompt_style options or bare and field_markers strip next to it.",
-        )
+    seen = [kind for kind in kinds if kind != NAMED or not e.text_alone]
+    if not kinds:
+        return
+    said = []
+    if NAMED in kinds and e.text_alone:
+        said.append("The router reads the text alone and sees no names: they tell the adapters the task, not the router.")
+    if seen:
+        said.append(f"Routing is easier than for a user's text, by {' and '.join(seen)}.")
+    yield Finding(
+        "note",
+        "prompts_tell_the_task",
+        "Prompts or texts give the task away" if seen else "The prompts name the task",
+        f"{', '.join(kinds)} in {len(e.leaks)} tasks. {' '.join(said)}",
+        "Report the same run with prompt_style options or bare and field_markers strip next to it.",
+    )
 
 
 def skipped_rows(e: RunFigures) -> Iterator[Finding]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from amlora_dist.config.former_values import completed
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.registry import tags
+from amlora_dist.registry.how_scored import HowScored, how_scored
+from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
+Counted = Literal["correct", "ranked_correct", "greedy_correct"]
+"""Which score of a prediction: of the answer that counts, of the best label, of what was written freely."""
 STAGE, CONFIG, INPUTS = "stage.json", "config.json", "materials.json"
 
 
@@ -48,6 +51,8 @@ class RunFacts:
     """By scoring fingerprint; what a store no longer has is missing."""
     page: str = ""
     """Address of the run's page in MLflow."""
+    foreign_above: list[tuple[float, float]] = field(default_factory=list)
+    """Of the last bank: share of held-out rows lost, and the score from which on a text is then one of no task."""
 
     @property
     def tasks(self) -> list[str]:
@@ -76,10 +81,14 @@ class RunFacts:
         return common_name(known.get(task, "accuracy") for task in self.tasks)
 
     @property
-    def plain_texts(self) -> bool:
-        """Whether rows were scored as plain texts, as a user sends them; otherwise behind their own tasks' prompts."""
-        config = completed(self.config)
-        return bool(config["prompt_format"] == 2 and config["evaluation"]["prompts"] == "served")
+    def split(self) -> str:
+        """Whose rows were scored."""
+        return str(self.config.get("evaluation", {}).get("split", "test"))
+
+    @property
+    def how(self) -> HowScored:
+        """How rows were scored: as plain texts, behind their own tasks' prompts, or told the task."""
+        return how_scored(self.config, str(self.result["method"]))
 
     @property
     def matrix(self) -> list[list[float | None]]:
@@ -96,18 +105,19 @@ class RunFacts:
                     return self.predictions[score["fingerprint"]]
         return None
 
-    def row_scores(self, mode: str, task: str, stage: int | None = None, *, ranked: bool = False) -> list[float] | None:
-        """Score of each test row, in the order of rows."""
+    def row_scores(self, mode: str, task: str, stage: int | None = None, *, of: Counted = "correct") -> list[float] | None:
+        """Score of each test row, in the order of rows; None where one of them has none."""
         found = self.cell(mode, task, stage)
-        if found is None or (ranked and any(p.ranked_correct is None for p in found)):
+        if found is None:
             return None
-        return [float(p.ranked_correct or 0) if ranked else p.correct for p in found]
+        scores = [getattr(prediction, of) for prediction in found]
+        return None if any(score is None for score in scores) else [float(score) for score in scores]
 
-    def cells(self, *, ranked: bool = False) -> Cells:
+    def cells(self, *, of: Counted = "correct") -> Cells:
         """Scores of every test row behind the accuracy matrix, row 0 untrained."""
-        lines: list[list[list[float] | None]] = [[self.row_scores("untrained", task, ranked=ranked) for task in self.tasks]]
+        lines: list[list[list[float] | None]] = [[self.row_scores("untrained", task, of=of) for task in self.tasks]]
         for number in range(1, len(self.stages) + 1):
-            lines.append([self.row_scores("router", task, number, ranked=ranked) for task in self.tasks])
+            lines.append([self.row_scores("router", task, number, of=of) for task in self.tasks])
         return lines
 
     def oracle_cells(self) -> Cells:
@@ -145,6 +155,18 @@ def read_run(store: Store, run_id: str) -> RunFacts:
         facts.stages.append(_stage(store, public, runs.get(public["fingerprint"])))
         _read_predictions(store, facts.stages[-1], facts.predictions)
     return facts
+
+
+def read_thresholds(store: Store, facts: RunFacts) -> list[tuple[float, float]]:
+    """``RunFacts.foreign_above``, from the last version's manifest; empty where there is none, or it has no background."""
+    number = facts.stages[-1].public.get("version")
+    if number is None:
+        return []
+    try:
+        manifest = manifest_of(store, store.resolve(f"models:/{facts.result['registered_model']}/{number}"))
+    except UserError:  # deleted since, or damaged: the rest of the report needs none of it
+        return []
+    return [(float(lost), float(score)) for lost, score in manifest.router.settings.get("foreign_above") or []]
 
 
 def _stage(store: Store, public: dict[str, Any], run: RunInfo | None) -> StageFacts:

@@ -10,7 +10,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.registry import tags
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.comparison_report import comparison_page
-from amlora_dist.reporting.facts import read_run
+from amlora_dist.reporting.facts import read_run, read_thresholds
 from amlora_dist.reporting.page import Page, file_name, write_page
 from amlora_dist.reporting.run_report import run_page
 from amlora_dist.reporting.search_page import search_page
@@ -40,7 +40,9 @@ def report(store: Store, name: str, file: Path) -> Page:
             raise UserError(f"search {name!r} has not ended yet: there is nothing to report")
         page = search_page(search)
     elif "sequence" in kinds:
-        page = run_page(read_run(store, name))
+        facts = read_run(store, name)
+        facts.foreign_above = read_thresholds(store, facts)
+        page = run_page(facts)
     else:
         raise UserError(f"no run, search or comparison {name!r} at {store.connection.shown}{_known(store)}")
     write_page(page, file)

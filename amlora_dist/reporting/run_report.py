@@ -25,6 +25,7 @@ from amlora_dist.reporting.baselines import CHANCE, MAJORITY, Baselines, baselin
 from amlora_dist.reporting.diagnosis import Finding, Recipe, RunFigures, diagnose
 from amlora_dist.reporting.facts import RunFacts
 from amlora_dist.reporting.figures import Table, Value
+from amlora_dist.reporting.foreign_texts import foreign_blocks
 from amlora_dist.reporting.page import Block, DownloadsBlock, Page, Section, TableBlock, TextBlock, Tile, fraction, signed
 from amlora_dist.reporting.routing_facts import StageRouting, routing_by_stage
 
@@ -80,14 +81,14 @@ def run_page(facts: RunFacts) -> Page:
             Section("What was learned", _learned_text(facts), _learned(facts, found, floor)),
             Section(
                 "Answers",
-                "What the last bank answered, without being told the task. Predictions keep a row's number and its"
-                " answers, never its text: neither does this page.",
+                f"What the last bank answered. {facts.how.sentence} Predictions keep a row's number and its answers, never"
+                " its text: neither does this page.",
                 [*confusion_blocks(facts), *answer_blocks(facts)],
             ),
             Section(
                 "Routing",
-                "Which adapters answer for which task, over test rows; the router is never told the task.",
-                [*run_charts.routing_blocks(routing), *run_charts.knockout_blocks(facts)],
+                f"Which adapters answer for which task, over {facts.split} rows. {facts.how.router}",
+                [*run_charts.routing_blocks(routing), *foreign_blocks(facts), *run_charts.knockout_blocks(facts)],
             ),
             Section(
                 "What stages took over",
@@ -137,6 +138,7 @@ def evidence_of(facts: RunFacts, routing: Sequence[StageRouting], floor: Baselin
         l1=float(training.get("l1", 0.0)),
         mixed=[(task, other, share) for (task, other), share in mixed.items()],
         losses={stage.task: stage.training["losses"] for stage in facts.stages if stage.training.get("losses")},
+        text_alone=facts.how.plain,
         leaks={task: one["leaks"] for task, one in about.items() if one.get("leaks")},
         bad_rows={task: one["bad_rows"] for task, one in about.items() if one.get("bad_rows")},
     )
@@ -227,18 +229,16 @@ def _tiles(found: dict[str, tuple[float | None, Interval | None]], routing: Sequ
 
 
 def _learned_text(facts: RunFacts) -> str:
-    split = facts.config.get("evaluation", {}).get("split", "test")
     name = run_charts.capital(facts.measure)
-    if facts.plain_texts:
+    if facts.how.plain:
         meaning = (
-            f"{name} over the {split} rows, as served: the text goes in and nothing else. Only the oracle, and rows that are"
-            " called told, are given the task."
+            f"{name} over the {facts.split} rows, as served. {facts.how.sentence} Only the oracle, and lines that are called"
+            " told, are given the task; the untrained model is asked behind each task's own prompt."
         )
     else:
         meaning = (
-            f"{name} is the task's metric on unrestricted greedy output over the {split} rows, each asked with its own"
-            " task's prompt. A question or a list of labels in that prompt can tell the task: a user's plain text may be"
-            " routed and answered worse than these numbers say."
+            f"{name} over the {facts.split} rows, by {facts.how.what} (of free text: by the task's metric)."
+            f" {facts.how.sentence}"
         )
     return (
         f"{meaning} Intervals (95%, bootstrap) say what other test rows would have given, and nothing of other seeds. All"
@@ -246,25 +246,34 @@ def _learned_text(facts: RunFacts) -> str:
     )
 
 
+ELSEWHERE = "keys_elsewhere"
+"""A number of rows; what stands next to it in the table are shares."""
 LAST = {
     "routing_accuracy": "routed right", "model_accuracy": "model alone", "keys_accuracy": "keys alone",
     "greedy_accuracy": "written freely", "told_model_accuracy": "told the task, model alone",
-    "own_prompt": "own prompt (told the task)",
+    "own_prompt": "own prompt (told the task)", ELSEWHERE: "rows whose keys prefer another task's label",
 }  # fmt: skip
 """Rows about the last bank next to the accuracy of its served answers, and what they are called."""
 
 
 def _by_evidence(facts: RunFacts) -> list[Block]:
-    """What the last bank does with plain texts, by kind of evidence; nothing where that was not scored."""
+    """What the last bank answers, by kind of evidence; nothing where that was not scored."""
     found = facts.result.get("last") or {}
     rows: list[list[Value]] = [[words, *found[key]] for key, words in LAST.items() if key in found]
     if not rows:
         return []
-    note = (
-        "The served answer of a labelled task weighs two kinds of evidence: what the model says of each label, and what the"
-        " keys say. Written freely: nothing limits the output to labels."
-    )
-    return [TableBlock("evidence", "The last bank's answers to plain text", Table(["", *facts.tasks], rows), note)]
+    note = "Written freely: nothing limits the output to labels."
+    if "keys_accuracy" in found:
+        note = (
+            "The served answer of a labelled task weighs two kinds of evidence: what the model says of each label, and what"
+            f" the keys say. {note}"
+        )
+    if ELSEWHERE in found:
+        note += (
+            " Where the keys prefer another task's label, the label that they like best of all is none of the routed task's:"
+            " the task won as a whole, by its other labels or by the keys for whole tasks."
+        )
+    return [TableBlock("evidence", "The last bank's answers, by kind of evidence", Table(["", *facts.tasks], rows), note)]
 
 
 def _learned(

@@ -56,7 +56,8 @@ class PromptTemplate:
         source: Jinja. Variables: ``text`` (all fields, markers applied), ``fields`` (by name), ``question``,
             ``options`` (label texts), ``task``, ``kind``.
         question, options, task, kind: values of those variables.
-        leaks_task: prompts made by it name the task (style ``named``), so that routing is trivial.
+        leaks_task: prompts made by it name the task (style ``named``) to the model; a router that reads the text alone does
+            not see it.
 
     Raises:
         UserError: the template is not valid Jinja.

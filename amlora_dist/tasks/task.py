@@ -242,7 +242,8 @@ class TaskDefaults:
     """At most this many test rows, drawn likewise."""
     prompt_style: PromptStyle = "question"
     """``question``: the text and the task's question; ``options``: with the labels listed; ``bare``: the text alone;
-    ``named``: with the task's and data set's names, which gives the task away and makes routing trivial; reports say so."""
+    ``named``: with the task's and data set's names, which tells the adapters the task; the router reads the text alone
+    (with ``prompt_format: 1`` the names as well, which makes routing trivial). Reports say so."""
     field_markers: Literal["strip", "keep"] = "strip"
     """``strip`` takes ``Title:``, ``Text:``, ``Question:`` away, which tell tasks apart; ``keep`` is flagged."""
     max_length: int = Field(default=512, ge=8)
@@ -352,7 +353,8 @@ class TaskSpec:
 
     @property
     def leaks(self) -> list[str]:
-        """Settings of this task that tell a router which task a prompt belongs to; reports name them."""
+        """Settings of this task by which prompts (``named``) or texts (``keep``) give away which task they belong to;
+        reports name them."""
         found = ["prompt_style: named"] if self.prompt_style == "named" and self.prompt.template is None else []
         stripped = any(part.marker and not part.neutral for part in self.columns.text)
         return found + (["field_markers: keep"] if self.field_markers == "keep" and stripped else [])

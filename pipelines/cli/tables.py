@@ -125,16 +125,17 @@ LAST = {
     "greedy_accuracy": "written freely",
     "told_model_accuracy": "told, model alone",
     "own_prompt": "own prompt (told)",
+    "keys_elsewhere": "keys elsewhere",
 }
 """Rows about the last bank, and what they are called."""
 
 
 def _last_table(result: Mapping[str, Any], width: int) -> Table:
-    """What the last bank does with plain texts, next to the accuracy of its served answers."""
+    """What the last bank answers, by kind of evidence, next to the accuracy of the answers that count."""
     tasks = list(result["tasks"])
     headings = _short_names(tasks)
     fitting = max(1, (width - max(map(len, LAST.values())) - 4) // (max(_CELL_WIDTH, *map(len, headings)) + 1))
-    table = _table(f"\nthe last bank, plain text{'' if len(tasks) <= fitting else ', mean of all tasks'}")
+    table = _table(f"\nthe last bank, by kind of evidence{'' if len(tasks) <= fitting else ', mean of all tasks'}")
     table.add_column("", no_wrap=True)
     for name in headings if len(tasks) <= fitting else ["mean"]:
         table.add_column(name, justify="right", overflow="fold", min_width=5)
@@ -144,7 +145,10 @@ def _last_table(result: Mapping[str, Any], width: int) -> Table:
             continue
         known = [value for value in values if value is not None]
         shown = values if len(tasks) <= fitting else [sum(known) / len(known)]
-        table.add_row(words, *(_cell(shown, column) for column in range(len(shown))))
+        cells = [_cell(shown, column) for column in range(len(shown))]
+        if key == "keys_elsewhere":  # rows, not a share of them
+            cells = ["-" if value is None else f"{value:g}" for value in shown]
+        table.add_row(words, *cells)
     return table
 
 

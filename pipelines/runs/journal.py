@@ -251,7 +251,8 @@ class RunJournal:
         manifest = self.versions.at_hand(record.published)
         show_stage(self.store, self.inputs, record, parent_run=self.run, mapping=self.mapping, manifest=manifest)
         result = self.write_result()
-        describe_run(self.store, self.run, run_description(result, public_name(self.inputs.base.source)))
+        text = run_description(result, public_name(self.inputs.base.source), self.mapping)
+        describe_run(self.store, self.run, text)
         if record.published is not None:
             how = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
             progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.inputs.model}")

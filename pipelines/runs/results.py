@@ -64,6 +64,7 @@ LAST = {
     "model_accuracy": ("router", "model_accuracy"),
     "keys_accuracy": ("router", "keys_accuracy"),
     "greedy_accuracy": ("router", "greedy_accuracy"),
+    "keys_elsewhere": ("router", "keys_elsewhere"),
     "told_model_accuracy": ("oracle", "model_accuracy"),
     "own_prompt": ("own", "accuracy"),
 }
@@ -71,8 +72,8 @@ LAST = {
 
 
 def last_rows(tasks: Sequence[str], scores: Sequence[dict[str, Any]]) -> dict[str, MatrixRow]:
-    """What is known of the last bank's answers to plain texts besides their accuracy, one score a task; what was not scored
-    is left out."""
+    """What is known of the last bank's answers besides their accuracy, one score a task (of ``keys_elsewhere`` a number of
+    rows); what was not scored is left out."""
     found = {name: _row(tasks, scores, mode, score) for name, (mode, score) in LAST.items()}
     return {name: row for name, row in found.items() if any(value is not None for value in row)}
 

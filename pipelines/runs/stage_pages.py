@@ -11,6 +11,7 @@ from amlora_dist.config.loading import home
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.privacy import public_name
 from amlora_dist.registry import tags
+from amlora_dist.registry.how_scored import how_scored
 from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.records import DataInput, TaskScore, describe, described, log_data, log_model
 from pipelines.runs.trackers import StageFigures, write_stage
@@ -51,7 +52,7 @@ def show_stage(
             rows.append((key, float(figures[key]), record.index, now))
     above = []
     for score in record.scores:
-        for key in ("accuracy", "ranked_accuracy"):
+        for key in ("accuracy", "ranked_accuracy", "keys_elsewhere"):
             if score.get(key) is not None:
                 name = f"{key}/{score['mode']}/{score['task']}"
                 rows.append((name, float(score[key]), record.index, now))
@@ -73,7 +74,7 @@ def show_stage(
     store.end_run(record.run, "FINISHED")
 
 
-def run_description(result: Mapping[str, Any], base: str) -> str:
+def run_description(result: Mapping[str, Any], base: str, configuration: Mapping[str, Any]) -> str:
     """Markdown for the page of a run: what it learned, what it lost of that, where its versions are and how one is loaded.
 
     MLflow shows three lines until it is asked for more: what people come for is there.
@@ -81,6 +82,7 @@ def run_description(result: Mapping[str, Any], base: str) -> str:
     Args:
         result: of the run so far, as ``results.result`` makes it.
         base: the base model's public name.
+        configuration: of the run, resolved.
     """
     tasks, rows, model = result["tasks"], result["accuracy_matrix"], result["registered_model"]
     numbers = {stage["task"]: stage["version"] for stage in result["stages"]}
@@ -101,7 +103,8 @@ def run_description(result: Mapping[str, Any], base: str) -> str:
         number = numbers.get(task)
         link = "–" if number is None else f"[{number}]({page}/versions/{number})"
         lines.append(f"| {task} | {_shown(learned)} | {_shown(rows[-1][place])} | {link} |")
-    lines += ["", "Scores of test rows asked as plain text, without the task. *Datasets*: the rows trained on, by digest."]
+    sentence, split = how_scored(configuration, result["method"]).sentence, configuration["evaluation"]["split"]
+    lines += ["", f"Scores of {split} rows. {sentence} *Datasets*: the rows trained on, by digest."]
     return "\n".join(lines)
 
 

@@ -76,6 +76,15 @@ def test_the_run_above_has_a_curve_for_each_task_and_the_loss_is_written_once(ma
         assert len(store.metric_history(stage.run, "train_seconds")) == 1
 
 
+def test_rows_whose_keys_prefer_another_task_s_label_are_a_metric_of_the_stage_and_in_the_result(made: Any) -> None:
+    store, (first, _) = made
+    counted = first["last"]["keys_elsewhere"]
+    assert [isinstance(rows, int) for rows in counted] == [True, True], "a number of rows, not a share"
+    for k, task in enumerate(TASKS):
+        (found,) = store.metric_history(runs(store, "stage")[-1].run, f"keys_elsewhere/router/{task}")
+        assert found[:2] == (2, counted[k])
+
+
 def test_the_data_of_every_task_are_with_the_runs_that_read_them(made: Any) -> None:
     store, _ = made
     facts = store.load_json(runs(store, "sequence")[0].run, "materials.json")["tasks"]

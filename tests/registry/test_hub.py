@@ -158,7 +158,9 @@ def test_cards_say_what_the_hub_asks_for(tmp_path: Path) -> None:
     rows = [[None, None, None], [0.5, 0.625, None]]
     manifest = replace(
         rewrite(tmp_path / "bank", base=base), accuracy_matrix=AccuracyMatrix(tasks=list(TASKS), accuracy=rows),
-        training_configuration={"prompt_format": 2, "tasks": ["helpdesk/email", "agnews", "yahoo.yaml"]},
+        training_configuration={
+            "prompt_format": 2, "evaluation": {"prompts": "served"}, "tasks": ["helpdesk/email", "agnews", "yahoo.yaml"],
+        },
     )  # fmt: skip
     found = matter(readme(manifest))
     assert found["base_model"] == "owner/base" and found["base_model_relation"] == "adapter"

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.comparing import Entry, compare
-from amlora_dist.reporting.comparison_report import _floor, _floor_means, _measure, also_table, comparison_page
+from amlora_dist.reporting.comparison_report import (
+    _floor,
+    _floor_means,
+    _measure,
+    also_table,
+    comparison_page,
+    method_table,
+)
 from amlora_dist.reporting.facts import RunFacts, StageFacts
 from amlora_dist.reporting.promotion_page import promotion_page
 
@@ -121,3 +130,57 @@ def test_the_page_of_a_comparison_names_its_metric_and_shows_what_needs_no_learn
         one.facts.result["task_metrics"] = dict.fromkeys(ROWS, "rouge_l")
     named = comparison_page(compare(made, "seq_lora") | shared)
     assert "accuracy" not in "".join(chart.svg() for chart in named.charts) and "ROUGE-L" in named.html()
+
+
+SERVED = {"prompt_format": 2, "evaluation": {"prompts": "served", "split": "test"}, "model": {"source": "m"}}
+
+
+def told(one: Entry, own: float, freely: float) -> Entry:
+    """The same run with its rows scored behind their tasks' own prompts too, and with what was written freely."""
+    facts = one.facts
+    facts.config, count = SERVED, 40
+    for task in facts.tasks:
+        before = facts.predictions[task]
+        facts.predictions[task] = [replace(p, greedy_correct=float(n < freely * count)) for n, p in enumerate(before)]
+        facts.predictions[f"own-{task}"] = [replace(p, correct=float(n < own * count)) for n, p in enumerate(before)]
+        facts.stages[-1].scores.append({"mode": "own", "task": task, "fingerprint": f"own-{task}"})
+    facts.result["last"] = {"own_prompt": [own, own], "greedy_accuracy": [freely, freely]}
+    return one
+
+
+def test_a_method_that_finds_no_task_has_plain_text_written_freely_and_the_task_s_own_prompt_next_to_each_other() -> None:
+    order = ["first", "second"]
+    made = [told(entry("seq_lora", order), 0.8, 0.25), entry("per_task", order), entry("replay", order)]
+    made[1].facts.config = SERVED
+    found = compare(made, "seq_lora")
+    line = found["methods"]["seq_lora"]
+    assert line["asked"] == "plain text" and found["methods"]["per_task"]["asked"] == "told the task"
+    assert found["methods"]["replay"]["asked"] == "own prompt", "of a configuration that knows no prompt format"
+    assert line["metrics"]["average_performance"]["mean"] == 0.5
+    for name, mean in (("told", 0.8), ("written_freely", 0.25)):
+        low, high = line["metrics"][name]["interval"]
+        assert line["metrics"][name]["mean"] == pytest.approx(mean) and low < mean < high
+        assert found["runs"][0]["metrics"][name] == pytest.approx(mean)
+    table = method_table(found | {"tuning": {}, "config": {}})
+    shown = {str(row[0]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert list(shown) == ["seq_lora", "per_task (told the task)", "replay (own prompt)"]
+    assert [shown["seq_lora"][name] for name in ("AP", "written freely", "told, own prompt")] == [0.5, 0.25, 0.8]
+    assert shown["replay (own prompt)"]["told, own prompt"] is None
+
+
+@pytest.mark.integration
+def test_a_comparison_that_was_stored_before_still_makes_a_table_and_a_report() -> None:
+    order = ["first", "second"]
+    shared = {
+        "comparison_id": "c", "seeds": [0], "orders": {"given": order}, "command": "amlora compare", "failed": [],
+        "config": SERVED, "learning_rates": [], "tuning": {},
+    }  # fmt: skip
+    now = compare([told(entry("seq_lora", order), 0.8, 0.25)], "seq_lora") | shared
+    assert "told, own prompt" in comparison_page(now).html() and "which tells it the task" in comparison_page(now).html()
+    old = deepcopy(now)
+    for one in (old["methods"]["seq_lora"], old["runs"][0]):
+        one.pop("asked", None)
+        del one["metrics"]["told"], one["metrics"]["written_freely"]
+    html = comparison_page(old).html()
+    assert "told, own prompt" not in html and "plain text" not in html, "what it does not say is not said of it"
+    assert method_table(old).rows[0][:2] == ["seq_lora", 0.5]

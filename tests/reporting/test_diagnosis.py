@@ -187,6 +187,22 @@ def test_prompts_that_tell_the_task_and_skipped_rows_are_notes() -> None:
     assert [(f.level, f.rule) for f in diagnose(bad)] == [("note", "prompts_tell_the_task"), ("note", "rows_skipped")]
 
 
+@pytest.mark.parametrize(
+    ("leaks", "text_alone", "says", "not_said"),
+    [
+        (["prompt_style: named"], True, "tell the adapters the task, not the router", "easier"),
+        (["prompt_style: named"], False, "Routing is easier than for a user's text, by prompt_style: named.", "adapters"),
+        (["field_markers: keep"], True, "by field_markers: keep.", "adapters"),
+        (["prompt_style: named", "field_markers: keep"], True, "by field_markers: keep.", "by prompt_style"),
+    ],
+)
+def test_a_name_in_the_prompt_is_no_help_to_a_router_that_reads_the_text_alone_and_markers_are(
+    leaks: list[str], text_alone: bool, says: str, not_said: str
+) -> None:
+    (found,) = diagnose(replace(healthy(), leaks={"dbpedia": leaks}, text_alone=text_alone))
+    assert found.rule == "prompts_tell_the_task" and says in found.detail and not_said not in found.detail
+
+
 def test_a_run_under_way_is_diagnosed_on_what_it_has() -> None:
     three = [*[line[:2] for line in GOOD[:2]], [0.5, 0.5]]
     under_way = replace(

@@ -15,8 +15,9 @@ from amlora_dist.reporting.backward import ALL, backward_blocks
 from amlora_dist.reporting.baselines import CHANCE, MAJORITY, baselines
 from amlora_dist.reporting.facts import RunFacts, StageFacts
 from amlora_dist.reporting.figures import WIDE, WIDTH
+from amlora_dist.reporting.foreign_texts import foreign_blocks
 from amlora_dist.reporting.page import TableBlock
-from amlora_dist.reporting.run_report import _retained, run_page
+from amlora_dist.reporting.run_report import _by_evidence, _learned_text, _retained, run_page
 
 LABELS = {"mood": ["happy", "annoyed"], "route": ["billing", "account", "delivery"]}
 ANSWERS = {"mood": ["happy"] * 3 + ["annoyed"], "route": ["billing", "account", "delivery", "account"], "note": ["a text"]}
@@ -192,3 +193,57 @@ def test_a_whole_page_of_two_and_of_fifteen_tasks_fits_screen_and_limit(count: i
     assert html.count('href="http://127.0.0.1:5000/#/experiments/1/runs/r') == count
     confused = [html.index(f"{task}: right and given answers") for task in tasks]
     assert confused == sorted(confused), "in the order of stages"
+
+
+OWN_PROMPT = {"prompt_format": 2, "evaluation": {"prompts": "own", "split": "dev"}}
+SERVED = {"prompt_format": 2, "evaluation": {"prompts": "served", "split": "test"}}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "method", "says"),
+    [
+        (SERVED, "am_lora", "over the test rows, as served. Each row's text was asked by itself"),
+        (OWN_PROMPT, "am_lora", "over the dev rows, by greedy output behind the task's own prompt"),
+        ({}, "am_lora", "Each row was asked behind its own task's prompt"),
+        (SERVED, "per_task", "Each row was told its task"),
+    ],
+)
+def test_the_page_says_what_rows_were_asked_with_and_never_that_nothing_was_told_where_something_was(
+    facts: RunFacts, configuration: dict[str, Any], method: str, says: str
+) -> None:
+    facts.config, facts.result["method"] = configuration, method
+    text = _learned_text(facts)
+    assert says in text and ("nothing told its task" in text) == (configuration is SERVED and method == "am_lora")
+    assert "not told" not in text and "without being told" not in text
+
+
+def test_rows_whose_keys_prefer_another_task_s_label_are_counted_in_the_table_of_the_last_bank(facts: RunFacts) -> None:
+    facts.result["last"] = {"keys_accuracy": [0.5, 0.25, None], "keys_elsewhere": [1, 0, 2]}
+    (table,) = _by_evidence(facts)
+    assert isinstance(table, TableBlock)
+    assert table.table.rows[-1] == ["rows whose keys prefer another task's label", 1, 0, 2]
+    assert "another task's label" in table.caption and "two kinds of evidence" in table.caption
+    facts.result["last"] = {"greedy_accuracy": [0.5, 0.25, 0.0]}
+    (table,) = _by_evidence(facts)
+    assert isinstance(table, TableBlock) and "evidence:" not in table.caption, "of a method without keys"
+
+
+def test_what_abstention_would_lose_and_catch_is_counted_at_every_stored_threshold(facts: RunFacts) -> None:
+    assert foreign_blocks(facts) == [], "a bank without thresholds"
+    facts.foreign_above = [(0.1, 0.0), (0.01, 2.0)]
+    assert foreign_blocks(facts) == [], "rows that were scored without a background"
+    for task, foreign in (("mood", [-3.0, -1.0, 1.0, 3.0]), ("route", [-3.0] * 4), ("note", [0.0])):
+        facts.predictions[task] = [replace(p, foreign=f) for p, f in zip(facts.predictions[task], foreign, strict=True)]
+    other = [replace(facts.predictions["mood"][0], foreign=f) for f in (1.0, 5.0, 5.0, 5.0)]
+    facts.predictions |= {"other": other, "mood.paraphrase": other}
+    facts.result["also"] = [{"task": "other"}, {"task": "mood.paraphrase"}]
+    facts.stages[-1].scores += [{"mode": "router", "task": t, "fingerprint": t} for t in ("other", "mood.paraphrase")]
+    chart, table = foreign_blocks(facts)
+    assert isinstance(table, TableBlock) and not isinstance(chart, TableBlock)
+    assert table.table.columns == ["held-out rows lost", "0.01", "0.1"]
+    shares = {str(row[0]): row[1:] for row in table.table.rows}
+    assert shares["mood"] == [0.25, 0.5] and shares["route"] == [0.0, 0.0] and shares["note"] == [0.0, 0.0]
+    assert shares["all of them"] == [1 / 9, 2 / 9] and shares["other"] == [0.75, 1.0], "above the threshold, not at it"
+    assert "mood.paraphrase" not in shares, "its texts are mood's own"
+    drawn = {(row[0], row[1]): row[2] for row in chart.data.rows}  # type: ignore[union-attr]
+    assert drawn["other", 1] == 0.75 and drawn["lost: held-out rows", 2] == 0.1
