@@ -28,6 +28,7 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.answering import Answering
 from amlora_dist.evaluation.decoding import Decoder, Prefilled
+from amlora_dist.evaluation.plain_texts import PlainLabels
 from amlora_dist.evaluation.ranking import finished
 from amlora_dist.evaluation.requests import (
     Answer,
@@ -103,14 +104,10 @@ class AMLoRAModel:
         positions = getattr(transformer.config, "max_position_embeddings", None)
         manifest = bank.manifest
         self.prompter = Prompter(
-            {line.task: line.task_spec for line in manifest.adapters},
-            manifest.bank_template,
-            tokenizer,
-            encoder_decoder=manifest.base.encoder_decoder,
-            positions=positions,
-            prompt_format=bank_format(manifest),
-            prefix=mixture.layers.prefix,
-        )
+            {line.task: line.task_spec for line in manifest.adapters}, manifest.bank_template, tokenizer,
+            encoder_decoder=manifest.base.encoder_decoder, positions=positions, prompt_format=bank_format(manifest),
+            prefix=mixture.layers.prefix, learned=manifest.learned,
+        )  # fmt: skip
         self.decoder = Decoder(
             transformer,
             pad_id=int(tokenizer.pad_token_id),
@@ -118,12 +115,14 @@ class AMLoRAModel:
             encoder_decoder=base.encoder_decoder,
         )
         router = mixture.router.inner if isinstance(mixture.router, OverridableRouter) else mixture.router
-        self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
+        keyed = isinstance(router, KeyedRouter) and not mixture.routing.select
+        plain = PlainLabels() if keyed else PlainLabels.of(self.prompter)
+        self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN, plain)
         """What answers where ``answering`` is None, and reads raw prompts."""
         warn_of_former(self.prompter.format, uri or f"bank of run {manifest.run_id!r}")
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
-        if isinstance(router, KeyedRouter) and not mixture.routing.select:
+        if isinstance(router, KeyedRouter) and keyed:
             answer = answer_settings(manifest)
             beta = None if answer.beta == "calibrated" else float(answer.beta)
             self.answering = Answering(
@@ -285,7 +284,7 @@ class AMLoRAModel:
         batch_size: int = 8,
     ) -> list[Answer]:
         """Answers to plain texts, as the bank's accuracy was measured: a label's words where the task that a text is
-        routed to has labels, else what the model writes, greedily.
+        routed to has labels (without keys: all tasks, and the best of all labels is it), else what the model writes.
 
         Args:
             texts: plain texts, their fields by name (``{"premise": ..., "hypothesis": ...}``, joined as the task's rows are)
@@ -352,7 +351,7 @@ class AMLoRAModel:
         """The most likely label of each text.
 
         Without ``labels`` and ``task`` the router chooses a task by the text alone, and its labels are ranked behind
-        its own prompt, with the gate that chose it.
+        its own prompt, with the gate that chose it; a bank without keys ranks the labels of all tasks.
 
         Args:
             texts: plain texts, fields by name or conversations, as for ``answer``.
@@ -405,6 +404,7 @@ class AMLoRAModel:
         other = copy.copy(self)
         chosen = sorted({self.tasks.index(task) for task in tasks})
         inner = router.inner
+        other.former = self.former.over(tasks)
         other._router = inner.only(chosen) if isinstance(inner, KeyedRouter) else SubsetRouter(inner, chosen)
         return other
 
@@ -477,6 +477,10 @@ class AMLoRAModel:
     ) -> tuple[Prefilled, Tensor]:
         """One pass over whole prompts, routed by themselves: what decoding goes on from, and the gate (B, T)."""
         return self.former.prefill(batch, self._router, on_logits)
+
+    def chosen(self, state: Prefilled, batch: Sequence[Request]) -> list[str | None]:
+        """Behind such a pass, the best label of each prompt that has some, None for the others."""
+        return self.former.chosen(state, batch, self._router)
 
     def _row(self, task: str | None) -> Tensor | None:
         """The gate of a task that was named."""
