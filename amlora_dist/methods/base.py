@@ -186,12 +186,11 @@ class Method:
     def router(self, statistics: Sequence[TaskStatistics]) -> Router | None:
         """Who weighs the adapters of the finished bank; None leaves it to the layers' own selectors."""
         from amlora_dist.adapters.router import build_router
+        from amlora_dist.adapters.statistics import background_of
 
-        text_alone = self.settings.prompt_format.text_alone
-        background = next((one.background for one in reversed(statistics) if one.background), None)
-        return build_router(
-            self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone, background=background
-        )
+        text_alone, seed = self.settings.prompt_format.text_alone, self.settings.seed
+        background = background_of(statistics)
+        return build_router(self.settings.router, statistics, seed=seed, text_alone=text_alone, background=background)
 
 
 class Baseline(Method):
