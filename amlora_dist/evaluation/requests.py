@@ -90,17 +90,6 @@ class Classification:
     """How much more the text looks like the background than like the bank's tasks, log odds; None without a background."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoutedPrompt:
-    """What another engine is asked to have it read what the bank itself would read."""
-
-    tokens: tuple[int, ...]
-    """The whole prompt, special tokens included."""
-    route: Route
-    answer_tokens: int
-    """New tokens that the answer may need."""
-
-
 @dataclass(slots=True)
 class Request:
     """One text on its way through the model."""

@@ -37,7 +37,6 @@ from amlora_dist.evaluation.requests import (
     Request,
     Route,
     RouteBy,
-    RoutedPrompt,
     TextOrTurns,
     check_counts,
     mean_rows,
@@ -56,7 +55,7 @@ from amlora_dist.inference.loading import (
     sharing_copy,
     warn_of_former,
 )
-from amlora_dist.inference.prompt_answering import PromptAnswering
+from amlora_dist.inference.prompt_answering import PromptAnswering, RoutedPrompt
 from amlora_dist.quantisation import Quantisation
 from amlora_dist.registry.bank_folder import Bank
 from amlora_dist.registry.signing import Trust
