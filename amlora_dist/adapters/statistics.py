@@ -385,6 +385,11 @@ class Covariance:
         return self.ridge * (rows @ rows.T) + self.weight * sum((x @ x.T for x in seen), rows.new_zeros(()))
 
 
+def background_of(statistics: Sequence[TaskStatistics]) -> dict[str, Tensor] | None:
+    """The background of a bank with these statistics, in its order: the newest that was computed; None for none."""
+    return next((one.background for one in reversed(statistics) if one.background), None)
+
+
 def check(statistics: Sequence[TaskStatistics]) -> None:
     """Refuse what keys cannot be made of: no task, an empty one, tasks over other features."""
     if not statistics:

@@ -6,7 +6,7 @@ Shapes: B prompts, T tasks, N adapters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -81,23 +81,13 @@ class Classification:
     label: str | None
     """None where there are no labels to choose from: the text belongs to no task, or to one with free-text answers."""
     task: str | None
-    """Whose labels and prompt were used; None where the caller gave labels and no task."""
+    """Whose labels and prompt were used; None where the caller gave labels and no task, and where a bank without keys chose
+    among the labels of all tasks."""
     scores: dict[str, float]
     """Share of each label: softmax over what the evidence says of each."""
     route: Route
     foreign: float | None = None
     """How much more the text looks like the background than like the bank's tasks, log odds; None without a background."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedPrompt:
-    """What another engine is asked to have it read what the bank itself would read."""
-
-    tokens: tuple[int, ...]
-    """The whole prompt, special tokens included."""
-    route: Route
-    answer_tokens: int
-    """New tokens that the answer may need."""
 
 
 @dataclass(slots=True)
@@ -135,6 +125,8 @@ class Request:
     text; its passes are made behind the bank's own prompt, and it counts as wrong."""
     reused: int | None = None
     """How many of ``text_ids`` the prompt begins with, whose pass is not made again; None: it does not begin with them."""
+    span: tuple[int, int] | None = None
+    """Prompt format 2: where the text is in ``tokens``, which is what a router of whole prompts reads; None: all of them."""
 
 
 TextOrTurns = str | Mapping[str, str] | Sequence[Mapping[str, Any] | Turn]
@@ -171,8 +163,12 @@ class Prompter:
         positions: int | None,
         prompt_format: PromptFormat,
         prefix: Prefix = NO_PREFIX,
+        learned: Mapping[str, TaskEntry | None] | None = None,
     ) -> None:
         self.entries = dict(entries)
+        of_all = self.entries if learned is None else learned  # one adapter may have learned several tasks
+        self.learned = {name: entry for name, entry in of_all.items() if entry is not None}
+        """What is known of the tasks whose rows the bank has learned."""
         self.bank_template = bank_template
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
@@ -180,8 +176,7 @@ class Prompter:
         self.prefix = prefix
         self.ends = special_ends(tokenizer, encoder_decoder)
         self._positions = None if encoder_decoder else positions
-        described = [entry for entry in self.entries.values() if entry is not None]
-        self.chat_bank = bool(described) and all(entry.chat for entry in described)
+        self.chat_bank = bool(self.learned) and all(entry.chat for entry in self.learned.values())
         """Whether texts of no task are asked in the base model's chat template too: as those of every task are."""
         self._made: dict[str | None, TextPrompts | ChatPrompts] = {}
         self._limits: dict[str | None, int] = {}
@@ -198,7 +193,12 @@ class Prompter:
     @property
     def converses(self) -> bool:
         """Whether any of its tasks is asked in turns."""
-        return any(entry is not None and entry.chat for entry in self.entries.values())
+        return any(entry.chat for entry in self.learned.values())
+
+    def all_labels(self, tasks: Collection[str] | None = None) -> tuple[str, ...]:
+        """Labels of all of these tasks that have some (None: of all that the bank has learned), equal words once."""
+        entries = [entry for name, entry in self.learned.items() if tasks is None or name in tasks]
+        return tuple(dict.fromkeys(label for entry in entries for label in entry.labels or ()))
 
     def plan(self, labels: tuple[str, ...], task: str | None = None) -> LabelPlan:
         """How labels are ranked behind the prompt of a task, worked out once for those that were asked for lately.
@@ -295,18 +295,20 @@ class Prompter:
         fields = fields_for(request.task, self.entries, text, request.fields)
         if isinstance(prompts, ChatPrompts):
             turns = request.turns or (Turn("user", request.text),)
-            request.tokens, request.reused = prompts.prompt(turns, limit, fields=fields)[0].ids, None
+            prompt = prompts.prompt(turns, limit, fields=fields)[0]
+            request.tokens, request.reused, request.span = prompt.ids, None, prompt.span
             return
         if request.turns:  # a task without turns is asked of all that was said
             asked = joined([turn for turn in request.turns if turn.role == "system"])
             prompts = self._prompts(request.task, request.question or asked or None)
             assert isinstance(prompts, TextPrompts)
             (ids,) = text_ids([text], self._one_at_a_time, self.format.text_tokens)
-            request.tokens, request.reused = prompts.prompt(ids, limit, text=text, fields=fields).ids, None
+            prompt = prompts.prompt(ids, limit, text=text, fields=fields)
+            request.tokens, request.reused, request.span = prompt.ids, None, prompt.span
             return
         own = request.text_ids[first : len(request.text_ids) - len(self.ends.after)]
         prompt = prompts.prompt(own, limit, text=request.text, fields=fields)
-        request.tokens = prompt.ids
+        request.tokens, request.span = prompt.ids, prompt.span
         begins = prompt.span is not None and prompt.span[0] == first and prompt.ids[:first] == self.ends.before
         request.reused = prompt.span[1] if begins and prompt.span is not None else None
 
@@ -356,7 +358,8 @@ class Prompter:
             self.read(plain)
             for request in plain:
                 self.ask(request, new_tokens=new_tokens + self.prefix.tokens, max_length=max_length)
-                request.tokens = self.prefix.before(request.tokens)
+                if self.prefix.tokens:
+                    request.tokens, request.span = self.prefix.before(request.tokens), None
             requests = [request for request in requests if request.raw]
         for request in requests:
             groups.setdefault((request.task, request.question, request.raw), []).append(request)
@@ -436,7 +439,7 @@ class Prompter:
         return request.new_tokens or self.answer_limit(request.task)
 
     def _needed(self, task: str | None) -> int:
-        asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
+        asked = [self.entries.get(task)] if task is not None else list(self.learned.values())
         limits = [
             1 + max(map(len, self.labels(entry.labels, chat=entry.chat))) if entry.labels else entry.max_answer_tokens
             for entry in asked
@@ -445,7 +448,7 @@ class Prompter:
         return max(limits, default=DEFAULT_ANSWER_TOKENS)
 
     def _prompt_limit(self, task: str | None) -> int:
-        asked = [self.entries.get(task)] if task is not None else list(self.entries.values())
+        asked = [self.entries.get(task)] if task is not None else list(self.learned.values())
         return max((entry.max_length for entry in asked if entry is not None), default=DEFAULT_PROMPT_TOKENS)
 
 
@@ -470,7 +473,7 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
 
 def tensors(batch: Sequence[Request], *, pad_id: int, encoder_decoder: bool, device: torch.device) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask``, ``prompt_mask`` of a batch, each (B, tokens)."""
-    examples = [Example(request.place, request.tokens, (), None, "") for request in batch]
+    examples = [Example(request.place, request.tokens, (), None, "", span=request.span) for request in batch]
     made = collate_prompts(examples, pad_id=pad_id, side="right" if encoder_decoder else "left")
     return {name: tensor.to(device) for name, tensor in made.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from amlora_dist.adapters.inject import Mixture, inject
 from amlora_dist.adapters.router import build_router
 from amlora_dist.adapters.settings import RouterSettings
-from amlora_dist.adapters.statistics import TaskStatistics
+from amlora_dist.adapters.statistics import TaskStatistics, background_of
 from amlora_dist.adapters.targets import bank_targets
 from amlora_dist.base_model import check_tokenizer, check_weights, load_model, load_tokenizer, meta_model
 from amlora_dist.config.former_values import completed
@@ -116,7 +116,9 @@ def add_adapter(
     own = TaskStatistics.from_features(made.task, sample_features(model, mixture, prompter, base, made.task, entry, texts))
     known = {} if before is None else before.statistics
     statistics = [TaskStatistics.from_tensors(task, known[task]) for task in draft.tasks[:-1]] + [own]
-    router = build_router(settings, statistics, seed=0, text_alone=prompt_format.text_alone)
+    router = build_router(
+        settings, statistics, seed=0, text_alone=prompt_format.text_alone, background=background_of(statistics)
+    )
     assert router is not None, "banks that take adapters from elsewhere have a posterior router"
     draft = replace(
         draft,

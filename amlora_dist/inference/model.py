@@ -28,6 +28,7 @@ from amlora_dist.base_model import BaseModel, load_model, load_tokenizer
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.answering import Answering
 from amlora_dist.evaluation.decoding import Decoder, Prefilled
+from amlora_dist.evaluation.plain_texts import PlainLabels
 from amlora_dist.evaluation.ranking import finished
 from amlora_dist.evaluation.requests import (
     Answer,
@@ -36,7 +37,6 @@ from amlora_dist.evaluation.requests import (
     Request,
     Route,
     RouteBy,
-    RoutedPrompt,
     TextOrTurns,
     check_counts,
     mean_rows,
@@ -55,7 +55,7 @@ from amlora_dist.inference.loading import (
     sharing_copy,
     warn_of_former,
 )
-from amlora_dist.inference.prompt_answering import PromptAnswering
+from amlora_dist.inference.prompt_answering import PromptAnswering, RoutedPrompt
 from amlora_dist.quantisation import Quantisation
 from amlora_dist.registry.bank_folder import Bank
 from amlora_dist.registry.signing import Trust
@@ -103,14 +103,10 @@ class AMLoRAModel:
         positions = getattr(transformer.config, "max_position_embeddings", None)
         manifest = bank.manifest
         self.prompter = Prompter(
-            {line.task: line.task_spec for line in manifest.adapters},
-            manifest.bank_template,
-            tokenizer,
-            encoder_decoder=manifest.base.encoder_decoder,
-            positions=positions,
-            prompt_format=bank_format(manifest),
-            prefix=mixture.layers.prefix,
-        )
+            {line.task: line.task_spec for line in manifest.adapters}, manifest.bank_template, tokenizer,
+            encoder_decoder=manifest.base.encoder_decoder, positions=positions, prompt_format=bank_format(manifest),
+            prefix=mixture.layers.prefix, learned=manifest.learned,
+        )  # fmt: skip
         self.decoder = Decoder(
             transformer,
             pad_id=int(tokenizer.pad_token_id),
@@ -118,12 +114,14 @@ class AMLoRAModel:
             encoder_decoder=base.encoder_decoder,
         )
         router = mixture.router.inner if isinstance(mixture.router, OverridableRouter) else mixture.router
-        self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN)
+        keyed = isinstance(router, KeyedRouter) and not mixture.routing.select
+        plain = PlainLabels() if keyed else PlainLabels.of(self.prompter)
+        self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN, plain)
         """What answers where ``answering`` is None, and reads raw prompts."""
         warn_of_former(self.prompter.format, uri or f"bank of run {manifest.run_id!r}")
         self.answering: Answering | None = None
         """What banks answer by whose router has keys for plain text; None for the others, and for banks before 0.2."""
-        if isinstance(router, KeyedRouter) and not mixture.routing.select:
+        if isinstance(router, KeyedRouter) and keyed:
             answer = answer_settings(manifest)
             beta = None if answer.beta == "calibrated" else float(answer.beta)
             self.answering = Answering(
@@ -286,7 +284,8 @@ class AMLoRAModel:
     ) -> list[Answer]:
         """Answers to plain texts, as ``evaluation.prompts: served`` scores them (banks of prompt format 1 were scored
         behind each task's own prompt and answer behind the bank's): a label's words where the task that a text is
-        routed to has labels, else what the model writes, greedily.
+        routed to has labels (without keys: where all tasks have, and the best of all labels is it), else what the model
+        writes, greedily.
 
         Args:
             texts: plain texts, their fields by name (``{"premise": ..., "hypothesis": ...}``, joined as the task's rows are)
@@ -353,7 +352,7 @@ class AMLoRAModel:
         """The most likely label of each text.
 
         Without ``labels`` and ``task`` the router chooses a task by the text alone, and its labels are ranked behind
-        its own prompt, with the gate that chose it.
+        its own prompt, with the gate that chose it; a bank without keys ranks the labels of all tasks.
 
         Args:
             texts: plain texts, fields by name or conversations, as for ``answer``.
@@ -406,6 +405,7 @@ class AMLoRAModel:
         other = copy.copy(self)
         chosen = sorted({self.tasks.index(task) for task in tasks})
         inner = router.inner
+        other.former = self.former.over(tasks)
         other._router = inner.only(chosen) if isinstance(inner, KeyedRouter) else SubsetRouter(inner, chosen)
         return other
 
@@ -478,6 +478,10 @@ class AMLoRAModel:
     ) -> tuple[Prefilled, Tensor]:
         """One pass over whole prompts, routed by themselves: what decoding goes on from, and the gate (B, T)."""
         return self.former.prefill(batch, self._router, on_logits)
+
+    def chosen(self, state: Prefilled, batch: Sequence[Request]) -> list[str | None]:
+        """Behind such a pass, the best label of each prompt that has some, None for the others."""
+        return self.former.chosen(state, batch, self._router)
 
     def _row(self, task: str | None) -> Tensor | None:
         """The gate of a task that was named."""

@@ -1,7 +1,9 @@
 """Banks whose router has no keys for plain text: those before 0.2, and methods without a posterior.
 
-They answer as they always did: a text behind the bank's own prompt is routed in the same pass that reads it, and only
-``classify`` looks for the labels and the prompt of the task that was found.
+A text behind the bank's own prompt is routed in the same pass that reads it. A plain text of which nothing is told is
+answered as it was scored (``evaluation.plain_texts``): by the best of the labels of all tasks, where all have some. What
+else is asked of such a bank, and all that is asked of one of before 0.2, is answered as it always was: a named task's or
+question's answer is written, and only ``classify`` looks for the labels and the prompt of the task that was found.
 
 Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 """
@@ -9,6 +11,7 @@ Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +20,8 @@ from torch import Tensor
 from amlora_dist.adapters.router_override import OverridableRouter, PartlyGivenRouter, routed_by
 from amlora_dist.adapters.selector_layer import mean_over_prompt
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
-from amlora_dist.evaluation.ranking import Room, scoring
+from amlora_dist.evaluation.plain_texts import PlainLabels, fill_to_rank, plain_examples
+from amlora_dist.evaluation.ranking import Room, choosing, finished, scoring
 from amlora_dist.evaluation.requests import (
     Answer,
     Classification,
@@ -29,11 +33,25 @@ from amlora_dist.evaluation.requests import (
     routes,
     tensors,
 )
+from amlora_dist.evaluation.scoring import Prediction, by_label, score_task
 from amlora_dist.training.batching import prompt_positions
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
     from amlora_dist.adapters.router import Router
+    from amlora_dist.evaluation.served_scoring import PlainRow
+    from amlora_dist.tasks.task_entry import TaskEntry
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPrompt:
+    """What another engine is asked to have it read what the bank itself would read."""
+
+    tokens: tuple[int, ...]
+    """The whole prompt, special tokens included."""
+    route: Route
+    answer_tokens: int
+    """New tokens that the answer may need."""
 
 
 class PromptAnswering:
@@ -44,11 +62,39 @@ class PromptAnswering:
         decoder: of the model.
         prompter: of the bank.
         rows_TN: how much each task uses each adapter.
+        plain: what is chosen from for a plain text of which nothing is told.
     """
 
-    def __init__(self, mixture: Mixture, decoder: Decoder, prompter: Prompter, rows_TN: Tensor) -> None:
+    def __init__(
+        self, mixture: Mixture, decoder: Decoder, prompter: Prompter, rows_TN: Tensor, plain: PlainLabels
+    ) -> None:
         self.mixture, self.decoder, self.prompter, self.rows_TN = mixture, decoder, prompter, rows_TN
-        self.tasks = mixture.task_names
+        self.tasks, self.plain = mixture.task_names, plain
+
+    def over(self, tasks: Sequence[str]) -> PromptAnswering:
+        """The same over some of the tasks, as if the bank held no other."""
+        plain = PlainLabels.of(self.prompter, tasks) if self.plain.labels else self.plain
+        return PromptAnswering(self.mixture, self.decoder, self.prompter, self.rows_TN, plain)
+
+    def ranks(self, request: Request, *, to_classify: bool = False) -> bool:
+        """Whether a text is answered by the best of all labels: its caller says nothing of it."""
+        told = (request.labels, request.task, request.question, request.gate)
+        if request.raw or request.free or any(one is not None for one in told):
+            return False
+        return bool(self.plain.labels) and (to_classify or not self.plain.writes)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Put the prompts around texts, with room for the answers that are written, and give those their labels that are
+        answered by the best one."""
+        ranked: list[Request] = []
+        sizes: dict[int, list[Request]] = {}
+        for request in requests:
+            group = ranked if self.ranks(request) else sizes.setdefault(self.prompter.limit_of(request), [])
+            group.append(request)
+        if ranked:
+            fill_to_rank(self.prompter, ranked, self.plain.labels)
+        for limit, group in sizes.items():
+            self.prompter.fill(group, new_tokens=limit)
 
     def routed(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Route]:
         """How the router weighs texts behind the bank's prompt."""
@@ -56,15 +102,19 @@ class PromptAnswering:
         return routes(self.gates(requests, batch_size, router), self.tasks, self.rows_TN)
 
     def answered(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Answer]:
-        """Greedy answers, each within its own limit."""
+        """The best label of all tasks for the texts that ``ranks``; greedy answers to the others, each within its limit."""
         check_counts(batch_size)
-        sizes: dict[int, list[Request]] = {}
+        kinds: dict[bool, list[Request]] = {True: [], False: []}
         for request in requests:
-            sizes.setdefault(self.prompter.limit_of(request), []).append(request)
-        for limit, group in sizes.items():
-            self.prompter.fill(group, new_tokens=limit)
+            kinds[self.ranks(request)].append(request)
+        self.prepare(requests)
         made: dict[int, Answer] = {}
-        for batch in batches(requests, batch_size):
+        for batch in batches(kinds[True], batch_size):
+            state, gate_BT = self.prefill(batch, router)
+            labels, ways = self.chosen(state, batch, router), routes(gate_BT, self.tasks, self.rows_TN)
+            for request, label, route in zip(batch, labels, ways, strict=True):
+                made[request.place] = Answer(label or "", True, route)
+        for batch in batches(kinds[False], batch_size):
             state, gate_BT = self.prefill(batch, router)
             with torch.no_grad(), routed_by(router):
                 limits = [self.prompter.limit_of(request) for request in batch]
@@ -73,6 +123,50 @@ class PromptAnswering:
             for request, (tokens, ended), route in zip(batch, outputs, ways, strict=True):
                 made[request.place] = Answer(self.prompter.decode(tokens), ended, route)
         return [made[place] for place in range(len(requests))]
+
+    @torch.no_grad()
+    def chosen(self, state: Prefilled, batch: Sequence[Request], router: Router | None) -> list[str | None]:
+        """The best label of each prompt that has some, None for the others; leaves ``state`` as it is."""
+        found: list[str | None] = [None] * len(batch)
+        longest = max(len(request.tokens) for request in batch)
+        for (names, _), rows in self._sets(batch).items():
+            plan = self.prompter.plan(names, batch[rows[0]].task)
+            part = state if len(rows) == len(batch) else picked(state, rows)
+            with routed_by(router):
+                best = finished(choosing(self.decoder, part, plan, Room(longest, len(batch))))
+            for row, label in zip(rows, best, strict=True):
+                found[row] = names[label]
+        return found
+
+    def scored(self, rows: Sequence[PlainRow], entry: TaskEntry, batch_size: int) -> list[Prediction]:
+        """What the bank answers to rows of a task, counted as the accuracy matrix counts them: they are ranked among the
+        labels of all tasks, also by a bank that writes where it does not know that a label is wanted.
+
+        Args:
+            rows: of the task.
+            entry: of the task.
+            batch_size: rows of one pass.
+
+        Raises:
+            UserError: an empty text, or no room for a prompt.
+        """
+        labels = () if entry.free_text else self.prompter.all_labels()
+        found = score_task(
+            self.mixture.model,
+            plain_examples(self.prompter, rows, labels, entry.max_answer_tokens),
+            tokenizer=self.prompter.tokenizer,
+            pad_id=self.decoder.pad_id,
+            eos_id=self.decoder.eos_id,
+            batch_size=batch_size,
+            labels=self.prompter.labels(labels, chat=self.prompter.chat_bank) or None,
+            metric=entry.counted_by,
+            max_new_tokens=entry.max_answer_tokens if entry.free_text else None,
+            tasks=len(self.tasks),
+            selectors=self.mixture.routing.select,
+            encoder_decoder=self.decoder.encoder_decoder,
+            device=self.mixture.device,
+        )
+        return [by_label(one, labels, entry.counted_by) for one in found]
 
     def next_token_logits(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> Tensor:
         """Scores of the first token of each answer, (B, vocabulary) fp32 on the CPU."""
@@ -99,6 +193,9 @@ class PromptAnswering:
 
     def with_labels(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> list[Request]:
         """Give every request labels and the prompt in front of them; returns those that have labels."""
+        for request in requests:
+            if self.ranks(request, to_classify=True):
+                request.labels = self.plain.labels
         self._choose_labels([request for request in requests if request.labels is None], batch_size, router)
         ranked = [request for request in requests if request.labels]
         # Room for each one's own labels: those of another caller must not cut this one's text.
@@ -181,12 +278,9 @@ class PromptAnswering:
         state, gate_BT = self.prefill(batch, router)
         found = routes(gate_BT, self.tasks, self.rows_TN)
         longest = max(len(request.tokens) for request in batch)
-        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
-        for row, request in enumerate(batch):
-            sets.setdefault((request.labels or (), self.prompter.is_chat(request.task)), []).append(row)
         made: dict[int, Classification] = {}
         yield longest * len(batch)
-        for (names, _), rows in sets.items():
+        for (names, _), rows in self._sets(batch).items():
             plan = self.prompter.plan(names, batch[rows[0]].task)
             part = state if len(rows) == len(batch) else picked(state, rows)
             work = scoring(self.decoder, part, plan, Room(longest, batch_size))
@@ -203,6 +297,14 @@ class PromptAnswering:
                 scores = dict(zip(names, share, strict=True))
                 made[batch[row].place] = Classification(names[winner], batch[row].task, scores, found[row])
         return made
+
+    def _sets(self, batch: Sequence[Request]) -> dict[tuple[tuple[str, ...], bool], list[int]]:
+        """Rows that have the same labels behind prompts of the same format, by both."""
+        sets: dict[tuple[tuple[str, ...], bool], list[int]] = {}
+        for row, request in enumerate(batch):
+            if request.labels:
+                sets.setdefault((request.labels, self.prompter.is_chat(request.task)), []).append(row)
+        return sets
 
     @property
     def _collation(self) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """A finished bank whose statistics are made again from rows: one of before 0.2 then routes and answers plain text.
 
 Adapters stay bit for bit. The router's keys, and what calibrates them, are made of the texts of rows that the caller has;
-the bank then has prompt format 2. Its adapters were trained behind prompts of format 1, whose ids differ at the seams.
+the bank then has prompt format 2, and a background by which texts of no task are recognised. The adapters of a bank of
+before were trained behind prompts of format 1, whose ids differ at the seams.
+
+The weight of the keys' evidence (``beta``) is fitted on rows of these that are held out of the keys. If the adapter has
+trained on them, it is surer of their labels than of new ones, and the keys get less weight than they should have.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from amlora_dist.adapters.statistics import HeldOut, TaskStatistics
 from amlora_dist.adapters.targets import bank_targets, default_depths
 from amlora_dist.base_model import load_model, load_tokenizer
 from amlora_dist.config.former_values import completed
+from amlora_dist.config.loading import home
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder
 from amlora_dist.evaluation.ranking import Room, label_scores
@@ -31,10 +36,13 @@ from amlora_dist.registry.bank_folder import read_bank, statistics_entry, write_
 from amlora_dist.registry.manifest import RouterEntry
 from amlora_dist.registry.manifest import replace as with_changes
 from amlora_dist.tasks.prompt_format import PromptFormat
-from amlora_dist.training.stage_statistics import held_out_places
+from amlora_dist.training.engine import Alone
+from amlora_dist.training.stage_statistics import StageStatistics, held_out_places
+from amlora_dist.training.worker_cache import WorkerCache
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
+    from amlora_dist.base_model import BaseModel
     from amlora_dist.registry.manifest import Manifest
     from amlora_dist.tasks.task_entry import TaskEntry
 
@@ -59,7 +67,8 @@ def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str |
         base: folder or Hub id of the base model, where it is not at the place that the bank names.
 
     Raises:
-        UserError: a task without rows or description, a bank that no router of tasks weighs, another base model.
+        UserError: a task without rows or description, a bank that no router of tasks weighs, another base model; a bank
+            that abstains, of which no rows can be held out.
         BankError: the bank is damaged.
     """
     bank = read_bank(source, statistics=False)
@@ -89,13 +98,22 @@ def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str |
     statistics = [
         _statistics(model, mixture, prompter, found, task, prompter.entry(task), rows[task]) for task in manifest.tasks
     ]
+    background = _background(mixture, tokenizer, found, settings)
+    if statistics[-1].held is not None:
+        statistics[-1] = replace(statistics[-1], background=background)
     label_keys = RouterSettings().label_keys
     router = keyed_router(
-        statistics, rule="label", shrinkage=None, gate=settings.gate, depths=len(depths) + 1, label_keys=label_keys
-    )
+        statistics, rule="label", shrinkage=None, gate=settings.gate, depths=len(depths) + 1, background=background,
+        label_keys=label_keys,
+    )  # fmt: skip
+    if settings.gate.abstention and not router.foreign_above:
+        raise UserError(
+            "rekey: router.gate.abstention: found true in the bank, but too few rows to tell texts of no task from them (a"
+            " quarter of a task's is held out, 24 are enough); give more rows of each task: --rows TASK=FILE"
+        )
     section = {
         **stored.get("router", {}), "keys": "label", "label_keys": label_keys, "shrinkage": "held_out", "depths": depths,
-        "layer": layer, "max_text_tokens": longest,
+        "layer": layer, "max_text_tokens": longest, "background": True,
     }  # fmt: skip
     configuration = {
         **stored, "prompt_format": 2, "router": section, "answer": {"evidence": "both", "beta": "calibrated"},
@@ -129,6 +147,16 @@ def _statistics(
         likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], tuple(labels))
         unseen = replace(unseen, loglikelihoods=likelihoods)
     return replace(own, held=unseen)
+
+
+def _background(mixture: Mixture, tokenizer: Any, base: BaseModel, settings: RouterSettings) -> dict[str, torch.Tensor]:
+    """Mean features of each part of the background, as a stage reads them; once for a base model."""
+    makes = StageStatistics(
+        "background", 0, settings, tokenizer, base.encoder_decoder, Alone(), mixture.device, whole=False, text_alone=True,
+        cache=WorkerCache(),
+    )  # fmt: skip
+    read = {"layer": mixture.router_layer, "depths": list(mixture.routing.depths)}
+    return makes.background(mixture, home() / "cache", {"base": base.identity, "dtype": "fp32"} | read)
 
 
 @torch.no_grad()

@@ -175,17 +175,22 @@ class Method:
         published with the stage's statistics (``Result.method_state``)."""
         return trained.adapter, {}
 
+    @property
+    def finds_tasks(self) -> bool:
+        """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
+        plain = self.settings.prompt_format.text_alone and self.settings.router.kind == "posterior"
+        return plain and self.routed and not self.layers.selects
+
     # -- serving --------------------------------------------------------------------------------------------------
 
     def router(self, statistics: Sequence[TaskStatistics]) -> Router | None:
         """Who weighs the adapters of the finished bank; None leaves it to the layers' own selectors."""
         from amlora_dist.adapters.router import build_router
+        from amlora_dist.adapters.statistics import background_of
 
-        text_alone = self.settings.prompt_format.text_alone
-        background = next((one.background for one in reversed(statistics) if one.background), None)
-        return build_router(
-            self.settings.router, statistics, seed=self.settings.seed, text_alone=text_alone, background=background
-        )
+        text_alone, seed = self.settings.prompt_format.text_alone, self.settings.seed
+        background = background_of(statistics)
+        return build_router(self.settings.router, statistics, seed=seed, text_alone=text_alone, background=background)
 
 
 class Baseline(Method):

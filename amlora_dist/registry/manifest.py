@@ -138,6 +138,14 @@ class FileEntry:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class LearnedTask:
+    """One of several tasks that one adapter learned together."""
+
+    task: TaskName
+    task_spec: TaskEntry
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AdapterEntry:
     """One adapter: ``digest`` is ``Adapter.digest()``, over name, rank, alpha and every tensor."""
 
@@ -154,6 +162,8 @@ class AdapterEntry:
     """None: in this folder only (never published)."""
     task_spec: TaskEntry | None = None
     """Labels and prompt of the task; None when they are not known (an imported adapter)."""
+    learned: list[LearnedTask] | None = None
+    """Of an adapter of several tasks at once (method ``joint``): each of them, in order."""
 
     @property
     def folder(self) -> str:
@@ -262,6 +272,15 @@ class Manifest:
         return [entry.task for entry in self.adapters]
 
     @property
+    def learned(self) -> dict[str, TaskEntry | None]:
+        """What is known of each task whose rows were learned, in order: of ``tasks``, but that an adapter of several tasks
+        at once stands for them."""
+        found: dict[str, TaskEntry | None] = {}
+        for line in self.adapters:
+            found |= {line.task: line.task_spec} if line.learned is None else {o.task: o.task_spec for o in line.learned}
+        return found
+
+    @property
     def targets(self) -> list[str]:
         """Every adapted module, sorted."""
         different = {id(entry.targets): entry.targets for entry in self.adapters}
@@ -286,6 +305,8 @@ class Manifest:
             if key not in same:
                 same[key] = entry.targets == shared
             line["targets"] = ALL if same[key] else list(entry.targets)
+            if line["learned"] is None:  # as of all adapters of one task, and before there was the key
+                del line["learned"]
             if line["task_spec"] is None:
                 del line["task_spec"]
                 continue

@@ -127,16 +127,16 @@ class ServedBank:
         request.raw, request.turns, request.top, request.echo = raw, turns, top, echo
         request.new_tokens, request.fields = new_tokens, fields or {}
         if tokens is None:
-            self._tokenise(request, self.limit_of(request))
+            self._tokenise(request)
         else:
             self.model.prompter.take(request, tokens, new_tokens=self.limit_of(request))
         return request
 
-    def _tokenise(self, request: Request, new_tokens: int) -> None:
+    def _tokenise(self, request: Request) -> None:
         """The whole prompt; of a text that is yet to be routed the text, and its prompt by the bank's template as an
         estimate of what it will come to."""
         if self.model.answering is None or request.raw:
-            self.model.prompter.fill([request], new_tokens=new_tokens)
+            self.model.former.prepare([request])
         else:
             self.model.prompter.read([request])
             self.model.prompter.ask(request, new_tokens=request.new_tokens or 1)
@@ -162,7 +162,7 @@ class ServedBank:
             self.model.prompter.plan(request.labels, task)
         elif task is not None:
             self.model.labels_of(task)
-        self._tokenise(request, self.answer_limit(task))
+        self._tokenise(request)
         return request
 
     def group(self, request: Request) -> Hashable:
@@ -177,18 +177,25 @@ class ServedBank:
             scores: list[list[TokenScore]] = [[] for _ in requests]
             echoes = any(request.echo for request in requests)
             state, gate_BT = self.model.prefill(requests, partial(self._echo, requests, scores) if echoes else None)
-            return Started(state, routes(gate_BT, self.tasks, self.model.rows_TN), [None] * len(requests), scores)
+            answers = self._answers(state, requests, self.model.chosen(state, requests))
+            return Started(state, routes(gate_BT, self.tasks, self.model.rows_TN), answers, scores)
         begun = answering.begin(requests)
+        answers = self._answers(begun.state, begun.requests, answering.choose(begun))
+        return Started(begun.state, begun.routes, answers, [[] for _ in requests])
+
+    def _answers(
+        self, state: Prefilled, requests: Sequence[Request], labels: Sequence[str | None]
+    ) -> list[Chosen | None]:
+        """The labels that were chosen as answers; None where one is to be written."""
         answers: list[Chosen | None] = []
-        for row, text in enumerate(answering.choose(begun)):
-            request = begun.requests[row]
+        for row, (request, text) in enumerate(zip(requests, labels, strict=True)):
             if text is None:
                 answers.append(None)
                 continue
             (ids,) = self.model.prompter.labels([text], chat=self.model.prompter.is_chat(request.task))
-            label_scores = [] if request.top is None else self._of_label(begun.state, row, ids, request.top)
+            label_scores = [] if request.top is None else self._of_label(state, row, ids, request.top)
             answers.append(Chosen(text, len(ids), label_scores))
-        return Started(begun.state, begun.routes, answers, [[] for _ in requests])
+        return answers
 
     def _echo(self, requests: Sequence[Request], scores: list[list[TokenScore]], logits_BSV: Tensor) -> None:
         """What the model thought of the prompts' own tokens, but for places that it learned."""
@@ -224,6 +231,8 @@ class ServedBank:
         """Those that a text will be compared with; of a text that is yet to be routed the most that it may be."""
         if request.labels is not None:
             return request.labels
+        if self.model.former.ranks(request, to_classify=True):
+            return self.model.former.plain.labels
         found: list[list[str]] = [self.described(task) or [] for task in ([request.task] if request.task else self.tasks)]
         most: list[str] = max(found, key=len, default=[])
         return tuple(most)

@@ -96,11 +96,12 @@ def new_result(folder: Path, entry: AdapterEntry, training: Mapping[str, Any]) -
     Raises:
         UserError: the disk is full or not writable.
     """
-    own = replace(entry, parent=None, stored=None, task_spec=None)
+    own = replace(entry, parent=None, stored=None, task_spec=None, learned=None)
     try:
         with new_folder(folder, replace=True) as tmp:
             yield tmp
-            write_text(tmp / RECORD, json.dumps({"adapter": asdict(own), **training}))
+            line = {key: value for key, value in asdict(own).items() if key != "learned"}
+            write_text(tmp / RECORD, json.dumps({"adapter": line, **training}))
             write_text(tmp / MARK, json.dumps({name: file_digest(tmp / name) for name in FILES}))
     except OSError as error:
         if is_whole(folder):

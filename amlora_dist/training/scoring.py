@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from amlora_dist.adapters.keyed_router import KeyedRouter
 from amlora_dist.crash_points import reach
 from amlora_dist.evaluation.answering import Answering
 from amlora_dist.evaluation.decoding import Decoder, Forward
+from amlora_dist.evaluation.plain_texts import plain_examples
 from amlora_dist.evaluation.requests import Prompter, mean_rows
 from amlora_dist.evaluation.scoring import (
     ZERO_ROW,
@@ -31,11 +32,8 @@ from amlora_dist.evaluation.scoring import (
 from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore, rescored
 from amlora_dist.evaluation.unchanged import gates_from, read_features, unchanged, write_features
 from amlora_dist.methods.kinds import Stages
-from amlora_dist.tasks.batches import Example, answer_tokens, label_tokens
-from amlora_dist.tasks.chat import ChatPrompts, ChatTemplate
-from amlora_dist.tasks.conversations import Turn, joined
-from amlora_dist.tasks.prompt_format import TextPrompts, text_ids
-from amlora_dist.tasks.prompts import BANK_CHAT_TEMPLATE, BANK_TEMPLATE, PromptTemplate
+from amlora_dist.tasks.batches import Example, label_tokens
+from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
 from amlora_dist.training.stage_spec import WITHOUT, Cell, StageWork
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
     from amlora_dist.tasks.sources import Row
     from amlora_dist.tasks.task import TaskSpec
-    from amlora_dist.tasks.task_entry import TaskEntry
     from amlora_dist.training.engine import Ranks
     from amlora_dist.training.remote_storage import RemoteStorage
 
@@ -199,48 +196,24 @@ class Scoring:
     def _score_plain(self, cell: Cell) -> None:
         """Rank the labels of all tasks learned so far, equal words once, and note what is written freely."""
         spec, began = self.work.spec(cell.task), time.monotonic()
+        assert self.mixture is not None
         self._set_up(cell, None)
-        labels = () if spec.free_text else self._labels_so_far(spec.label_texts)
-        rows = self.plain_rows(cell.task, cell.split)
-        form = self.work.settings.prompt_format
-        limit, chat = int(spec.max_length or form.text_tokens), self._bank_chat()
-        prompts = TextPrompts(PromptTemplate(BANK_TEMPLATE), self.tokenizer, self.encoder_decoder, "the bank")
-        texts = [row.text if chat or not row.turns else joined(row.turns[:-1]) for row in rows]
-        examples = []
-        for row, text, ids in zip(rows, texts, text_ids(texts, self.tokenizer, form.text_tokens), strict=True):
-            turns = row.turns[:-1] or (Turn("user", text),)
-            prompt = chat.prompt(turns, limit)[0] if chat else prompts.prompt(ids, limit, text=text)
-            label = labels.index(row.target) if row.target in labels else None
-            examples.append(
-                Example(
-                    row.number, prompt.ids, (), label, row.target, ids, prompt.span,
-                    references=row.references, source=row.text,
-                )
-            )
-        if self.prefix.tokens:
-            examples = [replace(one, prompt=self.prefix.before(one.prompt), span=None) for one in examples]
+        prompter = self._prompter(self.mixture)
+        labels = () if spec.free_text else prompter.all_labels() or tuple(spec.label_texts)
+        rows = self._texts(cell)
+        examples = plain_examples(prompter, rows, labels, spec.max_answer_tokens)
         on_rows = self._telling(cell, len(rows))
-        share = self._answers(cell, examples, None, None, on_rows, labels)
+        tokens = prompter.labels(labels, chat=prompter.chat_bank)
+        share = self._answers(cell, examples, None, None, on_rows, tokens or None)
         found = [by_label(one, labels, str(spec.metric)) for one in merge(self.ranks.gather(share))]
         self._write(cell, found, 0, {}, began)
 
-    def _learned(self) -> list[TaskEntry]:
-        """What is known of the tasks that the bank has learned."""
-        assert self.mixture is not None
-        names = [*self.mixture.task_names, *(self.work.rows or {})]
-        return [entry for name in dict.fromkeys(names) if (entry := self.work.entry(name)) is not None]
-
-    def _bank_chat(self) -> ChatPrompts | None:
-        """The bank's own prompt, where all of its tasks are asked in the model's chat template."""
-        learned = self._learned()
-        if not learned or not all(entry.chat for entry in learned):
-            return None
-        return ChatPrompts(PromptTemplate(BANK_CHAT_TEMPLATE), ChatTemplate(self.tokenizer), None, "the bank")
-
-    def _labels_so_far(self, own: Sequence[str]) -> tuple[str, ...]:
-        """Labels of all tasks that the bank has learned; of none the task's own."""
-        learned = [label for entry in self._learned() for label in entry.labels or []]
-        return tuple(dict.fromkeys(learned)) or tuple(own)
+    def _texts(self, cell: Cell) -> list[PlainRow]:
+        """The cell's rows as they are asked: conversations without their last turn, which is the answer."""
+        return [
+            PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references, row.fields)
+            for row in self.plain_rows(cell.task, cell.split)
+        ]
 
     def _score_served(self, cell: Cell) -> None:
         mixture, spec, began = self.mixture, self.work.spec(cell.task), time.monotonic()
@@ -254,10 +227,7 @@ class Scoring:
             task=cell.task if cell.mode == "oracle" else None,
             question=spec.prompt.question if ".paraphrase" in cell.task else None,
         )
-        rows = [
-            PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references, row.fields)
-            for row in self.plain_rows(cell.task, cell.split)
-        ]
+        rows = self._texts(cell)
         reused = self.ranks.gather(self._rescored(cell, scorer, rows) if self.ranks.rank == 0 else [])[0]
         known = {prediction.row for prediction in reused}
         rest = [row for row in rows if row.number not in known]
@@ -279,20 +249,12 @@ class Scoring:
         """The bank of this stage as it will be served."""
         router = mixture.router
         assert isinstance(router, KeyedRouter)
-        answer, config = self.work.settings.answer, self.model.config
+        answer = self.work.settings.answer
         eos_id, pad_id = int(self.tokenizer.eos_token_id), int(self.tokenizer.pad_token_id)
-        prompter = Prompter(
-            {name: self.work.entry(name) for name in mixture.task_names},
-            BANK_TEMPLATE,
-            self.tokenizer,
-            encoder_decoder=self.encoder_decoder,
-            positions=getattr(config, "max_position_embeddings", None),
-            prompt_format=self.work.settings.prompt_format,
-        )
         return Answering(
             mixture,
             Decoder(self.model, pad_id=pad_id, eos_id=eos_id, encoder_decoder=self.encoder_decoder),
-            prompter,
+            self._prompter(mixture),
             router,
             kind=answer.evidence,
             beta=None if answer.beta == "calibrated" else float(answer.beta),
@@ -300,6 +262,21 @@ class Scoring:
             rows_TN=mean_rows(self.adapters),
             full_forward=mixture.routing.whole_passes,
             agree=self._largest if mixture.routing.whole_passes else None,
+        )
+
+    def _prompter(self, mixture: Mixture) -> Prompter:
+        """Of the bank: a row of it may have learned several tasks, in this stage or in one of the bank below."""
+        entry = self.work.entry
+        learned = dict.fromkeys([*mixture.task_names, *(self.work.rows or {}), *self.work.entries])
+        return Prompter(
+            {name: entry(name) for name in mixture.task_names},
+            BANK_TEMPLATE,
+            self.tokenizer,
+            encoder_decoder=self.encoder_decoder,
+            positions=getattr(self.model.config, "max_position_embeddings", None),
+            prompt_format=self.work.settings.prompt_format,
+            prefix=self.prefix,
+            learned={name: entry(name) for name in learned},
         )
 
     def _rescored(self, cell: Cell, scorer: ServedScore, rows: Sequence[PlainRow]) -> list[Prediction]:
@@ -363,11 +340,11 @@ class Scoring:
         row: int | None,
         features: dict[int, Tensor] | None,
         on_rows: Callable[[int], None],
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Sequence[int]] | None = None,
     ) -> list[Prediction]:
         """This rank's share of the predictions; what the router read of its rows goes into ``features``.
 
-        ``labels``: to rank, in place of the task's own.
+        ``labels``: tokens of those to rank, in place of the task's own.
         """
         spec = self.work.spec(cell.task)
         with memory_watched(f"scoring task {cell.task!r}", LESS_TEXT):
@@ -378,7 +355,7 @@ class Scoring:
                 pad_id=self.tokenizer.pad_token_id,
                 eos_id=self.tokenizer.eos_token_id,
                 batch_size=self.work.evaluation_batch_size,
-                labels=self._label_tokens(spec, labels),
+                labels=self._label_tokens(spec) if labels is None else labels,
                 metric=str(spec.metric),
                 max_new_tokens=spec.max_answer_tokens if spec.free_text else None,
                 task_gate_row=row,
@@ -394,14 +371,11 @@ class Scoring:
                 on_rows=on_rows,
             )
 
-    def _label_tokens(self, spec: TaskSpec, labels: Sequence[str] | None) -> list[tuple[int, ...]] | None:
+    def _label_tokens(self, spec: TaskSpec) -> list[tuple[int, ...]] | None:
         if spec.free_text:
             return None
         split = self.work.settings.prompt_format.text_alone
-        if labels is None:
-            return label_tokens(spec, self.tokenizer, self.encoder_decoder, split=split)
-        chat = None if self._bank_chat() is None else ChatTemplate(self.tokenizer)
-        return [answer_tokens(text, self.tokenizer, self.encoder_decoder, chat=chat, split=split) for text in labels]
+        return label_tokens(spec, self.tokenizer, self.encoder_decoder, split=split)
 
     def _all_done(self, done: bool) -> bool:
         return float(self.ranks.sum(torch.tensor([float(done)], device=self.device))) == self.ranks.world

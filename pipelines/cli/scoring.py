@@ -50,12 +50,14 @@ def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bo
     with stdout_to_stderr():
         model = bank_model(bank, options)
         found = model.classify(list(texts))
-        unlabelled = [text for text, one in zip(texts, found, strict=True) if one.label is None]
+        plain = model.former.plain
+        unlabelled = [text for text, one in zip(texts, found, strict=True) if one.label is None or plain.mixed]
         written = dict(zip(unlabelled, model.predict(unlabelled), strict=True)) if unlabelled else {}
     lines = [
         {
-            "text": text, "answer": one.label if one.label is not None else written[text],
-            "task": one.task if one.route.task is not None else None, "confidence": _confidence(one),
+            "text": text, "answer": written.get(text, one.label),
+            "task": one.task if one.route.task is not None else None,
+            "confidence": None if text in written else _confidence(one),
         }
         for text, one in zip(texts, found, strict=True)
     ]  # fmt: skip
@@ -66,17 +68,19 @@ def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bo
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("answer", "task", "confidence", "text"):
         table.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
+    no_task = "any: all labels" if plain.labels else "none: the base model"
     for line in lines:
         sure = "" if line["confidence"] is None else f"{line['confidence']:.2f}"
-        table.add_row(str(line["answer"]), str(line["task"] or "none: the base model"), sure, str(line["text"]))
+        table.add_row(str(line["answer"]), str(line["task"] or no_task), sure, str(line["text"]))
     console_for().print(table)
 
 
 def _confidence(one: Classification) -> float | None:
-    """Weight of the task times the share of the label; None where there is no label."""
-    if one.label is None or one.task is None:
+    """Weight of the task times the share of the label; the share alone where labels of all tasks were ranked; None where
+    there is no label."""
+    if one.label is None:
         return None
-    return one.route.tasks[one.task] * one.scores[one.label]
+    return (1.0 if one.task is None else one.route.tasks[one.task]) * one.scores[one.label]
 
 
 def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, Any], *, as_json: bool) -> None:
@@ -89,13 +93,14 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
     from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
     with stdout_to_stderr():
-        folder, tasks = bank_and_tasks(bank, options)
-        check_task(task, tasks)
-        lines, answers = _labelled(rows, labels_by_task(folder)[task], task)
+        folder, _ = bank_and_tasks(bank, options)
+        labels = labels_by_task(folder)
+        check_task(task, list(labels))
+        lines, answers = _labelled(rows, labels[task], task)
         model = bank_model(bank, options, folder=folder)
         found = predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
-    metric = model.prompter.entry(task).counted_by
+    metric = model.prompter.learned[task].counted_by
     summary = {"bank": model.uri or bank, "task": task, "metric": metric, **summarise(found), "routing_accuracy": routed}
     if as_json:
         print(json.dumps(summary))
@@ -212,8 +217,8 @@ def labels_by_task(folder: Path) -> dict[str, list[str] | None]:
     """Labels of each task of a bank by its manifest; None of free text and of tasks that it does not describe."""
     from amlora_dist.registry.manifest import read_manifest
 
-    entries = {line.task: line.task_spec for line in read_manifest(folder).adapters}
-    return {task: None if entry is None else entry.labels for task, entry in entries.items()}
+    learned = read_manifest(folder).learned.items()
+    return {task: None if entry is None else entry.labels for task, entry in learned}
 
 
 def _asked(model: AMLoRAModel, line: InputRow, task: str) -> Query:
@@ -221,7 +226,8 @@ def _asked(model: AMLoRAModel, line: InputRow, task: str) -> Query:
     and with the fields that its text is made of, where the row has them all."""
     from amlora_dist.evaluation.requests import Query
 
-    parts = model.prompter.entry(task).fields or []
+    entry = model.prompter.entries.get(task)
+    parts = [] if entry is None else entry.fields or []
     if parts and not line.turns and all(line.fields.get(part.name) is not None for part in parts):
         try:
             return model.prompter.query({part.name: text_of(line.fields[part.name]) for part in parts}, task=task)
@@ -276,15 +282,16 @@ def predictions(
     from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
     from amlora_dist.evaluation.text_metrics import score_of
 
-    labels, metric = model.labels(task), model.prompter.entry(task).counted_by
+    entry = model.prompter.learned.get(task) or model.prompter.entry(task)
+    labels, metric = entry.labels, entry.counted_by
     asked = [_asked(model, line, task) for line in lines]
+    pairs = enumerate(zip(asked, answers, strict=True), start=1)
+    rows = [PlainRow(n, one.text, answer, one.turns, fields=one.fields) for n, (one, answer) in pairs]
     if model.answering is not None:
-        rows = [
-            PlainRow(n, one.text, answer, one.turns, fields=one.fields)
-            for n, (one, answer) in enumerate(zip(asked, answers, strict=True), start=1)
-        ]
         scorer = ServedScore(model.answering, metric, None if labels is None else tuple(labels))
         return scorer.score(rows, batch_size=batch_size)
+    if model.prompter.format.text_alone:
+        return model.former.scored(rows, entry, batch_size)
     found = model.answer([one.turns or one.text for one in asked], batch_size=batch_size)
     return [
         Prediction(

@@ -21,6 +21,7 @@ from amlora_dist.registry.manifest import (
     AccuracyMatrix,
     AdapterEntry,
     BaseEntry,
+    LearnedTask,
     Lineage,
     Manifest,
     RouterEntry,
@@ -125,6 +126,7 @@ class BankVersions:
             parent=before.parent_digest() if before else None,
             stored=stored,
             task_spec=None if spec is None else task_entry(spec),
+            learned=_learned(inputs) if spec is None else None,
         )
         statistics = statistics_entry(index, record.task, newest.continuation(), stored_statistics)
         tensors, router = self._router(inputs, parents, newest)
@@ -193,6 +195,11 @@ class BankVersions:
         log.warning("%s: the copy of %s is damaged: fetching it again", dest, version.uri)
         shutil.rmtree(dest, ignore_errors=True)
         return self._store.pull_version(version, dest)
+
+
+def _learned(inputs: RunInputs) -> list[LearnedTask]:
+    """The tasks of a run whose one stage is about all of them."""
+    return [LearnedTask(task=name, task_spec=task_entry(inputs.specs[name])) for name in inputs.tasks]
 
 
 def parent_folder(storage: Path, line: AdapterEntry, statistics: str | None) -> Path:

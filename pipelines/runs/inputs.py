@@ -179,8 +179,19 @@ class RunInputs:
                 router |= {"background": background.digest()}
             free = [name for name in self.tasks[: len(bank)] if self.specs[name].free_text]
             router |= {f"answer of {name}": self.specs[name].max_answer_tokens for name in free if name != task}
+            router |= self._cut_with_others(method, bank, mode, task)
         reuse = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | reuse, task)
+
+    def _cut_with_others(self, method: Method, bank: list[str], mode: str, task: str) -> dict[str, int]:
+        """Most tokens of a prompt of a bank without keys, whose one prompt has room for the longest of its tasks; nothing
+        where that is the task's own."""
+        if mode in ("oracle", "own") or method.stages is Stages.APART or method.finds_tasks:
+            return {}
+        learned = self.tasks if method.stages is Stages.ONE else self.tasks[: len(bank)]
+        own = int(self.specs[task].max_length or DEFAULT_TEXT_TOKENS)
+        most = max((int(self.specs[name].max_length or DEFAULT_TEXT_TOKENS) for name in learned), default=own)
+        return {} if most == own else {"max_length": most}
 
     def cell(
         self, method: Method, storage: Path, mode: Mode, task: str, bank: list[str], before: str | None = None

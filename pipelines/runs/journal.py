@@ -115,7 +115,7 @@ class RunJournal:
             tuple(parents),
             tuple(entry.training_fingerprint for entry in manifest.adapters),
             tuple(_statistics_digest(read_result(Path(parent.folder))) for parent in parents),
-            {one.task: one.task_spec for one in manifest.adapters if one.task_spec is not None},
+            {task: entry for task, entry in manifest.learned.items() if entry is not None},
         )
         self._banks[bank.fingerprints] = version
         return bank

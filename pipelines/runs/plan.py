@@ -16,7 +16,6 @@ from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode, Parent, StageWork
 
 if TYPE_CHECKING:
-    from amlora_dist.methods.base import Method
     from amlora_dist.tasks.task_entry import TaskEntry
     from pipelines.runs.inputs import RunInputs
 
@@ -186,7 +185,7 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
     routed = {cell.task: cell.fingerprint for cell in cells}
     if last and method.stages is not Stages.APART:
         cells += [_cell(inputs, "router", task, bank) for task in inputs.also]
-    if last and inputs.plain_texts and method.stages is not Stages.APART and not _answers_plain_text(method):
+    if last and inputs.plain_texts and method.stages is not Stages.APART and not method.finds_tasks:
         cells += [_cell(inputs, "own", task, bank) for task in tasks]
     if evaluation.untrained and (plan.index == 1 or last):
         cells += [_cell(inputs, "untrained", task, bank) for task in tasks]
@@ -196,13 +195,6 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
         disabled = [f"{WITHOUT}{n}" for n in range(1, len(bank) + 1)]
         cells += [_cell(inputs, mode, task, bank, routed[task]) for mode in disabled for task in tasks]
     return cells
-
-
-def _answers_plain_text(method: Method) -> bool:
-    """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
-    settings = method.settings
-    plain = settings.prompt_format.text_alone and settings.router.kind == "posterior"
-    return plain and method.routed and not method.layers.selects
 
 
 def _cell(inputs: RunInputs, mode: Mode, task: str, bank: Sequence[str], before: str | None = None) -> Cell:

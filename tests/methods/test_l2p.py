@@ -70,8 +70,8 @@ def test_a_published_pool_answers_as_it_was_scored_and_has_no_other_form(
     scored = [read_predictions(found) for found in (amlora_home / "storage" / "scores").glob("*/predictions.jsonl")]
     rows = (tmp_path / "tasks" / "colours" / "test.jsonl").read_text().splitlines()
     texts = [json.loads(row)["text"] for row in rows]
-    predicted = model.predict(texts)
-    assert predicted in [[prediction.output for prediction in one] for one in scored]
+    answers, written = model.predict(texts), model.predict(texts, free=True)
+    assert (answers, written) in [([row.served for row in one], [row.output for row in one]) for one in scored]
     with pytest.raises(UserError, match="this bank holds prompts"):
         export_peft(tmp_path / "out", model.bank)
     with pytest.raises(UserError, match="this bank holds prompts"):
