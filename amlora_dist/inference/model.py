@@ -282,10 +282,8 @@ class AMLoRAModel:
         free: bool = False,
         batch_size: int = 8,
     ) -> list[Answer]:
-        """Answers to plain texts, as ``evaluation.prompts: served`` scores them (banks of prompt format 1 were scored
-        behind each task's own prompt and answer behind the bank's): a label's words where the task that a text is
-        routed to has labels (without keys: where all tasks have, and the best of all labels is it), else what the model
-        writes, greedily.
+        """Answers to plain texts, as ``evaluation.prompts: served`` scores them (prompt format 1 was scored otherwise): a
+        label's words where the routed task has labels (without keys: the best of all), else what the model writes.
 
         Args:
             texts: plain texts, their fields by name (``{"premise": ..., "hypothesis": ...}``, joined as the task's rows are)
