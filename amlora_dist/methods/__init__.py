@@ -23,6 +23,10 @@ Offered = Literal["memory", "selectors"]
 """``memory``: rows of G of earlier tasks are refitted on some of their rows (``method_settings.memory_rows``).
 ``selectors``: layers may weigh the adapters by selectors of their own, where the router's kind says so."""
 
+Asked = Literal["plain text", "own prompt", "told the task"]
+"""What a row that is scored is asked with: its text alone; its own task's prompt; that, and answered by its own task's
+adapter."""
+
 
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
@@ -36,6 +40,8 @@ class MethodEntry:
     """What can be had with it alone."""
     form: str = LORA
     """What its adapters are; anything else is in layers that the method brings (``Method.layers``)."""
+    asked: Asked = "plain text"
+    """What the rows that it is scored on are asked with, unless the configuration says otherwise."""
 
 
 ZERO_3: frozenset[Excluded] = frozenset({"zero_3"})
@@ -54,9 +60,9 @@ METHODS = {
     "gainlora": MethodEntry("amlora_dist.methods.gainlora:GainLoRA", CACHES),
     "ella": MethodEntry("amlora_dist.methods.ella:ELLA", ZERO_3),
     "slao": MethodEntry("amlora_dist.methods.slao:SLAO", ZERO_3),
-    "per_task": MethodEntry("amlora_dist.methods.per_task:PerTask"),
+    "per_task": MethodEntry("amlora_dist.methods.per_task:PerTask", asked="told the task"),
     "joint": MethodEntry("amlora_dist.methods.joint:Joint"),
-    "base": MethodEntry("amlora_dist.methods.untrained:Untrained"),
+    "base": MethodEntry("amlora_dist.methods.untrained:Untrained", asked="own prompt"),
 }
 
 
@@ -73,6 +79,11 @@ def offered(name: str) -> frozenset[Offered]:
 def form_of(name: str) -> str:
     """What the adapters of the method of this name are; LoRA of one that is not known here."""
     return METHODS[name].form if name in METHODS else LORA
+
+
+def asked_of(name: str) -> Asked:
+    """What the rows of the method of this name are asked with; of one that is not known here as of most."""
+    return METHODS[name].asked if name in METHODS else "plain text"
 
 
 def method_class(name: str) -> type[Method]:

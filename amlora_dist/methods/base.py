@@ -175,12 +175,6 @@ class Method:
         published with the stage's statistics (``Result.method_state``)."""
         return trained.adapter, {}
 
-    @property
-    def finds_tasks(self) -> bool:
-        """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
-        plain = self.settings.prompt_format.text_alone and self.settings.router.kind == "posterior"
-        return plain and self.routed and not self.layers.selects
-
     # -- serving --------------------------------------------------------------------------------------------------
 
     def router(self, statistics: Sequence[TaskStatistics]) -> Router | None:

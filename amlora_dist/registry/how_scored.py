@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from amlora_dist.config.former_values import completed
-from amlora_dist.methods import METHODS, method_class
-from amlora_dist.methods.kinds import Stages, Trains
+from amlora_dist.methods import Asked, asked_of
 
 
 @dataclass(frozen=True, slots=True)
 class HowScored:
     """What a test row was asked with, and what of the answer was counted."""
 
-    asked: Literal["plain text", "own prompt", "told the task"]
+    asked: Asked
     """``plain text``: the text alone went in, as a user sends it."""
     what: str
     """What is right or wrong of a labelled row, as in "share of test rows whose WHAT is right"."""
@@ -40,16 +39,16 @@ def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
     whole = completed(configuration)
     text_alone = whole["prompt_format"] == 2
     served = text_alone and whole["evaluation"]["prompts"] == "served"
-    kind = method_class(method) if method in METHODS else None
-    if kind is not None and kind.stages is Stages.APART:
+    asked = asked_of(method)
+    if asked == "told the task":
         return HowScored(
-            asked="told the task",
+            asked=asked,
             what="likeliest label behind the task's own prompt" if served else "greedy output behind the task's own prompt",
             sentence="Each row was told its task: asked behind that task's own prompt, and answered by its adapter. It says"
             " nothing of plain text.",
             router="There is no router: each row was told its task.",
         )
-    if served and (kind is None or kind.trains is not Trains.NOTHING):
+    if served and asked == "plain text":
         return HowScored(
             asked="plain text",
             what="served answer",

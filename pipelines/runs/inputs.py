@@ -183,10 +183,17 @@ class RunInputs:
         reuse = {} if self.config.evaluation.reuse else {"reuse": False}
         return self._scoring(bank, mode, router | reuse, task)
 
+    @staticmethod
+    def finds_tasks(method: Method) -> bool:
+        """Whether its bank finds the task of a plain text by itself, and answers by that task's prompt and labels."""
+        settings = method.settings
+        plain = settings.prompt_format.text_alone and settings.router.kind == "posterior"
+        return plain and method.routed and not method.layers.selects
+
     def _cut_with_others(self, method: Method, bank: list[str], mode: str, task: str) -> dict[str, int]:
         """Most tokens of a prompt of a bank without keys, whose one prompt has room for the longest of its tasks; nothing
         where that is the task's own."""
-        if mode in ("oracle", "own") or method.stages is Stages.APART or method.finds_tasks:
+        if mode in ("oracle", "own") or method.stages is Stages.APART or self.finds_tasks(method):
             return {}
         learned = self.tasks if method.stages is Stages.ONE else self.tasks[: len(bank)]
         own = int(self.specs[task].max_length or DEFAULT_TEXT_TOKENS)

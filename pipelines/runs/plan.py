@@ -185,7 +185,7 @@ def _cells(inputs: RunInputs, plan: StagePlan, earlier: Sequence[StagePlan]) -> 
     routed = {cell.task: cell.fingerprint for cell in cells}
     if last and method.stages is not Stages.APART:
         cells += [_cell(inputs, "router", task, bank) for task in inputs.also]
-    if last and inputs.plain_texts and method.stages is not Stages.APART and not method.finds_tasks:
+    if last and inputs.plain_texts and method.stages is not Stages.APART and not inputs.finds_tasks(method):
         cells += [_cell(inputs, "own", task, bank) for task in tasks]
     if evaluation.untrained and (plan.index == 1 or last):
         cells += [_cell(inputs, "untrained", task, bank) for task in tasks]

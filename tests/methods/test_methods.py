@@ -15,8 +15,9 @@ from torch import nn
 from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
-from amlora_dist.methods import METHODS, excluded, method_for
+from amlora_dist.methods import METHODS, asked_of, excluded, method_class, method_for
 from amlora_dist.methods.base import Method
+from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
 from amlora_dist.training.settings import StageSettings, TrainingSettings
@@ -67,6 +68,13 @@ def test_a_method_has_at_most_fifteen_knobs() -> None:
     public = {*vars(Method), *Method.__annotations__, *vars(Method(settings_for("am_lora")))}
     knobs = sorted(name for name in public if not name.startswith("_"))
     assert len(knobs) <= 15, knobs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_said_of_a_methods_scores_is_how_it_is_scored(name: str) -> None:
+    kind = method_class(name)
+    told, nothing = kind.stages is Stages.APART, kind.trains is Trains.NOTHING
+    assert asked_of(name) == ("told the task" if told else "own prompt" if nothing else "plain text")
 
 
 @pytest.mark.parametrize("name", METHODS)

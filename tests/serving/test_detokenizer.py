@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from amlora_dist.serving.detokenizer import Detokenizer
 
 
 def decode_bytes(tokens: object) -> str:
-    return bytes(tokens).decode("utf-8", "replace").strip()  # type: ignore[call-overload]
+    """As tokenizers do that strip in front; behind, a blank that comes and goes would be one that was shown already."""
+    return bytes(tokens).decode("utf-8", "replace").lstrip()  # type: ignore[call-overload]
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
+@example("0\r\x85", [])
 def test_pieces_add_up_and_end_before_the_first_stop(text: str, stops: list[str]) -> None:
     detokenizer, pieces = Detokenizer(decode_bytes, stops), []
     for token in text.encode():
