@@ -17,6 +17,7 @@ from amlora_dist.adapters.settings import AdapterSettings, GateSettings, Literal
 from amlora_dist.adapters.statistics import TaskStatistics
 from amlora_dist.adapters.targets import Target, default_router_layer, find_targets
 from amlora_dist.base_model import ModelSettings, load_model, load_tokenizer, resolve_base
+from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.bank_folder import adapter_entry, statistics_entry, write_bank
 from amlora_dist.registry.manifest import AccuracyMatrix, BaseEntry, Manifest, RouterEntry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
@@ -132,3 +133,8 @@ def write_keyed_bank(
     texts = {task: texts_of(task, 40) for task in tasks}
     rows = {task: TaskRows(own, [text.rpartition(" ")[2] for text in own]) for task, own in texts.items()}
     return rekey(folder.with_name(f"{folder.name}-before"), folder, rows)
+
+
+def described(model: AMLoRAModel, task: str, entry: TaskEntry) -> None:
+    """Another entry of a task in a bank that is loaded."""
+    model.prompter.entries[task] = model.prompter.learned[task] = entry

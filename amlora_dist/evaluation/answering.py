@@ -25,10 +25,10 @@ from torch import Tensor
 
 from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
 from amlora_dist.adapters.reading import Reading, read_texts, reusable_trunk
+from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
-from amlora_dist.tasks.named_fields import MissingFieldsError
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.inject import Mixture
@@ -235,7 +235,7 @@ class Answering:
             limit = self.prompter.answer_limit(request.task) if request.labels else self.prompter.limit_of(request)
             try:
                 self.prompter.ask(request, new_tokens=limit)
-            except MissingFieldsError:
+            except UserError:  # fields or room that the prompt of the task it was routed to wants
                 if request.unasked is None:
                     raise
                 request.unasked = True

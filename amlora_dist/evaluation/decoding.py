@@ -178,8 +178,11 @@ class Decoder:
         ended_B1 = token_B1 == self.eos_id
         tokens = [token_B1]
         for _ in range(steps - 1):
-            if all_done is not None and all_done(bool((ended_B1 | (most_B1 <= len(tokens))).all())):
+            done_B1 = ended_B1 | (most_B1 <= len(tokens))
+            if all_done is not None and all_done(bool(done_B1.all())):
                 break
+            # A row that is done goes on for the others' sake: its prompt left room for its own limit and no more.
+            state.position = state.position.masked_fill(done_B1, 0)
             token_B1 = self.advance(state, token_B1)[:, -1].argmax(-1, keepdim=True)
             token_B1 = token_B1.masked_fill(ended_B1, self.eos_id)
             ended_B1 = ended_B1 | (token_B1 == self.eos_id)

@@ -52,13 +52,13 @@ def fields_for(task: str | None, entries: Entries, text: str, fields: Mapping[st
     """
     entry = None if task is None else entries.get(task)
     needed = None if entry is None else fields_read(entry.template)
-    if entry is None or needed is None:
+    if entry is None or needed is None or (entry.fields is None and not needed):  # a bank of before names no fields
         return None
     parts = entry.fields or []
     names = [part.name for part in parts]
     if not fields and len(parts) == 1 and not parts[0].label:
         fields = {parts[0].name: text}
-    if missing := [name for name in sorted(needed) if name not in fields] or ([] if fields else names or ["some"]):
+    if missing := [name for name in sorted(needed) if name not in fields] or ([] if fields else names):
         raise MissingFieldsError(
             f"task {task!r}: its prompt reads the fields {', '.join(names or sorted(needed))}, and the text has no"
             f" {', '.join(missing)}; give `fields` in place of the text"

@@ -255,7 +255,7 @@ class Prompter:
         """A plain text, named fields (of ``task``, if its caller names one) or a conversation, as this bank is asked it.
         Raises UserError as ``asked``, ``messages_of`` and ``field_texts.joined_text``."""
         if isinstance(given, Mapping):
-            text, fields = joined_text(given, self.entries, task)
+            text, fields = joined_text(given, self.learned, task)
             return Query(text, fields=fields)
         if isinstance(given, str) or not is_conversation(given):
             return Query(given)  # type: ignore[arg-type]  # what is no text is refused where it is read

@@ -226,11 +226,13 @@ def _asked(model: AMLoRAModel, line: InputRow, task: str) -> Query:
     and with the fields that its text is made of, where the row has them all."""
     from amlora_dist.evaluation.requests import Query
 
-    entry = model.prompter.entries.get(task)
+    entry = model.prompter.learned.get(task)
     parts = [] if entry is None else entry.fields or []
-    if parts and not line.turns and all(line.fields.get(part.name) is not None for part in parts):
-        try:
-            return model.prompter.query({part.name: text_of(line.fields[part.name]) for part in parts}, task=task)
+    found = {part.name: line.fields[part.name] for part in parts if part.name in line.fields}
+    if parts and not line.turns and len(found) == len(parts) and any(one is not None for one in found.values()):
+        try:  # a column without a value is an empty field, as it is where rows are trained on
+            given = {name: "" if one is None else text_of(one) for name, one in found.items()}
+            return model.prompter.query(given, task=task)
         except (NoTextError, UserError) as error:
             raise UserError(f"{line.where}: {error}") from None
     if line.turns and not model.prompter.is_chat(task):

@@ -10,7 +10,7 @@ import torch
 from amlora_dist.evaluation.decoding import Decoder, picked, repeated
 from amlora_dist.evaluation.label_plan import plan_labels
 from amlora_dist.evaluation.ranking import Room, label_scores
-from tests.evaluation.tiny_models import EOS, PAD, tiny
+from tests.evaluation.tiny_models import EOS, PAD, VOCABULARY, tiny
 
 
 def test_passes_over_the_prompt_and_the_labels_are_counted() -> None:
@@ -65,3 +65,16 @@ def test_rows_that_are_picked_or_repeated_copy_no_other_row_and_leave_the_state_
         for layer, (keys, was) in zip(state.cache.layers, before, strict=True):
             assert layer.keys is keys and torch.equal(keys, was)
         assert decoder.greedy(state, 3) == wanted
+
+
+def test_a_row_that_is_done_needs_no_room_for_those_that_go_on() -> None:
+    """Learned positions end: a long prompt has room for its own limit, and not for the limit of a shorter one beside it."""
+    decoder = Decoder(tiny("gpt2"), pad_id=PAD, eos_id=-1, encoder_decoder=False)  # 64 positions, and nothing ends
+    ids = torch.randint(3, VOCABULARY, (2, 62), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 62, dtype=torch.long)
+    mask[1, :40] = 0
+    with torch.no_grad():
+        together = decoder.greedy(decoder.prefill(ids, mask), 8, bool, [2, 8])
+        long = decoder.greedy(decoder.prefill(ids[:1], mask[:1]), 2)
+        short = decoder.greedy(decoder.prefill(ids[1:, 40:], mask[1:, 40:]), 8)
+    assert together == [*long, *short]

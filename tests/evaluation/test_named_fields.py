@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.field_texts import fields_for
 from amlora_dist.evaluation.served_scoring import PlainRow, ServedScore
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.tasks.named_fields import FieldEntry, fields_read, unknown_fields
 from amlora_dist.tasks.prompts import template_faults
 from amlora_dist.tasks.task import Columns, Label, PromptSettings, SourceSpec, Splits, TaskSpec, TextField
 from amlora_dist.tasks.task_entry import task_entry
-from tests.bank_with_base import texts_of, write_keyed_bank
+from tests.bank_with_base import described, texts_of, write_keyed_bank
 from tests.tiny_config import TOPICS
 
 PAIR = [FieldEntry("first", "a"), FieldEntry("second", "the")]
@@ -38,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> AMLoRAModel:
     write_keyed_bank(folder / "bank", folder / "base")
     made = AMLoRAModel.from_bank(folder / "bank", device="cpu")
     entry = made.prompter.entry("colours")
-    made.prompter.entries["colours"] = replace(entry, template=BY_NAME, fields=PAIR)
+    described(made, "colours", replace(entry, template=BY_NAME, fields=PAIR))
     return made
 
 
@@ -98,14 +99,14 @@ def test_a_plain_text_is_not_asked_behind_a_prompt_that_shows_its_fields(model: 
 
 def test_fields_that_tasks_join_differently_want_the_task_named(model: AMLoRAModel) -> None:
     entry = model.prompter.entry("sizes")
-    model.prompter.entries["sizes"] = replace(entry, fields=PAIR[::-1])
+    described(model, "sizes", replace(entry, fields=PAIR[::-1]))
     try:
         fields = split(texts_of("colours", 1, "named")[0])
         with pytest.raises(UserError, match="colours and sizes join differently; name the task"):
             model.answer(fields)
         assert model.requests(fields, task="sizes")[0].text == f"the: {fields['second']}\na: {fields['first']}"
     finally:
-        model.prompter.entries["sizes"] = entry
+        described(model, "sizes", entry)
 
 
 def test_rows_are_scored_with_their_fields_and_without_them_count_as_wrong(model: AMLoRAModel) -> None:
@@ -162,3 +163,14 @@ def test_what_a_template_reads() -> None:
     assert fields_read("{% for name, value in fields.items() %}{{ value }}{% endfor %}") == frozenset()
     assert fields_read("{{ fields.a | default('') }}") == frozenset()
     assert fields_read("{{ fields.") is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ fields.title | default('') }} {{ text }}", "{{ fields.get('title', '') }} {{ text }}",
+     "{% for name, one in fields.items() %}{{ one }}{% endfor %}{{ text }}"],
+)  # fmt: skip
+def test_a_bank_of_before_which_names_no_fields_is_asked_plain_text_as_it_was(model: AMLoRAModel, template: str) -> None:
+    entry = replace(model.prompter.entry("colours"), template=template, fields=None)
+    assert fields_for("colours", {"colours": entry}, "hello", {}) is None
+    assert entry.prompt("colours").render_text("hello").strip() == "hello"

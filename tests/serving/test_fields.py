@@ -14,7 +14,7 @@ import torch
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.tasks.named_fields import FieldEntry
-from tests.bank_with_base import texts_of, write_keyed_bank
+from tests.bank_with_base import described, texts_of, write_keyed_bank
 from tests.serving.servers import Running, running
 
 pytestmark = pytest.mark.integration  # a running app
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> AMLoRAModel:
     write_keyed_bank(folder / "bank", folder / "base")
     made = AMLoRAModel.from_bank(folder / "bank", device="cpu")
     shown = "{{ text }}\n{{ fields.first }} what\nAnswer:"
-    made.prompter.entries["colours"] = replace(made.prompter.entry("colours"), template=shown, fields=PAIR)
+    described(made, "colours", replace(made.prompter.entry("colours"), template=shown, fields=PAIR))
     return made
 
 
