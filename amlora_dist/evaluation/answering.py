@@ -235,7 +235,7 @@ class Answering:
             limit = self.prompter.answer_limit(request.task) if request.labels else self.prompter.limit_of(request)
             try:
                 self.prompter.ask(request, new_tokens=limit)
-            except UserError:  # fields or room that the prompt of the task it was routed to wants
+            except UserError:  # the task it was routed to wants fields, or more room, than the text has
                 if request.unasked is None:
                     raise
                 request.unasked = True

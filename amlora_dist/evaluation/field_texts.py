@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from amlora_dist.errors import UserError
-from amlora_dist.tasks.named_fields import MissingFieldsError, checked_fields, fields_read, joined_fields
+from amlora_dist.tasks.named_fields import checked_fields, fields_read, joined_fields
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.tasks.texts import NoTextError, text_of
 
@@ -48,7 +48,7 @@ def fields_for(task: str | None, entries: Entries, text: str, fields: Mapping[st
     """What the template of a task may read of a text; None where it reads no fields.
 
     Raises:
-        MissingFieldsError: it reads fields that the text has not.
+        UserError: it reads fields that the text has not.
     """
     entry = None if task is None else entries.get(task)
     needed = None if entry is None else fields_read(entry.template)
@@ -59,7 +59,7 @@ def fields_for(task: str | None, entries: Entries, text: str, fields: Mapping[st
     if not fields and len(parts) == 1 and not parts[0].label:
         fields = {parts[0].name: text}
     if missing := [name for name in sorted(needed) if name not in fields] or ([] if fields else names):
-        raise MissingFieldsError(
+        raise UserError(
             f"task {task!r}: its prompt reads the fields {', '.join(names or sorted(needed))}, and the text has no"
             f" {', '.join(missing)}; give `fields` in place of the text"
         )

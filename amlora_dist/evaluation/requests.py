@@ -121,8 +121,8 @@ class Request:
     fields: Mapping[str, str] = field(default_factory=dict)
     """By name, those that ``text`` was put together of, for templates that read them; empty: nobody named any."""
     unasked: bool | None = None
-    """Of a row that is scored (else None): whether its task's prompt reads fields that it has not. Servers refuse such a
-    text; its passes are made behind the bank's own prompt, and it counts as wrong."""
+    """Of a row that is scored and was told no task (else None): whether the prompt of the task that it was routed to cannot
+    be made of it. Servers refuse such a text; its passes are made behind the bank's own prompt, and it counts as wrong."""
     reused: int | None = None
     """How many of ``text_ids`` the prompt begins with, whose pass is not made again; None: it does not begin with them."""
     span: tuple[int, int] | None = None

@@ -108,8 +108,9 @@ class ServedScore:
         if self.task is not None:
             mixture = self.answering.mixture
             gate = mixture.one_hot(mixture.task_names.index(self.task), 1)[0]
+        unasked = False if self.task is None else None  # a task's own rows that cannot be asked are a fault of the task
         return Request(
-            place, row.text, self.question, self.task, gate=gate, turns=row.turns, fields=row.fields, unasked=False
+            place, row.text, self.question, self.task, gate=gate, turns=row.turns, fields=row.fields, unasked=unasked
         )
 
     def _of_true_labels(self, begun: Begun) -> dict[int, Weighed]:

@@ -35,10 +35,6 @@ class FieldEntry:
     """Shown in front of it with a colon; empty: the part alone."""
 
 
-class MissingFieldsError(UserError):
-    """A task's template reads fields that a text has not."""
-
-
 def parts_of(spec: TaskSpec) -> list[FieldEntry]:
     """The parts of a task's texts, in their order."""
     if spec.columns.conversational:
