@@ -109,7 +109,7 @@ class RunJournal:
         check_rule_of_bank(config, manifest.training_configuration, version.uri)
         check_layers_of_bank(config, manifest, version.uri, base, self.inputs.method)
         assert manifest.base.identity == base.identity, "its quantisation is a rule of the bank"
-        if both := sorted(set(manifest.tasks) & set(self.inputs.tasks)):
+        if both := sorted({*manifest.tasks, *manifest.learned} & set(self.inputs.tasks)):
             raise UserError(f"tasks: {', '.join(both)} are in the parent bank {version.uri} already; rename or leave out")
         bank = BankState(
             tuple(parents),
