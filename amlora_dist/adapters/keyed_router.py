@@ -32,7 +32,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amlora_dist.adapters.keys import Fitted, RouterKeys, covariance_of, depth_choices, fit
+from amlora_dist.adapters.keys import (
+    Fitted,
+    RouterKeys,
+    covariance_of,
+    depth_choices,
+    fit,
+    keys_under,
+    left_out_rows,
+)
 from amlora_dist.adapters.settings import GateSettings, LabelKeys
 from amlora_dist.adapters.sparsity import absolute_threshold, relative_threshold
 from amlora_dist.digests import tensors_digest
@@ -225,6 +233,7 @@ def keyed_router(
     depths: int = 1,
     background: Mapping[str, Tensor] | None = None,
     label_keys: LabelKeys = "bank",
+    leave_one_out: bool = False,
 ) -> KeyedRouter:
     """The router of a bank from the statistics of its tasks, in their order.
 
@@ -236,19 +245,20 @@ def keyed_router(
         depths: of the trunk whose states lie side by side in the features; held-out rows choose among them.
         background: mean features (d,) of each part of a background; None for none.
         label_keys: which keys tell the labels of a task apart.
+        leave_one_out: whether rows of samples choose next to the held-out ones (``fit``); thresholds they set in any case.
     """
     shrinkages = SHRINKAGES if shrinkage is None else (shrinkage,)
     choices = depth_choices(len(statistics[0].mean), depths)
-    fitted = fit(statistics, rule, shrinkages, choices)
+    fitted = fit(statistics, rule, shrinkages, choices, leave_one_out)
     labels = tuple(0 if one.by_label is None else len(one.by_label.counts) for one in statistics)
     router = KeyedRouter(
         [s.task for s in statistics], labels, fitted.keys, fitted.temperature, fitted.beta, gate, betas=fitted.betas
     )
     if any(label >= 0 for label in fitted.keys.label):
-        whole = fit(statistics, "task", shrinkages, [fitted.columns])
+        whole = fit(statistics, "task", shrinkages, [fitted.columns], leave_one_out)
         router = replace(router, whole=whole.keys, whole_temperature=whole.temperature)
         if label_keys == "stage":
-            stages = own_keys(statistics, rule, shrinkages, choices, fitted)
+            stages = own_keys(statistics, rule, shrinkages, choices, fitted, leave_one_out)
             weights, bias = (torch.cat([getattr(one, name) for one in stages]) for name in ("weights", "bias"))
             router = replace(
                 router, own=replace(fitted.keys, weights=weights, bias=bias), betas=tuple(one.beta for one in stages)
@@ -280,16 +290,18 @@ def own_keys(
     shrinkages: Sequence[float],
     choices: Sequence[Tensor],
     fitted: Fitted,
+    leave_one_out: bool = False,
 ) -> list[OwnKeys]:
     """Of each task, from the statistics of the tasks up to it; ``fitted`` is what all give, the rest as for ``fit``."""
     found = []
-    reads = tensors_digest({str(n): columns for n, columns in enumerate(choices)}, rule=rule, shrinkages=list(shrinkages))
+    columns = {str(n): chosen for n, chosen in enumerate(choices)}
+    reads = tensors_digest(columns, rule=rule, shrinkages=list(shrinkages), leave_one_out=leave_one_out)
     for place, newest in enumerate(statistics):
         reads = tensors_digest(newest.tensors(), before=reads)
         own = _KNOWN.get(reads)
         if own is None:
             last = place == len(statistics) - 1
-            own = _newest(fitted if last else fit(statistics[: place + 1], rule, shrinkages, choices))
+            own = _newest(fitted if last else fit(statistics[: place + 1], rule, shrinkages, choices, leave_one_out))
             with _KNOWN_LOCK:
                 _KNOWN[reads] = own
                 while len(_KNOWN) > MOST_KNOWN:
@@ -317,8 +329,10 @@ def with_background(
     means = torch.stack([background[name].double() for name in names])
     temperature = router.chosen_temperature
     columns = fitted.columns
-    narrow = covariance_of([one.of_columns(columns) for one in statistics], rule, fitted.shrinkage)
-    weights = torch.zeros_like(means).index_copy(1, columns, narrow.solve(means[:, columns]))
+    narrow = [one.of_columns(columns) for one in statistics]
+    covariance = covariance_of(narrow, rule, fitted.shrinkage)
+    narrow_weights = covariance.solve(means[:, columns])
+    weights = torch.zeros_like(means).index_copy(1, columns, narrow_weights)
     bias = -0.5 * (means * weights).sum(dim=1)
     held = [one.held.features.double() for one in statistics if one.held is not None and len(one.held.labels)]
     taken = torch.zeros(len(names))
@@ -328,7 +342,12 @@ def with_background(
     remaining = [place for place, share in enumerate(taken.tolist()) if share <= MOST_TAKEN]
     if not remaining or not held:
         return router
-    scores = torch.cat([_foreign(rows, fitted.unseen, weights[remaining], bias[remaining], temperature) for rows in held])
+    found = [_foreign(rows, fitted.unseen, weights[remaining], bias[remaining], temperature) for rows in held]
+    for left in left_out_rows(narrow, rule, covariance, keys_under(covariance, narrow, rule)):
+        generic = left.left_out.scores(narrow_weights[remaining], bias[remaining])
+        mass = (left.scores / temperature + fitted.unseen.log_prior).logsumexp(dim=-1)
+        found.append(_against(generic / temperature, mass))
+    scores = torch.cat(found)
     above = tuple((share, float(torch.quantile(scores, 1 - share))) for share in LOST)
     parts = tuple(names[place] for place in remaining)
     own = (weights[remaining].contiguous(), bias[remaining].contiguous())
@@ -341,8 +360,12 @@ def _mass(rows: Tensor, keys: RouterKeys, temperature: float) -> Tensor:
 
 
 def _foreign(rows: Tensor, keys: RouterKeys, weights: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    scores = (rows @ weights.T + bias) / temperature
-    return scores.logsumexp(dim=-1) - torch.tensor(float(len(bias))).log() - _mass(rows, keys, temperature)
+    return _against((rows @ weights.T + bias) / temperature, _mass(rows, keys, temperature))
+
+
+def _against(background_BK: Tensor, mass_B: Tensor) -> Tensor:
+    """log sum_k exp(s_k / T) / K over the bank's mass, (B,)"""
+    return background_BK.logsumexp(dim=-1) - torch.tensor(float(background_BK.shape[-1])).log() - mass_B
 
 
 def keyed_router_from(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> KeyedRouter:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from amlora_dist.adapters.leave_one_out import LeftOut, leave_out
 from amlora_dist.adapters.statistics import TEMPERATURES, Covariance
 
 if TYPE_CHECKING:
@@ -147,6 +148,47 @@ def covariance_of(statistics: Sequence[TaskStatistics], rule: KeyRule, shrinkage
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOutRows:
+    """Rows of one task's sample, each left out of the keys (``leave_one_out``); those that cannot be are not among them."""
+
+    task: int
+    """Its place in the bank."""
+    labels: Tensor
+    """(n,) int64, as of ``Sample``."""
+    left_out: LeftOut
+    scores: Tensor
+    """(n, J) fp64 at temperature 1."""
+
+
+def left_out_rows(
+    statistics: Sequence[TaskStatistics], rule: KeyRule, covariance: Covariance, keys: RouterKeys
+) -> list[LeftOutRows]:
+    """What keys say of the rows of samples as if each had not been counted; nothing of tasks without a sample.
+
+    Args:
+        statistics: that the keys were made of.
+        rule: of the keys.
+        covariance: of the keys.
+        keys: ``keys_under`` these.
+    """
+    at = {whose: place for place, whose in enumerate(zip(keys.task, keys.label, strict=True))}
+    found = []
+    for place, one in enumerate(statistics):
+        if one.sample is None or not len(one.sample.labels):
+            continue
+        if rule == "task" or one.by_label is None:
+            count = len(one.sample.labels)
+            own, means, counts = torch.full((count,), at[place, -1]), one.mean.expand(count, -1), torch.tensor(one.count)
+        else:
+            own = torch.tensor([at.get((place, label), 0) for label in one.sample.labels.tolist()])
+            means, counts = one.by_label.means[one.sample.labels], one.by_label.counts[one.sample.labels]
+        left = leave_out(one.sample.features, means, counts.expand(len(own)), covariance)
+        scores = left.scores(keys.weights, keys.bias, own[left.places])
+        found.append(LeftOutRows(place, one.sample.labels[left.places], left, scores))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
 class Fitted:
     """Keys with the settings that held-out rows prefer."""
 
@@ -167,6 +209,7 @@ def fit(
     rule: KeyRule,
     shrinkages: Sequence[float],
     choices: Sequence[Tensor] | None = None,
+    leave_one_out: bool = False,
 ) -> Fitted:
     """Keys, temperature and the weight of their evidence, from statistics and held-out rows alone.
 
@@ -178,14 +221,18 @@ def fit(
         rule: of the keys.
         shrinkages: to choose from; with one, or without held-out rows, the first.
         choices: sets of features to choose from in the same way (``depth_choices``); default: all.
+        leave_one_out: whether rows of samples, each left out, choose too. What the model says of their labels is unknown: it
+            has learned them, so that held-out rows alone choose the weight.
     """
     width = len(statistics[0].mean)
     found = []
     for columns in choices or [torch.arange(width)]:
         narrow = [one.of_columns(columns) for one in statistics]
         for shrinkage in shrinkages:
-            keys = make_keys(narrow, rule, shrinkage)
-            found.append((*fit_temperature(narrow, keys), shrinkage, columns, widened(keys, columns, width)))
+            covariance = covariance_of(narrow, rule, shrinkage)
+            keys = keys_under(covariance, narrow, rule)
+            more = left_out_rows(narrow, rule, covariance, keys) if leave_one_out else ()
+            found.append((*fit_temperature(narrow, keys, more), shrinkage, columns, widened(keys, columns, width)))
     _, temperature, shrinkage, columns, keys = min(found, key=lambda one: one[0])
     beta, betas = fit_betas(statistics, keys, temperature)
     whole = make_keys([one.with_held().of_columns(columns) for one in statistics], rule, shrinkage)
@@ -211,24 +258,36 @@ def widened(keys: RouterKeys, columns: Tensor, width: int) -> RouterKeys:
     return replace(keys, weights=keys.weights.new_zeros(len(keys.weights), width).index_copy(1, columns, keys.weights))
 
 
-def fit_temperature(statistics: Sequence[TaskStatistics], keys: RouterKeys) -> tuple[float, float]:
+def fit_temperature(
+    statistics: Sequence[TaskStatistics], keys: RouterKeys, more: Sequence[LeftOutRows] = ()
+) -> tuple[float, float]:
     """The temperature of the grid at which held-out rows find their own label likeliest among all of the bank's (their own
     task where labels have no keys).
+
+    Args:
+        statistics: with held-out rows.
+        keys: that have not seen them.
+        more: rows that count as these do.
 
     Returns:
         The sum of its loss, nats, and the temperature; 0 and 1 where no row was held out.
     """
-    held = [(place, one.held) for place, one in enumerate(statistics) if one.held is not None and len(one.held.labels)]
+    held = [
+        (place, one.held.labels, keys.scores(one.held.features, 1.0))
+        for place, one in enumerate(statistics)
+        if one.held is not None and len(one.held.labels)
+    ]
+    held += [(rows.task, rows.labels, rows.scores) for rows in more]
     best = (0.0, 1.0)
     for temperature in TEMPERATURES if held and len(keys.task) > 1 else ():
         loss = 0.0
-        for place, rows in held:
-            scores = keys.scores(rows.features, temperature)
+        for place, labels, at_one in held:
+            scores = at_one / temperature
             by_label = statistics[place].by_label
             own = None if by_label is None else keys.of_labels(scores, place, len(by_label.counts))
             loss -= float(keys.of_tasks(scores)[:, place].clamp(min=1e-12).log().sum())
             if own is not None:
-                loss -= float(own.gather(1, rows.labels[:, None]).sum())
+                loss -= float(own.gather(1, labels[:, None]).sum())
         if best[0] == 0.0 or loss < best[0]:
             best = (loss, temperature)
     return best

@@ -67,6 +67,21 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """Some of the rows that the statistics count, each of which can be left out of the keys in closed form (``leave_one_out``).
+
+    No text and no tokens, but ``features`` (n, d) fp32 and ``labels`` (n,) int64, as of ``HeldOut``.
+    """
+
+    features: Tensor
+    labels: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names under which they are stored."""
+        return {"sample.features": self.features.contiguous(), "sample.labels": self.labels.contiguous()}
+
+
+@dataclass(frozen=True, slots=True)
 class TaskStatistics:
     """What the router needs of one task, from its training rows without the held-out ones.
 
@@ -96,6 +111,8 @@ class TaskStatistics:
     held: HeldOut | None = None
     background: dict[str, Tensor] = field(default_factory=dict)
     """Mean features (d,) of generic texts by their part, where they were computed (``tasks.background``)."""
+    sample: Sample | None = None
+    """Of the rows counted, next to held-out ones; None in banks of before that, and where no row is held out."""
 
     def with_held(self) -> TaskStatistics:
         """The statistics of all of the task's rows, the held-out ones counted too; these are kept apart."""
@@ -106,15 +123,14 @@ class TaskStatistics:
         count = 0 if self.by_label is None else len(self.by_label.counts)
         bare = TaskStatistics(self.task, self.count, self.mean, self.factor, by_label=self.by_label)
         whole = merge([bare, TaskStatistics.from_features(self.task, held.features, labels, count)])
-        return replace(whole, held=held, background=self.background)
+        return replace(whole, held=held, background=self.background, sample=self.sample)
 
     def of_columns(self, columns: Tensor) -> TaskStatistics:
         """What the keys need of these statistics, over some of the features: ``columns`` (c,) int64."""
         by_label = None if self.by_label is None else LabelMeans(self.by_label.counts, self.by_label.means[:, columns])
-        held = None if self.held is None else replace(self.held, features=self.held.features[:, columns])
-        return TaskStatistics(
-            self.task, self.count, self.mean[columns], self.factor[:, columns], by_label=by_label, held=held
-        )
+        held, sample = (one and replace(one, features=one.features[:, columns]) for one in (self.held, self.sample))
+        mean, factor = self.mean[columns], self.factor[:, columns]
+        return TaskStatistics(self.task, self.count, mean, factor, by_label=by_label, held=held, sample=sample)
 
     @property
     def task_factor(self) -> Tensor:
@@ -173,6 +189,8 @@ class TaskStatistics:
             held |= {"label_counts": self.by_label.counts, "label_means": self.by_label.means.contiguous()}
         if self.held is not None:
             held |= self.held.tensors()
+        if self.sample is not None:
+            held |= self.sample.tensors()
         held |= {f"{BACKGROUND}{part}": mean.contiguous() for part, mean in self.background.items()}
         return held | {
             "count": torch.tensor(self.count),
@@ -208,10 +226,11 @@ class TaskStatistics:
         if count < 1 or holdout_count < 0:
             raise BankError(f"{where}: count {count}, holdout_count {holdout_count}")
         by_label, rows = _label_means(where, tensors, len(mean)), _held_rows(where, tensors, len(mean))
+        sample = _sample(where, tensors, len(mean), 0 if by_label is None else len(by_label.counts))
         parts = {n.removeprefix(BACKGROUND): t.double() for n, t in tensors.items() if n.startswith(BACKGROUND)}
         if any(t.shape != mean.shape or not bool(torch.isfinite(t).all()) for t in parts.values()):
             raise BankError(f"{where}: the background's means do not fit {len(mean)} features, or are not finite")
-        return cls(task, count, mean, factor, nll, holdout_count, held, by_label, rows, parts)
+        return cls(task, count, mean, factor, nll, holdout_count, held, by_label, rows, parts, sample)
 
 
 def _label_means(where: str, tensors: Mapping[str, Tensor], width: int) -> LabelMeans | None:
@@ -226,16 +245,33 @@ def _label_means(where: str, tensors: Mapping[str, Tensor], width: int) -> Label
 
 
 def _held_rows(where: str, tensors: Mapping[str, Tensor], width: int) -> HeldOut | None:
-    if "held.features" not in tensors:
+    found, likelihoods = _rows(where, "held", tensors, width), tensors.get("held.loglikelihoods")
+    if found is None:
         return None
-    features, labels = tensors["held.features"].float(), tensors.get("held.labels")
-    likelihoods = tensors.get("held.loglikelihoods")
-    fits = labels is not None and features.shape == (len(labels), width)
-    if labels is None or not fits or (likelihoods is not None and len(likelihoods) != len(labels)):
-        raise BankError(f"{where}: held.features {tuple(features.shape)} do not fit their labels or {width} features")
+    if likelihoods is not None and len(likelihoods) != len(found[1]):
+        raise BankError(f"{where}: held.features {tuple(found[0].shape)} do not fit their labels or {width} features")
+    return HeldOut(*found, None if likelihoods is None else likelihoods.float())
+
+
+def _sample(where: str, tensors: Mapping[str, Tensor], width: int, labels: int) -> Sample | None:
+    found = _rows(where, "sample", tensors, width)
+    if found is None:
+        return None
+    if labels and not bool(((found[1] >= 0) & (found[1] < labels)).all()):
+        raise BankError(f"{where}: sample.labels are not of its {labels} labels")
+    return Sample(*found)
+
+
+def _rows(where: str, name: str, tensors: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor] | None:
+    """Features and labels of rows that are stored; None where none are."""
+    if f"{name}.features" not in tensors:
+        return None
+    features, labels = tensors[f"{name}.features"].float(), tensors.get(f"{name}.labels")
+    if labels is None or features.shape != (len(labels), width):
+        raise BankError(f"{where}: {name}.features {tuple(features.shape)} do not fit their labels or {width} features")
     if not bool(torch.isfinite(features).all()):
         raise BankError(f"{where}: holds NaN or infinity")
-    return HeldOut(features, labels.long(), None if likelihoods is None else likelihoods.float())
+    return features, labels.long()
 
 
 def _finite(task: str, features: Tensor) -> Tensor:
@@ -327,7 +363,10 @@ class Covariance:
     ) -> None:
         check(statistics)
         width = len(statistics[0].mean)
-        total = sum(s.count for s in statistics)
+        self.rows = total = sum(s.count for s in statistics)
+        """N"""
+        self.flat = False
+        """Whether there is no spread, so that Sigma is I whatever N is."""
         self.low_rank = False
         self.scale: Tensor | None = None
         """(d,) by which features are divided before, and solutions after; None for 1."""
@@ -335,7 +374,7 @@ class Covariance:
         trace = sum(float(factor.square().sum()) for factor in self.factors)
         power = sum(s.count * float(s.mean.square().sum()) for s in statistics)
         if trace <= 1e-24 * power:  # equal rows leave rounding errors, not a covariance
-            self.ridge, self.weight = 1.0, 0.0
+            self.ridge, self.weight, self.flat = 1.0, 0.0, True
             return
         self.ridge, self.weight = shrinkage * trace / (total * width), (1 - shrinkage) / total
         if by_feature:

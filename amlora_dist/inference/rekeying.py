@@ -21,7 +21,7 @@ import torch
 from amlora_dist.adapters.inject import inject
 from amlora_dist.adapters.keyed_router import keyed_router
 from amlora_dist.adapters.settings import RouterSettings
-from amlora_dist.adapters.statistics import HeldOut, TaskStatistics
+from amlora_dist.adapters.statistics import HeldOut, Sample, TaskStatistics
 from amlora_dist.adapters.targets import bank_targets, default_depths
 from amlora_dist.base_model import load_model, load_tokenizer
 from amlora_dist.config.former_values import completed
@@ -37,7 +37,7 @@ from amlora_dist.registry.manifest import RouterEntry
 from amlora_dist.registry.manifest import replace as with_changes
 from amlora_dist.tasks.prompt_format import PromptFormat
 from amlora_dist.training.engine import Alone
-from amlora_dist.training.stage_statistics import StageStatistics, held_out_places
+from amlora_dist.training.stage_statistics import StageStatistics, held_out_places, sampled_places
 from amlora_dist.training.worker_cache import WorkerCache
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str |
 def _statistics(
     model: Any, mixture: Mixture, prompter: Prompter, base: Any, task: str, entry: TaskEntry, rows: TaskRows
 ) -> TaskStatistics:
-    """Of one task: most rows for the keys, a share held out."""
+    """Of one task: most rows for the keys, a sample of them stored as a stage does, and a share held out."""
     labels = list(entry.labels or [])
     if odd := sorted(set(rows.answers) - set(labels)) if labels else []:
         raise UserError(f"rekey: task {task!r}: found answer {odd[0]!r}, its labels are {', '.join(labels)}")
@@ -146,7 +146,8 @@ def _statistics(
     if labels:
         likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], tuple(labels))
         unseen = replace(unseen, loglikelihoods=likelihoods)
-    return replace(own, held=unseen)
+    counted = [learned[place] for place in sampled_places(len(learned), seed=0, task=task)]
+    return replace(own, held=unseen, sample=Sample(features[counted].float(), torch.tensor([places[k] for k in counted])))
 
 
 def _background(mixture: Mixture, tokenizer: Any, base: BaseModel, settings: RouterSettings) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The router's statistics of one stage: features of its rows, reduced over ranks, and the rows that are held out.
 
 In prompt format 2 the held-out rows are seen by nobody: the adapter does not train on them, the statistics do not count
-them, and what the finished model says of their labels is kept next to their features. In format 1 they are kept out of the
-statistics alone.
+them, and what the finished model says of their labels is kept next to their features. Features of a sample of the rows that
+are counted are kept too: each is left out of the keys in closed form where thresholds are set. In format 1 held-out rows are
+kept out of the statistics alone.
 
 Shapes in names: B rows, L tokens, D features, T tasks.
 """
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from amlora_dist.adapters.reading import read_texts
-from amlora_dist.adapters.statistics import HeldOut, TaskStatistics, merge, merge_holdouts
+from amlora_dist.adapters.statistics import HeldOut, Sample, TaskStatistics, merge, merge_holdouts
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.evaluation.decoding import Decoder
 from amlora_dist.evaluation.label_plan import plan_labels
@@ -51,6 +52,8 @@ WAIT_S = 300.0
 FEWEST_HELD = 24
 """Rows that are held out at least, where that is no more than a quarter of them."""
 SMALLEST_SHARE = 4
+SAMPLED = 64
+"""Rows of a task, of those that its statistics count, whose features are stored at most."""
 
 
 @dataclass
@@ -121,13 +124,23 @@ class StageStatistics:
         own = merge(self.ranks.gather(TaskStatistics.from_features(self.task, features, labels, label_count)))
         if not held:
             return own
-        features, mine = self._texts(mixture, chosen)
-        shares = self.ranks.gather((features, mine))
-        whole = torch.empty(len(chosen), features.shape[1])
-        for rows, places in shares:
-            whole[places] = rows
+        sampled = sampled_places(len(kept), seed=self.seed, task=self.task)
+        order = {place: number for number, place in enumerate(sampled)}
+        own_share = [number for number, place in enumerate(mine) if place in order]
+        sample = Sample(
+            self._whole(features[own_share], [order[mine[number]] for number in own_share], len(sampled)),
+            torch.tensor([(kept[place].label or 0) if label_count else -1 for place in sampled]),
+        )
+        unseen = self._whole(*self._texts(mixture, chosen), len(chosen))
         places = [-1 if example.label is None or not label_count else example.label for example in chosen]
-        return replace(own, held=HeldOut(whole, torch.tensor(places)))
+        return replace(own, held=HeldOut(unseen, torch.tensor(places)), sample=sample)
+
+    def _whole(self, features: Tensor, places: list[int], count: int) -> Tensor:
+        """Features of all of ``count`` rows, (count, F), of this rank's share of them and their places."""
+        whole = torch.empty(count, features.shape[1])
+        for rows, where in self.ranks.gather((features, places)):
+            whole[where] = rows
+        return whole
 
     def with_likelihoods(
         self,
@@ -265,8 +278,14 @@ def held_out_places(count: int, share: float, *, seed: int, task: str) -> list[i
     return _drawn(count, min(max(size, FEWEST_HELD), count // SMALLEST_SHARE) if share > 0 else 0, seed, task)
 
 
-def _drawn(count: int, size: int, seed: int, task: str) -> list[int]:
-    generator = torch.Generator().manual_seed(named_seed(seed, "holdout", task))
+def sampled_places(count: int, *, seed: int, task: str) -> list[int]:
+    """Places, among the ``count`` rows that a task's statistics count, of those whose features are stored, rising: all of
+    few, ``SAMPLED`` of many."""
+    return _drawn(count, min(count, SAMPLED), seed, task, "sample")
+
+
+def _drawn(count: int, size: int, seed: int, task: str, what: str = "holdout") -> list[int]:
+    generator = torch.Generator().manual_seed(named_seed(seed, what, task))
     return sorted(torch.randperm(count, generator=generator)[: max(size, 0)].tolist())
 
 
