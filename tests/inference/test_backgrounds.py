@@ -76,6 +76,17 @@ def test_its_background_is_what_the_router_reads_of_the_packages_texts(folder: P
     torch.testing.assert_close(own.background[part], features.double().mean(dim=0), atol=1e-5, rtol=1e-5)
 
 
+def test_a_router_that_is_made_again_keeps_features_of_a_sample_of_the_rows_that_it_counts(folder: Path) -> None:
+    statistics = read_bank(folder / "bank", statistics=True).statistics
+    own, texts = TaskStatistics.from_tensors(TASKS[0], statistics[TASKS[0]]), texts_of(TASKS[0], 40)
+    assert own.sample is not None and own.held is not None and len(own.sample.labels) == own.count == 30
+    model = AMLoRAModel.from_bank(folder / "bank", device="cpu")
+    assert model.answering is not None
+    features = model.answering.read(model.requests(texts)).features_BF
+    nearest = (own.sample.features[:, None] - features).abs().amax(dim=2).amin(dim=1)
+    assert float(nearest.max()) < 1e-5, "each is one of the texts that were given"
+
+
 def test_too_few_rows_for_a_bank_that_abstains_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rekey: router\.gate\.abstention: found true in the bank, but too few rows"):
         rekey(folder / "before", tmp_path / "new", rows_of(3))

@@ -27,7 +27,7 @@ from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import resolve_task
 from amlora_dist.tasks.task_entry import task_entry
 from amlora_dist.training.engine import Alone
-from amlora_dist.training.stage_statistics import StageStatistics
+from amlora_dist.training.stage_statistics import StageStatistics, sampled_places
 from amlora_dist.training.worker_cache import WorkerCache
 from tests.bank_with_base import random_adapter
 from tests.tiny_chat import write_chat_model, write_conversations
@@ -115,5 +115,8 @@ def test_features_of_training_are_those_of_serving(
 
     torch.testing.assert_close(served(places), statistics.held.features, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(served(kept).double().mean(dim=0), statistics.mean, atol=1e-5, rtol=1e-5)
+    sampled = [kept[place] for place in sampled_places(len(kept), seed=0, task=spec.name)]
+    assert statistics.sample is not None
+    torch.testing.assert_close(served(sampled), statistics.sample.features, atol=1e-5, rtol=1e-5)
     answering._trunk = None  # read for its features alone, as models are whose lower half cannot be kept
     torch.testing.assert_close(served(places), statistics.held.features, atol=1e-5, rtol=1e-5)
