@@ -105,8 +105,9 @@ class RouterSettings:
     """First prompt tokens left out of the mean (attention sink); a prompt no longer than this pools all."""
     holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the training rows that neither the adapter nor the statistics see, at least 24 where a task has 96: they
-    calibrate temperature, evidence and thresholds. Their features are stored with the bank, their texts are not; 0 turns it
-    off. (In prompt format 1 the adapter learns from them all the same.)"""
+    calibrate temperature, evidence and thresholds. Their features are stored with the bank, and those of at most 64 other
+    training rows a task, for thresholds; texts are not. 0 turns both off. (In prompt format 1 the adapter learns from the
+    held-out rows all the same, and no other row's features are stored.)"""
     background: bool = True
     """Keep, with the statistics, what the router reads of generic texts that ship with the package: abstention needs it, and
     can then be turned on for a finished bank. Costs a pass of half the depth over some hundred texts, once a base model."""

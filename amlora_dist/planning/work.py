@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from amlora_dist.planning.memory import MemoryLayout
     from amlora_dist.planning.shapes import Shape
 
+SAMPLED = 64
+"""Rows of a task whose features are stored at most, next to those of held-out ones (``training.stage_statistics``)."""
 STATISTICS_BATCH = 16
 """Rows of a forward pass when features are taken and recipes are probed (``training.stage``)."""
 RETAINED_CHECKPOINTS = 2
@@ -55,6 +57,10 @@ class TrainingPlan:
     probe_rows: int
     learns_recipe: bool
     holdout: float
+    text_alone: bool
+    """Prompt format 2, in which features of rows are stored."""
+    depths: int
+    """Layers whose states are the router's features, side by side."""
     evaluation_batch: int
     cells: str
     untrained: bool
@@ -103,8 +109,6 @@ def stages(
         tokens = task.train_rows * recipe.epochs * row
         training, passes = _training(shape, task, recipe, layout, index, steps)
         scoring, scoring_passes = _scoring(shape, tasks, recipe, layout, index)
-        held = round(recipe.holdout * task.train_rows)
-        factors = min(task.train_rows - held, shape.hidden) + min(held, shape.hidden)
         out.append(
             PlannedWork(
                 index=index,
@@ -114,8 +118,8 @@ def stages(
                 checkpoint_bytes=RETAINED_CHECKPOINTS * 12 * new,
                 registry_bytes=recipe.size * recipe.rank * shape.adapter_width
                 + 4 * (index - 1) * len(shape.targets) * recipe.learns_recipe
-                + 8 * (factors + 1) * shape.hidden
-                + 8 * index * (shape.hidden + 1),
+                + _statistics(task, recipe, shape.hidden * recipe.depths)
+                + 8 * index * (shape.hidden * recipe.depths + 1),
                 steps=steps,
                 tokens=tokens,
                 training_flops=training,
@@ -143,6 +147,16 @@ def forward_flops(shape: Shape, *, length: int, ranks: int, top: bool = False) -
         + 4.0 * length * shape.attention_width * len(layers)
         + 2.0 * ranks * shape.adapter_width
     )
+
+
+def _statistics(task: TaskShape, recipe: TrainingPlan, width: int) -> int:
+    """Bytes of the router's statistics over ``width`` features: factors, and in prompt format 2 features of rows."""
+    held = round(recipe.holdout * task.train_rows)
+    counted = task.train_rows - held
+    if not recipe.text_alone:
+        return 8 * (min(counted, width) + min(held, width) + 1) * width
+    rows = held + min(SAMPLED, counted) if held else 0
+    return 8 * (min(counted, width) + 1) * width + 4 * rows * width
 
 
 def _training(

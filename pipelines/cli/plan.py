@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from amlora_dist.adapters.targets import default_depths
 from amlora_dist.config.checks import resolve_tasks
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import FaultsError, UserError
@@ -94,6 +95,7 @@ def plan_of(
         config.deepspeed, zero=config.zero_stage, ranks=cluster.ranks, micro_batch=share.micro,
         checkpointing=config.training.gradient_checkpointing,
     )  # fmt: skip
+    shape = shape_of(config.model, config.adapters, config.router)
     recipe = TrainingPlan(
         batch_size=config.training.batch_size,
         epochs=config.training.epochs,
@@ -101,6 +103,8 @@ def plan_of(
         probe_rows=config.training.probe_rows,
         learns_recipe=method.recipe(1).learned,
         holdout=config.router.holdout,
+        text_alone=config.prompt_format == 2,
+        depths=_depths(config, shape.below_router),
         evaluation_batch=config.evaluation.batch_size,
         cells=config.evaluation.cells,
         untrained=config.evaluation.untrained,
@@ -113,7 +117,7 @@ def plan_of(
         bandwidth = between if cluster.nodes > 1 else within
     machine = Machine(gpus=cluster.ranks, tflops=tflops, utilisation=utilisation, bandwidth=bandwidth)
     made = make_plan(
-        shape_of(config.model, config.adapters, config.router),
+        shape,
         [_task_shape(config, spec, rows) for spec in specs],
         recipe, layout, cluster, machine,
         eager=config.model.attention == "eager",
@@ -124,6 +128,13 @@ def plan_of(
         remark = f"workers: {config.workers} in the configuration, planned are {count}: run with workers={count}"
         made.remarks.append(remark)
     return made
+
+
+def _depths(config: RunConfig, router_layer: int) -> int:
+    """Layers that the router's features are of, at most: methods with selectors of their own read one."""
+    if config.prompt_format == 1:
+        return 1
+    return 1 + len(default_depths(router_layer) if config.router.depths is None else config.router.depths)
 
 
 def _configuration(file: Path, overrides: list[str] | None) -> tuple[RunConfig, list[TaskSpec]]:

@@ -18,15 +18,16 @@ from amlora_dist.errors import UserError
 from amlora_dist.planning.memory import GIB, MemoryLayout
 from amlora_dist.planning.plan import Cluster, CpuCluster, Plan, make_plan
 from amlora_dist.planning.shapes import shape_of
-from amlora_dist.planning.work import Machine, TaskShape, TrainingPlan, stages
+from amlora_dist.planning.work import SAMPLED, Machine, TaskShape, TrainingPlan, stages
+from amlora_dist.training import stage_statistics
 from pipelines.cli.main import app
 from pipelines.cli.plan import bytes_of
 
 SHAPE = shape_of(ModelSettings(source="llama-3-8b"), AdapterSettings(targets="auto"), RouterSettings())
 TASKS = [TaskShape(name, 1000, 500, 500, 20) for name in ("a", "b", "c")]
 RECIPE = TrainingPlan(
-    batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, evaluation_batch=16,
-    cells="seen+next", untrained=True, oracle=True, knockout=False, size=2,
+    batch_size=32, epochs=2, rank=8, probe_rows=32, learns_recipe=True, holdout=0.1, text_alone=False, depths=1,
+    evaluation_batch=16, cells="seen+next", untrained=True, oracle=True, knockout=False, size=2,
 )  # fmt: skip
 MACHINE = Machine(gpus=8, tflops=312, utilisation=0.3, bandwidth=300)
 
@@ -136,6 +137,13 @@ def test_stages_by_hand() -> None:
     assert first.checkpoint_bytes == 2 * 12 * first.adapter
     statistics = 8 * (900 + 100 + 1) * 4096
     assert first.registry_bytes == 2 * first.adapter + statistics + 8 * 4097
+    plain = replace(RECIPE, text_alone=True, depths=4)
+    one, *_ = stages(SHAPE, TASKS, plain, MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)
+    statistics = 8 * (900 + 1) * 16384 + 4 * (100 + 64) * 16384
+    assert one.registry_bytes == 2 * first.adapter + statistics + 8 * 16385, "features of held-out rows and of a sample"
+    one, *_ = stages(SHAPE, TASKS, replace(plain, holdout=0), MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)
+    assert one.registry_bytes == 2 * first.adapter + 8 * 1001 * 16384 + 8 * 16385
+    assert SAMPLED == stage_statistics.SAMPLED
     assert first.gathered_bytes == 0, "below ZeRO-3 only gradients travel"
     layer, row = 218_112_000, 520
     forward = 2 * 32 * layer + 4 * row * 4096 * 32 + 2 * 8 * 212_992
