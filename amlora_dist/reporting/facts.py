@@ -52,7 +52,7 @@ class RunFacts:
     page: str = ""
     """Address of the run's page in MLflow."""
     foreign_above: list[tuple[float, float]] = field(default_factory=list)
-    """Of the last bank: share of held-out rows lost, and the score from which on a text is then one of no task."""
+    """Of the last bank: share of training rows lost, and the score from which on a text is then one of no task."""
 
     @property
     def tasks(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Texts of no task: what each stored threshold loses of the bank's own test rows, and what it catches of other texts.
 
-A bank keeps, for some shares of its held-out rows, the score from which on a text looks more like the background than like
-its tasks (``KeyedRouter.foreign_above``). With abstention such a text goes to the base model, without an adapter.
+A bank keeps, for some shares of its training rows, the score from which on a text looks more like the background than like its
+tasks (``KeyedRouter.foreign_above``). With abstention such a text goes to the base model, without an adapter.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def foreign_blocks(facts: RunFacts) -> list[Block]:
     series = [Series("lost: the tasks' own test rows", places, whole)]
     series += [Series(name, places, shares) for name, shares in others.items()]
     expected: list[Number] = [lost for lost, _ in above]
-    series.append(Series("lost: held-out rows", places, expected, muted=True))
-    columns = ["held-out rows lost", *ticks]
+    series.append(Series("lost: training rows", places, expected, muted=True))
+    columns = ["training rows lost", *ticks]
     rows: list[list[Value]] = [["threshold, log odds", *(threshold for _, threshold in above)]]
     rows += [[name, *shares] for name, shares in (*own.items(), ("all of them", whole), *others.items())]
-    what = "Share of texts that the base model would answer, by the threshold that loses so many of the held-out rows."
+    what = "Share of texts that the base model would answer, by the threshold that loses so many of the training rows."
     if others:
         what += " Of a test set that no stage learned this is what is caught, if its texts belong to no task of the bank."
     return [
@@ -41,7 +41,7 @@ def foreign_blocks(facts: RunFacts) -> list[Block]:
             "Texts taken for those of no task",
             f"{what} {_state(facts)}",
             series,
-            x_name="share of held-out rows lost",
+            x_name="share of training rows lost",
             y_name="share of texts",
             y_range=(0, 1.02 if others else None),
             x_ticks=ticks,

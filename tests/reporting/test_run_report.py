@@ -240,10 +240,10 @@ def test_what_abstention_would_lose_and_catch_is_counted_at_every_stored_thresho
     facts.stages[-1].scores += [{"mode": "router", "task": t, "fingerprint": t} for t in ("other", "mood.paraphrase")]
     chart, table = foreign_blocks(facts)
     assert isinstance(table, TableBlock) and not isinstance(chart, TableBlock)
-    assert table.table.columns == ["held-out rows lost", "0.01", "0.1"]
+    assert table.table.columns == ["training rows lost", "0.01", "0.1"]
     shares = {str(row[0]): row[1:] for row in table.table.rows}
     assert shares["mood"] == [0.25, 0.5] and shares["route"] == [0.0, 0.0] and shares["note"] == [0.0, 0.0]
     assert shares["all of them"] == [1 / 9, 2 / 9] and shares["other"] == [0.75, 1.0], "above the threshold, not at it"
     assert "mood.paraphrase" not in shares, "its texts are mood's own"
     drawn = {(row[0], row[1]): row[2] for row in chart.data.rows}  # type: ignore[union-attr]
-    assert drawn["other", 1] == 0.75 and drawn["lost: held-out rows", 2] == 0.1
+    assert drawn["other", 1] == 0.75 and drawn["lost: training rows", 2] == 0.1
