@@ -1,6 +1,6 @@
 """Texts of no task: what each stored threshold loses of the bank's own test rows, and what it catches of other texts.
 
-A bank keeps, for some shares of its training rows, the score from which on a text looks more like the background than like its
+A bank keeps, for shares of its training rows, the score from which on a text looks more like the background than like its
 tasks (``KeyedRouter.foreign_above``). With abstention such a text goes to the base model, without an adapter.
 """
 
