@@ -29,8 +29,8 @@ from vllm_answers import first_rows
 
 from amlora_dist.config.loading import home
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.inference.routed_prompts import WHOLE
 from amlora_dist.registry.server_exports import export_gguf
-from amlora_dist.serving.row_routing import WHOLE
 from pipelines.cluster.library_output import set_up
 
 SERVER = Path(__file__).with_name("llama_cpp_server.py")

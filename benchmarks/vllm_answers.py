@@ -23,10 +23,10 @@ from sweeps import show, write_json
 
 from amlora_dist.config.loading import home
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.inference.routed_prompts import WHOLE
 from amlora_dist.serving.app import build_app
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine_interface import EngineMaker
-from amlora_dist.serving.row_routing import WHOLE
 from amlora_dist.serving.service import Service
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.vllm_engine import VllmEngine

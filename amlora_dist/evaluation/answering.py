@@ -50,6 +50,10 @@ class Weighed:
     beta: float = 0.0
     """Weight of the keys' evidence next to the model's."""
 
+    def needs_model(self, kind: EvidenceKind) -> bool:
+        """Whether the model has a say in which label wins."""
+        return kind != "keys" or self.keys is None
+
     def score(self, kind: EvidenceKind) -> list[float]:
         """What the evidence says of each label: log p_model + beta log p_keys, or one of them."""
         if kind == "model" or self.keys is None:

@@ -55,7 +55,8 @@ from amlora_dist.inference.loading import (
     sharing_copy,
     warn_of_former,
 )
-from amlora_dist.inference.prompt_answering import PromptAnswering, RoutedPrompt
+from amlora_dist.inference.prompt_answering import PromptAnswering
+from amlora_dist.inference.routed_prompts import RoutedPrompt, by_prompt, by_text
 from amlora_dist.quantisation import Quantisation
 from amlora_dist.registry.bank_folder import Bank
 from amlora_dist.registry.signing import Trust
@@ -257,20 +258,18 @@ class AMLoRAModel:
             return self.answering.routed(requests, batch_size=batch_size, router=self._keyed)
         return self.former.routed(requests, batch_size, self._router)
 
-    def prompts(self, texts: Texts, *, batch_size: int = 16) -> list[RoutedPrompt]:
-        """How each text is routed, and the tokens that are read of it behind the routed task's own prompt: for engines that
-        have the bank's adapters but not its router.
-
-        A bank of before 0.2 puts its own prompt around all texts, as ``answer`` does.
-        """
-        found, requests = self.route(texts, batch_size=batch_size), self.requests(texts)
-        made = []
-        for request, route in zip(requests, found, strict=True):
-            request.task = route.task if self.answering is not None else None
-            limit = self.prompter.answer_limit(request.task)
-            self.prompter.fill([request], new_tokens=limit)
-            made.append(RoutedPrompt(request.tokens, route, limit))
-        return made
+    def prompts(self, texts: Texts, *, free: bool = False, batch_size: int = 16) -> list[RoutedPrompt]:
+        """How each text is routed, what is read of it and how its labels are weighed (``free``: none are), as ``answer``
+        does it: for engines that have the bank's adapters but not its router (``serving.remote_answers``)."""
+        check_counts(batch_size)
+        requests = self.requests(texts)
+        for request in requests:
+            request.free = free
+        if self.answering is None:
+            self.former.prepare(requests)
+            return by_prompt(self.former, requests, batch_size, self._router)
+        starts = range(0, len(requests), batch_size)
+        return [one for n in starts for one in by_text(self.answering, requests[n : n + batch_size], self._keyed)]
 
     def answer(
         self,

@@ -11,7 +11,6 @@ Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,17 +40,6 @@ if TYPE_CHECKING:
     from amlora_dist.adapters.router import Router
     from amlora_dist.evaluation.served_scoring import PlainRow
     from amlora_dist.tasks.task_entry import TaskEntry
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedPrompt:
-    """What another engine is asked to have it read what the bank itself would read."""
-
-    tokens: tuple[int, ...]
-    """The whole prompt, special tokens included."""
-    route: Route
-    answer_tokens: int
-    """New tokens that the answer may need."""
 
 
 class PromptAnswering:

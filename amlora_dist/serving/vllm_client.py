@@ -6,6 +6,7 @@ Everything that goes wrong is an ``EngineAwayError`` with one line that names th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +18,7 @@ import httpx
 
 from amlora_dist.errors import UserError
 from amlora_dist.serving.jobs import EngineAwayError, Sampling
+from amlora_dist.serving.remote_labels import Beginning
 from amlora_dist.serving.token_scores import TokenScore
 
 KEY_VARIABLE = "AMLORA_ENGINE_API_KEY"
@@ -30,6 +32,8 @@ LOAD_S = 120.0
 """For a LoRA to be loaded."""
 MOST_TOKENS = 100
 """Tokens of one request whose log probabilities are asked for; vLLM takes 128."""
+AT_ONCE = 32
+"""Questions of one text that are asked together."""
 MAX_REASON = 300
 """Characters of a message of the server's that come into ours."""
 
@@ -141,8 +145,12 @@ class VllmClient:
         for start in range(0, len(tokens), MOST_TOKENS):
             some = list(tokens[start : start + MOST_TOKENS])
             scores = dict(await self._next(model, prompt, silent_s, logprobs=1, logprob_token_ids=some))
-            with self._understood():
-                found += [scores[token] for token in some]
+            if unsaid := [token for token in some if token not in scores]:
+                raise EngineAwayError(
+                    f"vLLM at {self.url} says nothing of token {unsaid[0]}, which it was asked for (logprob_token_ids): "
+                    "labels need a newer vLLM, such as 0.32"
+                )
+            found += [scores[token] for token in some]
         return found
 
     async def likeliest(self, model: str, prompt: Sequence[int], top: int) -> list[tuple[int, float]]:
@@ -156,6 +164,21 @@ class VllmClient:
         async with self._asked("POST", "/v1/completions", timeout=silent_s, json=body) as answer:
             with self._understood():
                 return _named(answer.json()["choices"][0]["logprobs"]["top_logprobs"][0])
+
+    async def completed(self, model: str, prompt: Sequence[int], new_tokens: int) -> str:
+        """The greedy text behind a prompt, in the server's own words.
+
+        Args:
+            model: a LoRA, or the base model.
+            prompt: token ids.
+            new_tokens: at most.
+        """
+        # repetition_penalty: given, or the generation_config.json of the model's folder would have its way.
+        body = {"model": model, "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0.0,
+                "repetition_penalty": 1.0}  # fmt: skip
+        async with self._asked("POST", "/v1/completions", json=body) as answer:
+            with self._understood():
+                return str(answer.json()["choices"][0]["text"])
 
     async def write(
         self, model: str, prompt: Sequence[int], sampling: Sampling, *, eos_id: int, top: int | None = None
@@ -244,6 +267,30 @@ class VllmClient:
             yield
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineAwayError(f"{self.url} answers, but not as vLLM does ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class VllmModel:
+    """A ``RemoteModel``: a LoRA, or the base model, by the name under which it is served."""
+
+    client: VllmClient
+    name: str
+
+    async def next_scores(
+        self, prompt: Sequence[int], asked: Sequence[tuple[Beginning, Sequence[int]]]
+    ) -> list[list[float]]:
+        """See ``RemoteModel``; a request for each beginning, ``AT_ONCE`` of them together."""
+        found: list[list[float]] = []
+        for start in range(0, len(asked), AT_ONCE):
+            some = asked[start : start + AT_ONCE]
+            found += await asyncio.gather(
+                *(self.client.next_scores(self.name, (*prompt, *beginning), tokens) for beginning, tokens in some)
+            )
+        return found
+
+    async def write(self, prompt: Sequence[int], new_tokens: int) -> str:
+        """See ``RemoteModel``."""
+        return await self.client.completed(self.name, prompt, new_tokens)
 
 
 class _AnsweredError(EngineAwayError):

@@ -23,6 +23,7 @@ import torch
 
 from amlora_dist.errors import AmloraError, UserError
 from amlora_dist.evaluation.requests import Classification
+from amlora_dist.inference.routed_prompts import RoutedPrompt
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.jobs import (
     Began,
@@ -39,11 +40,11 @@ from amlora_dist.serving.jobs import (
 from amlora_dist.serving.metrics import ServingMetrics
 from amlora_dist.serving.queueing import Admission, FairQueue
 from amlora_dist.serving.ranking import PASS_FAULTS
-from amlora_dist.serving.row_routing import RowRequest, label_plan, routed_to_rows
+from amlora_dist.serving.remote_labels import label_scores
+from amlora_dist.serving.row_routing import routed_to_rows
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.token_scores import TokenScore
-from amlora_dist.serving.vllm_client import NotLoadedError, ServedModel, VllmClient
-from amlora_dist.serving.vllm_labels import label_scores
+from amlora_dist.serving.vllm_client import NotLoadedError, ServedModel, VllmClient, VllmModel
 from amlora_dist.serving.vllm_rows import RowSet, write_rows
 from amlora_dist.serving.vllm_start import check_base, connected
 from amlora_dist.serving.writing import AnswerRow
@@ -237,12 +238,12 @@ class VllmEngine:
 
     # ---- the event loop's thread ------------------------------------------------------------------------------
 
-    def _send(self, job: Job, asked: RowRequest) -> None:
+    def _send(self, job: Job, asked: RoutedPrompt) -> None:
         flight = Flight(job)
         self._flights.add(flight)
         flight.task = self._loop.create_task(self._fly(flight, asked))
 
-    async def _fly(self, flight: Flight, asked: RowRequest) -> None:
+    async def _fly(self, flight: Flight, asked: RoutedPrompt) -> None:
         """Answer one text, whatever happens."""
         try:
             if asked.between:
@@ -277,7 +278,7 @@ class VllmEngine:
                 self.retire(bank)
             await call(model)
 
-    async def _classified(self, flight: Flight, asked: RowRequest, model: str) -> None:
+    async def _classified(self, flight: Flight, asked: RoutedPrompt, model: str) -> None:
         job, request = flight.job, asked.request
         label, shares = None, dict[str, float]()
         if request.labels:
@@ -285,7 +286,7 @@ class VllmEngine:
         found = Classification(label, request.task, shares, asked.route, asked.foreign)
         self._end(job, Classified(found))
 
-    async def _written(self, flight: Flight, asked: RowRequest, model: str) -> None:
+    async def _written(self, flight: Flight, asked: RoutedPrompt, model: str) -> None:
         job, request = flight.job, asked.request
         assert job.sampling is not None
         if request.echo:
@@ -295,7 +296,7 @@ class VllmEngine:
             return
         await self._streamed(flight, asked, model)
 
-    async def _labelled(self, flight: Flight, asked: RowRequest, model: str) -> None:
+    async def _labelled(self, flight: Flight, asked: RoutedPrompt, model: str) -> None:
         """Answer with the words of a label."""
         job, request = flight.job, asked.request
         label, _, logprobs = await self._decided(flight, asked, model)
@@ -311,7 +312,7 @@ class VllmEngine:
             job.tell(Piece(label, scores))
         self._end(job, Ended(label, "stop", len(ids), scores))
 
-    async def _streamed(self, flight: Flight, asked: RowRequest, model: str) -> None:
+    async def _streamed(self, flight: Flight, asked: RoutedPrompt, model: str) -> None:
         """Tell the answer as it comes."""
         job, row = flight.job, AnswerRow.of(flight.job)
         assert job.sampling is not None
@@ -331,14 +332,14 @@ class VllmEngine:
         raise EngineAwayError(f"vLLM at {self._client.url} ended an answer before its end")
 
     async def _decided(
-        self, flight: Flight, asked: RowRequest, model: str
+        self, flight: Flight, asked: RoutedPrompt, model: str
     ) -> tuple[str, dict[str, float], tuple[float, ...]]:
         """The label that wins by the keys here and the row there, the share of each, and what its tokens have."""
-        plan = label_plan(flight.job.bank, asked)
+        plan = asked.plan
         assert plan is not None and asked.request.labels is not None
         self._check_positions(asked.request.tokens, plan.longest + 1)
         async with self._heavy if flight.job.heavy else contextlib.nullcontext():
-            scores = await label_scores(self._client, model, asked.request.tokens, plan)
+            scores = await label_scores(VllmModel(self._client, model), asked.request.tokens, plan)
         flight.answering = True
         label, shares = asked.weighed([sum(one) for one in scores]).decided(asked.kind)
         return label, shares, scores[asked.request.labels.index(label)]

@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,9 @@ from pipelines.cli.batch_inference import InputRow, drained
 from pipelines.cli.exports import measure_gap
 from pipelines.cli.main import app
 from tests.bank_with_base import TASKS, texts_of, write_keyed_bank, write_working_bank
+from tests.ports import free_port
 from tests.registry.tiny_banks import publish_sequence, rewrite, tiny_adapter, tiny_bank
+from tests.serving.stand_ins import stand_in
 from tests.tiny_config import TOPICS
 
 pytestmark = pytest.mark.integration  # starts processes and stores
@@ -203,44 +203,6 @@ def test_the_gap_of_top1_is_that_of_the_strongest_row_alone(bank: Path, tmp_path
     assert measure_gap(model, TEXTS, None) == pytest.approx(expected, abs=1e-4)
 
 
-class Answering(BaseHTTPRequestHandler):
-    """Answers as vLLM and llama.cpp do, and notes what it was asked."""
-
-    asked: list[dict[str, Any]]
-    adapters: list[dict[str, Any]]
-
-    def do_GET(self) -> None:
-        assert self.path == "/lora-adapters"
-        self._say(self.adapters)
-
-    def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))) | {"path": self.path})
-        self._say({"choices": [{"text": " flat "}], "content": " flat "})
-
-    def _say(self, value: Any) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_words: Any) -> None:
-        """Nothing on standard error."""
-
-
-@pytest.fixture
-def stand_in() -> Iterator[tuple[str, type[Answering]]]:
-    """In place of a server that is not installed: its address, and what it was asked."""
-
-    class Own(Answering):
-        asked, adapters = [], []
-
-    with HTTPServer(("127.0.0.1", 0), Own) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", Own
-        server.shutdown()
-
-
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank that is routed by plain text."""
@@ -255,44 +217,58 @@ def run_client(client: Path, *arguments: str) -> None:
         runpy.run_path(str(client), run_name="__main__")
 
 
-def test_the_client_for_vllm_asks_for_the_routed_task_with_its_own_prompt(
-    keyed: Path, tmp_path: Path, stand_in: tuple[str, type[Answering]], capsys: pytest.CaptureFixture[str]
+def test_the_client_for_vllm_answers_with_the_bank_s_own_labels(
+    keyed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, server = stand_in
     good("export", keyed, tmp_path / "vllm", "--format", "vllm", "--bucket", "gs://bucket")
-    for text in TEXTS:
-        run_client(tmp_path / "vllm" / "client.py", str(keyed), text, url)
-    run_client(tmp_path / "vllm" / "client.py", str(keyed), TEXTS[0], url, "--ray")
-    assert [one["model"] for one in server.asked] == [*TASKS, f"base:{TASKS[0]}"]
+    client, model = tmp_path / "vllm" / "client.py", AMLoRAModel.from_bank(keyed, device="cpu")
+    capsys.readouterr()
+    with stand_in(model, base=str(model.base.path)) as server:
+        for text in TEXTS:
+            run_client(client, str(keyed), text, server.url)
+        run_client(client, str(keyed), TEXTS[0], server.url, "--free")
     assert {one["path"] for one in server.asked} == {"/v1/completions"}
-    tokenizer = AutoTokenizer.from_pretrained(keyed.parent / "base")
-    for one, text in zip(server.asked, [*TEXTS, TEXTS[0]], strict=True):
-        assert tokenizer.decode(one["prompt"]) == tokenizer.decode(tokenizer(f"{text}\nwhat ?\nAnswer:")["input_ids"])
+    assert {one["model"] for one in server.asked} == set(TASKS)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["answer"] for one in answers] == ["flat"] * 4 and [one["task"] for one in answers[:3]] == list(TASKS)
+    assert [one["answer"] for one in answers[:3]] == [one["label"] for one in answers[:3]] == model.predict(TEXTS)
+    assert [one["task"] for one in answers[:3]] == [one["model"] for one in answers[:3]] == list(TASKS)
+    assert (answers[3]["label"], answers[3]["answer"]) == (None, model.predict(TEXTS[0], free=True)[0])
+    tokenizer = AutoTokenizer.from_pretrained(keyed.parent / "base")
+    prompt = tokenizer(f"{TEXTS[0]}\nwhat ?\nAnswer:")["input_ids"]
+    assert tokenizer.decode(server.asked[-1]["prompt"]) == tokenizer.decode(prompt)
+    with stand_in(model) as server:
+        run_client(client, str(keyed), TEXTS[0], server.url, "--ray")
+    assert {one["model"] for one in server.asked} == {f"base:{TASKS[0]}"}
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        run_client(client, str(keyed), TEXTS[0], f"http://127.0.0.1:{free_port()}")
 
 
 def test_the_client_for_llama_cpp_sends_every_adapter_with_its_scale(
-    keyed: Path, tmp_path: Path, stand_in: tuple[str, type[Answering]], capsys: pytest.CaptureFixture[str]
+    keyed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, server = stand_in
     (tmp_path / "sample.txt").write_text("\n".join(TEXTS))
     options = ("--sample", tmp_path / "sample.txt", "--device", "cpu")
     out = good("export", keyed, tmp_path / "gguf", "--format", "gguf", *options)
     gap = json.loads((tmp_path / "gguf" / "export.json").read_text())["gap_to_mixture"]
     assert "gguf of 3 tasks" in out and gap["texts"] == 3
     assert gap["largest_logit_difference"] <= 3e-3 and not gap["other_first_token"], "what fp16 rounds of logits of 4"
-    names = ["other.gguf", *(f"{task}.gguf" for task in reversed(TASKS))]
-    server.adapters = [{"id": k, "path": f"/served/{name}", "scale": 1.0} for k, name in enumerate(names)]
-    run_client(tmp_path / "gguf" / "client.py", str(keyed), TEXTS[1], url)
-    (one,) = server.asked
-    weights = AMLoRAModel.from_bank(keyed, device="cpu").route(TEXTS[1])[0].tasks
-    assert one["path"] == "/completion" and one["temperature"] == 0
-    scales = {one["id"]: one["scale"] for one in one["lora"]}
-    assert scales == pytest.approx({0: 0.0} | {3 - k: weights[task] for k, task in enumerate(TASKS)})
-    server.adapters = server.adapters[:2]
-    with pytest.raises(SystemExit, match=r"has not loaded colours.gguf, shapes.gguf: start it with serve.sh"):
-        run_client(tmp_path / "gguf" / "client.py", str(keyed), TEXTS[1], url)
+    client, model = tmp_path / "gguf" / "client.py", AMLoRAModel.from_bank(keyed, device="cpu")
+    capsys.readouterr()
+    with stand_in(model, {"other.gguf": None, **{f"{task}.gguf": task for task in reversed(TASKS)}}) as server:
+        for text in TEXTS:
+            run_client(client, str(keyed), text, server.url)
+        run_client(client, str(keyed), TEXTS[1], server.url, "--free")
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [one["answer"] for one in answers[:3]] == [one["label"] for one in answers[:3]] == model.predict(TEXTS)
+        assert (answers[3]["label"], answers[3]["answer"]) == (None, model.predict(TEXTS[1], free=True)[0])
+        one = server.asked[-1]
+        weights = model.route(TEXTS[1])[0].tasks
+        assert one["path"] == "/completion" and one["temperature"] == 0 and one["cache_prompt"] is False
+        scales = {one["id"]: one["scale"] for one in one["lora"]}
+        assert scales == pytest.approx({0: 0.0} | {3 - k: weights[task] for k, task in enumerate(TASKS)})
+        server.files = dict(list(server.files.items())[:2])
+        with pytest.raises(SystemExit, match=r"has not loaded colours.gguf, shapes.gguf: start it with serve.sh"):
+            run_client(client, str(keyed), TEXTS[1], server.url)
 
 
 @pytest.mark.parametrize(

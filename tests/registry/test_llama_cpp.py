@@ -3,6 +3,7 @@ llama.cpp's own server (`make llama-cpp-env` makes one)."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -18,6 +19,8 @@ import torch
 
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.server_exports import export_gguf
+from amlora_dist.serving import llama_cpp_client
+from amlora_dist.serving.llama_cpp_client import LlamaCppClient
 from tests.bank_with_base import TASKS, texts_of, write_keyed_bank
 from tests.registry.base_gguf import write_base_gguf
 from tests.registry.test_gguf import GATE
@@ -122,15 +125,42 @@ def test_the_exported_client_gets_the_bank_s_own_answers_from_the_server(
     """The third text begins as the first, and is of another task: llama.cpp has kept what the first one's row made of it."""
     first = texts_of("sizes", 1, "x")[0]
     texts = [first, texts_of("shapes", 1)[0], " ".join([first, *texts_of("shapes", 3, "x")])]
-    own = model.answer(texts, free=True)
-    assert [one.route.task for one in own] == ["sizes", "shapes", "shapes"]
-    for text, answer in zip(texts, own, strict=True):
-        done = subprocess.run(
-            [sys.executable, str(folder / "gguf" / "client.py"), str(folder / "bank"), text, server],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert (found["task"], found["answer"]) == (answer.route.task, answer.text)
+    for free in (False, True):
+        own = model.answer(texts, free=free)
+        assert [one.route.task for one in own] == ["sizes", "shapes", "shapes"]
+        for text, answer in zip(texts, own, strict=True):
+            done = subprocess.run(
+                [sys.executable, str(folder / "gguf" / "client.py"), str(folder / "bank"), text, server,
+                 *(["--free"] if free else [])],
+                capture_output=True, text=True, timeout=120, check=True,
+            )  # fmt: skip
+            found = json.loads(done.stdout.splitlines()[-1])
+            assert (found["task"], found["answer"]) == (answer.route.task, answer.text)
+            assert found["label"] == (None if free else answer.text)
+
+
+def test_scores_of_given_tokens_are_the_mixture_s_whether_the_server_names_them_or_not(
+    server: str, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts in one request; of the likeliest token and others, first all named, then only the two likeliest."""
+    tokens = [[3, 20, 30], [7]]
+
+    async def scores() -> list[list[float]]:
+        client = LlamaCppClient(server)
+        try:
+            return await client.next_scores(PROMPTS[:2], tokens, dict(enumerate(GATE)))
+        finally:
+            await client.close()
+
+    named = asyncio.run(scores())
+    monkeypatch.setattr(llama_cpp_client, "LIKELIEST", 2)
+    forced = asyncio.run(scores())
+    for prompt, wanted, *found in zip(PROMPTS, tokens, named, forced, strict=False):
+        with torch.no_grad():
+            logits_V = model(input_ids=torch.tensor([prompt]), task_gate=torch.tensor([GATE])).logits[0, -1]
+        own = logits_V.float().log_softmax(-1)[wanted].tolist()
+        for one in found:
+            assert one == pytest.approx(own, abs=1e-3)
 
 
 def test_what_the_client_leaves_to_llama_cpp_would_be_wrong(server: str, model: AMLoRAModel) -> None:

@@ -197,9 +197,9 @@ def test_the_exported_folder_is_served_by_vllm_itself_and_its_client_asks_for_th
                 [sys.executable, str(folder / "client.py"), str(banks[0]), text, f"http://127.0.0.1:{port}"],
                 capture_output=True, text=True, timeout=300, check=True,
             )  # fmt: skip
-            (own,) = model.answer([text], task=model.route(text)[0].task, free=True)
+            (own,) = model.answer([text], task=model.route(text)[0].task)
             found = json.loads(done.stdout.splitlines()[-1])
-            assert (found["task"], found["model"], found["answer"]) == (task, task, own.text)
+            assert (found["task"], found["model"], found["label"], found["answer"]) == (task, task, own.text, own.text)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(60)

@@ -14,10 +14,11 @@ import pytest
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.requests import Request, Route
 from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.inference.routed_prompts import RoutedPrompt
 from amlora_dist.serving import vllm_engine
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.metrics import ServingMetrics
-from amlora_dist.serving.row_routing import RowRequest, routed_to_rows
+from amlora_dist.serving.row_routing import routed_to_rows
 from amlora_dist.serving.settings import ServeSettings
 from amlora_dist.serving.vllm_engine import VllmEngine
 from amlora_dist.serving.vllm_start import own_scores
@@ -211,10 +212,10 @@ def test_a_text_between_tasks_gets_the_strongest_row_and_is_counted(
 def test_a_text_of_no_task_is_answered_by_the_base_model(
     bank: ServedBank, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*given: Any, **more: Any) -> list[RowRequest]:
+    def none(*given: Any, **more: Any) -> list[RoutedPrompt]:
         """Routed as abstention leaves it: no task has any weight."""
         empty = Route(dict.fromkeys(bank.tasks, 0.0), dict.fromkeys(bank.tasks, 0.0), 1.0)
-        return [dataclasses.replace(one, route=empty, between=False) for one in routed_to_rows(*given, **more)]
+        return [dataclasses.replace(one, route=empty) for one in routed_to_rows(*given, **more)]
 
     monkeypatch.setattr(vllm_engine, "routed_to_rows", none)
     with running(bank, engine=engine(fake.url, tmp_path)) as server:

@@ -1,0 +1,239 @@
+"""What the clients of exports do: a bank's answers, with the model's likelihoods from another server."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amlora_dist.adapters.keyed_router import Evidence
+from amlora_dist.adapters.router import FixedRouter
+from amlora_dist.errors import UserError
+from amlora_dist.evaluation.answering import EvidenceKind
+from amlora_dist.evaluation.label_plan import plan_labels
+from amlora_dist.inference.model import AMLoRAModel
+from amlora_dist.inference.routed_prompts import RoutedPrompt
+from amlora_dist.serving import llama_cpp_client
+from amlora_dist.serving.jobs import EngineAwayError
+from amlora_dist.serving.llama_cpp_client import LlamaCppClient
+from amlora_dist.serving.remote_answers import RemoteAnswer, answered
+from amlora_dist.serving.remote_labels import Beginning, best_label, label_scores
+from amlora_dist.serving.vllm_client import VllmClient, VllmModel
+from amlora_dist.tasks.task_entry import TaskEntry
+from tests.bank_with_base import TASKS, described, texts_of, write_keyed_bank, write_working_bank
+from tests.ports import free_port
+from tests.serving.stand_ins import StandIn, stand_in
+
+pytestmark = pytest.mark.integration  # an HTTP server
+
+TEXTS = [text for task in TASKS for text in texts_of(task, 12, "asked")]
+FILES = {"other.gguf": None, **{f"{task}.gguf": task for task in reversed(TASKS)}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("remote")
+    write_keyed_bank(folder / "bank", folder / "base")
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> AMLoRAModel:
+    return AMLoRAModel.from_bank(folder / "bank", device="cpu")
+
+
+@pytest.fixture
+def server(model: AMLoRAModel) -> Iterator[StandIn]:
+    with stand_in(model, FILES) as one:
+        yield one
+
+
+def by_vllm(url: str, prompts: Sequence[RoutedPrompt]) -> list[RemoteAnswer]:
+    async def ask() -> list[RemoteAnswer]:
+        client = VllmClient(url)
+        try:
+            return [await answered(one, VllmModel(client, one.row or "base")) for one in prompts]
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def by_llama_cpp(url: str, prompts: Sequence[RoutedPrompt]) -> list[RemoteAnswer]:
+    async def ask() -> list[RemoteAnswer]:
+        client, files = LlamaCppClient(url), {task: f"{task}.gguf" for task in TASKS}
+        try:
+            return [await answered(one, await client.model(files, one.route.tasks)) for one in prompts]
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def route_all(model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch, gate: Sequence[float]) -> None:
+    """Give every text the same weights of the tasks."""
+    assert model.answering is not None
+    evidence = model.answering.evidence
+
+    def found(*given: Any) -> Evidence:
+        one = evidence(*given)
+        one.gates_BT[:] = torch.tensor(gate)
+        return one
+
+    monkeypatch.setattr(model.answering, "evidence", found)
+
+
+def test_both_servers_clients_answer_as_the_bank_does_whatever_evidence_counts(
+    model: AMLoRAModel, server: StandIn
+) -> None:
+    assert model.answering is not None
+    seen: dict[str, list[str]] = {}
+    kinds: tuple[EvidenceKind, ...] = ("both", "model", "keys")
+    for kind in kinds:
+        model.answering.kind = kind
+        server.asked.clear()
+        prompts = model.prompts(TEXTS)
+        own = [one.text for one in model.answer(TEXTS)]
+        assert all(one.plan is not None and not one.between for one in prompts)
+        for found in (by_vllm(server.url, prompts), by_llama_cpp(server.url, prompts)):
+            assert [one.text for one in found] == [one.label for one in found] == own
+        assert bool(server.asked) == (kind != "keys"), "the keys alone need no server"
+        seen[kind] = own
+    assert seen["both"] != seen["model"] != seen["keys"], "each of them counts"
+
+
+def test_llama_cpp_computes_the_mixture_of_a_text_between_tasks(
+    model: AMLoRAModel, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route_all(model, monkeypatch, (0.6, 0.4, 0.0))
+    prompts, own = model.prompts(TEXTS[:12]), [one.text for one in model.answer(TEXTS[:12])]
+    assert all(one.between and one.row == "colours" for one in prompts)
+    assert [one.label for one in by_llama_cpp(server.url, prompts)] == own
+    assert all(one["cache_prompt"] is False and len(one["lora"]) == 4 for one in server.asked)
+
+
+def test_tokens_that_llama_cpp_does_not_name_are_asked_for_by_themselves(
+    model: AMLoRAModel, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp_client, "LIKELIEST", 2)
+    found = by_llama_cpp(server.url, model.prompts(TEXTS[::4]))
+    assert [one.label for one in found] == [one.text for one in model.answer(TEXTS[::4])]
+    forced = [one for one in server.asked if "logit_bias" in one]
+    assert len(forced) > len(found) and all(one["n_probs"] == 1 for one in forced)
+
+
+def test_labels_of_several_tokens_are_chosen_as_the_bank_does(model: AMLoRAModel, server: StandIn) -> None:
+    entry = TaskEntry(
+        kind="words", question="what ?", labels=["red square", "red round", "green flat"], template="{{ text }}\nAnswer:",
+        max_length=24,
+    )  # fmt: skip
+    described(model, "colours", entry)
+    texts = TEXTS[:12]
+    prompts = model.prompts(texts)
+    assert prompts[0].plan is not None and prompts[0].plan.longest == 2
+    own = [one.text for one in model.answer(texts)]
+    assert len(set(own)) > 1
+    assert [one.label for one in by_vllm(server.url, prompts)] == own
+    assert [one.label for one in by_llama_cpp(server.url, prompts)] == own
+
+
+def test_free_text_is_written_where_the_task_wants_it_or_the_caller(model: AMLoRAModel, server: StandIn) -> None:
+    entry = TaskEntry(
+        kind="words", question="what ?", labels=None, template="{{ text }}\nAnswer:", max_length=24, max_answer_tokens=5
+    )
+    described(model, "sizes", entry)
+    texts = [texts_of("sizes", 1)[0], texts_of("shapes", 1)[0]]
+    for free in (False, True):
+        prompts = model.prompts(texts, free=free)
+        own = [one.text for one in model.answer(texts, free=free)]
+        for found in (by_vllm(server.url, prompts), by_llama_cpp(server.url, prompts)):
+            assert [one.text for one in found] == own and found[0].label is None
+            assert (found[1].label is None) == free
+
+
+def test_a_text_of_no_task_is_written_by_the_base_model(
+    model: AMLoRAModel, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route_all(model, monkeypatch, (0.0, 0.0, 0.0))
+    prompts = model.prompts(TEXTS[:3])
+    own = [one.text for one in model.answer(TEXTS[:3])]
+    assert {one.row for one in prompts} == {None}
+    assert [(one.text, one.label) for one in by_vllm(server.url, prompts)] == [(text, None) for text in own]
+    assert [(one.text, one.label) for one in by_llama_cpp(server.url, prompts)] == [(text, None) for text in own]
+    assert server.asked[0]["model"] == "base" and {one["scale"] for one in server.asked[-1]["lora"]} == {0.0}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_bank_without_keys_is_answered_as_it_answers_itself(tmp_path: Path, folder: Path, number: int) -> None:
+    """One of before 0.2 writes, a later one chooses among the labels of all tasks."""
+    stored: dict[str, Any] = {"prompt_format": number, "router": {"max_text_tokens": 24}}
+    write_working_bank(
+        tmp_path / "bank", folder / "base", router=FixedRouter.newest(TASKS), method="seq_lora",
+        training_configuration=stored,
+    )  # fmt: skip
+    model = AMLoRAModel.from_bank(tmp_path / "bank", device="cpu")
+    with stand_in(model) as server:
+        found = by_vllm(server.url, model.prompts(TEXTS[::6]))
+    assert [one.text for one in found] == [one.text for one in model.answer(TEXTS[::6])]
+    assert {one.label is None for one in found} == {number == 1}
+
+
+class Counting:
+    """A model whose log probabilities are drawn, which counts what it is asked."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.questions = seed, 0
+
+    async def next_scores(
+        self, prompt: Sequence[int], asked: Sequence[tuple[Beginning, Sequence[int]]]
+    ) -> list[list[float]]:
+        self.questions += len(asked)
+        return [
+            [-random.Random(f"{self.seed} {tuple(prompt)} {beginning} {token}").expovariate(0.3) for token in tokens]
+            for beginning, tokens in asked
+        ]
+
+    async def write(self, prompt: Sequence[int], new_tokens: int) -> str:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_label_is_that_of_all_scores_and_takes_fewer_questions(seed: int) -> None:
+    draw = random.Random(seed)
+    labels = {tuple(draw.choices(range(2, 7), k=draw.randint(1, 4))) for _ in range(60)}
+    plan = plan_labels(sorted(labels), eos_id=1)
+    more = [draw.uniform(-3, 0) for _ in labels]
+
+    def best(scores: Sequence[float]) -> int:
+        found = [score + own for score, own in zip(scores, more, strict=True)]
+        return found.index(max(found))
+
+    whole, part = Counting(seed), Counting(seed)
+    scores = asyncio.run(label_scores(whole, (9, 9), plan))
+    assert asyncio.run(best_label(part, (9, 9), plan, best)) == best([sum(one) for one in scores])
+    assert part.questions < whole.questions
+
+
+def test_what_goes_wrong_is_said_in_one_line(model: AMLoRAModel, server: StandIn) -> None:
+    prompts = model.prompts(TEXTS[:1])
+    server.knows_tokens = False
+    with pytest.raises(EngineAwayError, match=r"which it was asked for \(logprob_token_ids\): labels need a newer vLLM"):
+        by_vllm(server.url, prompts)
+    server.files.pop("sizes.gguf")
+    with pytest.raises(UserError, match=r"has not loaded sizes\.gguf: start it with serve\.sh"):
+        by_llama_cpp(server.url, prompts)
+    for odd, message in (
+        ((400, {"error": {"message": "exceeds the available context size"}}), "answered 400: exceeds the available"),
+        ((200, {"content": "no list"}), "but not as llama.cpp does"),
+        ((404, "not found"), "answered 404: not found"),
+    ):
+        server.odd = odd
+        with pytest.raises(EngineAwayError, match=message):
+            by_llama_cpp(server.url, prompts)
+    with pytest.raises(EngineAwayError, match=r"llama\.cpp at http://127\.0\.0\.1:\d+ cannot be reached"):
+        by_llama_cpp(f"http://127.0.0.1:{free_port()}", prompts)
