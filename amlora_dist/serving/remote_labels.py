@@ -97,7 +97,8 @@ class _Known:
         found = await self._model.next_scores(self._prompt, asked)
         for (beginning, tokens), scores in zip(asked, found, strict=True):
             for token, score in zip(tokens, scores, strict=True):
-                self._scores[(*beginning, token)] = min(score, 0.0)  # rounding may lift a probability above 1
+                known = (*beginning, token)
+                self._scores[known] = min(score, 0.0)  # rounding may lift a probability above 1
 
     def scores(self, candidate: Beginning) -> list[float]:
         """Of each token of a label; 0 of one that is not known yet."""
