@@ -26,20 +26,37 @@ FORCED = 1e9
 """Added to a token's logit, it is the one that is taken; what is said of it is as without."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The first token of an answer."""
+
+    token: int
+    logprob: float
+    """Nats, whatever was added to its logit."""
+    top: dict[int, float]
+    """The same of the likeliest."""
+
+
 class LlamaCppClient:
     """See the module. Belongs to one event loop.
 
     Args:
         url: ``http://HOST:PORT``.
+
+    Raises:
+        UserError: it is none.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         key = os.environ.get(KEY_VARIABLE)
-        self._http = httpx.AsyncClient(
-            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
-            timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
-        )  # fmt: skip
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
+                timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
+            )  # fmt: skip
+        except httpx.InvalidURL as error:
+            raise UserError(f"llama.cpp's address: found {url!r} ({error}), expected http://HOST:PORT") from error
 
     async def close(self) -> None:
         """Let its connections go."""
@@ -103,29 +120,43 @@ class LlamaCppClient:
         for prompt, wanted, answer in zip(
             prompts, tokens, await self.complete(prompts, scales, n_predict=1, n_probs=LIKELIEST), strict=True
         ):
-            known = {int(one["id"]): float(one["logprob"]) for one in self._place(answer)["top_logprobs"]}
+            known = self._place(answer).top
             for token in wanted:
                 if token not in known:
                     known[token] = await self._forced(prompt, token, scales)
             found.append([known[token] for token in wanted])
         return found
 
+    async def write(self, prompt: Sequence[int], new_tokens: int, scales: Mapping[int, float]) -> str:
+        """The greedy text behind a prompt, in the server's own words.
+
+        Args:
+            prompt: token ids.
+            new_tokens: at most.
+            scales: of every LoRA.
+        """
+        (answer,) = await self.complete([prompt], scales, n_predict=new_tokens)
+        try:
+            return str(answer["content"])
+        except (LookupError, TypeError) as error:
+            raise self._odd("no content") from error
+
     async def _forced(self, prompt: Sequence[int], token: int, scales: Mapping[int, float]) -> float:
         """Log probability of an unlikely token: it is made to be taken, and the server says how likely it was without."""
         (answer,) = await self.complete([prompt], scales, n_predict=1, n_probs=1, logit_bias=[[token, FORCED]])
         place = self._place(answer)
-        if place["id"] != token:
-            raise self._odd(f"token {place['id']} where {token} was asked for")
-        return float(place["logprob"])
+        if place.token != token:
+            raise self._odd(f"token {place.token} where {token} was asked for")
+        return place.logprob
 
-    def _place(self, answer: Any) -> Any:
+    def _place(self, answer: Any) -> _Place:
         """What it says of an answer's first token."""
         try:
-            place = answer["completion_probabilities"][0]
-            assert {"id", "logprob", "top_logprobs"} <= place.keys()
-        except (LookupError, TypeError, AttributeError, AssertionError) as error:
+            first = answer["completion_probabilities"][0]
+            top = {int(one["id"]): float(one["logprob"]) for one in first["top_logprobs"]}
+            return _Place(int(first["id"]), float(first["logprob"]), top)
+        except (LookupError, TypeError, ValueError) as error:
             raise self._odd("no log probabilities of tokens") from error
-        return place
 
     def _odd(self, reason: object) -> EngineAwayError:
         return EngineAwayError(f"{self.url} answers, but not as llama.cpp does ({reason})")
@@ -164,7 +195,4 @@ class LlamaCppModel:
 
     async def write(self, prompt: Sequence[int], new_tokens: int) -> str:
         """See ``RemoteModel``."""
-        (answer,) = await self.client.complete([prompt], self.scales, n_predict=new_tokens)
-        if "content" not in answer:
-            raise EngineAwayError(f"{self.client.url} answers, but not as llama.cpp does (no content)")
-        return str(answer["content"])
+        return await self.client.write(prompt, new_tokens, self.scales)
