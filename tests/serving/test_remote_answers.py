@@ -183,6 +183,14 @@ def test_a_bank_without_keys_is_answered_as_it_answers_itself(tmp_path: Path, fo
     assert {one.label is None for one in found} == {number == 1}
 
 
+def test_clients_of_exports_made_before_find_what_they_read(model: AMLoRAModel) -> None:
+    (prompt,) = model.prompts(TEXTS[0])
+    assert prompt.route.task == "colours" and prompt.answer_tokens == model.prompter.answer_limit("colours")
+    assert model.tokenizer.decode(prompt.tokens) == model.tokenizer.decode(
+        model.tokenizer(f"{TEXTS[0]}\nwhat ?\nAnswer:")["input_ids"]
+    )
+
+
 class Counting:
     """A model whose log probabilities are drawn, which counts what it is asked."""
 
