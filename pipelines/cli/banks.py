@@ -110,7 +110,13 @@ def diff(
 
 def ask(
     bank: Bank,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Plain texts, each in quotes.", show_default=False)],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT...]", help="Plain texts, each in quotes.", show_default=False)
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TEXT, once for each part of one text, in place of TEXT.", show_default=False),
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -124,7 +130,7 @@ def ask(
 
     options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
                "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
-    ask_bank(bank, texts, options, as_json=as_json)
+    ask_bank(bank, texts or [], field or [], options, as_json=as_json)
 
 
 def chat(
