@@ -37,8 +37,12 @@ class RefusedTextsError(UserError):
         """``alone``: the call had one text, whose number would tell nobody anything."""
         place, more = min(refused), len(refused) - 1
         where = "" if alone else f"text {place + 1}: "
-        super().__init__(f"{where}{refused[place]}" + (f" (and {more} texts more)" if more else ""))
+        super().__init__(f"{where}{refused[place]}" + (f" (and {more} more)" if more else ""))
         self.refused = dict(refused)
+
+    def at(self, place: int, *, alone: bool) -> RefusedTextsError:
+        """The same of the one text that was asked by itself, in the call that it belongs to."""
+        return RefusedTextsError({place: next(iter(self.refused.values()))}, alone=alone)
 
 
 def joined_text(given: Mapping[str, str], entries: Entries, task: str | None) -> tuple[str, dict[str, str]]:
