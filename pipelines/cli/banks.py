@@ -111,7 +111,7 @@ def diff(
 def ask(
     bank: Bank,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT...]", help="Plain texts, each in quotes.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Plain texts, each in quotes.", show_default=False)
     ] = None,
     field: Annotated[
         list[str] | None,
@@ -125,7 +125,7 @@ def ask(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
+    """Answer some plain texts, or one text in named parts: the answer, the task that each was routed to, how sure it is."""
     from pipelines.cli.scoring import ask as ask_bank
 
     options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
