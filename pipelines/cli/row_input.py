@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from amlora_dist.errors import UserError, plain_reason
 from amlora_dist.evaluation.field_columns import FIELDS, FieldColumns
+from amlora_dist.evaluation.field_texts import fields_for, joined_text
 from amlora_dist.tasks.conversations import (
     FIRST_COLUMNS,
     BadTurnsError,
@@ -108,7 +109,7 @@ class RowInput:
             writable: raises UserError where a row's fields, from a place in the input, cannot be written again.
 
         Raises:
-            UserError: as ``lines``, or a row names another task, or cannot be written.
+            UserError: as ``lines``, or a row names another task or one that it lacks fields for, or cannot be written.
         """
         for line in self.lines() if self.again else ():
             writable(line.fields, line.where)
@@ -116,6 +117,16 @@ class RowInput:
             line.option("question")
             if task is not None and task not in tasks:
                 raise UserError(f"{line.where}: task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
+            try:
+                self._check_asked(line, self.columns.task or task)
+            except UserError as error:
+                raise UserError(f"{line.where}: {error}") from None
+
+    def _check_asked(self, line: InputRow, task: str | None) -> None:
+        """Raises UserError where the prompt of the task that a row is for reads fields which the row has not."""
+        entries = self.columns.entries
+        whole = joined_text(line.named, entries, task)[1] if line.named else {}
+        fields_for(task, entries, line.text, whole)
 
 
 @contextmanager

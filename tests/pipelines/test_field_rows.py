@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -26,16 +27,20 @@ from amlora_dist.registry.bank_folder import read_bank
 from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.tasks.named_fields import FieldEntry
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
+from amlora_dist.tasks.sources import Row
+from amlora_dist.tasks.task import Columns, Label, PromptSettings, SourceSpec, Splits, TaskSpec, TextField
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.training.stage_statistics import held_out_places
+from pipelines.cli import added_task
 from pipelines.cli.main import app
 from pipelines.cli.row_input import InputRow, opened
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
 from tests.tiny_config import TOPICS
 
+LABELS = TOPICS["colours"][0]
 PAIR = [FieldEntry("first", "a"), FieldEntry("second", "the")]
 BY_NAME = TaskEntry(
-    kind="words", labels=TOPICS["colours"][0], template="{{ text }}\n{{ fields.first }} what\nAnswer:", max_length=24,
+    kind="words", labels=LABELS, template="{{ text }}\n{{ fields.first }} what\nAnswer:", max_length=24,
     fields=PAIR,
 )  # fmt: skip
 PLAIN = TaskEntry(kind="words", question="what ?", labels=TOPICS["sizes"][0], template=BANK_TEMPLATE)
@@ -245,6 +250,17 @@ def test_a_row_that_its_task_refuses_is_named_and_keeps_no_other_from_its_answer
         model.answer([row["text"] for row in rows], batch_size=2)
 
 
+def test_a_row_without_the_fields_of_the_task_that_it_names_is_refused_before_anything_is_written(
+    bank: Path, tmp_path: Path
+) -> None:
+    others = texts_of("sizes", 1, "new")
+    given = write_lines(tmp_path / "in.jsonl", [{"text": others[0]}, {"text": others[0], "task": "colours"}])
+    for options, line in (([], 2), (["--task", "colours"], 1)):
+        done = amlora("classify", bank, given, "-o", tmp_path / "out.jsonl", "--device", "cpu", *options)
+        assert done.exit_code == 2 and f"error: {given}, line {line}: task 'colours': its prompt" in done.stderr
+        assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_ask_takes_the_parts_of_a_text(bank: Path, model: AMLoRAModel) -> None:
     (fields,) = new_rows(1)
     given = [part for name, words in fields.items() for part in ("--field", f"{name}={words}")]
@@ -310,3 +326,26 @@ def test_rows_that_are_scored_bring_fields_as_they_do_where_they_are_answered(
         done = amlora("score", bank, file, "--task", "colours", "--device", "cpu", "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["accuracy"] == right / 6
+
+
+def test_a_task_that_was_added_is_asked_by_its_fields_and_shows_how(
+    bank: Path, model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TaskSpec(
+        name="colours", version=1, kind="words", source=SourceSpec(kind="builtin"), splits=Splits(train="a", test="b"),
+        columns=Columns(
+            text=[TextField(column=part.name, marker=part.label, neutral=True) for part in PAIR], label="label"
+        ),
+        prompt=PromptSettings(template=BY_NAME.template), labels=[Label(value=text, text=text) for text in LABELS],
+    )  # fmt: skip
+    asked = new_rows(3)
+    rows = [Row(n, fields, joined(fields), "red", "red") for n, fields in enumerate(asked)]
+    monkeypatch.setattr(added_task, "bank_model", lambda uri, options: model)
+    chosen = [(spec, rows), (replace(spec, name="elsewhere"), rows)]
+    plan, result = SimpleNamespace(parent="one"), SimpleNamespace(bank="two")
+    known, unknown = added_task._compared(plan, result, chosen, None)  # type: ignore[arg-type]
+    assert known.before == known.after == model.predict(asked)
+    routed = [route.task for route in model.route([row.text for row in rows])]
+    assert [answer == "" for answer in unknown.after] == [task == "colours" for task in routed]
+    words = " ".join(f"--field '{name}={text}'" for name, text in asked[0].items())
+    assert added_task._typed(spec, rows[0]) == words
