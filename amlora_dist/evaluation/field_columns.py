@@ -12,7 +12,7 @@ from typing import Any
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.field_texts import Entries, joined_text
-from amlora_dist.tasks.named_fields import WHOLE
+from amlora_dist.tasks.named_fields import WHOLE, FieldEntry, joined_fields
 from amlora_dist.tasks.texts import TAKEN, NoTextError, is_blank, kind_of, text_of
 
 FIELDS = "fields"
@@ -63,7 +63,7 @@ class FieldColumns:
             return None
         joined = joined_text(named, self.entries, task)[0]
         if text is not None and not self.own and column not in named and joined != text.strip():
-            found = ", ".join(named)
+            found = ", ".join(name for name, words in named.items() if words)
             raise UserError(f"fields: found {found} and another text in {column!r}, expected one of them; leave one out")
         return joined, named
 
@@ -90,8 +90,8 @@ class FieldColumns:
     def _in_columns(
         self, values: Mapping[str, Any], column: str, text: str | None, known: Mapping[str, Sequence[str]]
     ) -> dict[str, str] | None:
-        """The fields with words of the task whose fields are all there as columns; of several tasks those of the one that
-        has the most, if it has the others' too."""
+        """The fields of the task whose fields are all there as columns; of several tasks the one's that has words in most of
+        them, if it has the others' too."""
         whole: dict[str, dict[str, str]] = {}
         partly = None
         for task, names in known.items():
@@ -108,11 +108,19 @@ class FieldColumns:
                 whole[task] = found
         if not whole and partly:
             raise UserError(partly)
-        most = max(whole.values(), key=len, default=None)
-        if any(not found.items() <= (most or {}).items() for found in whole.values()):
+        if not whole:
+            return None
+        most = max(whole.values(), key=len)
+        same = [task for task, found in whole.items() if found == most]
+        ways = {joined_fields(most, parts) for task in same if (parts := self._parts(task))}
+        if len(ways) > 1 or any(not found.items() <= most.items() for found in whole.values()):
             tasks = "; ".join(f"{task}: {', '.join(found)}" for task, found in whole.items())
             raise UserError(f"fields: found those of several tasks ({tasks}), expected one task's; name it in `task`")
-        return most
+        return {name: most.get(name, "") for name in max((known[task] for task in same), key=len)}
+
+    def _parts(self, task: str) -> Sequence[FieldEntry]:
+        entry = self.entries[task]
+        return [] if entry is None else entry.fields or []
 
 
 def _meant(column: str, names: Sequence[str]) -> bool:

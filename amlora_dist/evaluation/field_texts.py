@@ -54,7 +54,8 @@ def joined_text(given: Mapping[str, str], entries: Entries, task: str | None) ->
         task: named by the caller, which then says how fields are joined.
 
     Raises:
-        UserError: what is no text; fields of no task of the bank; tasks that join them in different ways.
+        UserError: what is no text; fields of no task of the bank; tasks that join them in different ways, of which those
+            count that have no other fields, if there are some.
     """
     fields = checked_fields(given)
     known = {name: entry.fields for name, entry in entries.items() if entry is not None and entry.fields}
@@ -67,10 +68,13 @@ def joined_text(given: Mapping[str, str], entries: Entries, task: str | None) ->
         expected = there or "a text: the bank says of no such task which fields its texts are made of"
         raise UserError(f"fields: found {found}, expected some of a task's ({expected})")
     texts = {name: joined_fields(fields, parts) for name, parts in fitting.items()}
-    if len(set(texts.values())) > 1:
-        tasks = " and ".join(texts)
+    exact = {name: texts[name] for name, parts in fitting.items() if len(parts) == len(fields)} or texts
+    if len(set(exact.values())) > 1:
+        tasks = " and ".join(exact)
         raise UserError(f"fields: found {found}, which {tasks} join differently; name the task, or give the text itself")
-    return next(iter(texts.values())), {part.name: fields.get(part.name, "") for parts in fitting.values() for part in parts}
+    text = next(iter(exact.values()))
+    names = [part.name for name, parts in fitting.items() if texts[name] == text for part in parts]
+    return text, {name: fields.get(name, "") for name in names}
 
 
 def fields_for(task: str | None, entries: Entries, text: str, fields: Mapping[str, str]) -> Mapping[str, str] | None:

@@ -153,6 +153,23 @@ def test_fields_that_cannot_be_meant_are_named_with_their_row(tmp_path: Path, ro
     assert "\n" not in str(caught.value)
 
 
+def test_a_task_with_exactly_the_given_fields_says_how_they_are_joined(tmp_path: Path) -> None:
+    """As of RTE's two sentences next to WiC's word and two sentences."""
+    more = replace(BY_NAME, fields=[FieldEntry("word", "word"), FieldEntry("first"), FieldEntry("second")])
+    columns = FieldColumns({"more": more, "colours": BY_NAME})
+    given = {"first": "x", "second": "y"}
+    for row in (given, {"fields": given}):
+        (one,) = read(write_lines(tmp_path / "a.jsonl", [row]), columns)
+        assert (one.text, one.request) == ("a: x\nthe: y", given)
+    (one,) = read(write_lines(tmp_path / "a.jsonl", [given | {"word": "w"}]), columns)
+    assert one.text == "word: w\nx\ny"
+    blank = write_lines(tmp_path / "a.jsonl", [given | {"word": ""}])
+    with pytest.raises(UserError, match=r"line 1: fields: found those of several tasks \(more: first, second; colours: "):
+        read(blank, columns)
+    (one,) = read(blank, replace(columns, task="more"))
+    assert (one.text, one.request) == ("x\ny", given | {"word": ""})
+
+
 # ---- a bank that is asked -------------------------------------------------------------------------------------
 
 
@@ -349,3 +366,17 @@ def test_a_task_that_was_added_is_asked_by_its_fields_and_shows_how(
     assert [answer == "" for answer in unknown.after] == [task == "colours" for task in routed]
     words = " ".join(f"--field '{name}={text}'" for name, text in asked[0].items())
     assert added_task._typed(spec, rows[0]) == words
+
+
+def test_the_input_example_of_a_bank_of_pairs_is_a_pair_and_goes_over_http(tmp_path: Path) -> None:
+    import mlflow
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    write_working_bank(tmp_path / "bank", tmp_path / "base", tasks=("colours",), entries={"colours": BY_NAME})
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "bank"))
+    (fields,) = loaded.input_example["fields"]
+    assert fields.keys() == {"first", "second"}
+    wanted = AMLoRAModel.from_bank(tmp_path / "bank", device="cpu").predict([fields])
+    schema = loaded.metadata.get_input_schema()
+    for record in ({"fields": fields}, fields):
+        assert list(loaded.predict(infer_and_parse_data({"dataframe_records": [record]}, schema))) == wanted
