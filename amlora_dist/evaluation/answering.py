@@ -27,6 +27,7 @@ from amlora_dist.adapters.keyed_router import Evidence, KeyedRouter
 from amlora_dist.adapters.reading import Reading, read_texts, reusable_trunk
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder, Prefilled, picked
+from amlora_dist.evaluation.field_texts import refuse_missing
 from amlora_dist.evaluation.ranking import Room, choosing, count_passes, finished, scoring
 from amlora_dist.evaluation.requests import Prompter, Request, Route, check_counts, routes
 
@@ -218,6 +219,7 @@ class Answering:
 
         Raises:
             UserError: an empty text, no room for a prompt.
+            RefusedTextsError: prompts that read fields which their texts have not.
         """
         requests = list(requests)
         reading = self.read(requests) if reading is None else reading
@@ -232,6 +234,7 @@ class Answering:
         """Route texts that were read, and put the prompts of their tasks around them; see ``begin``."""
         evidence = self.evidence(reading, router)
         gate_BT = self.route(requests, evidence)
+        refuse_missing([request for request in requests if request.unasked is None], self.prompter.entries)
         for request in requests:
             if request.labels is None and request.task is not None and not request.free:
                 entry = self.prompter.entries.get(request.task)

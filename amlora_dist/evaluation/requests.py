@@ -17,7 +17,7 @@ from torch import Tensor
 from amlora_dist.adapters.adapted_layers import NO_PREFIX, Prefix
 from amlora_dist.adapters.adapter import rows
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.field_texts import check_words, fields_for, joined_text
+from amlora_dist.evaluation.field_texts import check_words, fields_for, joined_text, refuse_missing
 from amlora_dist.evaluation.label_plan import LabelPlan, plan_labels
 from amlora_dist.evaluation.locked_tokenizer import LockedTokenizer
 from amlora_dist.tasks.batches import Example, answer_tokens, collate_prompts, prompt_tokens
@@ -349,10 +349,11 @@ class Prompter:
 
         Raises:
             UserError: an empty text or what is no text, no room for question and answer, a raw prompt too long for the
-                model.
+                model; RefusedTextsError: prompts that read fields which their texts have not.
         """
         groups: dict[tuple[str | None, str | None, bool], list[Request]] = {}
         self._check(requests)
+        refuse_missing([request for request in requests if not request.raw], self.entries)
         if self.format.text_alone:
             plain = [request for request in requests if not request.raw]
             self.read(plain)

@@ -55,6 +55,8 @@ class TaskRows:
 
     texts: Sequence[str]
     answers: Sequence[str]
+    fields: Sequence[Mapping[str, str]] | None = None
+    """By name, those that each text was joined of, for a prompt that reads them; empty for a text without; None: of none."""
 
 
 def rekey(source: Path, dest: Path, rows: Mapping[str, TaskRows], *, base: str | None = None) -> Manifest:
@@ -144,7 +146,8 @@ def _statistics(
         return own
     unseen = HeldOut(features[held].float(), torch.tensor([places[k] for k in held]))
     if labels:
-        likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], tuple(labels))
+        fields = [rows.fields[k] if rows.fields else {} for k in held]
+        likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], fields, tuple(labels))
         unseen = replace(unseen, loglikelihoods=likelihoods)
     counted = [learned[place] for place in sampled_places(len(learned), seed=0, task=task)]
     return replace(own, held=unseen, sample=Sample(features[counted].float(), torch.tensor([places[k] for k in counted])))
@@ -162,8 +165,9 @@ def _background(mixture: Mixture, tokenizer: Any, base: BaseModel, settings: Rou
 
 @torch.no_grad()
 def _likelihoods(
-    mixture: Mixture, prompter: Prompter, task: str, texts: Sequence[str], labels: tuple[str, ...]
-) -> torch.Tensor:
+    mixture: Mixture, prompter: Prompter, task: str, texts: Sequence[str], fields: Sequence[Mapping[str, str]],
+    labels: tuple[str, ...],
+) -> torch.Tensor:  # fmt: skip
     """What the model says of each label of each text under the task's own row, (rows, labels), nats."""
     tokenizer = prompter.tokenizer
     decoder = Decoder(
@@ -173,7 +177,8 @@ def _likelihoods(
     plan = prompter.plan(labels, task)
     found = []
     for start in range(0, len(texts), BATCH):
-        requests = [Request(place, text, task=task) for place, text in enumerate(texts[start : start + BATCH])]
+        places = range(start, min(start + BATCH, len(texts)))
+        requests = [Request(place, texts[place], task=task, fields=fields[place]) for place in places]
         prompter.read(requests)
         for request in requests:
             prompter.ask(request, new_tokens=plan.longest + 1)

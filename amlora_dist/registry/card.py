@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from amlora_dist.evaluation.field_columns import FieldColumns
 from amlora_dist.methods import LORA, offered
 from amlora_dist.registry.how_scored import how_scored
 from amlora_dist.tasks.task import builtin_tasks
@@ -38,6 +39,8 @@ _CHAT_INPUTS = [
     *_INPUTS[1:],
 ]
 """Of a bank that learned conversations: a row has one of the first three."""
+_FIELDS = {"type": "map", "values": {"type": "string"}, "name": "fields", "required": False}
+"""Of a bank with texts made of fields: a row has a text, its fields in this column, or each in one of its name."""
 _PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
 
 
@@ -60,10 +63,25 @@ def mlmodel(manifest: Manifest) -> str:
         "  pandas_orient: split\n"
         "  type: dataframe\n"
         "signature:\n"
-        f"  inputs: '{json.dumps(_CHAT_INPUTS if _converses(manifest) else _INPUTS)}'\n"
+        f"  inputs: {_quoted(json.dumps(_inputs(manifest)))}\n"
         """  outputs: '[{"type": "string", "required": true}]'\n"""
         f"  params: '{json.dumps(_PARAMS)}'\n"
     )
+
+
+def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
+    """Columns of the frame that ``predict`` takes."""
+    made: list[dict[str, Any]] = [*(_CHAT_INPUTS if _converses(manifest) else _INPUTS)]
+    if names := FieldColumns(manifest.learned).names:
+        made = [one | {"required": False} for one in made] + [_FIELDS]
+        known = [one["name"] for one in made]
+        made += [{"type": "string", "name": name, "required": False} for name in names if name not in known]
+    return made
+
+
+def _quoted(text: str) -> str:
+    """A text of YAML in single quotes."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _bits(manifest: Manifest) -> str:
@@ -76,6 +94,9 @@ def input_example(manifest: Manifest) -> str:
     text = "The invoice of May is wrong, please send it again."
     if _converses(manifest):
         return json.dumps({"columns": ["messages"], "data": [[[{"role": "user", "content": text}]]]}) + "\n"
+    parts = [[] if entry is None else entry.fields or [] for entry in manifest.learned.values()]
+    if parts and all(len(one) > 1 for one in parts):
+        return json.dumps({"columns": ["fields"], "data": [[{part.name: text for part in parts[0]}]]}) + "\n"
     return json.dumps({"columns": ["text"], "data": [[text]]}) + "\n"
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.errors import BankError, UserError
+from amlora_dist.evaluation.field_columns import FIELDS, FieldColumns
+from amlora_dist.evaluation.field_texts import RefusedTextsError
 from amlora_dist.registry import transfer
 from amlora_dist.registry.bank_folder import check_files, check_list
 from amlora_dist.registry.connection import connect
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class BankModel:
-    """What MLflow wraps: ``predict`` on a data frame with a column ``text``, or with those of conversations."""
+    """What MLflow wraps: ``predict`` on a data frame with a column ``text``, or those of fields or of conversations."""
 
     def __init__(self, model: AMLoRAModel) -> None:
         self.model = model
@@ -39,33 +41,71 @@ class BankModel:
 
         Args:
             model_input: a pandas.DataFrame with a column ``text``, or ``messages`` (lists of turns) or another form of
-                conversation (``conversations.FORMS``), whose last turn of the assistant's is left out; and optionally
-                ``question`` (asked of the text) and ``task`` (whose row and prompt are used; empty: the router decides).
+                conversation (``conversations.FORMS``), whose last turn of the assistant's is left out, or the fields of a
+                text, by name in ``fields`` or each in a column of its name; and optionally ``question`` (asked of the text)
+                and ``task`` (whose row and prompt are used; empty: the router decides).
             params: ``max_new_tokens``; 0: what the bank's tasks need.
 
         Raises:
-            UserError: there is no such column, a row has neither a text (``texts.text_of``) nor a conversation, or the bank
-                has no such task.
+            UserError: there is no such column, a row has neither a text (``texts.text_of``) nor fields nor a conversation,
+                or the bank has no such task; a row that its task cannot be asked for want of fields.
         """
+        fields = FieldColumns(self.model.prompter.learned)
         columns = [str(name) for name in getattr(model_input, "columns", ())]
         forms = [name for name in FIRST_COLUMNS if name in columns]
-        if "text" not in columns and not forms:
+        parts = [name for name in (FIELDS, *fields.names) if fields.names and name in columns]
+        if "text" not in columns and not forms and not parts:
+            more = f", or a task's fields ({fields.shown})" if fields.names else ""
             raise UserError(
                 f"predict: found columns {columns or type(model_input).__name__}, expected a pandas.DataFrame with a column"
-                f" 'text', or one of {', '.join(FIRST_COLUMNS)}"
+                f" 'text', or one of {', '.join(FIRST_COLUMNS)}{more}"
             )
         texts: list[Any] = _texts(model_input, "text") if "text" in columns else [None] * len(model_input)
-        if forms:
-            turns = _conversations(model_input, [text is None for text in texts])
-            texts = [text if text is not None else talk for text, talk in zip(texts, turns, strict=True)]
-        if missing := [place for place, text in enumerate(texts) if text is None]:
-            raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text")
         options: dict[str, Any] = {
             name: _texts(model_input, name) for name in ("question", "task") if name in model_input.columns
         }
+        if forms:
+            turns = _conversations(model_input, [text is None for text in texts])
+            texts = [text if text is not None else talk for text, talk in zip(texts, turns, strict=True)]
+        if parts:
+            texts = _with_fields(model_input, parts, fields, texts, options)
+        if missing := [place for place, text in enumerate(texts) if text is None]:
+            more = f", nor the fields of a task ({fields.shown})" if parts else ""
+            raise UserError(f"predict: row {missing[0]} of {len(texts)} has no text{more}")
         if limit := int((params or {}).get("max_new_tokens") or 0):
             options["max_new_tokens"] = limit
-        return self.model.predict(texts, **options)
+        try:
+            return self.model.predict(texts, **options)
+        except RefusedTextsError as error:
+            place = min(error.refused)
+            raise UserError(f"predict: row {place} of {len(texts)}: {error.refused[place]}") from None
+
+
+def _with_fields(
+    frame: Any, parts: list[str], fields: FieldColumns, texts: list[Any], options: dict[str, Any]
+) -> list[Any]:
+    """The texts of the rows, with the fields of those that bring some in their places; columns that are fields of a row's
+    text are none of its ``options``."""
+    for name in parts:
+        _once(frame, name)
+    columns = {name: frame[name].tolist() for name in parts}
+    made = []
+    for place, text in enumerate(texts):
+        values = {name: _plain(cells[place]) for name, cells in columns.items()}
+        task = (options.get("task") or {}) and options["task"][place]
+        try:
+            if text is not None and not isinstance(text, str):
+                if values.get(FIELDS) is not None:
+                    raise UserError("fields: found some next to a conversation, expected one of them; leave one out")
+                found = None
+            else:
+                found = fields.of(values, "text", text, task or None)
+        except UserError as error:
+            raise UserError(f"predict: row {place} of {len(texts)}: {error}") from None
+        made.append(text if found is None else found[1])
+        for name in options.keys() & (found or ("", {}))[1].keys():
+            options[name][place] = None
+    return made
 
 
 def _conversations(frame: Any, wanted: list[bool]) -> list[tuple[Turn, ...] | None]:
@@ -88,14 +128,18 @@ def _plain(value: Any) -> Any:
     return None if type(value).__name__ in ("NAType", "NaTType") or value != value else value
 
 
+def _once(frame: Any, name: str) -> None:
+    if list(frame.columns).count(name) > 1:
+        raise UserError(f"predict: found the column {name!r} twice, expected it once")
+
+
 def _texts(frame: Any, name: str) -> list[str | None]:
     """A column's values; None for what is empty or missing (None, NaN, NA).
 
     Raises:
         UserError: a value that is no text, or two columns of that name.
     """
-    if list(frame.columns).count(name) > 1:
-        raise UserError(f"predict: found the column {name!r} twice, expected it once")
+    _once(frame, name)
     values = frame[name].tolist()
     found: list[str | None] = []
     for place, value in enumerate(values):

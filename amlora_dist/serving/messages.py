@@ -31,6 +31,7 @@ from amlora_dist.serving.wire_values import (
     Tokens,
     Words,
     Zero,
+    absent,
     at_most,
     counted_prompt,
     text_or_fields,
@@ -107,9 +108,10 @@ class CompletionRequest(Writing):
 
     fields: Fields | None = None
     """The parts of one text by name, in place of ``prompt``: joined as the rows were that the task learned, and routed by
-    what they say. Never raw."""
+    what they say. Never raw. A text without words next to them is as none."""
     prompt: Annotated[
-        Text | Texts | Tokens | TokenLists | None, BeforeValidator(counted_prompt), AfterValidator(text_or_fields)
+        Text | Texts | Tokens | TokenLists | None,
+        BeforeValidator(counted_prompt), BeforeValidator(absent), AfterValidator(text_or_fields),
     ] = Field(None, validate_default=True)
     """One text or several, each routed by itself; the prompt of the task that it belongs to is put around it. Or the tokens
     of one prompt or several, which are read as they are."""
@@ -183,7 +185,8 @@ class ChatRequest(Writing):
     fields: Fields | None = None
     """In place of ``messages``: what the user says, in parts by name, as for completions."""
     messages: Annotated[
-        list[ChatMessage], Field(fail_fast=True), at_most(MOST_TURNS), AfterValidator(text_or_fields)
+        list[ChatMessage],
+        Field(fail_fast=True), at_most(MOST_TURNS), BeforeValidator(absent), AfterValidator(text_or_fields),
     ] = Field(default_factory=list, validate_default=True)
     route_by: Literal["turn", "conversation"] | None = None
     """What routes a conversation in turns: the user's last turn (``turn``, the default), or their first one, so
@@ -245,9 +248,9 @@ class ClassificationRequest(_RequestModel):
     """As for completions."""
     fields: Fields | None = None
     """The parts of one text by name, in place of ``input``, as for completions."""
-    input: Annotated[Text | Texts | None, at_most(MOST_TEXTS), AfterValidator(text_or_fields)] = Field(
-        None, validate_default=True
-    )
+    input: Annotated[
+        Text | Texts | None, at_most(MOST_TEXTS), BeforeValidator(absent), AfterValidator(text_or_fields)
+    ] = Field(None, validate_default=True)
     """One text or several."""
     labels: Annotated[
         Annotated[list[Text], Field(min_length=1, max_length=MOST_LABELS, fail_fast=True)] | None, at_most(MOST_LABELS)

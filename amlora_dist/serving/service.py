@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence, Sized
 
 from amlora_dist.errors import AmloraError, UserError
+from amlora_dist.evaluation.field_texts import RefusedTextsError
 from amlora_dist.evaluation.requests import Request
 from amlora_dist.serving.bank import ServedBank
 from amlora_dist.serving.engine import Engine
@@ -164,6 +165,8 @@ class Exchange:
                 except (TimeoutError, asyncio.TimeoutError):
                     raise LateError("the model did not answer within the time of the request") from None
                 if isinstance(event, Failed):
+                    if isinstance(event.error, RefusedTextsError):
+                        raise event.error.at(index, alone=len(self.jobs) == 1) from None
                     if isinstance(event.error, AmloraError):
                         raise event.error
                     raise EngineError("a pass of the model failed; the server's log says more") from event.error

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from amlora_dist.serving.settings import MOST_TEXTS
+from amlora_dist.tasks.texts import is_blank
 
 MOST_TURNS = 1024
 """Of a conversation, and parts of one turn."""
@@ -81,6 +82,16 @@ TagName = Annotated[str, Field(max_length=64)]
 """The key of an entry of metadata."""
 Fields = Annotated[dict[TagName, Words], at_most(MOST_FIELDS)]
 """A text in parts, by name."""
+
+
+def absent(value: object, info: ValidationInfo) -> object:
+    """Next to fields a text with no words is none: clients send it where they must send some text."""
+    if info.data.get("fields") is None or not (isinstance(value, str) or (isinstance(value, list) and len(value) <= 1)):
+        return value
+    texts = [one.get("content") if isinstance(one, dict) else one for one in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(text, str) and is_blank(text) for text in texts):
+        return value
+    return [] if info.field_name == "messages" else None
 
 
 def text_or_fields(value: object, info: ValidationInfo) -> object:

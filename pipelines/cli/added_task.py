@@ -6,12 +6,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from amlora_dist.evaluation.text_metrics import METRIC_NAMES, score_of
+from amlora_dist.tasks.named_fields import fields_read
 from amlora_dist.tasks.sources import Row, load_task, sample
+from pipelines.cli.batch_inference import apart
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.scoring import bank_model
 from pipelines.cli.tables import console_for
@@ -20,6 +23,7 @@ from pipelines.runs.api import Sequence as Run
 from pipelines.runs.extension import Extension, plan_extension
 
 if TYPE_CHECKING:
+    from amlora_dist.inference.model import AMLoRAModel
     from amlora_dist.tasks.task import TaskSpec
 
 NAMED = 5
@@ -75,10 +79,17 @@ def add_task(
         _print_changes(asked[:-1])
     if plan.absent and rows:
         console.print(f"not asked, their rows are not at hand (--check TASK.yaml): {', '.join(plan.absent)}", soft_wrap=True)
-    text = asked[-1].rows[0].text if asked else "..."
-    short = " ".join(text.split())
     model = result.mapping["registered_model"]
-    console.print(f"try it: amlora ask models:/{model}@champion {shlex.quote(short)}", markup=False, soft_wrap=True)
+    given = _typed(asked[-1].spec, asked[-1].rows[0]) if asked else "..."
+    console.print(f"try it: amlora ask models:/{model}@champion {given}", markup=False, soft_wrap=True)
+
+
+def _typed(spec: TaskSpec, row: Row) -> str:
+    """A row as it is given to ``amlora ask``: by its fields where the task's prompt reads them."""
+    if len(row.fields) > 1 and spec.prompt.template is not None and fields_read(spec.prompt.template) is not None:
+        parts = (f"{name}={' '.join(words.split())}" for name, words in row.fields.items() if words)
+        return " ".join(f"--field {shlex.quote(part)}" for part in parts)
+    return shlex.quote(" ".join(row.text.split()))
 
 
 def _chosen(plan: Extension, count: int) -> list[tuple[TaskSpec, list[Row]]]:
@@ -96,12 +107,15 @@ def _compared(
     plan: Extension, result: RunResult, chosen: Sequence[tuple[TaskSpec, list[Row]]], tracking_uri: str | None
 ) -> list[_SampleAnswers]:
     """Answers of both banks to the test rows that were chosen."""
-    texts = [row.text for _, rows in chosen for row in rows]
+    count = sum(len(rows) for _, rows in chosen)
     answers = []
     for number, uri in enumerate((plan.parent, str(result.bank)), start=1):
-        print(f"asking {uri} {len(texts)} test rows ({number} of 2)", file=sys.stderr, flush=True)
+        print(f"asking {uri} {count} test rows ({number} of 2)", file=sys.stderr, flush=True)
         model = bank_model(uri, {"tracking_uri": tracking_uri})
-        answers.append([one.text for one in model.answer(texts, batch_size=8)])
+        asked = [_asked(model, spec, row) for spec, rows in chosen for row in rows]
+        # A row of another task that is routed to one whose fields it lacks has no answer, which is wrong.
+        found, _ = apart(partial(model.answer, batch_size=8), asked)
+        answers.append([found[place].text if place in found else "" for place in range(count)])
         del model  # one base model in memory at a time
     made, start = [], 0
     for spec, rows in chosen:
@@ -109,6 +123,12 @@ def _compared(
         made.append(_SampleAnswers(spec, rows, answers[0][here], answers[1][here]))
         start += len(rows)
     return made
+
+
+def _asked(model: AMLoRAModel, spec: TaskSpec, row: Row) -> str | dict[str, str]:
+    """A row as its user would ask it: by its fields where the bank knows these."""
+    entry = model.prompter.learned.get(spec.name)
+    return row.text if entry is None or entry.fields is None else row.fields
 
 
 def _table(asked: Sequence[_SampleAnswers], new: str) -> Table:

@@ -110,7 +110,13 @@ def diff(
 
 def ask(
     bank: Bank,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Plain texts, each in quotes.", show_default=False)],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Plain texts, each in quotes.", show_default=False)
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TEXT, once for each part of one text, in place of TEXT.", show_default=False),
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -119,12 +125,12 @@ def ask(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Answer some plain texts: the answer, the task that each was routed to, and how sure that is."""
+    """Answer some plain texts, or one text in named parts: the answer, the task that each was routed to, how sure it is."""
     from pipelines.cli.scoring import ask as ask_bank
 
     options = {"base": base, "device": device, "dtype": dtype, "quantisation": quantisation,
                "tracking_uri": tracking_uri, "abstain": abstain}  # fmt: skip
-    ask_bank(bank, texts, options, as_json=as_json)
+    ask_bank(bank, texts or [], field or [], options, as_json=as_json)
 
 
 def chat(

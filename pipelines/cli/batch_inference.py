@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.field_columns import FieldColumns
+from amlora_dist.evaluation.field_texts import MissingFieldsError, RefusedTextsError, may_refuse
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import Asked, InputRow, check_words, opened
 from pipelines.cli.row_output import check_fields, checked_place, writer
@@ -20,8 +22,13 @@ from pipelines.cli.row_output import check_fields, checked_place, writer
 if TYPE_CHECKING:
     from amlora_dist.evaluation.requests import Route
     from amlora_dist.inference.model import AMLoRAModel
+    from amlora_dist.tasks.task_entry import TaskEntry
 
+T = TypeVar("T")
+R = TypeVar("R")
 _END = object()
+ROUTED = ("routed_to", "route", "abstention")
+"""What a row says of its route."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +47,19 @@ def answer_texts(
 ) -> None:
     """``amlora generate``: adds ``answer``, ``ended`` and ``route`` to every row.
 
+    A row that the task which it is routed to cannot be asked, for want of a field, is written with an ``error`` and without
+    an answer; of banks with such tasks all rows have an ``error``.
+
     Raises:
-        UserError: a row without text, a task that the bank does not have, an unreadable file.
+        UserError: a row without text or fields, a task that the bank does not have, an unreadable file; after all rows are
+            written, some that were not answered.
     """
 
     def work(model: AMLoRAModel, lines: Sequence[InputRow]) -> list[dict[str, Any]]:
         found = model.answer([line.request for line in lines], **_call(lines, call), batch_size=batch_size)
         return [{"answer": one.text, "ended": one.ended, **_routed(one.route)} for one in found]
 
-    _run(bank, files, batch_size, call, options, work)
+    _run(bank, files, batch_size, call, options, work, ("answer", "ended", *ROUTED))
 
 
 def classify_texts(
@@ -66,7 +77,7 @@ def classify_texts(
             for one in found
         ]
 
-    _run(bank, files, batch_size, call, options, work)
+    _run(bank, files, batch_size, call, options, work, ("label", "score", *ROUTED, "foreign"))
 
 
 def _run(
@@ -76,8 +87,9 @@ def _run(
     call: dict[str, Any],
     options: dict[str, Any],
     work: Callable[[AMLoRAModel, Sequence[InputRow]], list[dict[str, Any]]],
+    added: Sequence[str],
 ) -> None:
-    """Check the files, the rows and the tasks; only then load the model."""
+    """Check the files, the rows and the tasks; only then load the model. ``added`` are the keys of what ``work`` finds."""
     place = checked_place(files.output, files.source, spreadsheet=files.spreadsheet)
     check_words("--question", call.get("question"))
     check_words("--label", *(call.get("labels") or ()))
@@ -85,18 +97,56 @@ def _run(
         written = place.of(rows.form)
         with stdout_to_stderr():
             folder, tasks = bank_and_tasks(bank, options)
+            entries = entries_of(folder)
         check_task(call.get("task"), tasks)
+        rows.columns = FieldColumns(entries, call.get("task"))
         rows.check(tasks, partial(check_fields, form=written))
         with stdout_to_stderr():
             from amlora_dist.inference.model import AMLoRAModel
 
             model = AMLoRAModel.from_bank(folder, **options)
+        refused: list[str] = []
+        refusing = may_refuse(entries)
         with writer(place, written) as write:
             lines = rows.lines()
             for batch in chunks(lines, batch_size) if rows.again else drained(lines, batch_size):
                 with stdout_to_stderr():
-                    found = work(model, batch)
-                write([_joined(line.fields, result) for line, result in zip(batch, found, strict=True)])
+                    found, missing = apart(partial(work, model), batch)
+                results = []
+                for n, line in enumerate(batch):
+                    if n in missing:
+                        refused.append(f"{line.where}: {missing[n]}")
+                        unknown = dict.fromkeys(added)
+                        results.append({**unknown, "routed_to": missing[n].task, "error": str(missing[n])})
+                    else:
+                        results.append(found[n] | ({"error": None} if refusing else {}))
+                write([_joined(line.fields, result) for line, result in zip(batch, results, strict=True)])
+    if refused:
+        raise UserError(f"{refused[0]} (rows without an answer: {len(refused)}, each with its `error`; the others have one)")
+
+
+def apart(ask: Callable[[list[T]], list[R]], given: Sequence[T]) -> tuple[dict[int, R], dict[int, MissingFieldsError]]:
+    """What a bank answers, and why some texts cannot be asked, by place: they keep no other from its answer.
+
+    Args:
+        ask: raises RefusedTextsError where some cannot be asked.
+        given: to ask.
+    """
+    places, refused = list(range(len(given))), dict[int, MissingFieldsError]()
+    while places:
+        try:
+            return dict(zip(places, ask([given[place] for place in places]), strict=True)), refused
+        except RefusedTextsError as error:
+            refused |= {places[n]: why for n, why in error.refused.items()}
+            places = [place for place in places if place not in refused]
+    return {}, refused
+
+
+def entries_of(folder: Path) -> dict[str, TaskEntry]:
+    """What a bank says of each task that it has learned, where it does."""
+    from amlora_dist.registry.manifest import read_manifest
+
+    return {task: entry for task, entry in read_manifest(folder).learned.items() if entry is not None}
 
 
 def bank_and_tasks(bank: str, options: dict[str, Any]) -> tuple[Path, list[str]]:
@@ -175,7 +225,7 @@ def _call(lines: Sequence[InputRow], call: dict[str, Any]) -> dict[str, Any]:
 
 def _routed(route: Route) -> dict[str, Any]:
     weights = {task: round(weight, 6) for task, weight in route.tasks.items() if weight}
-    return {"routed_to": route.task, "route": weights, "abstention": round(route.abstention, 6)}
+    return dict(zip(ROUTED, (route.task, weights, round(route.abstention, 6)), strict=True))
 
 
 def _joined(fields: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from amlora_dist.errors import NotPromotedError, UserError
+from amlora_dist.evaluation.field_columns import FieldColumns
 from amlora_dist.evaluation.promotion import DEFAULT_MARGIN, Requirement, check_covered, check_margin, judge
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import InputRow, opened
@@ -108,7 +109,8 @@ def _examined(
 
     manifests = [manifest_of(store, one) for one in (version, replaced) if one is not None]
     known = manifests[0].tasks
-    lines = _by_task(asked.sample, known)
+    columns = FieldColumns({task: entry for one in manifests for task, entry in one.learned.items()}, own=True)
+    lines = _by_task(asked.sample, known, columns)
     earlier = [task for manifest in manifests[1:] for task in manifest.tasks]
     if missing := [task for task in earlier if task not in known]:
         raise UserError(f"{version.uri} lacks {', '.join(missing)}, which {replaced.uri if replaced else ''} serves")
@@ -139,12 +141,13 @@ def _examined(
     }  # fmt: skip
 
 
-def _by_task(sample: Rows, tasks: Sequence[str]) -> dict[str, list[InputRow]]:
+def _by_task(sample: Rows, tasks: Sequence[str], columns: FieldColumns) -> dict[str, list[InputRow]]:
     """The sample's rows by their key ``task``, which a bank of one task does not need."""
     if not Path(sample.source).expanduser().is_file():
         raise UserError(f"--sample: found {sample.source!r}, expected a file of rows")
     found: dict[str, list[InputRow]] = {}
     with opened(sample.source, sample.column) as rows:
+        rows.columns = columns if len(tasks) > 1 else replace(columns, task=tasks[0])
         for line in rows.lines():
             task = line.option("task") or (tasks[0] if len(tasks) == 1 else None)
             if task is None or task not in tasks:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from amlora_dist.errors import UserError, plain_reason
+from amlora_dist.evaluation.field_columns import FIELDS, FieldColumns
+from amlora_dist.evaluation.field_texts import fields_for, joined_text
 from amlora_dist.tasks.conversations import (
     FIRST_COLUMNS,
     BadTurnsError,
@@ -22,6 +24,7 @@ from amlora_dist.tasks.files import (
     SUFFIXES,
     Fixes,
     Form,
+    NumberedLine,
     RawRow,
     buffered,
     form_of,
@@ -55,15 +58,17 @@ class InputRow:
     """Of a conversation: all of it up to the answer."""
     answer: str | None = None
     """Of a conversation: the right answer, where the row has it."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Of a text that is made of named fields: these. ``text`` is what they are joined to."""
 
     @property
-    def request(self) -> str | tuple[Turn, ...]:
+    def request(self) -> str | Mapping[str, str] | tuple[Turn, ...]:
         """What a bank is asked."""
-        return self.turns or self.text
+        return self.turns or self.named or self.text
 
     def option(self, key: str) -> str | None:
-        """The row's own ``task`` or ``question``; None where it has none."""
-        value = self.fields.get(key)
+        """The row's own ``task`` or ``question``; None where it has none, and where a field of its text has that name."""
+        value = None if key in self.named else self.fields.get(key)
         return None if value is None else _text(value, self.where, key, "leave the key out, or give a text") or None
 
 
@@ -73,12 +78,14 @@ class RowInput:
     Attributes:
         form: how they are written.
         again: whether they can be read a second time.
+        columns: of the fields that texts may be made of, by the bank that is asked.
     """
 
-    def __init__(self, name: str, form: Form, column: str, file: Path | None, rows: Iterator[RawRow]) -> None:
+    def __init__(self, name: str, form: Form, column: str, source: Path | Iterator[NumberedLine]) -> None:
         self.name, self.form, self.column = name, form, column
-        self._file, self._rows = file, rows
-        self.again = file is not None
+        self.columns = FieldColumns()
+        self._source = source
+        self.again = isinstance(source, Path)
 
     def lines(self, asked: Sequence[str] | None = None) -> Iterator[InputRow]:
         """The rows, as they come; ``asked`` columns alone where the form keeps columns apart.
@@ -86,8 +93,13 @@ class RowInput:
         Raises:
             UserError: a row that cannot be read or has no text; names file and line.
         """
-        for row in self._rows if self._file is None else _file_rows(self._file, self.form, self.column, asked):
-            yield _line(row, self.column)
+        needed = _needed(self.form, self.column, self.columns)
+        if isinstance(self._source, Path):
+            rows = _file_rows(self._source, self.form, self.column, needed, asked)
+        else:
+            rows = rows_of_lines(self._source, self.name, self.form, needed, MENDS, self.column)
+        for row in rows:
+            yield _line(row, self.column, self.columns)
 
     def check(self, tasks: Sequence[str], writable: Callable[[dict[str, Any], str], None]) -> None:
         """Read all rows once, if they can be read again.
@@ -97,7 +109,7 @@ class RowInput:
             writable: raises UserError where a row's fields, from a place in the input, cannot be written again.
 
         Raises:
-            UserError: as ``lines``, or a row names another task, or cannot be written.
+            UserError: as ``lines``, or a row names another task or one that it lacks fields for, or cannot be written.
         """
         for line in self.lines() if self.again else ():
             writable(line.fields, line.where)
@@ -105,6 +117,16 @@ class RowInput:
             line.option("question")
             if task is not None and task not in tasks:
                 raise UserError(f"{line.where}: task: found {task!r}, the bank's tasks are {', '.join(tasks)}")
+            try:
+                self._check_asked(line, self.columns.task or task)
+            except UserError as error:
+                raise UserError(f"{line.where}: {error}") from None
+
+    def _check_asked(self, line: InputRow, task: str | None) -> None:
+        """Raises UserError where the prompt of the task that a row is for reads fields which the row has not."""
+        entries = self.columns.entries
+        whole = joined_text(line.named, entries, task)[1] if line.named else {}
+        fields_for(task, entries, line.text, whole)
 
 
 @contextmanager
@@ -126,7 +148,7 @@ def opened(source: str, column: str, asked: Asked = "auto") -> Iterator[RowInput
         raise UserError(f"{_short(source)}: {plain_reason(error)}; give a file, or - for standard input") from error
     if there:
         form = _form(path, column, asked)
-        yield RowInput(source, form, column, path, iter(()))
+        yield RowInput(source, form, column, path)
         return
     try:
         file = path.open("rb")  # a pipe: it is read once
@@ -149,7 +171,7 @@ def _stream(file: BinaryIO, name: str, column: str, asked: Asked) -> RowInput:
         raise UserError(f"--format: found parquet for {name}, expected the form of a stream; give a file")
     else:
         form = cast("Form", asked)
-    return RowInput(name, form, column, None, rows_of_lines(lines, name, form, _needed(form, column), MENDS, column))
+    return RowInput(name, form, column, lines)
 
 
 def _form(path: Path, column: str, asked: Asked) -> Form:
@@ -165,22 +187,25 @@ def _form(path: Path, column: str, asked: Asked) -> Form:
     return cast("Form", asked)
 
 
-def _file_rows(path: Path, form: Form, column: str, asked: Sequence[str] | None) -> Iterator[RawRow]:
+def _file_rows(
+    path: Path, form: Form, column: str, needed: Sequence[Needed], asked: Sequence[str] | None
+) -> Iterator[RawRow]:
     if form in ("text", "lines"):
         with path.open("rb") as file:
             yield from rows_of_lines(lines_of(file, str(path)), str(path), form, (), MENDS, column)
     else:
-        yield from read_file(path, form, _needed(form, column), asked, MENDS)
+        yield from read_file(path, form, needed, asked, MENDS)
 
 
-def _needed(form: Form, column: str) -> Sequence[Needed]:
+def _needed(form: Form, column: str, columns: FieldColumns) -> Sequence[Needed]:
     """Columns of the header. A JSON line may have keys of its own, so each is asked for its text."""
     if form in ("jsonl", "text", "lines"):
         return ()
-    return ((column, *FIRST_COLUMNS),) if column == TEXT else (column,)
+    fields = [FIELDS, *columns.names] if columns.names else []
+    return ((column, *FIRST_COLUMNS, *fields),) if column == TEXT else (column,)
 
 
-def _line(row: RawRow, column: str) -> InputRow:
+def _line(row: RawRow, column: str, columns: FieldColumns) -> InputRow:
     if row.fault is not None:
         expected = "as many as the header has" if row.fault == UNEVEN else "a row that can be read"
         fix = "put a cell with a comma or a line break in quotes" if row.fault == UNEVEN else "take the line away"
@@ -189,7 +214,9 @@ def _line(row: RawRow, column: str) -> InputRow:
     listed = is_conversation(given)
     formed = column == TEXT and column not in row.values and any(row.values.get(name) is not None for name in FIRST_COLUMNS)
     if not listed and not formed:
-        return InputRow(row.where, row.values, text_in(row.values, row.where, column))
+        return _text_row(row, column, columns)
+    if columns.names and isinstance(row.values.get(FIELDS), Mapping):
+        raise UserError(f"{row.where}: fields: found some next to a conversation, expected one of them; leave one out")
     try:
         turns, answer = waiting_turns(row.values, column if listed else None)
     except BadTurnsError as error:
@@ -197,9 +224,24 @@ def _line(row: RawRow, column: str) -> InputRow:
     return InputRow(row.where, row.values, turns[last_user(turns)].text, turns, answer)
 
 
-def text_in(fields: Mapping[str, Any], where: str, column: str) -> str:
-    """The text of a row. Raises UserError where it has none, or only spaces; names the row."""
-    fix = "--column names another key"
+def _text_row(row: RawRow, column: str, columns: FieldColumns) -> InputRow:
+    """A row of a text, or of the fields that one is made of."""
+    given = row.values.get(column)
+    text = None if given is None or (isinstance(given, str) and is_blank(given)) else text_in(row.values, row.where, column)
+    task = row.values.get("task")
+    try:
+        found = columns.of(row.values, column, text, task if isinstance(task, str) and task else None)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from None
+    if found is not None:
+        return InputRow(row.where, row.values, found[0], named=found[1])
+    return InputRow(row.where, row.values, text_in(row.values, row.where, column, columns.shown) if text is None else text)
+
+
+def text_in(fields: Mapping[str, Any], where: str, column: str, shown: str = "") -> str:
+    """The text of a row. Raises UserError where it has none, or only spaces; names the row, and the fields ``shown`` that
+    there may be in its place."""
+    fix = "--column names another key" + (f", and a task's fields may be there instead: {shown}" if shown else "")
     text = _text(fields.get(column), where, column, fix)
     if is_blank(text):
         raise UserError(f"{where}: {column}: found {text[:20]!r}, expected a text with words; leave the row out ({fix})")

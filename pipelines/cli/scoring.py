@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.field_columns import FieldColumns
+from amlora_dist.evaluation.field_texts import Entries, RefusedTextsError, joined_text
 from amlora_dist.tasks.conversations import joined
-from amlora_dist.tasks.texts import NoTextError, text_of
-from pipelines.cli.batch_inference import bank_and_tasks, check_task
+from amlora_dist.tasks.texts import is_blank
+from pipelines.cli.batch_inference import apart, bank_and_tasks, check_task, entries_of
 from pipelines.cli.output import stdout_to_stderr
 from pipelines.cli.row_input import InputRow, check_words, opened
 from pipelines.cli.tables import console_for
@@ -40,27 +42,67 @@ class Rows:
     label: str = "label"
 
 
-def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bool) -> None:
+def ask(bank: str, texts: Sequence[str], fields: Sequence[str], options: dict[str, Any], *, as_json: bool) -> None:
     """``amlora ask``: the answer to each text, the task that it was routed to, and how sure that is.
 
+    Args:
+        bank: a version or a folder.
+        texts: plain texts.
+        fields: ``NAME=TEXT`` of one text that is made of named fields, in place of ``texts``.
+        options: of ``AMLoRAModel.from_bank``.
+        as_json: write JSON lines.
+
     Raises:
-        UserError: an empty text, no such bank.
+        UserError: an empty text, both or none of texts and fields, fields of no task, no such bank; after all others are
+            shown, texts that their task cannot be asked.
     """
-    check_words("TEXT", *texts)
+    given: list[str | dict[str, str]] = [*texts]
+    if fields:
+        if not all(is_blank(text) for text in texts):
+            raise UserError("TEXT: found some next to --field, expected one of them; ask for one after the other")
+        given = [_named(fields)]
+    elif not texts:
+        raise UserError("TEXT: found none, expected a text, or its parts: --field NAME=TEXT")
+    else:
+        check_words("TEXT", *texts)
     with stdout_to_stderr():
         model = bank_model(bank, options)
-        found = model.classify(list(texts))
+        asked = [model.prompter.query(one).text for one in given]
+        found, refused = apart(model.classify, given)
         plain = model.former.plain
-        unlabelled = [text for text, one in zip(texts, found, strict=True) if one.label is None or plain.mixed]
-        written = dict(zip(unlabelled, model.predict(unlabelled), strict=True)) if unlabelled else {}
-    lines = [
-        {
-            "text": text, "answer": written.get(text, one.label),
+        unlabelled = [place for place, one in found.items() if one.label is None or plain.mixed]
+        answers = model.predict([given[place] for place in unlabelled]) if unlabelled else []
+        written = dict(zip(unlabelled, answers, strict=True))
+    lines: list[dict[str, Any]] = []
+    for place, text in enumerate(asked):
+        if place in refused:
+            lines.append({"text": text, "answer": None, "task": refused[place].task, "confidence": None})
+            continue
+        one = found[place]
+        lines.append({
+            "text": text, "answer": written.get(place, one.label),
             "task": one.task if one.route.task is not None else None,
-            "confidence": None if text in written else _confidence(one),
-        }
-        for text, one in zip(texts, found, strict=True)
-    ]  # fmt: skip
+            "confidence": None if place in written else _confidence(one),
+        })  # fmt: skip
+    _show_answers(lines, "any: all labels" if plain.labels else "none: the base model", as_json=as_json)
+    if refused:
+        raise RefusedTextsError(refused, alone=len(given) == 1)
+
+
+def _named(fields: Sequence[str]) -> dict[str, str]:
+    """Fields of the command line by name."""
+    found: dict[str, str] = {}
+    for one in fields:
+        name, equals, text = one.partition("=")
+        if not equals or not name or name in found:
+            what = "twice" if name in found else "and no text"
+            raise UserError(f"--field: found {name!r} {what}, expected NAME=TEXT, once for each part of the text")
+        found[name] = text
+    return found
+
+
+def _show_answers(lines: Sequence[dict[str, Any]], no_task: str, *, as_json: bool) -> None:
+    """What ``ask`` found; ``no_task`` stands for no task in a table."""
     if as_json:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))
@@ -68,10 +110,10 @@ def ask(bank: str, texts: Sequence[str], options: dict[str, Any], *, as_json: bo
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("answer", "task", "confidence", "text"):
         table.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
-    no_task = "any: all labels" if plain.labels else "none: the base model"
     for line in lines:
         sure = "" if line["confidence"] is None else f"{line['confidence']:.2f}"
-        table.add_row(str(line["answer"]), str(line["task"] or no_task), sure, str(line["text"]))
+        answer = "" if line["answer"] is None else str(line["answer"])
+        table.add_row(answer, str(line["task"] or no_task), sure, str(line["text"]))
     console_for().print(table)
 
 
@@ -96,7 +138,7 @@ def score(bank: str, rows: Rows, task: str, batch_size: int, options: dict[str, 
         folder, _ = bank_and_tasks(bank, options)
         labels = labels_by_task(folder)
         check_task(task, list(labels))
-        lines, answers = _labelled(rows, labels[task], task)
+        lines, answers = _labelled(rows, labels[task], FieldColumns(entries_of(folder), task, own=True))
         model = bank_model(bank, options, folder=folder)
         found = predictions(model, lines, answers, task, batch_size)
     routed = routing_accuracy(found, task, model.tasks)
@@ -129,9 +171,15 @@ def answer_differences(
         UserError: no such bank or file, a row without text.
     """
     with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
+        folders = [bank_and_tasks(bank, options)[0] for bank in (first, second)]
+        rows.columns = FieldColumns(entries_of(folders[0]) | entries_of(folders[1]))
         lines = list(rows.lines())
         texts = [line.request for line in lines]
-        answers = [bank_model(bank, options).answer(texts, batch_size=batch_size) for bank in (first, second)]
+        try:
+            answers = [bank_model(str(folder), options).answer(texts, batch_size=batch_size) for folder in folders]
+        except RefusedTextsError as error:
+            place = min(error.refused)
+            raise UserError(f"{lines[place].where}: {error.refused[place]}") from None
     changed = [
         {"row": line.where, "text": line.text, "before": before.text, "after": after.text,
          "task_before": before.route.task, "task_after": after.route.task}
@@ -180,11 +228,11 @@ def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options:
             raise UserError(f"--rows: found {twice!r} twice, expected one file of each task; put its rows into one file")
         from amlora_dist.inference.rekeying import TaskRows, rekey
 
-        labels = labels_by_task(folder)
+        labels, entries = labels_by_task(folder), entries_of(folder)
         rows = {}
         for task, file in files.items():
-            lines, answers = _labelled(Rows(file, label=label), labels[task], task)
-            rows[task] = TaskRows([line.text for line in lines], answers)
+            lines, answers = _labelled(Rows(file, label=label), labels[task], FieldColumns(entries, task, own=True))
+            rows[task] = TaskRows([line.text for line in lines], answers, [_whole(line, entries, task) for line in lines])
         made = rekey(folder, dest, rows, base=options.get("base"))
     return f"{dest}: {len(made.tasks)} tasks, routed and answered by plain text"
 
@@ -226,28 +274,25 @@ def _asked(model: AMLoRAModel, line: InputRow, task: str) -> Query:
     and with the fields that its text is made of, where the row has them all."""
     from amlora_dist.evaluation.requests import Query
 
-    entry = model.prompter.learned.get(task)
-    parts = [] if entry is None else entry.fields or []
-    found = {part.name: line.fields[part.name] for part in parts if part.name in line.fields}
-    if parts and not line.turns and len(found) == len(parts) and any(one is not None for one in found.values()):
-        try:  # a column without a value is an empty field, as it is where rows are trained on
-            given = {name: "" if one is None else text_of(one) for name, one in found.items()}
-            return model.prompter.query(given, task=task)
-        except (NoTextError, UserError) as error:
-            raise UserError(f"{line.where}: {error}") from None
     if line.turns and not model.prompter.is_chat(task):
         return Query(joined(line.turns).strip())
-    return Query(line.text, turns=line.turns)
+    return Query(line.text, turns=line.turns, fields=_whole(line, model.prompter.learned, task))
 
 
-def _labelled(rows: Rows, labels: list[str] | None, task: str) -> tuple[list[InputRow], list[str]]:
-    """The rows of a file with their right answers."""
+def _whole(line: InputRow, entries: Entries, task: str) -> Mapping[str, str]:
+    """The fields of a row of a task as its template reads them; empty where the row has none."""
+    return joined_text(line.named, entries, task)[1] if line.named else {}
+
+
+def _labelled(rows: Rows, labels: list[str] | None, columns: FieldColumns) -> tuple[list[InputRow], list[str]]:
+    """The rows of a file with their right answers; ``columns`` of their task."""
     with ExitStack() as stack:
         read = stack.enter_context(opened(rows.source, rows.column))
+        read.columns = columns
         lines = list(read.lines())
     if not lines:
         raise UserError(f"{rows.source}: found no rows, expected some with {rows.column!r} and {rows.label!r}")
-    return lines, [right_answer(line, rows.label, labels, task) for line in lines]
+    return lines, [right_answer(line, rows.label, labels, str(columns.task)) for line in lines]
 
 
 def right_answer(line: InputRow, label: str, labels: list[str] | None, task: str) -> str:

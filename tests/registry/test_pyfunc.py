@@ -31,6 +31,7 @@ class EchoModel:
 
     def __init__(self, adapters: int, base: str) -> None:
         self.adapters, self.base = adapters, base
+        self.prompter = types.SimpleNamespace(learned={})
 
     @classmethod
     def from_bank(cls, folder: Path, base: str = "", dtype: str = "") -> EchoModel:

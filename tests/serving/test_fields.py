@@ -70,6 +70,30 @@ def test_a_text_without_the_fields_that_its_prompt_reads_is_refused(server: Runn
     assert "reads the fields first, second" in answer.json()["error"]["message"]
 
 
+def test_a_text_without_words_next_to_fields_is_none(server: Running, model: AMLoRAModel) -> None:
+    (wanted,) = model.classify(FIELDS)
+    for empty in ("", " \n", [""], []):
+        (found,) = server.good("/v1/classifications", fields=FIELDS, input=empty)["data"]
+        assert found["label"] == wanted.label
+        assert server.good("/v1/completions", fields=FIELDS, prompt=empty)["choices"][0]["text"] == wanted.label
+    for turns in ([], [{"role": "user", "content": ""}]):
+        answer = server.good("/v1/chat/completions", fields=FIELDS, messages=turns)
+        assert answer["choices"][0]["message"]["content"] == wanted.label
+    for path, key, text in (("/v1/classifications", "input", "red"), ("/v1/completions", "prompt", "red"),
+                            ("/v1/chat/completions", "messages", [{"role": "user", "content": "red"}])):  # fmt: skip
+        assert "expected one of them" in server.post(path, fields=FIELDS, **{key: text}).text
+    assert server.post("/v1/completions", prompt="").status_code == 400, "without fields it is still no text"
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/classifications", "input"), ("/v1/completions", "prompt")])
+def test_of_several_texts_the_one_that_is_refused_is_named(server: Running, path: str, key: str) -> None:
+    texts = [*texts_of("sizes", 2, "named"), TEXT]
+    answer = server.post(path, **{key: texts})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("text 3: task 'colours': its prompt reads the fields first, second")
+    assert server.post(path, **{key: TEXT}).json()["error"]["message"].startswith("task 'colours': its prompt reads")
+
+
 def test_one_text_that_is_refused_does_not_keep_others_from_their_answers(server: Running, model: AMLoRAModel) -> None:
     text = texts_of("sizes", 1, "named")[0]
     assert server.good("/v1/classifications", input=text)["data"][0]["label"] == model.classify(text)[0].label
