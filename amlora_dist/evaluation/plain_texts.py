@@ -1,9 +1,10 @@
-"""Plain texts of a bank whose router has no keys: behind the bank's own prompt, answered by the best of all labels.
+"""Plain texts of a bank whose router has no keys: behind the bank's own prompt, by the best of all labels or freely.
 
 Such a bank finds no task of a text by itself. So nobody is told one: the labels of all tasks that it has learned are ranked,
-equal words once; a bank that has learned a task of free text writes, for nobody says which kind of answer is wanted. The
-accuracy matrix and ``amlora score`` know the row's task, and with it the kind: they rank for rows of labelled tasks, and
-count what is written for the others. All of them prepare a text here, and rank by ``evaluation.ranking``.
+equal words once, unless held-out rows said that it is right more often by what it writes freely (``plain_choice``); a bank
+that has learned a task of free text writes, for nobody says which kind of answer is wanted. The accuracy matrix and
+``amlora score`` know the row's task, and with it the kind: they count rows of labelled tasks in the chosen way, and what is
+written for the others. All of them prepare a text here, and rank by ``evaluation.ranking``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from amlora_dist.evaluation.plain_choice import Way
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.evaluation.served_scoring import PlainRow
 from amlora_dist.tasks.batches import Example
@@ -25,20 +27,23 @@ class PlainLabels:
     """Of all its tasks that have some; none of a bank of before 0.2, which answers as it did."""
     writes: bool = True
     """Whether it is answered freely, unless a label is asked for."""
+    way: Way = "ranks"
+    """Chosen for rows of labelled tasks."""
 
     @property
     def mixed(self) -> bool:
-        """Whether tasks of both kinds were learned: then nobody knows of a text which kind of answer is wanted."""
+        """Whether it has labels and writes all the same: by choice, or because tasks of both kinds were learned and nobody
+        knows of a text which kind of answer is wanted."""
         return bool(self.labels) and self.writes
 
     @classmethod
-    def of(cls, prompter: Prompter, tasks: Sequence[str] | None = None) -> PlainLabels:
-        """Of the bank of ``prompter``, or of these of its ``tasks``."""
+    def of(cls, prompter: Prompter, tasks: Sequence[str] | None = None, way: Way = "ranks") -> PlainLabels:
+        """Of the bank of ``prompter``, or of these of its ``tasks``, for which ``way`` was chosen."""
         if not prompter.format.text_alone:
             return cls()
         labels = prompter.all_labels(tasks)
         free = any(entry.free_text for name, entry in prompter.learned.items() if tasks is None or name in tasks)
-        return cls(labels, free or not labels)
+        return cls(labels, free or not labels or way == "writes", way)
 
 
 def fill_to_rank(prompter: Prompter, requests: Sequence[Request], labels: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ from amlora_dist.tasks.batches import Example, Side, collate_prompts
 
 if TYPE_CHECKING:
     from amlora_dist.adapters.gate_context import Selection
+    from amlora_dist.evaluation.plain_choice import Way
 
 ZERO_ROW = -1
 """Stands for no row at all: every adapter gets gate 0 and the model answers as the base model does."""
@@ -230,6 +231,13 @@ def by_label(one: Prediction, labels: Sequence[str], metric: str) -> Prediction:
     return replace(
         one, served=served, correct=correct, model_correct=correct, greedy_correct=one.correct, labels=list(labels) or None
     )
+
+
+def in_way(one: Prediction, way: Way) -> Prediction:
+    """A prediction of ``by_label`` that counts by this way of answering plain text."""
+    if way == "ranks" or one.greedy_correct is None:
+        return one
+    return replace(one, served=one.output, correct=one.greedy_correct)
 
 
 def routing_accuracy(predictions: Sequence[Prediction], task: str, tasks: Sequence[str]) -> float | None:

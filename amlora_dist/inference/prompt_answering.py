@@ -1,9 +1,10 @@
 """Banks whose router has no keys for plain text: those before 0.2, and methods without a posterior.
 
 A text behind the bank's own prompt is routed in the same pass that reads it. A plain text of which nothing is told is
-answered as it was scored (``evaluation.plain_texts``): by the best of the labels of all tasks, where all have some. What
-else is asked of such a bank, and all that is asked of one of before 0.2, is answered as it always was: a named task's or
-question's answer is written, and only ``classify`` looks for the labels and the prompt of the task that was found.
+answered as it was scored (``evaluation.plain_texts``): by the best of the labels of all tasks, where all have some, or
+freely where that was chosen for the bank. What else is asked of such a bank, and all that is asked of one of before 0.2, is
+answered as it always was: a named task's or question's answer is written, and only ``classify`` looks for the labels and the
+prompt of the task that was found.
 
 Shapes in names: B prompts, S tokens, T tasks, N adapters, L labels.
 """
@@ -32,7 +33,7 @@ from amlora_dist.evaluation.requests import (
     routes,
     tensors,
 )
-from amlora_dist.evaluation.scoring import Prediction, by_label, score_task
+from amlora_dist.evaluation.scoring import Prediction, by_label, in_way, score_task
 from amlora_dist.training.batching import prompt_positions
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class PromptAnswering:
 
     def over(self, tasks: Sequence[str]) -> PromptAnswering:
         """The same over some of the tasks, as if the bank held no other."""
-        plain = PlainLabels.of(self.prompter, tasks) if self.plain.labels else self.plain
+        plain = PlainLabels.of(self.prompter, tasks, self.plain.way) if self.plain.labels else self.plain
         return PromptAnswering(self.mixture, self.decoder, self.prompter, self.rows_TN, plain)
 
     def ranks(self, request: Request, *, to_classify: bool = False) -> bool:
@@ -127,8 +128,8 @@ class PromptAnswering:
         return found
 
     def scored(self, rows: Sequence[PlainRow], entry: TaskEntry, batch_size: int) -> list[Prediction]:
-        """What the bank answers to rows of a task, counted as the accuracy matrix counts them: they are ranked among the
-        labels of all tasks, also by a bank that writes where it does not know that a label is wanted.
+        """What the bank answers to rows of a task, counted as the accuracy matrix counts them: in the way that was
+        chosen for the bank, also by one that writes where it does not know that a label is wanted.
 
         Args:
             rows: of the task.
@@ -154,7 +155,7 @@ class PromptAnswering:
             encoder_decoder=self.decoder.encoder_decoder,
             device=self.mixture.device,
         )
-        return [by_label(one, labels, entry.counted_by) for one in found]
+        return [in_way(by_label(one, labels, entry.counted_by), self.plain.way) for one in found]
 
     def next_token_logits(self, requests: Sequence[Request], batch_size: int, router: Router | None) -> Tensor:
         """Scores of the first token of each answer, (B, vocabulary) fp32 on the CPU."""

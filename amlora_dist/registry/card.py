@@ -11,7 +11,7 @@ import yaml
 
 from amlora_dist.evaluation.field_columns import FieldColumns
 from amlora_dist.methods import LORA, offered
-from amlora_dist.registry.how_scored import how_scored
+from amlora_dist.registry.how_scored import HowScored, how_scored
 from amlora_dist.tasks.task import builtin_tasks
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def readme(manifest: Manifest, base_model: str | None = None) -> str:
         "| k | task | rank | alpha | accuracy now | sha256 |",
         "|---|---|---|---|---|---|",
     ]
-    last, how = _last(manifest), how_scored(manifest.training_configuration, manifest.method)
+    last, how = _last(manifest), _how(manifest)
     for line in manifest.adapters:
         score = last.get(line.task)
         shown = "-" if score is None else f"{score:.3f}"
@@ -224,7 +224,7 @@ def _front_matter(manifest: Manifest, base_model: str | None, *, model_index: bo
 
 def _results(manifest: Manifest) -> list[dict[str, Any]]:
     """Scores of the bank's tasks after its last stage, in the form of the Hub's ``model-index``."""
-    last, how = _last(manifest), how_scored(manifest.training_configuration, manifest.method)
+    last, how = _last(manifest), _how(manifest)
     results = []
     for line in manifest.adapters:
         if (score := last.get(line.task)) is None:
@@ -236,6 +236,10 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
         data = next(iter(_data_sets(manifest, line.task)), line.task)
         results.append({"task": {"type": kind}, "dataset": {"name": line.task, "type": data}, "metrics": [metric]})
     return results
+
+
+def _how(manifest: Manifest) -> HowScored:
+    return how_scored(manifest.training_configuration, manifest.method, manifest.plain_text)
 
 
 def _last(manifest: Manifest) -> dict[str, float | None]:

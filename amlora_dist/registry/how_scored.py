@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from amlora_dist.config.former_values import completed
+from amlora_dist.evaluation.plain_choice import PlainChoice
 from amlora_dist.methods import Asked, asked_of
 
 
@@ -29,12 +30,13 @@ class HowScored:
         return self.asked == "plain text"
 
 
-def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
+def how_scored(configuration: Mapping[str, Any], method: str, plain_text: PlainChoice | None = None) -> HowScored:
     """How the scores of the accuracy matrix were made.
 
     Args:
         configuration: resolved, of the run, as it was stored.
         method: name of its method; one that is not known here is taken for one that routes.
+        plain_text: how its banks answer plain text, where they find no task by themselves.
     """
     whole = completed(configuration)
     text_alone = whole["prompt_format"] == 2
@@ -52,7 +54,8 @@ def how_scored(configuration: Mapping[str, Any], method: str) -> HowScored:
         return HowScored(
             asked="plain text",
             what="served answer",
-            sentence="Each row's text was asked by itself, as a user sends it: nothing told its task.",
+            sentence="Each row's text was asked by itself, as a user sends it: nothing told its task."
+            + ("" if plain_text is None else f" {plain_text.sentence}"),
             router="The router read the text alone.",
         )
     return HowScored(

@@ -22,6 +22,7 @@ from amlora_dist.base_model import identity
 from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
+from amlora_dist.evaluation.plain_choice import PlainChoice
 from amlora_dist.methods import form_of
 from amlora_dist.privacy import public_name
 from amlora_dist.quantisation import Quantisation
@@ -244,6 +245,9 @@ class Manifest:
     training_configuration: dict[str, Any] = Field(default_factory=dict)
     """The resolved configuration of the run."""
     accuracy_matrix: AccuracyMatrix = Field(default_factory=AccuracyMatrix)
+    plain_text: PlainChoice | None = None
+    """How plain text is answered by a bank that finds no task by itself; None of the others, and of those made before there
+    was a choice: they rank. Not in the file where it is None."""
     lineage: Lineage = Field(default_factory=Lineage)
     library_versions: dict[str, str] = Field(default_factory=dict)
     files: dict[Annotated[str, Field(max_length=500)], FileEntry] | None = None
@@ -318,6 +322,8 @@ class Manifest:
                 del line["task_spec"]["fields"]
         if mapping["files"] is None:
             del mapping["files"]
+        if mapping["plain_text"] is None:
+            del mapping["plain_text"]
         if self.base.quantisation == "none":
             del mapping["base"]["quantisation"]
         return mapping

@@ -174,7 +174,8 @@ def describe_run(store: Store, run: str, text: str) -> None:
 
 def version_description(version: Version, manifest: Manifest) -> str:
     """Markdown for the page of a version."""
-    matrix, how = manifest.accuracy_matrix, how_scored(manifest.training_configuration, manifest.method)
+    matrix = manifest.accuracy_matrix
+    how = how_scored(manifest.training_configuration, manifest.method, manifest.plain_text)
     last = dict(zip(matrix.tasks, matrix.accuracy[-1], strict=True)) if matrix.accuracy else {}
     best = {
         task: max((value for row in matrix.accuracy if (value := row[place]) is not None), default=None)

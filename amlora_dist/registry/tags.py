@@ -23,6 +23,9 @@ TAKEN = "amlora.taken"
 REUSED_FROM = "amlora.reused_from"
 """``models:/NAME/VERSION`` whose storage this version refers to instead of storing its adapter again."""
 
+PLAIN_TEXT = "amlora.plain_text"
+"""Of the run of a method without keys, and of its stages: ``ranks`` or ``writes``, how its bank answers plain text."""
+
 VERSION = "amlora.version"
 """Of a logged model: the ``models:/NAME/VERSION`` that it is a version of."""
 DESCRIBED = "amlora.described"

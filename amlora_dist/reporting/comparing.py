@@ -7,6 +7,7 @@ bootstrap interval). Methods are compared pair by pair on the same seed, order a
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from amlora_dist.evaluation import metrics
 from amlora_dist.evaluation.intervals import Cells, cell_means, over_seeds, percentiles, resampled
 from amlora_dist.evaluation.metrics import MatrixMetric
+from amlora_dist.evaluation.plain_choice import shown_choice
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.reporting.baselines import baselines
 from amlora_dist.reporting.facts import RunFacts
@@ -62,7 +64,8 @@ def compare(entries: Sequence[Entry], reference: str) -> dict[str, Any]:
         and ``majority`` (None for free text). ``methods``: for each its ``runs`` (number), ``train_seconds`` (mean of a
         run), ``asked`` (what its rows were asked with, in two words) and ``metrics``: by name ``mean``, ``deviation`` and
         ``range`` over runs, and the ``interval`` of the mean over test rows. Of methods that find no task by themselves
-        ``told`` is the score behind each task's own prompt; ``written_freely`` that of unrestricted output.
+        ``told`` is the score behind each task's own prompt, ``by_ranking`` that of the best of all labels,
+        ``written_freely`` that of unrestricted output, and ``plain_text`` in how many runs which of the two was chosen.
         ``differences``: for each other method the average performance of the reference minus its own over the
         runs both have, with ``interval``, ``deviation`` and ``wins``. ``tasks``: mean score after the last stage, by
         method. ``also``: the same of test sets that no stage learned. ``by_order``: average performance by method and
@@ -100,7 +103,8 @@ def _method(
     seconds = [sum(stage.public["train_seconds"] or 0.0 for stage in entry.facts.stages) for entry in entries]
     found = {name: _summary([one[name] for one in samples.values() if name in one]) for name in names}
     line = {"runs": len(entries), "train_seconds": statistics.fmean(seconds), "asked": entries[0].facts.how.asked}
-    return line | {"metrics": found}, samples
+    ways = Counter(chosen.way for entry in entries if (chosen := shown_choice(entry.facts.result)) is not None)
+    return line | ({"plain_text": dict(sorted(ways.items()))} if ways else {}) | {"metrics": found}, samples
 
 
 def _samples(
@@ -114,6 +118,8 @@ def _samples(
     last = facts.result.get("last") or {}
     if (own := last.get("own_prompt")) is not None:
         besides |= sampled([own], [[facts.row_scores("own", task) for task in facts.tasks]], {"told": _mean})
+        ranked_all = last.get("model_accuracy") or [None] * len(facts.tasks)
+        besides |= sampled([ranked_all], facts.cells(of="model_correct")[-1:], {"by_ranking": _mean})
     if (freely := last.get("greedy_accuracy")) is not None:
         besides |= sampled([freely], facts.cells(of="greedy_correct")[-1:], {"written_freely": _mean})
     if not facts.in_sequence:

@@ -16,6 +16,7 @@ from amlora_dist.reporting.run_charts import FLOOR, capital, short_names
 
 SHOWN = {
     "average_performance": "AP",
+    "by_ranking": "by ranking",
     "written_freely": "written freely",
     "told": "told, own prompt",
     "ranked_average_performance": "ranked AP",
@@ -83,7 +84,8 @@ def method_table(comparison: dict[str, Any]) -> Table:
     found = comparison["methods"]
     names = [name for name in SHOWN if any(one["metrics"].get(name) for one in found.values())]
     headings = [SHOWN[name] for name in names[1:]]
-    columns = ["method", "AP", "± over runs", "low", "high", *headings, "runs", "train s", "learning rate"]
+    chosen = ["plain text"] if any("plain_text" in one for one in found.values()) else []
+    columns = ["method", *chosen, "AP", "± over runs", "low", "high", *headings, "runs", "train s", "learning rate"]
     rows: list[list[Value]] = []
     for method, one in found.items():
         own = one["metrics"].get("average_performance") or {}
@@ -92,10 +94,16 @@ def method_table(comparison: dict[str, Any]) -> Table:
         rate = comparison["tuning"].get(method, {}).get("chosen")
         shown = with_memory(comparison, method) + _unlike_plain(one)
         rows.append(
-            [shown, own.get("mean"), own.get("deviation"), low, high, *others, one["runs"], one["train_seconds"],
-             None if rate is None else f"{rate:g}"]
+            [shown, *[_ways(one) for _ in chosen], own.get("mean"), own.get("deviation"), low, high, *others, one["runs"],
+             one["train_seconds"], None if rate is None else f"{rate:g}"]
         )  # fmt: skip
     return Table(columns, rows)
+
+
+def _ways(one: dict[str, Any]) -> str | None:
+    """How a method that finds no task by itself answers plain text; with the number of runs where they differ."""
+    ways = one.get("plain_text") or {}
+    return next(iter(ways)) if len(ways) == 1 else ", ".join(f"{way} {count}" for way, count in ways.items()) or None
 
 
 def with_memory(comparison: dict[str, Any], method: str) -> str:
@@ -183,8 +191,9 @@ def _performance(comparison: dict[str, Any], ranking: Sequence[str]) -> list[Blo
     if any("asked" in one for one in found.values()):
         asked = (
             "AP and all that follows from it are of plain text, unless the name says what else went in; methods that find no"
-            " task by themselves rank the labels of all tasks learned so far. Written freely: unrestricted output to the"
-            " same rows. Told, own prompt: the same bank behind each task's own prompt and labels, which tells it the task. "
+            " task by themselves rank the labels of all tasks learned so far, or write freely, whichever held-out rows"
+            " prefer (column plain text). By ranking, written freely: the same rows in either way. Told, own prompt: the"
+            " same bank behind each task's own prompt and labels, which tells it the task. "
         )
     caption = asked + (
         "AP average performance, BWT backward transfer, FWT forward transfer, LA learning accuracy, AIP average incremental"

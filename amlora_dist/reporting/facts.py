@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.intervals import Cells
+from amlora_dist.evaluation.plain_choice import shown_choice
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.registry import tags
@@ -17,8 +18,9 @@ from amlora_dist.registry.pulling import manifest_of
 from amlora_dist.registry.runs import RunInfo
 from amlora_dist.registry.store import Store
 
-Counted = Literal["correct", "ranked_correct", "greedy_correct"]
-"""Which score of a prediction: of the answer that counts, of the best label, of what was written freely."""
+Counted = Literal["correct", "ranked_correct", "greedy_correct", "model_correct"]
+"""Which score of a prediction: of the answer that counts, of the task's best label, of what was written freely, of the model
+alone."""
 STAGE, CONFIG, INPUTS = "stage.json", "config.json", "materials.json"
 
 
@@ -88,7 +90,7 @@ class RunFacts:
     @property
     def how(self) -> HowScored:
         """How rows were scored: as plain texts, behind their own tasks' prompts, or told the task."""
-        return how_scored(self.config, str(self.result["method"]))
+        return how_scored(self.config, str(self.result["method"]), shown_choice(self.result))
 
     @property
     def matrix(self) -> list[list[float | None]]:

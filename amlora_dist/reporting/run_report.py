@@ -18,6 +18,7 @@ from amlora_dist.evaluation.intervals import (
     resampled,
 )
 from amlora_dist.evaluation.metrics import MatrixMetric
+from amlora_dist.evaluation.plain_choice import OWN_PROMPT, shown_choice
 from amlora_dist.reporting import run_charts
 from amlora_dist.reporting.answers import answer_blocks, confusion_blocks
 from amlora_dist.reporting.backward import backward_blocks
@@ -254,15 +255,23 @@ LAST = {
     "own_prompt": "own prompt (told the task)", ELSEWHERE: "rows whose keys prefer another task's label",
 }  # fmt: skip
 """Rows about the last bank next to the accuracy of its served answers, and what they are called."""
+RANKED = "by ranking"
+"""What the model alone does with plain text of which it knows no task."""
 
 
 def _by_evidence(facts: RunFacts) -> list[Block]:
     """What the last bank answers, by kind of evidence; nothing where that was not scored."""
     found = facts.result.get("last") or {}
-    rows: list[list[Value]] = [[words, *found[key]] for key, words in LAST.items() if key in found]
+    rows: list[list[Value]] = [
+        [RANKED if key == "model_accuracy" and OWN_PROMPT in found else words, *found[key]]
+        for key, words in LAST.items()
+        if key in found
+    ]
     if not rows:
         return []
     note = "Written freely: nothing limits the output to labels."
+    if (chosen := shown_choice(facts.result)) is not None:
+        note = f"By ranking: the best of the labels of all tasks learned so far. {note} {chosen.sentence}"
     if "keys_accuracy" in found:
         note = (
             "The served answer of a labelled task weighs two kinds of evidence: what the model says of each label, and what"

@@ -36,7 +36,7 @@ from amlora_dist.tasks.batches import Example, label_tokens
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.training.checkpoint import write_text
 from amlora_dist.training.failures import memory_watched
-from amlora_dist.training.stage_spec import WITHOUT, Cell, StageWork
+from amlora_dist.training.stage_spec import CHOICE, WITHOUT, Cell, StageWork, is_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +162,7 @@ class Scoring:
             routed = routing_accuracy(predictions, cell.task, self.mixture.task_names)
             summary |= {} if routed is None else {"routing_accuracy": routed}
         if self.ranks.rank == 0:
-            about = {key: value for key, value in asdict(cell).items() if key not in ("before", "features")}
+            about = {key: value for key, value in asdict(cell).items() if key not in ("before", "features", "places")}
             folder = Path(cell.folder)
             if cell.features is not None and features:
                 write_features(Path(cell.features), features)
@@ -190,7 +190,7 @@ class Scoring:
             self.work.plain_texts
             and self.mixture is not None
             and self.method.stages is not Stages.APART
-            and (cell.mode == "router" or cell.mode.startswith(WITHOUT))
+            and (is_plain(cell.mode) or cell.mode == CHOICE)
         )
 
     def _score_plain(self, cell: Cell) -> None:
@@ -210,9 +210,10 @@ class Scoring:
 
     def _texts(self, cell: Cell) -> list[PlainRow]:
         """The cell's rows as they are asked: conversations without their last turn, which is the answer."""
+        rows = self.plain_rows(cell.task, cell.split)
         return [
             PlainRow(row.number, row.text, row.target, row.turns[:-1], row.references, row.fields)
-            for row in self.plain_rows(cell.task, cell.split)
+            for row in (rows if cell.places is None else [rows[place] for place in cell.places])
         ]
 
     def _score_served(self, cell: Cell) -> None:

@@ -118,8 +118,7 @@ class StageRows:
         return [replace(example, prompt=prefix.before(example.prompt), span=None) for example in examples]
 
     def _sample(self, examples: list[Example], count: int, purpose: str, name: str) -> list[Example]:
-        generator = torch.Generator().manual_seed(named_seed(self.work.settings.seed, purpose, name))
-        return [examples[i] for i in sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())]
+        return [examples[i] for i in sampled_places(len(examples), count, self.work.settings.seed, purpose, name)]
 
     def _key(self, kind: str, task: str, split: str, *more: Hashable) -> Hashable | None:
         """All that decides the rows of a split; None where nobody knows what their digest must be."""
@@ -128,3 +127,9 @@ class StageRows:
         if expected is None:
             return None
         return (kind, expected, split, value_digest(work.tasks[task]), work.data_seed, work.data_dir, *more)
+
+
+def sampled_places(of: int, count: int, seed: int, purpose: str, name: str) -> list[int]:
+    """Places, rising, of at most ``count`` of so many rows, drawn for a purpose such as ``replay`` of the task ``name``."""
+    generator = torch.Generator().manual_seed(named_seed(seed, purpose, name))
+    return sorted(torch.randperm(of, generator=generator)[:count].tolist())

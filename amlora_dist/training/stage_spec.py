@@ -22,8 +22,15 @@ from amlora_dist.training.settings import StageSettings
 
 Mode = str
 """``untrained``, ``router``, ``oracle`` (told the task), ``own`` (as ``router``, but each row behind its own task's prompt,
-which tells the task), or ``without.N``: as ``router``, the Nth adapter disabled."""
+which tells the task), ``without.N``: as ``router``, the Nth adapter disabled, or ``choice``: as ``router``, of rows that
+decide how plain text is answered (``evaluation.plain_choice``)."""
+CHOICE = "choice"
 WITHOUT = "without."
+
+
+def is_plain(mode: Mode) -> bool:
+    """Whether a score is of plain texts as the bank answers them, in whichever way it does."""
+    return mode == "router" or mode.startswith(WITHOUT)
 
 
 @lru_cache(maxsize=256)
@@ -55,6 +62,8 @@ class Cell:
     those that are not there are passed over."""
     features: str | None = None
     """File of what the router reads of these rows."""
+    places: tuple[int, ...] | None = None
+    """Of the split's rows that are scored, rising; None: all."""
 
     @property
     def done(self) -> bool:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amlora_dist.errors import visible
+from amlora_dist.evaluation.plain_choice import OWN_PROMPT, shown_choice
 from amlora_dist.evaluation.text_metrics import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _parts(result: Mapping[str, Any], width: int, tracking_uri: str | None) -> I
     yield from matrix_tables(result, width)
     if result.get("last"):
         yield _last_table(result, width)
+    if (chosen := shown_choice(result)) is not None:
+        yield Text(f"\nanswers  {chosen.sentence}")
     yield _metrics_table(result["metrics"])
     yield _stages_table(result["stages"])
     if rate := result.get("learning_rate"):
@@ -128,6 +131,8 @@ LAST = {
     "keys_elsewhere": "keys elsewhere",
 }
 """Rows about the last bank, and what they are called."""
+RANKED = "by ranking"
+"""What the model alone does with plain text of which it knows no task."""
 
 
 def _last_table(result: Mapping[str, Any], width: int) -> Table:
@@ -148,7 +153,7 @@ def _last_table(result: Mapping[str, Any], width: int) -> Table:
         cells = [_cell(shown, column) for column in range(len(shown))]
         if key == "keys_elsewhere":  # rows, not a share of them
             cells = ["-" if value is None else f"{value:g}" for value in shown]
-        table.add_row(words, *cells)
+        table.add_row(RANKED if key == "model_accuracy" and OWN_PROMPT in result["last"] else words, *cells)
     return table
 
 

@@ -115,7 +115,7 @@ class BankVersions:
             below: this run's version before.
             placement: where the new version's files will be kept.
             matrices: of the run so far.
-            about: ``run_id``, ``epoch`` and ``training_configuration`` of the manifest.
+            about: ``run_id``, ``epoch``, ``training_configuration`` and ``plain_text`` of the manifest.
         """
         newest = read_result(Path(parents[-1].folder))
         before = None if below is None else self.manifest_of(below)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from amlora_dist.training.settings import StageSettings
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode
 from pipelines.cluster.resources import Demand
 from pipelines.runs.model_checks import check_model, check_packing
+from pipelines.runs.plain_choice import dev_rows
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
@@ -52,6 +53,8 @@ class RunInputs:
     """Of the adapter that a stage trains."""
     rate: dict[str, Any] | None = None
     """How ``training.learning_rate: auto`` was settled, once it is; None where a number was given."""
+    dev: dict[str, TaskData] = field(default_factory=dict)
+    """Dev rows of tasks, where they decide how plain text is answered (``plain_choice``)."""
 
     @property
     def model(self) -> str:
@@ -347,6 +350,7 @@ def gather_inputs(config: RunConfig, place: Path, *, run_id: str = "", gpus: boo
             max_text_tokens=config.router.max_text_tokens or longest,
         )
         inputs.config = replace(inputs.config, router=router)
+    inputs.dev = dev_rows(inputs, method)
     return inputs
 
 

@@ -19,6 +19,8 @@ from amlora_dist.config.loading import to_mapping
 from amlora_dist.crash_points import reach
 from amlora_dist.digests import tensors_digest
 from amlora_dist.errors import UserError
+from amlora_dist.evaluation.plain_choice import PlainChoice, read_choice
+from amlora_dist.evaluation.scoring import in_way, read_predictions, write_predictions
 from amlora_dist.privacy import public_configuration, public_name
 from amlora_dist.registry import tags
 from amlora_dist.registry.housekeeping import crown_first
@@ -26,7 +28,7 @@ from amlora_dist.registry.newest import take_up
 from amlora_dist.registry.records import describe_run
 from amlora_dist.registry.runs import RESULT
 from amlora_dist.training.result import Result, read_result, renew
-from amlora_dist.training.stage_spec import Parent
+from amlora_dist.training.stage_spec import CHOICE, Parent, is_plain
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
 from pipelines.runs.plan import BankState
@@ -164,6 +166,7 @@ class RunJournal:
                 self.store.drop_claim(plan.fingerprint, label=self._label(plan))
                 take_up(self.store, own, self.lease.epoch, self.lease.check)
                 record.original, record.published, record.resumed = own, own, True
+                record.plain_text = self._settled(record.run)
             elif plan.trains and self._share:
                 record.original = self._find_or_claim(plan, record, on_wait)
             record.reused = record.original is not None
@@ -201,7 +204,7 @@ class RunJournal:
             record.take(result, learns_recipe=self.inputs.method.recipe(plan.index - 1).learned)
             parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
             bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
-        record.score(plan.cells)
+        record.score(plan.cells, chooses=plan.chooses)
         if not plan.trains:
             record.scores += [score | {"mode": "router"} for score in record.scores]
         self.stages.append(record)
@@ -323,6 +326,11 @@ class RunJournal:
         """What others read of a claim of this run."""
         return f"stage {plan.task!r} of run {self.inputs.run_id!r}"
 
+    def _settled(self, stage_run: str) -> PlainChoice | None:
+        """How the bank of a published stage answers plain text; None of one that was published before there was a choice."""
+        stored = self.store.load_json(stage_run, results.STAGE_FILE) or {}
+        return read_choice(stored.get("plain_text"), f"{results.STAGE_FILE} of MLflow's run {stage_run}")
+
     def _known_scores(self, stage_run: str) -> dict[str, dict[str, Any]]:
         """Scores that a stage has in MLflow, by scoring fingerprint."""
         stored = self.store.load_json(stage_run, results.STAGE_FILE) or {}
@@ -340,7 +348,10 @@ class RunJournal:
             below=below,
             placement=self.store.placement(self.inputs.model, record.run, epoch),
             matrices=results.matrices(self.inputs.tasks, self.stages),
-            about={"run_id": self.inputs.run_id, "epoch": epoch, "training_configuration": self.mapping},
+            about={
+                "run_id": self.inputs.run_id, "epoch": epoch, "training_configuration": self.mapping,
+                "plain_text": record.plain_text,
+            },
         )
 
     def _registered(self, folder: Path, manifest: Manifest, record: StageRecord) -> Version:
@@ -369,14 +380,19 @@ class RunJournal:
         shutil.rmtree(tmp, ignore_errors=True)
         for cell in plan.cells:
             file = Path(cell.folder) / "predictions.jsonl"
-            if file.is_file():
+            if file.is_file() and cell.mode != CHOICE:
                 target = tmp / f"{cell.mode}-{cell.task.replace('/', '.')}.jsonl"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+                if record.way == "ranks" or not is_plain(cell.mode):
+                    shutil.copyfile(file, target)
+                else:
+                    write_predictions(target, [in_way(one, record.way) for one in read_predictions(file)])
         if tmp.is_dir():
             self.store.log_artifacts(record.run, tmp, "predictions")
             shutil.rmtree(tmp, ignore_errors=True)
-        self.store.log_json(record.run, results.STAGE_FILE, {"scores": record.scores, "training": record.training})
+        chosen = {} if record.plain_text is None else {"plain_text": record.plain_text.to_mapping()}
+        scored = {"scores": record.scores, "training": record.training}
+        self.store.log_json(record.run, results.STAGE_FILE, scored | chosen)
 
 
 def _statistics_digest(result: Result) -> str:

@@ -17,6 +17,7 @@ from amlora_dist.training.stage_spec import Parent
 from pipelines.runs.plan import StagePlan, plan_stage
 
 if TYPE_CHECKING:
+    from amlora_dist.training.stage_spec import Cell
     from pipelines.runs.inputs import RunInputs
     from pipelines.runs.plan import BankState
 
@@ -63,8 +64,12 @@ def stage_sizes(inputs: RunInputs, bank: BankState) -> list[StageSize]:
                 learned = {n: limit for n, limit in plan.rows.items() if limit is None or not memory}
                 counts = [(len(inputs.data[name].rows["train"]), limit) for name, limit in learned.items()]
                 trained = sum(min(count, count if limit is None else limit) for count, limit in counts) * training.epochs
-        sizes.append(StageSize(task, trained, sum(len(inputs.data[cell.task].rows[split]) for cell in cells)))
+        sizes.append(StageSize(task, trained, sum(_size(inputs, cell, split) for cell in cells)))
     return sizes
+
+
+def _size(inputs: RunInputs, cell: Cell, split: str) -> int:
+    return len(inputs.data[cell.task].rows[split]) if cell.places is None else len(cell.places)
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from amlora_dist.errors import UserError
 from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.training.stage_spec import WITHOUT, Cell, Mode, Parent, StageWork
+from pipelines.runs.plain_choice import choice_cells, chooses
 
 if TYPE_CHECKING:
     from amlora_dist.tasks.task_entry import TaskEntry
@@ -62,6 +63,8 @@ class StagePlan:
     cells: tuple[Cell, ...]
     trains: bool = True
     """False of a method that only scores."""
+    chooses: bool = False
+    """Whether the scores of its cells say how its bank answers plain text."""
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -99,7 +102,12 @@ def plan_stage(inputs: RunInputs, bank: BankState, task: str, earlier: Sequence[
         inputs.mixed_rows(task, inputs.stage_names),
     )  # fmt: skip
     bare = StagePlan(len(earlier) + 1, task, fingerprint, bank, rows, ())
-    return replace(bare, cells=tuple(_cells(inputs, bare, earlier)))
+    cells = _cells(inputs, bare, earlier)
+    if not chooses(inputs, method) or all(cell.mode != "router" for cell in cells):
+        return replace(bare, cells=tuple(cells))
+    learned = inputs.tasks if method.stages is Stages.ONE else inputs.tasks[: bare.index]
+    deciding = choice_cells(inputs, method, list(bare.fingerprints), learned, rows)
+    return replace(bare, cells=(*cells, *deciding), chooses=True)
 
 
 def training_rows(inputs: RunInputs, bank: BankState, task: str) -> dict[str, int | None]:
@@ -138,7 +146,9 @@ def stage_work(
     config, storage = inputs.config, inputs.storage
     split, mixed = config.evaluation.split, inputs.mixed_rows(task, inputs.stage_names)
     digests = {f"{name}/{split}": data.digest(split) for name, data in inputs.data.items()}
-    digests |= {f"{name}/train": inputs.data[name].digest("train") for name in (*rows, *mixed)}
+    deciding = [name for name in inputs.tasks if name not in inputs.dev] if chooses(inputs, inputs.method) else []
+    digests |= {f"{name}/train": inputs.data[name].digest("train") for name in (*rows, *mixed, *deciding)}
+    digests |= {f"{name}/dev": data.digest("dev") for name, data in inputs.dev.items()}
     return StageWork(
         fingerprint=fingerprint,
         index=len(bank.parents) + 1,

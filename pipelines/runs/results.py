@@ -94,6 +94,7 @@ def result(inputs: RunInputs, stages: Sequence[StageRecord]) -> dict[str, Any]:
     if stages and not in_sequence:
         complete = {"average_performance": metrics.mean(found.accuracy[-1])}
     untrained, scores = found.accuracy[0], stages[-1].scores if stages else []
+    chosen = stages[-1].plain_text if stages else None
     return {
         "run_id": inputs.run_id,
         "registered_model": inputs.model,
@@ -111,6 +112,7 @@ def result(inputs: RunInputs, stages: Sequence[StageRecord]) -> dict[str, Any]:
         "metrics": {name: complete.get(name) for name in METRICS},
         "learning_rate": inputs.rate,
         "stages": [stage.public() for stage in stages],
+        **({} if chosen is None else {"plain_text": chosen.to_mapping()}),
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from amlora_dist.config.loading import home
+from amlora_dist.evaluation.plain_choice import shown_choice
 from amlora_dist.evaluation.text_metrics import common_name
 from amlora_dist.privacy import public_name
 from amlora_dist.registry import tags
@@ -51,6 +52,11 @@ def show_stage(
         if figures[key] is not None and not record.resumed:
             rows.append((key, float(figures[key]), record.index, now))
     above = []
+    if (chosen := record.plain_text) is not None:
+        ways = {"ranks": chosen.ranks, "writes": chosen.writes}
+        rows += [(f"plain_text/{way}", value, record.index, now) for way, value in ways.items() if value is not None]
+        for run in (record.run, parent_run):
+            store.set_tags(run, {tags.PLAIN_TEXT: chosen.way})
     for score in record.scores:
         for key in ("accuracy", "ranked_accuracy", "keys_elsewhere"):
             if score.get(key) is not None:
@@ -103,8 +109,8 @@ def run_description(result: Mapping[str, Any], base: str, configuration: Mapping
         number = numbers.get(task)
         link = "–" if number is None else f"[{number}]({page}/versions/{number})"
         lines.append(f"| {task} | {_shown(learned)} | {_shown(rows[-1][place])} | {link} |")
-    sentence, split = how_scored(configuration, result["method"]).sentence, configuration["evaluation"]["split"]
-    lines += ["", f"Scores of {split} rows. {sentence} *Datasets*: the rows trained on, by digest."]
+    how, split = how_scored(configuration, result["method"], shown_choice(result)), configuration["evaluation"]["split"]
+    lines += ["", f"Scores of {split} rows. {how.sentence} *Datasets*: the rows trained on, by digest."]
     return "\n".join(lines)
 
 

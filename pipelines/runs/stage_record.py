@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from amlora_dist.adapters.adapter import recipe_zeros
+from amlora_dist.evaluation.plain_choice import PlainChoice, Way, counted_in, decided
 from amlora_dist.registry import tags
+from amlora_dist.training.stage_spec import CHOICE, is_plain
 
 if TYPE_CHECKING:
     from amlora_dist.registry.leases import Lease
@@ -49,6 +51,8 @@ class StageRecord:
     """Share of the recipe's weights that are exactly 0; None without a recipe that was learned."""
     scores: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    plain_text: PlainChoice | None = None
+    """How its bank answers plain text, where it finds no task by itself; of a version that is there, as it was published."""
 
     @property
     def version(self) -> int | None:
@@ -63,8 +67,9 @@ class StageRecord:
         return self.original.tags.get(tags.REUSED_FROM) if self.resumed else self.original.uri
 
     def open_cells(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Those that nobody has scored."""
-        return [cell for cell in cells if cell.fingerprint not in self.known and not cell.done]
+        """Those that nobody has scored; how a version that is there answers was settled with it."""
+        settled = [cell for cell in cells if not (self.resumed and cell.mode == CHOICE)]
+        return [cell for cell in settled if cell.fingerprint not in self.known and not cell.done]
 
     def take(self, result: Result, *, learns_recipe: bool) -> None:
         """Fill in what training gave; ``learns_recipe``: the stage's recipe was learned, and is no constant."""
@@ -72,15 +77,25 @@ class StageRecord:
         self.recipe_zeros = recipe_zeros(result.adapter) if learns_recipe else None
         self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
 
-    def score(self, cells: Sequence[Cell]) -> None:
-        """Fill in what scoring gave."""
+    def score(self, cells: Sequence[Cell], *, chooses: bool = False) -> None:
+        """Fill in what scoring gave; ``chooses``: and how the bank answers plain text, unless that is settled."""
         for cell in cells:
             score = self.known.get(cell.fingerprint)
             if score is None:
                 score = cell.summary() or {}
                 score.pop("folder", None)
+            if cell.mode == CHOICE and self.resumed and not score:
+                continue  # of a version that was published before there was a choice
             self.scores.append(score | {"mode": cell.mode, "task": cell.task})
             self.score_seconds += score["seconds"]
+        if chooses and not self.resumed:
+            self.plain_text = decided(score for score in self.scores if score["mode"] == CHOICE)
+        self.scores = [counted_in(one, self.way) if is_plain(one["mode"]) else one for one in self.scores]
+
+    @property
+    def way(self) -> Way:
+        """In which its bank answers plain text of labelled tasks, if it finds no task by itself."""
+        return "ranks" if self.plain_text is None else self.plain_text.way
 
     def release(self) -> None:
         """Let go of the claim, if it is still held: the stage is published, or will not be."""

@@ -11,11 +11,13 @@ import pytest
 from openai import OpenAI
 
 from amlora_dist.config.loading import load_config
+from amlora_dist.evaluation.plain_choice import PlainChoice
 from amlora_dist.evaluation.scoring import Prediction, read_predictions
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry.pyfunc import BankModel
 from amlora_dist.serving.bank import ServedBank
 from pipelines.cli.scoring import Rows, ask, score
+from pipelines.runs import stage_record
 from pipelines.runs.progress import Silent
 from pipelines.runs.sequence import run_sequence
 from tests.serving.servers import running
@@ -33,6 +35,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     given = {"permuted": ["router.kind=permuted"]}.get(request.param, [f"method={request.param}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLORA_HOME", str(folder / "home"))
+        patch.setattr(stage_record, "decided", lambda _scores: PlainChoice(way="ranks"))  # of the other: test_plain_choice
         config = load_config(write_config(folder, tasks=TASKS), [*given, "evaluate=all", "training.epochs=2"])
         result = run_sequence(config, run_id="plain", progress=Silent())
         yield folder, result, AMLoRAModel.from_bank("models:/plain@current", device="cpu")
