@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from amlora_dist.evaluation.plain_choice import PlainChoice
 from amlora_dist.evaluation.scoring import Prediction
 from amlora_dist.reporting.comparing import Entry, compare
 from amlora_dist.reporting.comparison_report import (
@@ -141,10 +142,13 @@ def told(one: Entry, own: float, freely: float) -> Entry:
     facts.config, count = SERVED, 40
     for task in facts.tasks:
         before = facts.predictions[task]
-        facts.predictions[task] = [replace(p, greedy_correct=float(n < freely * count)) for n, p in enumerate(before)]
+        facts.predictions[task] = [
+            replace(p, greedy_correct=float(n < freely * count), model_correct=p.correct) for n, p in enumerate(before)
+        ]
         facts.predictions[f"own-{task}"] = [replace(p, correct=float(n < own * count)) for n, p in enumerate(before)]
         facts.stages[-1].scores.append({"mode": "own", "task": task, "fingerprint": f"own-{task}"})
-    facts.result["last"] = {"own_prompt": [own, own], "greedy_accuracy": [freely, freely]}
+    ranked = facts.result["accuracy_matrix"][-1]
+    facts.result["last"] = {"own_prompt": [own, own], "greedy_accuracy": [freely, freely], "model_accuracy": ranked}
     return one
 
 
@@ -157,7 +161,7 @@ def test_a_method_that_finds_no_task_has_plain_text_written_freely_and_the_task_
     assert line["asked"] == "plain text" and found["methods"]["per_task"]["asked"] == "told the task"
     assert found["methods"]["replay"]["asked"] == "own prompt", "of a configuration that knows no prompt format"
     assert line["metrics"]["average_performance"]["mean"] == 0.5
-    for name, mean in (("told", 0.8), ("written_freely", 0.25)):
+    for name, mean in (("told", 0.8), ("by_ranking", 0.5), ("written_freely", 0.25)):
         low, high = line["metrics"][name]["interval"]
         assert line["metrics"][name]["mean"] == pytest.approx(mean) and low < mean < high
         assert found["runs"][0]["metrics"][name] == pytest.approx(mean)
@@ -166,6 +170,12 @@ def test_a_method_that_finds_no_task_has_plain_text_written_freely_and_the_task_
     assert list(shown) == ["seq_lora", "per_task (told the task)", "replay (own prompt)"]
     assert [shown["seq_lora"][name] for name in ("AP", "written freely", "told, own prompt")] == [0.5, 0.25, 0.8]
     assert shown["replay (own prompt)"]["told, own prompt"] is None
+    assert shown["seq_lora"]["plain text"] == "ranks" and shown["seq_lora"]["by ranking"] == 0.5
+    assert shown["replay (own prompt)"]["plain text"] is None
+    made.append(told(entry("seq_lora", order, seed=1), 0.8, 0.25))
+    made[-1].facts.result["plain_text"] = PlainChoice(way="writes", ranks=0.5, writes=0.6, rows=9, of="dev").to_mapping()
+    both = method_table(compare(made, "seq_lora") | {"tuning": {}, "config": {}})
+    assert both.rows[0][both.columns.index("plain text")] == "ranks 1, writes 1"
 
 
 @pytest.mark.integration
@@ -180,7 +190,8 @@ def test_a_comparison_that_was_stored_before_still_makes_a_table_and_a_report() 
     old = deepcopy(now)
     for one in (old["methods"]["seq_lora"], old["runs"][0]):
         one.pop("asked", None)
-        del one["metrics"]["told"], one["metrics"]["written_freely"]
+        one.pop("plain_text", None)
+        del one["metrics"]["told"], one["metrics"]["by_ranking"], one["metrics"]["written_freely"]
     html = comparison_page(old).html()
     assert "told, own prompt" not in html and "plain text" not in html, "what it does not say is not said of it"
     assert method_table(old).rows[0][:2] == ["seq_lora", 0.5]
