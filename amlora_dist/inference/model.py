@@ -116,8 +116,7 @@ class AMLoRAModel:
         )
         router = mixture.router.inner if isinstance(mixture.router, OverridableRouter) else mixture.router
         keyed = isinstance(router, KeyedRouter) and not mixture.routing.select
-        way = manifest.plain_text.way if manifest.plain_text is not None else "ranks"
-        plain = PlainLabels() if keyed else PlainLabels.of(self.prompter, way=way)
+        plain = PlainLabels() if keyed else PlainLabels.of(self.prompter, way=manifest.way)
         self.former = PromptAnswering(mixture, self.decoder, self.prompter, self.rows_TN, plain)
         """What answers where ``answering`` is None, and reads raw prompts."""
         warn_of_former(self.prompter.format, uri or f"bank of run {manifest.run_id!r}")

@@ -22,7 +22,7 @@ from amlora_dist.base_model import identity
 from amlora_dist.config.schema import expected_words
 from amlora_dist.digests import value_digest
 from amlora_dist.errors import BankError
-from amlora_dist.evaluation.plain_choice import PlainChoice
+from amlora_dist.evaluation.plain_choice import PlainChoice, Way
 from amlora_dist.methods import form_of
 from amlora_dist.privacy import public_name
 from amlora_dist.quantisation import Quantisation
@@ -283,6 +283,11 @@ class Manifest:
         for line in self.adapters:
             found |= {line.task: line.task_spec} if line.learned is None else {o.task: o.task_spec for o in line.learned}
         return found
+
+    @property
+    def way(self) -> Way:
+        """In which plain text is answered, where the bank finds no task by itself."""
+        return "ranks" if self.plain_text is None else self.plain_text.way
 
     @property
     def targets(self) -> list[str]:

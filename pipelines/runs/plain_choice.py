@@ -9,9 +9,7 @@ from amlora_dist.digests import value_digest
 from amlora_dist.errors import UserError
 from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.tasks.sources import TaskData, load_task
-from amlora_dist.training.stage_rows import sampled_places
 from amlora_dist.training.stage_spec import CHOICE, Cell
-from amlora_dist.training.stage_statistics import held_out_places
 
 if TYPE_CHECKING:
     from amlora_dist.methods.base import Method
@@ -67,6 +65,9 @@ def unseen_places(inputs: RunInputs, method: Method, task: str, limit: int | Non
         task: that was learned.
         limit: rows of it that stages after its own saw again (``replay``), at most.
     """
+    from amlora_dist.training.stage_rows import sampled_places  # takes torch, which what only shows a plan does without
+    from amlora_dist.training.stage_statistics import held_out_places
+
     settings, count = inputs.stage_settings(), len(inputs.data[task].rows["train"])
     share, memory = settings.router.holdout, method.settings.method_settings.memory_rows
     if not share or memory or inputs.config.boundary_mix or inputs.specs[task].chat:
