@@ -41,7 +41,7 @@ WRITES = PlainChoice(way="writes", ranks=0.25, writes=0.5, rows=16, of="held-out
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
     file = folder / "run.yaml"
-    return load_config(file if file.is_file() else write_config(folder, tasks=TASKS), overrides)
+    return load_config(file if file.is_file() else write_config(folder, tasks=TASKS), list(overrides))
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -88,7 +88,12 @@ def test_rows_decide_that_no_stage_trains_on(
     monkeypatch.setattr(_Stage, "_divided", noted)
     found: list[StageWork] = []
     ran = InProcess.run
-    monkeypatch.setattr(InProcess, "run", lambda self, work, *more: (found.append(work), ran(self, work, *more)))
+
+    def looked_at(self: InProcess, work: StageWork, *more: Any) -> None:
+        found.append(work)
+        ran(self, work, *more)
+
+    monkeypatch.setattr(InProcess, "run", looked_at)
     run(tmp_path, f"method={method}", "method_settings.replay_rows=16")
     inputs = gathered(tmp_path, f"method={method}", "method_settings.replay_rows=16")
     deciding = {cell.task: cell.places for cell in found[-1].cells if cell.mode == CHOICE}
