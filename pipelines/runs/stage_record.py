@@ -24,15 +24,18 @@ class StageRecord:
     index: int
     task: str
     fingerprint: str
+    adapter_fingerprint: str | None = None
     began: float = field(default_factory=time.monotonic)
     claim: Lease | None = None
-    """To train the stage: held until its version is published, or it has failed."""
+    """To make the stage: held until its version is published, or it has failed."""
     run: str = ""
     """MLflow's id of the stage's run."""
     original: Version | None = None
     """The version that the stage is taken over from: of another run, or of an earlier start of this one."""
     resumed: bool = False
     """``original`` is this run's own: an earlier start has published it and noted its seconds."""
+    adapter_from: Version | None = None
+    """The version of another run whose adapter the stage takes, with statistics made again."""
     reused: bool = False
     """Nothing was trained."""
     published: Version | None = None
@@ -56,11 +59,29 @@ class StageRecord:
         return None if self.published is None else self.published.number
 
     @property
+    def source(self) -> Version | None:
+        """The version that the adapter is taken over from."""
+        return self.adapter_from if self.original is None else self.original
+
+    @property
     def reused_from(self) -> str | None:
         """The version of another run that it was taken over from."""
-        if self.original is None:
+        if self.source is None:
             return None
-        return self.original.tags.get(tags.REUSED_FROM) if self.resumed else self.original.uri
+        return self.source.tags.get(tags.REUSED_FROM) if self.resumed else self.source.uri
+
+    @property
+    def statistics_again(self) -> bool:
+        """Whether the adapter alone was taken over, at this start or at an earlier one."""
+        own = self.original.tags if self.resumed and self.original is not None else {}
+        return self.adapter_from is not None or tags.STATISTICS in own
+
+    @property
+    def how(self) -> str:
+        """How the stage came about, in words."""
+        if self.statistics_again:
+            return "adapter reused, statistics made again"
+        return "reused" if self.reused else f"trained in {self.train_seconds:.0f} s"
 
     def open_cells(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those that nobody has scored."""
@@ -101,6 +122,7 @@ class StageRecord:
             "fingerprint": self.fingerprint,
             "reused": self.reused,
             "reused_from": self.reused_from,
+            "statistics_again": self.statistics_again,
             "version": self.version,
             "train_seconds": self.train_seconds,
             "score_seconds": self.score_seconds,
