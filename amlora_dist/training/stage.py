@@ -287,8 +287,10 @@ class _Stage:
             statistics[-1] = replace(statistics[-1], held=held)
         reach("adapter_gathered")
         if self.ranks.rank == 0:
-            training = former.training | {"fingerprint": work.fingerprint, ADAPTER_OF: former.training["fingerprint"]}
-            training |= {"mixed": mixed_shares(statistics)}
+            training = {
+                "fingerprint": work.fingerprint, ADAPTER_OF: former.training["fingerprint"], "seconds": 0.0, "tokens": 0,
+                "losses": [], "mixed": mixed_shares(statistics),
+            }  # fmt: skip
             write_result(work.trained, replace(former, statistics=statistics[-1], training=training))
             if work.copies is not None:
                 work.copies.upload(work.trained)

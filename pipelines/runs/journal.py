@@ -33,7 +33,7 @@ from pipelines.runs.plan import BankState
 from pipelines.runs.publisher import Publisher
 from pipelines.runs.resume_check import check_layers_of_bank, check_rule_of_bank
 from pipelines.runs.stage_pages import run_description, show_stage
-from pipelines.runs.stage_record import StageRecord
+from pipelines.runs.stage_record import StageRecord, how_made
 from pipelines.runs.takeover import first_there
 
 if TYPE_CHECKING:
@@ -257,8 +257,8 @@ class RunJournal:
         text = run_description(result, public_name(self.inputs.base.source), self.mapping)
         describe_run(self.store, self.run, text)
         if record.published is not None:
-            version = f"version {record.version} of {self.inputs.model}"
-            progress.note(f"stage {record.index} {record.task}: {record.how}, {version}")
+            how = how_made(record.public())
+            progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.inputs.model}")
         progress.stage_done(result)
 
     # -- after the last one -------------------------------------------------------------------------------------
@@ -388,8 +388,8 @@ class RunJournal:
         }
         if record.adapter_fingerprint is not None:
             values[tags.ADAPTER_FINGERPRINT] = record.adapter_fingerprint
-        if record.adapter_from is not None:
-            values[tags.STATISTICS] = "again"
+        if record.adapter_of is not None:
+            values[tags.ADAPTER_OF] = record.adapter_of
         common: dict[str, Any] = {
             "stage_run": record.run, "tags": values, "epoch": self.lease.epoch, "guard": self.lease.check,
         }  # fmt: skip

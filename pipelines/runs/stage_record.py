@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +71,11 @@ class StageRecord:
         return self.source.tags.get(tags.REUSED_FROM) if self.resumed else self.source.uri
 
     @property
-    def statistics_again(self) -> bool:
-        """Whether the adapter alone was taken over, at this start or at an earlier one."""
-        own = self.original.tags if self.resumed and self.original is not None else {}
-        return self.adapter_from is not None or tags.STATISTICS in own
-
-    @property
-    def how(self) -> str:
-        """How the stage came about, in words."""
-        if self.statistics_again:
-            return "adapter reused, statistics made again"
-        return "reused" if self.reused else f"trained in {self.train_seconds:.0f} s"
+    def adapter_of(self) -> str | None:
+        """Fingerprint of the stage whose adapter alone was taken over, at this start or an earlier one."""
+        if self.adapter_from is not None:
+            return self.adapter_from.tags.get(tags.ADAPTER_OF, self.adapter_from.training_fingerprint)
+        return self.original.tags.get(tags.ADAPTER_OF) if self.resumed and self.original is not None else None
 
     def open_cells(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those that nobody has scored."""
@@ -122,7 +116,7 @@ class StageRecord:
             "fingerprint": self.fingerprint,
             "reused": self.reused,
             "reused_from": self.reused_from,
-            "statistics_again": self.statistics_again,
+            "adapter_of": self.adapter_of,
             "version": self.version,
             "train_seconds": self.train_seconds,
             "score_seconds": self.score_seconds,
@@ -135,3 +129,10 @@ class StageRecord:
             "kept_step": self.training.get("kept_step"),
             "held_seconds": self.training.get("held_seconds"),
         }
+
+
+def how_made(stage: Mapping[str, Any]) -> str:
+    """How a stage came about, in words, from its entry in the result."""
+    if stage.get("adapter_of"):
+        return "adapter reused, statistics made again"
+    return "reused" if stage["reused"] else f"trained in {stage['train_seconds']:.0f} s"
