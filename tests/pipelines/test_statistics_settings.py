@@ -21,7 +21,7 @@ from tests.tiny_config import write_config
 
 pytestmark = pytest.mark.integration
 
-OTHER = ("router.depths=[1]", "router.skip_tokens=1")
+OTHER = ("router.depths=[0]", "router.skip_tokens=1")
 MATRICES = ("accuracy_matrix", "ranked_accuracy_matrix", "oracle", "untrained", "metrics")
 
 
@@ -79,8 +79,9 @@ def test_other_statistics_settings_reuse_every_adapter_and_answer_as_a_run_that_
     third, _ = run(config, "third", *OTHER)
     assert all(stage["reused"] and not stage["adapter_of"] for stage in third["stages"]), "nothing is made again"
     assert third["stages"][0]["reused_from"] == "models:/other/1"
-    back, notes = run(config, "back", "router.depths=[1]")
-    assert notes.steps == 0 and back["stages"][0]["reused_from"] == "models:/first/1", "where it was trained"
+    depths, notes = run(config, "depths", "router.depths=[0, 1]")
+    assert notes.steps == 0 and all(stage["adapter_of"] for stage in depths["stages"])
+    assert depths["stages"][0]["reused_from"] == "models:/first/1", "where it was trained"
 
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(empty_home, elsewhere)
