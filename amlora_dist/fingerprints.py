@@ -1,4 +1,4 @@
-"""The two fingerprints: what decides a trained adapter, and what decides a score. Equal fingerprint, equal result.
+"""The fingerprints: what decides a stage, its adapter alone, and a score. Equal fingerprint, equal result.
 
 World size, ZeRO stage, logging and paths are in neither; they are recorded next to the results.
 """
@@ -31,7 +31,8 @@ def training_fingerprint(
     seed: int,
     reads: Mapping[str, Any],
 ) -> str:
-    """Digest of all that decides the adapter and the router statistics of one stage.
+    """Digest of all that decides the adapter and the router statistics of one stage; of its adapter alone, where ``reads``
+    is without what only the statistics read (``methods.base.adapter_reads``).
 
     Args:
         base_digest: of the base model's files, and of how it is quantised where it is (``BaseModel.identity``).

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from amlora_dist.training.settings import StageSettings
 
 
+OF_STATISTICS = ("depths", "skip_tokens")
+"""What of ``router`` only the statistics read: where in the model, and over which tokens, features are taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageRecipe:
     """How the new task's row weighs the earlier adapters, and what becomes of the rows before it."""
@@ -196,3 +200,20 @@ class Baseline(Method):
         from amlora_dist.adapters.router import FixedRouter
 
         return FixedRouter.newest([s.task for s in statistics])
+
+
+def adapter_reads(method: Method, stage: int) -> dict[str, Any] | None:
+    """``method.reads(stage)`` without what only the statistics read: stages that agree in the rest have the same adapter.
+
+    That can be said where a fixed gate weighs the adapters while one is learned, so that no feature takes part; a method
+    that reads features otherwise names what it reads of them in ``reads``, under a key of its own.
+
+    Returns:
+        None where it cannot be said, where the stage trains no adapter, and in prompt format 1.
+    """
+    layers, settings = method.layers, method.settings
+    reads_features = layers.selects or layers.reads_features or method.training_gate(stage) is None
+    if method.trains is not Trains.ADAPTER or not settings.prompt_format.text_alone or reads_features:
+        return None
+    values = method.reads(stage)
+    return values | {"router": {key: value for key, value in values["router"].items() if key not in OF_STATISTICS}}

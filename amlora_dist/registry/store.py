@@ -50,6 +50,12 @@ class Store(Runs):
         found = self._search(f"tags.`{tags.TRAINING_FINGERPRINT}` = '{training_fingerprint}'")
         return sorted(self._counted(found), key=lambda version: (version.registered_model, version.number))
 
+    def find_adapter(self, adapter_fingerprint: str) -> list[Version]:
+        """Those whose stage has an adapter of this fingerprint, with whatever statistics: where it was trained first."""
+        found = self._search(f"tags.`{tags.ADAPTER_FINGERPRINT}` = '{adapter_fingerprint}'")
+        good = sorted(self._counted(found), key=lambda version: (version.registered_model, version.number))
+        return sorted(good, key=lambda version: tags.ADAPTER_OF in version.tags)
+
     def registered_models(self) -> list[str]:
         """Names of registered models, without the entries of leases."""
         found = self.connection.pages(self._client.search_registered_models, None)
@@ -190,9 +196,9 @@ class Store(Runs):
 
         Args:
             registered_model: this run's own.
-            original: the version whose training is reused (``find_stage``).
+            original: the version whose training is reused (``find_stage``), or its adapter (``find_adapter``).
             folder: as in ``publish``; its manifest keeps the ``stored`` of every adapter as ``original`` has it, with
-                this run's id, scores and gate settings.
+                this run's id, scores and gate settings, and with statistics of its own where these were made again.
             stage_run: MLflow run of the stage in this run.
             tags: as in ``publish``.
             epoch: as in ``publish``.

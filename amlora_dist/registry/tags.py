@@ -13,6 +13,12 @@ STAGE = "amlora.stage"
 TASK = "amlora.task"
 EPOCH = "amlora.epoch"
 TRAINING_FINGERPRINT = "amlora.training_fingerprint"
+ADAPTER_FINGERPRINT = "amlora.adapter_fingerprint"
+"""Of a version: what decides its newest adapter, whatever its statistics are. Of a race of learning rates: the same of its
+candidates."""
+ADAPTER_OF = "amlora.adapter_of"
+"""Of a version whose statistics were made again for an adapter that was there: the training fingerprint of the stage that
+trained it."""
 ARTIFACT_PATH = "amlora.artifact_path"
 """Folder of a version among the artifacts of its run."""
 MANIFEST_DIGEST = "amlora.manifest_digest"

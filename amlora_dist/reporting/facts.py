@@ -36,6 +36,11 @@ class StageFacts:
     training: dict[str, Any] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def reused(self) -> bool | str:
+        """Whether nothing was trained, or what alone was reused."""
+        return "adapter, statistics made again" if self.public.get("adapter_of") else bool(self.public.get("reused"))
+
 
 @dataclass(slots=True)
 class RunFacts:
@@ -176,12 +181,22 @@ def _stage(store: Store, public: dict[str, Any], run: RunInfo | None) -> StageFa
     training = stored.get("training", {})
     if public["reused"] and not training.get("losses"):
         # Taken over by reference: the run that trained it has its curve.
-        for other in store.find_runs({tags.KIND: "stage", tags.TRAINING_FINGERPRINT: public["fingerprint"]}):
-            theirs = (store.load_json(other.run, STAGE) or {}).get("training", {})
-            if theirs.get("losses"):
-                training = theirs
-                break
+        theirs = _trained(store, public.get("adapter_of") or public["fingerprint"])
+        if theirs is not None:
+            own = {key: training[key] for key in ("mixed",) if key in training}  # of the stage's own statistics
+            training = theirs | own
     return StageFacts(public["task"], run.run if run else "", public, training, stored.get("scores", []))
+
+
+def _trained(store: Store, fingerprint: str) -> dict[str, Any] | None:
+    """What is noted of the training of a stage where it took place; None where nobody has that any more."""
+    for other in store.find_runs({tags.KIND: "stage", tags.TRAINING_FINGERPRINT: fingerprint}):
+        noted: dict[str, Any] = (store.load_json(other.run, STAGE) or {}).get("training", {})
+        if noted.get("losses"):
+            return noted
+        if "adapter_of" in noted:
+            return _trained(store, noted["adapter_of"])
+    return None
 
 
 def _read_predictions(store: Store, stage: StageFacts, into: dict[str, list[Prediction]]) -> None:

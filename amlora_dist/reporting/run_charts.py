@@ -273,7 +273,7 @@ def training_blocks(facts: RunFacts) -> list[Block]:
         )
     )
     rows: list[list[Value]] = [
-        [stage.task, *(stage.public.get(key) for key in ("reused", *parts.values(), "tokens", "tokens_per_second")),
+        [stage.task, stage.reused, *(stage.public.get(key) for key in (*parts.values(), "tokens", "tokens_per_second")),
          stage.public.get("recipe_from"), _won_by(stage.public), (stage.public.get("race") or {}).get("losers_seconds"),
          stage.public.get("kept_step"), stage.public.get("held_seconds")]
         for stage in facts.stages

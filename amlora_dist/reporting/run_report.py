@@ -377,7 +377,7 @@ def _made(facts: RunFacts) -> list[Block]:
     for stage in facts.stages:
         made = stage.training.get("trained_with") or {}
         rows.append(
-            [stage.task, stage.public["version"], stage.public["reused"], made.get("workers"), made.get("zero_stage"),
+            [stage.task, stage.public["version"], stage.reused, made.get("workers"), made.get("zero_stage"),
              made.get("threads"), made.get("device"), facts.page_of(stage.run) or None, stage.public["fingerprint"]]
         )  # fmt: skip
     data: list[list[Value]] = []

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MEMORY = "memory."
 """Where, among the statistics' tensors, those begin that the method keeps."""
+ADAPTER_OF = "adapter_of"
+"""In the record of a stage that took an adapter as it was: the fingerprint of the stage that it is of."""
 STATISTICS, RECORD, MARK = "statistics.safetensors", "training.json", "COMMIT"
 FILES = (*ADAPTER_FILES, STATISTICS, RECORD)
 _OLD_FILES = ("adapter.safetensors", STATISTICS, RECORD)

@@ -55,11 +55,11 @@ from amlora_dist.training.optimizer import parameter_groups
 from amlora_dist.training.rate_race import Raced, run_rate_race
 from amlora_dist.training.recipe_refit import RecipeRefit
 from amlora_dist.training.recipe_start import RecipeStart
-from amlora_dist.training.result import Result, is_whole, read_result, write_result
+from amlora_dist.training.result import ADAPTER_OF, Result, is_whole, read_result, write_result
 from amlora_dist.training.scoring import Report, Scoring
 from amlora_dist.training.stage_facts import trainable_facts, trained_with
 from amlora_dist.training.stage_rows import StageRows
-from amlora_dist.training.stage_spec import StageWork
+from amlora_dist.training.stage_spec import Parent, StageWork
 from amlora_dist.training.stage_statistics import StageStatistics
 from amlora_dist.training.trunk_cache import TrunkCache
 from amlora_dist.training.worker_cache import WorkerCache
@@ -107,8 +107,10 @@ def run_stage(
                 is_trained = stage.agree()
                 if stage.method.trains is Trains.NOTHING:
                     stage.score_base()
+                elif is_trained:
+                    stage.score(stage.restored())
                 else:
-                    stage.score(stage.restored() if is_trained else stage.train())
+                    stage.score(stage.train() if work.taken is None else stage.make_statistics(work.taken))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,8 @@ class _Stage:
         work, copies = self.work, self.work.copies
         if copies is None:
             return bool(self.ranks.gather(work.is_trained)[0])
-        for parent in work.parents:
-            folder = Path(parent.folder)
+        for one in work.adapters:
+            folder = Path(one.folder)
             copies.fetch(folder, partial(is_whole, folder))
         if self.ranks.rank == 0:
             copies.fetch(work.trained, partial(is_whole, work.trained))
@@ -182,16 +184,16 @@ class _Stage:
         self._scoring(self._ready(self._load_base()), None, [], None).run()
 
     def _parents(self) -> list[Result]:
-        """What the stages below have left.
+        """What the stages below have left."""
+        return [self._read(parent) for parent in self.work.parents]
 
-        Raises:
-            TrainingError: one of them is not what was meant.
-        """
-        parents = [read_result(Path(parent.folder)) for parent in self.work.parents]
-        for parent, result in zip(self.work.parents, parents, strict=True):
-            if result.adapter.digest() != parent.digest:
-                raise TrainingError(f"parent adapter {parent.task!r} in {parent.folder} is not the one that was meant")
-        return parents
+    @staticmethod
+    def _read(one: Parent) -> Result:
+        """Raises TrainingError where it is not what was meant."""
+        result = read_result(Path(one.folder))
+        if result.adapter.digest() != one.digest:
+            raise TrainingError(f"the adapter {one.task!r} in {one.folder} is not the one that was meant")
+        return result
 
     def _scoring(self, model: Any, mixture: Mixture | None, adapters: list[Adapter], cache: TrunkCache | None) -> Scoring:
         forward = (lambda _: model) if cache is None else partial(cache.forward_for, model)
@@ -222,7 +224,7 @@ class _Stage:
 
         every, replayed = self.rows.training()
         check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
-        cache, makes = self._trunk_cache(mixture), self._statistics(engine)
+        cache, makes = self._trunk_cache(mixture), self._statistics()
         make_statistics = partial(self._all_statistics, makes, mixture, every, parents, cache)
         own, unseen = self._divided(makes, every)
         loss = self._loss(mixture, cache)
@@ -271,6 +273,30 @@ class _Stage:
         self.ranks.gather(None)  # nobody goes on before the result is there
         return _LoadedBank(mixture, [*adapters, adapter], statistics)
 
+    def make_statistics(self, taken: Parent) -> _LoadedBank:
+        """Leave a result with an adapter that was trained under other settings of the statistics, and those of this stage.
+
+        What the model says of the held-out rows' labels is as it was: the adapter and the rows are the same."""
+        work, parents, former = self.work, self._parents(), self._read(taken)
+        model, adapters = self._load_base(), [*(parent.adapter for parent in parents), former.adapter]
+        mixture = self._inject(model, adapters, new=None)
+        mixture.model = self._ready(model)
+        statistics = self._all_statistics(self._statistics(), mixture, self.rows.training()[0], parents, None)
+        if (held := statistics[-1].held) is not None and former.statistics.held is not None:
+            held = replace(held, loglikelihoods=former.statistics.held.loglikelihoods)
+            statistics[-1] = replace(statistics[-1], held=held)
+        reach("adapter_gathered")
+        if self.ranks.rank == 0:
+            training = {
+                "fingerprint": work.fingerprint, ADAPTER_OF: former.training["fingerprint"], "seconds": 0.0, "tokens": 0,
+                "losses": [], "mixed": mixed_shares(statistics),
+            }  # fmt: skip
+            write_result(work.trained, replace(former, statistics=statistics[-1], training=training))
+            if work.copies is not None:
+                work.copies.upload(work.trained)
+        self.ranks.gather(None)  # nobody goes on before the result is there
+        return _LoadedBank(mixture, adapters, statistics)
+
     def begin(self, steps: int) -> Raced:
         """Take the first steps of a stage without a bank below it, leave a checkpoint, and give the loss on the rows that
         are held out. The model is let go of however it ends."""
@@ -283,7 +309,7 @@ class _Stage:
             self.report(trainable_facts(mixture))
             every, replayed = self.rows.training()
             check_room(model.config, max(len(row.prompt) for row in every), max(len(row.target) for row in every))
-            own, unseen = self._divided(self._statistics(engine), every)
+            own, unseen = self._divided(self._statistics(), every)
             loss = self._loss(mixture, self._trunk_cache(mixture))
             self.method.prepare(mixture, [])
             learner, held_loss = self._learner(mixture, engine, loss, own, replayed, unseen)
@@ -321,12 +347,9 @@ class _Stage:
     def _loss(self, mixture: Mixture, cache: TrunkCache | None) -> LossComputer:
         """The loss of the model, which begins above the trunk where there is a cache of it."""
         loss = LossComputer(
-            mixture.model,
-            pad_id=self.tokenizer.pad_token_id,
-            encoder_decoder=self.base.encoder_decoder,
-            device=self.device,
-            packing_width=mixture.packing_width() if self.settings.training.packing else 0,
-        )
+            mixture.model, pad_id=self.tokenizer.pad_token_id, encoder_decoder=self.base.encoder_decoder,
+            device=self.device, packing_width=mixture.packing_width() if self.settings.training.packing else 0,
+        )  # fmt: skip
         if cache is not None:
             cache.attach(mixture.model)
         return loss
@@ -342,25 +365,13 @@ class _Stage:
         held_loss = HeldLoss(engine, loss, unseen, gate, batch) if unseen else None
         keeps = held_loss is not None and settings.training.keep == "best" and not self.layers.selectors_alone
         learner = Learner(
-            engine,
-            loss,
-            [*own, *replayed],
-            settings.training,
-            layout=self.layout,
-            seed=settings.seed,
-            stage=work.task,
-            folder=work.path,
-            fingerprint=work.fingerprint,
-            mixture=mixture,
-            objective=self.method.loss,
-            dropout=settings.adapters.dropout > 0,
-            two_phases=self.layers.selectors_alone,
-            report=self.report,
+            engine, loss, [*own, *replayed], settings.training, layout=self.layout, seed=settings.seed, stage=work.task,
+            folder=work.path, fingerprint=work.fingerprint, mixture=mixture, objective=self.method.loss,
+            dropout=settings.adapters.dropout > 0, two_phases=self.layers.selectors_alone, report=self.report,
             remote=work.remote_checkpoints,
             keeper=partial(BestKeeper, held_loss, settings.training) if held_loss is not None and keeps else None,
-            refit=settings.recipe.refit,
-            stop_in=None if work.stop_in is None else Path(work.stop_in),
-        )
+            refit=settings.recipe.refit, stop_in=None if work.stop_in is None else Path(work.stop_in),
+        )  # fmt: skip
         return learner, held_loss
 
     def _checksums(self, mixture: Mixture) -> list[tuple[int, int]]:
@@ -380,21 +391,18 @@ class _Stage:
         start = self.method.start_from(adapters)
         constant = self.recipe.constant if adapters else None
         return NewAdapter(
-            task=self.work.task,
-            rank=self.layers.rank,
-            alpha=self.layers.alpha,
+            task=self.work.task, rank=self.layers.rank, alpha=self.layers.alpha,
             seed=named_seed(self.settings.seed, "adapter", self.work.task),
             init=None if start is None else {m: (start.a[m], start.b[m]) for m in start.a},
             recipe_init=None if constant is None else dict.fromkeys(adapters[0].a, constant),
-            learn_recipe=self.recipe.learned,
-            dropout=self.settings.adapters.dropout,
-        )
+            learn_recipe=self.recipe.learned, dropout=self.settings.adapters.dropout,
+        )  # fmt: skip
 
-    def _statistics(self, engine: TrainingEngine) -> StageStatistics:
+    def _statistics(self) -> StageStatistics:
         settings = self.settings
         return StageStatistics(
             self.work.task, settings.seed, settings.router, self.tokenizer, self.base.encoder_decoder, self.ranks,
-            self.device, engine.whole_forward, settings.prompt_format.text_alone, self.cache,
+            self.device, self._partitioned, settings.prompt_format.text_alone, self.cache,
         )  # fmt: skip
 
     def _all_statistics(
@@ -435,13 +443,9 @@ class _Stage:
 
     def _load_base(self) -> Any:
         return self.cache.base_model(
-            self.base,
-            config=self.config,
-            dtype=DTYPES[self.settings.dtype],
-            attention=self.settings.attention,
-            device=self.device,
-            gradient_checkpointing=self.settings.training.gradient_checkpointing,
-        )
+            self.base, config=self.config, dtype=DTYPES[self.settings.dtype], attention=self.settings.attention,
+            device=self.device, gradient_checkpointing=self.settings.training.gradient_checkpointing,
+        )  # fmt: skip
 
     def _inject(self, model: Any, adapters: list[Adapter], new: NewAdapter | None) -> Mixture:
         layer = self.settings.router.layer
@@ -490,10 +494,6 @@ class _Stage:
 
     def _deepspeed_config(self) -> dict[str, Any]:
         return deepspeed_config(
-            self.work.deepspeed,
-            dtype=DTYPES[self.settings.dtype],
-            micro=self.layout.micro,
-            accumulation=self.layout.accumulation,
-            world=self.ranks.world,
-            clip=self.settings.training.clip,
-        )
+            self.work.deepspeed, dtype=DTYPES[self.settings.dtype], micro=self.layout.micro,
+            accumulation=self.layout.accumulation, world=self.ranks.world, clip=self.settings.training.clip,
+        )  # fmt: skip

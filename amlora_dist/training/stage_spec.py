@@ -135,6 +135,8 @@ class StageWork:
     """Nothing but the beginnings of the stage at several learning rates."""
     stop_in: str | None = None
     """Folder in which the stop file appears; default: ``folder``."""
+    taken: Parent | None = None
+    """The stage's adapter, which somebody has trained: its statistics alone are made."""
 
     @property
     def path(self) -> Path:
@@ -144,6 +146,11 @@ class StageWork:
     def trained(self) -> Path:
         """The result of training; whole when ``COMMIT`` is there."""
         return self.path / "trained"
+
+    @property
+    def adapters(self) -> list[Parent]:
+        """Adapters that were there before the stage."""
+        return [*self.parents, *([] if self.taken is None else [self.taken])]
 
     @property
     def is_trained(self) -> bool:
@@ -181,7 +188,7 @@ class StageWork:
     def upload(self) -> None:
         """From the driver: copy what workers need who have folders of their own."""
         if (copies := self.copies) is not None:
-            for folder in [Path(parent.folder) for parent in self.parents] + [self.trained] * self.is_trained:
+            for folder in [Path(one.folder) for one in self.adapters] + [self.trained] * self.is_trained:
                 copies.upload(folder)
 
     def fetch(self) -> None:
@@ -210,8 +217,9 @@ class StageWork:
             for cell in self.cells
         ]
         parents = [replace(parent, folder=here(parent.folder)) for parent in self.parents]
+        taken = None if self.taken is None else replace(self.taken, folder=here(self.taken.folder))
         return replace(
-            self, folder=here(self.folder), parents=parents, cells=cells, cache=str(cache), root=str(root)
+            self, folder=here(self.folder), parents=parents, taken=taken, cells=cells, cache=str(cache), root=str(root)
         )
 
     def base_model(self) -> BaseModel:

@@ -103,7 +103,9 @@ def _version_lines(store: Store, name: str) -> Iterator[dict[str, Any]]:
     for version in store.versions(name):
         note = "" if version.number in good else "does not count: written by a driver that had lost its run"
         if reused := version.tags.get(tags.REUSED_FROM):
-            note = note or f"training reused from {reused}"
+            again = tags.ADAPTER_OF in version.tags
+            how = f"adapter reused from {reused}, statistics made again" if again else f"training reused from {reused}"
+            note = note or how
         known: list[str] = []
         scores: dict[str, float] = {}
         try:

@@ -206,7 +206,7 @@ def _stages_table(stages: list[dict[str, Any]]) -> Table:
             str(number),
             str(stage["task"]),
             _figure(stage.get("version"), ""),
-            "yes" if stage.get("reused") else "no",
+            "adapter" if stage.get("adapter_of") else "yes" if stage.get("reused") else "no",
             *(_figure(stage.get(key), ".1f") for key in ("train_seconds", "score_seconds", "other_seconds")),
             _figure(stage.get("tokens"), ",.0f"),
             _figure(stage.get("tokens_per_second"), ",.0f"),

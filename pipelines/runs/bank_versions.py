@@ -32,7 +32,7 @@ from amlora_dist.registry.manifest import (
 )
 from amlora_dist.tasks.prompts import BANK_TEMPLATE
 from amlora_dist.tasks.task_entry import task_entry
-from amlora_dist.training.result import Result, in_bank, is_whole, new_result, read_result
+from amlora_dist.training.result import STATISTICS, Result, in_bank, is_whole, new_result, read_result
 from amlora_dist.training.stage_spec import Parent
 
 if TYPE_CHECKING:
@@ -76,15 +76,22 @@ class BankVersions:
 
     def materialise(self, version: Version) -> list[Parent]:
         """The adapters of a published version as folders that workers can read; fetched once."""
-        pulled, out = self._pulled(version), []
+        pulled = self._pulled(version)
         manifest = read_manifest(pulled)
+        return [self._materialised(pulled, manifest, line) for line in manifest.adapters]
+
+    def newest(self, version: Version) -> Parent:
+        """The newest adapter of a published version, as ``materialise``."""
+        pulled = self._pulled(version)
+        manifest = read_manifest(pulled)
+        return self._materialised(pulled, manifest, manifest.adapters[-1])
+
+    def _materialised(self, pulled: Path, manifest: Manifest, line: AdapterEntry) -> Parent:
         statistics = {part.index: part.digest for part in manifest.statistics}
-        for line in manifest.adapters:
-            folder = parent_folder(self._storage, line, statistics.get(line.index))
-            if not is_whole(folder):
-                _copy_result(pulled, line, folder)
-            out.append(Parent(line.task, line.digest, str(folder)))
-        return out
+        folder = parent_folder(self._storage, line, statistics.get(line.index))
+        if not is_whole(folder):
+            _copy_result(pulled, line, folder)
+        return Parent(line.task, line.digest, str(folder))
 
     def copy_newest(self, version: Version, folder: Path) -> None:
         """Make ``folder`` what training left of a published version's stage."""
@@ -98,7 +105,6 @@ class BankVersions:
         parents: Sequence[Parent],
         record: StageRecord,
         *,
-        original: Version | None,
         below: Version | None,
         placement: Placement,
         matrices: Matrices,
@@ -110,8 +116,7 @@ class BankVersions:
             folder: to be made.
             inputs: of the run.
             parents: the bank's adapters, the new one last.
-            record: of the stage.
-            original: the version of another run that the stage is taken over from: its files are referred to, not copied.
+            record: of the stage. Files of the version that it is taken over from are referred to, not copied.
             below: this run's version before.
             placement: where the new version's files will be kept.
             matrices: of the run so far.
@@ -120,7 +125,7 @@ class BankVersions:
         newest = read_result(Path(parents[-1].folder))
         before = None if below is None else self.manifest_of(below)
         index, spec = len(parents), inputs.specs.get(record.task)
-        stored, stored_statistics = self._stored(placement, original, index, record.task)
+        source, (stored, stored_statistics) = record.source, self._stored(placement, record, index)
         entry = replace(
             newest.entry,
             parent=before.parent_digest() if before else None,
@@ -131,8 +136,8 @@ class BankVersions:
         statistics = statistics_entry(index, record.task, newest.continuation(), stored_statistics)
         tensors, router = self._router(inputs, parents, newest)
         known = {} if before is None else dict(before.files or {})
-        if original is not None:
-            theirs = self.manifest_of(original)
+        if source is not None:
+            theirs = self.manifest_of(source)
             listed = theirs.files or {}
             known |= {path: listed[path] for path in in_bank(theirs.adapters[-1]).values() if path in listed}
         manifest = Manifest(
@@ -147,14 +152,15 @@ class BankVersions:
                 tasks=inputs.tasks, accuracy=matrices.accuracy, ranked_accuracy=matrices.ranked_accuracy
             ),
             lineage=Lineage(
-                parent=None if below is None else below.uri, reused_from=None if original is None else original.uri
+                parent=None if below is None else below.uri, reused_from=None if source is None else source.uri
             ),
             library_versions=library_versions(),
             files={path: one for path, one in known.items() if path.endswith(".safetensors")},  # that lie elsewhere
             stage=record.index,
             **about,
         )
-        files = {path: Path(parents[-1].folder) / name for name, path in in_bank(entry).items()} if original is None else {}
+        own = [] if record.original is not None else in_bank(entry).items()
+        files = {path: Path(parents[-1].folder) / name for name, path in own if source is None or name == STATISTICS}
         self._statistics[parents[-1].folder] = newest.statistics
         return write_version(folder, manifest, record.run, tensors, files)
 
@@ -175,13 +181,16 @@ class BankVersions:
         return self._statistics[parent.folder]
 
     def _stored(
-        self, placement: Placement, original: Version | None, index: int, task: str
+        self, placement: Placement, record: StageRecord, index: int
     ) -> tuple[Stored | None, Stored | None]:
         """Where the new adapter and its statistics are kept: with this version, or where another run has them."""
-        if original is None:
-            return placement.of(adapter_folder(index, task)), placement.of(statistics_file(index, task))
-        theirs = self.manifest_of(original)
-        return theirs.adapters[-1].stored, theirs.statistics[-1].stored
+        adapter: Stored | None = placement.of(adapter_folder(index, record.task))
+        statistics: Stored | None = placement.of(statistics_file(index, record.task))
+        if record.source is not None:
+            adapter = self.manifest_of(record.source).adapters[-1].stored
+        if record.original is not None:
+            statistics = self.manifest_of(record.original).statistics[-1].stored
+        return adapter, statistics
 
     def _pulled(self, version: Version) -> Path:
         digest = version.tags.get(tags.MANIFEST_DIGEST, "")[:12]

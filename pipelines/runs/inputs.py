@@ -16,6 +16,7 @@ from amlora_dist.errors import UserError
 from amlora_dist.evaluation.settings import AnswerSettings
 from amlora_dist.fingerprints import prompt_values, scoring_fingerprint, training_fingerprint
 from amlora_dist.methods import excluded, method_class, method_for
+from amlora_dist.methods.base import adapter_reads
 from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.privacy import public_name
 from amlora_dist.tasks import background
@@ -147,7 +148,20 @@ class RunInputs:
     ) -> str:
         """Of the stage that learns ``task`` on top of adapters with these digests, from ``rows`` (``Method.rows``) with
         so many rows of other tasks ``mixed`` among its own."""
-        reads = method.reads(stage)
+        return self._stage_fingerprint(method.reads(stage), task, adapters, statistics, rows, mixed)
+
+    def adapter_fingerprint(
+        self, method: Method, stage: int, task: str, adapters: list[str], rows: dict[str, int | None],
+        mixed: dict[str, int] | None = None,
+    ) -> str | None:  # fmt: skip
+        """Of the stage's adapter alone; arguments as of ``training_fingerprint``. None where it has none of its own."""
+        reads = adapter_reads(method, stage)
+        return None if reads is None else self._stage_fingerprint(reads, task, adapters, [], rows, mixed)
+
+    def _stage_fingerprint(
+        self, reads: dict[str, Any], task: str, adapters: list[str], statistics: list[str], rows: dict[str, int | None],
+        mixed: dict[str, int] | None,
+    ) -> str:  # fmt: skip
         if mixed:
             reads["mixed"] = {
                 name: {"count": count, "rows": self.data[name].digest("train"), "prompt": self.prompt(name)}

@@ -27,7 +27,7 @@ from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.newest import take_up
 from amlora_dist.registry.records import describe_run
 from amlora_dist.registry.runs import RESULT
-from amlora_dist.training.result import Result, read_result, renew
+from amlora_dist.training.result import ADAPTER_OF, Result, read_result, renew
 from amlora_dist.training.stage_spec import CHOICE, Parent, is_plain
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
@@ -35,7 +35,7 @@ from pipelines.runs.plan import BankState
 from pipelines.runs.publisher import Publisher
 from pipelines.runs.resume_check import check_layers_of_bank, check_rule_of_bank
 from pipelines.runs.stage_pages import run_description, show_stage
-from pipelines.runs.stage_record import StageRecord
+from pipelines.runs.stage_record import StageRecord, how_made
 from pipelines.runs.takeover import first_there
 
 if TYPE_CHECKING:
@@ -146,14 +146,14 @@ class RunJournal:
 
     @contextlib.contextmanager
     def claimed(self, plan: StagePlan, on_wait: Callable[[], None]) -> Iterator[StageRecord]:
-        """The stage's record, with the version that it is taken over from, or the claim to train it, held until the end: of
-        its publication, where it came to that.
+        """The stage's record, with the version that it, or its adapter alone, is taken over from, and the claim to what is
+        left to do, held until the end: of its publication, where it came to that.
 
         Args:
             plan: of the stage.
             on_wait: called before waiting for another run that has the claim.
         """
-        record = StageRecord(plan.index, plan.task, plan.fingerprint)
+        record = StageRecord(plan.index, plan.task, plan.fingerprint, plan.adapter_fingerprint)
         own = self._own(plan) if plan.trains else None
         record.run = self.store.stage_run(self.run, f"{plan.index} {plan.task}", plan.fingerprint)
         if plan.trains:
@@ -163,13 +163,13 @@ class RunJournal:
         plan.work(self.inputs).fetch()
         try:
             if own is not None:
-                self.store.drop_claim(plan.fingerprint, label=self._label(plan))
+                self._drop_claims(plan)
                 take_up(self.store, own, self.lease.epoch, self.lease.check)
                 record.original, record.published, record.resumed = own, own, True
                 record.plain_text = self._settled(record.run)
             elif plan.trains and self._share:
-                record.original = self._find_or_claim(plan, record, on_wait)
-            record.reused = record.original is not None
+                self._find_or_claim(plan, record, on_wait)
+            record.reused = record.source is not None
             yield record
         finally:
             record.release()
@@ -184,7 +184,10 @@ class RunJournal:
         record.scored_now = bool(cells)
         if not plan.trains:
             record.reused = not cells
-        return replace(work, cells=cells) if cells or (plan.trains and not work.is_trained) else None
+        if not cells and (not plan.trains or work.is_trained):
+            return None
+        taken = None if record.adapter_from is None or work.is_trained else self.versions.newest(record.adapter_from)
+        return replace(work, cells=cells, taken=taken)
 
     def publish(self, plan: StagePlan, record: StageRecord, progress: Progress) -> BankState:
         """Take up what training and scoring gave, and have the bank with the stage published in the background.
@@ -257,7 +260,7 @@ class RunJournal:
         text = run_description(result, public_name(self.inputs.base.source), self.mapping)
         describe_run(self.store, self.run, text)
         if record.published is not None:
-            how = "reused" if record.reused else f"trained in {record.train_seconds:.0f} s"
+            how = how_made(record.public())
             progress.note(f"stage {record.index} {record.task}: {how}, version {record.version} of {self.inputs.model}")
         progress.stage_done(result)
 
@@ -304,23 +307,56 @@ class RunJournal:
         own = [one for one in counted if one.run_id == run_id and one.training_fingerprint == fingerprint]
         return first_there(self.store, own, self.inputs.storage)
 
-    def _find_or_claim(
-        self, plan: StagePlan, record: StageRecord, on_wait: Callable[[], None]
+    def _find_or_claim(self, plan: StagePlan, record: StageRecord, on_wait: Callable[[], None]) -> None:
+        """Find a version of another run with this fingerprint, or with the adapter's; claim what is left to do.
+
+        Whoever trains holds the claim on the adapter, whatever its statistics: runs that differ in nothing else train once.
+        Who makes statistics alone holds the stage's own, so that nobody waits for other statistics.
+        """
+
+        def stage() -> Version | None:
+            return first_there(self.store, self.store.find_stage(plan.fingerprint), self.inputs.storage)
+
+        found = self._found_or_claimed(
+            plan, record, plan.adapter_fingerprint or plan.fingerprint, lambda: stage() or self._same_adapter(plan), on_wait
+        )
+        if found is not None and found.training_fingerprint != plan.fingerprint:
+            record.release()
+            record.adapter_from, found = found, self._found_or_claimed(plan, record, plan.fingerprint, stage, on_wait)
+        if found is not None:
+            record.original, record.adapter_from = found, None
+
+    def _found_or_claimed(
+        self, plan: StagePlan, record: StageRecord, key: str, look: Callable[[], Version | None], on_wait: Callable[[], None]
     ) -> Version | None:
-        """A version of another run with this fingerprint, or None with the claim to train it held until the end."""
-        storage, label = self.inputs.storage, self._label(plan)
-        while True:
-            found = first_there(self.store, self.store.find_stage(plan.fingerprint), storage)
-            if found is not None:
-                self.store.drop_claim(plan.fingerprint, label=label)
-                return found
+        """What ``look`` finds, or None with the claim ``key`` held."""
+        while (found := look()) is None:
             record.claim = self.store.claim_stage(
-                plan.fingerprint, label=label, deadline_s=CLAIM_DEADLINE_S, on_wait=on_wait
+                key, label=self._label(plan), deadline_s=CLAIM_DEADLINE_S, on_wait=on_wait
             )
-            if record.claim is None:
-                continue
-            reach("stage_claimed")
-            return first_there(self.store, self.store.find_stage(plan.fingerprint), storage)
+            if record.claim is not None:
+                reach("stage_claimed")
+                return look()
+        self._drop_claims(plan)
+        return found
+
+    def _same_adapter(self, plan: StagePlan) -> Version | None:
+        """A version that has the stage's adapter, unless the stage has trained its own, or has taken another one."""
+        if plan.adapter_fingerprint is None:
+            return None
+        work = plan.work(self.inputs)
+        made = read_result(work.trained) if work.is_trained else None
+        if made is not None and ADAPTER_OF not in made.training:
+            return None
+        found = first_there(self.store, self.store.find_adapter(plan.adapter_fingerprint), self.inputs.storage)
+        if found is None or made is None:
+            return found
+        return found if self.versions.manifest_of(found).adapters[-1].digest == made.adapter.digest() else None
+
+    def _drop_claims(self, plan: StagePlan) -> None:
+        """Of an earlier start that died."""
+        for key in filter(None, (plan.fingerprint, plan.adapter_fingerprint)):
+            self.store.drop_claim(key, label=self._label(plan))
 
     def _label(self, plan: StagePlan) -> str:
         """What others read of a claim of this run."""
@@ -344,7 +380,6 @@ class RunJournal:
             self.inputs,
             bank.parents,
             record,
-            original=record.original,
             below=below,
             placement=self.store.placement(self.inputs.model, record.run, epoch),
             matrices=results.matrices(self.inputs.tasks, self.stages),
@@ -362,13 +397,17 @@ class RunJournal:
             tags.STAGE: str(record.index),
             tags.TRAINING_FINGERPRINT: record.fingerprint,
         }
+        if record.adapter_fingerprint is not None:
+            values[tags.ADAPTER_FINGERPRINT] = record.adapter_fingerprint
+        if record.adapter_of is not None:
+            values[tags.ADAPTER_OF] = record.adapter_of
         common: dict[str, Any] = {
             "stage_run": record.run, "tags": values, "epoch": self.lease.epoch, "guard": self.lease.check,
         }  # fmt: skip
-        if record.original is None:
+        if record.source is None:
             version = self.store.publish(self.inputs.model, folder, **common)
         else:
-            version = self.store.reuse(self.inputs.model, record.original, folder, **common)
+            version = self.store.reuse(self.inputs.model, record.source, folder, **common)
         self.versions.keep(version, manifest)
         shutil.rmtree(folder, ignore_errors=True)
         return version

@@ -56,6 +56,8 @@ class StagePlan:
     task: str
     fingerprint: str
     """Of training: a published version that carries it is this stage."""
+    adapter_fingerprint: str | None
+    """A published version that carries it has this stage's adapter, with whatever statistics; None where there is none."""
     bank: BankState
     """Below the stage."""
     rows: Mapping[str, int | None]
@@ -93,15 +95,15 @@ def plan_stage(inputs: RunInputs, bank: BankState, task: str, earlier: Sequence[
     if method.trains is Trains.NOTHING:
         fingerprint = inputs.training_fingerprint(method, 1, task, [], [], {})
         cells = [_cell(inputs, "untrained", one, ()) for one in (*inputs.tasks, *inputs.also)]
-        return StagePlan(1, task, fingerprint, BankState(), {}, tuple(cells), trains=False)
+        return StagePlan(1, task, fingerprint, None, BankState(), {}, tuple(cells), trains=False)
     if method.stages is not Stages.CHAINED:
         bank = bank.emptied()
     rows = training_rows(inputs, bank, task)
-    fingerprint = inputs.training_fingerprint(
-        method, len(bank.parents) + 1, task, [parent.digest for parent in bank.parents], list(bank.statistics), rows,
-        inputs.mixed_rows(task, inputs.stage_names),
-    )  # fmt: skip
-    bare = StagePlan(len(earlier) + 1, task, fingerprint, bank, rows, ())
+    stage, mixed = len(bank.parents) + 1, inputs.mixed_rows(task, inputs.stage_names)
+    below = [parent.digest for parent in bank.parents]
+    fingerprint = inputs.training_fingerprint(method, stage, task, below, list(bank.statistics), rows, mixed)
+    adapter = inputs.adapter_fingerprint(method, stage, task, below, rows, mixed)
+    bare = StagePlan(len(earlier) + 1, task, fingerprint, adapter, bank, rows, ())
     cells = _cells(inputs, bare, earlier)
     if not chooses(inputs, method) or all(cell.mode != "router" for cell in cells):
         return replace(bare, cells=tuple(cells))

@@ -2,7 +2,8 @@
 
 The race (``training.rate_race``) is an entry of its own, under a fingerprint of all that decides it: the training
 fingerprints of the first stage at each candidate (base, rows, targets, rank, seed, method and the rest of what that stage
-reads), the steps, and the margin of near-ties. Runs and trials that begin alike therefore race once, whoever comes first.
+reads), the steps, and the margin of near-ties. Runs and trials that begin alike therefore race once, whoever comes first;
+so do those that differ in nothing but their statistics, by the adapters' fingerprints.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipelines.runs import results
 from pipelines.runs.plan import stage_work, training_rows
 
 if TYPE_CHECKING:
+    from amlora_dist.methods.base import Method
     from amlora_dist.training.stage_spec import StageWork
     from pipelines.runs.journal import RunJournal
     from pipelines.runs.plan import BankState
@@ -135,33 +137,36 @@ class RateSearch:
                 f"learning rate {DEFAULT_RATE:g}: the default, no race (few steps, no rows held out, or nothing to learn)"
             )
             return ChosenRate(DEFAULT_RATE, {"chosen": DEFAULT_RATE, "how": "default"})
-        stages = {f"{rate:g}": self._stage_at(rate, task, rows, mixed) for rate in RATES}
+        methods = {f"{rate:g}": self._method_at(rate) for rate in RATES}
+        stages = {name: inputs.training_fingerprint(one, 1, task, [], [], rows, mixed) for name, one in methods.items()}
         race = RateRace(stages, steps, tuple(name for name, one in stages.items() if self.journal.has_published(one)))
         near_tie = inputs.config.training.near_tie
-        fingerprint = value_digest(
-            {"schema": SCHEMA, "stages": race.fingerprints, "steps": steps, "near_tie": near_tie}
-        )
+        decided_by = {"schema": SCHEMA, "steps": steps, "near_tie": near_tie}
+        fingerprint = value_digest(decided_by | {"stages": race.fingerprints})
+        adapters = {name: inputs.adapter_fingerprint(one, 1, task, [], rows, mixed) for name, one in methods.items()}
+        alike = None if None in adapters.values() else value_digest(decided_by | {"adapters": adapters})
         label = f"learning rates of run {self.journal.inputs.run_id!r}"
         with contextlib.ExitStack() as stack:
-            while (entry := self._entry(fingerprint)) is None:
-                claim = store.claim_stage(fingerprint, label=label, deadline_s=DEADLINE_S, on_wait=self.on_wait)
+            while (entry := self._entry(fingerprint, alike)) is None:
+                claim = store.claim_stage(alike or fingerprint, label=label, deadline_s=DEADLINE_S, on_wait=self.on_wait)
                 if claim is None:
                     continue
                 stack.callback(claim.release, forget=True)
-                entry = self._entry(fingerprint)
+                entry = self._entry(fingerprint, alike)
                 if entry is None:
                     folder = inputs.storage / "races" / fingerprint
                     racing = stage_work(inputs, bank, task, rows, fingerprint, folder)
-                    entry = self._race(fingerprint, replace(racing, race=race), race)
+                    entry = self._race(fingerprint, alike, replace(racing, race=race), race)
                 break
             else:
-                store.drop_claim(fingerprint, label=label)
+                for key in filter(None, (fingerprint, alike)):
+                    store.drop_claim(key, label=label)
         rate = float(entry["chosen"])
         losses = ", ".join(f"{name} {'diverged' if one is None else f'{one:.3f}'}" for name, one in entry["losses"].items())
         self.progress.note(f"learning rate {rate:g} won over {entry['steps']} steps (held-out losses: {losses})")
         return ChosenRate(rate, entry | {"how": "race", "fingerprint": fingerprint})
 
-    def _race(self, fingerprint: str, racing: StageWork, race: RateRace) -> dict[str, Any]:
+    def _race(self, fingerprint: str, alike: str | None, racing: StageWork, race: RateRace) -> dict[str, Any]:
         store, storage = self.journal.store, self.journal.inputs.storage
         self.progress.note(f"learning rate auto: {', '.join(race.fingerprints)} race over {race.steps} steps each")
         racing.fetch()
@@ -180,22 +185,24 @@ class RateSearch:
         entry = found | {"chosen": rate, "stages": race.fingerprints}
         run = store.grouping_run(KIND, fingerprint)
         store.log_json(run, FILE, entry)
+        if alike is not None:
+            store.set_tags(run, {tags.ADAPTER_FINGERPRINT: alike})
         store.end_run(run, "FINISHED")
         shutil.rmtree(racing.path, ignore_errors=True)
         return entry
 
-    def _entry(self, fingerprint: str) -> dict[str, Any] | None:
-        """A race of this fingerprint that is over."""
-        for run in self.journal.store.find_runs({tags.KIND: KIND, tags.RUN_ID: fingerprint}):
-            found = self.journal.store.load_json(run.run, FILE)
-            if isinstance(found, dict) and {"chosen", "losses", "steps"} <= found.keys():
-                return found
+    def _entry(self, fingerprint: str, alike: str | None) -> dict[str, Any] | None:
+        """A race of this fingerprint that is over, or one of the same adapters with other statistics (``alike``)."""
+        for key, wanted in ((tags.RUN_ID, fingerprint), (tags.ADAPTER_FINGERPRINT, alike)):
+            for run in self.journal.store.find_runs({tags.KIND: KIND, key: wanted}) if wanted else []:
+                found = self.journal.store.load_json(run.run, FILE)
+                if isinstance(found, dict) and {"chosen", "losses", "steps"} <= found.keys():
+                    return found
         return None
 
-    def _stage_at(self, rate: float, task: str, rows: dict[str, int | None], mixed: dict[str, int]) -> str:
+    def _method_at(self, rate: float) -> Method:
         settings = self.journal.inputs.stage_settings()
-        method = method_for(replace(settings, training=replace(settings.training, learning_rate=rate)))
-        return self.journal.inputs.training_fingerprint(method, 1, task, [], [], rows, mixed)
+        return method_for(replace(settings, training=replace(settings.training, learning_rate=rate)))
 
     def _steps(self, task: str, rows: dict[str, int | None], mixed: dict[str, int]) -> int:
         """Of each candidate; 0: no race."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,18 @@ class StageRecord:
     index: int
     task: str
     fingerprint: str
+    adapter_fingerprint: str | None = None
     began: float = field(default_factory=time.monotonic)
     claim: Lease | None = None
-    """To train the stage: held until its version is published, or it has failed."""
+    """To make the stage: held until its version is published, or it has failed."""
     run: str = ""
     """MLflow's id of the stage's run."""
     original: Version | None = None
     """The version that the stage is taken over from: of another run, or of an earlier start of this one."""
     resumed: bool = False
     """``original`` is this run's own: an earlier start has published it and noted its seconds."""
+    adapter_from: Version | None = None
+    """The version of another run whose adapter the stage takes, with statistics made again."""
     reused: bool = False
     """Nothing was trained."""
     published: Version | None = None
@@ -60,11 +63,23 @@ class StageRecord:
         return None if self.published is None else self.published.number
 
     @property
+    def source(self) -> Version | None:
+        """The version that the adapter is taken over from."""
+        return self.adapter_from if self.original is None else self.original
+
+    @property
     def reused_from(self) -> str | None:
         """The version of another run that it was taken over from."""
-        if self.original is None:
+        if self.source is None:
             return None
-        return self.original.tags.get(tags.REUSED_FROM) if self.resumed else self.original.uri
+        return self.source.tags.get(tags.REUSED_FROM) if self.resumed else self.source.uri
+
+    @property
+    def adapter_of(self) -> str | None:
+        """Fingerprint of the stage whose adapter alone was taken over, at this start or an earlier one."""
+        if self.adapter_from is not None:
+            return self.adapter_from.tags.get(tags.ADAPTER_OF, self.adapter_from.training_fingerprint)
+        return self.original.tags.get(tags.ADAPTER_OF) if self.resumed and self.original is not None else None
 
     def open_cells(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those that nobody has scored; how a version that is there answers was settled with it."""
@@ -116,6 +131,7 @@ class StageRecord:
             "fingerprint": self.fingerprint,
             "reused": self.reused,
             "reused_from": self.reused_from,
+            "adapter_of": self.adapter_of,
             "version": self.version,
             "train_seconds": self.train_seconds,
             "score_seconds": self.score_seconds,
@@ -128,3 +144,10 @@ class StageRecord:
             "kept_step": self.training.get("kept_step"),
             "held_seconds": self.training.get("held_seconds"),
         }
+
+
+def how_made(stage: Mapping[str, Any]) -> str:
+    """How a stage came about, in words, from its entry in the result."""
+    if stage.get("adapter_of"):
+        return "adapter reused, statistics made again"
+    return "reused" if stage["reused"] else f"trained in {stage['train_seconds']:.0f} s"

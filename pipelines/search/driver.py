@@ -29,6 +29,7 @@ from pipelines.runs import results
 from pipelines.runs.inputs import gather_inputs
 from pipelines.runs.resume_check import IRRELEVANT, refuse_other_configuration, refuse_other_data
 from pipelines.runs.sequence import SearchContext, run_sequence
+from pipelines.runs.stage_record import how_made
 from pipelines.search.intervals import add_intervals
 from pipelines.search.journal import Journal, Trial
 from pipelines.search.outcome import FILE, search_result
@@ -327,9 +328,8 @@ class _Search:
         value = report["metrics"].get(self.objective)
         shown = "undefined" if value is None else f"{value:.3f}"
         record = report["records"][-1]
-        how = "reused" if record["reused"] else f"trained in {record['train_seconds']:.0f} s"
         self.progress.note(
-            f"  trial {trial.number}, stage {report['stage']}/{self.plan.stages} {record['task']}: {how},"
+            f"  trial {trial.number}, stage {report['stage']}/{self.plan.stages} {record['task']}: {how_made(record)},"
             f" {self.objective} {shown}"
         )
         self._reports.setdefault(trial.number, {})[int(report["stage"])] = report

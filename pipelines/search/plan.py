@@ -12,6 +12,7 @@ from amlora_dist.config.search_space import Dimension, SearchSettings, described
 from amlora_dist.digests import named_seed, value_digest
 from amlora_dist.errors import Fault, FaultsError, UserError
 from amlora_dist.methods import method_class, method_for
+from amlora_dist.methods.base import adapter_reads
 from amlora_dist.methods.kinds import Trains
 
 TRIES = 32
@@ -107,21 +108,24 @@ def plan_search(config: RunConfig, file: str) -> SearchPlan:
 def decides(config: RunConfig) -> dict[str, Any]:
     """What of a configuration decides the result of its sequence on the dev split.
 
-    ``first`` decides the first stage; ``later`` what comes on top of it in all others and in scoring. Both are made
-    of the same declarations as the fingerprints (``Method.reads``).
+    ``first`` decides the first stage (``adapter`` in the place of its ``reads``: that stage's adapter), ``later`` what comes
+    on top of it in all others and in scoring. All are made of the same declarations as the fingerprints (``Method.reads``).
     """
     settings = config.stage_settings()
     method = method_for(settings)
+    stage = 1 if config.parent is None else 2
     defaults = {key: value for key, value in asdict(config.task_defaults).items() if key != "max_test"}
     first = {
         "seed": config.seed, "method": config.method, "dtype": config.dtype, "model": asdict(config.model),
         "parent": config.parent, "tasks": config.tasks, "task_defaults": defaults,
         "boundary_mix": config.boundary_mix if len(config.tasks) > 1 else 0.0,
-        "reads": method.reads(1 if config.parent is None else 2),
+        "reads": method.reads(stage),
     }  # fmt: skip
     gate = {"kind": config.router.kind, **asdict(config.router.gate)} if method.routed else {}
     several = len(config.tasks) > 1 or config.parent is not None
-    return {"first": first, "later": {"reads": method.reads(2) if several else {}, "gate": gate if several else {}}}
+    adapter = adapter_reads(method, stage) or first["reads"]
+    later = {"reads": method.reads(2) if several else {}, "gate": gate if several else {}}
+    return {"first": first, "adapter": adapter, "later": later}
 
 
 def _stages(config: RunConfig) -> int:
@@ -171,7 +175,8 @@ def _apart(config: RunConfig, listed: Sequence[Mapping[str, Any]]) -> list[int]:
     """An order in which trials that start together share no first stage: nobody waits for a stage of another's."""
     groups: dict[str, list[int]] = {}
     for number, values in enumerate(listed, start=1):
-        first = decides(with_values(config, values))["first"]
+        decided_by = decides(with_values(config, values))
+        first = decided_by["first"] | {"reads": decided_by["adapter"]}
         groups.setdefault(value_digest(_plain(first)), []).append(number)
     order: list[int] = []
     while any(groups.values()):

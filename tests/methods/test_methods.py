@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from amlora_dist.adapters.settings import AdapterSettings, RouterSettings
 from amlora_dist.config.loading import load_config
 from amlora_dist.errors import UserError
 from amlora_dist.methods import METHODS, asked_of, excluded, method_class, method_for
-from amlora_dist.methods.base import Method
+from amlora_dist.methods.base import Method, adapter_reads
 from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.methods.o_lora import directions, overlap
 from amlora_dist.methods.settings import MethodSettings
+from amlora_dist.tasks.prompt_format import PromptFormat
 from amlora_dist.training.settings import StageSettings, TrainingSettings
 from tests.methods.stages import stages
 from tests.tiny_config import write_config
@@ -107,6 +108,39 @@ def test_what_a_method_does_not_declare_changes_neither_fingerprint_nor_adapter(
         assert one.result.method_state.keys() == again.result.method_state.keys()
         first, second = one.result.method_state, again.result.method_state
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+FEATURES_TRAIN = ["l2p", "gainlora"]
+"""Methods that weigh what they train by the router's features."""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", [name for name in METHODS if method_class(name).trains is Trains.ADAPTER])
+def test_what_an_adapters_fingerprint_leaves_out_changes_no_adapter(name: str, tmp_path: Path) -> None:
+    file, short = write_config(tmp_path, tasks=("colours", "shapes")), [f"method={name}", "training.epochs=1"]
+    settings = load_config(file, short).stage_settings()
+    if name in FEATURES_TRAIN:
+        assert adapter_reads(method_for(settings), 2) is None
+        return
+    other = [*short, "router.depths=[0]", "router.skip_tokens=0"]
+    declared = [adapter_reads(method_for(one), 2) for one in (settings, load_config(file, other).stage_settings())]
+    assert declared[0] == declared[1] and declared[0] is not None
+    plain = stages(load_config(file, short), tmp_path / "plain", score=False)
+    changed = stages(load_config(file, other), tmp_path / "other", score=False)
+    for one, again in zip(plain, changed, strict=True):
+        assert one.work.fingerprint != again.work.fingerprint
+        assert one.result.adapter.digest() == again.result.adapter.digest()
+        first, second = one.result.method_state, again.result.method_state
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_adapter_has_no_fingerprint_of_its_own_where_its_selectors_read_features_or_prompts_are_of_old() -> None:
+    plain, gain = (replace(settings_for(name), prompt_format=PromptFormat(2)) for name in ("am_lora", "gainlora"))
+    assert adapter_reads(method_for(plain), 1) is not None and adapter_reads(method_for(plain), 2) is not None
+    literal = replace(plain, router=RouterSettings(kind="literal"))
+    assert adapter_reads(method_for(literal), 1) is None and adapter_reads(method_for(literal), 2) is None
+    assert adapter_reads(method_for(gain), 1) is not None, "one adapter alone has the gate 1"
+    assert adapter_reads(method_for(replace(plain, prompt_format=PromptFormat(1))), 1) is None
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from amlora_dist.reporting.facts import StageFacts
 from amlora_dist.reporting.page import TableBlock
 from amlora_dist.reporting.run_charts import _won_by, training_blocks
 from pipelines.cli.tables import _rate_line
@@ -26,8 +27,7 @@ def test_a_race_is_reported_in_percent_of_the_held_out_loss_of_the_start_at_zero
 def facts_of(rate: dict[str, Any] | None) -> Any:
     race = {"steps": 12, "losses": {"none": 0.8, "a": 0.6}, "losers_seconds": 3.5}
     public = {"task": "b", "train_seconds": 20.0, "recipe_from": "a", "race": race, "kept_step": 9, "held_seconds": 1.25}
-    stage = SimpleNamespace(task="b", public=public, training={})
-    return SimpleNamespace(stages=[stage], inputs={} if rate is None else {"rate": rate})
+    return SimpleNamespace(stages=[StageFacts("b", "", public)], inputs={} if rate is None else {"rate": rate})
 
 
 def tables(rate: dict[str, Any] | None) -> dict[str, TableBlock]:

@@ -28,6 +28,7 @@ def work(base: dict[str, object], url: str | None = "file:///mnt/bucket") -> Sta
         fingerprint="a" * 64, index=1, task="t", folder="/driver/storage/stages/a", settings=settings, base=base,
         tasks={}, data_seed=0, data_dir=None, parents=[Parent("s", "d" * 64, "/driver/storage/adapters/d")], cells=[cell],
         deepspeed={}, evaluation_batch_size=1, cache="/driver/cache", root="/driver/storage", url=url, apart=url is not None,
+        taken=Parent("t", "e" * 64, "/driver/storage/adapters/e"),
     )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def test_folders_move_with_the_node_and_nothing_else() -> None:
     before = work({})
     after = before.moved(Path("/mine/storage"), Path("/mine/cache"))
     assert (after.folder, after.cache, after.root) == ("/mine/storage/stages/a", "/mine/cache", "/mine/storage")
-    assert after.parents[0].folder == "/mine/storage/adapters/d"
+    assert [one.folder for one in after.adapters] == ["/mine/storage/adapters/d", "/mine/storage/adapters/e"]
     (cell,) = after.cells
     assert (cell.folder, cell.features) == ("/mine/storage/scores/f", "/mine/storage/x")
     assert cell.before == ("/mine/storage/scores/e",)
