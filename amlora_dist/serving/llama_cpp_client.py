@@ -7,6 +7,7 @@ a pass over the whole prompt.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ import httpx
 from amlora_dist.errors import UserError
 from amlora_dist.serving.jobs import EngineAwayError
 from amlora_dist.serving.remote_labels import Beginning
-from amlora_dist.serving.vllm_client import CONNECT_S, KEY_VARIABLE, MAX_REASON, SILENT_S
+from amlora_dist.serving.vllm_client import (
+    CONNECT_S,
+    KEY_VARIABLE,
+    MAX_REASON,
+    SILENT_S,
+    checked_url,
+    log_probability,
+    written,
+)
 
 LIKELIEST = 1000
 """Tokens that the server names in one place; one that is not among them is asked for by itself."""
@@ -42,21 +51,19 @@ class LlamaCppClient:
 
     Args:
         url: ``http://HOST:PORT``.
+        named: how the caller calls it, for messages.
 
     Raises:
         UserError: it is none.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, named: str = "server") -> None:
+        self.url = checked_url(url, named)
         key = os.environ.get(KEY_VARIABLE)
-        try:
-            self._http = httpx.AsyncClient(
-                base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
-                timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
-            )  # fmt: skip
-        except httpx.InvalidURL as error:
-            raise UserError(f"llama.cpp's address: found {url!r} ({error}), expected http://HOST:PORT") from error
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
+            timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
+        )  # fmt: skip
 
     async def close(self) -> None:
         """Let its connections go."""
@@ -78,8 +85,13 @@ class LlamaCppClient:
             weights: of each task.
 
         Raises:
-            UserError: the server has not loaded one of the files.
+            UserError: the files are of other tasks, or the server has not loaded one of them.
         """
+        if unlike := sorted(set(files) ^ set(weights)):
+            raise UserError(
+                f"task {unlike[0]!r} is {'not in the bank' if unlike[0] in files else 'not among the exported files'}: "
+                "export the bank again, or name the one that was exported"
+            )
         there = await self.adapters()
         if missing := sorted(set(files.values()) - set(there)):
             raise UserError(f"{self.url} has not loaded {', '.join(missing)}: start it with serve.sh")
@@ -137,8 +149,8 @@ class LlamaCppClient:
         """
         (answer,) = await self.complete([prompt], scales, n_predict=new_tokens)
         try:
-            return str(answer["content"])
-        except (LookupError, TypeError) as error:
+            return written(answer["content"])
+        except (LookupError, TypeError, ValueError) as error:
             raise self._odd("no content") from error
 
     async def _forced(self, prompt: Sequence[int], token: int, scales: Mapping[int, float]) -> float:
@@ -153,8 +165,8 @@ class LlamaCppClient:
         """What it says of an answer's first token."""
         try:
             first = answer["completion_probabilities"][0]
-            top = {int(one["id"]): float(one["logprob"]) for one in first["top_logprobs"]}
-            return _Place(int(first["id"]), float(first["logprob"]), top)
+            top = {int(one["id"]): log_probability(one["logprob"]) for one in first["top_logprobs"]}
+            return _Place(int(first["id"]), log_probability(first["logprob"]), top)
         except (LookupError, TypeError, ValueError) as error:
             raise self._odd("no log probabilities of tokens") from error
 
@@ -163,9 +175,9 @@ class LlamaCppClient:
 
     async def _asked(self, method: str, path: str, body: Any = None) -> Any:
         try:
-            answer = await self._http.request(method, path, json=body)
+            answer = await asyncio.wait_for(self._http.request(method, path, json=body), SILENT_S)
             value = answer.json()
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise EngineAwayError(f"llama.cpp at {self.url} did not answer {path} in time") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
@@ -175,6 +187,8 @@ class LlamaCppClient:
         if answer.status_code != 200:
             fault = value.get("error", value) if isinstance(value, dict) else value
             words = str(fault.get("message", fault) if isinstance(fault, dict) else fault)[:MAX_REASON]
+            if answer.status_code == 401:
+                words = f"it asks for its API key; put it into {KEY_VARIABLE}"
             raise EngineAwayError(f"llama.cpp at {self.url} answered {answer.status_code}: {words}")
         return value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ CONNECT_S = 5.0
 IDLE_S = 1.0
 """For a connection to be kept; vLLM closes one that does nothing for 5 s."""
 SILENT_S = 60.0
-"""A server that says nothing for so long is given up."""
+"""A server that says nothing for so long is given up, and so is an answer that does not stream and takes longer."""
 LOAD_S = 120.0
 """For a LoRA to be loaded."""
 MOST_TOKENS = 100
@@ -68,10 +69,14 @@ class VllmClient:
 
     Args:
         url: ``http://HOST:PORT``, without ``/v1``.
+        named: how the caller calls it, for messages.
+
+    Raises:
+        UserError: it is none.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = checked_url(url)
+    def __init__(self, url: str, named: str = "--engine-url") -> None:
+        self.url = checked_url(url, named)
         key = os.environ.get(KEY_VARIABLE)
         self._http = httpx.AsyncClient(
             base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
@@ -178,7 +183,7 @@ class VllmClient:
                 "repetition_penalty": 1.0}  # fmt: skip
         async with self._asked("POST", "/v1/completions", json=body) as answer:
             with self._understood():
-                return str(answer.json()["choices"][0]["text"])
+                return written(answer.json()["choices"][0]["text"])
 
     async def write(
         self, model: str, prompt: Sequence[int], sampling: Sampling, *, eos_id: int, top: int | None = None
@@ -226,13 +231,16 @@ class VllmClient:
         )
         answer: httpx.Response | None = None
         try:
-            answer = await self._sent(request)
-            if answer.status_code != 200 or not stream:
+            if stream:
+                answer = await self._sent(request)
+            else:
+                answer = await asyncio.wait_for(self._whole(request), SILENT_S if timeout is None else timeout)
+            if answer.status_code != 200:
                 await answer.aread()
             if answer.status_code != 200:
                 raise self._fault(answer)
             yield answer
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise EngineAwayError(f"vLLM at {self.url} did not answer {path} in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
@@ -240,6 +248,16 @@ class VllmClient:
         finally:
             if answer is not None:
                 await answer.aclose()
+
+    async def _whole(self, request: httpx.Request) -> httpx.Response:
+        """The answer with its body."""
+        answer = await self._sent(request)
+        try:
+            await answer.aread()
+        except BaseException:
+            await answer.aclose()
+            raise
+        return answer
 
     async def _sent(self, request: httpx.Request) -> httpx.Response:
         """The head of the answer; asked once more where the server closed the connection instead, as it does with idle ones:
@@ -283,9 +301,16 @@ class VllmModel:
         found: list[list[float]] = []
         for start in range(0, len(asked), AT_ONCE):
             some = asked[start : start + AT_ONCE]
-            found += await asyncio.gather(
-                *(self.client.next_scores(self.name, (*prompt, *beginning), tokens) for beginning, tokens in some)
-            )
+            questions = [
+                asyncio.create_task(self.client.next_scores(self.name, (*prompt, *beginning), tokens))
+                for beginning, tokens in some
+            ]
+            try:
+                found += await asyncio.gather(*questions)
+            finally:  # where one failed, nobody waits for the others
+                for question in questions:
+                    question.cancel()
+                await asyncio.gather(*questions, return_exceptions=True)
         return found
 
     async def write(self, prompt: Sequence[int], new_tokens: int) -> str:
@@ -301,14 +326,14 @@ class _AnsweredError(EngineAwayError):
         self.reason = reason
 
 
-def checked_url(url: str) -> str:
-    """A server's address without what is added to it. Raises UserError where it is none."""
+def checked_url(url: str, named: str = "--engine-url") -> str:
+    """A server's address without what is added to it. Raises UserError where it is none, under the caller's name of it."""
     try:
         found = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise UserError(f"--engine-url: found {url!r} ({error}), expected http://HOST:PORT") from error
+        raise UserError(f"{named}: found {url!r} ({error}), expected http://HOST:PORT") from error
     if found.scheme not in ("http", "https") or not found.host or found.query or found.userinfo:
-        raise UserError(f"--engine-url: found {url!r}, expected http://HOST:PORT, a key in {KEY_VARIABLE}")
+        raise UserError(f"{named}: found {url!r}, expected http://HOST:PORT, a key in {KEY_VARIABLE}")
     return str(found).rstrip("/").removesuffix("/v1")
 
 
@@ -326,9 +351,24 @@ def _reason(body: Any) -> str:
     return str(message)[:MAX_REASON]
 
 
+def log_probability(value: Any) -> float:
+    """What a server says of a token. Raises ValueError where it is no number, as of a model that overflows."""
+    if math.isnan(score := float(value)):
+        raise ValueError("a log probability that is no number")
+    return score
+
+
+def written(value: Any) -> str:
+    """What a server wrote. Raises ValueError where it is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{type(value).__name__} in place of a text")
+    return value
+
+
 def _named(entry: dict[str, float]) -> list[tuple[int, float]]:
     """Tokens called ``token_id:NUMBER`` with their log probabilities, the best first."""
-    return sorted(((int(name.rpartition(":")[2]), float(score)) for name, score in entry.items()), key=lambda one: -one[1])
+    found = [(int(name.rpartition(":")[2]), log_probability(score)) for name, score in entry.items()]
+    return sorted(found, key=lambda one: -one[1])
 
 
 def _of_answer(tokens: Sequence[int], found: dict[str, Any] | None, top: int) -> tuple[TokenScore, ...]:

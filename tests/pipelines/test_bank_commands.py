@@ -241,6 +241,13 @@ def test_the_client_for_vllm_answers_with_the_bank_s_own_labels(
     assert {one["model"] for one in server.asked} == {f"base:{TASKS[0]}"}
     with pytest.raises(SystemExit, match="cannot be reached"):
         run_client(client, str(keyed), TEXTS[0], f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SystemExit, match=r"^server: found 'localhost:8000', expected http://HOST:PORT"):
+        run_client(client, str(keyed), TEXTS[0], "localhost:8000")
+    table = json.loads((tmp_path / "vllm" / "routing.json").read_text())
+    del table["models"][TASKS[0]]  # the bank has learned a task since
+    (tmp_path / "vllm" / "routing.json").write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match=f"task '{TASKS[0]}' is not among the exported adapters: export the bank again"):
+        run_client(client, str(keyed), TEXTS[0], server.url)
 
 
 def test_the_client_for_llama_cpp_sends_every_adapter_with_its_scale(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import threading
 from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from amlora_dist.evaluation.answering import EvidenceKind
 from amlora_dist.evaluation.label_plan import plan_labels
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.inference.routed_prompts import RoutedPrompt
-from amlora_dist.serving import llama_cpp_client
+from amlora_dist.serving import llama_cpp_client, vllm_client
 from amlora_dist.serving.jobs import EngineAwayError
 from amlora_dist.serving.llama_cpp_client import LlamaCppClient
 from amlora_dist.serving.remote_answers import RemoteAnswer, answered
@@ -245,3 +248,141 @@ def test_what_goes_wrong_is_said_in_one_line(model: AMLoRAModel, server: StandIn
             by_llama_cpp(server.url, prompts)
     with pytest.raises(EngineAwayError, match=r"llama\.cpp at http://127\.0\.0\.1:\d+ cannot be reached"):
         by_llama_cpp(f"http://127.0.0.1:{free_port()}", prompts)
+
+
+def test_scores_that_are_no_numbers_choose_no_label(
+    model: AMLoRAModel, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that overflows says NaN: of such scores the first label would be the best."""
+    prompts, computed = model.prompts(TEXTS[:1]), server._next
+    monkeypatch.setattr(server, "_next", lambda *given: torch.full_like(computed(*given), torch.nan))
+    with pytest.raises(EngineAwayError, match=r"but not as vLLM does \(ValueError: a log probability that is no number"):
+        by_vllm(server.url, prompts)
+    for likeliest in (1000, 0):  # named by the server, and asked for by itself
+        monkeypatch.setattr(llama_cpp_client, "LIKELIEST", likeliest)
+        with pytest.raises(EngineAwayError, match=r"but not as llama\.cpp does"):
+            by_llama_cpp(server.url, prompts)
+
+
+def test_an_answer_without_words_is_no_answer(model: AMLoRAModel, server: StandIn) -> None:
+    prompts = model.prompts(TEXTS[:1], free=True)
+    server.odd = 200, {"choices": [{"text": None}]}
+    with pytest.raises(EngineAwayError, match="but not as vLLM does"):
+        by_vllm(server.url, prompts)
+    computed = server.answer
+
+    def wordless(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return computed(path, body) if path == "/lora-adapters" else (200, {"content": None})
+
+    server.odd, server.answer = None, wordless  # type: ignore[method-assign]
+    with pytest.raises(EngineAwayError, match=r"but not as llama\.cpp does"):
+        by_llama_cpp(server.url, prompts)
+
+
+def test_an_export_of_another_bank_is_refused(model: AMLoRAModel, server: StandIn) -> None:
+    (prompt,) = model.prompts(TEXTS[0])
+    files = {task: f"{task}.gguf" for task in TASKS}
+
+    async def ask(files: dict[str, str]) -> None:
+        client = LlamaCppClient(server.url)
+        try:
+            await client.model(files, prompt.route.tasks)
+        finally:
+            await client.close()
+
+    asyncio.run(ask(files))
+    fewer = {task: file for task, file in files.items() if task != "sizes"}
+    for others, task in ((fewer, "sizes"), (files | {"other": "other.gguf"}, "other")):
+        with pytest.raises(UserError, match=f"'{task}'.*export the bank again, or name the one"):
+            asyncio.run(ask(others))
+
+
+def test_addresses_that_are_none_are_refused_by_the_name_that_the_caller_gave_them() -> None:
+    for bad in ("localhost:8080", "http://user:secret@host", "http://host:x", "host"):
+        for made in (lambda: LlamaCppClient(bad), lambda: VllmClient(bad, "server")):  # noqa: B023
+            with pytest.raises(UserError, match=r"^server: found .*expected http://HOST:PORT"):
+                made()
+
+
+def test_a_key_that_llama_cpp_misses_is_asked_for_by_its_variable(model: AMLoRAModel, server: StandIn) -> None:
+    server.odd = 401, {"error": {"message": "Invalid API Key"}}
+    with pytest.raises(EngineAwayError, match="AMLORA_ENGINE_API_KEY"):
+        by_llama_cpp(server.url, model.prompts(TEXTS[:1]))
+
+
+@contextlib.contextmanager
+def dripping() -> Iterator[str]:
+    """A server that says a little again and again, and never comes to an end."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "1000000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not over.wait(0.05):
+                    self.wfile.write(b" ")
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_words: Any) -> None:
+            """Nothing on standard error."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
+
+
+def test_a_server_that_never_ends_its_answer_is_given_up(
+    model: AMLoRAModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = model.prompts(TEXTS[:1], free=True)
+    for module in (llama_cpp_client, vllm_client):
+        monkeypatch.setattr(module, "SILENT_S", 0.5)
+
+    async def by_both(url: str) -> None:
+        one, other = LlamaCppClient(url), VllmClient(url)
+        try:
+            with pytest.raises(EngineAwayError, match="did not answer /lora-adapters in time"):
+                await asyncio.wait_for(one.adapters(), 20)
+            with pytest.raises(EngineAwayError, match="did not answer /v1/completions in time"):
+                await asyncio.wait_for(answered(prompts[0], VllmModel(other, "base")), 20)
+        finally:
+            await one.close()
+            await other.close()
+
+    with dripping() as url:
+        asyncio.run(by_both(url))
+
+
+def test_a_question_that_fails_ends_the_others_of_its_text() -> None:
+    left: list[list[int]] = []
+
+    class Failing(VllmClient):
+        async def next_scores(self, model: str, prompt: Sequence[int], tokens: Sequence[int], **_: Any) -> list[float]:
+            if tokens == [1]:
+                raise EngineAwayError("away")
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                left.append(list(tokens))
+                raise
+            return []
+
+    async def ask() -> None:
+        model = VllmModel(Failing("http://127.0.0.1:1"), "base")
+        with pytest.raises(EngineAwayError, match="away"):
+            await model.next_scores((5,), [((), [2]), ((2,), [1]), ((3,), [4])])
+        assert sorted(left) == [[2], [4]], "nobody waits for them any more"
+
+    asyncio.run(ask())
