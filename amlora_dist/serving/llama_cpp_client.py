@@ -61,9 +61,8 @@ class LlamaCppClient:
         self.url = checked_url(url, named)
         key = os.environ.get(KEY_VARIABLE)
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None,
-            timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S, pool=None),
-        )  # fmt: skip
+            base_url=self.url, headers={"authorization": f"Bearer {key}"} if key else None
+        )
 
     async def close(self) -> None:
         """Let its connections go."""
@@ -108,7 +107,7 @@ class LlamaCppClient:
         """
         lora = [{"id": number, "scale": scale} for number, scale in scales.items()]
         body = {"prompt": [list(one) for one in prompts], "temperature": 0, "cache_prompt": False, "lora": lora, **asked}
-        found = await self._asked("POST", "/completion", body)
+        found = await self._asked("POST", "/completion", body, SILENT_S * max(1, len(prompts)))
         answers = found if isinstance(found, list) else [found]
         try:
             ordered = sorted(answers, key=lambda one: int(one["index"])) if len(answers) > 1 else answers
@@ -173,9 +172,11 @@ class LlamaCppClient:
     def _odd(self, reason: object) -> EngineAwayError:
         return EngineAwayError(f"{self.url} answers, but not as llama.cpp does ({reason})")
 
-    async def _asked(self, method: str, path: str, body: Any = None) -> Any:
+    async def _asked(self, method: str, path: str, body: Any = None, limit_s: float | None = None) -> Any:
         try:
-            answer = await asyncio.wait_for(self._http.request(method, path, json=body), SILENT_S)
+            limit_s = SILENT_S if limit_s is None else limit_s
+            timeout = httpx.Timeout(limit_s, connect=CONNECT_S, pool=None)
+            answer = await asyncio.wait_for(self._http.request(method, path, json=body, timeout=timeout), limit_s)
             value = answer.json()
         except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise EngineAwayError(f"llama.cpp at {self.url} did not answer {path} in time") from error

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -363,6 +364,28 @@ def test_a_server_that_never_ends_its_answer_is_given_up(
 
     with dripping() as url:
         asyncio.run(by_both(url))
+
+
+def test_llama_cpp_has_time_for_each_prompt_of_a_request(
+    model: AMLoRAModel, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp_client, "SILENT_S", 2.0)
+    computed = server.answer
+
+    def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.8 * len(body["prompt"]))
+        return computed(path, body)
+
+    server.answer = slow  # type: ignore[method-assign]
+
+    async def ask() -> list[list[float]]:
+        client = LlamaCppClient(server.url)
+        try:
+            return await client.next_scores([[3, n] for n in range(4, 8)], [[5]] * 4, dict.fromkeys(range(4), 0.0))
+        finally:
+            await client.close()
+
+    assert len(asyncio.run(ask())) == 4
 
 
 def test_a_question_that_fails_ends_the_others_of_its_text() -> None:
