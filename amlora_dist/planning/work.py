@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SAMPLED = 64
 """Rows of a task whose features are stored at most, next to those of held-out ones (``training.stage_statistics``)."""
+FEWEST_HELD, SMALLEST_SHARE = 24, 4
+"""Rows that are held out at least, where that is no more than one in so many (the same module)."""
 STATISTICS_BATCH = 16
 """Rows of a forward pass when features are taken and recipes are probed (``training.stage``)."""
 RETAINED_CHECKPOINTS = 2
@@ -155,6 +157,8 @@ def _statistics(task: TaskShape, recipe: TrainingPlan, width: int) -> int:
     counted = task.train_rows - held
     if not recipe.text_alone:
         return 8 * (min(counted, width) + min(held, width) + 1) * width
+    held = min(max(held, FEWEST_HELD), task.train_rows // SMALLEST_SHARE) if recipe.holdout > 0 else 0
+    counted = task.train_rows - held
     rows = held + min(SAMPLED, counted) if held else 0
     return 8 * (min(counted, width) + 1) * width + 4 * rows * width
 

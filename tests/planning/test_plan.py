@@ -144,6 +144,12 @@ def test_stages_by_hand() -> None:
     one, *_ = stages(SHAPE, TASKS, replace(plain, holdout=0), MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)
     assert one.registry_bytes == 2 * first.adapter + 8 * 1001 * 16384 + 8 * 16385
     assert SAMPLED == stage_statistics.SAMPLED
+    for rows in (3, 4, 20, 96, 120, 400):  # of few rows more are held out than their share
+        held = len(stage_statistics.held_out_places(rows, 0.1, seed=0, task="a"))
+        few = [TaskShape("a", rows, 500, 500, 20)]
+        one, *_ = stages(SHAPE, few, plain, MemoryLayout(zero=2, ranks=8, micro_batch=4), MACHINE)
+        kept = 4 * (held + min(64, rows - held)) * 16384 if held else 0
+        assert one.registry_bytes == 2 * first.adapter + 8 * (rows - held + 1) * 16384 + kept + 8 * 16385
     assert first.gathered_bytes == 0, "below ZeRO-3 only gradients travel"
     layer, row = 218_112_000, 520
     forward = 2 * 32 * layer + 4 * row * 4096 * 32 + 2 * 8 * 212_992
