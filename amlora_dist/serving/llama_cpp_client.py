@@ -33,6 +33,8 @@ LIKELIEST = 1000
 """Tokens that the server names in one place; one that is not among them is asked for by itself."""
 FORCED = 1e9
 """Added to a token's logit, it is the one that is taken; what is said of it is as without."""
+PLAIN = {"temperature": 0, "repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "dry_multiplier": 0.0}
+"""Given, or the server's command line and the model's file would have their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class LlamaCppClient:
             asked: further fields of the request.
         """
         lora = [{"id": number, "scale": scale} for number, scale in scales.items()]
-        body = {"prompt": [list(one) for one in prompts], "temperature": 0, "cache_prompt": False, "lora": lora, **asked}
+        body = {"prompt": [list(one) for one in prompts], "cache_prompt": False, **PLAIN, "lora": lora, **asked}
         found = await self._asked("POST", "/completion", body, SILENT_S * max(1, len(prompts)))
         answers = found if isinstance(found, list) else [found]
         try:

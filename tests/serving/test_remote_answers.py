@@ -170,6 +170,8 @@ def test_a_text_of_no_task_is_written_by_the_base_model(
     assert [(one.text, one.label) for one in by_vllm(server.url, prompts)] == [(text, None) for text in own]
     assert [(one.text, one.label) for one in by_llama_cpp(server.url, prompts)] == [(text, None) for text in own]
     assert server.asked[0]["model"] == "base" and {one["scale"] for one in server.asked[-1]["lora"]} == {0.0}
+    plain = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "dry_multiplier": 0.0}
+    assert plain.items() <= server.asked[-1].items(), "penalties that the server was started with change no answer"
 
 
 @pytest.mark.parametrize("number", [1, 2])
