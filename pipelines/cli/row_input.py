@@ -215,7 +215,7 @@ def _line(row: RawRow, column: str, columns: FieldColumns) -> InputRow:
     formed = column == TEXT and column not in row.values and any(row.values.get(name) is not None for name in FIRST_COLUMNS)
     if not listed and not formed:
         return _text_row(row, column, columns)
-    if columns.names and isinstance(row.values.get(FIELDS), Mapping):
+    if columns.meant(row.values):
         raise UserError(f"{row.where}: fields: found some next to a conversation, expected one of them; leave one out")
     try:
         turns, answer = waiting_turns(row.values, column if listed else None)

@@ -127,12 +127,44 @@ def test_columns_that_happen_to_have_a_fields_name_change_no_plain_text(tmp_path
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"first": "x", "second": "y"}, {"first": ["x"], "second": "y"}, {"first": "x", "second": math.nan},
+        {"first": "x", "second": "y", "premise": "z", "question": "q"}, {"fields": {"region": "north"}},
+        {"fields": {"first": ["x"], "region": "y"}}, {"fields": ["x"]},
+    ],
+)  # fmt: skip
+def test_a_row_with_a_text_is_that_text_whatever_its_other_columns_mean(tmp_path: Path, more: dict[str, Any]) -> None:
+    (one,) = read(write_lines(tmp_path / "a.jsonl", [{"text": "a"} | more]))
+    assert (one.request, one.fields) == ("a", {"text": "a"} | more) or math.isnan(one.fields["second"])
+    if "fields" in more:
+        talk = [{"role": "user", "content": "a"}]
+        (one,) = read(write_lines(tmp_path / "b.jsonl", [{"messages": talk} | more]))
+        assert one.turns and not one.named
+
+
+def test_a_bank_whose_prompts_read_no_fields_asks_the_text_as_it_always_did(tmp_path: Path) -> None:
+    """Also where the text's column is one of a task's fields, or a row's question has a field's name."""
+    parts = [FieldEntry("text"), FieldEntry("title"), FieldEntry("question")]
+    columns = FieldColumns({"articles": replace(PLAIN, fields=parts)})
+    row = {"text": "a", "title": "b", "question": "why ?"}
+    for fields in ({}, {"fields": {"title": "c"}}, {"fields": "d"}):
+        file = write_lines(tmp_path / "a.jsonl", [row | fields])
+        for column in ("text", "title"):
+            (one,) = read(file, columns, column)
+            assert (one.request, one.option("question")) == (row[column], "why ?")
+    (one,) = read(write_lines(tmp_path / "b.jsonl", [row | {"text": ""}]), columns)
+    assert one.text == "b\nwhy ?", "without a text"
+    reading = FieldColumns({"articles": replace(PLAIN, fields=parts, template="{{ fields.title }}: {{ text }}")})
+    assert read(file, reading)[0].text == "a\nb\nwhy ?", "its prompt could not be asked the text alone"
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"fields": {"third": "x"}}, "fields: found third, expected some of a task's (colours: first, second; pairs: "),
         ({"first": "x", "label": "y"}, "fields: found first of those of colours and no second, expected all"),
         ({"text": "a", "fields": {"first": "x"}}, "fields: found some next to a text in 'text', expected one of them"),
-        ({"text": "a", "first": "x", "second": "y"}, "fields: found first, second and another text in 'text', expected one"),
         ({"fields": {"first": " ", "second": ""}}, "fields: found no words, expected some in at least one"),
         ({"fields": {}}, "fields: found no words, expected some in at least one"),
         ({"first": "", "second": " "}, "text: found nothing, expected a text (a text, a whole number, true or false, or a"
@@ -317,6 +349,11 @@ def test_a_frame_may_have_fields_and_its_signature_says_so(bank: Path, model: AM
         assert served.predict(frame) == wanted
         assert list(loaded.predict(frame)) == wanted
     assert list(loaded.predict(pandas.DataFrame(asked))) == wanted[:3]
+    lists = {"first": [["x"], ["y"]], "second": [1.5, math.nan]}
+    for other in ({"first": [5, 6]}, {"fields": ["of wheat", "of rye"]}, lists):
+        assert list(loaded.predict(pandas.DataFrame({"text": texts} | other))) == wanted[3:], "columns of another meaning"
+    numbers = [{"first": "3", "second": "x"}]
+    assert list(loaded.predict(pandas.DataFrame({"first": [3], "second": ["x"]}))) == model.predict(numbers)
     refused = joined(asked[0])
     for frame, message in (
         (pandas.DataFrame({"frist": ["x"], "second": ["y"]}), "row 0 of 1: fields: found second of those of colours and no"),
