@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.field_columns import FieldColumns
+from amlora_dist.evaluation.field_texts import MissingFieldsError, RefusedTextsError
 from amlora_dist.evaluation.ranking import finished
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.inference.rekeying import TaskRows, rekey
@@ -32,6 +33,7 @@ from amlora_dist.tasks.task import Columns, Label, PromptSettings, SourceSpec, S
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.training.stage_statistics import held_out_places
 from pipelines.cli import added_task
+from pipelines.cli.batch_inference import apart
 from pipelines.cli.main import app
 from pipelines.cli.row_input import InputRow, opened
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
@@ -308,6 +310,34 @@ def test_a_row_without_the_fields_of_the_task_that_it_names_is_refused_before_an
         done = amlora("classify", bank, given, "-o", tmp_path / "out.jsonl", "--device", "cpu", *options)
         assert done.exit_code == 2 and f"error: {given}, line {line}: task 'colours': its prompt" in done.stderr
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_that_lack_fields_end_no_comparison_and_a_header_in_other_letters_is_told_the_fields(
+    bank: Path, model: AMLoRAModel, tmp_path: Path
+) -> None:
+    plain = [joined(one) for one in new_rows(12)]
+    refused = [text for text, route in zip(plain, model.route(plain), strict=True) if route.task == "colours"][:2]
+    texts = [*texts_of("sizes", 2, "new"), *refused]
+    file = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    done = amlora("diff", bank, bank.with_name("before"), "--sample", file, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"] == 4 and json.loads(done.stdout)["refused"]["before"] == 2
+    same = amlora("diff", bank, bank, "--sample", file)
+    assert same.exit_code == 0 and "0 of 4 answers change" in same.stdout, same.output
+    assert "rows that lack fields of their task: 2 before, 2 after" in same.stdout
+    asked: list[int] = []
+
+    def answers(given: list[str]) -> list[str]:
+        asked.append(len(given))
+        if missing := {n: MissingFieldsError("no", "colours") for n, text in enumerate(given) if text in refused}:
+            raise RefusedTextsError(missing, alone=False)
+        return given
+
+    found, why = apart(answers, texts, 2)
+    assert (found, list(why), asked) == ({0: texts[0], 1: texts[1]}, [2, 3], [2, 2]), "no batch is asked for another's sake"
+    (tmp_path / "in.csv").write_text("First,Second\nwall,is red\n")
+    done = amlora("classify", bank, tmp_path / "in.csv")
+    assert done.exit_code == 2 and "it has First, Second" in done.stderr and "colours: first, second" in done.stderr
 
 
 def test_ask_takes_the_parts_of_a_text(bank: Path, model: AMLoRAModel) -> None:
