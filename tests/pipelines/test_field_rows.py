@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,18 @@ def test_rekey_reads_features_of_the_join_and_likelihoods_behind_the_prompt_with
     wanted = next(tensor for name, tensor in made.items() if "loglik" in name)
     for one, row in zip(found, wanted.tolist(), strict=True):
         assert one.weighed is not None and list(one.weighed.model) == pytest.approx(row, abs=1e-3)
+
+
+def test_rekey_names_the_row_that_lacks_fields(bank: Path, tmp_path: Path) -> None:
+    folder = bank.parent
+    for name, row in (("text", {"text": "a red wall"}), ("part", {"first": "wall"})):
+        file = write_lines(tmp_path / f"{name}.jsonl", [*rows_of("colours"), *[row | {"label": "red"}] * 40])
+        given = [f"{task}={folder / task}.jsonl" for task in TASKS if task != "colours"]
+        options = [part for one in (f"colours={file}", *given) for part in ("--rows", one)]
+        done = amlora("rekey", folder / "before", tmp_path / "made", *options)
+        assert done.exit_code == 2 and not (tmp_path / "made").exists()
+        where = {"text": r"rekey: row \d+ of 80: task 'colours': its prompt", "part": "part.jsonl, line 41: fields: "}[name]
+        assert re.search(where, done.stderr), done.stderr
 
 
 def test_fields_of_files_are_routed_to_the_bit_as_their_join_and_answered_as_in_python(
