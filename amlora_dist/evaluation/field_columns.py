@@ -1,7 +1,8 @@
 """Rows of files and data frames whose text is made of named fields: what the command line and MLflow's loader read them by.
 
 A row brings its fields by name in ``fields``, as an HTTP request does, or each in a column of its name. A row with a text is
-its text.
+its text, whatever else it has: its columns may mean anything. Only tasks whose prompts read fields, which cannot be asked a
+text alone, take them next to it: where they say the same, or where the text's column is one of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.field_texts import Entries, joined_text
-from amlora_dist.tasks.named_fields import WHOLE, FieldEntry, joined_fields
+from amlora_dist.tasks.named_fields import WHOLE, FieldEntry, fields_read, joined_fields
 from amlora_dist.tasks.texts import TAKEN, NoTextError, is_blank, kind_of, text_of
 
 FIELDS = "fields"
@@ -52,37 +53,58 @@ class FieldColumns:
             task: that the row names.
 
         Raises:
-            UserError: fields and a text; fields that are not all there, of no task or of several, or that are no text.
+            UserError: a text next to ``fields`` that are ``meant``; fields that are not all there, of no task or of several,
+                or that are no text.
         """
         task = self.task or task
-        known = self._known(task)
-        named = self._by_name(values, column, text, known=bool(known))
-        if named is None:
-            named = self._in_columns(values, column, text, known)
-        if named is None:
+        if text is not None and self.meant(values, column, task):
+            raise UserError(f"fields: found some next to a text in {column!r}, expected one of them; leave one out")
+        try:
+            named = self._by_name(values, column) if text is None else None
+            if named is None:
+                known = self._known(task, beside=text is not None)
+                named = self._in_columns(values, column, text, known)
+            if named is None:
+                return None
+            joined = joined_text(named, self.entries, task)[0]
+        except UserError:
+            if text is None or self.own:
+                raise
             return None
-        joined = joined_text(named, self.entries, task)[0]
-        if text is not None and not self.own and column not in named and joined != text.strip():
-            found = ", ".join(name for name, words in named.items() if words)
-            raise UserError(f"fields: found {found} and another text in {column!r}, expected one of them; leave one out")
-        return joined, named
+        same = text is None or self.own or column in named or joined == text.strip()
+        return (joined, named) if same else None
 
-    def _known(self, task: str | None) -> dict[str, list[str]]:
+    def meant(self, values: Mapping[str, Any], column: str = "", task: str | None = None) -> bool:
+        """Whether a row that has something else to ask also has, in ``fields``, what a task reads by these names; else they
+        are nobody's business here.
+
+        Args:
+            values: of the row by column.
+            column: of the text.
+            task: that the row names.
+        """
+        given = None if column == FIELDS else values.get(FIELDS)
+        if not isinstance(given, Mapping):
+            return False
+        names = {str(name) for name, value in given.items() if value is not None}
+        return bool(names) and any(names <= {*known} for known in self._known(self.task or task, beside=True).values())
+
+    def _known(self, task: str | None, *, beside: bool = False) -> dict[str, list[str]]:
+        """Names of fields by task; ``beside`` a text of those alone that take them there."""
         return {
             name: [part.name for part in entry.fields] for name, entry in self.entries.items()
             if entry is not None and entry.fields and task in (None, name)
+            and (not beside or self.own or fields_read(entry.template) is not None)
         }  # fmt: skip
 
     @staticmethod
-    def _by_name(values: Mapping[str, Any], column: str, text: str | None, *, known: bool) -> dict[str, str] | None:
-        """What ``fields`` holds; next to a text it is nobody's business unless it could be meant."""
+    def _by_name(values: Mapping[str, Any], column: str) -> dict[str, str] | None:
+        """What ``fields`` holds of a row without a text."""
         given = None if column == FIELDS else values.get(FIELDS)
         if isinstance(given, Mapping):  # a table's structure has every name in all rows, some without value
             named = {str(name): _words(value, str(name)) for name, value in given.items() if value is not None}
-            if named and known and text is not None:
-                raise UserError(f"fields: found some next to a text in {column!r}, expected one of them; leave one out")
-            return None if text is not None or (given and not named) else named
-        if given is not None and text is None and not (isinstance(given, str) and is_blank(given)):
+            return None if given and not named else named
+        if given is not None and not (isinstance(given, str) and is_blank(given)):
             found = repr(given[:20]) if isinstance(given, str) else kind_of(given)
             raise UserError(f"fields: found {found}, expected texts by name; give an object, or each field in a column")
         return None

@@ -28,6 +28,7 @@ from amlora_dist.config.former_values import completed
 from amlora_dist.config.loading import home
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.decoding import Decoder
+from amlora_dist.evaluation.field_texts import MissingFieldsError, fields_for
 from amlora_dist.evaluation.ranking import Room, label_scores
 from amlora_dist.evaluation.requests import Prompter, Request
 from amlora_dist.inference.import_peft import sample_features
@@ -137,16 +138,21 @@ def _statistics(
     labels = list(entry.labels or [])
     if odd := sorted(set(rows.answers) - set(labels)) if labels else []:
         raise UserError(f"rekey: task {task!r}: found answer {odd[0]!r}, its labels are {', '.join(labels)}")
+    held = held_out_places(len(rows.texts), 0.1, seed=0, task=task)
+    fields = [rows.fields[k] if rows.fields else {} for k in held]
+    for k, given in zip(held, fields, strict=True) if labels else ():
+        try:
+            fields_for(task, prompter.entries, rows.texts[k], given)
+        except MissingFieldsError as error:
+            raise UserError(f"rekey: row {k + 1} of {len(rows.texts)}: {error}") from None
     features = sample_features(model, mixture, prompter, base, task, entry, rows.texts)
     places = [labels.index(answer) if labels else -1 for answer in rows.answers]
-    held = held_out_places(len(places), 0.1, seed=0, task=task)
     learned = [place for place in range(len(places)) if place not in set(held)]
     own = TaskStatistics.from_features(task, features[learned], [max(places[k], 0) for k in learned], len(labels))
     if not held:
         return own
     unseen = HeldOut(features[held].float(), torch.tensor([places[k] for k in held]))
     if labels:
-        fields = [rows.fields[k] if rows.fields else {} for k in held]
         likelihoods = _likelihoods(mixture, prompter, task, [rows.texts[k] for k in held], fields, tuple(labels))
         unseen = replace(unseen, loglikelihoods=likelihoods)
     counted = [learned[place] for place in sampled_places(len(learned), seed=0, task=task)]

@@ -39,8 +39,9 @@ _CHAT_INPUTS = [
     *_INPUTS[1:],
 ]
 """Of a bank that learned conversations: a row has one of the first three."""
-_FIELDS = {"type": "map", "values": {"type": "string"}, "name": "fields", "required": False}
-"""Of a bank with texts made of fields: a row has a text, its fields in this column, or each in one of its name."""
+_FIELDS = {"type": "any", "name": "fields", "required": False}
+"""Of a bank with texts made of fields: a row has a text, its fields in this column, or each in one of its name. Next to a
+text a column of such a name may hold anything, and numbers are texts, so that MLflow must refuse no type."""
 _PARAMS = [{"name": "max_new_tokens", "default": 0, "shape": None, "type": "long"}]
 
 
@@ -75,7 +76,7 @@ def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
     if names := FieldColumns(manifest.learned).names:
         made = [one | {"required": False} for one in made] + [_FIELDS]
         known = [one["name"] for one in made]
-        made += [{"type": "string", "name": name, "required": False} for name in names if name not in known]
+        made += [{"type": "any", "name": name, "required": False} for name in names if name not in known]
     return made
 
 

@@ -95,7 +95,7 @@ def _with_fields(
         task = (options.get("task") or {}) and options["task"][place]
         try:
             if text is not None and not isinstance(text, str):
-                if values.get(FIELDS) is not None:
+                if fields.meant(values):
                     raise UserError("fields: found some next to a conversation, expected one of them; leave one out")
                 found = None
             else:

@@ -114,7 +114,7 @@ def _compared(
         model = bank_model(uri, {"tracking_uri": tracking_uri})
         asked = [_asked(model, spec, row) for spec, rows in chosen for row in rows]
         # A row of another task that is routed to one whose fields it lacks has no answer, which is wrong.
-        found, _ = apart(partial(model.answer, batch_size=8), asked)
+        found, _ = apart(partial(model.answer, batch_size=8), asked, 8)
         answers.append([found[place].text if place in found else "" for place in range(count)])
         del model  # one base model in memory at a time
     made, start = [], 0

@@ -125,21 +125,28 @@ def _run(
         raise UserError(f"{refused[0]} (rows without an answer: {len(refused)}, each with its `error`; the others have one)")
 
 
-def apart(ask: Callable[[list[T]], list[R]], given: Sequence[T]) -> tuple[dict[int, R], dict[int, MissingFieldsError]]:
+def apart(
+    ask: Callable[[list[T]], list[R]], given: Sequence[T], batch_size: int | None = None
+) -> tuple[dict[int, R], dict[int, MissingFieldsError]]:
     """What a bank answers, and why some texts cannot be asked, by place: they keep no other from its answer.
 
     Args:
         ask: raises RefusedTextsError where some cannot be asked.
         given: to ask.
+        batch_size: texts of one call, of which the others are asked again where one is refused; default: all.
     """
-    places, refused = list(range(len(given))), dict[int, MissingFieldsError]()
-    while places:
-        try:
-            return dict(zip(places, ask([given[place] for place in places]), strict=True)), refused
-        except RefusedTextsError as error:
-            refused |= {places[n]: why for n, why in error.refused.items()}
-            places = [place for place in places if place not in refused]
-    return {}, refused
+    found, refused = dict[int, R](), dict[int, MissingFieldsError]()
+    size = batch_size or len(given) or 1
+    for start in range(0, len(given), size):
+        places = list(range(start, min(start + size, len(given))))
+        while places:
+            try:
+                found |= zip(places, ask([given[place] for place in places]), strict=True)
+                break
+            except RefusedTextsError as error:
+                refused |= {places[n]: why for n, why in error.refused.items()}
+                places = [place for place in places if place not in refused]
+    return found, refused
 
 
 def entries_of(folder: Path) -> dict[str, TaskEntry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -94,10 +94,12 @@ class RowInput:
             UserError: a row that cannot be read or has no text; names file and line.
         """
         needed = _needed(self.form, self.column, self.columns)
+        shown = self.columns.shown if self.column == TEXT else ""
+        mends = replace(MENDS, column=f"{MENDS.column}; or the fields of a task, written so: {shown}") if shown else MENDS
         if isinstance(self._source, Path):
-            rows = _file_rows(self._source, self.form, self.column, needed, asked)
+            rows = _file_rows(self._source, self.form, self.column, needed, asked, mends)
         else:
-            rows = rows_of_lines(self._source, self.name, self.form, needed, MENDS, self.column)
+            rows = rows_of_lines(self._source, self.name, self.form, needed, mends, self.column)
         for row in rows:
             yield _line(row, self.column, self.columns)
 
@@ -188,13 +190,13 @@ def _form(path: Path, column: str, asked: Asked) -> Form:
 
 
 def _file_rows(
-    path: Path, form: Form, column: str, needed: Sequence[Needed], asked: Sequence[str] | None
+    path: Path, form: Form, column: str, needed: Sequence[Needed], asked: Sequence[str] | None, mends: Fixes
 ) -> Iterator[RawRow]:
     if form in ("text", "lines"):
         with path.open("rb") as file:
-            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, (), MENDS, column)
+            yield from rows_of_lines(lines_of(file, str(path)), str(path), form, (), mends, column)
     else:
-        yield from read_file(path, form, needed, asked, MENDS)
+        yield from read_file(path, form, needed, asked, mends)
 
 
 def _needed(form: Form, column: str, columns: FieldColumns) -> Sequence[Needed]:
@@ -215,7 +217,7 @@ def _line(row: RawRow, column: str, columns: FieldColumns) -> InputRow:
     formed = column == TEXT and column not in row.values and any(row.values.get(name) is not None for name in FIRST_COLUMNS)
     if not listed and not formed:
         return _text_row(row, column, columns)
-    if columns.names and isinstance(row.values.get(FIELDS), Mapping):
+    if columns.meant(row.values):
         raise UserError(f"{row.where}: fields: found some next to a conversation, expected one of them; leave one out")
     try:
         turns, answer = waiting_turns(row.values, column if listed else None)

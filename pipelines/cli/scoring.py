@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,35 +169,45 @@ def answer_differences(
     """``amlora diff --sample``: whose answers change between two banks, and to what.
 
     Raises:
-        UserError: no such bank or file, a row without text.
+        UserError: no such bank or file, a row without text. One that its task cannot be asked has no answer (null).
     """
     with stdout_to_stderr(), opened(sample.source, sample.column) as rows:
         folders = [bank_and_tasks(bank, options)[0] for bank in (first, second)]
         rows.columns = FieldColumns(entries_of(folders[0]) | entries_of(folders[1]))
         lines = list(rows.lines())
         texts = [line.request for line in lines]
-        try:
-            answers = [bank_model(str(folder), options).answer(texts, batch_size=batch_size) for folder in folders]
-        except RefusedTextsError as error:
-            place = min(error.refused)
-            raise UserError(f"{lines[place].where}: {error.refused[place]}") from None
+        before, after = (_found(str(folder), texts, batch_size, options) for folder in folders)
     changed = [
-        {"row": line.where, "text": line.text, "before": before.text, "after": after.text,
-         "task_before": before.route.task, "task_after": after.route.task}
-        for line, before, after in zip(lines, *answers, strict=True)
-        if before.text != after.text
+        {"row": line.where, "text": line.text, "before": one[0], "after": two[0], "task_before": one[1],
+         "task_after": two[1]}
+        for line, one, two in zip(lines, before, after, strict=True)
+        if one[0] != two[0]
     ]  # fmt: skip
+    refused = {"before": sum(one is None for one, _ in before), "after": sum(one is None for one, _ in after)}
     if as_json:
-        print(json.dumps({"rows": len(lines), "changed": len(changed), "answers": changed}, ensure_ascii=False))
+        found = {"rows": len(lines), "changed": len(changed), "refused": refused, "answers": changed}
+        print(json.dumps(found, ensure_ascii=False))
         return
     console = console_for()
     console.print(f"{len(changed)} of {len(lines)} answers change: {first} -> {second}", markup=False, highlight=False)
     for one in changed[:NAMED]:
         text = one["text"] if len(str(one["text"])) <= SHOWN_TEXT else f"{str(one['text'])[:SHOWN_TEXT]}..."
         way = "" if one["task_before"] == one["task_after"] else f" ({one['task_before']} -> {one['task_after']})"
-        console.print(f"  {one['before']} -> {one['after']}{way}: {text}", markup=False, highlight=False)
+        words = ["(refused)" if one[key] is None else str(one[key]) for key in ("before", "after")]
+        console.print(f"  {' -> '.join(words)}{way}: {text}", markup=False, highlight=False)
     if len(changed) > NAMED:
         console.print(f"  and {len(changed) - NAMED} more (--json has them)")
+    if any(refused.values()):
+        console.print(f"rows that lack fields of their task: {refused['before']} before, {refused['after']} after")
+
+
+def _found(
+    bank: str, texts: Sequence[Any], batch_size: int, options: dict[str, Any]
+) -> list[tuple[str | None, str | None]]:
+    """Answer and task of each text; no answer of those that the task cannot be asked."""
+    found, refused = apart(partial(bank_model(bank, options).answer, batch_size=batch_size), texts, 8 * batch_size)
+    answers = {place: (one.text, one.route.task) for place, one in found.items()}
+    return [answers.get(place) or (None, refused[place].task) for place in range(len(texts))]
 
 
 def rekey_bank(bank: str, dest: Path, given: Sequence[str], label: str, options: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from amlora_dist.errors import UserError
 from amlora_dist.evaluation.field_columns import FieldColumns
+from amlora_dist.evaluation.field_texts import MissingFieldsError, RefusedTextsError
 from amlora_dist.evaluation.ranking import finished
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.inference.rekeying import TaskRows, rekey
@@ -32,6 +34,7 @@ from amlora_dist.tasks.task import Columns, Label, PromptSettings, SourceSpec, S
 from amlora_dist.tasks.task_entry import TaskEntry
 from amlora_dist.training.stage_statistics import held_out_places
 from pipelines.cli import added_task
+from pipelines.cli.batch_inference import apart
 from pipelines.cli.main import app
 from pipelines.cli.row_input import InputRow, opened
 from tests.bank_with_base import TASKS, texts_of, write_working_bank
@@ -127,12 +130,44 @@ def test_columns_that_happen_to_have_a_fields_name_change_no_plain_text(tmp_path
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"first": "x", "second": "y"}, {"first": ["x"], "second": "y"}, {"first": "x", "second": math.nan},
+        {"first": "x", "second": "y", "premise": "z", "question": "q"}, {"fields": {"region": "north"}},
+        {"fields": {"first": ["x"], "region": "y"}}, {"fields": ["x"]},
+    ],
+)  # fmt: skip
+def test_a_row_with_a_text_is_that_text_whatever_its_other_columns_mean(tmp_path: Path, more: dict[str, Any]) -> None:
+    (one,) = read(write_lines(tmp_path / "a.jsonl", [{"text": "a"} | more]))
+    assert (one.request, one.fields) == ("a", {"text": "a"} | more) or math.isnan(one.fields["second"])
+    if "fields" in more:
+        talk = [{"role": "user", "content": "a"}]
+        (one,) = read(write_lines(tmp_path / "b.jsonl", [{"messages": talk} | more]))
+        assert one.turns and not one.named
+
+
+def test_a_bank_whose_prompts_read_no_fields_asks_the_text_as_it_always_did(tmp_path: Path) -> None:
+    """Also where the text's column is one of a task's fields, or a row's question has a field's name."""
+    parts = [FieldEntry("text"), FieldEntry("title"), FieldEntry("question")]
+    columns = FieldColumns({"articles": replace(PLAIN, fields=parts)})
+    row = {"text": "a", "title": "b", "question": "why ?"}
+    for fields in ({}, {"fields": {"title": "c"}}, {"fields": "d"}):
+        file = write_lines(tmp_path / "a.jsonl", [row | fields])
+        for column in ("text", "title"):
+            (one,) = read(file, columns, column)
+            assert (one.request, one.option("question")) == (row[column], "why ?")
+    (one,) = read(write_lines(tmp_path / "b.jsonl", [row | {"text": ""}]), columns)
+    assert one.text == "b\nwhy ?", "without a text"
+    reading = FieldColumns({"articles": replace(PLAIN, fields=parts, template="{{ fields.title }}: {{ text }}")})
+    assert read(file, reading)[0].text == "a\nb\nwhy ?", "its prompt could not be asked the text alone"
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"fields": {"third": "x"}}, "fields: found third, expected some of a task's (colours: first, second; pairs: "),
         ({"first": "x", "label": "y"}, "fields: found first of those of colours and no second, expected all"),
         ({"text": "a", "fields": {"first": "x"}}, "fields: found some next to a text in 'text', expected one of them"),
-        ({"text": "a", "first": "x", "second": "y"}, "fields: found first, second and another text in 'text', expected one"),
         ({"fields": {"first": " ", "second": ""}}, "fields: found no words, expected some in at least one"),
         ({"fields": {}}, "fields: found no words, expected some in at least one"),
         ({"first": "", "second": " "}, "text: found nothing, expected a text (a text, a whole number, true or false, or a"
@@ -217,6 +252,18 @@ def test_rekey_reads_features_of_the_join_and_likelihoods_behind_the_prompt_with
         assert one.weighed is not None and list(one.weighed.model) == pytest.approx(row, abs=1e-3)
 
 
+def test_rekey_names_the_row_that_lacks_fields(bank: Path, tmp_path: Path) -> None:
+    folder = bank.parent
+    for name, row in (("text", {"text": "a red wall"}), ("part", {"first": "wall"})):
+        file = write_lines(tmp_path / f"{name}.jsonl", [*rows_of("colours"), *[row | {"label": "red"}] * 40])
+        given = [f"{task}={folder / task}.jsonl" for task in TASKS if task != "colours"]
+        options = [part for one in (f"colours={file}", *given) for part in ("--rows", one)]
+        done = amlora("rekey", folder / "before", tmp_path / "made", *options)
+        assert done.exit_code == 2 and not (tmp_path / "made").exists()
+        where = {"text": r"rekey: row \d+ of 80: task 'colours': its prompt", "part": "part.jsonl, line 41: fields: "}[name]
+        assert re.search(where, done.stderr), done.stderr
+
+
 def test_fields_of_files_are_routed_to_the_bit_as_their_join_and_answered_as_in_python(
     bank: Path, model: AMLoRAModel, tmp_path: Path
 ) -> None:
@@ -278,6 +325,34 @@ def test_a_row_without_the_fields_of_the_task_that_it_names_is_refused_before_an
         assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_rows_that_lack_fields_end_no_comparison_and_a_header_in_other_letters_is_told_the_fields(
+    bank: Path, model: AMLoRAModel, tmp_path: Path
+) -> None:
+    plain = [joined(one) for one in new_rows(12)]
+    refused = [text for text, route in zip(plain, model.route(plain), strict=True) if route.task == "colours"][:2]
+    texts = [*texts_of("sizes", 2, "new"), *refused]
+    file = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    done = amlora("diff", bank, bank.with_name("before"), "--sample", file, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"] == 4 and json.loads(done.stdout)["refused"]["before"] == 2
+    same = amlora("diff", bank, bank, "--sample", file)
+    assert same.exit_code == 0 and "0 of 4 answers change" in same.stdout, same.output
+    assert "rows that lack fields of their task: 2 before, 2 after" in same.stdout
+    asked: list[int] = []
+
+    def answers(given: list[str]) -> list[str]:
+        asked.append(len(given))
+        if missing := {n: MissingFieldsError("no", "colours") for n, text in enumerate(given) if text in refused}:
+            raise RefusedTextsError(missing, alone=False)
+        return given
+
+    found, why = apart(answers, texts, 2)
+    assert (found, list(why), asked) == ({0: texts[0], 1: texts[1]}, [2, 3], [2, 2]), "no batch is asked for another's sake"
+    (tmp_path / "in.csv").write_text("First,Second\nwall,is red\n")
+    done = amlora("classify", bank, tmp_path / "in.csv")
+    assert done.exit_code == 2 and "it has First, Second" in done.stderr and "colours: first, second" in done.stderr
+
+
 def test_ask_takes_the_parts_of_a_text(bank: Path, model: AMLoRAModel) -> None:
     (fields,) = new_rows(1)
     given = [part for name, words in fields.items() for part in ("--field", f"{name}={words}")]
@@ -317,6 +392,11 @@ def test_a_frame_may_have_fields_and_its_signature_says_so(bank: Path, model: AM
         assert served.predict(frame) == wanted
         assert list(loaded.predict(frame)) == wanted
     assert list(loaded.predict(pandas.DataFrame(asked))) == wanted[:3]
+    lists = {"first": [["x"], ["y"]], "second": [1.5, math.nan]}
+    for other in ({"first": [5, 6]}, {"fields": ["of wheat", "of rye"]}, lists):
+        assert list(loaded.predict(pandas.DataFrame({"text": texts} | other))) == wanted[3:], "columns of another meaning"
+    numbers = [{"first": "3", "second": "x"}]
+    assert list(loaded.predict(pandas.DataFrame({"first": [3], "second": ["x"]}))) == model.predict(numbers)
     refused = joined(asked[0])
     for frame, message in (
         (pandas.DataFrame({"frist": ["x"], "second": ["y"]}), "row 0 of 1: fields: found second of those of colours and no"),
