@@ -53,12 +53,12 @@ class PlainChoice:
         return found
 
 
-def decided(scores: Iterable[Mapping[str, Any]]) -> PlainChoice:
+def decided(scores: Iterable[Mapping[str, Any]], below: PlainChoice | None = None) -> PlainChoice:
     """The choice that scores of deciding rows make: one of each task, with ``accuracy`` (by ranking), ``greedy_accuracy``,
-    ``rows`` and ``split``. Ties go to ranking, as does a bank without any."""
+    ``rows`` and ``split``. Ties go to ranking. Without any the bank goes on as that ``below`` it does, or ranks."""
     scores = [score for score in scores if score["rows"]]
     if not scores:
-        return PlainChoice(way="ranks")
+        return PlainChoice(way="ranks") if below is None else below
     ranks, writes = (sum(float(score[key]) for score in scores) / len(scores) for key in ("accuracy", "greedy_accuracy"))
     kinds = sorted({NAMES[score["split"]] for score in scores}, reverse=True)
     return PlainChoice(
@@ -88,9 +88,15 @@ def read_choice(value: Mapping[str, Any] | None, where: str) -> PlainChoice | No
 def shown_choice(result: Mapping[str, Any]) -> PlainChoice | None:
     """How the last bank of a run's result answers plain text; None where it finds the task of one, or was asked none."""
     found = read_choice(result.get("plain_text"), f"result of run {result.get('run_id')!r}")
-    if found is None and OWN_PROMPT in (result.get("last") or {}):  # of before there was a choice
+    if found is None and OWN_PROMPT in (result.get("last") or {}) and _ranked(result):  # of before there was a choice
         return PlainChoice(way="ranks")
     return found
+
+
+def _ranked(result: Mapping[str, Any]) -> bool:
+    """Whether the last bank of a run's result had labels to rank; one of free text alone writes, whatever is chosen."""
+    matrix = result.get("ranked_accuracy_matrix")
+    return not matrix or any(value is not None for value in matrix[-1])
 
 
 def counted_in(score: Mapping[str, Any], way: Way) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def ask(bank: str, texts: Sequence[str], fields: Sequence[str], options: dict[st
             "task": one.task if one.route.task is not None else None,
             "confidence": None if place in written else _confidence(one),
         })  # fmt: skip
-    _show_answers(lines, "any: all labels" if plain.labels else "none: the base model", as_json=as_json)
+    any_task = "any: written freely" if plain.writes else "any: all labels"
+    _show_answers(lines, any_task if plain.labels else "none: the base model", as_json=as_json)
     if refused:
         raise RefusedTextsError(refused, alone=len(given) == 1)
 

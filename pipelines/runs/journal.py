@@ -207,7 +207,9 @@ class RunJournal:
             record.take(result, learns_recipe=self.inputs.method.recipe(plan.index - 1).learned)
             parent = Parent(plan.task, result.adapter.digest(), str(work.trained))
             bank = plan.bank.grown(parent, plan.fingerprint, _statistics_digest(result))
-        record.score(plan.cells, chooses=plan.chooses)
+        below = self.version_of(plan.bank) if plan.chooses else None
+        extended = None if below is None else self.versions.manifest_of(below).plain_text
+        record.score(plan.cells, chooses=plan.chooses, below=extended)
         if not plan.trains:
             record.scores += [score | {"mode": "router"} for score in record.scores]
         self.stages.append(record)

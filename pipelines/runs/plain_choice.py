@@ -87,8 +87,10 @@ def dev_rows(inputs: RunInputs, method: Method) -> dict[str, TaskData]:
     if config.evaluation.split == "dev" or not chooses(inputs, method):
         return {}
     found = {}
+    *earlier, last = inputs.stage_names
+    again = method.rows(last, earlier, inputs.tasks)
     for task in inputs.tasks:
-        if inputs.specs[task].free_text or unseen_places(inputs, method, task):
+        if inputs.specs[task].free_text or unseen_places(inputs, method, task, again.get(task)):
             continue
         try:
             found[task] = load_task(

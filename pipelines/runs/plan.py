@@ -108,6 +108,9 @@ def plan_stage(inputs: RunInputs, bank: BankState, task: str, earlier: Sequence[
     if not chooses(inputs, method) or all(cell.mode != "router" for cell in cells):
         return replace(bare, cells=tuple(cells))
     learned = inputs.tasks if method.stages is Stages.ONE else inputs.tasks[: bare.index]
+    kinds = [*(inputs.specs[name].free_text for name in learned), *(entry.free_text for entry in bank.entries.values())]
+    if all(kinds):  # nothing could be ranked
+        return replace(bare, cells=tuple(cells))
     deciding = choice_cells(inputs, method, list(bare.fingerprints), learned, rows)
     return replace(bare, cells=(*cells, *deciding), chooses=True)
 
@@ -148,7 +151,7 @@ def stage_work(
     config, storage = inputs.config, inputs.storage
     split, mixed = config.evaluation.split, inputs.mixed_rows(task, inputs.stage_names)
     digests = {f"{name}/{split}": data.digest(split) for name, data in inputs.data.items()}
-    deciding = [name for name in inputs.tasks if name not in inputs.dev] if chooses(inputs, inputs.method) else []
+    deciding = inputs.tasks if chooses(inputs, inputs.method) else []
     digests |= {f"{name}/train": inputs.data[name].digest("train") for name in (*rows, *mixed, *deciding)}
     digests |= {f"{name}/dev": data.digest("dev") for name, data in inputs.dev.items()}
     return StageWork(

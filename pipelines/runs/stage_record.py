@@ -92,8 +92,9 @@ class StageRecord:
         self.recipe_zeros = recipe_zeros(result.adapter) if learns_recipe else None
         self.train_seconds, self.tokens = result.training["seconds"], result.training["tokens"]
 
-    def score(self, cells: Sequence[Cell], *, chooses: bool = False) -> None:
-        """Fill in what scoring gave; ``chooses``: and how the bank answers plain text, unless that is settled."""
+    def score(self, cells: Sequence[Cell], *, chooses: bool = False, below: PlainChoice | None = None) -> None:
+        """Fill in what scoring gave; ``chooses``: and how the bank answers plain text, unless that is settled; ``below``:
+        how the one does that it extends."""
         for cell in cells:
             score = self.known.get(cell.fingerprint)
             if score is None:
@@ -104,7 +105,7 @@ class StageRecord:
             self.scores.append(score | {"mode": cell.mode, "task": cell.task})
             self.score_seconds += score["seconds"]
         if chooses and not self.resumed:
-            self.plain_text = decided(score for score in self.scores if score["mode"] == CHOICE)
+            self.plain_text = decided((score for score in self.scores if score["mode"] == CHOICE), below)
         self.scores = [counted_in(one, self.way) if is_plain(one["mode"]) else one for one in self.scores]
 
     @property

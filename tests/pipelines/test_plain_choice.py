@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 from amlora_dist.base_model import load_tokenizer
 from amlora_dist.config.loading import RunConfig, home, load_config
 from amlora_dist.errors import UserError
-from amlora_dist.evaluation.plain_choice import PlainChoice, decided, read_choice
+from amlora_dist.evaluation.plain_choice import PlainChoice, decided, read_choice, shown_choice
 from amlora_dist.inference.loading import pulled
 from amlora_dist.inference.model import AMLoRAModel
 from amlora_dist.registry import tags
 from amlora_dist.registry.manifest import read_manifest
 from amlora_dist.registry.store import Store
 from amlora_dist.reporting.facts import read_run
+from amlora_dist.tasks.task import TaskSpec
+from amlora_dist.tasks.task_entry import task_entry
 from amlora_dist.training.scoring import Scoring
 from amlora_dist.training.stage import _Stage
-from amlora_dist.training.stage_spec import CHOICE, StageWork
+from amlora_dist.training.stage_spec import CHOICE, Parent, StageWork
 from pipelines.cli.scoring import Rows, score
 from pipelines.cli.tables import console_for, show_result
 from pipelines.runs import plan, stage_record
@@ -64,6 +67,8 @@ def test_the_better_way_over_all_tasks_is_chosen_and_ties_go_to_ranking() -> Non
     assert (mixed.way, mixed.rows, mixed.of) == ("ranks", 16, "held-out and dev")
     none = decided([])
     assert none.way == "ranks" and "no rows to decide on" in none.sentence
+    assert decided([], WRITES) == WRITES, "what it extends does so, and no row says otherwise"
+    assert decided([score_of("a", 0.5, 0.25)], WRITES).way == "ranks"
     assert read_choice(json.loads(json.dumps(WRITES.to_mapping())), "a file") == WRITES
     assert read_choice(None, "a file") is None
     with pytest.raises(UserError, match=r"a file: plain_text.format: found 2 .* newer"):
@@ -126,11 +131,52 @@ def test_without_held_out_rows_those_of_the_dev_split_decide_and_never_those_tha
     assert len(unseen_places(inputs, inputs.method, TASKS[0], 16)) < 8, "rows that were replayed are left out"
 
 
+def test_where_replay_shows_every_held_out_row_again_the_dev_split_decides(tmp_path: Path) -> None:
+    inputs = gathered(tmp_path, "method=replay", "method_settings.replay_rows=32")
+    first = plan_stage(inputs, BankState(), TASKS[0], [])
+    bank = BankState().grown(Parent(TASKS[0], "a", ""), first.fingerprint, "")
+    second = plan_stage(inputs, bank, TASKS[1], [first])
+    found = {cell.task: (cell.split, len(cell.places or ())) for cell in second.cells if cell.mode == CHOICE}
+    assert found == {TASKS[0]: ("dev", 6), TASKS[1]: ("train", 8)}
+    digests = second.work(inputs).data_digests
+    assert {f"{TASKS[0]}/dev", f"{TASKS[1]}/train"} <= set(digests)
+
+
+def test_a_bank_of_free_text_alone_chooses_nothing_and_nothing_is_said_of_ranking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = gathered(tmp_path, "method=seq_lora")
+    monkeypatch.setattr(TaskSpec, "free_text", property(lambda _self: True))
+    assert not plan_stage(inputs, BankState(), TASKS[0], []).chooses
+    entry = replace(task_entry(inputs.specs[TASKS[0]]), labels=["yes", "no"])
+    parent = BankState((Parent("old", "a", ""),), ("b",), ("c",), {"old": entry})
+    assert plan_stage(inputs, parent, TASKS[0], []).chooses, "the bank that it extends has labels"
+    before = {"run_id": "old", "last": {"own_prompt": [0.5]}, "ranked_accuracy_matrix": [[None], [None]]}
+    assert shown_choice(before) is None
+    assert shown_choice(before | {"ranked_accuracy_matrix": [[None], [0.5]]}) == PlainChoice(way="ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_an_extended_bank_goes_on_as_before_where_no_row_decides(
+    tmp_path: Path, amlora_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as choosing:
+        choosing.setattr(stage_record, "decided", lambda _scores, _below: WRITES)
+        run(tmp_path)
+    settings = ["method=seq_lora", "router.holdout=0", "evaluation.split=dev", "evaluation.untrained=false"]
+    more = write_config(tmp_path / "more", tasks=("sizes",))
+    config = load_config(more, [*settings, "evaluation.oracle=false", "parent=models:/plain@current"])
+    result = run_sequence(config, run_id="extended", progress=Silent())
+    assert result["plain_text"] == WRITES.to_mapping()
+    assert AMLoRAModel.from_bank("models:/extended@current", device="cpu").former.plain.way == "writes"
+
+
 @pytest.fixture(params=["ranks", "writes"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which way the held-out rows are made to prefer."""
     choice = WRITES if request.param == "writes" else PlainChoice(way="ranks", ranks=0.5, writes=0.5, rows=16, of="held-out")
-    monkeypatch.setattr(stage_record, "decided", lambda _scores: choice)
+    monkeypatch.setattr(stage_record, "decided", lambda _scores, _below: choice)
     return str(request.param)
 
 

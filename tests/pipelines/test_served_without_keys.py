@@ -35,7 +35,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     given = {"permuted": ["router.kind=permuted"]}.get(request.param, [f"method={request.param}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMLORA_HOME", str(folder / "home"))
-        patch.setattr(stage_record, "decided", lambda _scores: PlainChoice(way="ranks"))  # of the other: test_plain_choice
+        ranks = PlainChoice(way="ranks")  # of the other: test_served_written
+        patch.setattr(stage_record, "decided", lambda _scores, _below: ranks)
         config = load_config(write_config(folder, tasks=TASKS), [*given, "evaluate=all", "training.epochs=2"])
         result = run_sequence(config, run_id="plain", progress=Silent())
         yield folder, result, AMLoRAModel.from_bank("models:/plain@current", device="cpu")
@@ -82,5 +83,5 @@ def test_no_row_differs_between_the_matrix_and_what_is_served(
         assert shown["accuracy"] == result["accuracy_matrix"][-1][place]
         greedy = sum(row.greedy_correct or 0.0 for row in rows) / len(rows)
         assert shown["greedy_accuracy"] == pytest.approx(greedy), "what is written freely is reported next to it"
-        ask("models:/plain@current", texts[:3], {}, as_json=True)
+        ask("models:/plain@current", texts[:3], [], {}, as_json=True)
         assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == wanted[:3]
