@@ -41,11 +41,12 @@ class PlainChoice:
     @property
     def sentence(self) -> str:
         """All of it, in words."""
+        ways = {"ranks": "by ranking the labels of all tasks", "writes": "by what is written freely"}
+        answered = f"Plain text of labelled tasks is answered {ways[self.way]}"
         if not self.rows or self.ranks is None or self.writes is None:
-            return "Plain text is answered by ranking the labels of all tasks: no rows to decide on were looked at."
-        how = "by ranking the labels of all tasks" if self.way == "ranks" else "by what is written freely"
+            return f"{answered}: no rows to decide on were looked at."
         found = f"{self.ranks:.3f} by ranking, {self.writes:.3f} written freely"
-        return f"Plain text is answered {how} (right in {self.rows} {self.of} rows, mean over tasks: {found})."
+        return f"{answered} (right in {self.rows} {self.of} rows, mean over tasks: {found})."
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values."""
