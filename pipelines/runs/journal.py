@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from amlora_dist.registry.housekeeping import crown_first
 from amlora_dist.registry.newest import take_up
 from amlora_dist.registry.records import describe_run
 from amlora_dist.registry.runs import RESULT
-from amlora_dist.training.result import ADAPTER_OF, Result, read_result, renew
+from amlora_dist.training.result import ADAPTER_OF, Result, is_whole, read_result, renew
 from amlora_dist.training.stage_spec import CHOICE, Parent, is_plain
 from pipelines.runs import results
 from pipelines.runs.bank_versions import BankVersions, library_versions
@@ -315,10 +316,7 @@ class RunJournal:
         Whoever trains holds the claim on the adapter, whatever its statistics: runs that differ in nothing else train once.
         Who makes statistics alone holds the stage's own, so that nobody waits for other statistics.
         """
-
-        def stage() -> Version | None:
-            return first_there(self.store, self.store.find_stage(plan.fingerprint), self.inputs.storage)
-
+        stage = partial(self._same_stage, plan)
         found = self._found_or_claimed(
             plan, record, plan.adapter_fingerprint or plan.fingerprint, lambda: stage() or self._same_adapter(plan), on_wait
         )
@@ -342,18 +340,36 @@ class RunJournal:
         self._drop_claims(plan)
         return found
 
+    def _same_stage(self, plan: StagePlan) -> Version | None:
+        """A version of the stage; where that is made here, one with these very bits: other workers may have come to others,
+        which are not those that this run's manifest and the stages above are about."""
+        made, found = self._made(plan), self.store.find_stage(plan.fingerprint)
+        if made is None:
+            return first_there(self.store, found, self.inputs.storage)
+        digests = made.adapter.digest(), tensors_digest(made.continuation())
+        for version in found:
+            if first_there(self.store, [version], self.inputs.storage) is not None:
+                manifest = self.versions.manifest_of(version)
+                if (manifest.adapters[-1].digest, manifest.statistics[-1].digest) == digests:
+                    return version
+        return None
+
     def _same_adapter(self, plan: StagePlan) -> Version | None:
         """A version that has the stage's adapter, unless the stage has trained its own, or has taken another one."""
         if plan.adapter_fingerprint is None:
             return None
-        work = plan.work(self.inputs)
-        made = read_result(work.trained) if work.is_trained else None
+        made = self._made(plan)
         if made is not None and ADAPTER_OF not in made.training:
             return None
         found = first_there(self.store, self.store.find_adapter(plan.adapter_fingerprint), self.inputs.storage)
         if found is None or made is None:
             return found
         return found if self.versions.manifest_of(found).adapters[-1].digest == made.adapter.digest() else None
+
+    def _made(self, plan: StagePlan) -> Result | None:
+        """What the storage has of the stage, if it was trained here, or its statistics were made."""
+        trained = plan.work(self.inputs).trained
+        return read_result(trained) if is_whole(trained) else None
 
     def _drop_claims(self, plan: StagePlan) -> None:
         """Of an earlier start that died."""
