@@ -54,7 +54,7 @@ class Store(Runs):
         """Those whose stage has an adapter of this fingerprint, with whatever statistics: where it was trained first."""
         found = self._search(f"tags.`{tags.ADAPTER_FINGERPRINT}` = '{adapter_fingerprint}'")
         good = sorted(self._counted(found), key=lambda version: (version.registered_model, version.number))
-        return sorted(good, key=lambda version: tags.ADAPTER_OF in version.tags)
+        return sorted(good, key=lambda version: (tags.ADAPTER_OF in version.tags, _REUSED_FROM in version.tags))
 
     def registered_models(self) -> list[str]:
         """Names of registered models, without the entries of leases."""

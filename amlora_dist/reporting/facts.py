@@ -189,13 +189,22 @@ def _stage(store: Store, public: dict[str, Any], run: RunInfo | None) -> StageFa
 
 
 def _trained(store: Store, fingerprint: str) -> dict[str, Any] | None:
-    """What is noted of the training of a stage where it took place; None where nobody has that any more."""
-    for other in store.find_runs({tags.KIND: "stage", tags.TRAINING_FINGERPRINT: fingerprint}):
-        noted: dict[str, Any] = (store.load_json(other.run, STAGE) or {}).get("training", {})
-        if noted.get("losses"):
-            return noted
-        if "adapter_of" in noted:
-            return _trained(store, noted["adapter_of"])
+    """What is noted of the training of a stage where it took place; None where nobody has that any more.
+
+    Stages may have taken their adapter from each other: each is asked once, and those that trained come first."""
+    asked: set[str] = set()
+    wanted = [fingerprint]
+    while wanted:
+        one = wanted.pop(0)
+        if one in asked:
+            continue
+        asked.add(one)
+        for other in store.find_runs({tags.KIND: "stage", tags.TRAINING_FINGERPRINT: one}):
+            noted: dict[str, Any] = (store.load_json(other.run, STAGE) or {}).get("training", {})
+            if noted.get("losses"):
+                return noted
+            if "adapter_of" in noted:
+                wanted.append(noted["adapter_of"])
     return None
 
 

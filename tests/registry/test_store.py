@@ -133,6 +133,21 @@ def test_another_run_reuses_a_stage_by_reference(store: Store, name: str, tmp_pa
     assert store.find_stage(original.training_fingerprint) == [original, mine]
 
 
+def test_an_adapter_is_taken_from_where_it_was_trained(store: Store, name: str, tmp_path: Path) -> None:
+    original = publish_sequence(store, name, tmp_path)[0]
+    other = f"0-{name}"  # comes first by its name
+    run = store.stage_run(store.parent_run(other, other, {}), "1 helpdesk/email", original.training_fingerprint)
+    folder = store.pull_version(original, tmp_path / "mine")
+    rewrite(folder, run_id=other, epoch=4, lineage=Lineage(reused_from=original.uri))
+    values = {tags.TRAINING_FINGERPRINT: original.training_fingerprint, tags.RUN_ID: other}
+    mine = store.reuse(other, original, folder, stage_run=run, tags=values, epoch=4, guard=lambda: None)
+    for one in (mine, original):
+        store.connection.client.set_model_version_tag(
+            one.registered_model, str(one.number), tags.ADAPTER_FINGERPRINT, f"adapter of {name}"
+        )
+    assert [one.uri for one in store.find_adapter(f"adapter of {name}")] == [original.uri, mine.uri]
+
+
 def test_a_name_of_another_run_is_refused(store: Store, name: str) -> None:
     store.parent_run(name, "run-a", {})
     with pytest.raises(UserError, match="belongs to run 'run-a'"):
