@@ -22,8 +22,9 @@ __all__ = ["at_home", "folder"]  # fixtures: the bank that `make demo` leaves, o
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.parent.name not in ("evidence", "reference"))
-ELSEWHERE = ("push", "pull hf://", "serve", "--expect-digest")
-"""Lines of ``banks.md`` that need the Hub or a server, or a digest that only a store knows: other tests have those."""
+ELSEWHERE = ("push", "pull hf://", "serve", "--expect-digest", "premise=", "pairs.")
+"""Lines of ``banks.md`` that need the Hub or a server, a digest that only a store knows, or a bank of pairs of texts
+(``tests/pipelines/test_field_rows.py``): other tests have those."""
 TYPED = {
     "tutorials/your-own-task.md": "test_application_developer.py", "banks.md": "test_pages.py", "tasks.md": "test_pages.py",
     "report.md": "test_pages.py", "planning.md": "test_pages.py", "how-to/backup-and-restore.md": "test_pages.py",
