@@ -270,10 +270,10 @@ def test_the_snippet_of_the_readme_runs_word_for_word(
 def test_texts_are_answered_from_the_command_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _, model = run
     texts = texts_of(folder, "shapes")[:2]
-    ask("models:/served@current", texts, {}, as_json=True)
+    ask("models:/served@current", texts, [], {}, as_json=True)
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["answer"] for one in shown] == model.predict(texts)
     assert [one["task"] for one in shown] == [route.task for route in model.route(texts)]
     assert all(0 < one["confidence"] <= 1 for one in shown)
-    ask("models:/served@current", texts, {}, as_json=False)
+    ask("models:/served@current", texts, [], {}, as_json=False)
     assert texts[0].split()[0] in capsys.readouterr().out
