@@ -33,7 +33,7 @@ def tickets() -> list[str]:
 def asked(bank: str, texts: list[str]) -> list[str]:
     """Lines that ``amlora ask`` prints into a pipe."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        ask(bank, texts, {}, as_json=False)
+        ask(bank, texts, [], {}, as_json=False)
     return [line.rstrip() for line in printed.getvalue().splitlines()]
 
 
