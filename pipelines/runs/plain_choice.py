@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amlora_dist.digests import value_digest
-from amlora_dist.errors import UserError
+from amlora_dist.errors import FaultsError, UserError
 from amlora_dist.methods.kinds import Stages, Trains
 from amlora_dist.tasks.sources import TaskData, load_task
 from amlora_dist.training.stage_spec import CHOICE, Cell
@@ -97,6 +97,8 @@ def dev_rows(inputs: RunInputs, method: Method) -> dict[str, TaskData]:
                 inputs.specs[task], seed=config.seed, data_dir=config.data_dir, splits=("dev",),
                 sealed=config.evaluation.sealed,
             )  # fmt: skip
+        except FaultsError:
+            raise
         except UserError:  # a task without dev rows: none decide
             continue
     return found

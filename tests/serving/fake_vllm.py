@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.answering_server import answering
 
 Score = Callable[[Sequence[int], int], float]
 
@@ -73,38 +73,11 @@ def fake_vllm(score: Score, eos_id: int) -> Iterator[FakeVllm]:
     """One at a free port."""
     fake = FakeVllm(score, eos_id)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str] | None:
+        if body and fake.drops:
+            fake.drops -= 1
+            return None
+        return fake.answer(path, body)
 
-        def do_GET(self) -> None:
-            self._say(*fake.answer(self.path, {}))
-
-        def do_POST(self) -> None:
-            if fake.drops:
-                fake.drops -= 1
-                self.close_connection = True
-                return
-            length = int(self.headers["content-length"])
-            self._say(*fake.answer(self.path, json.loads(self.rfile.read(length))))
-
-        def _say(self, status: int, body: str) -> None:
-            with contextlib.suppress(OSError):  # who asked has given up
-                self.send_response(status)
-                self.send_header("content-length", str(len(body.encode())))
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-        def log_message(self, *_args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with answering(answer) as fake.url:
         yield fake
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amlora_dist.inference.model import AMLoRAModel
+from tests.answering_server import answering
 
 
 class StandIn:
@@ -98,34 +97,9 @@ def stand_in(model: AMLoRAModel, files: Mapping[str, str | None] = {}, base: str
     """One at a free port."""
     one = StandIn(model, files, base)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        status, value = one.answer(path, body)
+        return status, json.dumps(value)
 
-        def do_GET(self) -> None:
-            self._say(*one.answer(self.path, {}))
-
-        def do_POST(self) -> None:
-            self._say(*one.answer(self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
-
-        def _say(self, status: int, value: Any) -> None:
-            body = json.dumps(value).encode()
-            with contextlib.suppress(OSError):  # who asked has given up
-                self.send_response(status)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *_words: Any) -> None:
-            """Nothing on standard error."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    one.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with answering(answer) as one.url:
         yield one
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
